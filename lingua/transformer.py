@@ -1,0 +1,448 @@
+"""Reference Transformer: the Llama block in plain PyTorch, and the parts that applications share.
+
+    x = x + attention(norm(x));  x = x + feed_forward(norm(x))
+
+Parameter names and rotary layout (interleaved pairs) are Llama's, so Meta's checkpoints load as
+they are. Shapes: B batch, S tokens, D model width, H heads, Dh width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lingua.args import UserError
+
+
+class InitStdFactor(Enum):
+    """How the spread of output projections shrinks with depth."""
+
+    DISABLED = "disabled"  # 1
+    GLOBAL_DEPTH = "global_depth"  # sqrt(2 * depth of the whole model)
+    CURRENT_DEPTH = "current_depth"  # sqrt(2 * depth of this layer)
+    DIM_RATIO = "dim_ratio"  # dim / 4096
+
+
+@dataclass
+class BaseTransformerArgs:
+    dim: int = 512  # model width
+    n_layers: int = 8  # physical layers
+    head_dim: int | None = None  # width of an attention head; null = dim / n_heads
+    n_heads: int | None = None  # query heads; null = dim / head_dim
+    n_kv_heads: int | None = None  # key and value heads (GQA); null = n_heads
+    ffn_dim_multiplier: float | None = None  # scales the FFN width 8/3 * dim; null = 1
+    multiple_of: int = 256  # the FFN width is rounded up to a multiple of this
+    norm_eps: float = 1e-5  # epsilon of every RMSNorm
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    init_base_std: float | None = None  # spread of every weight; null = fan_in ** -0.5
+    init_std_factor: str = "disabled"  # disabled | global_depth | current_depth | dim_ratio
+    max_seqlen: int = 1024  # longest sequence; the trainer sets it to data.seq_len
+
+
+def resolve_heads(args: BaseTransformerArgs) -> tuple[int, int, int]:
+    """(query heads, key/value heads, head width) after the defaults; UserError if impossible."""
+    dim, n_heads, head_dim = args.dim, args.n_heads, args.head_dim
+    if n_heads is None and head_dim is None:
+        raise UserError("model.n_heads and model.head_dim are both null: set one, e.g. n_heads=8")
+    if n_heads is not None and n_heads < 1:
+        raise UserError(f"model.n_heads={n_heads} must be at least 1")
+    if head_dim is None:
+        assert n_heads is not None
+        if dim % n_heads:
+            raise UserError(
+                f"model.n_heads={n_heads} does not divide model.dim={dim}; "
+                "choose a divisor or set model.head_dim"
+            )
+        head_dim = dim // n_heads
+    if n_heads is None:
+        if dim % head_dim:
+            raise UserError(
+                f"model.head_dim={head_dim} does not divide model.dim={dim}; "
+                "choose a divisor or set model.n_heads"
+            )
+        n_heads = dim // head_dim
+    n_kv_heads = args.n_kv_heads or n_heads
+    if n_heads % n_kv_heads:
+        raise UserError(
+            f"model.n_kv_heads={n_kv_heads} does not divide the {n_heads} query heads; "
+            f"it must be a divisor of {n_heads}"
+        )
+    return n_heads, n_kv_heads, head_dim
+
+
+def check_rotary_width(head_dim: int) -> None:
+    """Rotary position embedding turns pairs, so the head width must be even."""
+    if head_dim % 2:
+        raise UserError(
+            f"model.head_dim={head_dim} (dim / n_heads where null) is odd, and rotary embedding "
+            f"turns pairs: use an even width such as {head_dim + 1}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Initialisation
+
+
+@torch.no_grad()
+def trunc_normal_(tensor: Tensor, std: float) -> Tensor:
+    """Fill `tensor` in place from N(0, std^2) cut at 3 std.
+
+    A sharded tensor (DTensor) gets its part of the same draw that one process would make, so a
+    seed gives the same model on any number of ranks.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    def draw(t: Tensor) -> Tensor:
+        return nn.init.trunc_normal_(t, std=std, a=-3 * std, b=3 * std)
+
+    if not isinstance(tensor, DTensor):
+        return draw(tensor)
+    local = tensor.to_local()
+    full = draw(torch.empty(tensor.shape, dtype=tensor.dtype, device=local.device))
+    # src_data_rank=None: every rank cuts its own copy, nothing is sent.
+    part = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    local.copy_(part.to_local())
+    return tensor
+
+
+def init_linear(linear: nn.Linear, base_std: float | None, factor: float = 1.0) -> None:
+    """The one rule for projections: spread base_std, else fan_in ** -0.5, divided by `factor`."""
+    std = base_std if base_std is not None else linear.in_features**-0.5
+    trunc_normal_(linear.weight, std / factor)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def depth_factor(kind: str, *, dim: int, layer: int, n_layers: int, loop_count: int = 1) -> float:
+    """Divisor of the spread of a layer's output projections; `layer` counts from 0.
+
+    Depth is effective depth: a shared layer is charged for the deepest place where it is used.
+    """
+    try:
+        factor = InitStdFactor(kind)
+    except ValueError:
+        names = ", ".join(f.value for f in InitStdFactor)
+        raise UserError(f"model.init_std_factor={kind!r} is none of {names}") from None
+    return {
+        InitStdFactor.DISABLED: 1.0,
+        InitStdFactor.GLOBAL_DEPTH: math.sqrt(2 * n_layers * loop_count),
+        InitStdFactor.CURRENT_DEPTH: math.sqrt(2 * ((loop_count - 1) * n_layers + layer + 1)),
+        InitStdFactor.DIM_RATIO: dim / 4096,
+    }[factor]
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss, masks and rotary embedding
+
+
+def cross_entropy(pred: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
+    """Cross-entropy of logits (..., V) against token ids (...), computed in fp32."""
+    logits = pred.flatten(end_dim=-2).float()
+    return F.cross_entropy(logits, target.flatten(), **kwargs)
+
+
+def repeat_kv(x: Tensor, n_rep: int, dim: int = 2) -> Tensor:
+    """Repeat each head of `dim` n_rep times, so that keys meet their group of queries."""
+    return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=dim)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., Dh / 2) in fp32 for integer positions (...)."""
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float().unsqueeze(-1) * (theta ** (-pairs / head_dim))
+    return angles.cos(), angles.sin()
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[2i], x[2i+1]) of the last axis; fp32 inside, x's dtype outside.
+
+    cos, sin: broadcastable to x's shape with the last axis halved.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
+    """Rotation matrices (end, dim / 2, 2, 2) of positions 0 .. end-1, fp32."""
+    cos, sin = rotary_angles(torch.arange(end), dim, theta)
+    return torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
+
+
+def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor, seq_dim: int) -> Tensor:
+    """View (S, Dh/2, 2, 2) so that it broadcasts against x (B, S, H, Dh) split in pairs."""
+    outer = [1] * (x.ndim - 1)
+    outer[seq_dim] = freqs_cis.shape[0]
+    return freqs_cis.view(*outer, *freqs_cis.shape[1:])
+
+
+def apply_rotary_emb(
+    xq: Tensor, xk: Tensor, seq_dim: int, freqs_cis: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys (B, S, H, Dh) by the matrices of their positions."""
+
+    def turn(x: Tensor) -> Tensor:
+        pairs = x.float().unflatten(-1, (-1, 1, 2))  # B S H Dh/2 1 2
+        turned = pairs * reshape_for_broadcast(freqs_cis, x, seq_dim)
+        return turned.sum(-1).flatten(-2).type_as(x)
+
+    return turn(xq), turn(xk)
+
+
+def causal_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    """FlexAttention mask rule: a token sees itself and its past."""
+    return q_idx >= kv_idx
+
+
+def lengths_to_start_ids(lengths: Tensor) -> Tensor:
+    """First index of each document: [3, 2, 4] -> [0, 3, 5]."""
+    return lengths.cumsum(0) - lengths
+
+
+def lengths_to_local_ids(lengths: Tensor) -> Tensor:
+    """Index of each token inside its document: [3, 2] -> [0, 1, 2, 0, 1]."""
+    starts = lengths_to_start_ids(lengths).repeat_interleave(lengths)
+    return torch.arange(int(lengths.sum()), device=lengths.device) - starts
+
+
+def generate_doc_mask_mod(mask_mod: Any, lengths: Tensor, kv_lengths: Tensor | None = None) -> Any:
+    """Apply a FlexAttention mask rule inside each document of a packed sequence.
+
+    lengths 2, 3        a b c d e
+                    a   1
+                    b   1 1
+                    c       1         c starts afresh: it does not see a and b
+                    d       1 1
+                    e       1 1 1
+    """
+    kv_lengths = lengths if kv_lengths is None else kv_lengths
+    documents = torch.arange(lengths.numel(), device=lengths.device)
+    q_document, q_local = documents.repeat_interleave(lengths), lengths_to_local_ids(lengths)
+    kv_document = documents.repeat_interleave(kv_lengths)
+    kv_local = lengths_to_local_ids(kv_lengths)
+
+    def doc_mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        same_document = q_document[q_idx] == kv_document[kv_idx]
+        return same_document & mask_mod(b, h, q_local[q_idx], kv_local[kv_idx])
+
+    return doc_mask_mod
+
+
+class RotaryEmbedding(nn.Module):
+    """Table of rotation matrices, (max_seqlen, head_dim / 2, 2, 2) in fp32; not in checkpoints."""
+
+    freqs_cis: Tensor
+
+    def __init__(self, theta: float, head_dim: int, max_seqlen: int = 1024):
+        super().__init__()
+        check_rotary_width(head_dim)
+        self.theta, self.head_dim, self.max_seqlen = theta, head_dim, max_seqlen
+        table = precompute_freqs_cis(head_dim, max_seqlen, theta)
+        self.register_buffer("freqs_cis", table, persistent=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.freqs_cis.copy_(precompute_freqs_cis(self.head_dim, self.max_seqlen, self.theta))
+
+    def forward(self, seqlen: int | None = None, tok_idx: Tensor | None = None) -> Tensor:
+        """The matrices of positions `tok_idx`, else of the first `seqlen` positions."""
+        assert seqlen is not None or tok_idx is not None, "seqlen or tok_idx must be given"
+        return self.freqs_cis[tok_idx] if tok_idx is not None else self.freqs_cis[:seqlen]
+
+
+# ---------------------------------------------------------------------------------------------
+# Modules
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; fp32 inside whatever the input's dtype."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight.float()).type_as(x)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        multiple_of: int,
+        ffn_dim_multiplier: float | None = None,
+        mp_size: int = 1,
+    ):
+        """`hidden_dim` is the plain Transformer's (4 dim); the third matrix costs a third of it."""
+        super().__init__()
+        hidden = int((ffn_dim_multiplier or 1.0) * int(2 * hidden_dim / 3))
+        hidden = multiple_of * math.ceil(hidden / multiple_of)
+        assert hidden % mp_size == 0, f"FFN width {hidden} is not a multiple of mp_size {mp_size}"
+        self.dim, self.hidden_dim = dim, hidden
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+    def reset_parameters(self, init_std: float | None = None, factor: float = 1.0) -> None:
+        init_linear(self.w1, init_std)
+        init_linear(self.w3, init_std)
+        init_linear(self.w2, init_std, factor)
+
+
+@cache
+def _compiled_flex_attention() -> Any:
+    """FlexAttention is only fast, and only lean in memory, when compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+class Attention(nn.Module):
+    """Grouped-query softmax attention with rotary positions."""
+
+    def __init__(self, dim: int, head_dim: int, n_heads: int, n_kv_heads: int, rope_theta: float):
+        super().__init__()
+        self.dim, self.head_dim, self.rope_theta = dim, head_dim, rope_theta
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+        self.wq = nn.Linear(dim, n_heads * head_dim, bias=False)
+        self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        freq_cis: Tensor,
+        tok_idx: Tensor | None = None,
+        mask: Any = None,
+        attn_impl: str = "sdpa",
+    ) -> Tensor:
+        """x (B, S, D) -> (B, S, D). `freq_cis` holds the matrices of x's positions.
+
+        mask: for sdpa "causal", a boolean tensor or None; for flex_attention a BlockMask; for fmha
+        an xformers AttentionBias. `tok_idx` is accepted for callers that also keep a cache.
+        """
+        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k = self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        q, k = apply_rotary_emb(q, k, 1, freq_cis)
+        return self.wo(softmax_attention(q, k, v, mask, attn_impl).flatten(2))
+
+    def reset_parameters(self, init_std: float | None = None, factor: float = 1.0) -> None:
+        for linear in (self.wq, self.wk, self.wv):
+            init_linear(linear, init_std)
+        init_linear(self.wo, init_std, factor)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, attn_impl: str) -> Tensor:
+    """softmax(q k^T / sqrt(Dh)) v for (B, S, H, Dh) tensors."""
+    if attn_impl == "fmha":
+        from xformers.ops import fmha  # pyright: ignore[reportMissingImports]
+
+        groups = q.shape[2] // k.shape[2]
+        return fmha.memory_efficient_attention(
+            q, repeat_kv(k, groups), repeat_kv(v, groups), attn_bias=mask
+        )
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if attn_impl == "flex_attention":
+        out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
+    elif attn_impl == "sdpa":
+        assert mask is None or isinstance(mask, (str, Tensor)), f"sdpa takes no {type(mask)} mask"
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask if isinstance(mask, Tensor) else None,
+            is_causal=isinstance(mask, str) and mask == "causal",
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+    else:
+        raise UserError(f"attn_impl={attn_impl!r} is none of sdpa, flex_attention, fmha")
+    return out.transpose(1, 2)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward with residual connections."""
+
+    def __init__(self, args: BaseTransformerArgs):
+        super().__init__()
+        n_heads, n_kv_heads, head_dim = resolve_heads(args)
+        self.attention = Attention(args.dim, head_dim, n_heads, n_kv_heads, args.rope_theta)
+        self.feed_forward = FeedForward(
+            args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier
+        )
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        freq_cis: Tensor,
+        tok_idx: Tensor | None = None,
+        mask: Any = None,
+        attn_impl: str = "sdpa",
+    ) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), freq_cis, tok_idx, mask, attn_impl)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+    def init_weights(self, init_std: float | None = None, factor: float = 1.0) -> None:
+        self.attention.reset_parameters(init_std, factor)
+        self.attention_norm.reset_parameters()
+        self.feed_forward.reset_parameters(init_std, factor)
+        self.ffn_norm.reset_parameters()
+
+
+class BaseTransformer(nn.Module):
+    """A stack of blocks on hidden states: no embedding, no head, no loop."""
+
+    def __init__(self, args: BaseTransformerArgs):
+        super().__init__()
+        self.args = args
+        self.rope_embeddings = RotaryEmbedding(
+            args.rope_theta, resolve_heads(args)[2], args.max_seqlen
+        )
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layers))
+
+    def forward(
+        self,
+        h: Tensor,
+        tok_idx: Tensor | None = None,
+        mask: Any = "causal",
+        attn_impl: str = "sdpa",
+    ) -> Tensor:
+        freq_cis = self.rope_embeddings(seqlen=h.shape[1], tok_idx=tok_idx)
+        for layer in self.layers:
+            h = layer(h, freq_cis, tok_idx=tok_idx, mask=mask, attn_impl=attn_impl)
+        return h
+
+    def reset_parameters(self) -> None:
+        self.rope_embeddings.reset_parameters()
+
+    def init_weights(self) -> None:
+        self.reset_parameters()
+        args = self.args
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, TransformerBlock)
+            factor = depth_factor(
+                args.init_std_factor, dim=args.dim, layer=i, n_layers=args.n_layers
+            )
+            layer.init_weights(args.init_base_std, factor)
