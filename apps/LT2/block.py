@@ -1,0 +1,71 @@
+"""One physical layer: norm -> mixer -> add -> norm -> SwiGLU -> add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from apps.LT2.mixers import MIXERS, Mixer, MixerCache
+from apps.LT2.pattern import LayerSpec
+from lingua.transformer import FeedForward, RMSNorm
+
+if TYPE_CHECKING:
+    from apps.LT2.transformer import LoopedTransformerArgs
+
+
+class Block(nn.Module):
+    """A layer that all loops share.
+
+    It owns one mixer of each family that some loop asks for: `attention` serves full and window
+    layers, `gdn` the gated delta rule. The loop says which one runs by its LayerSpec.
+    """
+
+    def __init__(self, args: LoopedTransformerArgs, specs: tuple[LayerSpec, ...]):
+        super().__init__()
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        for family in dict.fromkeys(MIXERS[spec.mixer] for spec in specs):
+            self.add_module(family.module_name, family(args))
+        self.feed_forward = FeedForward(
+            args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier
+        )
+
+    def mixer(self, spec: LayerSpec) -> Mixer:
+        return self.get_submodule(MIXERS[spec.mixer].module_name)  # pyright: ignore[reportReturnType]
+
+    def mixers(self) -> list[Mixer]:
+        return [child for child in self.children() if isinstance(child, Mixer)]
+
+    def forward(self, h: Tensor, spec: LayerSpec, cu_seqlens: Tensor | None = None) -> Tensor:
+        mixer = self.mixer(spec)
+        return self._around(h, lambda x: mixer(x, cu_seqlens=cu_seqlens, window=spec.window))
+
+    def prefill(
+        self,
+        h: Tensor,
+        spec: LayerSpec,
+        cache: MixerCache,
+        cu_seqlens: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        options = {"cu_seqlens": cu_seqlens, "rows": rows, "window": spec.window}
+        return self._around(h, lambda x: self.mixer(spec).prefill(x, cache, **options))
+
+    def step(self, h: Tensor, spec: LayerSpec, cache: MixerCache) -> Tensor:
+        return self._around(h, lambda x: self.mixer(spec).step(x, cache))
+
+    def _around(self, h: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
+        """The residual stream around the mixer, the same in training and in decoding."""
+        h = h + mix(self.attention_norm(h))
+        return h + self.feed_forward(self.ffn_norm(h))
+
+    @torch.no_grad()
+    def init_weights(self, init_std: float | None, factor: float) -> None:
+        self.attention_norm.reset_parameters()
+        self.ffn_norm.reset_parameters()
+        for mixer in self.mixers():
+            mixer.reset_parameters(init_std, factor)
+        self.feed_forward.reset_parameters(init_std, factor)

@@ -1,0 +1,59 @@
+"""ModelCache: the memory of a looped model while it decodes.
+
+One mixer cache for every (loop, layer): a layer that runs T times per token has T pasts. Buffers
+are allocated once and written in place, so that a decode step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apps.LT2.mixers.base import MixerCache
+from lingua.args import UserError
+
+
+@dataclass
+class ModelCache:
+    """`lengths` is the host's count of tokens in each row; the device keeps its own copies."""
+
+    mixers: list[list[MixerCache]]  # [loop][layer]
+    max_seqlen: int
+    lengths: list[int]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Empty the given rows (all if None), so that a prefill there starts a new sequence."""
+        for row in range(self.batch_size) if rows is None else rows:
+            self.lengths[row] = 0
+        index = None if rows is None else torch.tensor(rows, dtype=torch.int64)
+        for loop in self.mixers:
+            for cache in loop:
+                cache.reset(index)
+
+    def nbytes(self) -> int:
+        return sum(cache.nbytes() for loop in self.mixers for cache in loop)
+
+    def extend(self, rows: Sequence[int], n_tokens: Sequence[int]) -> None:
+        """Count new tokens before they are written; refuses what would not fit."""
+        for row, n in zip(rows, n_tokens, strict=True):
+            if self.lengths[row] + n > self.max_seqlen:
+                raise UserError(
+                    f"{self.lengths[row]} cached + {n} new tokens exceed the cache's "
+                    f"max_seqlen={self.max_seqlen}; allocate a longer one or shorten the prompt"
+                )
+        for row, n in zip(rows, n_tokens, strict=True):
+            self.lengths[row] += n
+
+
+def packed_lengths(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    """Tokens of each sequence of a prefill, on the host."""
+    if cu_seqlens is None:
+        return [tokens_BT.shape[1]] * tokens_BT.shape[0]
+    return cu_seqlens.diff().tolist()

@@ -1,0 +1,49 @@
+"""Softmax attention as it is defined: dense scores, in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lingua.transformer import repeat_kv
+
+
+def visible_keys(
+    n_tokens: int, *, window: int | None, cu_seqlens: Tensor | None, device: torch.device | str
+) -> Tensor:
+    """(T, T) bool: whether query t sees key s.
+
+    window 2, documents of 3 and 2 tokens      a b c d e
+                                           a   1
+                                           b   1 1
+                                           c     1 1
+                                           d         1
+                                           e         1 1
+    """
+    position = torch.arange(n_tokens, device=device)
+    distance = position[:, None] - position[None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens[1:].to(position), position, right=True)
+        visible &= document[:, None] == document[None, :]
+    return visible
+
+
+def naive_attention(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHK: Tensor,
+    *,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v over the visible keys; returns (B, T, H, K) in q's dtype."""
+    n_tokens, n_heads, head_dim = q_BTHK.shape[1:]
+    groups = n_heads // k_BTHK.shape[2]
+    k_BTHK, v_BTHK = repeat_kv(k_BTHK, groups), repeat_kv(v_BTHK, groups)
+    scores = torch.einsum("bthk,bshk->bhts", q_BTHK.float(), k_BTHK.float()) * head_dim**-0.5
+    visible = visible_keys(n_tokens, window=window, cu_seqlens=cu_seqlens, device=q_BTHK.device)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshk->bthk", weights, v_BTHK.float()).type_as(q_BTHK)

@@ -1,0 +1,209 @@
+"""Softmax attention, full or over a sliding window, with grouped queries and rotary positions.
+
+The output gate (`gated_attn`) is the sigmoid gate on the attention output of Qiu et al., "Gated
+Attention for Large Language Models" (https://arxiv.org/abs/2505.06708).
+
+Shapes: B sequences, T tokens, D model width, H query heads, G key/value heads, K head width,
+S slots of a cache. `full` and `window` are one module: a layer may change width from loop to loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from apps.LT2.kernel.attention import attention, check_attention_impl, decode_attention
+from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
+from lingua.transformer import (
+    check_rotary_width,
+    init_linear,
+    resolve_heads,
+    rotary_angles,
+    rotate_pairs,
+)
+
+if TYPE_CHECKING:
+    from apps.LT2.transformer import LoopedTransformerArgs
+
+
+@dataclass
+class AttentionCache(MixerCache):
+    """Keys and values by position; a window's cache is a ring of its w slots."""
+
+    k_BSGK: Tensor
+    v_BSGK: Tensor
+    length_B: Tensor  # int64, tokens seen; position p lies in slot p % S
+
+
+class Attention(Mixer):
+    module_name = "attention"
+
+    def __init__(self, args: LoopedTransformerArgs):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = resolve_heads(args)
+        check_rotary_width(self.head_dim)
+        check_attention_impl(args.attn_impl, windowed=False)
+        self.dim, self.rope_theta, self.attn_impl = args.dim, args.rope_theta, args.attn_impl
+        self.wq = nn.Linear(args.dim, self.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(self.n_heads * self.head_dim, args.dim, bias=False)
+        self.wg = (
+            nn.Linear(args.dim, self.n_heads * self.head_dim, bias=False)
+            if args.gated_attn
+            else None
+        )
+
+    def forward(
+        self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
+    ) -> Tensor:
+        positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
+        q, k, v = self._qkv(x_BTD, positions)
+        o = attention(q, k, v, window=window, cu_seqlens=cu_seqlens, impl=self.attn_impl)
+        return self._output(o, x_BTD)
+
+    def init_cache(
+        self,
+        batch_size: int,
+        max_seqlen: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        window: int | None = None,
+    ) -> AttentionCache:
+        shape = (batch_size, self._slots(max_seqlen, window), self.n_kv_heads, self.head_dim)
+        return AttentionCache(
+            k_BSGK=torch.zeros(shape, device=device, dtype=dtype),
+            v_BSGK=torch.zeros(shape, device=device, dtype=dtype),
+            length_B=torch.zeros(batch_size, device=device, dtype=torch.int64),
+        )
+
+    def prefill(
+        self,
+        x_BTD: Tensor,
+        cache: AttentionCache,
+        *,
+        cu_seqlens: Tensor | None = None,
+        rows: Tensor | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
+        starts = cache.length_B[rows]
+        positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
+        offset = starts[:, None] if cu_seqlens is None else starts.repeat_interleave(lengths)[None]
+        q, k, v = self._qkv(x_BTD, positions + offset)
+        if bool(starts.any()):
+            o = self._attend_past(q, k, v, cache, rows, lengths, window)
+        else:
+            o = attention(q, k, v, window=window, cu_seqlens=cu_seqlens, impl=self.attn_impl)
+        self._store(k.flatten(0, 1), v.flatten(0, 1), cache, rows, lengths)
+        return self._output(o, x_BTD)
+
+    def step(self, x_B1D: Tensor, cache: AttentionCache) -> Tensor:
+        n_slots = cache.k_BSGK.shape[1]
+        q, k, v = self._qkv(x_B1D, cache.length_B[:, None])
+        batch = torch.arange(x_B1D.shape[0], device=x_B1D.device)
+        slot = cache.length_B % n_slots
+        cache.k_BSGK[batch, slot] = k[:, 0].to(cache.k_BSGK.dtype)
+        cache.v_BSGK[batch, slot] = v[:, 0].to(cache.v_BSGK.dtype)
+        cache.length_B += 1
+        n_valid = cache.length_B.clamp(max=n_slots)
+        k_past, v_past = cache.k_BSGK.type_as(q), cache.v_BSGK.type_as(q)
+        return self._output(decode_attention(q[:, 0], k_past, v_past, n_valid)[:, None], x_B1D)
+
+    def reset_parameters(self, init_std: float | None, factor: float) -> None:
+        for linear in (self.wq, self.wk, self.wv):
+            init_linear(linear, init_std)
+        init_linear(self.wo, init_std, factor)
+        if self.wg is not None:
+            nn.init.zeros_(self.wg.weight)  # sigmoid(0): every head starts half open
+
+    def flops_per_token(self, seqlen: int, window: int | None = None) -> int:
+        width = self.n_heads * self.head_dim
+        n_wide = 2 if self.wg is None else 3  # wq, wo, wg; wk and wv have their own heads
+        projections = 2 * self.dim * (n_wide * width + 2 * self.n_kv_heads * self.head_dim)
+        w = min(window or seqlen, seqlen)
+        visible = w * (w + 1) // 2 + (seqlen - w) * w  # over a whole sequence
+        return projections + 4 * width * visible // seqlen
+
+    def state_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
+        return 2 * self._slots(seqlen, window) * self.n_kv_heads * self.head_dim * dtype.itemsize
+
+    @staticmethod
+    def _slots(max_seqlen: int, window: int | None) -> int:
+        return max_seqlen if window is None else min(window, max_seqlen)
+
+    def _qkv(self, x_BTD: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, T, heads, K), rotated to `positions`, (T,) or (B, T)."""
+        q = self.wq(x_BTD).unflatten(-1, (self.n_heads, self.head_dim))
+        k = self.wk(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = self.wv(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        cos, sin = rotary_angles(positions, self.head_dim, self.rope_theta)
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
+        return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin), v
+
+    def _output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
+        o = o_BTHK.flatten(2)
+        if self.wg is not None:
+            o = o * torch.sigmoid(self.wg(x_BTD))
+        return self.wo(o)
+
+    def _attend_past(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: AttentionCache,
+        rows: Tensor,
+        lengths: Tensor,
+        window: int | None,
+    ) -> Tensor:
+        """Attention of new tokens over what is cached and over themselves, sequence by sequence."""
+        n_slots = cache.k_BSGK.shape[1]
+        starts = cache.length_B[rows].tolist()
+        sizes = lengths.tolist()
+        pieces = []
+        for row, start, q_new, k_new, v_new in zip(
+            rows.tolist(),
+            starts,
+            q.flatten(0, 1).split(sizes),
+            k.flatten(0, 1).split(sizes),
+            v.flatten(0, 1).split(sizes),
+            strict=True,
+        ):
+            past = torch.arange(max(0, start - n_slots), start, device=q.device) % n_slots
+            k_all = torch.cat((cache.k_BSGK[row, past].type_as(k_new), k_new))
+            v_all = torch.cat((cache.v_BSGK[row, past].type_as(v_new), v_new))
+            # Queries of the past are not needed; zeros in their place keep the causal shape.
+            q_all = torch.cat((q_new.new_zeros(len(past), *q_new.shape[1:]), q_new))
+            o = attention(q_all[None], k_all[None], v_all[None], window=window, impl=self.attn_impl)
+            pieces.append(o[0, len(past) :])
+        return torch.cat(pieces).view_as(q)
+
+    @staticmethod
+    def _store(k: Tensor, v: Tensor, cache: AttentionCache, rows: Tensor, lengths: Tensor) -> None:
+        """Write new keys and values (n_tokens, G, K) to their slots; a ring keeps the last S."""
+        n_slots = cache.k_BSGK.shape[1]
+        ends = lengths.cumsum(0)
+        token = torch.arange(k.shape[0], device=k.device)
+        sequence = torch.searchsorted(ends, token, right=True)
+        left = ends[sequence] - token  # tokens of its sequence from this one on
+        row = rows[sequence]
+        position = cache.length_B[row] + token - (ends - lengths)[sequence]
+        kept = left <= n_slots
+        row, slot = row[kept], position[kept] % n_slots
+        cache.k_BSGK[row, slot] = k[kept].to(cache.k_BSGK.dtype)
+        cache.v_BSGK[row, slot] = v[kept].to(cache.v_BSGK.dtype)
+        cache.length_B[rows] += lengths
+
+
+def local_positions(n_tokens: int, cu_seqlens: Tensor | None, device: torch.device | str) -> Tensor:
+    """(T,) index of each token in its document."""
+    position = torch.arange(n_tokens, device=device)
+    if cu_seqlens is None:
+        return position
+    starts = cu_seqlens.to(position)
+    return position - starts[torch.searchsorted(starts[1:], position, right=True)]

@@ -1,0 +1,113 @@
+"""What every token mixer promises to the model, and what its caches share.
+
+Shapes: B sequences, T tokens, D model width. Packed calls have B = 1 and documents one after the
+other along T; `cu_seqlens` (n_docs + 1, int32) holds their boundaries, from 0 to T.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class MixerCache:
+    """Memory of one mixer in one (loop, layer); every field is a tensor with a row a sequence."""
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Forget the sequences in `rows` (all of them if None), in place."""
+        for tensor in self._tensors():
+            if rows is None:
+                tensor.zero_()
+            else:
+                tensor[rows] = 0
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        values = (getattr(self, field.name) for field in fields(self))
+        return [value for value in values if isinstance(value, Tensor)]
+
+
+class Mixer(nn.Module, ABC):
+    """Mix tokens along time; the shape (B, T, D) is kept.
+
+    A mixer owns parameters and no memory. Memory is a cache that the caller holds, one for every
+    (loop, layer): a looped block runs the same mixer `loop_count` times per token, so state kept
+    on the module would be overwritten by the next loop.
+    """
+
+    module_name: ClassVar[str]  # attribute of the block that holds it, part of checkpoint keys
+
+    @abstractmethod
+    def forward(
+        self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
+    ) -> Tensor:
+        """All tokens at once, from an empty past."""
+
+    @abstractmethod
+    def init_cache(
+        self,
+        batch_size: int,
+        max_seqlen: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        window: int | None = None,
+    ) -> Any:
+        """An empty cache for `batch_size` sequences of up to `max_seqlen` tokens."""
+
+    @abstractmethod
+    def prefill(
+        self,
+        x_BTD: Tensor,
+        cache: Any,
+        *,
+        cu_seqlens: Tensor | None = None,
+        rows: Tensor | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """As `forward`, continuing the sequences that the cache holds, which it extends in place.
+
+        rows (n,) int64: the cache row of each sequence of x (of each document when packed);
+        None means row i for sequence i.
+        """
+
+    @abstractmethod
+    def step(self, x_B1D: Tensor, cache: Any) -> Tensor:
+        """One more token of every row, in place; no shape depends on how much is cached."""
+
+    @abstractmethod
+    def reset_parameters(self, init_std: float | None, factor: float) -> None:
+        """Fill every tensor. Projections get spread init_std, or fan_in ** -0.5 where it is None;
+        the output projection's is divided by `factor`."""
+
+    @abstractmethod
+    def flops_per_token(self, seqlen: int, window: int | None = None) -> int:
+        """Forward FLOPs of one call per token, a mean over a sequence of `seqlen` tokens."""
+
+    @abstractmethod
+    def state_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
+        """Bytes that one sequence of `seqlen` tokens occupies in one cache."""
+
+
+def cache_rows(
+    x_BTD: Tensor, cu_seqlens: Tensor | None, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(rows, lengths), both (n,) int64: the cache rows a prefill extends, and by how many tokens."""
+    if cu_seqlens is None:
+        n = x_BTD.shape[0]
+        lengths = torch.full((n,), x_BTD.shape[1], dtype=torch.int64, device=x_BTD.device)
+    else:
+        assert x_BTD.shape[0] == 1, f"packed input has batch size 1, not {x_BTD.shape[0]}"
+        lengths = cu_seqlens.diff().long()
+        n = lengths.shape[0]
+    if rows is None:
+        rows = torch.arange(n, device=x_BTD.device)
+    assert rows.shape == (n,), f"{n} sequences need {n} rows, not {tuple(rows.shape)}"
+    return rows, lengths

@@ -1,0 +1,93 @@
+"""Pieces that several linear mixers share: short convolution, head norms, decay parameters.
+
+Shapes: B sequences, T tokens, C channels, H heads, V width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apps.LT2.kernel.short_conv import conv_tail, short_conv, short_conv_step
+from lingua.args import UserError
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution of `size` taps followed by SiLU; size 0 leaves only the SiLU."""
+
+    def __init__(self, channels: int, size: int, *, option: str):
+        super().__init__()
+        if size != 0 and not 2 <= size <= 8:
+            raise UserError(f"{option}={size} must be 2 to 8 taps, or 0 for no convolution")
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(channels, size)) if size else None
+
+    def forward(
+        self, x_BTC: Tensor, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """`tail` (N, size - 1, C): the inputs before x of each sequence, else zeros."""
+        if self.weight is None:
+            return F.silu(x_BTC)
+        return short_conv(x_BTC, self.weight, tail=tail, cu_seqlens=cu_seqlens)
+
+    def next_tail(
+        self, x_BTC: Tensor, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """The tail (N, size - 1, C) that a later call needs to go on after x."""
+        return conv_tail(x_BTC, self.size, tail=tail, cu_seqlens=cu_seqlens)
+
+    def step(self, x_BC: Tensor, tail_BKC: Tensor) -> Tensor:
+        """One token a row; `tail_BKC` is moved on in place."""
+        if self.weight is None:
+            return F.silu(x_BC)
+        return short_conv_step(x_BC, self.weight, tail_BKC)
+
+    def reset_parameters(self) -> None:
+        """nn.Conv1d's uniform range, for one input channel and `size` taps."""
+        if self.weight is not None:
+            bound = self.size**-0.5
+            nn.init.uniform_(self.weight, -bound, bound)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm over each head, times an activation of a gate; fp32 inside."""
+
+    def __init__(self, head_dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, x_BTHV: Tensor, gate_BTHV: Tensor) -> Tensor:
+        wide = x_BTHV.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        gated = wide * scale * self.weight.float() * F.silu(gate_BTHV.float())
+        return gated.type_as(gate_BTHV)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+
+def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / |x| along the last axis; fp32 inside, x's dtype outside."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).type_as(x)
+
+
+@torch.no_grad()
+def init_decay(A_log_H: Tensor, dt_bias_H: Tensor) -> None:
+    """Mamba-style decay g = -exp(A_log) softplus(a + dt_bias), https://arxiv.org/abs/2405.21060.
+
+    A is uniform in (0, 16), and softplus(dt_bias) log-uniform in (0.001, 0.1): memories of about
+    one to some thousand tokens.
+    """
+    A_log_H.uniform_(0, 16).clamp_(min=1e-4).log_()
+    dt = torch.empty_like(dt_bias_H).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+    dt_bias_H.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+
+
+def log_decay(a_BTH: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> Tensor:
+    """-exp(A_log) softplus(a + dt_bias), fp32 and never positive."""
+    return -A_log_H.float().exp() * F.softplus(a_BTH.float() + dt_bias_H.float())

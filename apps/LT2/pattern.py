@@ -1,0 +1,147 @@
+"""attention_pattern: which mixer, with which window, at every (loop, layer).
+
+    pattern  := segment | segment ("->" segment){T-1}      one segment for all loops, or one a loop
+    segment  := N ":" M             N layers of `mixer`, then M of `hybrid_mixer`, cycled
+              | "bookend:" K        K `hybrid_mixer` layers at each end, `mixer` between
+              | item ("," item)*    written out; its length is n_layers or divides it (cycled)
+    item     := NAME | NAME "*" COUNT | WIDTH | "swa=" WIDTH      a number is a window of that width
+
+`"4:1"` over 20 layers puts `hybrid_mixer` at 4, 9, 14 and 19; `"128->256->512->full"` widens a
+sliding window from loop to loop.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from lingua.args import UserError
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer does in one loop; `window` is set for `window` layers only."""
+
+    mixer: str
+    window: int | None = None
+
+    def __str__(self) -> str:
+        return self.mixer if self.window is None else f"{self.mixer}={self.window}"
+
+
+Layout = tuple[tuple[LayerSpec, ...], ...]  # layout[loop][layer]
+
+
+@dataclass(frozen=True)
+class PatternParser:
+    """The setting in which a pattern is read: the model's fields, under their own names."""
+
+    n_layers: int
+    loop_count: int
+    mixer: str
+    hybrid_mixer: str
+    default_sliding_window: int
+    known_mixers: Collection[str]
+
+    def parse(self, pattern: str | None) -> Layout:
+        """Layout of `pattern`; a wrong one is a UserError naming the place and the rule."""
+        self._check_settings()
+        if pattern is None:
+            return (self._repeat([self._spec(self.mixer)]),) * self.loop_count
+        segments = [segment.strip() for segment in str(pattern).split("->")]
+        if len(segments) == 1:
+            segments *= self.loop_count
+        if len(segments) != self.loop_count:
+            raise UserError(
+                f"model.attention_pattern={pattern!r} has {len(segments)} segments for "
+                f"model.loop_count={self.loop_count}; write one segment, or one for each loop"
+            )
+        return tuple(
+            self._segment(segment, f"model.attention_pattern={pattern!r}, segment {i + 1}")
+            for i, segment in enumerate(segments)
+        )
+
+    def _check_settings(self) -> None:
+        for field in ("mixer", "hybrid_mixer"):
+            if getattr(self, field) not in self.known_mixers:
+                raise UserError(
+                    f"model.{field}={getattr(self, field)!r} is no mixer; "
+                    f"choose one of {', '.join(self.known_mixers)}"
+                )
+        for field in ("n_layers", "loop_count", "default_sliding_window"):
+            if getattr(self, field) < 1:
+                raise UserError(f"model.{field}={getattr(self, field)} must be at least 1")
+
+    def _spec(self, name: str) -> LayerSpec:
+        return LayerSpec(name, self.default_sliding_window if name == "window" else None)
+
+    def _segment(self, text: str, where: str) -> tuple[LayerSpec, ...]:
+        if ratio := re.fullmatch(r"(\d+)\s*:\s*(\d+)", text):
+            return self._ratio(int(ratio[1]), int(ratio[2]), where)
+        if bookend := re.fullmatch(r"bookend\s*:\s*(\d+)", text):
+            return self._bookend(int(bookend[1]), where)
+        specs: list[LayerSpec] = []
+        for position, item in enumerate(text.split(",")):
+            specs += self._item(item.strip(), f"{where}, item {position + 1}")
+        if not specs or self.n_layers % len(specs):
+            raise UserError(
+                f"{where}: {text!r} lists {len(specs)} layers, and that does not divide "
+                f"model.n_layers={self.n_layers}; list {self.n_layers} layers or a divisor of it"
+            )
+        return self._repeat(specs)
+
+    def _repeat(self, specs: list[LayerSpec]) -> tuple[LayerSpec, ...]:
+        return tuple(specs[i % len(specs)] for i in range(self.n_layers))
+
+    def _ratio(self, n_first: int, n_second: int, where: str) -> tuple[LayerSpec, ...]:
+        cycle = n_first + n_second
+        if cycle == 0 or cycle > self.n_layers:
+            raise UserError(
+                f"{where}: a cycle of {n_first}:{n_second} needs 1 to model.n_layers="
+                f"{self.n_layers} layers and has {cycle}"
+            )
+        first, second = self._spec(self.mixer), self._spec(self.hybrid_mixer)
+        return self._repeat([first] * n_first + [second] * n_second)
+
+    def _bookend(self, n_ends: int, where: str) -> tuple[LayerSpec, ...]:
+        n_middle = self.n_layers - 2 * n_ends
+        if n_ends < 1 or n_middle < 1:
+            raise UserError(
+                f"{where}: bookend:{n_ends} takes {n_ends} layers at each end of "
+                f"model.n_layers={self.n_layers}; K must be at least 1 and leave a layer between"
+            )
+        end = [self._spec(self.hybrid_mixer)] * n_ends
+        return tuple(end + [self._spec(self.mixer)] * n_middle + end)
+
+    def _item(self, item: str, where: str) -> list[LayerSpec]:
+        name, star, count = (part.strip() for part in item.partition("*"))
+        if star and not (count.isdigit() and int(count)):
+            raise UserError(f"{where}: {item!r} repeats {count!r} times; write NAME*COUNT")
+        if width := re.fullmatch(r"(?:swa\s*=\s*)?(\d+)", name):
+            if int(width[1]) < 1:
+                raise UserError(f"{where}: {item!r} is a window of no keys; the least is 1")
+            spec = LayerSpec("window", int(width[1]))
+        elif name in self.known_mixers:
+            spec = self._spec(name)
+        else:
+            raise UserError(
+                f"{where}: {item!r} is neither N:M, bookend:K, a window width nor a mixer "
+                f"({', '.join(self.known_mixers)})"
+            )
+        return [spec] * (int(count) if star else 1)
+
+
+def format_layout(layout: Layout) -> str:
+    """One line a loop, with runs of equal layers folded: `loop 0  gdn*4 full gdn*4 full`."""
+    lines = []
+    for loop, specs in enumerate(layout):
+        runs: list[list] = []
+        for spec in specs:
+            if runs and runs[-1][0] == spec:
+                runs[-1][1] += 1
+            else:
+                runs.append([spec, 1])
+        shown = " ".join(str(spec) if n == 1 else f"{spec}*{n}" for spec, n in runs)
+        lines.append(f"loop {loop}  {shown}")
+    return "\n".join(lines)
