@@ -1,6 +1,60 @@
-"""Configuration: dataclasses filled from defaults, a YAML file and the command line, in that order."""
+"""Configuration: dataclasses filled from defaults, a YAML file and the command line, in that order.
+
+    args = parse_args(TrainArgs, sys.argv[1:], prog="python -m apps.LT2.train")
+
+reads `config=run.yaml optim.lr=1e-3 data.sources.wiki=0.5`. What a user can mend ends as a UserError
+of one line: an unknown or mistyped option, a value of the wrong type, a file that is no YAML.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import logging
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lingua.fields import (
+    FieldDoc,
+    dataclass_in,
+    describe_fields,
+    describe_type,
+    field_default,
+    field_types,
+    format_help,
+    format_value,
+    union_members,
+    walk_fields,
+)
+
+__all__ = [
+    "FieldDoc",
+    "UserError",
+    "dataclass_from_dict",
+    "dataclass_to_dict",
+    "describe_fields",
+    "diff_configs",
+    "dump_config",
+    "flatten_dict",
+    "import_optional",
+    "load_config_file",
+    "parse_args",
+    "run_cli",
+    "write_atomic",
+]
+
+logger = logging.getLogger()
+T = TypeVar("T")
+
+TRUE_WORDS = ("true", "yes", "on", "1")
+FALSE_WORDS = ("false", "no", "off", "0")
 
 
 class UserError(ValueError):
@@ -8,3 +62,528 @@ class UserError(ValueError):
 
     The message names the dotted option (or file and line), the value, and what would work.
     """
+
+
+class _Mismatch(Exception):
+    """The value is not of this type; another alternative of the field may still take it."""
+
+
+def run_cli(main: Callable[[list[str]], Any]) -> None:
+    """Run `main(argv)`; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        who = "" if rank == "0" else f"rank {rank}: "
+        print(f"error: {who}{' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def parse_args(
+    cls: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str = "python -m ...",
+    description: str = "",
+    examples: Sequence[str] = (),
+) -> T:
+    """Read `[config=FILE.yaml] [a.b=c ...]` into a `cls`; `--help` prints every option and exits.
+
+    Where `cls` has a field `config` of its own, `config=` sets that field and no file is read.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(format_help(cls, prog=prog, description=description, examples=examples))
+        raise SystemExit(0)
+    options = [_split_option(arg) for arg in argv]
+    data: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if "config" not in field_types(cls):
+        files = [value for name, value in options if name == "config"]
+        options = [(name, value) for name, value in options if name != "config"]
+        if len(files) > 1:
+            raise UserError(f"config= is given {len(files)} times ({', '.join(files)}): keep one")
+        if files:
+            data, origins = _read_yaml(files[0])
+    overrides: dict[str, Any] = {}
+    for name, text in options:
+        keys, hint = _locate(cls, name)
+        _set(overrides, keys, _read_text(hint, text, name))
+        path = ".".join(keys)
+        origins = {p: o for p, o in origins.items() if p != path and not p.startswith(path + ".")}
+    data = _merge(cls, data, overrides)
+    return _Reader(cls, origins).section(cls, _interpolate(cls, data), "")
+
+
+def dataclass_from_dict(cls: type[T], data: Mapping[str, Any], strict: bool = True) -> T:
+    """Build `cls`, nested sections included. `strict=False` passes over keys that it does not know."""
+    plain = _plain(data)
+    return _Reader(cls, {}, strict).section(cls, _interpolate(cls, plain), "")
+
+
+def dataclass_to_dict(obj: Any) -> dict[str, Any]:
+    """Plain containers of plain values, ready for JSON or YAML."""
+    assert dataclasses.is_dataclass(obj) and not isinstance(obj, type), f"no dataclass: {obj!r}"
+    return _plain(dataclasses.asdict(obj))
+
+
+def load_config_file(path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping in a YAML file; interpolations `${a.b}` are left for dataclass_from_dict."""
+    return _read_yaml(path)[0]
+
+
+def dump_config(config: Any, path: str | os.PathLike, log_config: bool = True) -> None:
+    """Write a config dataclass (or mapping) as YAML, whole or not at all."""
+    omegaconf = import_optional("omegaconf", extra="", needed_by="writing YAML")
+    plain = _plain(config) if isinstance(config, Mapping) else dataclass_to_dict(config)
+    text = omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(plain))
+    write_atomic(path, text)
+    if log_config:
+        logger.info("Configuration of this run:\n%s", text)
+
+
+def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
+    """Replace a file by one that holds `data`; after a crash the old or the new one is there."""
+    target = Path(path)
+    aside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        with open(aside, "wb") as f:
+            f.write(data.encode("utf-8") if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, target)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut, too
+    finally:
+        os.close(folder)
+
+
+def flatten_dict(d: Mapping[str, Any], parent_key: str = "", sep: str = "_") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a_b": 1}; empty mappings stay as values."""
+    flat: dict[str, Any] = {}
+    for key, value in d.items():
+        name = f"{parent_key}{sep}{key}" if parent_key else str(key)
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten_dict(value, name, sep))
+        else:
+            flat[name] = value
+    return flat
+
+
+def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What changed between two configs: ["optim.lr: 0.0003 -> 0.0001"], sorted by option."""
+    before, after = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
+    changed = [k for k in before | after if k not in before or k not in after]
+    changed += [k for k in before if k in after and before[k] != after[k]]
+
+    def text(values: dict[str, Any], key: str) -> str:
+        return format_value(values[key]) if key in values else "(absent)"
+
+    return [f"{k}: {text(before, k)} -> {text(after, k)}" for k in sorted(changed)]
+
+
+def import_optional(module: str, *, extra: str, needed_by: str) -> Any:
+    """Import a package that not every machine has; its absence is a UserError naming the cure."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise  # the package is there; something that it needs itself is not
+        target = f"'.[{extra}]'" if extra else "."
+        raise UserError(
+            f"{needed_by} needs the package {error.name}: pip install -e {target}"
+        ) from None
+
+
+# --- plain containers -> dataclasses -------------------------------------------------------------
+
+
+class _Reader:
+    """Builds dataclasses from plain containers; every complaint names the dotted option.
+
+    `origins` tells the file and line of the options that came from a file.
+    """
+
+    def __init__(self, root: type, origins: Mapping[str, str], strict: bool = True):
+        self.root = root
+        self.origins = origins
+        self.strict = strict
+
+    def section(self, cls: type[T], data: Any, path: str, base: Any = None) -> T:
+        """`cls` from a mapping; options that are not given come from `base` or from the defaults."""
+        if not isinstance(data, Mapping):
+            raise self._wrong(path, data, cls)
+        hints = field_types(cls)
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        if self.strict:
+            for key in data:
+                if key not in fields:
+                    raise self._unknown(cls, path, str(key))
+        values = {}
+        for name, f in fields.items():
+            below = f"{path}.{name}" if path else name
+            default = getattr(base, name) if base is not None else field_default(f)
+            inner = dataclass_in(hints[name])
+            if name in data:
+                values[name] = self._given(hints[name], inner, data[name], below, default)
+            elif default is dataclasses.MISSING:
+                raise UserError(f"{below} is not set: give it as {below}=...")
+            elif isinstance(default, type) and default is inner:
+                values[name] = self.section(inner, {}, below)
+            else:
+                values[name] = default
+        return cls(**values)
+
+    def _given(self, hint: Any, inner: type | None, value: Any, path: str, default: Any) -> Any:
+        if inner is None:
+            return self.value(hint, value, path)
+        if isinstance(value, inner):
+            return value
+        if value is None and type(None) in union_members(hint):
+            return None
+        # An empty section in YAML (`optim:` and nothing below) reads as null and means the defaults.
+        base = default if isinstance(default, inner) else None
+        return self.section(inner, {} if value is None else value, path, base)
+
+    def value(self, hint: Any, value: Any, path: str) -> Any:
+        members = union_members(hint)
+        if value is None and type(None) in members:
+            return None
+        # Where several types could take a value, its own type goes before a conversion.
+        for member in sorted(members, key=lambda m: type(value) is not m):
+            try:
+                return self._as(member, value, path)
+            except _Mismatch:
+                continue
+        raise self._wrong(path, value, hint)
+
+    def _as(self, hint: Any, value: Any, path: str) -> Any:
+        origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+        if hint is Any:
+            return value
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            return self.section(typing.cast(type, hint), value, path)
+        if origin is typing.Literal and value in args:
+            return value
+        if origin in (list, tuple, Sequence) and isinstance(value, list | tuple):
+            items = self._items(origin, args, value, path)
+            return tuple(items) if origin is tuple else items
+        if origin in (dict, Mapping) and isinstance(value, Mapping):
+            key_type, value_type = args or (Any, Any)
+            return {
+                self.value(key_type, k, f"{path} (key)"): self.value(value_type, v, f"{path}.{k}")
+                for k, v in value.items()
+            }
+        if isinstance(hint, type) and issubclass(hint, Enum):
+            return _to_enum(hint, value)
+        if hint in CONVERSIONS:
+            return CONVERSIONS[hint](value)
+        raise _Mismatch
+
+    def _items(self, origin: Any, args: tuple[Any, ...], value: Sequence[Any], path: str) -> list:
+        fixed = origin is tuple and bool(args) and args[-1] is not Ellipsis
+        if fixed and len(args) != len(value):
+            raise _Mismatch
+        types = args if fixed else (args[0] if args else Any,) * len(value)
+        return [self.value(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(zip(types, value))]
+
+    def _wrong(self, path: str, value: Any, hint: Any) -> UserError:
+        advice = ""
+        if isinstance(value, bool) and str in union_members(hint):
+            advice = (
+                f" (YAML reads this word as a switch; for the text write '{format_value(value)}')"
+            )
+        what = "a mapping of options" if dataclass_in(hint) else describe_type(hint)
+        shown = f"{path}={format_value(value)}" if path else format_value(value)
+        return UserError(f"{self._origin(path)}{shown}: expected {what}{advice}")
+
+    def _unknown(self, cls: type, path: str, key: str) -> UserError:
+        below = f"{path}.{key}" if path else key
+        return UserError(f"{self._origin(below)}{_unknown_option(self.root, cls, path, key)}")
+
+    def _origin(self, path: str) -> str:
+        place = self.origins.get(path) or self.origins.get(re.sub(r"\[\d+\].*| \(key\)", "", path))
+        return f"{place}: " if place else ""
+
+
+def _to_bool(value: Any) -> bool:
+    word = str(value).lower()
+    if isinstance(value, bool | int | str) and word in TRUE_WORDS + FALSE_WORDS:
+        return word in TRUE_WORDS
+    raise _Mismatch
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            pass
+    number = _to_float(value)  # 1e5 is a float in YAML
+    if not number.is_integer():
+        raise _Mismatch
+    return int(number)
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _Mismatch
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        raise _Mismatch from None
+
+
+def _to_str(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float | os.PathLike):
+        raise _Mismatch
+    return str(value)
+
+
+def _to_enum(cls: type[Enum], value: Any) -> Enum:
+    for member in cls:
+        if value in (member, member.value, member.name):
+            return member
+    raise _Mismatch
+
+
+CONVERSIONS: dict[Any, Callable[[Any], Any]] = {
+    bool: _to_bool,
+    int: _to_int,
+    float: _to_float,
+    str: _to_str,
+    Path: lambda value: Path(_to_str(value)),
+}
+
+
+def _unknown_option(root: type, cls: type, path: str, key: str) -> str:
+    """Message for `path.key`, which `cls` has not, with what the user may have meant."""
+    prefix = f"{path}." if path else ""
+    siblings = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    everywhere = [doc.path for doc in walk_fields(root)]
+    guesses = [prefix + s for s in difflib.get_close_matches(key, siblings, n=1)]
+    guesses += [p for p in everywhere if p.rpartition(".")[2] == key][:2]
+    guesses = guesses or difflib.get_close_matches(prefix + key, everywhere, n=1)
+    message = f"unknown option {prefix}{key}"
+    if guesses:
+        return f"{message}; did you mean {' or '.join(dict.fromkeys(guesses))}?"
+    return f"{message}; known here: {', '.join(siblings)}"
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def _split_option(arg: str) -> tuple[str, str]:
+    name, equals, value = arg.partition("=")
+    bare = name.lstrip("-")
+    if arg.startswith("-"):
+        raise UserError(f"{arg}: options have no dashes here, write {bare}={value or 'VALUE'}")
+    if not equals or not name.strip():
+        raise UserError(f"{arg}: not understood, write option=value (or config=FILE.yaml)")
+    return name.strip(), value
+
+
+def _locate(cls: type, option: str) -> tuple[list[str], Any]:
+    """Keys and type of a dotted option. Below a mapping of plain values the rest is one key:
+    `data.sources.dclm_1.0` and `data.sources[dclm_1.0]` are both ["data", "sources", "dclm_1.0"]."""
+    keys: list[str] = []
+    hint: Any = cls
+    rest = option
+    while rest:
+        section, values = dataclass_in(hint), _mapping_values(hint)
+        if section is None and values is None:
+            raise UserError(
+                f"{option}: {'.'.join(keys)} is {describe_type(hint)} and is set whole, "
+                f"as {'.'.join(keys)}=VALUE"
+            )
+        if values is not None and values is not Any and dataclass_in(values) is None:
+            key, rest = re.sub(r"^\[(.*)\]$", r"\1", rest), ""
+        else:
+            head = re.match(r"(?:\[([^\]]+)\]|([^.\[\]]+))(?:\.(?!$)|(?=\[)|$)", rest)
+            if head is None:
+                raise UserError(
+                    f"{option}: not a dotted option name, write for example a.b.c=VALUE"
+                )
+            key, rest = head[1] or head[2], rest[head.end() :]
+        if section is None:
+            hint = values
+        elif key in field_types(section):
+            hint = field_types(section)[key]
+        else:
+            raise UserError(_unknown_option(cls, section, ".".join(keys), key))
+        keys.append(key)
+    return keys, hint
+
+
+def _mapping_values(hint: Any) -> Any:
+    """Type of a mapping's values; Any for a field that takes anything; None if it is no mapping."""
+    for member in union_members(hint):
+        if member is Any or member in (dict, Mapping):
+            return Any
+        if typing.get_origin(member) in (dict, Mapping):
+            return typing.get_args(member)[1]
+    return None
+
+
+def _read_text(hint: Any, text: str, option: str) -> Any:
+    """Value of a command line text: YAML, but where text is wanted it is kept as typed."""
+    members = union_members(hint)
+    if str not in members:
+        try:
+            return _yaml_value(text)
+        except ValueError as error:
+            raise UserError(f"{option}={text}: not readable as YAML: {error}") from None
+    try:
+        value = _yaml_value(text)
+    except ValueError:
+        return text
+    if value is None:
+        return None if type(None) in members else text
+    quoted = isinstance(value, str) and text.lstrip()[:1] in ("'", '"')
+    container = isinstance(value, list | dict) and any(
+        typing.get_origin(m) in (list, tuple, dict) for m in members
+    )
+    return value if quoted or container else text
+
+
+def _yaml_value(text: str) -> Any:
+    """A value as the YAML reader sees it; ValueError if it cannot."""
+    omegaconf = import_optional("omegaconf", extra="", needed_by="reading options")
+    yaml = importlib.import_module("yaml")
+    try:
+        holder = omegaconf.OmegaConf.from_dotlist([f"value={text}"])
+        return omegaconf.OmegaConf.to_container(holder)["value"]
+    except yaml.YAMLError as error:
+        raise ValueError(_yaml_problem(error)) from None
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[keys[-1]] = value
+
+
+def _merge(hint: Any, old: Any, new: Any) -> Any:
+    """`new` over `old`: sections are merged option by option, all else is replaced whole."""
+    section = dataclass_in(hint)
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)) or (
+        section is None and hint is not Any
+    ):
+        return new
+    hints = field_types(section) if section else {}
+    merged = dict(old)
+    for key, value in new.items():
+        merged[key] = _merge(hints.get(key, Any), old[key], value) if key in old else value
+    return merged
+
+
+# --- YAML ----------------------------------------------------------------------------------------
+
+
+def _read_yaml(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+    """The mapping in a file, and "file:line" of each of its options."""
+    omegaconf = import_optional("omegaconf", extra="", needed_by="reading YAML")
+    yaml = importlib.import_module("yaml")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config={path}: no such file (seen from {os.getcwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config={path}: not readable: {error}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is None:
+            return {}, {}
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{path}:1: expected a mapping of options such as `steps: 1000`")
+        config = omegaconf.OmegaConf.create(text)
+        data = omegaconf.OmegaConf.to_container(config)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise UserError(f"{path}:{line}: not YAML: {_yaml_problem(error)}") from None
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    return data, {p: f"{path}:{line}" for p, line in _line_numbers(yaml, root, "")}
+
+
+def _yaml_problem(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
+def _line_numbers(yaml: Any, node: Any, path: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = f"{path}.{key.value}" if path else str(key.value)
+            yield below, key.start_mark.line + 1
+            yield from _line_numbers(yaml, value, below)
+
+
+def _interpolate(cls: type, data: dict[str, Any]) -> dict[str, Any]:
+    """Resolve OmegaConf's `${a.b}` and `${oc.env:NAME}`; they may point at defaults, too."""
+    if not any("${" in text for text in _texts(data)):
+        return data
+    omegaconf = import_optional("omegaconf", extra="", needed_by="interpolation with ${...}")
+    defaults = {}
+    for doc_path, default in _defaults(cls):
+        _set(defaults, doc_path, default)
+    try:
+        merged = omegaconf.OmegaConf.merge(defaults, data)
+        return _pick(data, omegaconf.OmegaConf.to_container(merged, resolve=True))
+    except omegaconf.errors.OmegaConfBaseException as error:
+        name = getattr(error, "full_key", "") or "config"
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
+
+
+def _defaults(cls: type, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        default = field_default(f)
+        if isinstance(default, type):
+            yield from _defaults(default, (*above, f.name))
+        elif default is not dataclasses.MISSING:
+            yield (*above, f.name), _plain(default)
+
+
+def _pick(data: Any, resolved: Any) -> Any:
+    """`data` with the values of `resolved`; what only `resolved` has is left out."""
+    if isinstance(data, Mapping):
+        return {key: _pick(value, resolved[key]) for key, value in data.items()}
+    return resolved
+
+
+def _texts(data: Any) -> Iterator[str]:
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, Mapping):
+        for value in data.values():
+            yield from _texts(value)
+    elif isinstance(data, list | tuple):
+        for value in data:
+            yield from _texts(value)
+
+
+def _plain(value: Any) -> Any:
+    """dict, list, str, numbers and None only: what JSON and YAML can hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, os.PathLike):
+        return str(value)
+    if type(value).__module__.startswith("omegaconf."):
+        omegaconf = import_optional("omegaconf", extra="", needed_by="OmegaConf containers")
+        return omegaconf.OmegaConf.to_container(value)
+    if isinstance(value, Mapping):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
