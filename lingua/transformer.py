@@ -309,11 +309,11 @@ class FeedForward(nn.Module):
 
 
 @cache
-def _compiled_flex_attention() -> Any:
-    """FlexAttention is only fast, and only lean in memory, when compiled."""
+def flex_attention_on(device_type: str) -> Any:
+    """FlexAttention for a device: compiled on CUDA, where only that is fast and lean in memory."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
 
 class Attention(nn.Module):
@@ -364,7 +364,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, attn_impl: str
         )
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if attn_impl == "flex_attention":
-        out = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
+        out = flex_attention_on(q.device.type)(
+            q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+        )
     elif attn_impl == "sdpa":
         assert mask is None or isinstance(mask, (str, Tensor)), f"sdpa takes no {type(mask)} mask"
         out = F.scaled_dot_product_attention(

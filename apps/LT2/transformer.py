@@ -235,7 +235,7 @@ class LoopedTransformer(nn.Module):
 
 
 def fit_loop_gates(rho_TD: Tensor, loop_count: int) -> Tensor:
-    """Gates of a model trained with other loops: extra loops reuse the last row, fewer drop rows."""
+    """Gates for another loop count than was trained: extra loops reuse the last row."""
     n_trained = rho_TD.shape[0]
     if n_trained == loop_count:
         return rho_TD

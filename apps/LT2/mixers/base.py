@@ -99,7 +99,7 @@ class Mixer(nn.Module, ABC):
 def cache_rows(
     x_BTD: Tensor, cu_seqlens: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(rows, lengths), both (n,) int64: the cache rows a prefill extends, and by how many tokens."""
+    """(rows, lengths), (n,) int64: the cache rows a prefill extends, and by how many tokens."""
     if cu_seqlens is None:
         n = x_BTD.shape[0]
         lengths = torch.full((n,), x_BTD.shape[1], dtype=torch.int64, device=x_BTD.device)
