@@ -1,0 +1,112 @@
+"""Short causal depthwise convolution with SiLU, in front of the recurrences: the only door to it.
+
+    y_t = silu( sum_j weight[:, j] x_{t - (k-1) + j} )        the last tap weighs the current token
+
+A sum of k shifted products in plain torch, which torch.compile fuses into one kernel with its
+neighbours. Shapes: B batch, T tokens, N sequences, C channels, K taps (k-1 in a tail).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("silu", None)
+
+
+def short_conv(
+    x_BTC: Tensor,
+    weight_CK: Tensor,
+    *,
+    tail: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    """Convolve B sequences, or N documents packed into one row, each from its own past.
+
+    tail        (N, k-1, C)   the k-1 inputs before the first token, oldest first; zeros if None
+    cu_seqlens  (N + 1,)      int32 bounds of packed documents; then B is 1. None: N is B
+    Returns y (B, T, C) in x's dtype, summed in fp32.
+    """
+    _check(x_BTC, weight_CK, tail, cu_seqlens)
+    T, k = x_BTC.shape[1], weight_CK.shape[1]
+    dtype = torch.promote_types(x_BTC.dtype, torch.float32)
+    weight_CK = weight_CK.to(dtype)
+    if cu_seqlens is None:
+        padded = F.pad(x_BTC, (0, 0, k - 1, 0)) if tail is None else torch.cat([tail, x_BTC], 1)
+        taps = [padded[:, j : j + T] for j in range(k)]
+    else:
+        taps = _packed_taps(x_BTC, tail, cu_seqlens, k)
+    y_BTC = taps[-1].to(dtype) * weight_CK[:, -1]
+    for j in range(k - 1):
+        y_BTC = torch.addcmul(y_BTC, taps[j].to(dtype), weight_CK[:, j])
+    return _activate(y_BTC, activation).to(x_BTC.dtype)
+
+
+def conv_tail(
+    x_BTC: Tensor, k: int, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The last k-1 inputs of every sequence, (N, k-1, C): the tail that the next tokens need."""
+    B, T, C = x_BTC.shape
+    if cu_seqlens is None:
+        if tail is None:
+            tail = x_BTC.new_zeros(B, k - 1, C)
+        return torch.cat([tail.to(x_BTC.dtype), x_BTC], dim=1)[:, T:]
+    start_N1, end_N1 = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    source_NK = end_N1 + torch.arange(1 - k, 0, device=x_BTC.device)
+    new_NKC = x_BTC[0][source_NK.clamp(min=0)]
+    older_NK1 = (source_NK < start_N1)[..., None]  # a document shorter than k-1 keeps old inputs
+    if tail is None:
+        return new_NKC.masked_fill(older_NK1, 0)
+    kept_NK = (source_NK - start_N1 + k - 1).clamp(max=k - 2)
+    kept_NKC = tail.gather(1, kept_NK[..., None].expand(-1, -1, C)).to(x_BTC.dtype)
+    return torch.where(older_NK1, kept_NKC, new_NKC)
+
+
+@torch.no_grad()
+def short_conv_step(
+    x_BC: Tensor, weight_CK: Tensor, tail_BKC: Tensor, *, activation: str | None = "silu"
+) -> Tensor:
+    """One token of every sequence; `tail_BKC` (B, k-1, C) takes it in, in place."""
+    dtype = torch.promote_types(x_BC.dtype, torch.float32)
+    window_BKC = torch.cat([tail_BKC, x_BC[:, None]], dim=1)
+    tail_BKC.copy_(window_BKC[:, 1:])
+    y_BC = (window_BKC.to(dtype) * weight_CK.mT.to(dtype)).sum(1)
+    return _activate(y_BC, activation).to(x_BC.dtype)
+
+
+def _packed_taps(x_1TC: Tensor, tail: Tensor | None, cu_seqlens: Tensor, k: int) -> list[Tensor]:
+    """x shifted by k-1, .., 1, 0 tokens; before a document's start its tail, or zeros."""
+    T = x_1TC.shape[1]
+    token_T = torch.arange(T, device=x_1TC.device)
+    document_T = torch.searchsorted(cu_seqlens[1:].contiguous(), token_T, right=True)
+    position_T = token_T - cu_seqlens[document_T]
+    padded = F.pad(x_1TC, (0, 0, k - 1, 0))
+    taps = []
+    for j in range(k):
+        back = k - 1 - j
+        outside_T1 = (position_T < back)[:, None]
+        shifted = padded[:, j : j + T]
+        if tail is None or back == 0:
+            taps.append(shifted.masked_fill(outside_T1, 0))
+        else:
+            past_TC = tail[document_T, (position_T + j).clamp(max=k - 2)]
+            taps.append(torch.where(outside_T1, past_TC, shifted))
+    return taps
+
+
+def _activate(y: Tensor, activation: str | None) -> Tensor:
+    assert activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}"
+    return F.silu(y) if activation == "silu" else y
+
+
+def _check(
+    x_BTC: Tensor, weight_CK: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    B, _, C = x_BTC.shape
+    assert weight_CK.shape[0] == C, f"{weight_CK.shape[0]} kernels for {C} channels"
+    assert cu_seqlens is None or B == 1, f"cu_seqlens packs documents into one row, got B = {B}"
+    if tail is not None:
+        want = (B if cu_seqlens is None else len(cu_seqlens) - 1, weight_CK.shape[1] - 1, C)
+        assert tail.shape == want, f"tail {tuple(tail.shape)} is not {want}"
