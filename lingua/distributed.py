@@ -1,0 +1,279 @@
+"""Many processes as one: the process group, the device mesh, and values agreed across ranks.
+
+The same code runs on CUDA (nccl), on CPU (gloo), and in a single process without any group. What
+is done to the model is in `parallelize.py`, ranks and signals are in `launch.py`; both are
+importable from here.
+
+Mesh dimensions: `dp_replicate` always; `dp_shard` where it is above 1 or nothing is sharded; `tp`
+where it is above 1. As in Lingua, `fsdp_type: full_shard` with `dp_shard: 1` shards the weights
+over all of `dp_replicate`; with `dp_shard` above 1 they are sharded over `dp_shard` ranks and
+replicated over the rest (HSDP).
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import multiprocessing.forkserver
+import os
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lingua.args import UserError
+from lingua.gradients import clip_grad_norm_ as clip_grad_norm_
+from lingua.gradients import set_gradient_sync as set_gradient_sync
+from lingua.gradients import sync_replicated_grads as sync_replicated_grads
+from lingua.launch import EnvironmentArgs as EnvironmentArgs
+from lingua.launch import clean_env as clean_env
+from lingua.launch import get_device as get_device
+from lingua.launch import get_global_rank as get_global_rank
+from lingua.launch import get_is_master as get_is_master
+from lingua.launch import get_is_slurm_job as get_is_slurm_job
+from lingua.launch import get_is_torch_run as get_is_torch_run
+from lingua.launch import get_local_rank as get_local_rank
+from lingua.launch import get_master_addr as get_master_addr
+from lingua.launch import get_master_port as get_master_port
+from lingua.launch import get_world_size as get_world_size
+from lingua.launch import init_signal_handler as init_signal_handler
+from lingua.launch import requeue_slurm_job as requeue_slurm_job
+from lingua.launch import setup_env as setup_env
+from lingua.parallelize import ACTIVATION_CHECKPOINTING, DTYPES, needs_fsdp
+from lingua.parallelize import check_model_value_range as check_model_value_range
+from lingua.parallelize import default_fsdp_grouping_plan as default_fsdp_grouping_plan
+from lingua.parallelize import first_nonfinite as first_nonfinite
+from lingua.parallelize import get_default_policy as get_default_policy
+from lingua.parallelize import get_module as get_module
+from lingua.parallelize import parallelize_model as parallelize_model
+from lingua.parallelize import set_module as set_module
+
+logger = logging.getLogger()
+
+FSDP_TYPES = ("no_shard", "full_shard")
+SPAWN_METHODS = ("forkserver", "spawn", "fork")
+FLOAT8_FILTER = r"layers\.[0-9]+\."
+
+
+@dataclass
+class DistributedArgs:
+    # ranks over which weights are sharded; 1 with full_shard shards over all dp_replicate ranks
+    dp_shard: int = 1
+    # ranks that each see other data; filled from the number of processes where it does not fit
+    dp_replicate: int = 1
+    tp_size: int = 1  # ranks over which each matrix product is split
+    # what is recomputed in the backward pass: none; selective (all but matmuls and attention); full
+    # (every block); loop (every loop of a looped model)
+    activation_checkpointing: str = "none"
+    selective_activation_checkpointing: bool = False  # old spelling of "selective" above
+    compile: bool = False  # torch.compile every block
+    fsdp_type: str = "no_shard"  # no_shard: every rank holds all weights; full_shard: each a part
+    # dtype of matrices in the forward and backward pass: fp32, fp16, bf16, or auto (bf16 on CUDA,
+    # fp32 on CPU); weights, gradient reduction and optimizer are fp32 at any setting
+    model_dtype: str = "bf16"
+    float8_recipe: Optional[str] = None  # not implemented: null only
+    float8_filter: str = FLOAT8_FILTER  # not implemented: the default only
+    matmul_allow_tf32: bool = False  # fp32 matmuls on CUDA use TF32: faster, 10 bits of mantissa
+    allow_bf16_reduced_precision_reduction: bool = True  # bf16 matmuls on CUDA may sum in bf16
+    detect_anomaly: bool = False  # trace NaN in the backward pass to its operation; slow
+    compile_cache_size_limit: int = 8  # versions of a block that are compiled before giving up
+    spawn_method: str = "forkserver"  # how data loader processes start: forkserver, spawn, fork
+    timeout_minutes: float = 30.0  # a collective that waits for longer ends the run
+
+    def __post_init__(self):
+        _one_of("fsdp_type", self.fsdp_type, FSDP_TYPES)
+        _one_of("model_dtype", self.model_dtype, (*DTYPES, "auto"))
+        _one_of("spawn_method", self.spawn_method, SPAWN_METHODS)
+        _one_of("activation_checkpointing", self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
+        for name in ("dp_shard", "dp_replicate", "tp_size", "compile_cache_size_limit"):
+            if getattr(self, name) < 1:
+                raise UserError(f"distributed.{name}={getattr(self, name)}: must be 1 or more")
+        if self.timeout_minutes <= 0:
+            raise UserError(f"distributed.timeout_minutes={self.timeout_minutes}: must be above 0")
+        if self.float8_recipe is not None or self.float8_filter != FLOAT8_FILTER:
+            raise UserError(
+                "distributed.float8_recipe, distributed.float8_filter: float8 is not implemented; "
+                "leave both out"
+            )
+        if self.selective_activation_checkpointing:
+            if self.activation_checkpointing not in ("none", "selective"):
+                raise UserError(
+                    "distributed.selective_activation_checkpointing=true contradicts "
+                    f"distributed.activation_checkpointing={self.activation_checkpointing}: "
+                    "set only the latter"
+                )
+            self.activation_checkpointing = "selective"
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"distributed.{name}={value}: must be one of {', '.join(choices)}")
+
+
+def fit_to_world(args: DistributedArgs, world_size: int) -> DistributedArgs:
+    """The same settings with `dp_replicate` such that the mesh covers all processes."""
+    if args.fsdp_type == "no_shard" and args.dp_shard > 1:
+        raise UserError(
+            f"distributed.dp_shard={args.dp_shard} with distributed.fsdp_type=no_shard: "
+            "use fsdp_type=full_shard, or dp_shard=1"
+        )
+    rest = args.dp_shard * args.tp_size
+    if world_size % rest:
+        raise UserError(
+            f"distributed.dp_shard={args.dp_shard} times distributed.tp_size={args.tp_size} "
+            f"does not divide the {world_size} processes that were started"
+        )
+    if args.dp_replicate * rest != world_size:
+        logger.info(f"distributed.dp_replicate: {args.dp_replicate} -> {world_size // rest}")
+    return replace(args, dp_replicate=world_size // rest)
+
+
+def setup_torch_distributed(args: DistributedArgs) -> None:
+    """Set torch's switches and join the process group, if there is any use for one."""
+    multiprocessing.set_start_method(args.spawn_method, force=True)
+    if args.spawn_method == "forkserver":
+        # Started now, the server is a copy of a process without CUDA and threads.
+        multiprocessing.forkserver.ensure_running()
+
+    torch.backends.cuda.matmul.allow_tf32 = args.matmul_allow_tf32
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (
+        args.allow_bf16_reduced_precision_reduction
+    )
+    torch.autograd.set_detect_anomaly(args.detect_anomaly)
+
+    device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if needs_fsdp(args, get_world_size(), device.type) and not dist.is_initialized():
+        _init_process_group(device, timedelta(minutes=args.timeout_minutes))
+        atexit.register(destroy_process_group)
+
+
+def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+    common: dict[str, Any] = {"backend": "gloo", "timeout": timeout}
+    if device.type == "cuda":
+        common |= {"backend": "nccl", "device_id": device}
+    rank, world_size = get_global_rank(), get_world_size()
+    if get_is_torch_run():
+        dist.init_process_group(init_method="env://", **common)
+    elif world_size == 1:
+        # A group of one meets in its own memory: no port, so no clash with another job.
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **common)
+    else:
+        address = f"tcp://{get_master_addr()}:{get_master_port(int(os.environ['SLURM_JOB_ID']))}"
+        dist.init_process_group(init_method=address, rank=rank, world_size=world_size, **common)
+    logger.info(f"process group: {common['backend']}, rank {rank} of {world_size} on {device}")
+
+
+def destroy_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- the mesh
+
+
+def get_device_mesh(args: DistributedArgs) -> DeviceMesh | None:
+    """The mesh of all ranks; None in a single process that has no group."""
+    if not dist.is_initialized():
+        return None
+    dims = {"dp_replicate": args.dp_replicate}
+    if args.dp_shard > 1 or args.fsdp_type == "no_shard":
+        dims["dp_shard"] = args.dp_shard
+    if args.tp_size > 1:
+        dims["tp"] = args.tp_size
+    sizes = tuple(dims.values())
+    world_size = dist.get_world_size()
+    if args.dp_replicate * args.dp_shard * args.tp_size != world_size:
+        raise UserError(
+            f"distributed: dp_replicate={args.dp_replicate} x dp_shard={args.dp_shard} x "
+            f"tp_size={args.tp_size} must be the number of processes, {world_size}"
+        )
+    return init_device_mesh(get_device().type, sizes, mesh_dim_names=tuple(dims))
+
+
+def get_dp_rank_and_degree(mesh: DeviceMesh | None) -> tuple[int, int]:
+    """Which part of the data this rank reads, of how many; tensor-parallel ranks share one."""
+    rank, degree = 0, 1
+    if mesh is not None:
+        for dim in ("dp_replicate", "dp_shard"):
+            if dim in (mesh.mesh_dim_names or ()):
+                size = mesh[dim].size()
+                rank, degree = rank * size + mesh.get_local_rank(dim), degree * size
+    return rank, degree
+
+
+# ---- values across ranks; all work without a process group
+
+
+def _reduce(x: Tensor | float, op: dist.ReduceOp.RedOpType, mesh: DeviceMesh | None) -> Tensor:
+    out = torch.as_tensor(x, device=get_device()).detach().clone()
+    if out.dtype is torch.float32 or not out.is_floating_point():
+        out = out.double()  # counts of tokens are exact, a mean adds no rounding of its own
+    if not dist.is_initialized():
+        return out
+    groups = [dist.group.WORLD] if mesh is None else mesh.get_all_groups()
+    for group in groups:
+        dist.all_reduce(out, op=op, group=group)
+    return out
+
+
+def dist_sum(x: Tensor | float, mesh: DeviceMesh | None = None) -> Tensor:
+    return _reduce(x, dist.ReduceOp.SUM, mesh)
+
+
+def dist_max(x: Tensor | float, mesh: DeviceMesh | None = None) -> Tensor:
+    return _reduce(x, dist.ReduceOp.MAX, mesh)
+
+
+def dist_mean(x: Tensor | float, mesh: DeviceMesh | None = None) -> Tensor:
+    size = 1
+    if dist.is_initialized():
+        size = dist.get_world_size() if mesh is None else mesh.size()
+    return dist_sum(x, mesh) / size
+
+
+def dist_mean_dict(x: dict[str, Tensor | float]) -> dict[str, float]:
+    """Means over ranks of several numbers, in one collective; keys must be alike on all ranks."""
+    keys = sorted(x)
+    means = dist_mean(torch.tensor([float(x[k]) for k in keys], dtype=torch.float64))
+    return dict(zip(keys, means.tolist(), strict=True))
+
+
+def agree_any(flag: bool) -> bool:
+    """Whether the flag is set on any rank; the same answer on all. A collective."""
+    return bool(dist_max(float(flag)).item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on all ranks. A collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on all ranks. A collective."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=get_device())
+    return box[0]
+
+
+def all_agree(value: Any) -> bool:
+    """Whether all ranks hold an equal value. A collective."""
+    values = gather_objects(value)
+    return all(v == values[0] for v in values)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,106 @@
+"""Gradients between backward and optimizer step: averaged over ranks, accumulated, clipped.
+
+FSDP averages the gradients of the matrices that it shards. Vectors (`optim.is_matrix` is false) are
+whole on every rank and unknown to FSDP; their gradients are averaged here, in one collective.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lingua.optim import is_matrix
+
+
+def set_gradient_sync(model: nn.Module, sync: bool) -> None:
+    """Whether the next backward averages gradients over ranks, or only adds to local ones.
+
+    False for all micro-batches of an optimizer step but the last.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
+
+
+@torch.no_grad()
+def sync_replicated_grads(model: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Average the gradients of vectors over the data-parallel ranks; call it once, before clipping.
+
+    A vector without a gradient here counts as zero, so that all ranks send the same numbers.
+    """
+    if mesh is None or dist.get_world_size() == 1:
+        return
+    vectors = [
+        p for name, p in model.named_parameters() if p.requires_grad and not is_matrix(name, p)
+    ]
+    if not vectors:
+        return
+    for p in vectors:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [_local(p.grad) for p in vectors if p.grad is not None]
+    bucket = torch.cat([g.flatten().float() for g in grads])
+    degree = 1
+    for group in _dp_groups(mesh):
+        dist.all_reduce(bucket, group=group)
+        degree *= dist.get_world_size(group)
+    bucket /= degree
+    for grad, mean in zip(grads, bucket.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+def _dp_groups(mesh: DeviceMesh) -> list[dist.ProcessGroup | None]:
+    names = mesh.mesh_dim_names or ()
+    if "tp" not in names:
+        return [dist.group.WORLD]
+    return [mesh.get_group(name) for name in names if name != "tp"]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `max_norm`; 0 or None only measures.
+
+    Returns the norm before clipping, an fp32 scalar equal on every rank; NaN or infinite if any
+    gradient is. Sharded and whole gradients may be mixed.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = _total_norm(grads)
+    if max_norm:
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        for grad in grads:
+            _local(grad).mul_(scale)
+    return norm
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """The norm over all parts: those of this rank, then those that other ranks hold."""
+    parts: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    for grad in grads:
+        parts.setdefault(_groups_holding_parts(grad), []).append(_local(grad))
+    if not parts:
+        return torch.zeros(())
+    total = torch.zeros((), device=grads[0].device, dtype=torch.float32)
+    for groups, tensors in parts.items():
+        squares = torch.nn.utils.get_total_norm(tensors).float().square()
+        for group in groups:
+            dist.all_reduce(squares, group=group)
+        total += squares
+    return total.sqrt()
+
+
+def _groups_holding_parts(grad: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    if not isinstance(grad, DTensor):
+        return ()
+    assert not any(p.is_partial() for p in grad.placements), "a gradient was not reduced"
+    return tuple(
+        grad.device_mesh.get_group(dim)
+        for dim, placement in enumerate(grad.placements)
+        if not placement.is_replicate()
+    )

@@ -1,0 +1,186 @@
+"""Where this process runs: its rank, its device, its environment, and the signals it gets.
+
+Ranks come from torchrun (LOCAL_RANK, RANK, WORLD_SIZE), from srun (SLURM_*), or are those of a
+single process. Nothing here needs a process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from types import FrameType
+from typing import Optional
+
+import torch
+
+from lingua.args import UserError
+
+logger = logging.getLogger()
+
+
+@dataclass
+class EnvironmentArgs:
+    """Environment variables for this process and those it starts.
+
+    A variable that is set already keeps its value; null leaves it alone.
+    """
+
+    MKL_SERVICE_FORCE_INTEL: Optional[str] = "GNU"  # any value: MKL's Intel threading on all CPUs
+    OMP_NUM_THREADS: Optional[str] = "1"  # threads of processes started later (data loaders)
+    MKL_NUM_THREADS: Optional[str] = "1"  # the same for MKL
+    ENABLE_INTRA_NODE_COMM: Optional[str] = "1"  # faster all-reduce of small tensors inside a node
+    TORCH_NCCL_AVOID_RECORD_STREAMS: Optional[str] = "1"  # less memory held by collectives
+    NCCL_IB_TIMEOUT: Optional[str] = "22"  # InfiniBand timeout, 4.096 us * 2 ** value
+    NCCL_DEBUG: Optional[str] = "WARN"  # INFO prints the topology at start
+    TORCH_NCCL_ASYNC_ERROR_HANDLING: Optional[str] = "1"  # a failed collective ends the process
+
+
+def setup_env(env_args: EnvironmentArgs) -> None:
+    for field in fields(env_args):
+        value = getattr(env_args, field.name)
+        if value is None:
+            continue
+        kept = os.environ.setdefault(field.name, value)
+        if kept != value:
+            logger.info(f"env.{field.name}={value} not used: the environment has {kept}")
+
+
+# ---- ranks
+
+
+def get_is_torch_run() -> bool:
+    return "LOCAL_RANK" in os.environ
+
+
+def get_is_slurm_job() -> bool:
+    """Whether srun started this process (torchrun inside a SLURM job does not count)."""
+    return not get_is_torch_run() and {"SLURM_JOB_ID", "SLURM_PROCID"} <= os.environ.keys()
+
+
+def _rank_variable(torchrun: str, slurm: str, alone: int) -> int:
+    if get_is_torch_run():
+        return int(os.environ[torchrun])
+    return int(os.environ[slurm]) if get_is_slurm_job() else alone
+
+
+def get_global_rank() -> int:
+    return _rank_variable("RANK", "SLURM_PROCID", 0)
+
+
+def get_local_rank() -> int:
+    return _rank_variable("LOCAL_RANK", "SLURM_LOCALID", 0)
+
+
+def get_world_size() -> int:
+    return _rank_variable("WORLD_SIZE", "SLURM_NTASKS", 1)
+
+
+def get_is_master() -> bool:
+    return get_global_rank() == 0
+
+
+def get_master_port(job_id: int) -> int:
+    """The port that all ranks of a SLURM job agree on without talking to each other."""
+    if "MASTER_PORT" in os.environ:
+        return int(os.environ["MASTER_PORT"])
+    return random.Random(job_id).randint(20_000, 60_000)
+
+
+def get_master_addr() -> str:
+    if "MASTER_ADDR" in os.environ:
+        return os.environ["MASTER_ADDR"]
+    if get_is_slurm_job():
+        nodes = os.environ["SLURM_JOB_NODELIST"]
+        names = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
+        return names.split()[0]
+    return "127.0.0.1"
+
+
+def get_device() -> torch.device:
+    """This rank's GPU, or the CPU on a machine without any."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, count = get_local_rank(), torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"local rank {local_rank} has no GPU, this machine shows {count}: "
+            f"start at most {count} processes a node (torchrun --nproc-per-node)"
+        )
+    return torch.device("cuda", local_rank)
+
+
+# ---- preemption
+
+
+def init_signal_handler(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call `handler` on SIGUSR2 (SLURM's early warning) and on the first SIGTERM.
+
+    A second SIGTERM ends the process, so that a run that hangs can still be stopped.
+    """
+
+    def on_sigterm(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        handler(signum, frame)
+
+    signal.signal(signal.SIGUSR2, handler)
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def requeue_slurm_job() -> bool:
+    """Put this SLURM job back into the queue. Only rank 0 does, and only inside SLURM.
+
+    Returns whether a job was requeued. Leaving the program is up to the caller.
+    """
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if job_id is None or not get_is_master():
+        return False
+    if os.environ.get("LAUNCH_WITH") == "DORA":
+        logger.info("not requeueing: DORA does it")
+        return False
+    logger.warning(f"requeueing SLURM job {job_id}")
+    try:
+        subprocess.run(["scontrol", "requeue", job_id], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.error(f"could not requeue SLURM job {job_id}: {error}")
+        return False
+    return True
+
+
+# What tells a process that it is part of this job: a job submitted from inside must not inherit it.
+JOB_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "WANDB_", "TORCHELASTIC_")
+JOB_NAMES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+USER_NAMES = ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ENTITY")  # who the user is, not which run
+
+
+@contextlib.contextmanager
+def clean_env() -> Iterator[None]:
+    """Hide this job's variables, to submit another job from inside it."""
+    hidden = {
+        name: value
+        for name, value in os.environ.items()
+        if (name.startswith(JOB_PREFIXES) or name in JOB_NAMES) and name not in USER_NAMES
+    }
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
