@@ -24,7 +24,7 @@ MIN_TRITON_HOPPER = (
 def check_gpu_stack() -> None:
     """Refuse at start-up what would fail at the first kernel or, worse, at the first backward.
 
-    Without CUDA there is nothing to check. fla itself is only looked for: importing it takes seconds.
+    Without CUDA there is nothing to check. fla is looked for, not imported: that takes seconds.
     """
     if not torch.cuda.is_available():
         return

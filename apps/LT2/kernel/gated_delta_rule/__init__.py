@@ -35,9 +35,10 @@ def gated_delta_rule(
     beta        (B, T, H)      write strength, in (0, 2), fp32
     state       (N, H, K, V)   fp32 state before the first token, zeros if None; not changed
     cu_seqlens  (N + 1,)       int32 bounds of packed documents; then B is 1. None: N is B
-    Returns o (B, T, H, V) in v's dtype and the fp32 state (N, H, K, V) after the last token. Differentiable in
-    q, k, v, g, beta and state, through both results. `impl`: "auto" is fla's kernels on CUDA for 16-bit
-    inputs and the chunked torch form otherwise; "naive", "chunked" and "fla" force one.
+    Returns o (B, T, H, V) in v's dtype and the fp32 state (N, H, K, V) after the last token.
+    Differentiable in q, k, v, g, beta and state, through both results. `impl`: "auto" is fla's
+    kernels for 16-bit CUDA tensors and the chunked torch form otherwise; "naive", "chunked" and
+    "fla" force one.
     """
     assert impl in IMPLS, f"impl must be one of {IMPLS}, got {impl!r}"
     _check_shapes(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, state, cu_seqlens)
