@@ -1,0 +1,355 @@
+"""Make a small corpus of real English from this Python's own standard library, without a network.
+
+    python setup/prepare_local_data.py --out ./data/local --nchunks 4
+
+Read are the language reference topics that ship for `help()` (`pydoc_data/topics.py`) and the
+docstrings and comments of every library module; nothing is imported or executed. Code examples,
+tables and signatures are filtered out and passages that repeat are kept once, which leaves about
+2 MB. One document is one module or one topic. Written are, in the form the data loader reads:
+
+    <name>.chunk.NN.jsonl   training documents, shuffled, chunks of about equal size
+    <name>.val.jsonl        whole documents held out for validation
+    tokenizer.json          byte-level BPE of --vocab-size pieces, trained on the training documents
+    manifest.json           counts and sha256 of the above, written last: its presence means complete
+
+The same Python gives the same bytes on every run. A complete folder is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import inspect
+import json
+import os
+import platform
+import random
+import re
+import sys
+import sysconfig
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+FORMAT = 1  # raise it when the same input would give other bytes: older folders are then rebuilt
+SHUFFLE_SEED = 1234
+VAL_SHARE = 0.05  # of all characters
+SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>"]
+
+SKIPPED_DIRS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
+SKIPPED_DIRS |= {"test", "tests", "idle_test"}  # not every distribution ships the tests
+MIN_DOCUMENT = 200  # characters
+SHINGLE = 6  # words; two passages that share half of these runs count as the same passage
+
+COMMENT = re.compile(r"^(\s*)#(?!!) ?(.*)$")
+WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
+LIST_ITEM = re.compile(r"^\s*([-*•]|\(?\d+[.)])\s+")
+RULE = re.compile(r"([-=*#~_^+.])\1{3,}")  # an underline or a divider drawn with characters
+SYMBOLS = re.compile(r"[^A-Za-z0-9\s.,;:'\"()?!-]")
+COMMON_WORDS = set(
+    "a an and any are as at be been but by can do does for from has have if in into is it its may "
+    "more must no not of on one only or other should so such than that the their them then there "
+    "these they this to used was we when where which will with you your".split()
+)
+
+
+# Text: from source files to passages of prose
+
+
+def is_prose(passage: str) -> bool:
+    """Whether a passage reads as English sentences, rather than code, a table or a signature."""
+    words = WORD.findall(passage)
+    if len(words) < 6 or not passage.endswith((".", ":", "!", "?", ".)", '."', ";")):
+        return False
+    common = sum(word.lower() in COMMON_WORDS for word in words) / len(words)
+    symbols = len(SYMBOLS.findall(passage)) / len(passage)
+    letters = sum(map(len, words)) / len(passage)
+    return common >= 0.2 and symbols <= 0.05 and letters >= 0.65
+
+
+def items(block: str) -> Iterator[str]:
+    """A paragraph, or each item of a list, unwrapped to one line."""
+    lines: list[str] = []
+    for line in textwrap.dedent(block).splitlines():
+        is_rule = RULE.search(line)
+        if is_rule or LIST_ITEM.match(line):
+            yield " ".join(" ".join(lines).split())
+            lines = []
+        if not is_rule:
+            lines.append(line)
+    yield " ".join(" ".join(lines).split())
+
+
+def passages(text: str) -> Iterator[str]:
+    """The prose of a text, a paragraph or list item at a time."""
+    for block in re.split(r"\n\s*\n", text):
+        if ">>>" not in block:
+            yield from filter(is_prose, items(block))
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, text) of each docstring in a module."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, owners) and (text := ast.get_docstring(node, clean=False)):
+            yield node.body[0].lineno, inspect.cleandoc(text)
+
+
+def comments(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, text) of each block of whole-line comments."""
+    inside_string: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.end_lineno:
+            inside_string.update(range(node.lineno + 1, node.end_lineno + 1))
+    block: list[str] = []
+    indent = None
+    for number, line in enumerate([*source.splitlines(), ""], start=1):
+        match = COMMENT.match(line) if number not in inside_string else None
+        if block and (match is None or match[1] != indent):
+            yield number - len(block), "\n".join(block)
+            block = []
+        if match:
+            indent = match[1]
+            block.append(match[2])
+
+
+def read_module(path: Path) -> tuple[str, ast.Module] | None:
+    """Source and syntax tree, or None for a file that is no Python 3 in UTF-8 (a few are not)."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        return source, ast.parse(source)
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return None
+
+
+def module_passages(path: Path) -> list[str]:
+    """Docstrings and comments of a module in the order they stand in the file."""
+    parsed = read_module(path)
+    if parsed is None:
+        return []
+    source, tree = parsed
+    texts = sorted([*docstrings(tree), *comments(source, tree)])
+    return [passage for _, text in texts for passage in passages(text)]
+
+
+def topic_passages(path: Path) -> dict[str, list[str]]:
+    """The topics of `help()`, read from the one dict literal in pydoc_data/topics.py."""
+    parsed = read_module(path) if path.exists() else None
+    for node in parsed[1].body if parsed else []:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            topics = ast.literal_eval(node.value)
+            return {name: list(passages(text)) for name, text in sorted(topics.items())}
+    return {}
+
+
+class Repeats:
+    """Remembers runs of words, to tell a passage that is new from one that mostly is not."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def add(self, passage: str) -> bool:
+        """Remember a passage; whether more than half of it had been seen before."""
+        words = [word.lower() for word in WORD.findall(passage)]
+        starts = range(max(1, len(words) - SHINGLE + 1))
+        runs = {" ".join(words[start : start + SHINGLE]) for start in starts}
+        repeated = 2 * len(runs & self.seen) > len(runs)
+        self.seen |= runs
+        return repeated
+
+
+def collect_documents(stdlib: Path) -> list[dict[str, str]]:
+    """One document for every topic and module with enough prose, in a fixed order.
+
+    Repeats are dropped over the whole corpus, before any document is held out: validation text
+    does not recur in training, not even with a word changed.
+    """
+    found = {
+        f"topic:{name}": texts
+        for name, texts in topic_passages(stdlib / "pydoc_data" / "topics.py").items()
+    }
+    for path in sorted(stdlib.rglob("*.py"), key=lambda path: path.relative_to(stdlib).as_posix()):
+        module = path.relative_to(stdlib)
+        # names such as _sysconfigdata__linux_x86_64-linux-gnu.py differ from machine to machine
+        if SKIPPED_DIRS.isdisjoint(module.parts) and not module.name.startswith("_sysconfigdata"):
+            found[f"module:{'.'.join(module.with_suffix('').parts)}"] = module_passages(path)
+
+    repeats = Repeats()
+    documents = []
+    for source, texts in found.items():
+        text = "\n\n".join(passage for passage in texts if not repeats.add(passage))
+        if len(text) >= MIN_DOCUMENT:
+            documents.append({"source": source, "text": text})
+    return documents
+
+
+# Files: from documents to a folder that the data loader reads
+
+
+def hold_out(documents: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Shuffle, then split into (training, validation) documents."""
+    documents = documents.copy()
+    random.Random(SHUFFLE_SEED).shuffle(documents)
+    wanted = VAL_SHARE * sum(len(document["text"]) for document in documents)
+    train, val, held = [], [], 0
+    for document in documents:
+        # One long document must not make up the validation set by itself.
+        if held < wanted and len(document["text"]) <= wanted / 4:
+            val.append(document)
+            held += len(document["text"])
+        else:
+            train.append(document)
+    return train, val
+
+
+def split_evenly(documents: list[dict[str, str]], nchunks: int) -> list[list[dict[str, str]]]:
+    """Chunks of about equal size: the longest documents first, each to the lightest chunk."""
+    chunks: list[list[int]] = [[] for _ in range(nchunks)]
+    sizes = [0] * nchunks
+    by_length = sorted(range(len(documents)), key=lambda i: (-len(documents[i]["text"]), i))
+    for i in by_length:
+        lightest = sizes.index(min(sizes))
+        chunks[lightest].append(i)
+        sizes[lightest] += len(documents[i]["text"])
+    return [[documents[i] for i in sorted(chunk)] for chunk in chunks]  # back in shuffled order
+
+
+def to_jsonl(documents: list[dict[str, str]]) -> bytes:
+    return "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents).encode()
+
+
+def train_tokenizer(documents: list[dict[str, str]], vocab_size: int) -> bytes:
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError:
+        sys.exit("error: tokenizers is not installed; run: pip install -r requirements.txt")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document["text"] for document in documents), trainer)
+    return (tokenizer.to_str(pretty=True) + "\n").encode()
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, never half of one.
+
+    A few lines of its own, so that this script also runs where `lingua` is not installed.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_manifest(out: Path) -> dict:
+    try:
+        return json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def is_complete(out: Path, request: dict) -> bool:
+    """Whether `out` holds what `request` asks for, every file whole."""
+    manifest = read_manifest(out)
+    if manifest.get("request") != request:
+        return False
+    return all(
+        (out / name).is_file() and sha256((out / name).read_bytes()) == facts["sha256"]
+        for name, facts in manifest["files"].items()
+    )
+
+
+def build(documents: list[dict[str, str]], request: dict) -> tuple[dict[str, bytes], dict]:
+    """The files to write and the manifest that describes them."""
+    train, val = hold_out(documents)
+    parts = {f"{request['name']}.val.jsonl": val}
+    for i, chunk in enumerate(split_evenly(train, request["nchunks"])):
+        parts[f"{request['name']}.chunk.{i:02d}.jsonl"] = chunk
+    files = {name: to_jsonl(part) for name, part in parts.items()}
+    files["tokenizer.json"] = train_tokenizer(train, request["vocab_size"])
+    facts = {
+        name: {"bytes": len(content), "sha256": sha256(content)} for name, content in files.items()
+    }
+    for name, part in parts.items():
+        facts[name]["documents"] = len(part)
+    return files, {"request": request, "python": platform.python_version(), "files": facts}
+
+
+def publish(out: Path, files: dict[str, bytes], manifest: dict) -> None:
+    """Write `files` into `out`; the manifest goes first when it is old and comes last when new."""
+    out.mkdir(parents=True, exist_ok=True)
+    stale = set(read_manifest(out).get("files", {})) - set(files)
+    (out / "manifest.json").unlink(missing_ok=True)
+    for name in sorted(stale):
+        (out / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        write_atomic(out / name, content)
+    write_atomic(out / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("data/local"), help="folder to write to")
+    parser.add_argument("--name", default="stdlib", help="start of the file names")
+    parser.add_argument(
+        "--nchunks", type=int, default=4, help="training files, 1 to 100: at least one a GPU"
+    )
+    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer")
+    args = parser.parse_args(argv)
+    if not 1 <= args.nchunks <= 100:
+        parser.error(f"--nchunks must be 1 to 100, got {args.nchunks}")
+    if args.vocab_size < 256 + len(SPECIAL_TOKENS):
+        parser.error(f"--vocab-size must be at least 258 (the bytes), got {args.vocab_size}")
+    if not re.fullmatch(r"[\w-]+", args.name):
+        parser.error(f"--name must be letters, digits, '_' or '-', got {args.name!r}")
+    return args
+
+
+def main(argv: list[str] | None = None, stdlib: Path | None = None) -> None:
+    args = parse_args(argv)
+    request = {
+        "format": FORMAT,
+        "name": args.name,
+        "nchunks": args.nchunks,
+        "vocab_size": args.vocab_size,
+    }
+    if is_complete(args.out, request):
+        print(f"{args.out}: complete, nothing to do")
+        return
+
+    started = time.perf_counter()
+    stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])
+    documents = collect_documents(stdlib)
+    if len(documents) <= args.nchunks:
+        sys.exit(
+            f"error: {stdlib}: found prose for {len(documents)} documents, too few for --nchunks "
+            f"{args.nchunks}; this needs a Python that ships its library as .py files"
+        )
+    files, manifest = build(documents, request)
+    try:
+        publish(args.out, files, manifest)
+    except OSError as error:
+        sys.exit(f"error: --out {args.out}: {error}")
+    total = sum(len(content) for name, content in files.items() if name.endswith(".jsonl"))
+    print(
+        f"{args.out}: {len(documents)} documents, {total / 1e6:.2f} MB of text in {args.nchunks} "
+        f"chunks and a validation file, {time.perf_counter() - started:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Shared by all tests: CPU first, one thread, and `gpu` tests only where there is CUDA."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported, here and in the processes that tests start: on the two cores of a CI
+# machine, two workers with one thread each beat two workers that both take two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+try:
+    from hypothesis import settings
+except ImportError:  # property tests skip themselves
+    pass
+else:
+    # A shared machine is too uneven for deadlines; the same examples every time, so that a red
+    # run can be repeated.
+    settings.register_profile("lt2", deadline=None, derandomize=True)
+    settings.load_profile("lt2")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    no_cuda = pytest.mark.skip(reason="needs CUDA")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_cuda)
