@@ -2,8 +2,8 @@
 
     args = parse_args(TrainArgs, sys.argv[1:], prog="python -m apps.LT2.train")
 
-reads `config=run.yaml optim.lr=1e-3 data.sources.wiki=0.5`. What a user can mend ends as a UserError
-of one line: an unknown or mistyped option, a value of the wrong type, a file that is no YAML.
+reads `config=run.yaml optim.lr=1e-3 data.sources.wiki=0.5`. What a user can mend ends as a
+UserError of one line: an unknown option, a value of the wrong type, a file that is no YAML.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def parse_args(
 
 
 def dataclass_from_dict(cls: type[T], data: Mapping[str, Any], strict: bool = True) -> T:
-    """Build `cls`, nested sections included. `strict=False` passes over keys that it does not know."""
+    """Build `cls`, nested sections included; `strict=False` passes over unknown keys."""
     plain = _plain(data)
     return Reader(cls, {}, strict).section(cls, _interpolate(cls, plain), "")
 
@@ -173,8 +173,11 @@ def _split_option(arg: str) -> tuple[str, str]:
 
 
 def _locate(cls: type, option: str) -> tuple[list[str], Any]:
-    """Keys and type of a dotted option. Below a mapping of plain values the rest is one key:
-    `data.sources.dclm_1.0` and `data.sources[dclm_1.0]` are both ["data", "sources", "dclm_1.0"]."""
+    """Keys and type of a dotted option.
+
+    Below a mapping of plain values the rest is one key: `data.sources.dclm_1.0` and
+    `data.sources[dclm_1.0]` both give ["data", "sources", "dclm_1.0"].
+    """
     keys: list[str] = []
     hint: Any = cls
     rest = option
@@ -260,7 +263,7 @@ def _merge(hint: Any, old: Any, new: Any) -> Any:
     """`new` over `old`: sections are merged option by option, all else is replaced whole."""
     section = dataclass_in(hint)
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)) or (
-        section is None and hint is not Any
+        section is None and Any not in union_members(hint)
     ):
         return new
     hints = field_types(section) if section else {}

@@ -22,6 +22,7 @@ from functools import cache
 from typing import Any
 
 HELP_WIDTH = 100
+TOOL_COMMENTS = ("fmt:", "noqa", "type:", "pyright:", "ruff:")  # no words for people
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def describe_fields(cls: type) -> list[FieldDoc]:
 
 
 def walk_fields(cls: type, prefix: str = "", base: Any = None) -> Iterator[FieldDoc]:
-    """Like describe_fields, with the sections themselves; `base` is an instance with the defaults."""
+    """Like describe_fields, with the sections themselves; `base`, if any, holds the defaults."""
     hints, meanings = field_types(cls), field_meanings(cls)
     for f in dataclasses.fields(cls):
         path, hint = prefix + f.name, hints[f.name]
@@ -89,7 +90,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def field_default(f: dataclasses.Field) -> Any:
-    """The default of a field; dataclasses.MISSING if it has none, the class itself for a section."""
+    """The default of a field: MISSING if it has none, the class itself for a section."""
     if f.default is not dataclasses.MISSING:
         return f.default
     factory = f.default_factory
@@ -117,7 +118,8 @@ def _own_meanings(cls: type) -> dict[str, str]:
     own_line = set()  # lines that hold a comment and nothing else
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("#").strip()
+            words = token.string.lstrip("#").strip()
+            comments[token.start[0]] = "" if words.startswith(TOOL_COMMENTS) else words
             if token.line.lstrip().startswith("#"):
                 own_line.add(token.start[0])
     meanings = {}

@@ -1,0 +1,40 @@
+"""Mistakes that a user can mend: one line on stderr instead of a traceback."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend, shown as one line without a traceback.
+
+    The message names the dotted option (or file and line), the value, and what would work.
+    """
+
+
+def run_cli(main: Callable[[list[str]], Any]) -> None:
+    """Run `main(argv)`; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        who = "" if rank == "0" else f"rank {rank}: "
+        print(f"error: {who}{' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def import_optional(module: str, *, extra: str, needed_by: str) -> Any:
+    """Import a package that not every machine has; its absence is a UserError naming the cure."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise  # the package is there; something that it needs itself is not
+        target = f"'.[{extra}]'" if extra else "."
+        raise UserError(
+            f"{needed_by} needs the package {error.name}: pip install -e {target}"
+        ) from None
