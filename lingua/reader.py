@@ -207,7 +207,7 @@ def unknown_option(root: type, cls: type, path: str, key: str) -> str:
     everywhere = [doc.path for doc in walk_fields(root)]
     guesses = [prefix + s for s in difflib.get_close_matches(key, siblings, n=1)]
     guesses += [p for p in everywhere if p.rpartition(".")[2] == key][:2]
-    guesses = guesses or difflib.get_close_matches(prefix + key, everywhere, n=1)
+    guesses = guesses or difflib.get_close_matches(prefix + key, everywhere, n=1, cutoff=0.8)
     message = f"unknown option {prefix}{key}"
     if guesses:
         return f"{message}; did you mean {' or '.join(dict.fromkeys(guesses))}?"
