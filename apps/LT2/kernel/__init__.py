@@ -14,11 +14,7 @@ import torch
 
 from lingua.args import UserError
 
-MIN_TRITON_HOPPER = (
-    3,
-    7,
-    1,
-)  # before, the gated chunk backward was wrong there, and fla refuses it
+MIN_TRITON_HOPPER = (3, 7, 1)  # the gated chunk backward was wrong before; fla refuses it
 
 
 def check_gpu_stack() -> None:

@@ -1,13 +1,14 @@
 """The gated delta rule chunk by chunk, in plain torch: what trains on CPU.
 
-Inside a chunk of C tokens the writes u depend on each other only through a unit triangular system,
-so they are solved for at once (the WY form, section 3.3 of https://arxiv.org/abs/2412.06464); between chunks
-only the state passes. README.md derives the formulas below.
+Inside a chunk the writes depend on each other only through a unit triangular system, so they are
+solved for at once (the WY form of https://arxiv.org/abs/2412.06464); between chunks only the state
+passes. README.md derives the formulas below.
 
-Shapes: M chunks of all sequences, H heads, C tokens in a chunk, K key and V value width, N sequences.
-Chunks are numbered step-major: first the first chunk of every sequence (longest sequence first), then
-the second chunk of those that have one, and so on. So one step of the state recurrence serves all
-sequences at once, reads a contiguous slice, and documents of very different lengths waste nothing.
+Shapes: M chunks of all sequences together, H heads, C tokens in a chunk, K key and V value width,
+N sequences. Chunks are numbered step-major: the first chunk of every sequence (longest sequence
+first), then the second chunk of those that have one, and so on. So one step of the state
+recurrence serves all sequences at once and reads a contiguous slice, and one long document among
+many short ones costs no padding.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def _initial_state(state: Tensor | None, n: int, v_MHCV: Tensor, K: int) -> Tens
 def _pass_state(
     layout: _Layout, *, keep: Tensor, erase: Tensor, write: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run S <- keep S - erase S + write over the chunks; return S at each chunk's start, and at the end."""
+    """S <- keep S - erase S + write, chunk after chunk: S at each chunk's start, and at the end."""
     starts, ended = [], []
     first = 0
     for n_running in layout.n_running:

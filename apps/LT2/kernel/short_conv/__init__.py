@@ -84,16 +84,15 @@ def _packed_taps(x_1TC: Tensor, tail: Tensor | None, cu_seqlens: Tensor, k: int)
     position_T = token_T - cu_seqlens[document_T]
     padded = F.pad(x_1TC, (0, 0, k - 1, 0))
     taps = []
-    for j in range(k):
-        back = k - 1 - j
-        outside_T1 = (position_T < back)[:, None]
+    for j in range(k - 1):
         shifted = padded[:, j : j + T]
-        if tail is None or back == 0:
+        outside_T1 = (position_T < k - 1 - j)[:, None]
+        if tail is None:
             taps.append(shifted.masked_fill(outside_T1, 0))
         else:
             past_TC = tail[document_T, (position_T + j).clamp(max=k - 2)]
             taps.append(torch.where(outside_T1, past_TC, shifted))
-    return taps
+    return [*taps, x_1TC]
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
