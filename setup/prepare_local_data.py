@@ -10,7 +10,7 @@ tables and signatures are filtered out and passages that repeat are kept once, w
     <name>.chunk.NN.jsonl   training documents, shuffled, chunks of about equal size
     <name>.val.jsonl        whole documents held out for validation
     tokenizer.json          byte-level BPE of --vocab-size pieces, trained on the training documents
-    manifest.json           counts and sha256 of the above, written last: its presence means complete
+    manifest.json           counts and sha256 of the above, written last: then all is complete
 
 The same Python gives the same bytes on every run. A complete folder is left alone.
 """
@@ -48,11 +48,12 @@ WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 LIST_ITEM = re.compile(r"^\s*([-*•]|\(?\d+[.)])\s+")
 RULE = re.compile(r"([-=*#~_^+.])\1{3,}")  # an underline or a divider drawn with characters
 SYMBOLS = re.compile(r"[^A-Za-z0-9\s.,;:'\"()?!-]")
-COMMON_WORDS = set(
+COMMON = (
     "a an and any are as at be been but by can do does for from has have if in into is it its may "
     "more must no not of on one only or other should so such than that the their them then there "
-    "these they this to used was we when where which will with you your".split()
+    "these they this to used was we when where which will with you your"
 )
+COMMON_WORDS = frozenset(COMMON.split())
 
 
 # Text: from source files to passages of prose
@@ -192,11 +193,13 @@ def hold_out(documents: list[dict[str, str]]) -> tuple[list[dict[str, str]], lis
     """Shuffle, then split into (training, validation) documents."""
     documents = documents.copy()
     random.Random(SHUFFLE_SEED).shuffle(documents)
-    wanted = VAL_SHARE * sum(len(document["text"]) for document in documents)
+    total = sum(len(document["text"]) for document in documents)
+    wanted = VAL_SHARE * total
+    # One long document must not make up the validation set by itself.
+    longest = max(wanted / 4, total / len(documents))
     train, val, held = [], [], 0
     for document in documents:
-        # One long document must not make up the validation set by itself.
-        if held < wanted and len(document["text"]) <= wanted / 4:
+        if held < wanted and len(document["text"]) <= longest:
             val.append(document)
             held += len(document["text"])
         else:

@@ -1,0 +1,108 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; they source it, it is not run by itself.
+#
+#   ROOT     the repository          VENV     its environment: $ROOT/.venv unless set by the caller
+#   PYTHON   set by the caller: the Python that a new environment is made with
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${VENV:-$ROOT/.venv}
+VENV_PYTHON=$VENV/bin/python
+CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+unset PYTHONHOME # of another environment; it would send ours to the wrong library
+
+step() { printf '\n==> %s\n' "$*"; }
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+# Fails for a Python that is too old or cannot make environments (Debian splits venv off).
+is_usable_python() {
+    "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+find_python() {
+    local candidate
+    if [[ -n ${PYTHON:-} ]]; then
+        is_usable_python "$PYTHON" ||
+            die "PYTHON=$PYTHON is no Python 3.11 or newer with the venv module"
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.12 python3.13 python3.11 python3.14 python; do
+        if is_usable_python "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.11 or newer with the venv module found; install one (Debian, Ubuntu:" \
+        "apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.12 bash $0"
+}
+
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+
+# Make $VENV unless a working one is there. One that was left half made is made again.
+make_venv() {
+    if "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
+        "$VENV_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            die "$VENV has $("$VENV_PYTHON" -V); remove it, LT2 needs Python 3.11 or newer"
+        return
+    fi
+    if [[ -e $VENV && ! -e $VENV/pyvenv.cfg && -n $(ls -A "$VENV") ]]; then
+        die "$VENV is in the way: it exists and is no Python environment"
+    fi
+    local python
+    python=$(find_python)
+    step "Making $VENV with $("$python" -V)"
+    "$python" -m venv --clear "$VENV" || die "$python -m venv failed; see above"
+}
+
+# pip, quiet; its output is shown when it fails.
+quiet_pip() {
+    local log=$VENV/pip.log
+    if ! "$VENV_PYTHON" -m pip "$@" >"$log" 2>&1; then
+        tail -n 25 "$log" >&2
+        die "pip $1 failed; the whole output is in $log"
+    fi
+}
+
+# The index of CPU wheels, as pip options, where it can be reached: elsewhere than on Linux, and on
+# indexes that serve a CPU wheel themselves, plain `pip install torch` is right already.
+cpu_index_options() {
+    [[ $(uname -s) == Linux ]] || return 0
+    "$VENV_PYTHON" - "$CPU_TORCH_INDEX" <<'EOF' >/dev/null 2>&1 || return 0
+import sys, urllib.request
+urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5)
+EOF
+    printf '%s\n' --extra-index-url "$CPU_TORCH_INDEX"
+}
+
+# install_requirements FILE...: bring $VENV to these requirement files and to this repository, once.
+# A stamp remembers what was installed; while nothing it depends on has changed, nothing is done.
+install_requirements() {
+    local files="$*" stamp wanted file torch arguments=() options=()
+    for file in "$@"; do arguments+=(-r "$ROOT/$file"); done
+    stamp=$VENV/.installed-${files//[^a-z]/-}
+    wanted=$(cd "$ROOT" && {
+        printf '%s\n' "$ROOT" "$files"
+        cat pyproject.toml requirements*.txt
+    } | "$VENV_PYTHON" -c 'import hashlib, sys
+print(hashlib.sha256(sys.version.encode() + sys.stdin.buffer.read()).hexdigest())')
+    [[ $(cat "$stamp" 2>/dev/null) != "$wanted" ]] || return 0
+
+    if ! has_gpu; then
+        # First and alone, so that the CPU wheel is there when other packages ask for torch.
+        torch=$(grep '^torch==' "$ROOT/requirements.txt")
+        step "Installing $torch for the CPU: no GPU found (takes a minute or two)"
+        mapfile -t options < <(cpu_index_options)
+        quiet_pip install -q "${options[@]}" "$torch"
+    fi
+    step "Installing $files"
+    quiet_pip install -q "${arguments[@]}"
+    step "Installing LT2 itself from $ROOT"
+    quiet_pip install -q --no-deps -e "$ROOT"
+    printf '%s\n' "$wanted" >"$stamp"
+}

@@ -1,0 +1,234 @@
+"""The local corpus: prose only, nothing twice, the same bytes every time, safe to run again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "setup" / "prepare_local_data.py"
+
+SENTENCE = (
+    "The {} is read from the file that was given, and it is then kept for the other {} users."
+)
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare_local_data", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+prepare = load_script()
+
+
+@pytest.fixture
+def stdlib(tmp_path: Path) -> Path:
+    """A library of 40 modules of different length, with what must stay out."""
+    root = tmp_path / "lib"
+    (root / "test").mkdir(parents=True)
+    for i in range(40):
+        # other words in each sentence, or it would count as a repeat
+        words = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}{chr(97 + j)}" for j in range(4 + i % 7)]
+        text = "\n\n".join(
+            f"Of {w} and {w}s: this {w} is what the {w} of {w} will be when it has {w}ed."
+            for w in words
+        )
+        (root / f"m{i:02d}.py").write_text(f'"""{text}"""\nraise RuntimeError("imported")\n')
+    (root / "test" / "hidden.py").write_text(f'"""{SENTENCE.format("hidden", "hidden") * 5}"""')
+    (root / "latin.py").write_bytes(b"# coding: latin-1\n# caf\xe9\n")
+    (root / "broken.py").write_text("def :\n")
+    return root
+
+
+def run(out: Path, stdlib: Path, *argv: str) -> dict[str, bytes]:
+    prepare.main(["--out", str(out), "--vocab-size", "300", *argv], stdlib)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def documents(files: dict[str, bytes], part: str) -> list[dict[str, str]]:
+    names = sorted(name for name in files if part in name)
+    return [json.loads(line) for name in names for line in files[name].decode().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "passage, prose",
+    [
+        (SENTENCE.format("name", "two"), True),
+        ("Return the number of bytes that were written to the stream.", True),
+        ("for i in range(10): total += values[i] * weights[i]; print(total, i, n).", False),
+        ("open(file, mode='r', buffering=-1, encoding=None) -> file object.", False),
+        ("| name | the type | the default | what it is for | of the field |.", False),
+        ("Too short to keep.", False),
+        ("A heading of the section without a full stop in it", False),
+    ],
+)
+def test_prose_is_told_from_code(passage, prose):
+    assert prepare.is_prose(passage) == prose
+
+
+MODULE = '''
+"""The first of them is what the file has on its first line, and it is not code.
+
+    >>> print("This is an example of what is in the doctest, and so it is not kept.")
+
+The second of them is wrapped in the file, as most of the text is, and it is
+put together again in one line.
+
+- The third of them is an item of the list that is in the text.
+- The fourth of them is the next item, and it is wrapped as well, so it is
+  put together too.
+"""
+# The fifth of them is a comment that is longer than a line of the file
+# and it is put together as well.
+TEXT = """
+# This is not a comment but a line of the string that is in the file.
+"""
+
+def f():
+    """The sixth of them is the text of the function that is in the file."""
+    x = 1  # This is behind the code and so it is not one of them, as it is short.
+    # The seventh of them is a comment that is in the function.
+'''
+
+
+def test_module_text_is_docstrings_and_comments_in_order(tmp_path):
+    path = tmp_path / "m.py"
+    path.write_text(MODULE)
+    kept = prepare.module_passages(path)
+    order = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh"]
+    assert [passage.removeprefix("- ").split()[1] for passage in kept] == order
+    assert all("\n" not in passage and "  " not in passage for passage in kept)
+
+
+def test_topics_are_read_without_importing(tmp_path):
+    path = tmp_path / "topics.py"
+    text = f"Title\n*****\n\n{SENTENCE.format('topic', 'topic')}\n\n   x = code(y)\n"
+    path.write_text(f"topics = {{'b': {text!r}, 'a': {text!r}}}\nraise RuntimeError\n")
+    want = [SENTENCE.format("topic", "topic")]
+    assert prepare.topic_passages(path) == {"a": want, "b": want}
+    assert prepare.topic_passages(tmp_path / "absent.py") == {}
+
+
+COLOURS = ["red", "green", "blue", "black", "white"]
+
+
+def test_passages_that_nearly_repeat_are_kept_once(tmp_path):
+    long = " ".join(f"this is the {w} of them" for w in COLOURS) + "."
+    for name, text in {"a": long, "b": long.replace("black", "brown"), "c": long}.items():
+        own = SENTENCE.format(name, name) + f" What {name} is for and what it does is in {name}."
+        (tmp_path / f"{name}.py").write_text(f'"""{text}\n\n{own * 3}"""')
+    kept = prepare.collect_documents(tmp_path)
+    assert [document["source"] for document in kept] == ["module:a", "module:b", "module:c"]
+    assert ["green of them" in document["text"] for document in kept] == [True, False, False]
+
+
+@pytest.mark.parametrize("nchunks", range(1, 9))
+def test_every_document_is_in_one_file(tmp_path, stdlib, nchunks):
+    files = run(tmp_path / "out", stdlib, "--nchunks", str(nchunks))
+    chunks = sorted(name for name in files if ".chunk." in name)
+    assert chunks == [f"stdlib.chunk.{i:02d}.jsonl" for i in range(nchunks)]
+
+    train, val = documents(files, ".chunk."), documents(files, ".val.")
+    sources = [document["source"] for document in train + val]
+    assert sorted(sources) == [f"module:m{i:02d}" for i in range(40)]
+    assert val and not any("hidden" in document["text"] for document in train + val)
+
+    sizes = [len(files[name]) for name in chunks]
+    longest = max(len(document["text"]) for document in train)
+    assert max(sizes) - min(sizes) <= 1.5 * longest
+
+
+def test_the_split_does_not_depend_on_the_number_of_chunks(tmp_path, stdlib):
+    one = run(tmp_path / "one", stdlib, "--nchunks", "1")
+    many = run(tmp_path / "many", stdlib, "--nchunks", "5")
+    assert one["stdlib.val.jsonl"] == many["stdlib.val.jsonl"]
+    assert one["tokenizer.json"] == many["tokenizer.json"]
+
+
+def test_a_second_run_does_nothing_and_another_folder_gets_the_same_bytes(
+    tmp_path, stdlib, monkeypatch, capsys
+):
+    first = run(tmp_path / "a", stdlib)
+    assert run(tmp_path / "b", stdlib) == first
+
+    monkeypatch.setattr(prepare, "collect_documents", None)  # would fail if it were called
+    capsys.readouterr()
+    assert run(tmp_path / "a", stdlib) == first
+    assert "complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["stdlib.chunk.01.jsonl", "tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["removed", "cut short"])
+def test_a_damaged_folder_is_made_again(tmp_path, stdlib, name, damage):
+    out = tmp_path / "out"
+    want = run(out, stdlib)
+    if damage == "removed":
+        (out / name).unlink()
+    else:
+        (out / name).write_bytes(want[name][:50])
+    assert run(out, stdlib) == want
+
+
+def test_fewer_chunks_leave_no_chunk_of_before_and_no_file_of_the_user_is_touched(tmp_path, stdlib):
+    out = tmp_path / "out"
+    run(out, stdlib, "--nchunks", "6")
+    (out / "mine.chunk.00.jsonl").write_text("{}\n")
+    files = run(out, stdlib, "--nchunks", "2")
+    chunks = sorted(name for name in files if ".chunk." in name)
+    assert chunks == ["mine.chunk.00.jsonl", "stdlib.chunk.00.jsonl", "stdlib.chunk.01.jsonl"]
+
+
+def test_tokenizer_gives_any_text_back(tmp_path, stdlib):
+    tokenizers = pytest.importorskip("tokenizers")
+    run(tmp_path / "out", stdlib)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 300
+    assert [tokenizer.token_to_id(piece) for piece in prepare.SPECIAL_TOKENS] == [0, 1]
+    for text in ["The name  of it.\n\tNext", "Grüße, 世界 🙂", "", "\x00\x7f"]:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--nchunks", "0"], "--nchunks must be 1 to 100, got 0"),
+        (["--nchunks", "41"], "found prose for 40 documents"),
+        (["--vocab-size", "100"], "--vocab-size must be at least 258"),
+        (["--name", "a/b"], "--name must be letters"),
+    ],
+)
+def test_impossible_requests_end_in_one_line(tmp_path, stdlib, capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["--out", str(tmp_path / "out"), *argv], stdlib)
+    assert message in f"{stop.value.code} {capsys.readouterr().err}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_ends_in_one_line(tmp_path, stdlib):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(SystemExit, match="--out"):
+        prepare.main(["--out", str(tmp_path / "out"), "--vocab-size", "300"], stdlib)
+
+
+def test_this_python_has_enough_english(tmp_path):
+    """The real library: about 2 MB, mostly words, and no validation text in the training files."""
+    out = tmp_path / "local"
+    prepare.main(["--out", str(out)])
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    train, val = documents(files, ".chunk."), documents(files, ".val.")
+    text = "\n".join(document["text"] for document in train)
+    assert 1.2e6 < len(text) < 4e6
+    assert 0.03 < sum(len(document["text"]) for document in val) / len(text) < 0.1
+
+    def runs(text: str) -> set[tuple[str, ...]]:
+        words = text.lower().split()
+        return {tuple(words[i : i + 12]) for i in range(len(words) - 11)}
+
+    held_out = set().union(*(runs(document["text"]) for document in val))
+    assert len(held_out & runs(text)) < 0.02 * len(held_out)
