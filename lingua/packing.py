@@ -1,0 +1,193 @@
+"""From documents of tokens to rows, and from rows to shuffled batches.
+
+Shapes: T seq_len, V n_views, B batch_size, P prefetch_size. A row is T + V - 1 tokens in a line,
+seen through V views: view v holds the tokens v places ahead, so view 0 is the input and view 1 its
+target. With `doc_mask` a last column says where documents begin.
+
+Each stage yields `(item, state)`; built anew from a state, it yields what would have followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from lingua.args import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+class PackTokensState(TypedDict):
+    it_state: Any  # of the stage before, just before the document that fills the next row
+    start_token: int  # tokens of that document already used
+    carry: list[int]  # the V - 1 last tokens of the row before, which begin the next one
+    carry_starts: list[int]  # 1 where such a token is the first of its document
+    output_seq_len: int  # T
+    n_views: int
+    doc_mask: bool
+
+
+class PrefetchState(TypedDict):
+    it_state: Any  # of the packing, before the first row of the current block
+    rng_state: dict[str, Any]  # before the block was shuffled
+    seq_idx: int  # batches of the block already yielded
+    prefetch_size: int
+    batch_size: int
+    seed: int  # these three only to compare a later run with
+    rank: int
+    world_size: int
+
+
+def init_pack_state(
+    it_state: Any, seq_len: int, n_views: int, doc_mask: bool = False
+) -> PackTokensState:
+    return PackTokensState(
+        it_state=it_state,
+        start_token=0,
+        carry=[],
+        carry_starts=[],
+        output_seq_len=seq_len,
+        n_views=n_views,
+        doc_mask=doc_mask,
+    )
+
+
+def pack_tokens(
+    iterator: Iterable[tuple[list[int], Any]], empty_buffer_state: PackTokensState
+) -> Iterator[tuple[np.ndarray, PackTokensState]]:
+    """Lay documents end to end and cut them into rows (T, V), or (T, V + 1) with `doc_mask`.
+
+    Nothing is padded or dropped. The last V - 1 tokens of a row begin the next one: they were only
+    targets so far. The state holds them as they are, so no document need be found again for them.
+
+        T = 4, V = 2, documents abc, defgh, ij     rows  abcd|e  efgh|i  ...
+        the mask column                                  1001    0000
+    """
+    import numpy as np
+
+    state = empty_buffer_state
+    seq_len, n_views = state["output_seq_len"], state["n_views"]
+    row = np.empty(seq_len + n_views - 1, dtype=np.int64)
+    starts = np.zeros_like(row)  # kept without `doc_mask`, too: it is cheap
+    filled = len(state["carry"])
+    row[:filled] = state["carry"]
+    starts[:filled] = state["carry_starts"]
+    before, used = state["it_state"], state["start_token"]
+
+    for tokens, after in iterator:
+        tokens = np.asarray(tokens, dtype=np.int64)
+        if used > len(tokens):
+            raise UserError(
+                f"the data has changed since the checkpoint: it was at token {used} of a document "
+                f"that has {len(tokens)} now; restore the data, or begin a new run"
+            )
+        while used < len(tokens):
+            n = min(len(row) - filled, len(tokens) - used)
+            row[filled : filled + n] = tokens[used : used + n]
+            starts[filled : filled + n] = 0
+            starts[filled] = used == 0
+            filled += n
+            used += n
+            if filled == len(row):
+                carry, carry_starts = row[seq_len:], starts[seq_len:]
+                state = PackTokensState(
+                    it_state=before,
+                    start_token=used,
+                    carry=carry.tolist(),
+                    carry_starts=carry_starts.tolist(),
+                    output_seq_len=seq_len,
+                    n_views=n_views,
+                    doc_mask=state["doc_mask"],
+                )
+                yield view_row(row, n_views, starts[:seq_len] if state["doc_mask"] else None), state
+                filled = len(carry)
+                row[:filled], starts[:filled] = carry.copy(), carry_starts.copy()
+        before, used = after, 0
+
+
+def view_row(row: np.ndarray, n_views: int, starts: np.ndarray | None) -> np.ndarray:
+    import numpy as np
+
+    views_TV = np.lib.stride_tricks.sliding_window_view(row, n_views)
+    if starts is None:
+        return views_TV.copy()
+    return np.concatenate([views_TV, starts[:, None]], axis=1)
+
+
+def batch_and_shuffle_prefetched_sequences(
+    data_loader: Iterator[tuple[np.ndarray, Any]],
+    batch_size: int,
+    prefetch_size: int,
+    seq_len: int,
+    n_views: int,
+    state: PrefetchState,
+) -> Iterator[tuple[np.ndarray, PrefetchState]]:
+    """Shuffle the rows in blocks of P * B and yield them as batches (B, T, columns), int64.
+
+    A batch that was yielded makes room for rows of the next block, so that after the first block
+    reading is spread evenly. To resume, the current block is read and shuffled again, and as much
+    of the next one as had been read. `n_views` is the number of columns of a row.
+    """
+    import numpy as np
+
+    n_rows = prefetch_size * batch_size
+    # token ids fit in 32 bits, and the buffer is the largest thing that the loader holds
+    buffer = np.empty((n_rows, seq_len, n_views), dtype=np.int32)
+    rng = np.random.default_rng()
+    rng.bit_generator.state = state["rng_state"]
+    block_state, block_rng = state["it_state"], state["rng_state"]
+
+    # Place i of a block lies in row order[i] of the buffer: row numbers are shuffled, not rows.
+    order = np.arange(n_rows)
+    last_state = block_state
+
+    def read(places: Iterable[int]) -> None:
+        nonlocal last_state
+        for place in places:
+            buffer[order[place]], last_state = next(data_loader)
+
+    read(range(n_rows))
+    next_block_state = last_state
+    rng.shuffle(order)
+    read(range(state["seq_idx"] * batch_size))
+
+    batch_idx = state["seq_idx"]
+    while True:
+        places = range(batch_idx * batch_size, (batch_idx + 1) * batch_size)
+        batch = buffer[order[places]].astype(np.int64)
+        batch_idx = (batch_idx + 1) % prefetch_size
+        if batch_idx == 0:
+            block_state, block_rng = next_block_state, rng.bit_generator.state
+        yield (
+            batch,
+            PrefetchState(
+                **{
+                    **state,
+                    "it_state": block_state,
+                    "rng_state": block_rng,
+                    "seq_idx": batch_idx,
+                }
+            ),
+        )
+        read(places)
+        if batch_idx == 0:
+            next_block_state = last_state
+            rng.shuffle(order)
+
+
+def document_offsets(starts_BT: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """cu_seqlens of a batch laid out as one line of B * T tokens, from the mask column.
+
+    Returns (n_documents + 1,) int32: where each document begins, and B * T. Each row begins one, as
+    rows do not see each other. Best on the CPU: the size of the result depends on the data.
+    """
+    import torch
+
+    starts_BT = torch.as_tensor(starts_BT) != 0
+    first = torch.zeros_like(starts_BT)
+    first[:, 0] = True
+    begins = (starts_BT | first).flatten().nonzero().flatten()
+    end = begins.new_tensor([starts_BT.numel()])
+    return torch.cat([begins, end]).to(torch.int32)

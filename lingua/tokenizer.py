@@ -1,0 +1,351 @@
+"""Tokenizers: text to token ids and back, behind one small interface.
+
+    bytes     256 byte values, then bos and eos; needs no file
+    mock      printable ASCII, one id a character; for tests
+    tiktoken  a file of mergeable ranks in base64, read as Llama 3 does
+    sp        a SentencePiece model
+    hf        a Hugging Face tokenizer.json, or a folder that holds one
+
+`encode` never reads special tokens out of the text: only `add_bos` and `add_eos` make them.
+`decode` leaves bos and eos out, and shows bytes that are not (yet) UTF-8 as U+FFFD, so any prefix
+of a stream can be decoded. The packages behind the last three are imported when one is built.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lingua.args import UserError, import_optional
+
+
+@dataclass
+class TokenizerArgs:
+    name: str = "bytes"  # bytes, tiktoken (Llama 3 files), sp (SentencePiece), hf or mock
+    # file of the tokenizer, or its folder; null for bytes and mock, which need none
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in TOKENIZERS:
+            known = ", ".join(sorted(TOKENIZERS))
+            raise UserError(f"data.tokenizer.name must be one of {known}, got {self.name!r}")
+
+
+class Tokenizer(ABC):
+    n_words: int  # size of the vocabulary, special tokens included
+    bos_id: int  # -1 where the vocabulary has none
+    eos_id: int
+
+    def encode(self, text: str, add_bos: bool, add_eos: bool) -> list[int]:
+        if add_bos and self.bos_id < 0:
+            raise UserError("data.add_bos is true, but the tokenizer has no such token: set false")
+        if add_eos and self.eos_id < 0:
+            raise UserError("data.add_eos is true, but the tokenizer has no such token: set false")
+        tokens = self._encode(well_formed(text))
+        return [self.bos_id] * add_bos + tokens + [self.eos_id] * add_eos
+
+    def get_token_offsets(
+        self, text: str, tokens: list[int] | None = None
+    ) -> tuple[list[str], list[int]]:
+        """For each token the piece of `text` it stands for, and the character where it begins.
+
+        Several tokens may share a character of many bytes: each begins at it, the last one gets it
+        as piece and the others get "". So the pieces always join up to `text`. bos and eos begin
+        where the next token does. `tokens` is what `encode` gave for `text`.
+        """
+        text = well_formed(text)
+        if tokens is None:
+            tokens = self._encode(text)
+        special = {self.bos_id, self.eos_id}
+        plain = [t for t in tokens if t not in special]
+        starts = iter(self._token_starts(text, plain))
+        offsets = []
+        upcoming = len(text)  # filled from the right, so that a special knows what follows it
+        for token, start in reversed([(t, None if t in special else next(starts)) for t in tokens]):
+            upcoming = upcoming if start is None else start
+            offsets.append((token, upcoming))
+        starts_at = [start for _, start in reversed(offsets)]
+        ends_at = starts_at[1:] + [len(text)]
+        return [text[s:e] for s, e in zip(starts_at, ends_at, strict=True)], starts_at
+
+    @abstractmethod
+    def decode(self, tokens: list[int]) -> str: ...
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
+        """The character of `text` in which each of its tokens begins."""
+
+
+class ByteTokenizer(Tokenizer):
+    def __init__(self) -> None:
+        self.bos_id, self.eos_id, self.n_words = 256, 257, 258
+
+    def _encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(t for t in tokens if t < 256).decode("utf-8", errors="replace")
+
+    def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
+        return starts_from_bytes([bytes([t]) for t in tokens])
+
+
+class MockTokenizer(Tokenizer):
+    """One id for each printable ASCII character; anything else reads as a question mark."""
+
+    FIRST, LAST = ord(" "), ord("~")
+
+    def __init__(self) -> None:
+        self.bos_id = self.LAST - self.FIRST + 1
+        self.eos_id, self.n_words = self.bos_id + 1, self.bos_id + 2
+
+    def _encode(self, text: str) -> list[int]:
+        codes = (ord(c) if self.FIRST <= ord(c) <= self.LAST else ord("?") for c in text)
+        return [code - self.FIRST for code in codes]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(chr(t + self.FIRST) for t in tokens if t < self.bos_id)
+
+    def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
+        return list(range(len(tokens)))
+
+
+class TikTokenTokenizer(Tokenizer):
+    """Llama 3's way to read mergeable ranks: its split rule, and 256 specials after the ranks."""
+
+    SPLIT = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    N_SPECIAL = 256
+    NAMED_SPECIALS = {  # place among the 256; the others are reserved
+        0: "<|begin_of_text|>",
+        1: "<|end_of_text|>",
+        6: "<|start_header_id|>",
+        7: "<|end_header_id|>",
+        9: "<|eot_id|>",
+    }
+
+    def __init__(self, path: Path) -> None:
+        tiktoken = import_optional("tiktoken", extra="", needed_by="data.tokenizer.name=tiktoken")
+        ranks = read_mergeable_ranks(path)
+        self.n_ranks = len(ranks)
+        reserved = (f"<|reserved_special_token_{i}|>" for i in range(self.N_SPECIAL))
+        specials = [self.NAMED_SPECIALS.get(i) or next(reserved) for i in range(self.N_SPECIAL)]
+        self.model = tiktoken.Encoding(
+            name=path.name,
+            pat_str=self.SPLIT,
+            mergeable_ranks=ranks,
+            special_tokens={name: self.n_ranks + i for i, name in enumerate(specials)},
+        )
+        self.n_words = self.model.n_vocab
+        self.bos_id, self.eos_id = self.n_ranks, self.n_ranks + 1
+
+    def _encode(self, text: str) -> list[int]:
+        return [t for part in split_safely(text) for t in self.model.encode_ordinary(part)]
+
+    def decode(self, tokens: list[int]) -> str:
+        skip = (self.bos_id, self.eos_id)
+        return self.model.decode([t for t in tokens if t not in skip], errors="replace")
+
+    def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
+        return starts_from_bytes(self.model.decode_tokens_bytes(tokens))
+
+
+class SentencePieceTokenizer(Tokenizer):
+    def __init__(self, path: Path) -> None:
+        sentencepiece = import_optional(
+            "sentencepiece", extra="sentencepiece", needed_by="data.tokenizer.name=sp"
+        )
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"data.tokenizer.path={path} is not a SentencePiece model") from error
+        self.n_words = self.model.vocab_size()
+        self.bos_id, self.eos_id = self.model.bos_id(), self.model.eos_id()
+
+    def _encode(self, text: str) -> list[int]:
+        return self.model.encode(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.model.decode([t for t in tokens if t not in (self.bos_id, self.eos_id)])
+
+    def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
+        pieces = self.model.encode(text, out_type="immutable_proto").pieces
+        assert [p.id for p in pieces] == tokens, "tokens must be what encode gave for this text"
+        return [p.begin for p in pieces]
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    BOS_NAMES = (
+        "<|begin_of_text|>", "<s>", "<bos>", "<|bos|>", "[BOS]", "<|startoftext|>",
+        "<|im_start|>", "[CLS]", "<|endoftext|>",
+    )  # fmt: skip
+    EOS_NAMES = (
+        "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|endoftext|>",
+        "<|im_end|>", "[SEP]",
+    )  # fmt: skip
+
+    def __init__(self, path: Path) -> None:
+        tokenizers = import_optional("tokenizers", extra="", needed_by="data.tokenizer.name=hf")
+        try:
+            self.model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust side raises bare Exception, with the reason
+            raise UserError(
+                f"data.tokenizer.path={path} is not a tokenizer.json: {error}"
+            ) from error
+        self.model.encode_special_tokens = True  # "<s>" inside a document is text, not a token
+        self.model.no_padding()
+        self.model.no_truncation()
+        vocab = self.model.get_vocab(with_added_tokens=True)
+        self.n_words = max(vocab.values()) + 1  # not its length: ids may have holes
+        declared = self._declared_specials(path.with_name("tokenizer_config.json"))
+        self.bos_id = self._special(path, vocab, "bos", declared, self.BOS_NAMES)
+        self.eos_id = self._special(path, vocab, "eos", declared, self.EOS_NAMES)
+
+    @staticmethod
+    def _declared_specials(path: Path) -> dict[str, str]:
+        """What tokenizer_config.json, if it lies beside the tokenizer, calls bos and eos."""
+        if not path.is_file():
+            return {}
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"data.tokenizer.path: {path} is not JSON: {error}") from error
+        named = {role: config.get(f"{role}_token") for role in ("bos", "eos")}
+        return {
+            role: name["content"] if isinstance(name, dict) else name
+            for role, name in named.items()
+            if name
+        }
+
+    @staticmethod
+    def _special(
+        path: Path,
+        vocab: dict[str, int],
+        role: str,
+        declared: dict[str, str],
+        usual: tuple[str, ...],
+    ) -> int:
+        names = (declared[role],) if role in declared else usual
+        for name in names:
+            if name in vocab:
+                return vocab[name]
+        raise UserError(
+            f"data.tokenizer.path={path} has no {role} token: looked for {' '.join(names)}; "
+            f"name it as {role}_token in a tokenizer_config.json beside it"
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        plain = [t for t in tokens if t not in (self.bos_id, self.eos_id)]
+        return self.model.decode(plain, skip_special_tokens=False)
+
+    def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
+        encoding = self.model.encode(text, add_special_tokens=False)
+        assert encoding.ids == tokens, "tokens must be what encode gave for this text"
+        return [start for start, _ in encoding.offsets]
+
+
+# name -> (class, name of its file inside a folder; None: it needs no file)
+TOKENIZERS: dict[str, tuple[Any, str | None]] = {
+    "bytes": (ByteTokenizer, None),
+    "mock": (MockTokenizer, None),
+    "tiktoken": (TikTokenTokenizer, "tokenizer.model"),
+    "sp": (SentencePieceTokenizer, "tokenizer.model"),
+    "hf": (HuggingFaceTokenizer, "tokenizer.json"),
+}
+
+
+def build_tokenizer(name: str, path: str | None = None) -> Tokenizer:
+    cls, _ = TOKENIZERS[TokenizerArgs(name, path).name]
+    file = find_tokenizer_file(name, path)
+    return cls() if file is None else cls(file)
+
+
+def find_tokenizer_file(name: str, path: str | None) -> Path | None:
+    """The file that `build_tokenizer` would open; None for tokenizers without one."""
+    _, file_name = TOKENIZERS[name]
+    if file_name is None:
+        return None
+    if not path:
+        raise UserError(f"data.tokenizer.path is not set; {name} needs the path of {file_name}")
+    file = Path(path)
+    if file.is_dir():
+        file = file / file_name
+    if not file.is_file():
+        raise UserError(
+            f"data.tokenizer.path={path}: no file {file}; setup/download_tokenizer.py gets one"
+        )
+    return file
+
+
+def read_mergeable_ranks(path: Path) -> dict[bytes, int]:
+    """Lines of `base64 rank`. Read here because tiktoken's own reader keeps copies in /tmp."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise UserError(
+                f"data.tokenizer.path: {path}:{number} is not `base64 rank`; is this a tiktoken "
+                "file? (a SentencePiece model needs data.tokenizer.name=sp)"
+            ) from error
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(f"data.tokenizer.path={path}: ranks must run from 0 without holes")
+    return ranks
+
+
+def well_formed(text: str) -> str:
+    """`text` with halves of surrogate pairs, which JSON allows and UTF-8 does not, made U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def starts_from_bytes(pieces: list[bytes]) -> list[int]:
+    """The character in which each piece begins, of the text that the pieces join up to."""
+    starts = []
+    n_chars = 0
+    for piece in pieces:
+        inside = bool(piece) and 0x80 <= piece[0] < 0xC0  # begins within a character
+        starts.append(n_chars - inside)
+        n_chars += sum(not 0x80 <= byte < 0xC0 for byte in piece)
+    return starts
+
+
+# a blank after a word, or the first character after a line break
+SAFE_CUT = re.compile(r"(?<=\S)(?= )|(?<=[\r\n])(?=\S)")
+
+
+def split_safely(text: str, limit: int = 400_000) -> Iterator[str]:
+    """Parts of at most `limit` characters, since the split rule backtracks on very long texts.
+
+    No piece that the split rule makes crosses a place that SAFE_CUT matches, so the tokens are
+    those of the whole text. Only a text with no such place within `limit` is cut elsewhere.
+    """
+    start = 0
+    while len(text) - start > limit:
+        # one character more, since a cut looks at the one after it
+        cuts = [m.start() for m in SAFE_CUT.finditer(text, start + 1, start + limit + 1)]
+        cut = cuts[-1] if cuts else start + limit
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
