@@ -66,7 +66,7 @@ def consume_buffer(producer: BaseProcess, reader: Connection) -> Iterator[Any]:
     while True:
         try:
             kind, payload = reader.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: in the middle of a message
             producer.join()
             code = producer.exitcode
             why = ": killed, most often because memory ran out" if code == -signal.SIGKILL else ""

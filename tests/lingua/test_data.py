@@ -1,0 +1,310 @@
+"""The whole chain on files: resume at every batch, worker or not, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from lingua.args import UserError  # noqa: E402
+from lingua.data import (  # noqa: E402
+    DataArgs,
+    build_dataloader,
+    build_dataloader_from_args,
+    check_state_matches,
+    choose_source,
+    init_choice_state,
+    init_dataloader_state_from_args,
+    setup_sources,
+    tokenize,
+    validate_data_args,
+)
+from lingua.tokenizer import TokenizerArgs  # noqa: E402
+
+
+def make_source(folder: Path, texts: list[str], n_chunks: int = 1) -> None:
+    folder.mkdir(parents=True)
+    for c in range(n_chunks):
+        lines = [json.dumps({"text": t}) + "\n" for t in texts[c::n_chunks]]
+        (folder / f"x.chunk.{c:02d}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = random.Random(0)
+    for source in ("web", "code"):
+        texts = [f"{source} {i} " + "é" * rng.randint(0, 30) for i in range(40)]
+        make_source(tmp_path / "data" / source, texts, n_chunks=2)
+    return tmp_path / "data"
+
+
+def make_args(root, **changes) -> DataArgs:
+    defaults = {
+        "root_dir": str(root),
+        "sources": {"web": 1.0, "code": 2.0},
+        "batch_size": 2,
+        "seq_len": 16,
+        "seed": 5,
+        "prefetch_size": 3,
+        "load_async": False,
+    }
+    return DataArgs(**{**defaults, **changes})
+
+
+def read(args, n, state=None, rank=0, world_size=1):
+    state = state or init_dataloader_state_from_args(args, rank, world_size)
+    with build_dataloader_from_args(args, state) as stream:
+        return list(islice(stream, n))
+
+
+def assert_same(got, want):
+    assert len(got) == len(want)
+    for (batch, state), (want_batch, want_state) in zip(got, want, strict=True):
+        assert batch.dtype == want_batch.dtype == np.int64
+        assert batch.tolist() == want_batch.tolist()
+        assert state == want_state
+
+
+@given(
+    n_views=st.sampled_from([1, 2, 3, 5]),
+    seq_len=st.sampled_from([1, 4, 9]),
+    batch_size=st.integers(1, 3),
+    prefetch_size=st.integers(1, 5),
+    specials=st.tuples(st.booleans(), st.booleans()),
+    doc_mask=st.booleans(),
+    lengths=st.lists(st.sampled_from([0, 0, 1, 2, 4, 8, 9, 18, 400]), min_size=4, max_size=9),
+    weights=st.lists(st.sampled_from([0.3, 1.0, 7.0]), min_size=1, max_size=3),
+    world_size=st.sampled_from([1, 2, 3]),
+    data=st.data(),
+)
+@settings(max_examples=150)
+def test_resume_equals_the_uninterrupted_stream(
+    n_views, seq_len, batch_size, prefetch_size, specials, doc_mask, lengths, weights,
+    world_size, data,
+):  # fmt: skip
+    add_bos, add_eos = specials
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {}
+        for s, weight in enumerate(weights):
+            # one text is never empty, so that there is something to pack without bos and eos
+            texts = ["abc" * world_size] * world_size + [chr(97 + s) * n for n in lengths]
+            n_chunks = data.draw(st.integers(1, 2))
+            make_source(Path(folder, str(s)), texts * n_chunks, n_chunks)
+            sources[str(s)] = weight
+        args = make_args(
+            folder, sources=sources, n_views=n_views, seq_len=seq_len, batch_size=batch_size,
+            prefetch_size=prefetch_size, add_bos=add_bos, add_eos=add_eos, doc_mask=doc_mask,
+        )  # fmt: skip
+        rank = data.draw(st.integers(0, world_size - 1))
+        whole = read(args, 2 * prefetch_size + 4, rank=rank, world_size=world_size)
+        assert whole[0][0].shape == (batch_size, seq_len, n_views + doc_mask)
+        for k in range(2 * prefetch_size + 2):
+            saved = json.loads(json.dumps(whole[k][1]))
+            assert_same(read(args, 2, saved), whole[k + 1 : k + 3])
+
+
+def test_each_stage_resumes_after_every_item(root):
+    state = init_choice_state(str(root), {"web": 1.0, "code": 2.0}, seed=3, rank=0, world_size=2)
+
+    def chosen(state):
+        return choose_source(setup_sources(state), **state)
+
+    def tokenized(state):
+        return tokenize(chosen(state["it_state"]), True, False, "bytes")
+
+    for stage, first in (
+        (chosen, state),
+        (tokenized, {"it_state": state}),
+    ):
+        whole = list(islice(stage(first), 90))
+        for k in range(0, 80, 7):
+            saved = json.loads(json.dumps(whole[k][1]))
+            assert list(islice(stage(saved), 9)) == whole[k + 1 : k + 10]
+
+
+def test_worker_and_no_worker_give_the_same_batches_and_states(root):
+    args = make_args(root, n_views=3, doc_mask=True)
+    want = read(args, 40)
+    ahead = replace(args, load_async=True)
+    assert_same(read(ahead, 40), want)
+    assert_same(read(ahead, 20, json.loads(json.dumps(want[19][1]))), want[20:])
+
+
+def test_the_same_seed_gives_the_same_stream_and_another_another(root):
+    args = make_args(root)
+    assert_same(read(args, 10), read(args, 10))
+    other = replace(args, seed=6)
+    assert [b.tolist() for b, _ in read(other, 10)] != [b.tolist() for b, _ in read(args, 10)]
+    by_rank = [[b.tolist() for b, _ in read(args, 5, None, r, 2)] for r in range(2)]
+    assert by_rank[0] != by_rank[1]
+
+
+def test_all_tokens_of_an_epoch_are_read_once(tmp_path):
+    texts = [f"{i:05d}" for i in range(48)]
+    make_source(tmp_path / "s", texts, n_chunks=3)
+    args = make_args(
+        tmp_path, sources={"s": 1.0}, seq_len=6, n_views=1, add_eos=False, prefetch_size=2
+    )
+    seen = Counter()
+    for rank in range(4):  # 12 documents a rank, each a row of bos and 5 digits
+        for batch, _ in read(args, 6, None, rank, 4):
+            seen.update(bytes(row[1:, 0].tolist()).decode() for row in batch)
+    assert seen == Counter(texts)
+
+
+def test_weights_are_shares_of_documents(tmp_path):
+    make_source(tmp_path / "long", ["l" * 50] * 5)
+    make_source(tmp_path / "short", ["s"] * 5)
+    make_source(tmp_path / "never", ["n"] * 5)
+    state = init_choice_state(str(tmp_path), {"long": 3, "short": 1, "never": 0}, 0, 0, 1)
+    drawn = Counter(
+        d["text"][0] for d, _ in islice(choose_source(setup_sources(state), **state), 4000)
+    )
+    assert drawn["n"] == 0
+    assert 2880 < drawn["l"] < 3120  # 3000, give or take 4 sigma
+
+
+def test_mask_column_marks_where_documents_begin(root):
+    args = make_args(root, doc_mask=True)
+    for batch, _ in read(args, 30):
+        assert batch.shape == (2, 16, 3)
+        # every document begins with bos, and only there is one
+        assert ((batch[:, :, 0] == 256) == (batch[:, :, 2] == 1)).all()
+    plain = [batch.tolist() for batch, _ in read(make_args(root), 30)]
+    assert [batch[:, :, :2].tolist() for batch, _ in read(args, 30)] == plain
+
+
+@pytest.mark.parametrize("load_async", [False, True])
+def test_a_bad_line_deep_in_a_chunk_reaches_the_parent(root, load_async):
+    chunk = root / "web" / "x.chunk.01.jsonl"
+    lines = chunk.read_text(encoding="utf-8").splitlines()
+    lines[12] = '{"title": "no text"}'
+    chunk.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    args = make_args(root, load_async=load_async)
+    with pytest.raises(UserError, match=r"web/x\.chunk\.01\.jsonl:13: no string under"):
+        read(args, 200, rank=1, world_size=2)
+
+
+def test_closing_the_loader_closes_its_files(root):
+    open_files = Path("/proc/self/fd")
+    if not open_files.is_dir():
+        pytest.skip("needs /proc")
+
+    def ours():
+        return [f for f in open_files.iterdir() if "x.chunk" in str(f.resolve())]
+
+    with build_dataloader(init_dataloader_state_from_args(make_args(root), 0, 1)) as stream:
+        next(stream)
+        assert ours()
+    assert not ours()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 3},
+        {"prefetch_size": 4},
+        {"seq_len": 17},
+        {"n_views": 3},
+        {"doc_mask": True},
+        {"add_bos": False},
+        {"add_eos": False},
+        {"seed": 6},
+        {"sources": {"web": 1.0}},
+        {"sources": {"web": 1.0, "code": 2.5}},
+        {"tokenizer": TokenizerArgs("mock")},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_options_that_changed_since_the_checkpoint_are_refused(root, change):
+    args = make_args(root)
+    state = read(args, 1)[0][1]
+    assert check_state_matches(args, state, world_size=1) == []
+    changed = replace(args, **change)
+    (difference,) = check_state_matches(changed, state)
+    assert difference.startswith(f"data.{next(iter(change))}")
+    with pytest.raises(UserError, match="cannot resume the data: data."):
+        build_dataloader_from_args(changed, state)
+
+
+def test_another_number_of_ranks_is_one_clear_line(root):
+    state = init_dataloader_state_from_args(make_args(root), rank=1, world_size=2)
+    assert check_state_matches(make_args(root), state, world_size=3) == [
+        "the number of data-parallel ranks is 3, the checkpoint was made with 2"
+    ]
+
+
+def test_the_data_may_move(root, tmp_path):
+    args = make_args(root)
+    whole = read(args, 12)
+    root.rename(tmp_path / "elsewhere")
+    moved = replace(args, root_dir=str(tmp_path / "elsewhere"))
+    got = read(moved, 7, json.loads(json.dumps(whole[4][1])))
+    assert [b.tolist() for b, _ in got] == [b.tolist() for b, _ in whole[5:]]
+    assert str(root) not in json.dumps(got[-1][1])
+
+
+def test_chunks_that_changed_since_the_checkpoint_are_refused(root):
+    args = make_args(root)
+    state = read(args, 7)[-1][1]
+    extra = root / "web" / "x.chunk.02.jsonl"
+    extra.write_text('{"text": "new"}\n')
+    with pytest.raises(UserError, match=r"not those of the checkpoint .*x\.chunk\.02\.jsonl"):
+        build_dataloader_from_args(args, state)
+    extra.unlink()
+    for share in state["it_state"]["it_state"]["it_state"]["source_to_state"].values():
+        Path(share["file_path"]).write_text('{"text": "short"}\n')
+    with pytest.raises(UserError, match="has no line that ends at byte"):
+        build_dataloader_from_args(args, state)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"root_dir": None}, "data.root_dir is not set"),
+        ({"root_dir": "/nowhere/at/all"}, "data.root_dir=/nowhere/at/all: no such folder"),
+        ({"sources": {}}, r"data.sources is empty.*folders there: code, web"),
+        ({"sources": {"wbe": 1.0}}, "no folder .*wbe"),
+        ({"tokenizer": TokenizerArgs("tiktoken")}, "data.tokenizer.path is not set"),
+        ({"tokenizer": TokenizerArgs("hf", "/no/file.json")}, "data.tokenizer.path=/no/file.json"),
+    ],
+)
+def test_what_is_missing_is_named_before_the_start(root, change, message):
+    args = make_args(root, load_async=True, **change)
+    with pytest.raises(UserError, match=message):
+        validate_data_args(args, 1)
+
+
+def test_more_ranks_than_lines_is_refused_on_every_rank(root):
+    for rank in (0, 30, 63):
+        with pytest.raises(UserError, match="x.chunk.00.jsonl has 20 lines but 32 ranks share it"):
+            init_dataloader_state_from_args(make_args(root), rank, 64)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": 0}, "data.batch_size must be 1 or more, got 0"),
+        ({"seq_len": -1}, "data.seq_len"),
+        ({"n_views": 0}, "data.n_views"),
+        ({"prefetch_size": 0}, "data.prefetch_size"),
+        ({"seed": -1}, "data.seed"),
+        ({"sources": {"a": -1.0}}, "data.sources.a must be 0 or more"),
+        ({"sources": {"a": float("nan")}}, "data.sources.a"),
+        ({"sources": {"a": 0.0}}, "all weights are 0"),
+    ],
+)
+def test_impossible_values_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        DataArgs(**change)
