@@ -1,4 +1,5 @@
 """What a config promises: precedence, exact values, and one helpful line for every mistake."""
+# ruff: noqa: UP006, UP035, UP045  (the spelling of older configs must work, too)
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Dict, List, Optional  # noqa: UP035, the spelling that OmegaConf users write
+from typing import Any, Dict, List, Optional
 
 import pytest
 

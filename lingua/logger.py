@@ -1,0 +1,89 @@
+"""One log format for all ranks: each line on one stream only, rank 0 in a file, too, no secrets.
+
+    0: INFO    26-01-31 12:00:00.123456 - 0:00:07 - message
+
+Warnings and errors go to stderr, the rest to stdout. srun labels the lines of each rank itself, so
+under SLURM the rank is left out. Debug output of other libraries stays off at every level.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from lingua.launch import get_global_rank, get_is_master, get_is_slurm_job
+
+HANDLER_NAME = "lingua"
+OWN_LOGGERS = ("root", "lingua", "apps", "setup", "__main__")
+SECRET_NAME = re.compile(
+    r"(^|_)(API_?KEY|ACCESS_KEY|SECRET_KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I
+)
+SECRET_SHAPE = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}")
+MIN_SECRET_CHARS = 8  # shorter values would blot out ordinary words
+
+
+def init_logger(
+    log_file: str | os.PathLike | None = None, *, name: str | None = None, level: str = "INFO"
+) -> None:
+    """Set up the root logger (or `name`); calling it again replaces what it set up before."""
+    logger = logging.getLogger(name)
+    logger.setLevel(level.upper())
+    for handler in list(logger.handlers):
+        # A bare StreamHandler is what logging.basicConfig leaves: it would double every line.
+        if handler.get_name() == HANDLER_NAME or type(handler) is logging.StreamHandler:
+            logger.removeHandler(handler)
+            handler.close()
+    if name is not None:
+        logger.propagate = False  # the root's handlers would print the line again
+
+    out = logging.StreamHandler(sys.stdout)
+    out.addFilter(lambda record: record.levelno < logging.WARNING)
+    err = logging.StreamHandler(sys.stderr)
+    err.setLevel(logging.WARNING)
+    handlers: list[logging.Handler] = [out, err]
+    if log_file is not None and get_is_master():
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file, mode="a", encoding="utf-8"))
+    formatter = LogFormatter()
+    for handler in handlers:
+        handler.set_name(HANDLER_NAME)
+        handler.setFormatter(formatter)
+        handler.addFilter(_is_ours_or_no_debug)
+        logger.addHandler(handler)
+
+
+class LogFormatter(logging.Formatter):
+    """Prefix of rank, level, time and time since the start; more lines are indented below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = time.time()
+        self.rank = "" if get_is_slurm_job() else f"{get_global_rank()}: "
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created).strftime("%y-%m-%d %H:%M:%S.%f")
+        elapsed = timedelta(seconds=max(0, round(record.created - self.start)))
+        prefix = f"{self.rank}{record.levelname:<7} {when} - {elapsed} - "
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        if record.stack_info:
+            text += "\n" + self.formatStack(record.stack_info)
+        return redact(prefix + text.replace("\n", "\n" + " " * len(prefix)))
+
+
+def redact(text: str) -> str:
+    """`text` without the values of secret environment variables and without known token shapes."""
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_CHARS and value in text:
+            text = text.replace(value, f"<{name} hidden>")
+    return SECRET_SHAPE.sub("<token hidden>", text)
+
+
+def _is_ours_or_no_debug(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.INFO or record.name.partition(".")[0] in OWN_LOGGERS

@@ -1,0 +1,167 @@
+"""Two looks at a few iterations: a memory snapshot (CUDA) and a trace of operators and kernels.
+
+    with maybe_run_profiler(dump_dir, model, args.profiling) as profiler:
+        for batch in batches:
+            ...
+            profiler.step()  # once an iteration
+
+Iterations count from the start of the process. Under `trace_folder` each rank writes
+`trace_rank00000_iter000102.json.gz` (open in https://ui.perfetto.dev) and
+`memory_rank00000_iter000100.pickle` (open in https://pytorch.org/memory_viz).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from lingua.args import UserError
+from lingua.launch import get_global_rank
+
+logger = logging.getLogger(__name__)
+
+MAX_MEMORY_EVENTS = 1_000_000  # allocations and frees kept for a snapshot; older ones are dropped
+
+
+@dataclass
+class ProfilerArgs:
+    run: bool = False  # true profiles; false makes all else here irrelevant
+    trace_folder: str = "profiling"  # where files go, below dump_dir
+    mem_warmup: int = 100  # iterations before the memory snapshot begins
+    mem_steps: int = 2  # iterations in the memory snapshot (CUDA only); 0 takes none
+    profile_warmup: int = 102  # iterations before the trace begins
+    profile_steps: int = 2  # iterations in the trace; 0 takes none
+
+    def __post_init__(self):
+        for name in ("mem_warmup", "mem_steps", "profile_warmup", "profile_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"profiling.{name}={getattr(self, name)} must be 0 or more")
+        both = self.mem_steps and self.profile_steps
+        mem_end = self.mem_warmup + self.mem_steps
+        profile_end = self.profile_warmup + self.profile_steps
+        if self.run and both and self.mem_warmup < profile_end and self.profile_warmup < mem_end:
+            raise UserError(
+                f"profiling.profile_warmup={self.profile_warmup}: the trace (iterations "
+                f"{self.profile_warmup} to {profile_end - 1}) and the memory snapshot "
+                f"({self.mem_warmup} to {mem_end - 1}) must not overlap; "
+                f"use profile_warmup={mem_end} or more"
+            )
+
+
+@contextmanager
+def maybe_run_profiler(
+    dump_dir: str | os.PathLike, module: nn.Module, config: ProfilerArgs
+) -> Iterator[Profiler]:
+    """A Profiler for the device that `module` is on; one that never records if config.run is false.
+
+    A window still open at the end is written, also when an error (out of memory, say) is the end.
+    """
+    windows: list[Window] = []
+    if config.run:
+        folder = Path(dump_dir) / config.trace_folder
+        folder.mkdir(parents=True, exist_ok=True)
+        on_cuda = any(p.is_cuda for p in module.parameters())
+        if on_cuda and config.mem_steps:
+            windows.append(MemorySnapshot(folder, config.mem_warmup, config.mem_steps))
+        if config.profile_steps:
+            windows.append(Trace(folder, config.profile_warmup, config.profile_steps, on_cuda))
+    profiler = Profiler(windows)
+    try:
+        yield profiler
+    finally:
+        profiler.close()
+
+
+class Profiler:
+    """Opens and closes its windows as iterations pass."""
+
+    def __init__(self, windows: list[Window]):
+        self.windows = windows
+        self.iteration = 0  # the one that runs now
+        self._update()
+
+    def step(self) -> None:
+        """An iteration ended."""
+        self.iteration += 1
+        self._update()
+
+    def close(self) -> None:
+        for window in self.windows:
+            if window.is_open:
+                window.close()
+
+    def _update(self) -> None:
+        for window in self.windows:
+            if window.is_open and self.iteration >= window.end:
+                window.close()
+        for window in self.windows:
+            if self.iteration == window.start and not window.is_open:
+                window.open()
+
+
+class Window:
+    """Iterations start .. end - 1, recorded into one file."""
+
+    kind: str
+    suffix: str
+
+    def __init__(self, folder: Path, start: int, steps: int):
+        self.start = start
+        self.end = start + steps
+        self.path = folder / f"{self.kind}_rank{get_global_rank():05d}_iter{start:06d}{self.suffix}"
+        self.is_open = False
+
+    def open(self) -> None:
+        self.begin()
+        self.is_open = True
+
+    def close(self) -> None:
+        self.is_open = False
+        self.finish()
+        logger.info("profiling: wrote %s", self.path)
+
+    def begin(self) -> None:
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        raise NotImplementedError
+
+
+class MemorySnapshot(Window):
+    kind = "memory"
+    suffix = ".pickle"
+
+    def begin(self) -> None:
+        torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+
+    def finish(self) -> None:
+        torch.cuda.memory._dump_snapshot(str(self.path))
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+class Trace(Window):
+    kind = "trace"
+    suffix = ".json.gz"
+
+    def __init__(self, folder: Path, start: int, steps: int, on_cuda: bool):
+        super().__init__(folder, start, steps)
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
+        self.on_cuda = on_cuda
+        self.profile = profile(activities=activities, record_shapes=True)
+
+    def begin(self) -> None:
+        self.profile.start()
+
+    def finish(self) -> None:
+        if self.on_cuda:
+            torch.cuda.synchronize()  # kernels still in flight belong to the window
+        self.profile.stop()
+        self.profile.export_chrome_trace(str(self.path))

@@ -1,0 +1,109 @@
+"""A log line goes to one stream, names its rank, and never shows a secret."""
+
+import logging
+import re
+import sys
+
+import pytest
+
+from lingua.logger import init_logger, redact
+
+LINE = r"0: %-7s \d\d-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6} - \d+:\d\d:\d\d - %s"
+
+
+@pytest.fixture(autouse=True)
+def clean_root(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_JOB_ID", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
+    root.handlers, root.level = handlers, level
+
+
+def as_rank(monkeypatch, rank: str) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+
+
+def test_each_line_is_on_one_stream(capsys):
+    logging.getLogger().addHandler(logging.StreamHandler(sys.stderr))  # as basicConfig leaves it
+    init_logger()
+    init_logger()
+    logging.getLogger().info("fine")
+    logging.getLogger("lingua.data").warning("careful")
+    out, err = capsys.readouterr()
+    assert re.fullmatch(LINE % ("INFO", "fine") + "\n", out)
+    assert re.fullmatch(LINE % ("WARNING", "careful") + "\n", err)
+
+
+def test_named_logger_does_not_repeat_on_the_root(capsys):
+    init_logger()
+    init_logger(name="lingua.only")
+    logging.getLogger("lingua.only").info("once")
+    assert capsys.readouterr().out.count("once") == 1
+
+
+def test_more_lines_are_indented_below_the_prefix(capsys):
+    init_logger()
+    logging.getLogger().info("first\nsecond")
+    first, second = capsys.readouterr().out.splitlines()
+    assert second == " " * first.index("first") + "second"
+
+
+def test_tracebacks_are_kept(capsys):
+    init_logger()
+    try:
+        raise RuntimeError("why")
+    except RuntimeError:
+        logging.getLogger().exception("it broke")
+    assert "RuntimeError: why" in capsys.readouterr().err
+
+
+def test_only_rank_0_writes_the_file_and_appends(tmp_path, monkeypatch):
+    log = tmp_path / "new" / "train.log"
+    for rank in "0", "1", "0":
+        as_rank(monkeypatch, rank)
+        init_logger(log)
+        logging.getLogger().info("from %s", rank)
+    lines = log.read_text().splitlines()
+    assert [line[-6:] for line in lines] == ["from 0", "from 0"]
+
+
+def test_prefix_has_the_rank_but_not_under_slurm(capsys, monkeypatch):
+    as_rank(monkeypatch, "3")
+    init_logger()
+    logging.getLogger().info("x")
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    init_logger()
+    logging.getLogger().info("x")
+    torchrun, slurm = capsys.readouterr().out.splitlines()
+    assert torchrun.startswith("3: INFO") and slurm.startswith("INFO")
+
+
+def test_debug_shows_our_lines_and_not_those_of_libraries(capsys):
+    init_logger(level="debug")
+    logging.getLogger("lingua.data").debug("ours")
+    logging.getLogger("matplotlib.font").debug("theirs")
+    logging.getLogger("matplotlib.font").info("theirs, worth it")
+    out = capsys.readouterr().out
+    assert "ours" in out and "worth it" in out and out.count("theirs") == 1
+
+
+def test_secrets_are_hidden(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("DB_PASSWORD", "swordfish-1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "disabled-anyway")
+    init_logger(tmp_path / "log")
+    logging.getLogger().info("0123456789abcdef and %s, disabled-anyway", "swordfish-1")
+    logging.getLogger().warning("hf_%s", "A1b2" * 8)
+    out, err = capsys.readouterr()
+    for text in (out + err, (tmp_path / "log").read_text()):
+        assert "0123456789abcdef" not in text and "swordfish" not in text and "A1b2" not in text
+        assert "<WANDB_API_KEY hidden>" in text and "disabled-anyway" in text
+    assert redact("max_tokens=123456789 seed 42") == "max_tokens=123456789 seed 42"
