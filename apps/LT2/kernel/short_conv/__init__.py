@@ -34,8 +34,8 @@ def short_conv(
     dtype = torch.promote_types(x_BTC.dtype, torch.float32)
     weight_CK = weight_CK.to(dtype)
     if cu_seqlens is None:
-        padded = F.pad(x_BTC, (0, 0, k - 1, 0)) if tail is None else torch.cat([tail, x_BTC], 1)
-        taps = [padded[:, j : j + T] for j in range(k)]
+        padded_BTC = _after_past(x_BTC, tail, k)
+        taps = [padded_BTC[:, j : j + T] for j in range(k)]
     else:
         taps = _packed_taps(x_BTC, tail, cu_seqlens, k)
     y_BTC = taps[-1].to(dtype) * weight_CK[:, -1]
@@ -48,11 +48,9 @@ def conv_tail(
     x_BTC: Tensor, k: int, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """The last k-1 inputs of every sequence, (N, k-1, C): the tail that the next tokens need."""
-    B, T, C = x_BTC.shape
+    _, T, C = x_BTC.shape
     if cu_seqlens is None:
-        if tail is None:
-            tail = x_BTC.new_zeros(B, k - 1, C)
-        return torch.cat([tail.to(x_BTC.dtype), x_BTC], dim=1)[:, T:]
+        return _after_past(x_BTC, tail, k)[:, T:]
     start_N1, end_N1 = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     source_NK = end_N1 + torch.arange(1 - k, 0, device=x_BTC.device)
     new_NKC = x_BTC[0][source_NK.clamp(min=0)]
@@ -76,21 +74,27 @@ def short_conv_step(
     return _activate(y_BC, activation).to(x_BC.dtype)
 
 
+def _after_past(x_BTC: Tensor, tail: Tensor | None, k: int) -> Tensor:
+    if tail is None:
+        return F.pad(x_BTC, (0, 0, k - 1, 0))
+    return torch.cat([tail.to(x_BTC.dtype), x_BTC], dim=1)
+
+
 def _packed_taps(x_1TC: Tensor, tail: Tensor | None, cu_seqlens: Tensor, k: int) -> list[Tensor]:
     """x shifted by k-1, .., 1, 0 tokens; before a document's start its tail, or zeros."""
     T = x_1TC.shape[1]
     token_T = torch.arange(T, device=x_1TC.device)
     document_T = torch.searchsorted(cu_seqlens[1:].contiguous(), token_T, right=True)
     position_T = token_T - cu_seqlens[document_T]
-    padded = F.pad(x_1TC, (0, 0, k - 1, 0))
+    padded_1TC = _after_past(x_1TC, None, k)
     taps = []
     for j in range(k - 1):
-        shifted = padded[:, j : j + T]
+        shifted = padded_1TC[:, j : j + T]
         outside_T1 = (position_T < k - 1 - j)[:, None]
         if tail is None:
             taps.append(shifted.masked_fill(outside_T1, 0))
         else:
-            past_TC = tail[document_T, (position_T + j).clamp(max=k - 2)]
+            past_TC = tail[document_T, (position_T + j).clamp(max=k - 2)].to(x_1TC.dtype)
             taps.append(torch.where(outside_T1, past_TC, shifted))
     return [*taps, x_1TC]
 

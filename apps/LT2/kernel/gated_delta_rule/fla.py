@@ -1,0 +1,206 @@
+"""The gated delta rule on CUDA: fla's chunk kernels as one custom operator.
+
+fla's own entry point is a graph break. As a `torch.library` operator with its backward registered,
+the kernels are one opaque node, and the block around them compiles whole. Forward keeps what fla's
+autograd function keeps: the inputs, the summed decay and the solved triangular systems; states and
+WY vectors are computed again in backward.
+
+fla is imported at the first call, which takes seconds. Shapes as in `gated_delta_rule`; C is the
+chunk of 64 tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lingua.args import UserError
+
+CHUNK = 64
+MAX_KEY_WIDTH = 256  # of fla's state kernels
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def gated_delta_rule_fla(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    *,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as `gated_delta_rule`, for 16-bit q, k, v on CUDA."""
+    _check_supported(q_BTHK, k_BTHK, v_BTHV)
+    # Made contiguous outside the operator, where a compiler can do it with the producer.
+    o_BTHV, final_NHKV, _, _ = _forward(
+        q_BTHK.contiguous(),
+        k_BTHK.contiguous(),
+        v_BTHV.contiguous(),
+        g_BTH.float().contiguous(),
+        beta_BTH.float().contiguous(),
+        None if state is None else state.float().contiguous(),
+        cu_seqlens,
+    )
+    return o_BTHV, final_NHKV
+
+
+def _check_supported(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not v.is_cuda:
+        raise UserError(
+            f"gated_delta_rule(impl='fla') needs CUDA tensors, got {v.device}; "
+            "impl='chunked' runs everywhere"
+        )
+    if v.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise UserError(
+            f"gated_delta_rule(impl='fla') needs q, k and v all bf16 or all fp16, got "
+            f"{q.dtype}, {k.dtype}, {v.dtype}; use distributed.model_dtype=bf16 or impl='chunked'"
+        )
+    K, V = k.shape[-1], v.shape[-1]
+    if K > MAX_KEY_WIDTH or K % 2 or V % 2:
+        raise UserError(
+            f"gated_delta_rule(impl='fla') needs an even key width of at most {MAX_KEY_WIDTH} and "
+            f"an even value width per head, got {K} and {V}; change the head widths (n_heads, "
+            "model.gdn) or use impl='chunked'"
+        )
+
+
+@torch.library.custom_op("lt2::gated_delta_rule", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o (B, T, H, V), final state (N, H, K, V), decay summed in chunks (B, T, H), solved systems
+    (B, T, H, C)."""
+    chunk = _fla()
+    with torch.cuda.device(q.device):
+        g_sum, o, solved, final, _, _ = chunk.chunk_gated_delta_rule_fwd(
+            q=q,
+            k=k,
+            v=v,
+            g=g,
+            beta=beta,
+            scale=k.shape[-1] ** -0.5,
+            initial_state=state,
+            output_final_state=True,
+            chunk_size=CHUNK,
+            **_documents(chunk, cu_seqlens),
+        )
+    return o, final, g_sum, solved
+
+
+@_forward.register_fake
+def _(q, k, v, g, beta, state, cu_seqlens):
+    B, T, H, K = q.shape
+    n_sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = v.new_empty(n_sequences, H, K, v.shape[-1], dtype=torch.float32)
+    return torch.empty_like(v), final, torch.empty_like(g), k.new_empty(B, T, H, CHUNK)
+
+
+@torch.library.custom_op("lt2::gated_delta_rule_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_sum: Tensor,
+    beta: Tensor,
+    solved: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    do: Tensor,
+    dfinal: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, beta and state (empty without a state)."""
+    chunk = _fla()
+    with torch.cuda.device(q.device):
+        dq, dk, dv, dbeta, dg, dstate, _, _ = chunk.chunk_gated_delta_rule_bwd(
+            q=q,
+            k=k,
+            v=v,
+            g=g_sum,
+            beta=beta,
+            A=solved,
+            scale=k.shape[-1] ** -0.5,
+            initial_state=state,
+            do=do.contiguous(),
+            dht=None if dfinal is None else dfinal.contiguous(),
+            chunk_size=CHUNK,
+            **_documents(chunk, cu_seqlens),
+        )
+    return dq, dk, dv, dg, dbeta, q.new_empty(0) if dstate is None else dstate
+
+
+@_backward.register_fake
+def _(q, k, v, g_sum, beta, solved, state, cu_seqlens, do, dfinal):
+    dstate = q.new_empty(0) if state is None else torch.empty_like(state)
+    dqkv = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    return *dqkv, torch.empty_like(g_sum), torch.empty_like(beta), dstate
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, _, beta, state, cu_seqlens = inputs
+    _, _, g_sum, solved = output
+    ctx.save_for_backward(q, k, v, g_sum, beta, solved, state, cu_seqlens)
+    ctx.mark_non_differentiable(g_sum, solved)
+    ctx.set_materialize_grads(False)  # or zeros the size of `solved` are written for nothing
+
+
+def _differentiate(ctx, do, dfinal, _dg_sum, _dsolved):
+    q, k, v, g_sum, beta, solved, state, cu_seqlens = ctx.saved_tensors
+    if do is None and dfinal is None:
+        return (None,) * 7
+    if do is None:
+        do = torch.zeros_like(v)
+    dq, dk, dv, dg, dbeta, dstate = _backward(
+        q, k, v, g_sum, beta, solved, state, cu_seqlens, do, dfinal
+    )
+    return dq, dk, dv, dg, dbeta, None if state is None else dstate, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _fla() -> ModuleType:
+    # Looking for other backends at every call costs more than small kernels take to run.
+    os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")
+    try:
+        from fla.ops.gated_delta_rule import chunk
+    except ImportError as error:
+        raise UserError(
+            "model.mixer=gdn on CUDA needs flash-linear-attention, which cannot be imported "
+            f"({error}): pip install -e '.[gpu]'"
+        ) from error
+    return chunk
+
+
+# cu_seqlens -> (its version, our copy)
+_copies = WeakIdKeyDictionary()
+
+
+def _documents(chunk: ModuleType, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+    """fla's arguments for packed documents.
+
+    fla builds chunk tables from cu_seqlens with a host sync and keeps them by the identity of the
+    tensor, so a buffer that is written anew would get the tables of its old content. It is given
+    a copy instead, one for every content: layers and loops share it, hence one sync a batch.
+    """
+    if cu_seqlens is None:
+        return {}
+    # Inference tensors count no versions, so nothing can be kept for them.
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    known, copy = _copies.get(cu_seqlens, (None, None))
+    if copy is None or version is None or known != version:
+        copy = cu_seqlens.clone()
+        _copies[cu_seqlens] = (version, copy)
+    tables = chunk.prepare_chunk_indices(copy, CHUNK)
+    return {"cu_seqlens": copy, "chunk_indices": tables}

@@ -1,0 +1,40 @@
+"""How far apart two right answers may be: facts about dtypes, written once.
+
+Errors are ||got - want|| / ||want|| over the whole tensor (L2, computed in fp64). A bound here is
+some ten times what right code measures, and a hundredth of what one wrong token in 200 costs. A
+test that fails is to be understood, not given a wider bound.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Two orders of summation over a few hundred terms, forward and backward. Unit roundoff 1e-16.
+FP64 = 1e-12
+
+# The same, with a unit roundoff of 6e-8: chunked forms measure up to 3e-7 from their recurrences.
+FP32 = 5e-6
+
+# A kernel that keeps its inputs and intermediate matrices in bf16 (unit roundoff 4e-3) and sums in
+# fp32, against fp32 arithmetic on the same bf16 inputs: each output passes a few roundings of
+# random sign, which average out in sums over K or over a chunk, and a last one on being stored.
+BF16_KERNEL = 1e-2
+
+# Its gradients pass through twice as many rounded matrices. Gradients of decay are differences of
+# large sums and lose the most.
+BF16_KERNEL_GRAD = 2e-2
+
+BY_DTYPE = {torch.float64: FP64, torch.float32: FP32}
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
+    got, want = got.detach().double(), want.detach().double()
+    distance, size = (got - want).norm().item(), want.norm().item()
+    return distance if size == 0 else distance / size
+
+
+def assert_same(got: Tensor, want: Tensor, bound: float, name: str = "tensor") -> None:
+    error = relative_error(got, want)
+    assert error <= bound, f"{name}: relative error {error:.2e} > {bound:.0e}"  # NaN fails too
