@@ -20,6 +20,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,16 @@ class Tokenizer(ABC):
         if tokens is None:
             tokens = self._encode(text)
         special = {self.bos_id, self.eos_id}
-        plain = [t for t in tokens if t not in special]
-        starts = iter(self._token_starts(text, plain))
-        offsets = []
-        upcoming = len(text)  # filled from the right, so that a special knows what follows it
-        for token, start in reversed([(t, None if t in special else next(starts)) for t in tokens]):
-            upcoming = upcoming if start is None else start
-            offsets.append((token, upcoming))
-        starts_at = [start for _, start in reversed(offsets)]
-        ends_at = starts_at[1:] + [len(text)]
-        return [text[s:e] for s, e in zip(starts_at, ends_at, strict=True)], starts_at
+        starts = self._token_starts(text, [t for t in tokens if t not in special])
+        offsets: list[int] = []
+        upcoming = len(text)  # from the right, since a special begins where the next token does
+        for token in reversed(tokens):
+            if token not in special:
+                upcoming = starts.pop()
+            offsets.append(upcoming)
+        offsets.reverse()
+        ends = [*offsets[1:], len(text)] if offsets else []
+        return [text[s:e] for s, e in zip(offsets, ends, strict=True)], offsets
 
     @abstractmethod
     def decode(self, tokens: list[int]) -> str: ...
@@ -181,9 +182,13 @@ class SentencePieceTokenizer(Tokenizer):
         return self.model.decode([t for t in tokens if t not in (self.bos_id, self.eos_id)])
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
-        pieces = self.model.encode(text, out_type="immutable_proto").pieces
+        # the second name is that of sentencepiece before 0.2.2
+        names = ("encode_as_proto", "encode_as_immutable_proto")
+        encode = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
+        pieces = encode(text).pieces
         assert [p.id for p in pieces] == tokens, "tokens must be what encode gave for this text"
-        return [p.begin for p in pieces]
+        # not from `begin`, which counts characters or bytes, depending on the version
+        return list(accumulate((len(p.surface) for p in pieces[:-1]), initial=0))[: len(pieces)]
 
 
 class HuggingFaceTokenizer(Tokenizer):
