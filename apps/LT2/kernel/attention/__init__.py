@@ -39,8 +39,14 @@ def check_attention_impl(impl: str, *, windowed: bool) -> None:
         )
 
 
-def check_attention_device(impl: str, *, device_type: str, dtype: torch.dtype) -> None:
+def check_attention_device(
+    impl: str, *, device_type: str, dtype: torch.dtype, training: bool = False
+) -> None:
     """Refuse, before any work, a backend that does not run on this device in this dtype."""
+    if impl == "flex_attention" and training and device_type == "cpu":
+        raise UserError(
+            "model.attn_impl=flex_attention has no backward on CPU; train there with auto"
+        )
     if impl == "fmha":
         if device_type != "cuda" or dtype not in HALF:
             raise UserError(
@@ -67,6 +73,7 @@ def attention(
     cu_seqlens  (n_docs + 1,) int32 with B = 1: documents do not see each other
     Returns (B, T, H, K) in q's dtype.
     """
+    assert cu_seqlens is None or q_BTHK.shape[0] == 1, "cu_seqlens packs documents into one row"
     if window is not None and window >= q_BTHK.shape[1]:
         window = None  # it hides nothing, and the plain path is faster
     args = (q_BTHK, k_BTHK, v_BTHK, window, cu_seqlens)

@@ -28,6 +28,8 @@ def linear_cross_entropy(
     hidden  (N, D)    weight (V, D), of one floating dtype     target (N,) int64
     Returns a scalar in fp32: zero, with zero gradients, where every target is ignored.
     """
+    if not torch.is_grad_enabled():  # which a Function is not told: it sees parameters all the same
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, target_N, ignore_index)  # pyright: ignore
 
 
