@@ -1,0 +1,370 @@
+"""Numbers of a run: one JSON line a record in the dump directory, copied to wandb or tensorboard.
+
+    with MetricLogger(dump_dir / "metrics.jsonl", args, resume_step=state.step) as metric_logger:
+        metric_logger.log({"global_step": 10, "loss": {"out": 2.3}})  # -> "loss/out"
+
+The file tells one story: when a run is resumed from step s, what was written after s goes, because
+those steps are trained again. Every line is strict JSON; NaN and infinity are null.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import uuid
+from collections import namedtuple
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from lingua.args import (
+    UserError,
+    dataclass_to_dict,
+    flatten_dict,
+    import_optional,
+    load_config_file,
+    write_atomic,
+)
+from lingua.launch import get_is_master
+
+logger = logging.getLogger(__name__)
+
+WANDB_ID_FILE = "wandb_id.txt"
+GIB = 1024**3
+
+
+@dataclass
+class WandbArgs:
+    """Passed on to wandb.init as they are; null leaves wandb's own default."""
+
+    job_type: str | None = None  # kind of run, such as train or eval
+    dir: str | None = None  # folder for wandb's own files; null = dump_dir
+    project: str | None = None  # project that the run appears in
+    entity: str | None = None  # user or team that owns the project
+    tags: list[str] | None = None  # labels to filter runs by
+    group: str | None = None  # runs of one group are shown together
+    name: str | None = None  # display name; null = the run's `name`
+    notes: str | None = None  # longer description
+    config_exclude_keys: list[str] | None = None  # options not to send
+    config_include_keys: list[str] | None = None  # the only options to send
+    anonymous: str | None = None  # never, allow or must
+    mode: str | None = None  # online, offline or disabled
+    allow_val_change: bool | None = None  # allow the config to change in a resumed run
+    resume: str | None = None  # allow, never, must or auto; null = allow
+    force: bool | None = None  # true fails where nobody is logged in
+    tensorboard: bool | None = None  # old name of sync_tensorboard
+    sync_tensorboard: bool | None = None  # send what is written for tensorboard
+    monitor_gym: bool | None = None  # send videos of OpenAI Gym environments
+    save_code: bool | None = None  # send the main script
+    id: str | None = None  # id of the run; null = made once and kept in dump_dir
+    fork_from: str | None = None  # `id?_step=n`: start from a copy of that run
+    resume_from: str | None = None  # `id?_step=n`: go back in that run
+
+
+@dataclass
+class LoggingArgs:
+    freq: int = 10  # optimizer steps between records
+    acc_freq: int | None = None  # micro-batches between records inside a step; null = none
+    wandb: WandbArgs | None = None  # null = no wandb
+    tensorboard: bool = False  # true writes event files to dump_dir/tensorboard, too
+
+    def __post_init__(self):
+        if self.freq < 1:
+            raise UserError(f"logging.freq={self.freq} must be at least 1")
+        if self.acc_freq is not None and self.acc_freq < 1:
+            raise UserError(f"logging.acc_freq={self.acc_freq} must be at least 1, or null")
+
+
+class MetricLogger:
+    """Writes records on rank 0, does nothing on other ranks.
+
+    `args` is the config of the run, with `args.logging` a LoggingArgs; None writes the file only.
+    `resume_step` is the step that the run goes on from; None keeps every record that is there.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, args: Any = None, *, resume_step: int | None = None
+    ):
+        self.path = Path(path)
+        self.args = args
+        self.resume_step = resume_step
+        self.file: IO[str] | None = None
+        self.wandb_run: Any = None
+        self.tensorboard: Any = None
+
+    def __enter__(self) -> MetricLogger:
+        if not get_is_master():
+            return self
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        mend_jsonl(self.path, self.resume_step)
+        options = self.args.logging if self.args is not None else LoggingArgs()
+        check_logging_packages(options)
+        if options.wandb is not None:
+            self.wandb_run = start_wandb(options.wandb, self.args, self.path.parent)
+        if options.tensorboard:
+            self.tensorboard = _start_tensorboard(self.path.parent, self.resume_step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
+        return self
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Write one record; nested mappings become keys with slashes."""
+        if not get_is_master():
+            return
+        assert self.file is not None, "MetricLogger.log outside of its `with`"
+        record = flatten_dict(metrics, sep="/")
+        line = json_line({"created_at": datetime.now(UTC).isoformat(), **record})
+        self.file.write(line)
+        self.file.flush()
+        step = record.get("global_step")
+        if self.wandb_run is not None:
+            self.wandb_run.log(record, step=step)
+        if self.tensorboard is not None:
+            for name, value in json.loads(line).items():
+                if isinstance(value, int | float) and name != "global_step":
+                    self.tensorboard.add_scalar(name, value, step)
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish(exit_code=0 if exc_type is None else 1)
+
+
+# ---- the file
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as one line of strict JSON, newline included; tensors of one number are numbers."""
+    return json.dumps(_jsonable(record), allow_nan=False) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    if hasattr(value, "item"):  # tensors and numpy numbers
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def mend_jsonl(path: Path, resume_step: int | None) -> None:
+    """Drop a half-written last line (the process was killed), and the records after `resume_step`.
+
+    A record inside the next step (acc_step > 0) comes after the checkpoint as well.
+    """
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    lines = data.splitlines()
+    kept = [line for i, line in enumerate(lines) if _keep(line, i + 1 == len(lines), resume_step)]
+    mended = b"".join(line + b"\n" for line in kept)
+    if mended != data:
+        logger.info("%s: %d of %d records kept", path, len(kept), len(lines))
+        write_atomic(path, mended)
+
+
+def _keep(line: bytes, is_last: bool, resume_step: int | None) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return not is_last  # elsewhere it is nothing that we wrote: leave it alone
+    if resume_step is None or not isinstance(record, dict) or record.get("global_step") is None:
+        return True
+    return (record["global_step"], record.get("acc_step") or 0) <= (resume_step, 0)
+
+
+def read_jsonl_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """All records of a metrics file; a last line that is still being written is left out."""
+    lines = Path(path).read_bytes().splitlines()
+    if lines and not _keep(lines[-1], True, None):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+# ---- wandb and tensorboard
+
+
+def check_logging_packages(options: LoggingArgs) -> None:
+    """UserError on every rank, at the start, if a package that `logging` asks for is missing."""
+    if options.wandb is not None:
+        import_optional("wandb", extra="wandb", needed_by="logging.wandb")
+    if options.tensorboard:
+        import_optional("tensorboard", extra="tensorboard", needed_by="logging.tensorboard=true")
+
+
+def start_wandb(options: WandbArgs, config: Any, dump_dir: Path) -> Any:
+    """Start the run, or go on with the one whose id lies in `dump_dir`."""
+    wandb = import_optional("wandb", extra="wandb", needed_by="logging.wandb")
+    given = {f.name: getattr(options, f.name) for f in fields(options)}
+    given = {name: value for name, value in given.items() if value is not None}
+    given.setdefault("dir", str(dump_dir))
+    if run_name := getattr(config, "name", None):
+        given.setdefault("name", run_name)
+    id_file = dump_dir / WANDB_ID_FILE
+    if id_file.exists():  # a fork or a rewind was done then
+        given = {n: v for n, v in given.items() if n not in ("fork_from", "resume_from")}
+        given.setdefault("id", id_file.read_text().strip())
+    if not {"fork_from", "resume_from"} & given.keys():  # wandb takes these without `resume` only
+        given.setdefault("id", uuid.uuid4().hex[:8])
+        given.setdefault("resume", "allow")
+    run = _init_wandb(wandb, config=dataclass_to_dict(config), **given)
+    write_atomic(id_file, run.id)
+    return run
+
+
+def _init_wandb(wandb: Any, **options: Any) -> Any:
+    try:
+        return wandb.init(**options)
+    except wandb.Error as error:
+        raise UserError(
+            f"logging.wandb: wandb could not start: {error}; log in with `wandb login`, "
+            "or use logging.wandb.mode=offline, or logging.wandb=null"
+        ) from None
+
+
+def _start_tensorboard(dump_dir: Path, resume_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge_step = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(dump_dir / "tensorboard"), purge_step=purge_step, flush_secs=30)
+
+
+def upload_train_to_wandb(
+    ckpt_dir: str | os.PathLike,
+    project: str = "lingua",
+    entity: str | None = None,
+    train: bool = True,
+    eval: bool = True,
+) -> None:
+    """Send the records of a run that was not watched by wandb; `ckpt_dir` is its dump directory."""
+    wandb = import_optional("wandb", extra="wandb", needed_by="upload_train_to_wandb")
+    folder = Path(ckpt_dir)
+    config = load_config_file(folder / "config.yaml")
+    records: list[dict[str, Any]] = []
+    if train:
+        records += read_jsonl_records(folder / "metrics.jsonl")
+    if eval and (folder / "metrics.eval.jsonl").exists():
+        for record in read_jsonl_records(folder / "metrics.eval.jsonl"):
+            step = record.pop("global_step", None)
+            record.pop("created_at", None)
+            scores = flatten_dict({"evals": record}, sep="/")
+            numbers = {k: v for k, v in scores.items() if isinstance(v, int | float)}
+            records.append({"global_step": step, **numbers})
+    run = _init_wandb(wandb, config=config, name=config.get("name"), project=project, entity=entity)
+    for record in sorted(records, key=lambda r: r.get("global_step") or 0):  # wandb: never back
+        run.log(record, step=record.get("global_step"))
+    run.finish()
+
+
+# ---- the machine
+
+GPUMemStats = namedtuple(
+    "GPUMemStats",
+    "max_active_gib max_active_pct max_reserved_gib max_reserved_pct "
+    "num_alloc_retries num_ooms power_draw",
+)
+
+
+class GPUMemoryMonitor:
+    """Peaks of one CUDA device since the last reset. On CPU there is nothing to tell."""
+
+    def __init__(self, device: str | torch.device = "cuda"):
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            self.name, self.capacity = properties.name, properties.total_memory
+            self.reset_peak_stats()
+        else:
+            self.name, self.capacity = self.device.type, 0
+
+    def reset_peak_stats(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def get_peak_stats(self) -> GPUMemStats | None:
+        """None on CPU. `power_draw` in milliwatts, None where the driver does not tell."""
+        if self.device.type != "cuda":
+            return None
+        stats = torch.cuda.memory_stats(self.device)
+        active = stats.get("active_bytes.all.peak", 0)
+        reserved = stats.get("reserved_bytes.all.peak", 0)
+        return GPUMemStats(
+            active / GIB,
+            100 * active / self.capacity,
+            reserved / GIB,
+            100 * reserved / self.capacity,
+            stats.get("num_alloc_retries", 0),
+            stats.get("num_ooms", 0),
+            _power_draw(self.device),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """The peaks as `memory/...` record keys; a number that is not known is absent."""
+        stats = self.get_peak_stats()
+        known = {} if stats is None else stats._asdict()
+        return {f"memory/{name}": value for name, value in known.items() if value is not None}
+
+
+def _power_draw(device: torch.device) -> int | None:
+    try:
+        return torch.cuda.power_draw(device)
+    except (ImportError, RuntimeError, OSError):  # no pynvml, or a driver without the sensor
+        return None
+
+
+def get_num_params(model: nn.Module) -> int:
+    """Parameters of the whole model, shared ones once, sharded ones in full."""
+    return sum(p.numel() for p in model.parameters())
+
+
+# Dense matrix TFLOP/s in bf16 (fp16 is the same) with fp32 accumulation, from NVIDIA's data sheets,
+# without sparsity. A card is known by the words of its name; of several rows the longest wins.
+PEAK_BF16_TFLOPS = {
+    "A10": 125.0,
+    "A30": 165.0,
+    "A40": 149.7,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L4": 121.0,
+    "L40": 181.05,
+    "L40S": 362.05,
+    "H20": 148.0,
+    "H100": 989.4,
+    "H100 PCIE": 756.0,
+    "H100 NVL": 835.5,
+    "H200": 989.4,
+    "H200 NVL": 835.5,
+    "H800": 989.4,
+    "GH200": 989.4,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+    "RTX 3090": 71.0,
+    "RTX 4090": 165.2,
+    "RTX 5090": 209.5,
+    "RTX A6000": 154.8,
+}
+OTHER_CHIPS = {"MIG", "LAPTOP", "MAX-Q", "D", "TI"}  # a part, or a slower or faster sibling
+
+
+def peak_flops(device_name: str, dtype: torch.dtype | str = "bf16") -> float | None:
+    """Dense FLOP/s that the device can reach in bf16 or fp16; None if it is not known for sure."""
+    if str(dtype).removeprefix("torch.") not in ("bf16", "fp16", "bfloat16", "float16"):
+        return None
+    words = set(re.split(r"[\s_-]+", device_name.upper()))
+    rows = [row for row in PEAK_BF16_TFLOPS if set(row.split()) <= words]
+    if not rows or words & OTHER_CHIPS:
+        return None
+    return PEAK_BF16_TFLOPS[max(rows, key=len)] * 1e12
