@@ -1,0 +1,215 @@
+"""Statistics of every linear layer in one forward and backward pass, one JSON line a probe.
+
+    probe = Probe(model, dump_dir / "probe" / "probe.0.jsonl")
+    probe.metadata = {"it": step, "global_step": step, "loop": "lt2"}
+    with probe:
+        model(x, y).backward()
+
+A line is {"data": {key: stats}, "meta": metadata, "version": 2, "quantiles": levels}. Keys, for a
+linear at module path P: `P::in`, `P::w`, `P::out` and their gradients `P::in.g`, `P::w.g`,
+`P::out.g`; for `log_stats(x, "resid")` inside module P: `P::resid` and `P::resid.g`. A module that
+runs several times in the pass (a looped model) has one key for each call: `P[0]::in`, `P[1]::in`.
+Gradients are those of the loss that is run back, of this rank alone and before they are averaged.
+
+Compiled models run eagerly while a probe looks at them. Activation checkpointing is seen through:
+what is computed again during the backward is not counted again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lingua.metrics import json_line
+
+VERSION = 2
+QUANTILES = [round(0.05 * i, 2) for i in range(1, 20)]
+MOMENTS = ("mean", "std", "skew", "kurtosis", "abs.mean", "max", "min")
+CHUNK = 1 << 24  # elements in fp32 at a time, so that the logits need no second copy of themselves
+QUANTILE_SAMPLE = 1 << 18  # evenly spaced elements that the quantiles are taken from
+
+_active: list[Probe] = []  # the probe that is open, if any
+
+
+def log_stats(x: Tensor, name: str) -> Tensor:
+    """Record `x` and its gradient under the module that runs; use what is returned, it equals x."""
+    return _active[0].see(x, name) if _active else x
+
+
+class Probe:
+    """Context manager around one forward and backward of `module`; `results` has the last data."""
+
+    def __init__(self, module: nn.Module, write_file: str | os.PathLike | None = None):
+        self.module = module
+        self.write_file = None if write_file is None else Path(write_file)
+        self.metadata: dict[str, Any] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+        self._handles: list[Any] = []
+        self._stack: list[str] = []  # paths of the modules that are running
+        self._calls: Counter[tuple[str, str]] = Counter()
+        self._records: dict[tuple[str, int | None, str], _Stats] = {}
+        self._stance: Any = None
+
+    def __enter__(self) -> Probe:
+        assert not _active, "only one probe at a time"
+        self._calls.clear()
+        self._records.clear()
+        self._stack.clear()
+        for path, module in self.module.named_modules():
+            self._handles += [
+                module.register_forward_pre_hook(self._enter_module(path), with_kwargs=True),
+                module.register_forward_hook(self._leave_module(path), always_call=True),
+            ]
+        self._stance = torch.compiler.set_stance("force_eager")
+        self._stance.__enter__()
+        _active.append(self)
+        return self
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        _active.clear()
+        self._stance.__exit__(exc_type, exc, traceback)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if exc_type is not None:
+            return
+        self.results = self._named_records()
+        self._records.clear()
+        if self.write_file is not None:
+            self._write(self.write_file)
+
+    def see(self, x: Tensor, name: str) -> Tensor:
+        """Record one call of log_stats."""
+        if not self._stack:
+            return x
+        path = self._stack[-1]
+        call = self._next_call(path, name)
+        return self._record_value(x, path, call, name)
+
+    # Modules. Outside of the root's forward the stack is empty and nothing is recorded: that is how
+    # layers which activation checkpointing runs again in the backward are left out.
+
+    def _enter_module(self, path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if not self._stack and module is not self.module:
+                return None
+            self._stack.append(path)
+            if not isinstance(module, nn.Linear) or not args:
+                return None
+            call = self._next_call(path, "in")
+            if call == 0:
+                self._record_weight(module.weight, path)
+            return (self._record_value(args[0], path, call, "in"), *args[1:]), kwargs
+
+        return hook
+
+    def _leave_module(self, path: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            if not self._stack or self._stack[-1] != path:
+                return None
+            self._stack.pop()
+            if not isinstance(module, nn.Linear) or not isinstance(output, Tensor):
+                return None
+            return self._record_value(output, path, self._next_call(path, "out"), "out")
+
+        return hook
+
+    def _next_call(self, path: str, name: str) -> int:
+        call = self._calls[path, name]
+        self._calls[path, name] += 1
+        return call
+
+    # Values.
+
+    def _record_value(self, x: Tensor, path: str, call: int, name: str) -> Tensor:
+        """Record x; the view that is returned, and nothing else, carries the gradient hook."""
+        self._records[path, call, name] = _Stats(x)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return x
+        view = x.view_as(x)  # x may go elsewhere, too; this use has a gradient of its own
+        view.register_hook(self._gradient_hook(path, call, name))
+        return view
+
+    def _record_weight(self, weight: Tensor, path: str) -> None:
+        self._records[path, None, "w"] = _Stats(weight)
+        if weight.requires_grad and torch.is_grad_enabled():
+            # A leaf's hook sees the sum over all its uses, once.
+            self._handles.append(weight.register_hook(self._gradient_hook(path, None, "w")))
+
+    def _gradient_hook(self, path: str, call: int | None, name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            if self in _active:
+                self._records[path, call, f"{name}.g"] = _Stats(gradient)
+
+        return hook
+
+    # Results.
+
+    def _named_records(self) -> dict[str, dict[str, Any]]:
+        named = {}
+        for (path, call, name), stats in self._records.items():
+            several = self._calls[path, name.removesuffix(".g")] > 1
+            suffix = f"[{call}]" if call is not None and several else ""
+            named[f"{path}{suffix}::{name}"] = stats.as_dict()
+        return named
+
+    def _write(self, path: Path) -> None:
+        record: Mapping[str, Any] = {
+            "data": self.results,
+            "meta": self.metadata,
+            "version": VERSION,
+            "quantiles": QUANTILES,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json_line(record))
+
+
+class _Stats:
+    """Statistics of a tensor, computed at once and left on its device until they are asked for."""
+
+    def __init__(self, x: Tensor):
+        x = x.detach()
+        if isinstance(x, DTensor):
+            x = x.to_local()
+        self.shape = list(x.shape)
+        self.numbers = _numbers(x.reshape(-1)) if x.numel() else None
+
+    def as_dict(self) -> dict[str, Any]:
+        if self.numbers is None:
+            return {"shape": self.shape}
+        values = self.numbers.tolist()  # the only wait for the device
+        moments = dict(zip(MOMENTS, values, strict=False))
+        return {"shape": self.shape, **moments, "quantiles": values[len(MOMENTS) :]}
+
+
+@torch.no_grad()
+def _numbers(flat: Tensor) -> Tensor:
+    """MOMENTS, then QUANTILES. Skew and kurtosis are central moments over powers of std (the
+    kurtosis of a normal distribution is 3); they are NaN for a constant."""
+    chunks = flat.split(CHUNK)
+    n = flat.numel()
+
+    def mean_of(f: Callable[[Tensor], Tensor]) -> Tensor:
+        sums = [f(chunk.float()).sum(dtype=torch.float64) for chunk in chunks]
+        return torch.stack(sums).sum() / n
+
+    mean = mean_of(lambda c: c)
+    center = mean.float()
+    variance = mean_of(lambda c: (c - center).square())
+    std = variance.sqrt()
+    skew = mean_of(lambda c: (c - center) ** 3) / std**3
+    kurtosis = mean_of(lambda c: (c - center) ** 4) / variance**2
+    moments = [mean, std, skew, kurtosis, mean_of(torch.abs), flat.max(), flat.min()]
+
+    sample = flat[:: -(-n // QUANTILE_SAMPLE)].float()
+    levels = torch.tensor(QUANTILES, device=flat.device)
+    quantiles = torch.quantile(sample, levels)
+    return torch.cat([torch.stack([m.double() for m in moments]), quantiles.double()])
