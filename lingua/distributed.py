@@ -17,9 +17,10 @@ import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Optional
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,7 @@ from lingua.parallelize import parallelize_model as parallelize_model
 from lingua.parallelize import set_module as set_module
 
 logger = logging.getLogger()
+T = TypeVar("T")
 
 FSDP_TYPES = ("no_shard", "full_shard")
 SPAWN_METHODS = ("forkserver", "spawn", "fork")
@@ -76,7 +78,7 @@ class DistributedArgs:
     # dtype of matrices in the forward and backward pass: fp32, fp16, bf16, or auto (bf16 on CUDA,
     # fp32 on CPU); weights, gradient reduction and optimizer are fp32 at any setting
     model_dtype: str = "bf16"
-    float8_recipe: Optional[str] = None  # not implemented: null only
+    float8_recipe: str | None = None  # not implemented: null only
     float8_filter: str = FLOAT8_FILTER  # not implemented: the default only
     matmul_allow_tf32: bool = False  # fp32 matmuls on CUDA use TF32: faster, 10 bits of mantissa
     allow_bf16_reduced_precision_reduction: bool = True  # bf16 matmuls on CUDA may sum in bf16
@@ -274,6 +276,48 @@ def all_agree(value: Any) -> bool:
     return all(v == values[0] for v in values)
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+class RanksFailed(RuntimeError):
+    """Work shared by all ranks failed on at least one; raised on every rank, naming the first."""
+
+
+def run_together(work: Callable[[], T]) -> T:
+    """Do this rank's part of a shared piece of work; if any rank fails, all of them raise.
+
+    A UserError stays one, everything else becomes RanksFailed. A collective.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    outcomes = gather_objects(None if error is None else _describe(error))
+    _raise_first(outcomes, error)
+    return cast(T, result)
+
+
+def run_on_rank_0(work: Callable[[], T]) -> T:
+    """Let rank 0 do or decide something; its result, or its failure, is that of every rank."""
+    result, error = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+    result, outcome = broadcast_object((result, None if error is None else _describe(error)))
+    _raise_first([outcome], error)
+    return result
+
+
+def _describe(error: Exception) -> tuple[bool, str]:
+    if isinstance(error, UserError):
+        return True, str(error)
+    return False, f"{type(error).__name__}: {error}"
+
+
+def _raise_first(outcomes: list[tuple[bool, str] | None], own: Exception | None) -> None:
+    for rank, outcome in enumerate(outcomes):
+        if outcome is not None:
+            is_users, message = outcome
+            if is_users:
+                raise UserError(message) from own
+            raise RanksFailed(f"rank {rank}: {message}") from own

@@ -15,7 +15,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from types import FrameType
-from typing import Optional
 
 import torch
 
@@ -31,14 +30,14 @@ class EnvironmentArgs:
     A variable that is set already keeps its value; null leaves it alone.
     """
 
-    MKL_SERVICE_FORCE_INTEL: Optional[str] = "GNU"  # any value: MKL's Intel threading on all CPUs
-    OMP_NUM_THREADS: Optional[str] = "1"  # threads of processes started later (data loaders)
-    MKL_NUM_THREADS: Optional[str] = "1"  # the same for MKL
-    ENABLE_INTRA_NODE_COMM: Optional[str] = "1"  # faster all-reduce of small tensors inside a node
-    TORCH_NCCL_AVOID_RECORD_STREAMS: Optional[str] = "1"  # less memory held by collectives
-    NCCL_IB_TIMEOUT: Optional[str] = "22"  # InfiniBand timeout, 4.096 us * 2 ** value
-    NCCL_DEBUG: Optional[str] = "WARN"  # INFO prints the topology at start
-    TORCH_NCCL_ASYNC_ERROR_HANDLING: Optional[str] = "1"  # a failed collective ends the process
+    MKL_SERVICE_FORCE_INTEL: str | None = "GNU"  # any value: MKL's Intel threading on all CPUs
+    OMP_NUM_THREADS: str | None = "1"  # threads of processes started later (data loaders)
+    MKL_NUM_THREADS: str | None = "1"  # the same for MKL
+    ENABLE_INTRA_NODE_COMM: str | None = "1"  # faster all-reduce of small tensors inside a node
+    TORCH_NCCL_AVOID_RECORD_STREAMS: str | None = "1"  # less memory held by collectives
+    NCCL_IB_TIMEOUT: str | None = "22"  # InfiniBand timeout, 4.096 us * 2 ** value
+    NCCL_DEBUG: str | None = "WARN"  # INFO prints the topology at start
+    TORCH_NCCL_ASYNC_ERROR_HANDLING: str | None = "1"  # a failed collective ends the process
 
 
 def setup_env(env_args: EnvironmentArgs) -> None:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -35,7 +35,7 @@ class OptimArgs:
     epsilon: float = 1e-8  # AdamW's term in the denominator
     beta1: float = 0.9  # AdamW's decay of the gradient mean
     beta2: float = 0.95  # AdamW's decay of the squared gradient mean
-    clip: Optional[float] = 1.0  # largest norm of the whole gradient; 0 or null does not clip
+    clip: float | None = 1.0  # largest norm of the whole gradient; 0 or null does not clip
     scheduler: str = "cosine"  # constant, linear, inv_sqrt, cosine or wsd
     warmup: int = 2000  # steps of linear rise to lr; 0 starts at lr; `constant` has no warmup
     lr_min_ratio: float = 0.1  # final learning rate / lr, 0 to 1

@@ -9,6 +9,7 @@ after `timeout` seconds. The process group is there when the function starts.
 
 from __future__ import annotations
 
+import io
 import multiprocessing as mp
 import os
 import tempfile
@@ -17,6 +18,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 TIMEOUT = 90.0  # seconds; starting a rank takes a few on a busy machine
 
@@ -60,16 +64,13 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
             except EOFError:
                 raise AssertionError(f"rank {rank} died without a word") from None
             assert ok, f"rank {rank} failed:\n{value}"
-            results[rank] = value
+            results[rank] = torch.load(io.BytesIO(value), weights_only=False)
     return [results[rank] for rank in range(len(pipes))]
 
 
 def _rank_main(
     rank: int, world_size: int, store: str, pipe: Connection, fn: Callable, args: tuple
 ) -> None:
-    import torch
-    import torch.distributed as dist
-
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -85,9 +86,16 @@ def _rank_main(
             world_size=world_size,
             timeout=timedelta(seconds=60),
         )
-        pipe.send((True, fn(rank, world_size, *args)))
+        pipe.send((True, _to_bytes(fn(rank, world_size, *args))))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _to_bytes(value: Any) -> bytes:
+    """Pickled with its tensors: torch's own way to send one needs the sender to live on."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()

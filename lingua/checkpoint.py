@@ -1,0 +1,273 @@
+"""Checkpoints of a run: when they are kept, how they are written, which one is loaded.
+
+    checkpoints/0000001000/
+        .metadata, __R_0.distcp      model and optimizer tensors of rank R (see tensor_store.py)
+        train_state_00000.json       one for every data-parallel rank: step, data, scheduler, rng
+        params.json                  the whole config
+        manifest.json                every file above, its bytes, and a sha256 for the small ones
+        consolidated/                weights in one file, made on demand
+
+A checkpoint is written into `0000001000.tmp`, made durable and then renamed: a folder whose name is
+exactly ten digits is complete, whenever the run was killed. Rank 0 alone decides what is loaded and
+what is deleted, and a failure on one rank is raised on all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from lingua.args import UserError, dataclass_to_dict, diff_configs
+from lingua.checkpoint_folder import FOLDER_NAME as FOLDER_NAME
+from lingua.checkpoint_folder import TRAIN_STATE_NAME as TRAIN_STATE_NAME
+from lingua.checkpoint_folder import (
+    UNFINISHED,
+    clear_leftovers,
+    find_problem,
+    is_checkpoint,
+    is_own,
+    make_empty,
+    publish,
+    remove_checkpoint,
+    write_train_state,
+)
+from lingua.distributed import (
+    RanksFailed,
+    gather_objects,
+    get_dp_rank_and_degree,
+    run_on_rank_0,
+    run_together,
+)
+from lingua.rng import get_rng_state, set_rng_state
+from lingua.tensor_store import CONFIG_NAME as CONFIG_NAME
+from lingua.tensor_store import CONSOLIDATE_FOLDER as CONSOLIDATE_FOLDER
+from lingua.tensor_store import CONSOLIDATE_NAME as CONSOLIDATE_NAME
+from lingua.tensor_store import METADATA_NAME, save_tensors
+from lingua.tensor_store import consolidate_checkpoints as consolidate_checkpoints
+from lingua.tensor_store import load_from_checkpoint as load_from_checkpoint
+
+logger = logging.getLogger()
+
+RNG_KEY = "rng"
+
+
+@dataclass
+class SaveEvery:
+    every: int = 1000  # steps between two; 0 never
+    keep: int = 0  # how many of the newest are kept; 0 or less keeps all
+
+    def fires(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
+
+
+@dataclass
+class CheckpointArgs:
+    # checkpoints to resume from. Others than these (on preemption, at the end) are deleted once a
+    # newer one is there, unless keep is 0
+    dump: SaveEvery = field(default_factory=SaveEvery)
+    eval: SaveEvery = field(default_factory=SaveEvery)  # checkpoints that are evaluated
+    path: str | None = None  # folder of all checkpoints; null is <dump_dir>/checkpoints
+    init_ckpt_path: str | None = None  # step folder whose weights a new run starts from
+    # take optimizer, step and data position from init_ckpt_path, too
+    continue_training_from_init: bool = False
+
+    def __post_init__(self):
+        for name, rule in (("dump", self.dump), ("eval", self.eval)):
+            if rule.every < 0:
+                raise UserError(f"checkpoint.{name}.every={rule.every}: must be 0 (never) or more")
+        if self.continue_training_from_init and self.init_ckpt_path is None:
+            raise UserError(
+                "checkpoint.continue_training_from_init=true needs checkpoint.init_ckpt_path"
+            )
+
+
+class TrainState(Protocol):
+    """What a run needs beside tensors; the state dict is JSON and holds "step"."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Loaded:
+    path: Path
+    step: int
+    config: dict[str, Any]  # what the run that saved it was configured with
+    differences: list[str]  # "optim.lr: 0.0003 -> 0.0001", saved -> now
+
+
+class CheckpointManager:
+    def __init__(self, args: CheckpointArgs):
+        assert args.path, "checkpoint.path must be resolved before the manager is built"
+        self.args = args
+        self.path = Path(args.path)
+
+    @classmethod
+    def instantiate_and_make_dir(cls, args: CheckpointArgs) -> CheckpointManager:
+        manager = cls(args)
+        run_on_rank_0(lambda: manager.path.mkdir(parents=True, exist_ok=True))
+        return manager
+
+    @property
+    def existing_saves(self) -> list[Path]:
+        """Checkpoint folders, oldest first."""
+        if not self.path.is_dir():
+            return []
+        return sorted(p for p in self.path.iterdir() if is_checkpoint(p))
+
+    def get_last_step_path(self) -> Path | None:
+        """The newest checkpoint whose files are all as they were written."""
+        return self._newest_readable({})
+
+    # ---- saving
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        train_state: TrainState,
+        config: Any,
+        device_mesh: DeviceMesh | None = None,
+    ) -> bool:
+        """Write a checkpoint of `train_state`'s step, then delete those that need not be kept.
+
+        A collective. When it returns, the checkpoint is complete on disk.
+        """
+        state = train_state.state_dict()
+        assert RNG_KEY not in state, f"{RNG_KEY!r} is the manager's own key in the train state"
+        final = self.path / FOLDER_NAME.format(state["step"])
+        unfinished = final.with_name(final.name + UNFINISHED)
+        run_on_rank_0(lambda: make_empty(unfinished))
+        save_tensors(unfinished, model, optimizer)
+
+        dp_rank, _ = get_dp_rank_and_degree(device_mesh)
+        state[RNG_KEY] = get_rng_state()
+        name = None if _is_tp_copy(device_mesh) else TRAIN_STATE_NAME.format(dp_rank)
+        written = run_together(lambda: write_train_state(unfinished, name, state))
+        files = {k: v for rank_files in gather_objects(written) for k, v in rank_files.items()}
+        run_on_rank_0(lambda: publish(unfinished, final, state["step"], files, _as_dict(config)))
+        run_on_rank_0(self.clean_up)
+        logger.info(f"saved checkpoint {final}")
+        return True
+
+    def clean_up(self) -> None:
+        """Delete checkpoints that no rule keeps, and leftovers of saves that were cut off.
+
+        The newest checkpoint always stays, and so does every folder that this class did not write
+        or that somebody put a file into.
+        """
+        saves = self.existing_saves
+        rules = (self.args.dump, self.args.eval)
+        kept = set(saves[-1:])
+        for rule in rules:
+            matching = [p for p in saves if rule.fires(int(p.name))]
+            kept.update(matching if rule.keep <= 0 else matching[-rule.keep :])
+        if self.args.dump.keep <= 0:
+            kept.update(p for p in saves if not any(r.fires(int(p.name)) for r in rules))
+        for folder in saves:
+            if folder not in kept and is_own(folder):
+                logger.info(f"deleting checkpoint {folder}")
+                remove_checkpoint(folder)
+        clear_leftovers(self.path)
+
+    # ---- loading
+
+    def load(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        train_state: TrainState,
+        device_mesh: DeviceMesh | None = None,
+        *,
+        config: Any = None,
+        path: str | os.PathLike | None = None,
+    ) -> Loaded | None:
+        """Continue from `path`, or from the newest checkpoint that can be read; None if none is.
+
+        Restores tensors, train state and random generators, and says where `config` differs from
+        the saved one. A run without a checkpoint starts from `checkpoint.init_ckpt_path` where
+        `continue_training_from_init` says so. A collective.
+        """
+        run_on_rank_0(lambda: clear_leftovers(self.path))
+        unreadable: dict[Path, str] = {}
+        while True:
+            folder = (
+                Path(path) if path else run_on_rank_0(lambda: self._newest_readable(unreadable))
+            )
+            if folder is None and self.args.continue_training_from_init:
+                path = folder = Path(self.args.init_ckpt_path or "")
+            if folder is None:
+                return None
+            run_on_rank_0(lambda f=folder: _check_ranks(f, device_mesh))
+            try:
+                run_together(lambda f=folder: load_from_checkpoint(f, model, optimizer))
+                break
+            except RanksFailed as error:
+                if path:
+                    raise
+                logger.warning(f"cannot load checkpoint {folder}, trying the one before: {error}")
+                unreadable[folder] = str(error)
+
+        dp_rank, _ = get_dp_rank_and_degree(device_mesh)
+        state, saved_config = run_together(
+            lambda: (
+                json.loads((folder / TRAIN_STATE_NAME.format(dp_rank)).read_text()),
+                json.loads((folder / CONFIG_NAME).read_text()),
+            )
+        )
+        rng = state.pop(RNG_KEY, None)
+        run_together(lambda: train_state.load_state_dict(state))
+        if rng is not None:
+            set_rng_state(rng)
+        differences = [] if config is None else diff_configs(saved_config, _as_dict(config))
+        logger.info(f"loaded checkpoint {folder}")
+        return Loaded(folder, state["step"], saved_config, differences)
+
+    def _newest_readable(self, unreadable: dict[Path, str]) -> Path | None:
+        for folder in reversed(self.existing_saves):
+            if folder in unreadable:
+                continue
+            problem = find_problem(folder)
+            if problem is None:
+                return folder
+            logger.warning(f"checkpoint {folder} is damaged, trying the one before: {problem}")
+            unreadable[folder] = problem
+        if unreadable:
+            newest = max(unreadable)
+            raise UserError(
+                f"none of the {len(unreadable)} checkpoints in {self.path} can be read "
+                f"({newest.name}: {unreadable[newest]}); move them away to start anew"
+            )
+        return None
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    return dict(config) if isinstance(config, Mapping) else dataclass_to_dict(config)
+
+
+def _is_tp_copy(device_mesh: DeviceMesh | None) -> bool:
+    """Whether another rank of the tensor-parallel group writes this rank's train state."""
+    names = device_mesh.mesh_dim_names or () if device_mesh is not None else ()
+    return device_mesh is not None and "tp" in names and device_mesh.get_local_rank("tp") != 0
+
+
+def _check_ranks(folder: Path, device_mesh: DeviceMesh | None) -> None:
+    """A run is continued by as many ranks as wrote it: each owns a part of the data."""
+    if not (folder / METADATA_NAME).is_file():
+        raise UserError(f"{folder} is no checkpoint folder: it has no {METADATA_NAME} file")
+    saved = len(list(folder.glob("train_state_[0-9][0-9][0-9][0-9][0-9].json")))
+    _, now = get_dp_rank_and_degree(device_mesh)
+    if saved != now:
+        raise UserError(
+            f"{folder} was written by {saved} data-parallel ranks and this run has {now}: start "
+            f"it with {saved}, or start anew from its weights (checkpoint.init_ckpt_path)"
+        )

@@ -1,0 +1,198 @@
+"""Model and optimizer tensors in a folder, written by all ranks, readable by any number of them.
+
+The format is torch's distributed checkpoint (DCP): keys are `model.<parameter>` and
+`optim.state.<parameter>.<exp_avg | exp_avg_sq | step>`. Learning rates and other hyperparameters
+are not in it: they come from the config of the run that loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.optim import Optimizer
+
+from lingua.args import UserError, write_atomic
+from lingua.parallelize import reshard
+
+logger = logging.getLogger()
+
+MODEL_KEY, OPTIM_KEY = "model", "optim"
+METADATA_NAME = ".metadata"
+CONFIG_NAME = "params.json"
+CONSOLIDATE_FOLDER = "consolidated"
+CONSOLIDATE_NAME = "consolidated.pth"
+
+Metadata = dict[str, Any]  # DCP key -> what is stored there
+
+
+def save_tensors(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
+    """Write all ranks' tensors and fsync them. A collective."""
+    reshard(model)
+    state: dict[str, Any] = {MODEL_KEY: model.state_dict()}
+    if optimizer is not None:
+        state[OPTIM_KEY] = {"state": optimizer_state(model, optimizer)}
+    with _dcp():
+        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def load_from_checkpoint(
+    ckpt_dir: str | os.PathLike,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    model_key: str = MODEL_KEY,
+    optim_key: str = OPTIM_KEY,
+) -> None:
+    """Fill model and optimizer in place. An empty `model_key` reads a folder that is all model.
+
+    What is in the folder and not in the model is left out, with a warning; the opposite, or another
+    shape, is a UserError. A collective: call it on all ranks.
+    """
+    folder = Path(ckpt_dir)
+    if not (folder / METADATA_NAME).is_file():
+        raise UserError(
+            f"{folder} is no checkpoint folder: it has no {METADATA_NAME} file; give a folder "
+            "such as <dump_dir>/checkpoints/0000001000"
+        )
+    metadata: Metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    reshard(model)
+    weights = model.state_dict()
+    _check_fits(folder, weights, metadata, f"{model_key}." if model_key else "")
+    state: dict[str, Any] = {model_key: weights} if model_key else dict(weights)
+    filled: dict[str, dict[str, Tensor]] = {}
+    if optimizer is not None:
+        filled = _empty_optimizer_state(model, optimizer, metadata, f"{optim_key}.state.")
+        state[optim_key] = {"state": filled}
+    with _dcp():
+        dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=not dist.is_initialized())
+    if optimizer is not None:
+        for name, param in _optimized(model, optimizer).items():
+            optimizer.state[param] = filled.get(name, {})
+
+
+def _check_fits(folder: Path, weights: dict[str, Any], metadata: Metadata, prefix: str) -> None:
+    stored = {
+        key.removeprefix(prefix): tuple(value.size)
+        for key, value in metadata.items()
+        if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
+    }
+    wanted = {name: tuple(t.shape) for name, t in weights.items() if isinstance(t, Tensor)}
+    wrong = [
+        f"{name} is {stored.get(name, 'not there')}, the model has {shape}"
+        for name, shape in wanted.items()
+        if stored.get(name) != shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise UserError(
+            f"the checkpoint {folder} does not fit the model: {'; '.join(wrong[:3])}{more}"
+        )
+    unused = sorted(stored.keys() - wanted.keys()) if prefix else []
+    if unused:
+        logger.warning(f"not loaded from {folder}, the model has no such tensors: {unused}")
+
+
+# ---- optimizer state by parameter name
+
+
+def _optimized(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    names = {param: name for name, param in model.named_parameters()}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    assert all(p in names for p in params), "the optimizer holds parameters of another model"
+    return {names[param]: param for param in params}
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's own tensors by parameter name; a parameter that never moved has none."""
+    return {
+        name: dict(optimizer.state[param])
+        for name, param in _optimized(model, optimizer).items()
+        if optimizer.state.get(param)
+    }
+
+
+def _empty_optimizer_state(
+    model: nn.Module, optimizer: Optimizer, metadata: Metadata, prefix: str
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors to load into: as a parameter is laid out where shapes agree, else plain ones."""
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    empty: dict[str, dict[str, Tensor]] = {}
+    params = _optimized(model, optimizer)
+    for key, stored in metadata.items():
+        name, _, field = key.removeprefix(prefix).rpartition(".")
+        if not key.startswith(prefix) or name not in params:
+            continue
+        param, dtype = params[name], stored.properties.dtype
+        if tuple(stored.size) == tuple(param.shape):
+            tensor = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        else:  # the step count, which fused kernels want on their device
+            tensor = torch.zeros(stored.size, dtype=dtype, device=param.device if fused else "cpu")
+        empty.setdefault(name, {})[field] = tensor
+    return empty
+
+
+# ---- one file for inference
+
+
+def consolidate_checkpoints(ckpt_dir: str | os.PathLike) -> Path:
+    """Gather a checkpoint's weights into `consolidated/consolidated.pth`; returns that folder.
+
+    The file holds {"model": {name: tensor}} and nothing else. It appears whole or not at all; if
+    it is there, nothing is done. For one process: others wait for it in `run_on_rank_0`.
+    """
+    source = Path(ckpt_dir)
+    folder = source / CONSOLIDATE_FOLDER
+    target = folder / CONSOLIDATE_NAME
+    if target.is_file():
+        return folder
+    reader = FileSystemReader(source)
+    if not (source / METADATA_NAME).is_file():
+        raise UserError(f"{source} is no checkpoint folder: it has no {METADATA_NAME} file")
+    prefix = f"{MODEL_KEY}."
+    weights = {
+        key.removeprefix(prefix): torch.empty(stored.size, dtype=stored.properties.dtype)
+        for key, stored in reader.read_metadata().state_dict_metadata.items()
+        if key.startswith(prefix) and isinstance(stored, TensorStorageMetadata)
+    }
+    with _dcp():
+        dcp.load({MODEL_KEY: weights}, storage_reader=reader, no_dist=True)
+
+    folder.mkdir(exist_ok=True)
+    write_atomic(folder / CONFIG_NAME, (source / CONFIG_NAME).read_bytes())
+    aside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    with open(aside, "wb") as f:
+        torch.save({MODEL_KEY: weights}, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, target)
+    logger.info(f"consolidated weights in {target}")
+    return folder
+
+
+@contextlib.contextmanager
+def _dcp() -> Iterator[None]:
+    """Mend two habits of DCP.
+
+    It warns about a missing process group even where it was told that there is none, and its
+    exception is not an Exception.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        rank, (cause, _) = sorted(error.failures.items())[0]
+        reason = str(cause).partition("\n")[0]
+        raise RuntimeError(f"rank {rank}: {type(cause).__name__}: {reason}") from error

@@ -1,0 +1,433 @@
+"""Checkpoints: exact resume, survival of kills and damage, and what is deleted."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import lingua.checkpoint_folder
+import lingua.tensor_store
+from lingua import distributed as ld
+from lingua.args import UserError
+from lingua.checkpoint import (
+    CheckpointArgs,
+    CheckpointManager,
+    SaveEvery,
+    consolidate_checkpoints,
+    load_from_checkpoint,
+)
+from lingua.optim import OptimArgs, build_optimizer
+from tests.lingua.dist_utils import run_ranks
+from tests.lingua.toy import PLAN, ROWS, Looped, make_batches, make_model, whole
+
+STEPS, STOP = 6, 3
+CONFIG = {"optim": {"lr": 0.05, "clip": 1.0}, "steps": STEPS}
+
+
+class TrainState:
+    def __init__(self, scheduler=None):
+        self.step = 0
+        self.scheduler = scheduler
+
+    def state_dict(self):
+        return {"step": self.step, "scheduler": self.scheduler and self.scheduler.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        self.step = state_dict["step"]
+        if self.scheduler:
+            self.scheduler.load_state_dict(state_dict["scheduler"])
+
+
+def manager_at(folder: Path, **kwargs) -> CheckpointManager:
+    return CheckpointManager.instantiate_and_make_dir(CheckpointArgs(path=str(folder), **kwargs))
+
+
+def build(mesh=None, args=None):
+    model = make_model()
+    if args is not None:
+        ld.parallelize_model(model, mesh, None, args, PLAN)
+    optimizer, scheduler = build_optimizer(model, OptimArgs(lr=0.05, warmup=4), STEPS)
+    return model, optimizer, TrainState(scheduler)
+
+
+def train(upto, model, optimizer, state, mesh=None):
+    """Train with noise from every generator, so that a resume must restore them all."""
+    rank, degree = ld.get_dp_rank_and_degree(mesh)
+    mine = slice(rank * ROWS // degree, (rank + 1) * ROWS // degree)
+    log = []
+    for tokens, target in make_batches(STEPS, 1)[state.step : upto, 0]:
+        lr = optimizer.param_groups[0]["lr"]
+        noise = 1 + 0.1 * (torch.rand(()).item() + random.random() + np.random.rand())
+        loss = model(tokens[mine], target[mine]) * noise
+        loss.backward()
+        ld.sync_replicated_grads(model, mesh)
+        norm = ld.clip_grad_norm_(model, 1.0)
+        optimizer.step()
+        state.scheduler.step()
+        optimizer.zero_grad()
+        state.step += 1
+        log.append((state.step, lr, loss.item(), norm.item()))
+    return log
+
+
+def tensors(model, optimizer):
+    moments = lingua.tensor_store.optimizer_state(model, optimizer)
+    return {
+        "model": {n: whole(p).detach().clone() for n, p in model.named_parameters()},
+        "optim": {n: {k: whole(t).clone() for k, t in s.items()} for n, s in moments.items()},
+    }
+
+
+def assert_same_bits(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def seed_all(seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def check_resume(rank, world_size, folder, kwargs):
+    """Train STEPS; train STOP, save, come back in a fresh model, go on: all must be equal."""
+    args = kwargs and ld.DistributedArgs(model_dtype="fp32", **kwargs)
+    mesh = ld.get_device_mesh(args) if args else None
+    seed_all(rank)
+    model, optimizer, state = build(mesh, args)
+    seed_all(rank)
+    manager = manager_at(folder)
+    log = train(STOP, model, optimizer, state, mesh)
+    with torch.no_grad():  # a validation pass leaves FSDP's weights gathered
+        model(*make_batches(1, 1)[0, 0])
+    assert manager.save(model, optimizer, state, CONFIG, mesh)
+    saved = tensors(model, optimizer)
+    log += train(STEPS, model, optimizer, state, mesh)
+    want = tensors(model, optimizer)
+
+    seed_all(99)
+    model, optimizer, state = build(mesh, args)
+    loaded = manager.load(model, optimizer, state, mesh, config=CONFIG)
+    assert loaded is not None and loaded.step == state.step == STOP and not loaded.differences
+    assert_same_bits(tensors(model, optimizer), saved)
+    again = train(STEPS, model, optimizer, state, mesh)
+    assert again == log[STOP:], "losses, norms and learning rates to the last bit"
+    assert_same_bits(tensors(model, optimizer), want)
+    return saved
+
+
+def test_resume_is_exact_in_one_process(tmp_path):
+    check_resume(0, 1, tmp_path, None)
+
+
+FULL_SHARD = {"fsdp_type": "full_shard", "dp_replicate": 2}
+NO_SHARD = {"dp_replicate": 2}
+
+
+def check_two_ranks(rank, world_size, folder):
+    check_resume(rank, world_size, folder / "no_shard", NO_SHARD)
+    saved = check_resume(rank, world_size, folder / "full_shard", FULL_SHARD)
+    check_other_world_size(folder / "one")
+    check_failure_is_everyones(rank, folder / "full_shard")
+    return saved
+
+
+def check_other_world_size(folder):
+    """Written by one process: the tensors load here, the data position of two ranks does not."""
+    args = ld.DistributedArgs(model_dtype="fp32", **FULL_SHARD)
+    mesh = ld.get_device_mesh(args)
+    model, optimizer, state = build(mesh, args)
+    try:
+        manager_at(folder).load(model, optimizer, state, mesh)
+    except UserError as error:
+        message = str(error)
+    else:
+        raise AssertionError("a checkpoint of one rank was continued by two")
+    assert "1 data-parallel ranks and this run has 2" in message
+    assert ld.all_agree(message)
+    newest = manager_at(folder).get_last_step_path()
+    load_from_checkpoint(newest, model, optimizer)
+    torch.save(tensors(model, optimizer), folder / f"on_two_{torch.distributed.get_rank()}.pt")
+
+
+def check_failure_is_everyones(rank, folder):
+    """A disk that fills up under one rank: all ranks raise, and the older checkpoint is there."""
+    args = ld.DistributedArgs(model_dtype="fp32", **FULL_SHARD)
+    mesh = ld.get_device_mesh(args)
+    model, optimizer, state = build(mesh, args)
+    manager = manager_at(folder)
+    train(STOP + 1, model, optimizer, state, mesh)
+    real = lingua.checkpoint_folder.write_atomic
+
+    def full_disk(path, data):
+        if rank == 1:
+            raise OSError("no space left on device")
+        real(path, data)
+
+    lingua.checkpoint_folder.write_atomic = full_disk
+    try:
+        manager.save(model, optimizer, state, CONFIG, mesh)
+    except ld.RanksFailed as error:
+        assert "rank 1: OSError: no space left" in str(error)
+    else:
+        raise AssertionError("a failed save went unnoticed")
+    finally:
+        lingua.checkpoint_folder.write_atomic = real
+    loaded = manager.load(model, optimizer, state, mesh)
+    assert loaded is not None and loaded.step == STOP
+
+
+def test_two_ranks_resume_exactly_and_fail_together(tmp_path):
+    model, optimizer, state = build()
+    train(STOP, model, optimizer, state)
+    manager_at(tmp_path / "one").save(model, optimizer, state, CONFIG)
+    want = tensors(model, optimizer)
+
+    saved_by_two = run_ranks(2, check_two_ranks, tmp_path)[0]
+
+    assert_same_bits(torch.load(tmp_path / "one" / "on_two_1.pt"), want)
+    model, optimizer, state = build()
+    full_shard = manager_at(tmp_path / "full_shard")
+    load_from_checkpoint(full_shard.get_last_step_path(), model, optimizer)
+    assert_same_bits(tensors(model, optimizer), saved_by_two)
+    with pytest.raises(UserError, match="2 data-parallel ranks and this run has 1"):
+        full_shard.load(model, optimizer, state)
+
+
+# ---- kills and damage
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run in one process with checkpoints of steps 1 and 2."""
+    model, optimizer, state = build()
+    manager = manager_at(tmp_path / "checkpoints")
+    for step in (1, 2):
+        train(step, model, optimizer, state)
+        manager.save(model, optimizer, state, CONFIG)
+    return manager, model, optimizer, state
+
+
+def die_at_call(n, model, optimizer, state, folder, rule):
+    """Save step 3 over step 2's rule, and SIGKILL this process at the n-th touch of the disk."""
+    calls = 0
+
+    def mortal(real):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, mortal(getattr(os, name)))
+    CheckpointManager(CheckpointArgs(path=str(folder), dump=rule)).save(
+        model, optimizer, state, CONFIG
+    )
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
+def test_a_kill_at_any_moment_of_save_leaves_a_checkpoint(run, tmp_path, again):
+    manager, model, optimizer, state = run
+    shutil.copytree(manager.path, tmp_path / "before")
+    if not again:
+        train(3, model, optimizer, state)
+    fork = multiprocessing.get_context("fork")
+    for n in range(1, 100):
+        shutil.rmtree(manager.path)
+        shutil.copytree(tmp_path / "before", manager.path)
+        args = (n, model, optimizer, state, manager.path, SaveEvery(every=1, keep=1))
+        child = fork.Process(target=die_at_call, args=args)
+        child.start()
+        child.join(30)
+        assert child.exitcode in (0, -signal.SIGKILL)
+
+        fresh = build()
+        loaded = manager.load(*fresh)
+        assert loaded is not None and loaded.step in (2, state.step), f"lost by a kill at call {n}"
+        names = {p.name for p in manager.path.iterdir()}
+        assert all(len(name) == 10 for name in names), f"leftovers after a kill at {n}: {names}"
+        if child.exitcode == 0:
+            break
+    assert child.exitcode == 0 and n > 10, "the kills must have covered the whole save"
+    assert names == {f"{state.step:010d}"}
+
+
+def truncate_tensors(folder):
+    file = folder / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def scramble_tensors(folder):
+    file = folder / "__0_0.distcp"
+    file.write_bytes(bytes(len(file.read_bytes())))
+
+
+def edit_train_state(folder):
+    file = folder / "train_state_00000.json"
+    file.write_text(file.read_text().replace('"step": 2', '"step": 7'))
+
+
+def drop_config(folder):
+    (folder / "params.json").unlink()
+
+
+def drop_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+DAMAGES = [truncate_tensors, scramble_tensors, edit_train_state, drop_config, drop_manifest]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(run, damage):
+    manager, model, optimizer, state = run
+    damage(manager.existing_saves[-1])
+    model, optimizer, state = build()
+    want, first_optimizer, _ = build()
+    load_from_checkpoint(manager.existing_saves[0], want, first_optimizer)
+
+    loaded = manager.load(model, optimizer, state)
+
+    assert loaded is not None and loaded.step == state.step == 1
+    assert_same_bits(tensors(model, optimizer), tensors(want, first_optimizer))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run):
+    manager, *fresh = run
+    for folder in manager.existing_saves:
+        truncate_tensors(folder)
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        manager.load(*fresh)
+
+
+# ---- what is loaded
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert manager_at(tmp_path).load(*build()) is None
+
+
+def test_changes_between_saved_and_given_config_are_told(run):
+    manager, *_ = run
+    now = {"optim": {"lr": 0.01, "clip": 1.0}, "steps": STEPS}
+    loaded = manager.load(*build(), config=now)
+    assert loaded is not None
+    assert len(loaded.differences) == 1
+    assert loaded.differences[0].startswith("optim.lr: 0.05 -> 0.01")
+
+
+def test_a_new_run_continues_from_init_where_asked(run, tmp_path):
+    manager, *_ = run
+    args = {"init_ckpt_path": str(manager.existing_saves[0]), "continue_training_from_init": True}
+    model, optimizer, state = build()
+    loaded = manager_at(tmp_path / "new", **args).load(model, optimizer, state)
+    assert loaded is not None and loaded.step == state.step == 1
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * 2 / 4)
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_name(run):
+    manager, *_ = run
+    model, optimizer, state = build()
+    model.rho = nn.Parameter(torch.zeros(7, 6))
+    with pytest.raises(UserError, match=r"rho is \(3, 6\), the model has \(7, 6\)"):
+        load_from_checkpoint(manager.existing_saves[-1], model)
+    with pytest.raises(UserError, match="is no checkpoint folder"):
+        load_from_checkpoint(manager.path, model)
+
+
+def test_a_checkpoint_that_is_all_model_loads_with_an_empty_key(tmp_path):
+    dcp.save(make_model().state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    model = Looped()
+    load_from_checkpoint(tmp_path, model, model_key="")
+    assert_same_bits(dict(model.named_parameters()), dict(make_model().named_parameters()))
+
+
+def test_parameters_without_optimizer_state_stay_so(tmp_path):
+    model, optimizer, state = build()
+    model.rho.requires_grad_(False)
+    train(1, model, optimizer, state)
+    manager = manager_at(tmp_path)
+    manager.save(model, optimizer, state, CONFIG)
+    fresh_model, fresh, _ = build()
+    load_from_checkpoint(manager.existing_saves[-1], fresh_model, fresh)
+    assert not fresh.state[fresh_model.rho] and fresh.state[fresh_model.output.weight]
+
+
+# ---- what is deleted
+
+
+def save_steps(manager, steps):
+    model, optimizer, state = build()
+    for state.step in steps:
+        manager.save(model, None, state, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "dump, eval, want",
+    [
+        ((2, 0), (3, 0), [1, 2, 3, 4, 6, 7]),
+        ((2, 2), (3, 1), [4, 6, 7]),
+        ((2, 1), (3, 0), [3, 6, 7]),
+        ((0, 1), (0, 1), [7]),
+        ((1, 3), (5, 1), [4, 6, 7]),
+    ],
+)
+def test_keep_rules(tmp_path, dump, eval, want):
+    manager = manager_at(tmp_path, dump=SaveEvery(*dump), eval=SaveEvery(*eval))
+    save_steps(manager, [1, 2, 3, 4, 6, 7])
+    assert [int(p.name) for p in manager.existing_saves] == want
+
+
+def test_what_others_wrote_is_never_deleted(tmp_path):
+    foreign = ["0000000001_backup", "00000000001", "0000000003", "0000000001.old", "notes"]
+    for name in foreign:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("mine")
+    (tmp_path / "0000000002.tmp").mkdir()
+    manager = manager_at(tmp_path, dump=SaveEvery(1, keep=1), eval=SaveEvery(1, keep=1))
+    save_steps(manager, [4])
+    consolidate_checkpoints(tmp_path / "0000000004")
+    save_steps(manager, [5])
+    (tmp_path / "0000000005" / "my_plots").mkdir()
+    save_steps(manager, [6])
+    want = {*foreign, "0000000005", "0000000006"}
+    assert {p.name for p in tmp_path.iterdir()} == want
+    assert all((tmp_path / name / "precious").exists() for name in foreign)
+
+
+# ---- one file for inference
+
+
+def test_consolidated_holds_the_weights_alone(run, tmp_path):
+    manager, model, *_ = run
+    folder = manager.existing_saves[-1]
+    (folder / "consolidated").mkdir()  # as a killed consolidation leaves it
+    (folder / "consolidated" / "params.json").write_text("half")
+
+    consolidated = consolidate_checkpoints(folder)
+
+    assert {p.name for p in consolidated.iterdir()} == {"consolidated.pth", "params.json"}
+    assert json.loads((consolidated / "params.json").read_text()) == CONFIG
+    content = torch.load(consolidated / "consolidated.pth", weights_only=True)
+    assert content.keys() == {"model"}
+    assert_same_bits(content["model"], dict(model.state_dict()))
+
+    dcp_to_torch_save(folder, tmp_path / "all.pth")
+    everything = torch.load(tmp_path / "all.pth")
+    assert_same_bits(everything["model"], dict(model.state_dict()))
+    assert everything["optim"]["state"].keys() == dict(model.named_parameters()).keys()
