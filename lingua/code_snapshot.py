@@ -1,0 +1,103 @@
+"""A copy of the code that a run starts from, and the commit it is.
+
+Copied is what git tracks and what it does not ignore; outside git, the Python and YAML files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lingua.args import write_atomic
+
+logger = logging.getLogger()
+
+MAX_UNTRACKED_BYTES = 16 * 2**20  # an untracked file above this is data that .gitignore forgot
+SUFFIXES = {".py", ".yaml", ".yml"}  # what is copied where there is no git
+
+
+@dataclass(frozen=True)
+class CodeVersion:
+    commit: str | None  # None outside git
+    dirty: bool  # whether files differ from the commit
+
+
+def git(root: Path, *command: str) -> str | None:
+    """What a git command prints, or None where there is no git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *command], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout
+
+
+def code_version(root: Path) -> CodeVersion:
+    commit = git(root, "rev-parse", "HEAD")
+    if commit is None or not git(root, "ls-files"):  # the folder is in another repository, ignored
+        return CodeVersion(commit=None, dirty=False)
+    return CodeVersion(commit.strip(), dirty=bool(git(root, "status", "--porcelain", "--", ".")))
+
+
+def list_code(root: Path) -> list[Path]:
+    """The files that make up the code below `root`, relative to it."""
+    tracked = (git(root, "ls-files", "-z") or "").split("\0")
+    untracked = (git(root, "ls-files", "-z", "--others", "--exclude-standard") or "").split("\0")
+    if not any(tracked) and not any(untracked):
+        return sorted(_walk(root))
+    small = []
+    for name in filter(None, untracked):
+        size = os.lstat(root / name).st_size
+        if size <= MAX_UNTRACKED_BYTES:
+            small.append(name)
+        else:
+            logger.warning(
+                "not copied with the code: %s (%.0f MiB, not in git)", name, size / 2**20
+            )
+    # A tracked file may be deleted on disk; a submodule is listed as a folder.
+    files = {Path(name) for name in [*tracked, *small] if name}
+    return sorted(file for file in files if (root / file).is_file())
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith((".", "__pycache__"))
+            and not (Path(folder, name) / "pyvenv.cfg").exists()
+        ]
+        for name in names:
+            if Path(name).suffix in SUFFIXES:
+                yield Path(folder, name).relative_to(root)
+
+
+def snapshot_code(root: Path, target: Path, without: Path) -> int:
+    """Copy the code below `root` to `target`, except what lies in `without`; how many files.
+
+    The copy is made aside and then put in place, so that `target` holds no file of an older one.
+    """
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    without = without.resolve()
+    files = [file for file in list_code(root) if not (root / file).is_relative_to(without)]
+    for file in files:
+        (aside / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / file, aside / file)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    return len(files)
+
+
+def write_code_version(root: Path, path: Path) -> CodeVersion:
+    version = code_version(root)
+    write_atomic(path, json.dumps({**asdict(version), "root": str(root)}, indent=2) + "\n")
+    return version

@@ -1,0 +1,363 @@
+"""stool, without SLURM: what it writes, what it refuses, and that the job it writes runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from lingua.args import UserError
+from lingua.stool import Job, StoolArgs, launch_job, main, render_submit
+
+REPOSITORY = Path(__file__).parents[2]
+GOLDEN = REPOSITORY / "tests" / "golden" / "submit.slurm"
+
+# A training script in little: it says where it ran and what it was told.
+SCRIPT = """
+from __future__ import annotations
+import json, os, sys
+from dataclasses import asdict, dataclass, field
+from lingua.args import UserError, parse_args, run_cli
+from project.{name}.helper import WORD
+
+@dataclass
+class Optim:
+    lr: float = 1.0
+
+@dataclass
+class TrainArgs:
+    name: str = "tiny"
+    dump_dir: str = ""
+    steps: int = 1
+    optim: Optim = field(default_factory=Optim)
+
+def validate_before_submit(args, world_size):
+    if world_size > 64:
+        raise UserError(f"nodes: {{world_size}} processes are too many")
+
+def main(argv):
+    args = parse_args(TrainArgs, argv, prog="tiny")
+    seen = dict(args=asdict(args), word=WORD, file=__file__, cwd=os.getcwd(),
+                rank=os.environ.get("RANK"), dump=os.environ["DUMP_DIR"])
+    print(json.dumps(seen), flush=True)
+    print("to stderr", file=sys.stderr)
+
+if __name__ == "__main__":
+    run_cli(main)
+"""
+
+
+def git(folder: Path, *command: str) -> str:
+    identity = ["-c", "user.name=T", "-c", "user.email=t@example.org"]
+    done = subprocess.run(
+        ["git", *identity, *command], cwd=folder, check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, request) -> Path:
+    """A repository with a script `project.<name>.train`, as a working folder with a space in it."""
+    name = f"p{abs(hash(request.node.name))}"  # modules stay imported: each test has its own
+    root = tmp_path / "my project"
+    package = root / "project" / name
+    package.mkdir(parents=True)
+    (package / "train.py").write_text(SCRIPT.format(name=name))
+    (package / "helper.py").write_text("WORD = 'first'\n")
+    (root / "run.yaml").write_text("# a comment\nname: try\ndump_dir: runs/a b\nsteps: 3\n")
+    (root / ".gitignore").write_text("runs/\nsecret.py\n")
+    (root / "secret.py").write_text("KEY = 1\n")
+    git(root, "init", "-q")
+    git(root, "add", ".")
+    git(root, "commit", "-qm", "one")
+    monkeypatch.chdir(root)
+    monkeypatch.syspath_prepend(str(root))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for lingua, in the jobs
+    for variable in [v for v in os.environ if v.startswith("SLURM_")]:
+        monkeypatch.delenv(variable)
+    return root
+
+
+@pytest.fixture
+def args(project) -> StoolArgs:
+    script = f"project.{next((project / 'project').iterdir()).name}.train"
+    return StoolArgs(config="run.yaml", script=script, launcher="bash", nodes=1, ngpu=1)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Path:
+    """A cluster made of shell scripts: sbatch runs the job, srun runs two of its ranks."""
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    programs = {
+        "sbatch": f'echo "$@" >>{tmp_path}/sbatch.log; SLURM_JOB_ID=7 bash "$1"',
+        "sinfo": 'case "$*" in *typo*) ;; *) echo 2-00:00:00;; esac',
+        "srun": f'printf "%s\\n" "$*" >>{tmp_path}/srun.log\n'
+        'while [ "$1" != -N ]; do shift; done; shift 2\n'
+        'for RANK in 0 1; do export RANK; "$@"; done',
+    }
+    for name, text in programs.items():
+        (bin_ / name).write_text(f"#!/bin/sh\n{text}\n")
+        (bin_ / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bin_}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+def said(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def some_job(**changes) -> Job:
+    args = StoolArgs(
+        config="run.yaml",
+        nodes=2,
+        ngpu=4,
+        partition="gpu",
+        account="lab",
+        qos="high",
+        constraint="h100",
+        exclude="node[3,7]",
+        overrides=["optim.lr=2e-4", "model.attention_pattern=4:1 -> full"],
+    )
+    return Job(
+        args=replace(args, **changes),
+        name="my run",
+        dump_dir=Path("/scratch/runs/my run"),
+        workdir=Path("/home/me/LT2"),
+        code=Path("/scratch/runs/my run/code"),
+        python=Path("/home/me/LT2/.venv/bin/python"),
+        time_limit="2-00:00:00",
+    )
+
+
+def test_submit_script_is_as_in_the_golden_file():
+    """To accept a change: python -c 'import tests.lingua.test_stool as t; t.write_golden()'"""
+    assert render_submit(some_job()) == GOLDEN.read_text()
+
+
+def write_golden() -> None:
+    GOLDEN.write_text(render_submit(some_job()))
+
+
+def test_unset_resources_leave_no_directive():
+    bare = dict(account="", qos="", constraint="", exclude="")
+    text = render_submit(replace(some_job(**bare), time_limit=""))
+    for option in [*bare, "time"]:
+        assert f"--{option}=" not in text
+
+
+def test_the_job_runs_the_copied_code_where_stool_was_called(project, args):
+    submit = launch_job(args)
+    dump_dir = project / "runs" / "a b"
+    assert submit == dump_dir / "submit.slurm"
+    (seen,) = said((dump_dir / "logs" / "local" / "run.out").read_text())
+    assert seen["args"]["steps"] == 3 and seen["args"]["name"] == "try"
+    assert seen["cwd"] == str(project) and seen["dump"] == str(dump_dir)
+    assert Path(seen["file"]).is_relative_to(dump_dir / "code")
+    assert "to stderr" in (dump_dir / "logs" / "local" / "run.err").read_text()
+
+    # a relaunch goes on with the code of the first launch, whatever was edited since
+    helper = next(project.glob("project/*/helper.py"))
+    helper.write_text("WORD = 'second'\n")
+    subprocess.run(["bash", str(submit)], check=True, cwd="/")
+    again = said((dump_dir / "logs" / "local" / "run.out").read_text())
+    assert again == [seen, seen] and seen["word"] == "first"
+
+
+def test_overrides_win_and_the_config_is_kept_as_given(project, args, capfd):
+    overrides = ["steps=9", "dump_dir=runs/c", "name=it's $HOME"]
+    launch_job(replace(args, overrides=overrides, stdout=True))
+    assert (project / "runs/c/base_config.yaml").read_text() == (project / "run.yaml").read_text()
+    (seen,) = said(capfd.readouterr().out)
+    assert seen["args"] == {
+        "name": "it's $HOME",
+        "dump_dir": "runs/c",
+        "steps": 9,
+        "optim": {"lr": 1.0},
+    }
+
+
+def test_command_line(project, args, capfd):
+    script = f"script={args.script}"
+    main(["config=run.yaml", script, "launcher=bash", "nodes=1", "ngpu=1", "--", "steps=4"])
+    out = (project / "runs/a b/logs/local/run.out").read_text()
+    assert said(out)[0]["args"]["steps"] == 4
+
+
+def test_a_config_from_python_is_written_as_yaml(project, args):
+    launch_job(replace(args, config={"dump_dir": "runs/m", "optim": {"lr": 0.5}}))
+    (seen,) = said((project / "runs/m/logs/local/run.out").read_text())
+    assert seen["args"]["optim"] == {"lr": 0.5}
+
+
+def test_several_processes_on_this_machine_without_slurm(project, args):
+    launch_job(replace(args, ngpu=2))
+    seen = said((project / "runs/a b/logs/local/run.out").read_text())
+    assert sorted(line["rank"] for line in seen) == ["0", "1"]
+
+
+def test_sbatch_gets_the_script_and_srun_starts_every_rank(project, args, slurm, capfd):
+    launch_job(replace(args, launcher="sbatch", nodes=2, ngpu=4, partition="gpu", stdout=True))
+    dump_dir = project / "runs" / "a b"
+    assert (slurm / "sbatch.log").read_text().strip() == str(dump_dir / "submit.slurm")
+    assert "-n 8 -N 2" in (slurm / "srun.log").read_text()
+    assert [line["rank"] for line in said(capfd.readouterr().out)] == ["0", "1"]
+    assert "#SBATCH --time=2-00:00:00" in (dump_dir / "submit.slurm").read_text()
+    assert (dump_dir / "logs" / "7").is_dir()  # SLURM itself makes no folder for the logs
+
+
+def test_launching_twice_writes_the_same_script(project, args, slurm):
+    again = replace(args, launcher="sbatch", qos="x", dirs_exists_ok=True, partition="gpu")
+    before = asdict(again)
+    first = launch_job(again).read_text()
+    assert launch_job(again).read_text() == first
+    assert asdict(again) == before
+    assert first.count("--qos=x") == 1
+
+
+def test_code_is_what_git_tracks_or_does_not_ignore(project, args, caplog):
+    name = args.script.split(".")[1]
+    (project / "new.txt").write_text("not added yet")
+    (project / "gone.py").write_text("")
+    git(project, "add", "gone.py")
+    (project / "gone.py").unlink()
+    with open(project / "weights.bin", "wb") as f:
+        f.truncate(17 * 2**20)
+    launch_job(args)
+    code = project / "runs" / "a b" / "code"
+    want = {".gitignore", "run.yaml", "new.txt"}
+    want |= {f"project/{name}/train.py", f"project/{name}/helper.py"}
+    assert files_below(code) == want
+    assert "weights.bin" in caplog.text
+
+    (project / "new.txt").unlink()
+    launch_job(replace(args, dirs_exists_ok=True))
+    assert files_below(code) == want - {"new.txt"}
+
+
+def test_without_git_python_and_yaml_files_are_copied(project, args):
+    name = args.script.split(".")[1]
+    subprocess.run(["rm", "-rf", ".git"], check=True)
+    (project / "notes.txt").write_text("")
+    (project / "env").mkdir()
+    (project / "env" / "pyvenv.cfg").write_text("")
+    (project / "env" / "lib.py").write_text("")
+    launch_job(args)
+    launch_job(replace(args, dirs_exists_ok=True))  # the run itself is not copied into its code
+    dump_dir = project / "runs" / "a b"
+    want = {"run.yaml", "secret.py", f"project/{name}/train.py", f"project/{name}/helper.py"}
+    assert files_below(dump_dir / "code") == want
+    version = json.loads((dump_dir / "code_version.json").read_text())
+    assert version["commit"] is None
+
+
+def test_commit_is_recorded_and_whether_files_differ_from_it(project, args):
+    path = project / "runs" / "a b" / "code_version.json"
+    launch_job(args)
+    head = git(project, "rev-parse", "HEAD").strip()
+    assert json.loads(path.read_text()) == {"commit": head, "dirty": False, "root": str(project)}
+    (project / "run.yaml").write_text((project / "run.yaml").read_text() + "# edited\n")
+    launch_job(replace(args, dirs_exists_ok=True))
+    assert json.loads(path.read_text())["dirty"] is True
+
+
+def test_without_a_copy_the_code_runs_as_it_is(project, args):
+    launch_job(replace(args, copy_code=False))
+    dump_dir = project / "runs" / "a b"
+    (seen,) = said((dump_dir / "logs/local/run.out").read_text())
+    assert Path(seen["file"]).is_relative_to(project / "project")
+    assert not (dump_dir / "code").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(overrides=["optim.lrr=1"]), "optim.lrr"),
+        (dict(overrides=["steps=many"]), "steps"),
+        (dict(overrides=["dump_dir="]), "dump_dir is empty"),
+        (dict(config="absent.yaml"), "absent.yaml"),
+        (dict(config=None), "config is not set"),
+        (dict(config={"dump_dir": "x", "stepss": 1}), "stepss"),
+        (dict(script="project.absent.train"), "script=project.absent.train"),
+        (dict(script="lingua.errors"), "no TrainArgs"),
+        (dict(nodes=-1), "nodes=-1"),
+        (dict(nodes=2), "launcher=bash nodes=2"),
+        (dict(ngpu=65), "65 processes are too many"),
+        (dict(launcher="sbatch", partition="typo"), "partition=typo"),
+        (dict(anaconda="/absent"), "anaconda=/absent"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_written(project, args, slurm, change, message):
+    with pytest.raises(UserError, match=message):
+        launch_job(replace(args, **change))
+    assert not (project / "runs").exists()
+    assert not (slurm / "sbatch.log").exists()
+
+
+@pytest.mark.parametrize("change", [dict(launcher="sh"), dict(ngpu=0), dict(time=0)])
+def test_impossible_settings_name_the_option(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        StoolArgs(**change)
+
+
+def test_sbatch_must_be_there(project, args, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no sbatch"):
+        launch_job(replace(args, launcher="sbatch"))
+
+
+def test_without_sinfo_slurm_chooses_the_time_limit(project, args, slurm):
+    (slurm / "bin" / "sinfo").unlink()
+    text = launch_job(replace(args, launcher="sbatch")).read_text()
+    assert "--time" not in text
+
+
+def test_a_dump_dir_that_exists_is_only_used_when_told_so(project, args):
+    dump_dir = project / "runs" / "a b"
+    launch_job(args)
+    (dump_dir / "metrics.jsonl").write_text("kept")
+    with pytest.raises(UserError, match="exists"):
+        launch_job(args)
+    launch_job(replace(args, dirs_exists_ok=True))
+    assert (dump_dir / "metrics.jsonl").read_text() == "kept"
+    # the config may lie in the folder that is deleted
+    launch_job(replace(args, override=True, config=str(dump_dir / "base_config.yaml")))
+    assert not (dump_dir / "metrics.jsonl").exists()
+    assert (dump_dir / "base_config.yaml").read_text() == (project / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize("folder", [".", "..", "data"])
+def test_override_deletes_nothing_but_a_run(project, args, folder):
+    (project / "data").mkdir()
+    (project / "data" / "mine.txt").write_text("")
+    (project / "config.yaml").write_text("")  # as a run has it
+    with pytest.raises(UserError, match="override"):
+        launch_job(replace(args, override=True, overrides=[f"dump_dir={folder}"]))
+    assert (project / "data" / "mine.txt").exists() and (project / "run.yaml").exists()
+
+
+def test_a_failed_launch_is_one_line(project, args, slurm):
+    sbatch = slurm / "bin" / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid account' >&2\nexit 3\n")
+    with pytest.raises(UserError, match="status 3"):
+        launch_job(replace(args, launcher="sbatch"))
+
+
+def test_a_conda_environment_is_activated_where_there_is_conda(tmp_path):
+    environment = tmp_path / "env"
+    (environment / "conda-meta").mkdir(parents=True)
+    (environment / "bin").mkdir()
+    python = environment / "bin" / "python"
+    python.symlink_to(sys.executable)
+    text = render_submit(replace(some_job(), python=python))
+    assert f"conda activate {environment}" in text and str(python) in text
+    assert "conda" not in render_submit(some_job())
