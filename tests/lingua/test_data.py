@@ -146,8 +146,16 @@ def test_the_same_seed_gives_the_same_stream_and_another_another(root):
     assert_same(read(args, 10), read(args, 10))
     other = replace(args, seed=6)
     assert [b.tolist() for b, _ in read(other, 10)] != [b.tolist() for b, _ in read(args, 10)]
-    by_rank = [[b.tolist() for b, _ in read(args, 5, None, r, 2)] for r in range(2)]
-    assert by_rank[0] != by_rank[1]
+
+
+def test_ranks_draw_their_own_orders(tmp_path):
+    for source in ("a", "b"):
+        make_source(tmp_path / source, [f"{source}{i // 2}" for i in range(40)], n_chunks=2)
+    args = make_args(tmp_path, sources={"a": 1.0, "b": 1.0})
+    by_rank = [[b.tolist() for b, _ in read(args, 8, None, rank, 2)] for rank in range(2)]
+    assert by_rank[0] != by_rank[1]  # though they read the same texts
+    states = [init_dataloader_state_from_args(args, rank, 2) for rank in range(2)]
+    assert states[0]["rng_state"] != states[1]["rng_state"]
 
 
 def test_all_tokens_of_an_epoch_are_read_once(tmp_path):

@@ -40,7 +40,7 @@ def make_tiktoken(folder):
     pytest.importorskip("tiktoken")
     tokens = [bytes([b]) for b in range(256)] + [b"th", b"the", b" the", b"qu", "é".encode()]
     # merges must build up from parts that are tokens
-    tokens += [b" t", b" th"]
+    tokens += [b" t", b" th", b"  "]
     lines = [f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens)]
     (folder / "tokenizer.model").write_text("".join(lines))
     return str(folder / "tokenizer.model")
@@ -155,8 +155,8 @@ def test_tokens_of_known_texts(tmp_path):
     assert mock.get_token_offsets("abc", [95, 65, 66, 67]) == (["", "a", "b", "c"], [0, 0, 1, 2])
     tiktoken = build_tokenizer("tiktoken", make_tiktoken(tmp_path))
     assert tiktoken.encode("the the", False, False) == [257, 258]
-    assert tiktoken.n_words == 256 + 7 + 256
-    assert (tiktoken.bos_id, tiktoken.eos_id) == (263, 264)
+    assert tiktoken.n_words == 256 + 8 + 256
+    assert (tiktoken.bos_id, tiktoken.eos_id) == (264, 265)
 
 
 def test_llama3_names_and_numbers(tmp_path):
@@ -207,12 +207,11 @@ def test_long_texts_are_cut_where_no_token_is(tmp_path):
     tokenizer = build_tokenizer("tiktoken", make_tiktoken(tmp_path))
     text = " ".join(TEXTS) * 3 + "\n\n  the the\t the" * 5
     want = tokenizer.model.encode_ordinary(text)
-    for limit in range(12, 60):
+    for limit in range(24, 70):  # no stretch of 24 characters here is without a safe place
         parts = list(split_safely(text, limit))
         assert "".join(parts) == text
         assert max(map(len, parts)) <= limit
-        if all(" " in p or "\n" in p for p in parts):
-            assert [t for p in parts for t in tokenizer.model.encode_ordinary(p)] == want
+        assert [t for p in parts for t in tokenizer.model.encode_ordinary(p)] == want
     assert list(split_safely("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5]
     assert list(split_safely("", 10)) == [""]
 
