@@ -1,0 +1,247 @@
+"""A checkpoint becomes a model: weights, config and tokenizer, ready for inference.
+
+    model, tokenizer, config = load_model_and_tokenizer("runs/demo", dtype="auto", device="auto")
+
+Optimizer states are not read. Weight matrices are cast to `dtype`; vectors (norms, gates, decays,
+convolutions: what `lingua.optim.is_matrix` says no to) stay in fp32, as in training.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+
+from apps.LT2.kernel import check_gpu_stack
+from apps.LT2.kernel.attention import check_attention_device
+from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, fit_loop_gates
+from lingua.args import UserError, dataclass_from_dict
+from lingua.checkpoint import (
+    CONFIG_NAME,
+    CONSOLIDATE_FOLDER,
+    CONSOLIDATE_NAME,
+    CheckpointArgs,
+    CheckpointManager,
+    load_from_checkpoint,
+)
+from lingua.checkpoint_folder import MANIFEST_NAME, find_problem
+from lingua.launch import get_device
+from lingua.optim import is_matrix
+from lingua.parallelize import DTYPES, resolve_dtype
+from lingua.tensor_store import METADATA_NAME, MODEL_KEY
+from lingua.tokenizer import Tokenizer, TokenizerArgs, build_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class LoadedModel(NamedTuple):
+    model: LoopedTransformer  # in eval mode, without gradients
+    tokenizer: Tokenizer
+    config: dict[str, Any]  # the run's whole config, as it saved it
+
+
+def load_model_and_tokenizer(
+    ckpt: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    loop_count: int | None = None,
+    tokenizer_path: str | None = None,
+) -> LoadedModel:
+    """Load a run's dump folder (its newest checkpoint), a step folder, or consolidated weights.
+
+    `loop_count` runs the stack another number of times than in training; `tokenizer_path` says
+    where the tokenizer's file lies now. What does not fit is a UserError.
+    """
+    check_dtype(dtype)
+    on = resolve_device(device)
+    matrix_dtype = resolve_dtype(dtype, on.type)
+    source = find_checkpoint(ckpt)
+    config = read_config(source)
+    tokenizer = _build_tokenizer(config, tokenizer_path)
+    trained = _model_args(config, tokenizer, source)
+    args = replace(trained, loop_count=trained.loop_count if loop_count is None else loop_count)
+    args = _fit_to_device(args, on.type, matrix_dtype)
+    with torch.device("meta"):
+        model = LoopedTransformer(args)
+    if source.is_dir():
+        weights = _read_step_folder(source, trained, on, matrix_dtype)
+    else:
+        weights = _read_consolidated(source, on, matrix_dtype)
+    if "rho" in weights and args.use_residual:
+        weights["rho"] = fit_loop_gates(weights["rho"], args.loop_count)
+    _check_fits(source, model, {name: tuple(t.shape) for name, t in weights.items()})
+    model.load_state_dict(weights, assign=True)
+    return LoadedModel(model.requires_grad_(False).eval(), tokenizer, config)
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype={dtype} must be one of auto, {', '.join(DTYPES)}")
+
+
+def resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return get_device()
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"device={device} must be auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count()
+        if (chosen.index or 0) >= count:
+            raise UserError(f"device={device}: this machine shows {count} GPUs; use device=cpu")
+        return get_device() if chosen.index is None else chosen
+    return chosen
+
+
+def find_checkpoint(ckpt: str) -> Path:
+    """The step folder, or the consolidated file, that `ckpt` means."""
+    path = Path(ckpt)
+    if not ckpt or not path.exists():
+        raise UserError(f"ckpt={ckpt}: no such file or folder (seen from {Path.cwd()})")
+    if path.is_file() or (path / METADATA_NAME).is_file():
+        return path
+    for file in (path / CONSOLIDATE_NAME, path / CONSOLIDATE_FOLDER / CONSOLIDATE_NAME):
+        if file.is_file():
+            return file
+    for folder in (path / "checkpoints", path):
+        newest = CheckpointManager(CheckpointArgs(path=str(folder))).get_last_step_path()
+        if newest is not None:
+            return newest
+    raise UserError(
+        f"ckpt={ckpt} holds no complete checkpoint: give a run's dump_dir, a step folder such as "
+        f"<dump_dir>/checkpoints/0000001000, or a {CONSOLIDATE_NAME}"
+    )
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """The run's config from beside its weights."""
+    file = (source if source.is_dir() else source.parent) / CONFIG_NAME
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"ckpt={source}: {file} is missing, which says what model this is; "
+            "the checkpoint is incomplete, or no run of this program wrote it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"ckpt={source}: {file} is not readable: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise UserError(f"ckpt={source}: {file} has no section `model`")
+    return config
+
+
+def _build_tokenizer(config: Mapping[str, Any], path: str | None) -> Tokenizer:
+    data = config.get("data") or {}
+    saved = dataclass_from_dict(TokenizerArgs, data.get("tokenizer") or {})
+    if path is None:
+        try:
+            return build_tokenizer(saved.name, saved.path)
+        except UserError as error:
+            if saved.path is None:
+                raise
+            raise UserError(f"{error}; if it has moved, say tokenizer_path=...") from None
+    if saved.path is None:
+        raise UserError(f"tokenizer_path={path}: the tokenizer {saved.name} has no file")
+    return build_tokenizer(saved.name, path)
+
+
+def _model_args(
+    config: Mapping[str, Any], tokenizer: Tokenizer, source: Path
+) -> LoopedTransformerArgs:
+    try:
+        args = dataclass_from_dict(LoopedTransformerArgs, config["model"])
+    except UserError as error:
+        raise UserError(f"ckpt={source}: {CONFIG_NAME}, section model: {error}") from None
+    if args.vocab_size < tokenizer.n_words:
+        raise UserError(
+            f"ckpt={source}: the model has a vocabulary of {args.vocab_size} pieces and its "
+            f"tokenizer one of {tokenizer.n_words}: this is not the tokenizer of the training run"
+        )
+    return args
+
+
+def _fit_to_device(
+    args: LoopedTransformerArgs, device_type: str, dtype: torch.dtype
+) -> LoopedTransformerArgs:
+    """The backend that a run trained with is not part of its weights: take one that works here."""
+    mixers = {spec.mixer for loop in args.layout() for spec in loop}
+    if device_type == "cuda" and mixers - {"full", "window"}:
+        check_gpu_stack()
+    try:
+        check_attention_device(args.attn_impl, device_type=device_type, dtype=dtype)
+        return args
+    except UserError as error:
+        logger.warning(f"using model.attn_impl=auto: {error}")
+        return replace(args, attn_impl="auto")
+
+
+def _cast(name: str, tensor: Tensor, device: torch.device, matrix_dtype: torch.dtype) -> Tensor:
+    dtype = matrix_dtype if is_matrix(name, tensor) else torch.float32
+    return tensor.to(device=device, dtype=dtype)
+
+
+def _read_step_folder(
+    folder: Path, args: LoopedTransformerArgs, device: torch.device, matrix_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Weights by name. They are read into tensors that already have their device and dtype."""
+    problem = find_problem(folder) if (folder / MANIFEST_NAME).exists() else None
+    if problem is not None:
+        raise UserError(f"ckpt={folder}: the checkpoint is damaged: {problem}; take another one")
+    with torch.device("meta"):
+        model = LoopedTransformer(args)
+    for name, param in model.named_parameters():
+        param.data = _cast(name, param.data, torch.device("meta"), matrix_dtype)
+    try:
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+        prefix = f"{MODEL_KEY}."
+        given = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+        _check_fits(folder, model, {name: tuple(v.size) for name, v in given.items()})
+        model.to_empty(device=device)
+        load_from_checkpoint(folder, model)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"ckpt={folder}: the checkpoint is not readable: {reason}") from None
+    return model.state_dict()
+
+
+def _read_consolidated(
+    file: Path, device: torch.device, matrix_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Weights by name. The file is mapped: pages are read when a tensor is copied or used."""
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"ckpt={file}: not a file of weights: {reason}") from None
+    weights = content.get(MODEL_KEY, content) if isinstance(content, dict) else None
+    if weights is None or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise UserError(f"ckpt={file}: expected {{'{MODEL_KEY}': {{name: tensor}}}}")
+    return {name: _cast(name, t, device, matrix_dtype) for name, t in weights.items()}
+
+
+def _check_fits(source: Path, model: nn.Module, given: Mapping[str, tuple[int, ...]]) -> None:
+    """Names and shapes that are `given` must be all that the model has, and no more."""
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    wrong = sorted(
+        name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
+    )
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"ckpt={source}: {len(wrong)} tensors do not fit the model of {CONFIG_NAME}, such as "
+            f"{name}: {given.get(name, 'absent')} here, {wanted.get(name, 'absent')} in the model"
+        )

@@ -1,0 +1,155 @@
+"""The command: where prompts come from, what is printed, and how mistakes end."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from apps.LT2 import generate
+from apps.LT2.generator import (
+    PackedCausalTransformerGenerator,
+    PackedCausalTransformerGeneratorArgs,
+)
+from lingua.args import UserError
+from lingua.tokenizer import ByteTokenizer
+from tests.LT2.tiny import save_run, tiny_model
+
+PROMPTS = ["first", "", "third one"]
+OPTIONS = ["max_gen_len=6", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_run(folder, tiny_model("hybrid", 2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers():
+    cfg = PackedCausalTransformerGeneratorArgs(max_gen_len=6)
+    generator = PackedCausalTransformerGenerator(cfg, tiny_model("hybrid", 2), ByteTokenizer())
+    return generator.generate(PROMPTS)[0]
+
+
+@pytest.fixture
+def ask(run, monkeypatch, capsys):
+    """Run the command with a text on stdin; what it printed."""
+
+    def ask(*argv: str, stdin: str = "", tty: bool = False) -> str:
+        coding = {"encoding": "utf-8", "errors": "surrogateescape"}  # as in the C locale
+        text = io.TextIOWrapper(io.BytesIO(stdin.encode(**coding)), **coding)
+        text.isatty = lambda: tty  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stdin", text)
+        generate.main([f"ckpt={run}", *OPTIONS, *argv])
+        return capsys.readouterr().out
+
+    return ask
+
+
+def shown(prompts, answers) -> str:
+    n = len(prompts)
+    return "".join(
+        f"[{i}/{n}] prompt: {prompt}\n[{i}/{n}] answer: {answer}\n\n"
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), start=1)
+    )
+
+
+def test_prompts_from_the_command_line_a_file_and_stdin(ask, tmp_path, answers):
+    want = shown(PROMPTS, answers)
+    assert ask(f"prompts={PROMPTS!r}") == want
+    assert ask(stdin="\n".join(PROMPTS)) == want
+    for name, text in [("unix", "\n".join(PROMPTS) + "\n"), ("dos", "\r\n".join(PROMPTS))]:
+        (tmp_path / name).write_text(text, newline="")
+        assert ask(f"prompts_file={tmp_path / name}") == want
+
+
+def test_a_single_prompt_is_continued_in_place(ask, answers):
+    assert ask("prompts=[first]") == f"first{answers[0]}\n"
+
+
+def test_a_single_answer_is_printed_as_it_comes(run, monkeypatch, answers):
+    writes: list[str] = []
+    step = generate.PackedCausalTransformerGenerator._choose
+
+    def choose(self, logits, answers):
+        writes.append("<step>")
+        return step(self, logits, answers)
+
+    class Out(io.StringIO):
+        def write(self, text):
+            writes.append(text)
+            return len(text)
+
+    monkeypatch.setattr(generate.PackedCausalTransformerGenerator, "_choose", choose)
+    monkeypatch.setattr(sys, "stdout", Out())
+    generate.main([f"ckpt={run}", *OPTIONS, "prompts=[first]"])
+    assert "".join(w for w in writes if w != "<step>") == f"first{answers[0]}\n"
+    assert writes[0] == "first" and writes[-1] == "\n"
+    first_text = next(i for i, w in enumerate(writes) if i and w not in ("<step>", ""))
+    assert "<step>" in writes[first_text:], "all text came after the last step"
+
+
+def test_a_conversation_gives_what_a_list_gives_and_survives_a_mistake(ask, capsys):
+    lines = ["first", "x" * 2000, "third one"]
+    sampled = ["temperature=1.0"]
+    out = ask(*sampled, stdin="\n".join(lines) + "\n", tty=True)
+    in_a_list = ask(*sampled, stdin="first\nshort\nthird one\n")
+    for place in ("[1/3]", "[3/3]"):
+        answer = in_a_list.partition(f"{place} answer: ")[2].partition("\n\n")[0]
+        assert answer in out
+
+
+def test_the_seed_decides(ask):
+    once, again, other = (ask("temperature=1.5", "prompts=[first]", f"seed={n}") for n in (7, 7, 8))
+    assert once == again != other
+
+
+def test_bytes_on_stdin_that_are_no_text_are_no_crash(ask):
+    assert ask(stdin="a\udcffb").startswith("a\ufffdb")
+
+
+def test_a_run_without_bos_gets_none(tmp_path, capsys):
+    config = {"data": {"tokenizer": {"name": "bytes"}, "add_bos": False}}
+    model = tiny_model("hybrid", 2)
+    save_run(tmp_path, model, **config)
+    generate.main([f"ckpt={tmp_path}", "max_gen_len=1", "device=cpu", "prompts=[first]"])
+    token = int(model(torch.tensor([[*b"first"]]))[0, -1].argmax())
+    assert capsys.readouterr().out == f"first{ByteTokenizer().decode([token])}\n"
+
+
+def test_loop_count_is_passed_on(ask, answers, caplog):
+    assert ask("prompts=[first]", "loop_count=4") != f"first{answers[0]}\n"
+    assert "loop_count=4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["prompts=[]"], "prompts=.. holds no prompt"),
+        ([], "stdin holds no prompt"),
+        (["prompts_file=nowhere.txt"], "prompts_file=nowhere.txt: not readable"),
+        (["prompts=[a]", "prompts_file=b"], "prompts_file=b: prompts is set"),
+        (["prompts=[a]", "temperature=-1"], "temperature=-1"),
+        (["prompts=[a]", "top_p=2"], "top_p=2"),
+        (["prompts=[a]", "top_k=0"], "top_k=0"),
+        (["prompts=[a]", "reduce_generation_overhead=true"], "reduce_generation_overhead=true"),
+        (["prompts=[a]", "max_genlen=3"], "max_genlen; did you mean max_gen_len"),
+        (["prompts=[a]", "max_tokens=7"], "prompt 1 of 1 has 2 tokens"),
+        (["prompts=[a]", "loop_count=0"], "loop_count=0"),
+    ],
+)
+def test_mistakes_are_user_errors(ask, options, message):
+    with pytest.raises(UserError, match=message):
+        ask(*options)
+
+
+def test_a_mistake_ends_the_process_with_one_line_and_status_2():
+    command = [sys.executable, "-m", "apps.LT2.generate", "ckpt=/nowhere"]
+    done = subprocess.run(command, input="x", capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ckpt=/nowhere") and done.stderr.count("\n") == 1

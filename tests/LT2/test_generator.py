@@ -1,0 +1,306 @@
+"""Packed, cached generation gives what a full forward for every token gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from apps.LT2.generator import (
+    PackedCausalTransformerGenerator,
+    PackedCausalTransformerGeneratorArgs,
+    batch_prompts,
+)
+from lingua.args import UserError
+from lingua.tokenizer import ByteTokenizer
+from tests.LT2.tiny import KINDS, tiny_model
+from tests.tolerances import FP32, assert_same
+
+TEXT = "the quick brown fox jumps over the lazy dog, twice"
+# BOS comes on top: 1 to 40 tokens
+PROMPTS = [TEXT[i : i + n] for i, n in enumerate([3, 0, 39, 1, 7, 12, 2])]
+TOKENIZER = ByteTokenizer()
+
+
+def make(model=None, **options) -> PackedCausalTransformerGenerator:
+    cfg = PackedCausalTransformerGeneratorArgs(**{"max_gen_len": 8, "max_tokens": 1000, **options})
+    return PackedCausalTransformerGenerator(cfg, model or tiny_model("hybrid", 2), TOKENIZER)
+
+
+def encode(prompt: str) -> list[int]:
+    return TOKENIZER.encode(prompt, add_bos=True, add_eos=False)
+
+
+@torch.no_grad()
+def greedy_tokens(model, tokens: list[int], n: int) -> list[int]:
+    """The answer by definition: a full forward for each token."""
+    answer: list[int] = []
+    while len(answer) < n and TOKENIZER.eos_id not in answer:
+        logits = model(torch.tensor([tokens + answer]))
+        answer.append(int(logits[0, -1].argmax()))
+    return answer
+
+
+class Scripted:
+    """A model that says given tokens, one script a prompt, whatever it reads."""
+
+    def __init__(self, *scripts):
+        self.scripts = [script + [0] * 50 for script in scripts]
+        self.n_steps = 0
+        self.tok_embeddings = torch.nn.Embedding(1, 1)
+
+    def init_cache(self, batch_size, max_seqlen, dtype=None):
+        return None
+
+    def prefill(self, tokens, cache, cu_seqlens):
+        ends = (cu_seqlens[1:] - 1).long()
+        logits = torch.zeros(1, tokens.shape[1], 258)
+        logits[0, ends] = self._say()
+        return logits
+
+    def step(self, tokens, cache):
+        self.n_steps += 1
+        return self._say()[:, None]
+
+    def _say(self):
+        said = torch.tensor([script[self.n_steps] for script in self.scripts])
+        return 10 * F.one_hot(said, 258).float()
+
+
+# ---- exact
+
+
+@pytest.mark.parametrize("loop_count", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_cached_greedy_is_the_argmax_of_full_forwards(kind, loop_count):
+    model = tiny_model(kind, loop_count)
+    want = [greedy_tokens(model, encode(p), 16) for p in PROMPTS]
+    assert len({t for answer in want for t in answer}) > 16, "too dull a model to show a mistake"
+
+    assert [c.tokens for c in make(model, max_gen_len=16).complete(PROMPTS)] == want
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_batches_give_the_same_answers(kind):
+    model = tiny_model(kind, 2)
+    generator = make(model, max_tokens=50)
+    n_batches = len(list(batch_prompts([encode(p) for p in PROMPTS], 50, 8)))
+    assert 2 < n_batches < len(PROMPTS)
+    assert generator.generate(PROMPTS)[0] == make(model).generate(PROMPTS)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loglikelihoods_and_greedy_flags_are_those_of_a_forward(kind):
+    model = tiny_model(kind, 2)
+    prompts = [*PROMPTS, TOKENIZER.decode(greedy_tokens(model, encode("a"), 8))]
+    _, loglikelihoods, greedy = make(model).generate(prompts)
+    for prompt, got, flags in zip(prompts, loglikelihoods, greedy, strict=True):
+        tokens = torch.tensor([encode(prompt)])
+        logits = model(tokens)[0, :-1]
+        want = -F.cross_entropy(logits, tokens[0, 1:], reduction="none")
+        assert_same(got, want, FP32, prompt)
+        assert torch.equal(flags, logits.argmax(-1) == tokens[0, 1:])
+
+
+def test_greedy_flags_are_true_for_the_answer_itself():
+    model = tiny_model("hybrid", 2)
+    prompt = encode("once")
+    answer = greedy_tokens(model, prompt, 8)
+    flags = make(model, max_gen_len=0).generate([prompt + answer])[2][0]
+    assert flags[len(prompt) - 1 :].tolist() == [True] * 8
+
+
+def test_bfloat16_weights_and_cache():
+    """Coarse numbers, so only what must be there is compared: the prompt's scores."""
+    model = tiny_model("hybrid", 2)
+    want = make(model).generate(PROMPTS)[1]
+    for name, param in model.named_parameters():
+        if param.ndim == 2 and "conv" not in name and name != "rho":
+            param.data = param.data.bfloat16()
+    texts, got, _ = make(model).generate(PROMPTS)
+    assert len(texts) == len(PROMPTS)
+    torch.testing.assert_close(torch.cat(got), torch.cat(want), rtol=0.05, atol=0.3)
+
+
+# ---- where an answer ends
+
+
+def test_eos_ends_an_answer_while_others_go_on():
+    eos = TOKENIZER.eos_id
+    model = Scripted([*b"ab", eos, *b"xyz"], [*b"cdef"], [eos, *b"q"])
+    done = list(make(model, max_gen_len=4).complete(["1", "22", "333"]))
+    assert [c.text for c in done] == ["ab", "cdef", ""]
+    assert [c.tokens for c in done] == [[*b"ab", eos], [*b"cdef"], [eos]]
+
+
+def test_decoding_stops_when_all_answers_are_done():
+    model = Scripted([*b"ab", TOKENIZER.eos_id], [TOKENIZER.eos_id])
+    make(model, max_gen_len=40).generate(["1", "2"])
+    assert model.n_steps == 2
+
+
+@pytest.mark.parametrize(
+    "until, want, n_tokens",
+    [
+        (["cd"], "ab", 4),
+        (["a"], "", 1),  # in the first token
+        (["ef", "de"], "abc", 5),
+        (["f\N{EURO SIGN}g"], "abcde", 10),
+        (["nothing"], "abcdef\N{EURO SIGN}gh", 11),
+    ],
+)
+def test_until_cuts_at_texts_that_span_tokens(until, want, n_tokens):
+    script = [*"abcdef\N{EURO SIGN}gh".encode()]
+    done = next(make(Scripted(script), max_gen_len=11, until=until).complete(["x"]))
+    assert done.text == want
+    assert done.tokens == script[:n_tokens]
+
+
+def test_until_can_change_between_calls():
+    generator = make(Scripted([*b"abcdef"]), max_gen_len=6)
+    generator.cfg = replace(generator.cfg, until=["bcd"])
+    assert generator.generate(["x"])[0] == ["a"]
+
+
+def test_until_does_not_look_at_the_prompt():
+    assert make(Scripted([*b"ab"]), max_gen_len=2, until=["xa"]).generate(["x"])[0] == ["ab"]
+
+
+def test_no_token_without_a_text_is_generated():
+    """Vocabularies are padded: ids beyond the tokenizer's mean nothing."""
+    model = tiny_model("full", 1, vocab_size=300)
+    model.output.weight[258:] *= 50
+    for temperature in (0.0, 1.0):
+        done = list(make(model, temperature=temperature).complete(PROMPTS))
+        assert all(t < 258 for c in done for t in c.tokens)
+
+
+# ---- sampling
+
+
+def test_samples_depend_on_seed_and_place_and_on_nothing_else():
+    model = tiny_model("hybrid", 2)
+    options = {"temperature": 1.0, "top_p": 0.95}
+    prompts = ["same", *PROMPTS, "same"]
+    texts = make(model, **options).generate(prompts)[0]
+
+    assert make(model, **options, max_tokens=60).generate(prompts)[0] == texts
+    one_by_one = make(model, **options)
+    assert [
+        next(one_by_one.complete([p], first_index=i)).text for i, p in enumerate(prompts)
+    ] == texts
+    assert texts[0] != texts[-1]
+    assert make(model, **options, seed=43).generate(prompts)[0] != texts
+
+
+def test_a_cold_temperature_is_greedy():
+    model = tiny_model("gdn", 2)
+    assert make(model, temperature=1e-6).generate(PROMPTS)[0] == make(model).generate(PROMPTS)[0]
+
+
+# ---- prompts
+
+
+def test_long_prompts_lose_their_start(caplog):
+    model = tiny_model("full", 2)
+    texts, loglikelihoods, _ = make(model, max_prompt_len=10).generate([TEXT, "short"])
+    assert "1 of 2 prompts" in caplog.text
+    cut = encode(TEXT)[-10:]
+    want_texts, want, _ = make(model).generate([cut, encode("short")])
+    assert texts == want_texts
+    assert [len(t) for t in loglikelihoods] == [9, 5]
+    torch.testing.assert_close(loglikelihoods, want, rtol=0, atol=0)
+
+
+def test_a_prompt_fits_to_the_last_slot_and_no_further():
+    tokens = encode(TEXT)
+    make(max_tokens=len(tokens) + 8).generate([tokens])
+    with pytest.raises(UserError, match=f"prompt 2 of 2.*set max_tokens={len(tokens) + 8}"):
+        make(max_tokens=len(tokens) + 7).generate(["short", tokens])
+
+
+def test_an_empty_prompt_starts_from_bos():
+    generator = make()
+    assert generator.generate([""])[0] == generator.generate([[TOKENIZER.bos_id]])[0]
+    assert generator.generate([""])[1][0].shape == (0,)
+    without = PackedCausalTransformerGenerator(
+        generator.cfg, generator.model, TOKENIZER, add_bos=False
+    )
+    assert without.generate([""])[0] == generator.generate([""])[0]
+    assert without.generate(["a"])[1][0].shape == (0,)
+
+    class NoBos(ByteTokenizer):
+        def __init__(self):
+            super().__init__()
+            self.bos_id = -1
+
+    bare = PackedCausalTransformerGenerator(generator.cfg, generator.model, NoBos())
+    bare.generate(["a"])
+    with pytest.raises(UserError, match="empty prompt"):
+        bare.generate([""])
+
+
+def test_no_prompts_no_answers():
+    assert make().generate([]) == ([], [], [])
+
+
+def test_max_gen_len_0_scores_and_says_nothing():
+    texts, loglikelihoods, _ = make(max_gen_len=0).generate(["abc"])
+    assert texts == [""] and len(loglikelihoods[0]) == 3
+
+
+def test_generation_leaves_no_trace_on_a_model_in_training():
+    model = tiny_model("hybrid", 2).requires_grad_(True)
+    tokens = torch.tensor([encode(TEXT)])
+    make(model).generate(PROMPTS)
+    model(tokens[:, :-1], target=tokens[:, 1:]).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_broken_model_is_told_of():
+    model = tiny_model("full", 1)
+    model.norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match="NaN"):
+        make(model).generate(["a"])
+
+
+# ---- batches and options
+
+
+def test_batches_keep_order_and_fit_the_cache():
+    lengths = [3, 1, 10, 2, 2, 2, 20, 5]
+    batches = list(batch_prompts([[0] * n for n in lengths], 24, 2))
+    assert [i for batch in batches for i in batch] == list(range(len(lengths)))
+    assert all(len(b) * (max(lengths[i] for i in b) + 2) <= 24 for b in batches)
+    assert len(batches) == 5  # [3, 1] [10, 2] [2, 2] [20] [5]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 2},
+        {"top_p": 0},
+        {"top_k": 0},
+        {"max_gen_len": -1},
+        {"max_prompt_len": 0},
+        {"max_tokens": 8},
+        {"until": ["x", ""]},
+        {"dtype": "int8"},
+        {"compile_prefilling": True},
+        {"reduce_generation_overhead": True},
+    ],
+)
+def test_an_impossible_option_is_named(option):
+    with pytest.raises(UserError, match=f"^{next(iter(option))}"):
+        make(tiny_model("full", 1), **option)
+
+
+def test_progress_counts_answers_and_tokens(capsys):
+    make(show_progress=True, max_tokens=50).generate(PROMPTS)
+    n_tokens = 8 * len(PROMPTS)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert last.startswith(f"{len(PROMPTS)}/{len(PROMPTS)} answers, {n_tokens} tokens")

@@ -1,0 +1,57 @@
+"""Tiny models whose every parameter matters, and runs on disk that hold one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
+from lingua.checkpoint import CheckpointArgs, CheckpointManager
+
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"mixer": "full"},
+    "window": {"mixer": "window", "default_sliding_window": 5},
+    "gdn": {"mixer": "gdn"},
+    "hybrid": {"mixer": "gdn", "hybrid_mixer": "full", "attention_pattern": "2:1"},
+}
+
+
+def tiny_args(kind: str, loop_count: int, **changes: Any) -> LoopedTransformerArgs:
+    shape: dict[str, Any] = {"dim": 32, "n_layers": 3, "n_heads": 2, "multiple_of": 16}
+    options = {"vocab_size": 258, "loop_count": loop_count, **shape, **KINDS[kind], **changes}
+    return LoopedTransformerArgs(**options)
+
+
+def tiny_model(kind: str, loop_count: int, seed: int = 0, **changes: Any) -> LoopedTransformer:
+    torch.manual_seed(seed)
+    model = LoopedTransformer(tiny_args(kind, loop_count, **changes)).requires_grad_(False)
+    model.init_weights()
+    for name, param in model.named_parameters():
+        if name.endswith(("rho", "wg.weight")):
+            param.normal_(std=0.3)  # zero at the start, and would hide its mistakes
+    model.tok_embeddings.weight *= 4  # what follows depends on what was read, not on a bias
+    return model
+
+
+class AtStep:
+    """As much of a trainer's state as a checkpoint needs."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+
+
+def save_run(dump_dir: Path, model: LoopedTransformer, step: int = 1, **config: Any) -> Path:
+    """A run's folder with the checkpoint of `step`, which is returned."""
+    manager = CheckpointManager(CheckpointArgs(path=str(dump_dir / "checkpoints")))
+    config = {"model": asdict(model.args), "data": {"tokenizer": {"name": "bytes"}}} | config
+    manager.save(model, None, AtStep(step), config)
+    return manager.existing_saves[-1]
