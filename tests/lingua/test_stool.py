@@ -95,7 +95,9 @@ def slurm(tmp_path, monkeypatch) -> Path:
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     programs = {
-        "sbatch": f'echo "$@" >>{tmp_path}/sbatch.log; SLURM_JOB_ID=7 bash "$1"',
+        # Like SLURM it needs the folder of its log file to be there.
+        "sbatch": 'test -d "$(dirname "$1")/logs" || exit 1\n'
+        f'echo "$@" >>{tmp_path}/sbatch.log; SLURM_JOB_ID=7 bash "$1"',
         "sinfo": 'case "$*" in *typo*) ;; *) echo 2-00:00:00;; esac',
         "srun": f'printf "%s\\n" "$*" >>{tmp_path}/srun.log\n'
         'while [ "$1" != -N ]; do shift; done; shift 2\n'

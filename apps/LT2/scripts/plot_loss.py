@@ -1,0 +1,135 @@
+"""Draw the loss of one run or of several, from the metrics.jsonl that training writes.
+
+    python -m apps.LT2.scripts.plot_loss runs/demo                       # runs/demo/loss.png
+    python -m apps.LT2.scripts.plot_loss runs/a runs/b --out both.png
+
+Training loss is drawn as it was logged (pale) and smoothed; validation loss, where there is any, as
+points on top. One line for each run says where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lingua.args import UserError, import_optional, run_cli
+
+MAX_HALF_WINDOW = 25  # the smoothed line averages at most this many logged values on either side
+COLOURS = ["#2563eb", "#d97706", "#059669", "#be185d", "#6d28d9", "#475569"]
+
+
+@dataclass
+class Curve:
+    """Points (step, nats a token) of one run."""
+
+    name: str
+    train: list[tuple[int, float]] = field(default_factory=list)
+    val: list[tuple[int, float]] = field(default_factory=list)
+    val_bpb: float | None = None  # bits per byte of the last validation
+
+    def summary(self) -> str:
+        parts = []
+        if self.train:
+            step, loss = self.train[-1]
+            parts.append(f"training loss {loss:.3f} at step {step}")
+        if self.val:
+            step, loss = self.val[-1]
+            bits = "" if self.val_bpb is None else f" ({self.val_bpb:.3f} bits per byte)"
+            parts.append(f"validation loss {loss:.3f}{bits} at step {step}")
+        return f"{self.name}: {', '.join(parts)}"
+
+
+def read_curve(run: Path) -> Curve:
+    path = run / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: not readable: {error.strerror}; name a run's dump_dir") from None
+    curve = Curve(name=run.resolve().name)
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break  # the run is going on and this line is half written
+            raise UserError(f"{path}:{number}: not JSON") from None
+        step = record.get("global_step")
+        if "loss/out" in record:
+            curve.train.append((step, record["loss/out"]))
+        if "loss/val" in record:
+            curve.val.append((step, record["loss/val"]))
+            curve.val_bpb = record.get("loss/val_bpb")
+    if not curve.train and not curve.val:
+        raise UserError(f"{path}: holds no loss yet")
+    return curve
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Mean of each value and as many on either side, so that a falling curve does not lag."""
+    widest = min(MAX_HALF_WINDOW, len(values) // 40)
+    smoothed = []
+    for i in range(len(values)):
+        half = min(widest, i, len(values) - 1 - i)
+        window = values[i - half : i + half + 1]
+        smoothed.append(sum(window) / len(window))
+    return smoothed
+
+
+def draw(curves: list[Curve], out: Path) -> None:
+    needed_by = "drawing the loss"
+    matplotlib = import_optional("matplotlib", extra="plot", needed_by=needed_by)
+    matplotlib.use("Agg")  # no screen needed
+    pyplot = import_optional("matplotlib.pyplot", extra="plot", needed_by=needed_by)
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
+    several = len(curves) > 1
+    for i, curve in enumerate(curves):
+        colour = COLOURS[i % len(COLOURS)]
+        dark = colour if several else COLOURS[1]
+        prefix = f"{curve.name}: " if several else ""
+        if curve.train:
+            steps, losses = zip(*curve.train, strict=True)
+            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
+            label = f"{prefix}training"
+            axes.plot(steps, smooth(list(losses)), color=colour, linewidth=2, label=label)
+        if curve.val:
+            steps, losses = zip(*curve.val, strict=True)
+            bits = "" if curve.val_bpb is None else f", {curve.val_bpb:.2f} bits per byte"
+            label = f"{prefix}validation ({losses[-1]:.2f}{bits} at the end)"
+            axes.plot(steps, losses, "o--", color=dark, markersize=5, linewidth=1, label=label)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_title("Loss" if several else f"Loss of {curves[0].name}", loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02)
+    axes.legend(frameon=False)
+    try:
+        figure.savefig(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {out}: {error}") from None
+    pyplot.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m apps.LT2.scripts.plot_loss",
+        description=(__doc__ or "").splitlines()[0],
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="dump_dir of a run")
+    parser.add_argument("--out", type=Path, help="picture to write; RUN/loss.png for one run")
+    args = parser.parse_args(argv)
+    if args.out is None and len(args.runs) > 1:
+        raise UserError("--out: name the picture, e.g. --out losses.png, for more than one run")
+    curves = [read_curve(run) for run in args.runs]
+    for curve in curves:
+        print(curve.summary())
+    out = args.out or args.runs[0] / "loss.png"
+    draw(curves, out)
+    print(f"loss curve: {out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

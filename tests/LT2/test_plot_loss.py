@@ -1,0 +1,67 @@
+"""The loss curve: what is read from metrics.jsonl, and that a picture comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from apps.LT2.scripts.plot_loss import main, read_curve, smooth
+from lingua.args import UserError
+
+
+def write_run(folder: Path, records: list[dict], tail: str = "") -> Path:
+    folder.mkdir()
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(text + tail)
+    return folder
+
+
+RECORDS = [
+    {"global_step": 10, "loss/out": 7.0, "speed/wps": 1.0},
+    {"global_step": 20, "loss/out": 6.0},
+    {"global_step": 20, "loss/val": 6.5, "loss/val_bpb": 2.9},
+    {"global_step": 30, "loss/out": 5.0},
+    {"global_step": 30, "loss/val": 5.5, "loss/val_bpb": 2.5},
+]
+
+
+def test_reads_train_and_validation_points(tmp_path):
+    curve = read_curve(write_run(tmp_path / "run", RECORDS, tail='{"global_step": 40, "lo'))
+    assert curve.train == [(10, 7.0), (20, 6.0), (30, 5.0)]
+    assert curve.val == [(20, 6.5), (30, 5.5)]
+    assert curve.summary() == (
+        "run: training loss 5.000 at step 30, "
+        "validation loss 5.500 (2.500 bits per byte) at step 30"
+    )
+
+
+def test_smoothing_keeps_a_straight_line_and_calms_noise():
+    line = [100 - 0.5 * i for i in range(200)]
+    assert smooth(line) == pytest.approx(line)
+    noise = [(-1.0) ** i for i in range(200)]
+    assert max(map(abs, smooth(noise)[20:-20])) < 0.2
+    assert smooth([3.0]) == [3.0]
+
+
+def test_draws_one_run_into_its_folder_and_several_where_told(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    a, b = write_run(tmp_path / "a", RECORDS), write_run(tmp_path / "b", RECORDS[:2])
+    main([str(a)])
+    assert (a / "loss.png").read_bytes().startswith(b"\x89PNG")
+    main([str(a), str(b), "--out", str(tmp_path / "both.png")])
+    assert (tmp_path / "both.png").stat().st_size > 5000
+    assert "2.500 bits per byte" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(tmp_path):
+    run = write_run(tmp_path / "run", RECORDS)
+    with pytest.raises(UserError, match="name a run's dump_dir"):
+        main([str(tmp_path / "absent")])
+    with pytest.raises(UserError, match="--out"):
+        main([str(run), str(run)])
+    with pytest.raises(UserError, match="no loss yet"):
+        main([str(write_run(tmp_path / "empty", []))])
+    with pytest.raises(UserError, match="metrics.jsonl:1: not JSON"):
+        main([str(write_run(tmp_path / "broken", [], tail="{\n{}\n"))])
