@@ -46,13 +46,20 @@ class BaseTransformerArgs:
     max_seqlen: int = 1024  # longest sequence; the trainer sets it to data.seq_len
 
 
+def check_sizes(section: str, args: object, *fields: str) -> None:
+    """Refuse sizes below 1; null stands for a default."""
+    for field in fields:
+        value = getattr(args, field)
+        if value is not None and value < 1:
+            raise UserError(f"{section}.{field}={value} must be at least 1, or null")
+
+
 def resolve_heads(args: BaseTransformerArgs) -> tuple[int, int, int]:
     """(query heads, key/value heads, head width) after the defaults; UserError if impossible."""
     dim, n_heads, head_dim = args.dim, args.n_heads, args.head_dim
     if n_heads is None and head_dim is None:
         raise UserError("model.n_heads and model.head_dim are both null: set one, e.g. n_heads=8")
-    if n_heads is not None and n_heads < 1:
-        raise UserError(f"model.n_heads={n_heads} must be at least 1")
+    check_sizes("model", args, "n_heads", "n_kv_heads", "head_dim")
     if head_dim is None:
         assert n_heads is not None
         if dim % n_heads:
@@ -291,6 +298,12 @@ class FeedForward(nn.Module):
     ):
         """`hidden_dim` is the plain Transformer's (4 dim); the third matrix costs a third of it."""
         super().__init__()
+        if multiple_of < 1:
+            raise UserError(f"model.multiple_of={multiple_of} must be at least 1")
+        if ffn_dim_multiplier is not None and ffn_dim_multiplier <= 0:
+            raise UserError(
+                f"model.ffn_dim_multiplier={ffn_dim_multiplier} must be positive, or null"
+            )
         hidden = int((ffn_dim_multiplier or 1.0) * int(2 * hidden_dim / 3))
         hidden = multiple_of * math.ceil(hidden / multiple_of)
         assert hidden % mp_size == 0, f"FFN width {hidden} is not a multiple of mp_size {mp_size}"

@@ -154,6 +154,7 @@ class LoopedTransformer(nn.Module):
         ]
         return ModelCache(mixers, max_seqlen, [0] * batch_size)
 
+    @torch.no_grad()
     def prefill(
         self,
         tokens_BT: Tensor,
@@ -180,6 +181,7 @@ class LoopedTransformer(nn.Module):
             h = h[:, -1:] if cu_seqlens is None else h[0, cu_seqlens[1:].long() - 1][:, None]
         return self._logits(self.norm(h))
 
+    @torch.no_grad()
     def step(self, tokens_B1: Tensor, cache: ModelCache) -> Tensor:
         """One token for every row of the cache, in place; logits (B, 1, V) in fp32."""
         cache.extend(range(cache.batch_size), [1] * cache.batch_size)

@@ -19,7 +19,7 @@ from apps.LT2.kernel.gated_delta_rule import gated_delta_rule, gated_delta_step
 from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
 from apps.LT2.mixers.parts import GatedRMSNorm, ShortConv, init_decay, l2_normalize, log_decay
 from lingua.args import UserError
-from lingua.transformer import init_linear
+from lingua.transformer import check_sizes, init_linear
 
 if TYPE_CHECKING:
     from apps.LT2.transformer import LoopedTransformerArgs
@@ -178,6 +178,8 @@ class GatedDeltaNet(Mixer):
 def head_shape(args: LoopedTransformerArgs) -> tuple[int, int, int]:
     """(heads, key width, value width) of `model.gdn`; UserError where they are no whole numbers."""
     gdn = args.gdn
+    check_sizes("model", args, "n_heads")
+    check_sizes("model.gdn", gdn, "n_heads", "head_dim")
     n_heads = gdn.n_heads or args.n_heads
     if n_heads is None:
         raise UserError("model.gdn.n_heads and model.n_heads are both null: set one, e.g. 8")
