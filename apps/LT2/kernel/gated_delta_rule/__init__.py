@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from apps.LT2.kernel.gated_delta_rule.chunked import gated_delta_rule_chunked
+from apps.LT2.kernel.gated_delta_rule.fla import gated_delta_rule_fla
 from apps.LT2.kernel.gated_delta_rule.naive import gated_delta_rule_naive
 
-IMPLS = ("auto", "naive", "chunked", "fla")
+IMPLS = {
+    "naive": gated_delta_rule_naive,
+    "chunked": gated_delta_rule_chunked,
+    "fla": gated_delta_rule_fla,
+}
 
 
 def gated_delta_rule(
@@ -40,15 +45,11 @@ def gated_delta_rule(
     kernels for 16-bit CUDA tensors and the chunked torch form otherwise; "naive", "chunked" and
     "fla" force one.
     """
-    assert impl in IMPLS, f"impl must be one of {IMPLS}, got {impl!r}"
     _check_shapes(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, state, cu_seqlens)
     if impl == "auto":
         impl = "fla" if v_BTHV.is_cuda and v_BTHV.dtype.itemsize == 2 else "chunked"
-    if impl == "fla":
-        from apps.LT2.kernel.gated_delta_rule.fla import gated_delta_rule_fla as run
-    else:
-        run = gated_delta_rule_naive if impl == "naive" else gated_delta_rule_chunked
-    return run(q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, state=state, cu_seqlens=cu_seqlens)
+    assert impl in IMPLS, f"impl must be auto or one of {list(IMPLS)}, got {impl!r}"
+    return IMPLS[impl](q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH, state=state, cu_seqlens=cu_seqlens)
 
 
 @torch.no_grad()

@@ -22,18 +22,17 @@ def gated_delta_rule_naive(
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `gated_delta_rule`; fp64 inputs are computed in fp64."""
     dtype = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
-    if state is None:
-        n_sequences = len(v_BTHV) if cu_seqlens is None else len(cu_seqlens) - 1
-        size = (n_sequences, *q_BTHK.shape[2:], v_BTHV.shape[-1])
-        state = torch.zeros(size, device=v_BTHV.device)
-    state = state.to(dtype)
+    n_sequences = len(v_BTHV) if cu_seqlens is None else len(cu_seqlens) - 1
+    size = (n_sequences, *q_BTHK.shape[2:], v_BTHV.shape[-1])
+    zeros = torch.zeros(size, dtype=dtype, device=v_BTHV.device)
+    states = zeros if state is None else state.to(dtype)
     inputs = [x.to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)]
     if cu_seqlens is None:
-        results = [_recurrence(inputs, state)]
+        results = [_recurrence(inputs, states)]
     else:
         bounds = cu_seqlens.tolist()
         results = [
-            _recurrence([x[:, start:end] for x in inputs], state[n : n + 1])
+            _recurrence([x[:, start:end] for x in inputs], states[n : n + 1])
             for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
         ]
     o_BTHV = torch.cat([o for o, _ in results], dim=1)
