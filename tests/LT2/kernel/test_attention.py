@@ -49,6 +49,7 @@ def test_naive_attention_is_softmax_over_the_visible_keys():
             assert_same(got[0, t, head], weights @ values, FP32)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("impl", ["auto", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("window", [None, 1, 2, 12, 13, 14])
 @pytest.mark.parametrize("documents", [None, (5, 0, 1, 7), (13,)])

@@ -1,0 +1,91 @@
+"""Every module imports on a machine that has torch and nothing else.
+
+Tried in a process of its own in which any import outside the standard library, torch and what
+torch itself requires fails, as if the package were not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("lingua", "apps")
+
+# `sys.argv`: names that may be imported, and the modules to try. Prints {module: error} as JSON.
+PROGRAM = """
+import importlib, json, sys, traceback
+
+allowed, modules = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+allowed = {*allowed, *sys.stdlib_module_names}
+
+class Only:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in allowed:
+            return self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Only(finder) for finder in sys.meta_path]
+failed = {}
+for module in modules:
+    try:
+        importlib.import_module(module)
+    except BaseException:
+        failed[module] = traceback.format_exc()
+print(json.dumps(failed))
+"""
+
+
+def module_names() -> list[str]:
+    files = (file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
+    parts = (file.relative_to(ROOT).with_suffix("").parts for file in files)
+    return sorted(".".join(p[:-1] if p[-1] == "__init__" else p) for p in parts)
+
+
+def torch_and_its_requirements() -> set[str]:
+    """Top-level import names; triton, which only the CUDA build requires, is not among them."""
+    found, queue = set(), ["torch"]
+    while queue:
+        name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
+        if name in found or name == "triton":
+            continue
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a requirement of another platform
+        found.add(name)
+        queue += [re.match(r"[\w.-]+", r)[0] for r in requirements if "extra ==" not in r]
+    provided = importlib.metadata.packages_distributions()
+    return {
+        top
+        for top, distributions in provided.items()
+        if any(re.sub(r"[-_.]+", "-", d).lower() in found for d in distributions)
+    }
+
+
+def failures(modules: list[str]) -> dict[str, str]:
+    arguments = [json.dumps(sorted(torch_and_its_requirements() | set(PACKAGES)))]
+    arguments += [json.dumps(modules)]
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_every_module_imports_with_torch_alone():
+    modules = module_names()
+    assert "lingua.transformer" in modules and "apps.LT2.mixers.gdn" in modules
+    failed = failures(modules)
+    assert not failed, "\n".join(f"{module}:\n{trace}" for module, trace in failed.items())
+
+
+def test_other_packages_are_out_of_reach_here():
+    """Else the test above would say nothing: numpy is installed wherever the tests run."""
+    assert "No module named 'numpy'" in failures(["numpy"])["numpy"]
