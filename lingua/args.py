@@ -235,7 +235,8 @@ def _read_text(hint: Any, text: str, option: str) -> Any:
     container = isinstance(value, list | dict) and any(
         typing.get_origin(m) in (list, tuple, dict) for m in members
     )
-    return value if quoted or container else text
+    other = type(value) is not str and type(value) in members  # a number, for `int | str`
+    return value if quoted or container or other else text
 
 
 def _yaml_value(text: str) -> Any:

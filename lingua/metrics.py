@@ -9,6 +9,7 @@ those steps are trained again. Every line is strict JSON; NaN and infinity are n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -187,11 +188,12 @@ def _keep(line: bytes, is_last: bool, resume_step: int | None) -> bool:
 
 
 def read_jsonl_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All records of a metrics file; a last line that is still being written is left out."""
-    lines = Path(path).read_bytes().splitlines()
-    if lines and not _keep(lines[-1], True, None):
-        lines.pop()
-    return [json.loads(line) for line in lines]
+    """All records of a metrics file; a half-written line, as of a run that goes on, is none."""
+    records = []
+    for line in Path(path).read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 # ---- wandb and tensorboard

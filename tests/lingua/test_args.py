@@ -81,6 +81,7 @@ class Args:
     eval: Optional[Eval] = None  # null = no evaluation
     free: Optional[Any] = None
     prompts: str | list[str] = ""
+    width: str | int = "full"
 
 
 @dataclass
@@ -174,6 +175,12 @@ def test_text_is_kept_as_typed():
     assert parse("data.root_dir=a=b").data.root_dir == "a=b"
     assert parse("prompts=one, two").prompts == "one, two"
     assert parse("prompts=[one, two]").prompts == ["one", "two"]
+
+
+def test_of_several_types_a_value_keeps_its_own(yaml_file):
+    assert parse("width=3").width == parse(yaml_file("width: 3\n")).width == 3
+    assert parse("width=half").width == "half"
+    assert parse("width='3'").width == parse(yaml_file("width: '3'\n")).width == "3"
 
 
 def test_null_is_none_where_it_may_be(yaml_file):
@@ -351,6 +358,7 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
         write_atomic(path, b"new")
     monkeypatch.undo()
     assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
     write_atomic(path, b"new")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file.txt"]
@@ -409,6 +417,12 @@ def test_run_cli_prints_one_line(capsys, monkeypatch):
         run_cli(broken)
 
 
-def test_missing_package_names_the_extra():
+def test_missing_package_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"logging\.wandb needs .* pip install -e '\.\[wandb\]'"):
         import_optional("no_such_package_here", extra="wandb", needed_by="logging.wandb")
+
+    # A broken package is not the user's mistake: its traceback says what is wrong.
+    (tmp_path / "broken_package_here.py").write_text("import its_own_missing_need")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="its_own_missing_need"):
+        import_optional("broken_package_here", extra="x", needed_by="y")

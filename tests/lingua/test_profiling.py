@@ -78,4 +78,4 @@ def test_overlapping_windows_are_refused():
     ProfilerArgs(run=True)
     ProfilerArgs(run=False, profile_warmup=101)
     ProfilerArgs(run=True, profile_warmup=98)
-    ProfilerArgs(run=True, profile_warmup=101, mem_steps=0)
+    ProfilerArgs(run=True, mem_warmup=103, mem_steps=0)
