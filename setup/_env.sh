@@ -69,6 +69,16 @@ quiet_pip() {
     fi
 }
 
+# is_installed NAME==VERSION: whether $VENV has it; 2.13.0+cpu counts as 2.13.0.
+is_installed() {
+    "$VENV_PYTHON" - "$1" <<'EOF' 2>/dev/null
+import sys
+from importlib.metadata import version
+name, wanted = sys.argv[1].split("==")
+sys.exit(version(name).partition("+")[0] != wanted)
+EOF
+}
+
 # The index of CPU wheels, as pip options, where it can be reached: elsewhere than on Linux, and on
 # indexes that serve a CPU wheel themselves, plain `pip install torch` is right already.
 cpu_index_options() {
@@ -93,9 +103,9 @@ install_requirements() {
 print(hashlib.sha256(sys.version.encode() + sys.stdin.buffer.read()).hexdigest())')
     [[ $(cat "$stamp" 2>/dev/null) != "$wanted" ]] || return 0
 
-    if ! has_gpu; then
+    torch=$(grep '^torch==' "$ROOT/requirements.txt")
+    if ! has_gpu && ! is_installed "$torch"; then
         # First and alone, so that the CPU wheel is there when other packages ask for torch.
-        torch=$(grep '^torch==' "$ROOT/requirements.txt")
         step "Installing $torch for the CPU: no GPU found (takes a minute or two)"
         mapfile -t options < <(cpu_index_options)
         quiet_pip install -q "${options[@]}" "$torch"

@@ -16,17 +16,25 @@ else
     install_requirements requirements-dev.txt
 fi
 
-step "ruff"
-"$VENV_PYTHON" -m ruff check
-"$VENV_PYTHON" -m ruff format --check
+# Each check runs even when one before it failed: one run tells all there is to mend.
+failed=()
+check() {
+    step "$1"
+    "$VENV_PYTHON" -m "${@:2}" || failed+=("$1")
+}
 
-step "pyright"
-"$VENV_PYTHON" -m pyright --pythonpath "$VENV_PYTHON"
+check "ruff check" ruff check
+check "ruff format" ruff format --check
+check "pyright" pyright --pythonpath "$VENV_PYTHON"
 
-step "pytest"
 # One process a core, at most 4: a test may start processes of its own. With a GPU one process, so
 # that tests do not compete for its memory. loadfile keeps the tests of a file together.
 workers=$("$VENV_PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
 if has_gpu; then workers=0; fi
 export OMP_NUM_THREADS=1
-exec "$VENV_PYTHON" -m pytest -n "$workers" --dist loadfile --durations=15 "$@"
+check "pytest" pytest -n "$workers" --dist loadfile --durations=15 "$@"
+
+if ((${#failed[@]})); then
+    printf '\nfailed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
