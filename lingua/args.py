@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import re
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
@@ -66,7 +67,7 @@ def parse_args(
     Where `cls` has a field `config` of its own, `config=` sets that field and no file is read.
     """
     if "-h" in argv or "--help" in argv:
-        print(format_help(cls, prog=prog, description=description, examples=examples))
+        _print_help(format_help(cls, prog=prog, description=description, examples=examples))
         raise SystemExit(0)
     options = [_split_option(arg) for arg in argv]
     data: dict[str, Any] = {}
@@ -160,6 +161,13 @@ def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 # --- the command line ----------------------------------------------------------------------------
+
+
+def _print_help(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `--help | head`; Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _split_option(arg: str) -> tuple[str, str]:

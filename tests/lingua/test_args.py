@@ -388,6 +388,16 @@ def test_help_prints_every_field_and_the_examples(capsys):
     assert "run me a=b" in text and "Does it." in text and "where text comes from" in text
 
 
+def test_help_may_be_cut_by_head():
+    code = (
+        "import dataclasses; from lingua.args import parse_args\n"
+        "parse_args(dataclasses.make_dataclass('A', [('x' * 200_000, int, 1)]), ['-h'])\n"
+    )
+    command = f'"{sys.executable}" -c "{code}" | head -1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage:") and done.stderr == ""
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from lingua.args import parse_args; import dataclasses\n"
