@@ -1,0 +1,365 @@
+"""Train a looped Transformer.
+
+    python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml
+    torchrun --nproc-per-node 8 -m apps.LT2.train config=... model.loop_count=4 name=my_run
+
+On CPU, on one GPU or on many, by the same code. Everything that a run leaves lies in `dump_dir`;
+started again with the same `dump_dir` it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from apps.LT2.flops import count_parameters, train_flops_per_token
+from apps.LT2.parallel import (
+    build_fsdp_grouping_plan,
+    get_no_recompute_ops,
+    set_activation_checkpointing,
+    tp_parallelize,
+)
+from apps.LT2.pattern import format_layout
+from apps.LT2.progress import Progress
+from apps.LT2.train_args import EvalArgs, TrainArgs, validate_train_args
+from apps.LT2.trainer import Batch, Trainer
+from apps.LT2.transformer import LoopedTransformer
+from apps.LT2.validation import Validator
+from lingua.args import dump_config, parse_args, run_cli
+from lingua.checkpoint import CheckpointManager, load_from_checkpoint
+from lingua.code_snapshot import snapshot_code
+from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
+from lingua.distributed import (
+    agree_any,
+    check_model_value_range,
+    dist_mean,
+    get_device,
+    get_device_mesh,
+    get_dp_rank_and_degree,
+    get_is_master,
+    get_world_size,
+    init_signal_handler,
+    parallelize_model,
+    requeue_slurm_job,
+    run_on_rank_0,
+    setup_env,
+    setup_torch_distributed,
+)
+from lingua.logger import init_logger
+from lingua.metrics import MetricLogger
+from lingua.optim import ScheduledLR, build_optimizer
+from lingua.parallelize import resolve_dtype
+from lingua.probe import Probe
+from lingua.profiling import maybe_run_profiler
+from lingua.tokenizer import build_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Weights beyond these were most likely never filled; those below start at zero on purpose.
+SANE_RANGE, SANE_STD = 10.0, 1.0
+ZERO_AT_START = ("rho", "wg.weight")
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds beside weights and optimizer; one for each data-parallel rank."""
+
+    step: int  # optimizer steps done
+    acc_step: int  # micro-batches done of the next step; 0 in every checkpoint
+    data_loader_state: dict[str, Any]
+    scheduler: ScheduledLR
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "acc_step": self.acc_step,
+            "data_loader_state": self.data_loader_state,
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+        self.acc_step = state_dict["acc_step"]
+        self.data_loader_state = state_dict["data_loader_state"]
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+
+
+preemption_flag = {"flag": False}
+
+
+def set_preemption_flag(signum: int, frame: FrameType | None) -> None:
+    """Signal handler: the run saves and leaves after the step that it is in."""
+    logger.warning("signal %d: saving after this step, then leaving", signum)
+    preemption_flag["flag"] = True
+
+
+def every_n_steps(
+    train_state: TrainState, freq: int, acc_step: int | None = None, acc_freq: int | None = None
+) -> bool:
+    """Whether `freq` divides the step (0: never), at micro-batch `acc_step` or each `acc_freq`."""
+    if freq < 1 or train_state.step % freq:
+        return False
+    if acc_step is not None:
+        return train_state.acc_step == acc_step
+    return acc_freq is None or train_state.acc_step % acc_freq == 0
+
+
+# ---- the run
+
+
+def train(given: TrainArgs) -> None:
+    """Train until `steps`, or until a signal asks to leave."""
+    args = validate_train_args(given)
+    if is_finished(args):
+        return
+    with ExitStack() as resources:
+        start(args)
+        resources.enter_context(manual_garbage_collection())
+        mesh, device = get_device_mesh(args.distributed), get_device()
+        model = build_model(args, mesh, device)
+        optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
+        checkpoints = CheckpointManager.instantiate_and_make_dir(args.checkpoint)
+        state = new_or_resumed_state(args, model, optimizer, scheduler, checkpoints, mesh)
+        run_on_rank_0(lambda: write_record_of_run(args, given, state.step))
+        describe(model, args)
+
+        loader = build_dataloader_from_args(args.data, state.data_loader_state)
+        batches = resources.enter_context(loader)
+        trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
+        validator = build_validator(args)
+        progress = build_progress(args, model, device)
+        metrics_file = Path(args.dump_dir, "metrics.jsonl")
+        metrics = resources.enter_context(MetricLogger(metrics_file, args, resume_step=state.step))
+        profiler = resources.enter_context(maybe_run_profiler(args.dump_dir, model, args.profiling))
+        log_micro_batches(trainer, metrics, args.logging.acc_freq)
+        probe_now_and_then(trainer)
+
+        while state.step < args.steps:
+            progress.add(trainer.step())
+            profiler.step()
+            is_last, leaving = state.step == args.steps, agree_any(preemption_flag["flag"])
+            is_eval = is_last or args.checkpoint.eval.fires(state.step)
+            if every_n_steps(state, args.logging.freq):
+                metrics.log(record := progress.record(state.step))
+                logger.info(progress.line(record))
+            if every_n_steps(state, args.gc_collect_freq):
+                gc.collect()
+            with progress.paused():
+                if is_eval or leaving or args.checkpoint.dump.fires(state.step):
+                    checkpoints.save(model, optimizer, state, args, mesh)
+                if is_eval and not (leaving and not is_last):
+                    validate(validator, trainer, metrics)
+            if leaving and not is_last:
+                logger.warning("left after step %d of %d, saved", state.step, args.steps)
+                requeue_slurm_job()
+                return
+
+
+def is_finished(args: TrainArgs) -> bool:
+    """Whether an earlier run has done all steps; then nothing on disk is touched."""
+    assert args.checkpoint.path is not None
+    newest = CheckpointManager(args.checkpoint).get_last_step_path()
+    if newest is None or int(newest.name) < args.steps:
+        return False
+    if get_is_master():
+        print(f"{newest}: all {args.steps} steps are done, nothing to do", flush=True)
+    return True
+
+
+def start(args: TrainArgs) -> None:
+    """Logs, signals, environment, and the other processes."""
+    init_logger(Path(args.dump_dir, "train.log"))
+    preemption_flag["flag"] = False
+    init_signal_handler(set_preemption_flag)
+    setup_env(args.env)
+    setup_torch_distributed(args.distributed)
+    torch.manual_seed(args.seed)
+
+
+@contextmanager
+def manual_garbage_collection() -> Iterator[None]:
+    """Python's own collections would stop the ranks at different moments, each waiting for each."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def build_model(
+    args: TrainArgs, mesh: DeviceMesh | None, device: torch.device
+) -> LoopedTransformer:
+    """The parallel model with its initial weights, or those of checkpoint.init_ckpt_path."""
+    with torch.device("meta"):
+        model = LoopedTransformer(args.model)
+    set_activation_checkpointing(model, args.distributed.activation_checkpointing)
+    parallelize_model(
+        model,
+        mesh,
+        args.model,
+        args.distributed,
+        fsdp_grouping_plan=build_fsdp_grouping_plan(args.model),
+        tp_parallelize=tp_parallelize,
+        no_recompute_ops=get_no_recompute_ops(),
+    )
+    model.to_empty(device=device)
+    assert args.model.seed is not None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(args.model.seed)
+        model.init_weights()
+    if args.checkpoint.init_ckpt_path:
+        load_from_checkpoint(args.checkpoint.init_ckpt_path, model)
+    check_model_value_range(model, range=SANE_RANGE, std=SANE_STD, zero_init=ZERO_AT_START)
+    return model
+
+
+def new_or_resumed_state(
+    args: TrainArgs,
+    model: LoopedTransformer,
+    optimizer: Optimizer,
+    scheduler: ScheduledLR,
+    checkpoints: CheckpointManager,
+    mesh: DeviceMesh | None,
+) -> TrainState:
+    """The train state of a new run; after a checkpoint was loaded, of the one that goes on."""
+    loader_state = init_dataloader_state_from_args(args.data, *get_dp_rank_and_degree(mesh))
+    state = TrainState(0, 0, dict(loader_state), scheduler)
+    loaded = checkpoints.load(model, optimizer, state, mesh, config=args)
+    if loaded is not None:
+        logger.info("resumed from %s, step %d", loaded.path, loaded.step)
+        for difference in loaded.differences:
+            logger.warning("config changed since the checkpoint: %s", difference)
+    return state
+
+
+def write_record_of_run(args: TrainArgs, given: TrainArgs, step: int) -> None:
+    """config.yaml, base_config.yaml and the code. A config that changed is kept under its step."""
+    folder = Path(args.dump_dir)
+    if not (folder / "base_config.yaml").exists():
+        dump_config(given, folder / "base_config.yaml", log_config=False)
+    config = folder / "config.yaml"
+    before = config.read_bytes() if config.exists() else None
+    dump_config(args, config)
+    if before is not None and before != config.read_bytes():
+        (folder / f"config.before_step_{step}.yaml").write_bytes(before)
+    root = Path(__file__).resolve().parents[2]
+    if not (folder / "code").exists() and (root / "pyproject.toml").exists():
+        snapshot_code(root, folder / "code", folder.resolve())
+
+
+def describe(model: LoopedTransformer, args: TrainArgs) -> None:
+    """Tell a person what is about to run."""
+    count = count_parameters(model)
+    logger.info(
+        "%s parameters: %s in layers, %s in embeddings, %s in residual gates",
+        *(f"{n:,}" for n in (count.total, count.body, count.embedding, count.gates)),
+    )
+    depth = f"{args.model.n_layers} layers, {args.model.loop_count} loops"
+    logger.info("%s:\n%s", depth, format_layout(model.layout))
+
+
+def build_progress(args: TrainArgs, model: LoopedTransformer, device: torch.device) -> Progress:
+    rows = args.data.batch_size * args.grad_acc_steps
+    return Progress(
+        steps=args.steps,
+        tokens_per_step=rows * args.data.seq_len * data_parallel_degree(args),
+        flops_per_token=train_flops_per_token(model, args.data.seq_len),
+        world_size=get_world_size(),
+        device=device,
+        dtype=resolve_dtype(args.distributed.model_dtype, device.type),
+    )
+
+
+def data_parallel_degree(args: TrainArgs) -> int:
+    return args.distributed.dp_replicate * args.distributed.dp_shard
+
+
+# ---- validation and observation
+
+
+def build_validator(args: TrainArgs) -> Validator:
+    tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
+    return Validator((args.eval or EvalArgs()).validation, args.data, tokenizer)
+
+
+def validate(validator: Validator, trainer: Trainer, metrics: MetricLogger) -> None:
+    rank, degree = get_dp_rank_and_degree(trainer.mesh)
+    scores = validator(trainer.model, device=trainer.device, rank=rank, world_size=degree)
+    if scores:
+        metrics.log({"global_step": trainer.state.step, "acc_step": 0, **scores})
+        logger.info(
+            "step %d  validation loss %.4f nats per token, %.4f bits per byte",
+            trainer.state.step,
+            scores["loss/val"],
+            scores["loss/val_bpb"],
+        )
+
+
+def log_micro_batches(trainer: Trainer, metrics: MetricLogger, acc_freq: int | None) -> None:
+    """With logging.acc_freq, logged steps have a record each acc_freq micro-batches."""
+    if acc_freq is None:
+        return
+
+    def log(loss: Tensor) -> None:
+        state = trainer.state
+        is_logged = (state.step + 1) % trainer.args.logging.freq == 0
+        if is_logged and state.acc_step and state.acc_step % acc_freq == 0:
+            mean = dist_mean(loss).item()
+            record = {"global_step": state.step, "acc_step": state.acc_step, "loss/out": mean}
+            metrics.log(record)
+
+    trainer.after_micro_batch = log
+
+
+def probe_now_and_then(trainer: Trainer) -> None:
+    """With probe_freq, statistics of every linear layer: one pass of its own before such a step."""
+    freq, state = trainer.args.probe_freq, trainer.state
+    if freq is None:
+        return
+    rank, _ = get_dp_rank_and_degree(trainer.mesh)
+    # One rank in 128 writes; the others take part, since a sharded model needs them.
+    folder = Path(trainer.args.dump_dir, "probe")
+    probe = Probe(trainer.model, folder / f"probe.{rank}.jsonl" if rank % 128 == 0 else None)
+
+    def look(batch: Batch) -> None:
+        if not every_n_steps(state, freq, acc_step=0):
+            return
+        x, target, cu_seqlens = batch
+        if cu_seqlens is None:  # half the rows: a pass in eager mode takes more memory
+            n_rows = max(1, x.shape[0] // 2)
+            x, target = x[:n_rows], target[:n_rows]
+        probe.metadata = {"it": state.step, "global_step": state.step, "loop": "lt2"}
+        with probe:
+            trainer.model(x, target, cu_seqlens).backward()
+        trainer.optimizer.zero_grad()
+
+    trainer.before_micro_batch = look
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(
+        TrainArgs,
+        argv,
+        prog="python -m apps.LT2.train",
+        description="Train a looped Transformer.",
+        examples=(
+            "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml",
+            "torchrun --nproc-per-node 8 -m apps.LT2.train config=... model.loop_count=4",
+        ),
+    )
+    train(args)
+
+
+if __name__ == "__main__":
+    run_cli(main)

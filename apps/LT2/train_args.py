@@ -1,0 +1,116 @@
+"""Everything that a training run can be told, and what is refused before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from apps.LT2.kernel import check_gpu_stack
+from apps.LT2.kernel.attention import check_attention_device
+from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
+from apps.LT2.validation import ValidationArgs
+from lingua.args import UserError
+from lingua.checkpoint import CheckpointArgs
+from lingua.data import DataArgs, validate_data_args
+from lingua.distributed import (
+    DistributedArgs,
+    EnvironmentArgs,
+    fit_to_world,
+    get_device,
+    get_world_size,
+)
+from lingua.metrics import LoggingArgs
+from lingua.optim import OptimArgs
+from lingua.parallelize import resolve_dtype
+from lingua.profiling import ProfilerArgs
+from lingua.tokenizer import build_tokenizer
+
+
+@dataclass
+class EvalArgs:
+    # validation loss, at checkpoint.eval.every and at the end
+    validation: ValidationArgs = field(default_factory=ValidationArgs)
+
+
+@dataclass
+class TrainArgs:
+    name: str = "lingua"  # name of the run, in wandb and in SLURM
+    dump_dir: str = ""  # folder for everything that the run writes; required
+    seed: int = 42  # rules model.seed and data.seed where they are null
+    grad_acc_steps: int = 1  # micro-batches of an optimizer step, of data.batch_size each
+    gc_collect_freq: int = 1000  # steps between garbage collections; Python's own are off
+    probe_freq: int | None = None  # steps between probes of weights and activations; null = never
+    steps: int = 1000  # optimizer steps in all
+    data: DataArgs = field(default_factory=DataArgs)
+    optim: OptimArgs = field(default_factory=OptimArgs)
+    model: LoopedTransformerArgs = field(default_factory=LoopedTransformerArgs)
+    distributed: DistributedArgs = field(default_factory=DistributedArgs)
+    env: EnvironmentArgs = field(default_factory=EnvironmentArgs)
+    checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
+    profiling: ProfilerArgs = field(default_factory=ProfilerArgs)
+    logging: LoggingArgs = field(default_factory=LoggingArgs)
+    async_eval_gpus: int | None = None  # GPUs of a job of its own for each evaluation; null = here
+    eval: EvalArgs | None = None  # null = validation with its defaults
+
+
+def validate_train_args(args: TrainArgs, output_size: int | None = None) -> TrainArgs:
+    """The same settings with every default filled in; a mistake is a UserError, before any work.
+
+    `output_size` is the tokenizer's vocabulary; None builds the tokenizer to ask it.
+    """
+    if not args.dump_dir:
+        raise UserError("dump_dir is empty: name a folder for the run, e.g. dump_dir=runs/debug")
+    for name in ("steps", "grad_acc_steps", "gc_collect_freq"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name}={getattr(args, name)} must be at least 1")
+    if args.probe_freq is not None and args.probe_freq < 1:
+        raise UserError(f"probe_freq={args.probe_freq} must be at least 1, or null for no probes")
+    if args.async_eval_gpus is not None:
+        raise UserError(
+            f"async_eval_gpus={args.async_eval_gpus}: evaluation in a job of its own is not there "
+            "yet; leave it null, and validation runs inside the training job"
+        )
+    if args.data.n_views != 2:
+        raise UserError(
+            f"data.n_views={args.data.n_views}: this trainer predicts one next token; use 2"
+        )
+    distributed = fit_to_world(args.distributed, get_world_size())
+    if distributed.tp_size > 1:
+        raise UserError(
+            f"distributed.tp_size={distributed.tp_size}: looped models are not split by tensor "
+            "parallelism yet; use 1, with distributed.fsdp_type=full_shard to save memory"
+        )
+    if output_size is None:
+        output_size = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words
+    model = replace(
+        args.model,
+        seed=args.seed if args.model.seed is None else args.model.seed,
+        vocab_size=output_size if args.model.vocab_size < 0 else args.model.vocab_size,
+        max_seqlen=args.data.seq_len,
+    )
+    if model.vocab_size < output_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {output_size} "
+            "pieces; leave it at -1"
+        )
+    data = replace(args.data, seed=args.seed if args.data.seed is None else args.data.seed)
+    validate_data_args(data, distributed.dp_replicate * distributed.dp_shard)
+    with torch.device("meta"):
+        LoopedTransformer(model)  # refuses impossible shapes, patterns and backends
+    check_device(model, distributed)
+    checkpoint = args.checkpoint
+    if checkpoint.path is None:
+        checkpoint = replace(checkpoint, path=str(Path(args.dump_dir, "checkpoints")))
+    return replace(args, distributed=distributed, model=model, data=data, checkpoint=checkpoint)
+
+
+def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> None:
+    """Refuse kernels that this machine cannot run, at the start and not at the first backward."""
+    device_type = get_device().type
+    dtype = resolve_dtype(distributed.model_dtype, device_type)
+    check_attention_device(model.attn_impl, device_type=device_type, dtype=dtype)
+    mixers = {spec.mixer for loop in model.layout() for spec in loop}
+    if device_type == "cuda" and mixers - {"full", "window"}:
+        check_gpu_stack()

@@ -1,0 +1,127 @@
+"""One optimizer step: micro-batches forward and backward, gradients joined, clipped and applied."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from apps.LT2.train_args import TrainArgs
+from lingua.data import document_offsets
+from lingua.distributed import (
+    clip_grad_norm_,
+    first_nonfinite,
+    get_global_rank,
+    set_gradient_sync,
+    sync_replicated_grads,
+)
+from lingua.optim import NonfiniteGuard
+
+if TYPE_CHECKING:
+    from apps.LT2.train import TrainState
+
+logger = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor, Tensor | None]  # x, target, cu_seqlens
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: Tensor  # mean over this rank's micro-batches, on the device
+    grad_norm: float  # of the whole gradient, before clipping
+    lr: float  # that the step was taken with
+    data_seconds: float  # waiting for the loader
+
+
+class Trainer:
+    def __init__(
+        self,
+        args: TrainArgs,
+        model: nn.Module,
+        optimizer: Optimizer,
+        state: TrainState,
+        batches: Iterator[tuple[Any, Any]],
+        mesh: DeviceMesh | None,
+        device: torch.device,
+    ):
+        self.args, self.model, self.optimizer, self.state = args, model, optimizer, state
+        self.batches, self.mesh, self.device = batches, mesh, device
+        self.guard = NonfiniteGuard(args.optim.skip_nonfinite)
+        # Called with a micro-batch, before its forward; and with its loss, after its backward.
+        self.before_micro_batch: Callable[[Batch], None] | None = None
+        self.after_micro_batch: Callable[[Tensor], None] | None = None
+
+    def step(self) -> StepResult:
+        n_micro = self.args.grad_acc_steps
+        total = torch.zeros((), device=self.device)
+        data_seconds = 0.0
+        for micro in range(n_micro):
+            batch, waited = self._next_batch()
+            data_seconds += waited
+            if self.before_micro_batch is not None:
+                self.before_micro_batch(batch)
+            set_gradient_sync(self.model, micro == n_micro - 1)
+            loss = self.model(*batch)
+            (loss / n_micro).backward()
+            total += loss.detach()
+            self.state.acc_step = (micro + 1) % n_micro
+            if self.after_micro_batch is not None:
+                self.after_micro_batch(loss.detach())
+        sync_replicated_grads(self.model, self.mesh)
+        grad_norm = clip_grad_norm_(self.model, self.args.optim.clip).item()
+        lr = self.optimizer.param_groups[0]["lr"]
+        if not self._skip(grad_norm):
+            self.optimizer.step()
+        self.state.scheduler.step()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        return StepResult(total / n_micro, grad_norm, lr, data_seconds)
+
+    def _next_batch(self) -> tuple[Batch, float]:
+        began = time.perf_counter()
+        views, self.state.data_loader_state = next(self.batches)
+        waited = time.perf_counter() - began
+        return to_device(views, self.args.data.doc_mask, self.device), waited
+
+    def _skip(self, grad_norm: float) -> bool:
+        """Whether a step with NaN or infinite gradients is passed over; raises if it may not be."""
+        try:
+            skipped = self.guard.skip(grad_norm)
+        except FloatingPointError as error:
+            where = first_nonfinite(self.model) or "not on this rank"
+            raise FloatingPointError(
+                f"step {self.state.step + 1}, rank {get_global_rank()}: {error}; first tensor "
+                f"with NaN or infinity: {where}. The last checkpoint is not touched."
+            ) from None
+        if skipped:
+            logger.warning("step %d skipped: gradient norm %s", self.state.step + 1, grad_norm)
+        return skipped
+
+
+def to_device(views_BTN: Any, doc_mask: bool, device: torch.device) -> Batch:
+    """The loader's int64 array (B, T, views) as tensors on the device, copied asynchronously.
+
+    With doc_mask the batch becomes one packed row, and the last token of a document has no target.
+    """
+    views = torch.from_numpy(views_BTN)
+    x, target = views[..., 0].contiguous(), views[..., 1].contiguous()
+    cu_seqlens = None
+    if doc_mask:
+        starts = views[..., -1]
+        target[:, :-1][starts[:, 1:] == 1] = -100
+        cu_seqlens = copy_to(document_offsets(starts), device)
+        x, target = x.view(1, -1), target.view(1, -1)
+    return copy_to(x, device), copy_to(target, device), cu_seqlens
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

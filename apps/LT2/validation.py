@@ -1,0 +1,187 @@
+"""Loss on held-out text, in nats per token and in bits per byte.
+
+Bits per byte do not depend on the tokenizer: the nats of all tokens of a text, over its length in
+UTF-8 bytes. Every rank builds the same rows of tokens and scores its share of them, so the result
+is the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lingua.args import UserError
+from lingua.data import DataArgs, document_offsets, find_val_files, iter_val_documents
+from lingua.distributed import dist_sum
+from lingua.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+logger = logging.getLogger(__name__)
+
+PADDING = -1  # no token has this id
+
+
+@dataclass
+class ValidationArgs:
+    max_steps: int | None = None  # documents that are read, in the files' order; null = all
+    use_val_from_train_src: bool = True  # read the *.val.jsonl files of data.sources
+    root_dir: str = ""  # folder of the other validation sources
+    sources: list[str] = field(default_factory=list)  # sub-folders of root_dir to read as well
+
+    def __post_init__(self):
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(
+                f"eval.validation.max_steps={self.max_steps} must be at least 1, or null"
+            )
+
+
+@dataclass(frozen=True)
+class ValidationRows:
+    """Documents laid one after the other and cut into rows of seq_len + 1 tokens.
+
+    `tokens` (n_rows, seq_len + 1) int64, `starts` of the same shape: 1 at the first token of a
+    document. `n_bytes` of text went in; what is not text is padding.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    n_bytes: int
+
+
+def build_rows(documents: Iterable[tuple[list[int], int]], seq_len: int) -> ValidationRows | None:
+    """Rows from (tokens, bytes of text) pairs; None if there are no two tokens.
+
+    Neighbouring rows share one token, so that each token but the very first is a target once.
+    """
+    import numpy as np
+
+    pieces, starts, n_bytes = [], [], 0
+    for tokens, size in documents:
+        first = np.zeros(len(tokens), dtype=np.int64)
+        first[:1] = 1
+        pieces.append(np.asarray(tokens, dtype=np.int64))
+        starts.append(first)
+        n_bytes += size
+    n_tokens = sum(map(len, pieces))
+    if n_tokens < 2:
+        return None
+    n_rows = math.ceil((n_tokens - 1) / seq_len)
+
+    def rows(flat: np.ndarray, fill: int) -> np.ndarray:
+        padded = np.full(n_rows * seq_len + 1, fill, dtype=np.int64)
+        padded[:n_tokens] = flat
+        return np.stack([padded[i * seq_len : (i + 1) * seq_len + 1] for i in range(n_rows)])
+
+    return ValidationRows(
+        rows(np.concatenate(pieces), PADDING), rows(np.concatenate(starts), 0), n_bytes
+    )
+
+
+class Validator:
+    """Scores a model on validation text; reads and tokenises it once, at the first call."""
+
+    def __init__(self, args: ValidationArgs, data: DataArgs, tokenizer: Tokenizer):
+        self.args, self.data, self.tokenizer = args, data, tokenizer
+        self._rows: ValidationRows | None = None
+        self._read = False
+
+    def rows(self) -> ValidationRows | None:
+        if not self._read:
+            self._rows = build_rows(self._documents(), self.data.seq_len)
+            self._read = True
+            if self._rows is None:
+                logger.info("no *.val.jsonl beside the training data: no validation loss")
+        return self._rows
+
+    def _documents(self) -> Iterator[tuple[list[int], int]]:
+        n_read = 0
+        for root, sources in self._places():
+            for text in iter_val_documents(root, sources):
+                if n_read == self.args.max_steps:
+                    return
+                n_read += 1
+                tokens = self.tokenizer.encode(text, self.data.add_bos, self.data.add_eos)
+                yield tokens, len(text.encode("utf-8"))
+
+    def _places(self) -> Iterator[tuple[str, list[str]]]:
+        root, sources = self.data.root_dir, list(self.data.sources)
+        if self.args.use_val_from_train_src and root and find_val_files(root, sources):
+            yield root, sources
+        if self.args.sources:
+            if not self.args.root_dir:
+                raise UserError(
+                    f"eval.validation.root_dir is empty, and eval.validation.sources="
+                    f"{self.args.sources} are its sub-folders: set it"
+                )
+            for source in self.args.sources:
+                if not Path(self.args.root_dir, source).is_dir():
+                    raise UserError(
+                        f"eval.validation.sources: {Path(self.args.root_dir, source)} is no folder"
+                    )
+            yield self.args.root_dir, self.args.sources
+
+    @torch.no_grad()
+    def __call__(
+        self, model: nn.Module, *, device: torch.device, rank: int, world_size: int
+    ) -> dict[str, float]:
+        """{"loss/val", "loss/val_bpb"}, the same on every rank; empty without validation text.
+
+        A collective where the model is sharded: every rank runs the same number of batches.
+        """
+        rows = self.rows()
+        if rows is None:
+            return {}
+        was_training = model.training
+        model.eval()
+        nats_and_targets = torch.zeros(2, dtype=torch.float64, device=device)
+        for x, target, cu_seqlens in self._batches(rows, device, rank, world_size):
+            n_targets = (target != -100).sum()
+            loss = model(x, target, cu_seqlens)
+            nats_and_targets += torch.stack((loss.double() * n_targets, n_targets.double()))
+        model.train(was_training)
+        nats, n_targets = dist_sum(nats_and_targets).tolist()
+        return {
+            "loss/val": nats / n_targets,
+            "loss/val_bpb": nats / math.log(2) / max(rows.n_bytes, 1),
+        }
+
+    def _batches(
+        self, rows: ValidationRows, device: torch.device, rank: int, world_size: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """This rank's rows as (x, target, cu_seqlens); padding rows have targets of -100."""
+        size = self.data.batch_size
+        for first in range(0, len(rows.tokens), size * world_size):
+            begin = first + rank * size
+            tokens = torch.from_numpy(rows.tokens[begin : begin + size])
+            starts = torch.from_numpy(rows.starts[begin : begin + size])
+            missing = size - len(tokens)
+            tokens = nn.functional.pad(tokens, (0, 0, 0, missing), value=PADDING)
+            starts = nn.functional.pad(starts, (0, 0, 0, missing))
+            yield to_model_inputs(tokens, starts if self.data.doc_mask else None, device)
+
+
+def to_model_inputs(
+    tokens: Tensor, starts: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x, target, cu_seqlens) from rows (B, T + 1) of tokens whose padding is PADDING.
+
+    With `starts`, documents become separate: x is one packed row, and the last token of a document
+    predicts nothing.
+    """
+    x, target = tokens[:, :-1].clamp(min=0), tokens[:, 1:].clone()
+    target[target == PADDING] = -100
+    cu_seqlens = None
+    if starts is not None:
+        target[starts[:, 1:] == 1] = -100
+        cu_seqlens = document_offsets(starts[:, :-1]).to(device)
+        x, target = x.reshape(1, -1), target.reshape(1, -1)
+    return x.to(device), target.to(device), cu_seqlens
