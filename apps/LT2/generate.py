@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
         loop_count=args.loop_count,
         tokenizer_path=args.tokenizer_path,
     )
-    add_bos = (config.get("data") or {}).get("add_bos", True)
+    add_bos = config["data"].get("add_bos", True)
     generator = PackedCausalTransformerGenerator(args, model, tokenizer, add_bos=add_bos)
     if prompts is None:
         converse(generator)

@@ -137,14 +137,17 @@ def read_config(source: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"ckpt={source}: {file} is not readable: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise UserError(f"ckpt={source}: {file} has no section `model`")
+    for option in ("model", "data.tokenizer"):
+        section = config
+        for key in option.split("."):
+            section = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            raise UserError(f"ckpt={source}: {file} has no section `{option}`")
     return config
 
 
 def _build_tokenizer(config: Mapping[str, Any], path: str | None) -> Tokenizer:
-    data = config.get("data") or {}
-    saved = dataclass_from_dict(TokenizerArgs, data.get("tokenizer") or {})
+    saved = dataclass_from_dict(TokenizerArgs, config["data"]["tokenizer"])
     if path is None:
         try:
             return build_tokenizer(saved.name, saved.path)
