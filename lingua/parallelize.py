@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -182,16 +182,6 @@ def fsdp_mesh(device_mesh: DeviceMesh, args: DistributedArgs) -> DeviceMesh:
     else:
         dims = ("dp_replicate", "dp_shard")
     return device_mesh[dims]
-
-
-def reshard(model: nn.Module) -> None:
-    """Free whole weights that a forward without backward left behind, as validation does.
-
-    Until then the model's parameters are not those that the optimizer knows.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 # ---- checks

@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from lingua.args import UserError, write_atomic
-from lingua.parallelize import reshard
 
 logger = logging.getLogger()
 
@@ -40,7 +39,8 @@ Metadata = dict[str, Any]  # DCP key -> what is stored there
 
 def save_tensors(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
     """Write all ranks' tensors and fsync them. A collective."""
-    reshard(model)
+    # First the weights: state_dict makes FSDP register those parameters that the optimizer knows,
+    # even if a forward without backward (validation) left gathered ones in their place.
     state: dict[str, Any] = {MODEL_KEY: model.state_dict()}
     if optimizer is not None:
         state[OPTIM_KEY] = {"state": optimizer_state(model, optimizer)}
@@ -67,7 +67,6 @@ def load_from_checkpoint(
             "such as <dump_dir>/checkpoints/0000001000"
         )
     metadata: Metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
-    reshard(model)
     weights = model.state_dict()
     _check_fits(folder, weights, metadata, f"{model_key}." if model_key else "")
     state: dict[str, Any] = {model_key: weights} if model_key else dict(weights)

@@ -28,6 +28,7 @@ from lingua.checkpoint import (
     consolidate_checkpoints,
     load_from_checkpoint,
 )
+from lingua.checkpoint_folder import find_problem
 from lingua.optim import OptimArgs, build_optimizer
 from tests.lingua.dist_utils import run_ranks
 from tests.lingua.toy import PLAN, ROWS, Looped, make_batches, make_model, whole
@@ -259,6 +260,7 @@ def test_a_kill_at_any_moment_of_save_leaves_a_checkpoint(run, tmp_path, again):
         fresh = build()
         loaded = manager.load(*fresh)
         assert loaded is not None and loaded.step in (2, state.step), f"lost by a kill at call {n}"
+        assert not any(find_problem(p) for p in manager.existing_saves)
         names = {p.name for p in manager.path.iterdir()}
         assert all(len(name) == 10 for name in names), f"leftovers after a kill at {n}: {names}"
         if child.exitcode == 0:

@@ -209,8 +209,19 @@ def check_clip(rank, world_size):
     model = make_model()
     ld.parallelize_model(model, mesh, None, args, PLAN)
     tokens, target = make_batches(1, 1)[0, 0]
-    model(tokens[rank::2], target[rank::2]).backward()
-    ld.sync_replicated_grads(model, mesh)
+    ld.set_gradient_sync(model, False)
+    with OpCounter(Counter()) as accumulating:
+        model(tokens, target).backward()
+    assert reductions(accumulating) == 0, "a micro-batch before the last one only adds up"
+    ld.set_gradient_sync(model, True)
+    model(tokens, target).backward()
+    model.zero_grad()
+    with OpCounter(Counter()) as last:
+        model(tokens[rank::2], target[rank::2]).backward()
+    assert reductions(last) > 0
+    with OpCounter(Counter()) as bucket:
+        ld.sync_replicated_grads(model, mesh)
+    assert reductions(bucket) == 1, "one bucket for all vectors"
     before = {n: whole(p.grad).clone() for n, p in model.named_parameters()}
     want = torch.cat([g.flatten() for g in before.values()]).norm()
     torch.testing.assert_close(ld.clip_grad_norm_(model, None), want)
@@ -227,6 +238,10 @@ def check_clip(rank, world_size):
     named = ld.first_nonfinite(model)
     assert named == ("output.weight.grad" if rank == 1 else None)
     return ld.clip_grad_norm_(model, 1.0).isnan().item()
+
+
+def reductions(ops: OpCounter) -> int:
+    return ops.counts["allreduce_"] + ops.counts["_reduce_scatter_base_"]
 
 
 # ---- values across ranks
