@@ -55,7 +55,7 @@ make_venv() {
         die "$VENV is in the way: it exists and is no Python environment"
     fi
     local python
-    python=$(find_python)
+    python=$(find_python) || exit 1
     step "Making $VENV with $("$python" -V)"
     "$python" -m venv --clear "$VENV" || die "$python -m venv failed; see above"
 }
