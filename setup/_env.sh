@@ -10,6 +10,9 @@ VENV_PYTHON=$VENV/bin/python
 CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+# Threads of torch that wait for each other sleep instead of spinning: where other programs use the
+# same cores, spinning made CPU training more than 20 times slower; on an idle machine it gains little.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 unset PYTHONHOME # of another environment; it would send ours to the wrong library
 
 step() { printf '\n==> %s\n' "$*"; }
