@@ -27,11 +27,7 @@ def get_no_recompute_ops() -> set[Any]:
     import apps.LT2.kernel.gated_delta_rule.fla  # noqa: F401, registers the operator
 
     ops = {torch.ops.lt2.gated_delta_rule.default}
-    if torch.cuda.is_available():
-        import torch.nn.attention.varlen  # noqa: F401, the same
-
-        ops.add(torch.ops.torch_attn._varlen_attn.default)
-    return ops
+    return ops | {torch.ops.torch_attn._varlen_attn.default}
 
 
 def tp_parallelize(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.attention import attention, check_attention_impl, decode_attention
+from apps.LT2.kernel.documents import document_of_tokens
 from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
 from lingua.transformer import (
     check_rotary_width,
@@ -202,8 +203,6 @@ class Attention(Mixer):
 
 def local_positions(n_tokens: int, cu_seqlens: Tensor | None, device: torch.device | str) -> Tensor:
     """(T,) index of each token in its document."""
-    position = torch.arange(n_tokens, device=device)
     if cu_seqlens is None:
-        return position
-    starts = cu_seqlens.to(position)
-    return position - starts[torch.searchsorted(starts[1:], position, right=True)]
+        return torch.arange(n_tokens, device=device)
+    return document_of_tokens(cu_seqlens, n_tokens)[1]

@@ -19,13 +19,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
+from apps.LT2.kernel.documents import document_of_tokens
 from lingua.args import UserError
 from lingua.transformer import flex_attention_on, repeat_kv
 
 IMPLS = ("auto", "sdpa", "flex_attention", "fmha", "naive")
 HALF = (torch.bfloat16, torch.float16)
+VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
 
 
 def check_attention_impl(impl: str, *, windowed: bool) -> None:
@@ -135,9 +138,7 @@ def _row_boundaries(q: Tensor) -> Tensor:
 def _varlen_flash(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    if not _varlen_has_gqa():
+    if not VARLEN_HAS_GQA:
         groups = q.shape[2] // k.shape[2]
         k, v = repeat_kv(k, groups), repeat_kv(v, groups)
     options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
@@ -159,21 +160,13 @@ def _varlen_flash(
     return out.unflatten(0, q.shape[:2])
 
 
-@cache
-def _varlen_has_gqa() -> bool:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask
 
     n_tokens = q.shape[1]
     document = None
     if cu_seqlens is not None:
-        position = torch.arange(n_tokens, device=q.device)
-        document = torch.searchsorted(cu_seqlens[1:].to(position), position, right=True)
+        document, _ = document_of_tokens(cu_seqlens, n_tokens)
 
     def visible(b: Any, h: Any, t: Any, s: Any) -> Any:
         keep = t >= s

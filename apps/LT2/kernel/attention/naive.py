@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apps.LT2.kernel.documents import document_of_tokens
 from lingua.transformer import repeat_kv
 
 
@@ -26,7 +27,7 @@ def visible_keys(
     if window is not None:
         visible &= distance < window
     if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens[1:].to(position), position, right=True)
+        document, _ = document_of_tokens(cu_seqlens, n_tokens)
         visible &= document[:, None] == document[None, :]
     return visible
 

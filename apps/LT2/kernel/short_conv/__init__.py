@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apps.LT2.kernel.documents import document_of_tokens
+
 ACTIVATIONS = ("silu", None)
 
 
@@ -83,9 +85,7 @@ def _after_past(x_BTC: Tensor, tail: Tensor | None, k: int) -> Tensor:
 def _packed_taps(x_1TC: Tensor, tail: Tensor | None, cu_seqlens: Tensor, k: int) -> list[Tensor]:
     """x shifted by k-1, .., 1, 0 tokens; before a document's start its tail, or zeros."""
     T = x_1TC.shape[1]
-    token_T = torch.arange(T, device=x_1TC.device)
-    document_T = torch.searchsorted(cu_seqlens[1:].contiguous(), token_T, right=True)
-    position_T = token_T - cu_seqlens[document_T]
+    document_T, position_T = document_of_tokens(cu_seqlens, T)
     padded_1TC = _after_past(x_1TC, None, k)
     taps = []
     for j in range(k - 1):
