@@ -333,6 +333,17 @@ def test_projections_share_one_init_rule(case, init_std):
         assert module.weight.std().item() / std == pytest.approx(1, abs=4 / (2 * n) ** 0.5), name
 
 
+def test_output_gate_of_attention_is_a_sigmoid_of_its_input():
+    mixer, x = make(CASES["full_gqa_gated"]), tokens(1, 9)
+    gate, mixer.wg = mixer.wg, None
+    heads = []
+    mixer.wo.register_forward_pre_hook(lambda m, inputs: heads.append(inputs[0]))
+    mixer(x)
+    mixer.wg = gate
+    want = (heads[0] / (1 + torch.exp(-x @ gate.weight.T))) @ mixer.wo.weight.T
+    assert_same_fp32(mixer(x), want)
+
+
 def test_output_gate_of_attention_starts_half_open():
     mixer = make(CASES["full_gqa_gated"], jitter=0.0)
     plain = make(CASES["full_gqa_gated"], jitter=0.0)

@@ -1,0 +1,95 @@
+"""The Gated DeltaNet layer is the one of https://arxiv.org/abs/2412.06464, written out here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apps.LT2.mixers.gdn import GatedDeltaNet, GatedDeltaNetArgs
+from apps.LT2.mixers.parts import init_decay
+from apps.LT2.transformer import LoopedTransformerArgs
+from tests.tolerances import FP32, assert_same
+
+
+def make(**gdn) -> GatedDeltaNet:
+    torch.manual_seed(0)
+    args = LoopedTransformerArgs(
+        dim=16, n_heads=2, norm_eps=1e-3, vocab_size=8, gdn=GatedDeltaNetArgs(**gdn)
+    )
+    layer = GatedDeltaNet(args)
+    layer.reset_parameters(None, 1.0)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return layer.double()
+
+
+def convolve(x_TC: Tensor, conv) -> Tensor:
+    """Depthwise, causal, the last tap on the current token; then SiLU."""
+    if conv.weight is None:
+        return F.silu(x_TC)
+    padded_CT = F.pad(x_TC.T, (conv.size - 1, 0))
+    return F.silu(F.conv1d(padded_CT[None], conv.weight[:, None], groups=x_TC.shape[1])[0].T)
+
+
+def head_outputs(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, g_T: Tensor, beta_T: Tensor) -> Tensor:
+    """Equation 10 of the paper, S as V x K."""
+    S_VK = q_TK.new_zeros(v_TV.shape[1], k_TK.shape[1])
+    eye, outputs = torch.eye(k_TK.shape[1], dtype=q_TK.dtype), []
+    for q, k, v, g, beta in zip(q_TK, k_TK, v_TV, g_T, beta_T, strict=True):
+        S_VK = g.exp() * S_VK @ (eye - beta * torch.outer(k, k)) + beta * torch.outer(v, k)
+        outputs.append(S_VK @ q * len(k) ** -0.5)
+    return torch.stack(outputs)
+
+
+def definition(layer: GatedDeltaNet, x_TD: Tensor, beta_range: float) -> Tensor:
+    K, V = layer.key_dim, layer.value_dim
+    q_TC, k_TC, v_TC = (
+        convolve(x_TD @ linear.weight.T, conv)
+        for linear, conv in (
+            (layer.wq, layer.conv_q),
+            (layer.wk, layer.conv_k),
+            (layer.wv, layer.conv_v),
+        )
+    )
+    g_TH = -layer.A_log.exp() * F.softplus(x_TD @ layer.wa.weight.T + layer.dt_bias)
+    beta_TH = beta_range * torch.sigmoid(x_TD @ layer.wb.weight.T)
+    gate_TC = F.silu(x_TD @ layer.wg.weight.T)
+    heads = []
+    for h in range(layer.n_heads):
+        keys, values = slice(h * K, (h + 1) * K), slice(h * V, (h + 1) * V)
+        q, k = F.normalize(q_TC[:, keys], dim=-1), F.normalize(k_TC[:, keys], dim=-1)
+        o = head_outputs(q, k, v_TC[:, values], g_TH[:, h], beta_TH[:, h])
+        o = F.rms_norm(o, (V,), layer.norm.weight, eps=1e-3)
+        heads.append(o * gate_TC[:, values])
+    return torch.cat(heads, -1) @ layer.wo.weight.T
+
+
+@pytest.mark.parametrize(
+    "gdn, shape, beta_range",
+    [
+        ({}, (2, 6, 12), 1.0),  # K = 0.75 dim / H, V = 2 K
+        ({"allow_neg_eigval": True}, (2, 6, 12), 2.0),
+        ({"conv_size": 0}, (2, 6, 12), 1.0),
+        ({"n_heads": 3, "head_dim": 4, "expand_v": 1.5, "conv_size": 2}, (3, 4, 6), 1.0),
+    ],
+)
+def test_layer_is_the_papers(gdn, shape, beta_range):
+    layer, x = make(**gdn), torch.randn(1, 70, 16, dtype=torch.double)
+    assert (layer.n_heads, layer.key_dim, layer.value_dim) == shape
+    # The unit length of q and k is kept from dividing by zero in slightly different ways.
+    assert_same(layer(x)[0], definition(layer, x[0], beta_range), 10 * FP32)
+
+
+def test_decay_starts_as_in_mamba2():
+    """A in (0, 16), and time steps log-uniform in (0.001, 0.1)."""
+    torch.manual_seed(0)
+    A_log, dt_bias = torch.empty(2, 4000)
+    init_decay(A_log, dt_bias)
+    A, dt = A_log.exp(), F.softplus(dt_bias)
+    assert 0 < A.min() < 0.1 and 15.9 < A.max() <= 16
+    assert A.mean().item() == pytest.approx(8, rel=0.03)
+    assert 0.99e-3 < dt.min() < 1.1e-3 and 0.09 < dt.max() < 0.101
+    assert dt.log().mean().exp().item() == pytest.approx(1e-2, rel=0.05)
