@@ -35,10 +35,6 @@ BF16_KERNEL = 1e-2
 # roundings of its input, of its projections, of the mixing and of its output. Measures up to 7e-3.
 BF16_LAYER = 2e-2
 
-# A whole looped model in bf16 against fp32: six layer passes, each rounding the residual stream
-# (4e-3) a few times, which adds up as a random walk; gradients pass twice that.
-BF16_MODEL = 5e-2
-
 BY_DTYPE = {torch.float64: FP64, torch.float32: FP32}
 
 

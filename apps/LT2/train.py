@@ -39,7 +39,11 @@ from apps.LT2.validation import Validator
 from lingua.args import dump_config, parse_args, run_cli
 from lingua.checkpoint import CheckpointManager, load_from_checkpoint
 from lingua.code_snapshot import snapshot_code
-from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
+from lingua.data import (
+    PrefetchState,
+    build_dataloader_from_args,
+    init_dataloader_state_from_args,
+)
 from lingua.distributed import (
     agree_any,
     check_model_value_range,
@@ -77,7 +81,7 @@ class TrainState:
 
     step: int  # optimizer steps done
     acc_step: int  # micro-batches done of the next step; 0 in every checkpoint
-    data_loader_state: dict[str, Any]
+    data_loader_state: PrefetchState
     scheduler: ScheduledLR
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,7 +238,7 @@ def new_or_resumed_state(
 ) -> TrainState:
     """The train state of a new run; after a checkpoint was loaded, of the one that goes on."""
     loader_state = init_dataloader_state_from_args(args.data, *get_dp_rank_and_degree(mesh))
-    state = TrainState(0, 0, dict(loader_state), scheduler)
+    state = TrainState(0, 0, loader_state, scheduler)
     loaded = checkpoints.load(model, optimizer, state, mesh, config=args)
     if loaded is not None:
         logger.info("resumed from %s, step %d", loaded.path, loaded.step)

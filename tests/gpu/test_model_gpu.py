@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
+from apps.LT2.kernel.gated_delta_rule import gated_delta_rule
+from apps.LT2.mixers import gdn
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.optim import is_matrix
-from tests.tolerances import BF16_MODEL, assert_same, relative_error
+from tests.tolerances import BF16_KERNEL, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -59,34 +62,54 @@ def loss_and_gradients(model: LoopedTransformer, tokens, cu_seqlens=None):
     return loss, {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+def in_plain_torch(model: LoopedTransformer, monkeypatch) -> LoopedTransformer:
+    """The same bf16 model without kernels: what rounding alone does to it."""
+    for block in model.layers:
+        for mixer in block.mixers():
+            if hasattr(mixer, "attn_impl"):
+                mixer.attn_impl = "naive"
+    monkeypatch.setattr(gdn, "gated_delta_rule", partial(gated_delta_rule, impl="chunked"))
+    return model
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_loss_and_gradients_equal_the_cpu_model(name, packed, compiled):
+def test_kernels_and_compilation_add_no_error_to_that_of_bf16(name, packed):
     model = make_model(name)
-    gpu = on_gpu(model)
-    if compiled:
-        torch.compiler.reset()
-        for block in gpu.layers:
-            block.forward = torch.compile(block.forward, fullgraph=True)
     tokens = torch.randint(VOCAB, (1, 201) if packed else (2, 201))
     bounds = torch.tensor([0, 1, 65, 200], dtype=torch.int32) if packed else None
     want_loss, want = loss_and_gradients(model, tokens, bounds)
-    loss, got = loss_and_gradients(gpu, tokens.cuda(), None if bounds is None else bounds.cuda())
-    assert abs(loss.item() - want_loss.item()) < 0.02 * want_loss.item()
-    for name, grad in got.items():
-        assert grad.isfinite().all(), name
-        assert_same(grad.cpu(), want[name], BF16_MODEL, name)
+    tokens, bounds = tokens.cuda(), None if bounds is None else bounds.cuda()
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        plain = in_plain_torch(on_gpu(model), monkeypatch)
+        plain_loss, plain_grads = loss_and_gradients(plain, tokens, bounds)
+    eager = on_gpu(model)
+    compiled = on_gpu(model)
+    torch.compiler.reset()
+    for block in compiled.layers:
+        block.forward = torch.compile(block.forward, fullgraph=True)
+
+    loss_floor = abs(plain_loss.item() - want_loss.item())
+    for how, gpu in (("eager", eager), ("compiled", compiled)):
+        loss, grads = loss_and_gradients(gpu, tokens, bounds)
+        assert abs(loss.item() - want_loss.item()) <= 2 * loss_floor + BF16_KERNEL, how
+        for name, grad in grads.items():
+            error = relative_error(grad.cpu(), want[name])
+            floor = relative_error(plain_grads[name].cpu(), want[name])
+            assert error <= 2 * floor + BF16_KERNEL, f"{how} {name}: {error:.2e}, floor {floor:.2e}"
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_decoding_equals_the_full_forward(name):
-    model = on_gpu(make_model(name))
-    tokens = torch.randint(VOCAB, (2, 90), device="cuda")
+    model = make_model(name)
+    tokens = torch.randint(VOCAB, (2, 90))
     want = model(tokens)
-    cache = model.init_cache(2, 100)
-    parts = [model.prefill(tokens[:, :67], cache)]
-    parts += [model.step(tokens[:, t : t + 1], cache) for t in range(67, 90)]
-    error = relative_error(torch.cat(parts, dim=1), want)
-    assert error < BF16_MODEL
+    gpu, tokens = on_gpu(model), tokens.cuda()
+    floor = relative_error(gpu(tokens).cpu(), want)
+    cache = gpu.init_cache(2, 100)
+    parts = [gpu.prefill(tokens[:, :67], cache)]
+    parts += [gpu.step(tokens[:, t : t + 1], cache) for t in range(67, 90)]
+    error = relative_error(torch.cat(parts, dim=1).cpu(), want)
+    assert error <= 2 * floor
