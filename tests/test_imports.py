@@ -22,13 +22,14 @@ import importlib, json, sys, traceback
 
 allowed, modules = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 allowed = {*allowed, *sys.stdlib_module_names}
+stdlib_data = "_sysconfigdata_"  # a module named after the platform, in no list
 
 class Only:
     def __init__(self, finder):
         self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in allowed:
+        if name.partition(".")[0] in allowed or name.startswith(stdlib_data):
             return self.finder.find_spec(name, path, target)
 
 sys.meta_path[:] = [Only(finder) for finder in sys.meta_path]
