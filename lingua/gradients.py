@@ -74,6 +74,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float | None) -> Tensor:
     norm = _total_norm(grads)
     if max_norm:
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        # Scaled by a NaN, all gradients would be NaN, and the one that was could not be named.
+        scale = torch.where(norm.isfinite(), scale, 1.0)
         for grad in grads:
             _local(grad).mul_(scale)
     return norm

@@ -71,7 +71,7 @@ from lingua.tokenizer import build_tokenizer
 logger = logging.getLogger(__name__)
 
 # Weights beyond these were most likely never filled; those below start at zero on purpose.
-SANE_RANGE, SANE_STD = 10.0, 1.0
+SANE_RANGE, SANE_STD = 20.0, 5.0
 ZERO_AT_START = ("rho", "wg.weight")
 
 

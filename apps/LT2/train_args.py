@@ -21,7 +21,7 @@ from lingua.distributed import (
     get_device,
     get_world_size,
 )
-from lingua.metrics import LoggingArgs
+from lingua.metrics import LoggingArgs, check_logging_packages
 from lingua.optim import OptimArgs
 from lingua.parallelize import resolve_dtype
 from lingua.profiling import ProfilerArgs
@@ -100,6 +100,7 @@ def validate_train_args(args: TrainArgs, output_size: int | None = None) -> Trai
     with torch.device("meta"):
         LoopedTransformer(model)  # refuses impossible shapes, patterns and backends
     check_device(model, distributed)
+    check_logging_packages(args.logging)
     checkpoint = args.checkpoint
     if checkpoint.path is None:
         checkpoint = replace(checkpoint, path=str(Path(args.dump_dir, "checkpoints")))
@@ -110,7 +111,7 @@ def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> 
     """Refuse kernels that this machine cannot run, at the start and not at the first backward."""
     device_type = get_device().type
     dtype = resolve_dtype(distributed.model_dtype, device_type)
-    check_attention_device(model.attn_impl, device_type=device_type, dtype=dtype)
+    check_attention_device(model.attn_impl, device_type=device_type, dtype=dtype, training=True)
     mixers = {spec.mixer for loop in model.layout() for spec in loop}
     if device_type == "cuda" and mixers - {"full", "window"}:
         check_gpu_stack()

@@ -15,6 +15,7 @@ import os
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -22,6 +23,8 @@ from lingua.args import UserError
 
 CHUNK = 64
 MAX_KEY_WIDTH = 256  # of fla's state kernels
+# Below, fla 0.6.0 reads past its tensors on Hopper: wrong dq, dk and dg, and at times a crash.
+MIN_WIDTH = 64
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -37,17 +40,22 @@ def gated_delta_rule_fla(
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `gated_delta_rule`, for 16-bit q, k, v on CUDA."""
     _check_supported(q_BTHK, k_BTHK, v_BTHV)
+    K, V = k_BTHK.shape[-1], v_BTHV.shape[-1]
+    more_K, more_V = max(MIN_WIDTH - K, 0), max(MIN_WIDTH - V, 0)
+    if state is not None:
+        state = F.pad(state.float(), (0, more_V, 0, more_K)).contiguous()
     # Made contiguous outside the operator, where a compiler can do it with the producer.
     o_BTHV, final_NHKV, _, _ = _forward(
-        q_BTHK.contiguous(),
-        k_BTHK.contiguous(),
-        v_BTHV.contiguous(),
+        F.pad(q_BTHK, (0, more_K)).contiguous(),
+        F.pad(k_BTHK, (0, more_K)).contiguous(),
+        F.pad(v_BTHV, (0, more_V)).contiguous(),
         g_BTH.float().contiguous(),
         beta_BTH.float().contiguous(),
-        None if state is None else state.float().contiguous(),
+        state,
         cu_seqlens,
+        K**-0.5,
     )
-    return o_BTHV, final_NHKV
+    return o_BTHV[..., :V], final_NHKV[..., :K, :V]
 
 
 def _check_supported(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -79,6 +87,7 @@ def _forward(
     beta: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o (B, T, H, V), final state (N, H, K, V), decay summed in chunks (B, T, H), solved systems
     (B, T, H, C)."""
@@ -90,7 +99,7 @@ def _forward(
             v=v,
             g=g,
             beta=beta,
-            scale=k.shape[-1] ** -0.5,
+            scale=scale,
             initial_state=state,
             output_final_state=True,
             chunk_size=CHUNK,
@@ -100,7 +109,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, g, beta, state, cu_seqlens):
+def _(q, k, v, g, beta, state, cu_seqlens, scale):
     B, T, H, K = q.shape
     n_sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final = v.new_empty(n_sequences, H, K, v.shape[-1], dtype=torch.float32)
@@ -117,6 +126,7 @@ def _backward(
     solved: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    scale: float,
     do: Tensor,
     dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -130,7 +140,7 @@ def _backward(
             g=g_sum,
             beta=beta,
             A=solved,
-            scale=k.shape[-1] ** -0.5,
+            scale=scale,
             initial_state=state,
             do=do.contiguous(),
             dht=None if dfinal is None else dfinal.contiguous(),
@@ -141,14 +151,14 @@ def _backward(
 
 
 @_backward.register_fake
-def _(q, k, v, g_sum, beta, solved, state, cu_seqlens, do, dfinal):
+def _(q, k, v, g_sum, beta, solved, state, cu_seqlens, scale, do, dfinal):
     dstate = q.new_empty(0) if state is None else torch.empty_like(state)
     dqkv = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     return *dqkv, torch.empty_like(g_sum), torch.empty_like(beta), dstate
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, _, beta, state, cu_seqlens = inputs
+    q, k, v, _, beta, state, cu_seqlens, ctx.scale = inputs
     _, _, g_sum, solved = output
     ctx.save_for_backward(q, k, v, g_sum, beta, solved, state, cu_seqlens)
     ctx.mark_non_differentiable(g_sum, solved)
@@ -158,13 +168,13 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, do, dfinal, _dg_sum, _dsolved):
     q, k, v, g_sum, beta, solved, state, cu_seqlens = ctx.saved_tensors
     if do is None and dfinal is None:
-        return (None,) * 7
+        return (None,) * 8
     if do is None:
         do = torch.zeros_like(v)
     dq, dk, dv, dg, dbeta, dstate = _backward(
-        q, k, v, g_sum, beta, solved, state, cu_seqlens, do, dfinal
+        q, k, v, g_sum, beta, solved, state, cu_seqlens, ctx.scale, do, dfinal
     )
-    return dq, dk, dv, dg, dbeta, None if state is None else dstate, None
+    return dq, dk, dv, dg, dbeta, None if state is None else dstate, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
