@@ -1,0 +1,94 @@
+"""README, configs and code agree: every file, option and command that the documents name is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from apps.LT2.generate import GenerateArgs
+from apps.LT2.train_args import TrainArgs
+from apps.LT2.transformer import LoopedTransformerArgs
+from lingua.args import describe_fields, parse_args
+from lingua.stool import StoolArgs
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((ROOT / "apps/LT2/configs").glob("*/*.yaml"))
+PROGRAMS = {
+    "apps.LT2.train": TrainArgs,
+    "apps.LT2.generate": GenerateArgs,
+    "lingua.stool": StoolArgs,
+}
+
+
+def readme_commands() -> list[list[str]]:
+    """The shell commands in README's code blocks, continuation lines joined, comments cut off."""
+    commands = []
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                commands.append(words)
+    return commands
+
+
+def fields_of(cls: type) -> set[str]:
+    return {doc.path for doc in describe_fields(cls)}
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_commands_name_what_exists(words):
+    if words[0] == "torchrun":
+        words = words[words.index("-m") - 1 :]
+    if "-m" in words and words[words.index("-m") + 1] in PROGRAMS:
+        at = words.index("-m") + 1
+        options = [w for w in words[at + 1 :] if not w.startswith("-")]
+        known = fields_of(PROGRAMS[words[at]]) | {"config"}
+        assert {w.partition("=")[0] for w in options} <= known
+        for value in (w.partition("=")[2] for w in options if w.startswith("config=")):
+            assert (ROOT / value).is_file()
+    for word in words:
+        if word.startswith(("setup/", "requirements")):
+            assert (ROOT / word).is_file()
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
+def test_links_lead_to_files(target):
+    assert (ROOT / target).exists()
+
+
+def test_every_recipe_is_in_the_readme():
+    for recipe in RECIPES:
+        assert f"({recipe.relative_to(ROOT)})" in README
+
+
+def test_model_table_names_fields():
+    table = README.split("### The model")[1].split("```")[0]
+    names = re.findall(r"^\| `(\w+)` \|", table, re.M)
+    assert len(names) >= 10
+    assert set(names) <= set(LoopedTransformerArgs.__dataclass_fields__)
+
+
+def test_distributed_table_names_options():
+    options = re.findall(r"`((?:distributed|logging|data|profiling)\.[a-z_]+)", README)
+    assert {o for o in options if o not in fields_of(TrainArgs)} <= {
+        "logging.wandb"  # a whole section
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load_and_say_what_they_are(recipe):
+    assert recipe.read_text(encoding="utf-8").startswith("# ")
+    args = parse_args(TrainArgs, [f"config={recipe}"])
+    args.model.layout()
+    assert args.dump_dir.startswith("runs/")
+
+
+def test_the_tree_of_the_code_exists():
+    tree = README.split("## The code")[1].split("```")[1]
+    modules = re.findall(r"(\w+\.py)\b", tree)
+    for module in modules:
+        if module != "naive.py":
+            assert (ROOT / "apps/LT2" / module).is_file()
