@@ -71,11 +71,11 @@ def test_model_table_names_fields():
     assert set(names) <= set(LoopedTransformerArgs.__dataclass_fields__)
 
 
-def test_distributed_table_names_options():
-    options = re.findall(r"`((?:distributed|logging|data|profiling)\.[a-z_]+)", README)
-    assert {o for o in options if o not in fields_of(TrainArgs)} <= {
-        "logging.wandb"  # a whole section
-    }
+def test_options_in_the_text_exist():
+    options = re.findall(r"`((?:distributed|logging|data|profiling|checkpoint)\.[a-z_]+)", README)
+    known = fields_of(TrainArgs)
+    sections = {path.rpartition(".")[0] for path in known} | {"logging.wandb"}
+    assert set(options) <= known | sections
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
