@@ -9,7 +9,6 @@ UserError of one line: an unknown option, a value of the wrong type, a file that
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 import os
 import re
@@ -33,6 +32,7 @@ from lingua.fields import (
     union_members,
 )
 from lingua.reader import Reader, unknown_option
+from lingua.yaml_reader import read_yaml_file, yaml_value
 
 __all__ = [
     "FieldDoc",
@@ -78,7 +78,7 @@ def parse_args(
         if len(files) > 1:
             raise UserError(f"config= is given {len(files)} times ({', '.join(files)}): keep one")
         if files:
-            data, origins = _read_yaml(files[0])
+            data, origins = read_yaml_file(files[0])
     overrides: dict[str, Any] = {}
     for name, text in options:
         keys, hint = _locate(cls, name)
@@ -103,7 +103,7 @@ def dataclass_to_dict(obj: Any) -> dict[str, Any]:
 
 def load_config_file(path: str | os.PathLike) -> dict[str, Any]:
     """The mapping in a YAML file; interpolations `${a.b}` are left for dataclass_from_dict."""
-    return _read_yaml(path)[0]
+    return read_yaml_file(path)[0]
 
 
 def dump_config(config: Any, path: str | os.PathLike, log_config: bool = True) -> None:
@@ -230,11 +230,11 @@ def _read_text(hint: Any, text: str, option: str) -> Any:
     members = union_members(hint)
     if str not in members:
         try:
-            return _yaml_value(text)
+            return yaml_value(text)
         except ValueError as error:
             raise UserError(f"{option}={text}: not readable as YAML: {error}") from None
     try:
-        value = _yaml_value(text)
+        value = yaml_value(text)
     except ValueError:
         return text
     if value is None:
@@ -245,19 +245,6 @@ def _read_text(hint: Any, text: str, option: str) -> Any:
     )
     other = type(value) is not str and type(value) in members  # a number, for `int | str`
     return value if quoted or container or other else text
-
-
-def _yaml_value(text: str) -> Any:
-    """A value as the YAML reader sees it; ValueError if it cannot."""
-    omegaconf = import_optional("omegaconf", extra="", needed_by="reading options")
-    yaml = importlib.import_module("yaml")
-    try:
-        holder = omegaconf.OmegaConf.from_dotlist([f"value={text}"])
-        return omegaconf.OmegaConf.to_container(holder)["value"]
-    except yaml.YAMLError as error:
-        raise ValueError(_yaml_problem(error)) from None
-    except omegaconf.errors.OmegaConfBaseException as error:
-        raise ValueError(str(error).splitlines()[0]) from None
 
 
 def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
@@ -282,46 +269,7 @@ def _merge(hint: Any, old: Any, new: Any) -> Any:
     return merged
 
 
-# --- YAML ----------------------------------------------------------------------------------------
-
-
-def _read_yaml(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
-    """The mapping in a file, and "file:line" of each of its options."""
-    omegaconf = import_optional("omegaconf", extra="", needed_by="reading YAML")
-    yaml = importlib.import_module("yaml")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"config={path}: no such file (seen from {os.getcwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config={path}: not readable: {error}") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is None:
-            return {}, {}
-        if not isinstance(root, yaml.MappingNode):
-            raise UserError(f"{path}:1: expected a mapping of options such as `steps: 1000`")
-        config = omegaconf.OmegaConf.create(text)
-        data = omegaconf.OmegaConf.to_container(config)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise UserError(f"{path}:{line}: not YAML: {_yaml_problem(error)}") from None
-    except omegaconf.errors.OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
-    return data, {p: f"{path}:{line}" for p, line in _line_numbers(yaml, root, "")}
-
-
-def _yaml_problem(error: Exception) -> str:
-    return str(getattr(error, "problem", None) or error).splitlines()[0]
-
-
-def _line_numbers(yaml: Any, node: Any, path: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            below = f"{path}.{key.value}" if path else str(key.value)
-            yield below, key.start_mark.line + 1
-            yield from _line_numbers(yaml, value, below)
+# --- interpolation -------------------------------------------------------------------------------
 
 
 def _interpolate(cls: type, data: dict[str, Any]) -> dict[str, Any]:

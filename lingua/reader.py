@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import typing
@@ -135,6 +136,8 @@ class Reader:
             advice = (
                 f" (YAML reads this word as a switch; for the text write '{format_value(value)}')"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            advice = " (finite)"
         what = "a mapping of options" if dataclass_in(hint) else describe_type(hint)
         shown = f"{path}={format_value(value)}" if path else format_value(value)
         return UserError(f"{self._origin(path)}{shown}: expected {what}{advice}")
@@ -173,9 +176,12 @@ def _to_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise _Mismatch
     try:
-        return float(value)
+        number = float(value)
     except (ValueError, OverflowError):
         raise _Mismatch from None
+    if not math.isfinite(number):  # no option means anything by it, and no check below sees NaN
+        raise _Mismatch
+    return number
 
 
 def _to_str(value: Any) -> str:

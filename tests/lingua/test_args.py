@@ -144,6 +144,13 @@ def test_numbers_fit_float_fields(yaml_file, text):
     assert type(parse("optim.lr=1").optim.lr) is float
 
 
+@pytest.mark.parametrize("bad", ["nan", "inf", "-.inf", ".nan", "1e999"])
+def test_floats_are_finite(yaml_file, bad):
+    assert complaint(f"optim.lr={bad}").startswith("optim.lr=")
+    assert complaint(f"optim.betas=[0.9, {bad}]").startswith("optim.betas[1]=")
+    assert "run.yaml:2: optim.lr=" in complaint(yaml_file(f"optim:\n  lr: {bad}\n"))
+
+
 @pytest.mark.parametrize("bad", ["1.5", "abc", "true", "null", "[1]", "inf", "{a: 1}", "1e-3"])
 def test_what_is_no_int_is_refused(yaml_file, bad):
     assert complaint(f"steps={bad}").startswith("steps=")
