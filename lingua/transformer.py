@@ -45,6 +45,16 @@ class BaseTransformerArgs:
     init_std_factor: str = "disabled"  # disabled | global_depth | current_depth | dim_ratio
     max_seqlen: int = 1024  # longest sequence; the trainer sets it to data.seq_len
 
+    def __post_init__(self) -> None:
+        for name in ("norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"model.{name}={getattr(self, name)} must be above 0")
+        if self.init_base_std is not None and not self.init_base_std >= 0:
+            raise UserError(
+                f"model.init_base_std={self.init_base_std} must be 0 or more, or null for "
+                "fan_in ** -0.5"
+            )
+
 
 def check_sizes(section: str, args: object, *fields: str) -> None:
     """Refuse sizes below 1; null stands for a default."""

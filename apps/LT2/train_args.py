@@ -65,6 +65,17 @@ def validate_train_args(args: TrainArgs, output_size: int | None = None) -> Trai
     for name in ("steps", "grad_acc_steps", "gc_collect_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"{name}={getattr(args, name)} must be at least 1")
+    for name, seed in (
+        ("seed", args.seed),
+        ("model.seed", args.model.seed),
+        ("data.seed", args.data.seed),
+    ):
+        if seed is not None and not 0 <= seed < 2**63:
+            raise UserError(f"{name}={seed} must be from 0 to 2**63 - 1")
+    if args.model.vocab_size < 1 and args.model.vocab_size != -1:
+        raise UserError(
+            f"model.vocab_size={args.model.vocab_size} must be positive, or -1 for the tokenizer's"
+        )
     if args.probe_freq is not None and args.probe_freq < 1:
         raise UserError(f"probe_freq={args.probe_freq} must be at least 1, or null for no probes")
     if args.async_eval_gpus is not None:
