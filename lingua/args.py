@@ -258,6 +258,8 @@ def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 def _merge(hint: Any, old: Any, new: Any) -> Any:
     """`new` over `old`: sections are merged option by option, all else is replaced whole."""
     section = dataclass_in(hint)
+    if section and isinstance(new, Mapping) and not isinstance(old, Mapping | None):
+        return old  # a section that is no section is refused, whatever is set below it
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)) or (
         section is None and Any not in union_members(hint)
     ):

@@ -110,7 +110,7 @@ def own_lines(
 def parse_line(line: bytes, file_path: str, end: int) -> dict[str, Any]:
     try:
         document = json.loads(line.decode("utf-8"))
-    except ValueError as error:  # not UTF-8 or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets without end
         raise line_error(file_path, end, f"not JSON in UTF-8: {error}") from None
     if not isinstance(document, dict):
         kind = type(document).__name__

@@ -31,6 +31,7 @@ from lingua.fields import (
 T = TypeVar("T")
 
 TRUE_WORDS = ("true", "yes", "on", "1")
+NOT_FINITE = ("nan", "inf", "infinity")
 FALSE_WORDS = ("false", "no", "off", "0")
 
 
@@ -136,14 +137,17 @@ class Reader:
             advice = (
                 f" (YAML reads this word as a switch; for the text write '{format_value(value)}')"
             )
-        if isinstance(value, float) and not math.isfinite(value):
-            advice = " (finite)"
+        if str(value).lstrip("+-.").lower() in NOT_FINITE:
+            advice = ", a finite number"
         what = "a mapping of options" if dataclass_in(hint) else describe_type(hint)
         shown = f"{path}={format_value(value)}" if path else format_value(value)
         return UserError(f"{self._origin(path)}{shown}: expected {what}{advice}")
 
     def _unknown(self, cls: type, path: str, key: str) -> UserError:
         below = f"{path}.{key}" if path else key
+        if "." in key:  # `model.dim: 8` as one key; its name alone would look right
+            nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
+            return UserError(f"{self._origin(below)}unknown option {below}: in YAML, {nested}")
         return UserError(f"{self._origin(below)}{unknown_option(self.root, cls, path, key)}")
 
     def _origin(self, path: str) -> str:

@@ -292,7 +292,8 @@ def find_tokenizer_file(name: str, path: str | None) -> Path | None:
         file = file / file_name
     if not file.is_file():
         raise UserError(
-            f"data.tokenizer.path={path}: no file {file}; setup/download_tokenizer.py gets one"
+            f"data.tokenizer.path={path}: no file {file}; name the tokenizer's file, or a folder "
+            f"with {file_name}"
         )
     return file
 

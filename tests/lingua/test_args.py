@@ -146,7 +146,8 @@ def test_numbers_fit_float_fields(yaml_file, text):
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "-.inf", ".nan", "1e999"])
 def test_floats_are_finite(yaml_file, bad):
-    assert complaint(f"optim.lr={bad}").startswith("optim.lr=")
+    message = complaint(f"optim.lr={bad}")
+    assert message.startswith("optim.lr=") and message.endswith("expected float, a finite number")
     assert complaint(f"optim.betas=[0.9, {bad}]").startswith("optim.betas[1]=")
     assert "run.yaml:2: optim.lr=" in complaint(yaml_file(f"optim:\n  lr: {bad}\n"))
 
@@ -261,6 +262,18 @@ def test_unknown_key_in_a_file_names_the_line(yaml_file):
     assert "run.yaml:3: unknown option optim.l; " in complaint(
         yaml_file("name: x\noptim:\n  l: 1\n")
     )
+
+
+def test_a_dotted_key_in_a_file_says_how_to_write_it(yaml_file):
+    message = complaint(yaml_file("optim.lr: 3\n"))
+    assert message.endswith("run.yaml:1: unknown option optim.lr: in YAML, optim: {lr: ...}")
+
+
+def test_an_option_does_not_hide_a_section_that_is_none(yaml_file):
+    assert "run.yaml:1: optim=3: expected a mapping" in complaint(
+        yaml_file("optim: 3\n"), "optim.lr=1"
+    )
+    assert parse(yaml_file("optim:\n"), "optim.lr=1").optim.lr == 1
 
 
 def test_an_overridden_mistake_in_the_file_is_no_mistake(yaml_file):

@@ -109,6 +109,7 @@ BAD_LINES = {
     b'{"title": "x", "id": 1}': r"found: id, title",
     b'{"text": null}': 'no string under "text"',
     b'{"text": "\xff\xfe"}': "not JSON in UTF-8",
+    b"[" * 100_000: "not JSON",
 }
 
 
