@@ -211,6 +211,8 @@ class CheckpointManager:
             try:
                 run_together(lambda f=folder: load_from_checkpoint(f, model, optimizer))
                 break
+            except UserError as error:
+                raise UserError(f"{error}{_what_changed(folder, config)}") from None
             except RanksFailed as error:
                 if path:
                     raise
@@ -252,6 +254,21 @@ class CheckpointManager:
 
 def _as_dict(config: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else dataclass_to_dict(config)
+
+
+def _what_changed(folder: Path, config: Any) -> str:
+    """The options that make the model another one than the checkpoint's, for an error's end."""
+    try:
+        saved = json.loads((folder / CONFIG_NAME).read_text())
+    except (OSError, ValueError):
+        return ""
+    changed = [] if config is None else diff_configs(saved, _as_dict(config))
+    changed = [line for line in changed if line.startswith(("model.", "data.tokenizer."))]
+    if not changed:
+        return ""
+    return (
+        f". Changed since it was saved: {'; '.join(changed)}. Set it back, or name another dump_dir"
+    )
 
 
 def _is_tp_copy(device_mesh: DeviceMesh | None) -> bool:

@@ -57,8 +57,9 @@ def load_from_checkpoint(
 ) -> None:
     """Fill model and optimizer in place. An empty `model_key` reads a folder that is all model.
 
-    What is in the folder and not in the model is left out, with a warning; the opposite, or another
-    shape, is a UserError. A collective: call it on all ranks.
+    Weights that are in the folder and not in the model are left out, with a warning; with an
+    optimizer, which says that a run goes on, that is a UserError. So is the opposite, or another
+    shape. A collective: call it on all ranks.
     """
     folder = Path(ckpt_dir)
     if not (folder / METADATA_NAME).is_file():
@@ -68,7 +69,8 @@ def load_from_checkpoint(
         )
     metadata: Metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
     weights = model.state_dict()
-    _check_fits(folder, weights, metadata, f"{model_key}." if model_key else "")
+    prefix = f"{model_key}." if model_key else ""
+    _check_fits(folder, weights, metadata, prefix, may_leave_out=optimizer is None)
     state: dict[str, Any] = {model_key: weights} if model_key else dict(weights)
     filled: dict[str, dict[str, Tensor]] = {}
     if optimizer is not None:
@@ -81,7 +83,9 @@ def load_from_checkpoint(
             optimizer.state[param] = filled.get(name, {})
 
 
-def _check_fits(folder: Path, weights: dict[str, Any], metadata: Metadata, prefix: str) -> None:
+def _check_fits(
+    folder: Path, weights: dict[str, Any], metadata: Metadata, prefix: str, *, may_leave_out: bool
+) -> None:
     stored = {
         key.removeprefix(prefix): tuple(value.size)
         for key, value in metadata.items()
@@ -93,12 +97,14 @@ def _check_fits(folder: Path, weights: dict[str, Any], metadata: Metadata, prefi
         for name, shape in wanted.items()
         if stored.get(name) != shape
     ]
+    unused = sorted(stored.keys() - wanted.keys()) if prefix else []
+    if not may_leave_out:
+        wrong += [f"{name} is {stored[name]}, the model has no such tensor" for name in unused]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(
             f"the checkpoint {folder} does not fit the model: {'; '.join(wrong[:3])}{more}"
         )
-    unused = sorted(stored.keys() - wanted.keys()) if prefix else []
     if unused:
         logger.warning(f"not loaded from {folder}, the model has no such tensors: {unused}")
 

@@ -66,6 +66,7 @@ from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallelize import resolve_dtype
 from lingua.probe import Probe
 from lingua.profiling import maybe_run_profiler
+from lingua.run_folder import own_folders
 from lingua.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,8 @@ def train(given: TrainArgs) -> None:
     if is_finished(args):
         return
     with ExitStack() as resources:
+        folders = {"dump_dir": args.dump_dir, "checkpoint.path": str(args.checkpoint.path)}
+        resources.enter_context(own_folders(folders))
         start(args)
         resources.enter_context(manual_garbage_collection())
         mesh, device = get_device_mesh(args.distributed), get_device()

@@ -25,6 +25,7 @@ from lingua.metrics import LoggingArgs, check_logging_packages
 from lingua.optim import OptimArgs
 from lingua.parallelize import resolve_dtype
 from lingua.profiling import ProfilerArgs
+from lingua.tensor_store import METADATA_NAME
 from lingua.tokenizer import build_tokenizer
 
 
@@ -112,6 +113,7 @@ def validate_train_args(args: TrainArgs, output_size: int | None = None) -> Trai
         LoopedTransformer(model)  # refuses impossible shapes, patterns and backends
     check_device(model, distributed)
     check_logging_packages(args.logging)
+    check_init_path(args.checkpoint.init_ckpt_path)
     checkpoint = args.checkpoint
     if checkpoint.path is None:
         checkpoint = replace(checkpoint, path=str(Path(args.dump_dir, "checkpoints")))
@@ -126,3 +128,11 @@ def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> 
     mixers = {spec.mixer for loop in model.layout() for spec in loop}
     if device_type == "cuda" and mixers - {"full", "window"}:
         check_gpu_stack()
+
+
+def check_init_path(path: str | None) -> None:
+    if path is not None and not Path(path, METADATA_NAME).is_file():
+        raise UserError(
+            f"checkpoint.init_ckpt_path={path}: no checkpoint there (no {METADATA_NAME}); name a "
+            "step folder such as <dump_dir>/checkpoints/0000001000"
+        )

@@ -30,6 +30,7 @@ def data(tmp_path_factory):
         ("data.n_views", 3),
         ("distributed.tp_size", 2),
         ("async_eval_gpus", 1),
+        ("checkpoint.init_ckpt_path", "nowhere"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused_by_name(data, tmp_path, option, value):

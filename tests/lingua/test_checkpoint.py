@@ -433,3 +433,21 @@ def test_consolidated_holds_the_weights_alone(run, tmp_path):
     everything = torch.load(tmp_path / "all.pth")
     assert_same_bits(everything["model"], dict(model.state_dict()))
     assert everything["optim"]["state"].keys() == dict(model.named_parameters()).keys()
+
+
+def test_a_model_that_changed_is_refused_with_what_changed(tmp_path):
+    """Also one that lost layers: going on without them would throw away what they learned."""
+    model, optimizer, state = build()
+    manager = manager_at(tmp_path)
+    saved = {"model": {"n_layers": 2}, "optim": {"lr": 0.05}}
+    manager.save(model, optimizer, state, saved)
+
+    smaller = make_model()
+    smaller.layers = smaller.layers[:1]
+    smaller_optimizer, _ = build_optimizer(smaller, OptimArgs(lr=0.05, warmup=4), STEPS)
+    now = {"model": {"n_layers": 1}, "optim": {"lr": 0.1}}
+    with pytest.raises(UserError, match="layers.1.norm.weight.*no such tensor") as caught:
+        manager.load(smaller, smaller_optimizer, state, config=now)
+    assert "model.n_layers: 2 -> 1. Set it back" in str(caught.value)
+    assert "optim.lr" not in str(caught.value)
+    load_from_checkpoint(manager.existing_saves[-1], smaller)  # weights alone may be fewer
