@@ -290,8 +290,8 @@ def run_together(work: Callable[[], T]) -> T:
         result = work()
     except Exception as caught:
         error = caught
-    outcomes = gather_objects(None if error is None else _describe(error))
-    _raise_first(outcomes, error)
+    if agree_any(error is not None):  # one number: this may be done at every step
+        _raise_first(gather_objects(None if error is None else _describe(error)), error)
     return cast(T, result)
 
 

@@ -1,4 +1,4 @@
-"""The state of every random generator of this process, as JSON."""
+"""The random generators of this process: seeded together, and their state as JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import sys
 from typing import Any
 
 import torch
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
 
 
 def get_rng_state() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from apps.LT2.trainer import StepResult
 from lingua.distributed import dist_mean
@@ -43,11 +44,13 @@ class Progress:
         yield
         self._began += time.perf_counter() - began
 
-    def record(self, step: int) -> dict[str, Any]:
-        """The numbers of the steps since the last record, of which one at least. A collective."""
+    def record(self, step: int, losses: list[Tensor]) -> dict[str, Any]:
+        """The numbers of the steps since the last record, of which one at least. A collective.
+
+        `losses` are those of all these steps; some may have been taken before the run was resumed.
+        """
         results, n_steps = self._results, len(self._results)
-        losses = torch.stack([result.loss for result in results])
-        loss = dist_mean(losses.mean()).item()  # waits for the device
+        loss = dist_mean(torch.stack(losses).mean()).item()  # waits for the device
         seconds = (time.perf_counter() - self._began) / n_steps
         tokens_per_s = self.tokens_per_step / seconds
         flops = tokens_per_s * self.flops_per_token / self.world_size

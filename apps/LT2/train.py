@@ -13,7 +13,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,15 +57,17 @@ from lingua.distributed import (
     parallelize_model,
     requeue_slurm_job,
     run_on_rank_0,
+    run_together,
     setup_env,
     setup_torch_distributed,
 )
 from lingua.logger import init_logger
-from lingua.metrics import MetricLogger
+from lingua.metrics import MetricLogger, read_jsonl_records
 from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallelize import resolve_dtype
 from lingua.probe import Probe
 from lingua.profiling import maybe_run_profiler
+from lingua.rng import seed_everything
 from lingua.run_folder import own_folders
 from lingua.tokenizer import build_tokenizer
 
@@ -84,6 +86,8 @@ class TrainState:
     acc_step: int  # micro-batches done of the next step; 0 in every checkpoint
     data_loader_state: PrefetchState
     scheduler: ScheduledLR
+    # of the steps since the last log record, on the device; means over this rank's micro-batches
+    losses: list[Tensor] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -91,6 +95,7 @@ class TrainState:
             "acc_step": self.acc_step,
             "data_loader_state": self.data_loader_state,
             "scheduler": self.scheduler.state_dict(),
+            "losses": [loss.item() for loss in self.losses],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -98,6 +103,7 @@ class TrainState:
         self.acc_step = state_dict["acc_step"]
         self.data_loader_state = state_dict["data_loader_state"]
         self.scheduler.load_state_dict(state_dict["scheduler"])
+        self.losses = [torch.tensor(loss, device=get_device()) for loss in state_dict["losses"]]
 
 
 preemption_flag = {"flag": False}
@@ -134,17 +140,19 @@ def train(given: TrainArgs) -> None:
         start(args)
         resources.enter_context(manual_garbage_collection())
         mesh, device = get_device_mesh(args.distributed), get_device()
+        validator = build_validator(args)
         model = build_model(args, mesh, device)
         optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
         checkpoints = CheckpointManager.instantiate_and_make_dir(args.checkpoint)
         state = new_or_resumed_state(args, model, optimizer, scheduler, checkpoints, mesh)
+        loader = run_together(
+            lambda: build_dataloader_from_args(args.data, state.data_loader_state)
+        )
         run_on_rank_0(lambda: write_record_of_run(args, given, state.step))
         describe(model, args)
 
-        loader = build_dataloader_from_args(args.data, state.data_loader_state)
         batches = resources.enter_context(loader)
         trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
-        validator = build_validator(args)
         progress = build_progress(args, model, device)
         metrics_file = Path(args.dump_dir, "metrics.jsonl")
         metrics = resources.enter_context(MetricLogger(metrics_file, args, resume_step=state.step))
@@ -152,13 +160,16 @@ def train(given: TrainArgs) -> None:
         log_micro_batches(trainer, metrics, args.logging.acc_freq)
         probe_now_and_then(trainer)
 
+        if run_on_rank_0(lambda: is_validation_owed(args, metrics_file, state.step)):
+            validate(validator, trainer, metrics)
         while state.step < args.steps:
             progress.add(trainer.step())
             profiler.step()
             is_last, leaving = state.step == args.steps, agree_any(preemption_flag["flag"])
             is_eval = is_last or args.checkpoint.eval.fires(state.step)
             if every_n_steps(state, args.logging.freq):
-                metrics.log(record := progress.record(state.step))
+                metrics.log(record := progress.record(state.step, state.losses))
+                state.losses.clear()
                 logger.info(progress.line(record))
             if every_n_steps(state, args.gc_collect_freq):
                 gc.collect()
@@ -191,7 +202,7 @@ def start(args: TrainArgs) -> None:
     init_signal_handler(set_preemption_flag)
     setup_env(args.env)
     setup_torch_distributed(args.distributed)
-    torch.manual_seed(args.seed)
+    seed_everything(args.seed)
 
 
 @contextmanager
@@ -297,7 +308,17 @@ def data_parallel_degree(args: TrainArgs) -> int:
 
 def build_validator(args: TrainArgs) -> Validator:
     tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
-    return Validator((args.eval or EvalArgs()).validation, args.data, tokenizer)
+    validator = Validator((args.eval or EvalArgs()).validation, args.data, tokenizer)
+    run_together(validator.rows)  # now: a mistake in its text should not show up hours later
+    return validator
+
+
+def is_validation_owed(args: TrainArgs, metrics_file: Path, step: int) -> bool:
+    """Whether the run that saved this step had to leave before its validation."""
+    if step == 0 or not args.checkpoint.eval.fires(step):
+        return False
+    records = read_jsonl_records(metrics_file)
+    return not any(r.get("global_step") == step and "loss/val" in r for r in records)
 
 
 def validate(validator: Validator, trainer: Trainer, metrics: MetricLogger) -> None:

@@ -19,6 +19,7 @@ from lingua.distributed import (
     clip_grad_norm_,
     first_nonfinite,
     get_global_rank,
+    run_together,
     set_gradient_sync,
     sync_replicated_grads,
 )
@@ -34,7 +35,6 @@ Batch = tuple[Tensor, Tensor, Tensor | None]  # x, target, cu_seqlens
 
 @dataclass(frozen=True)
 class StepResult:
-    loss: Tensor  # mean over this rank's micro-batches, on the device
     grad_norm: float  # of the whole gradient, before clipping
     lr: float  # that the step was taken with
     data_seconds: float  # waiting for the loader
@@ -61,10 +61,12 @@ class Trainer:
     def step(self) -> StepResult:
         n_micro = self.args.grad_acc_steps
         total = torch.zeros((), device=self.device)
-        data_seconds = 0.0
-        for micro in range(n_micro):
-            batch, waited = self._next_batch()
-            data_seconds += waited
+        began = time.perf_counter()
+        # A rank that cannot read stops the others, too, before they wait for it in a collective.
+        micro_batches = run_together(self._read_micro_batches)
+        data_seconds = time.perf_counter() - began
+        for micro, views in enumerate(micro_batches):
+            batch = to_device(views, self.args.data.doc_mask, self.device)
             if self.before_micro_batch is not None:
                 self.before_micro_batch(batch)
             set_gradient_sync(self.model, micro == n_micro - 1)
@@ -82,13 +84,15 @@ class Trainer:
         self.state.scheduler.step()
         self.optimizer.zero_grad()
         self.state.step += 1
-        return StepResult(total / n_micro, grad_norm, lr, data_seconds)
+        self.state.losses.append(total / n_micro)
+        return StepResult(grad_norm, lr, data_seconds)
 
-    def _next_batch(self) -> tuple[Batch, float]:
-        began = time.perf_counter()
-        views, self.state.data_loader_state = next(self.batches)
-        waited = time.perf_counter() - began
-        return to_device(views, self.args.data.doc_mask, self.device), waited
+    def _read_micro_batches(self) -> list[Any]:
+        micro_batches = []
+        for _ in range(self.args.grad_acc_steps):
+            views, self.state.data_loader_state = next(self.batches)
+            micro_batches.append(views)
+        return micro_batches
 
     def _skip(self, grad_norm: float) -> bool:
         """Whether a step with NaN or infinite gradients is passed over; raises if it may not be."""

@@ -27,7 +27,8 @@ TIMEOUT = 90.0  # seconds; starting a rank takes a few on a busy machine
 
 
 def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    # The server imports torch once and forks a clean rank in no time.
+    # The server imports torch once and forks a clean rank in no time. Ranks are not daemons: those
+    # may not have data workers.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
@@ -37,7 +38,7 @@ def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = TIMEOU
         for rank in range(world_size):
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(rank, world_size, store, theirs, fn, args), daemon=True
+                target=_rank_main, args=(rank, world_size, store, theirs, fn, args)
             )
             process.start()
             theirs.close()

@@ -1,0 +1,233 @@
+"""Whole runs: ranks against one process, resuming to the bit, records, and what stops a run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import apps.LT2.train as app
+from lingua.data import init_dataloader_state_from_args
+from tests.lingua.dist_utils import run_ranks
+from tests.LT2.tiny_run import (
+    OPTIONS,
+    assert_same_run,
+    checkpoint,
+    column,
+    fingerprint,
+    stopped_after,
+    tensors,
+    train,
+    train_states,
+    write_corpus,
+)
+from tests.tolerances import FP32_MODEL, assert_same
+
+N = OPTIONS["steps"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    """Runs that nothing stops, one for each set of options."""
+
+    @cache
+    def run(**changes) -> Path:
+        return train(data, tmp_path_factory.mktemp("uninterrupted"), **changes)
+
+    return run
+
+
+# ---- resuming
+
+# Checkpoints are written every 2 steps, and every 3 for evaluation.
+STOPS = [
+    *((stop, {}) for stop in (1, 2, 3, 5)),
+    *((stop, {"grad_acc_steps": 2, "data.load_async": True}) for stop in (1, 2, 3, 5)),
+    (3, {"logging.freq": 4}),
+    (3, {"data.doc_mask": True}),
+]
+
+
+@pytest.mark.parametrize("stop, options", STOPS)
+def test_a_run_that_left_goes_on_to_the_bit(data, uninterrupted, tmp_path, stop, options):
+    with stopped_after(stop):
+        train(data, tmp_path, **options)
+    assert [s["step"] for s in train_states(tmp_path, stop)] == [stop]
+    assert not checkpoint(tmp_path, N).exists()
+    train(data, tmp_path, **options)
+    assert_same_run(tmp_path, uninterrupted(**options), N)
+
+
+def test_a_run_that_left_several_times_goes_on_to_the_bit(data, uninterrupted, tmp_path):
+    for stop in (1, 2, 5):
+        with stopped_after(stop):
+            train(data, tmp_path)
+    train(data, tmp_path)
+    assert_same_run(tmp_path, uninterrupted(), N)
+
+
+def train_and_be_killed(data: Path, dump_dir: Path, place: str, call: int, options: dict) -> None:
+    """SIGKILL at the start of the call number `call` (from 1) of a function."""
+    module_name, _, name = place.partition(":")
+    owner = __import__(module_name, fromlist=["_"])
+    *classes, method = name.split(".")
+    for part in classes:
+        owner = getattr(owner, part)
+    inner, n_calls = getattr(owner, method), 0
+
+    def die(*args, **kwargs):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*args, **kwargs)
+
+    setattr(owner, method, die)
+    torch.set_num_threads(1)
+    train(data, dump_dir, **options)
+
+
+@pytest.mark.parametrize(
+    "place, call, newest",
+    [
+        ("apps.LT2.trainer:Trainer.step", 6, 4),
+        ("lingua.checkpoint:publish", 2, 2),
+        ("apps.LT2.validation:Validator.__call__", 1, 3),
+    ],
+)
+def test_a_run_that_was_killed_goes_on_to_the_bit(
+    data, uninterrupted, tmp_path, place, call, newest
+):
+    options = {"data.load_async": True}
+    process = multiprocessing.get_context("forkserver").Process(
+        target=train_and_be_killed, args=(data, tmp_path, place, call, options)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    found = sorted(p.name for p in (tmp_path / "checkpoints").glob("[0-9]" * 10))
+    assert [int(name) for name in found[-1:]] == [newest]
+    train(data, tmp_path, **options)
+    assert_same_run(tmp_path, uninterrupted(**options), N)
+
+
+RANK_STREAMS = ({}, {"grad_acc_steps": 2, "data.load_async": True})
+
+
+def stop_and_go_on(rank, world_size, data, tmp_path):
+    for i, stream in enumerate(RANK_STREAMS):
+        options = {"distributed.fsdp_type": "full_shard", **stream}
+        want, got = tmp_path / f"whole{i}", tmp_path / f"parts{i}"
+        train(data, want, **options)
+        for stop in (1, 3):
+            if rank == world_size - 1:  # a signal that one rank gets is a signal for all
+                with stopped_after(stop):
+                    train(data, got, **options)
+            else:
+                train(data, got, **options)
+            dist.barrier()
+            assert checkpoint(got, stop).exists() and not checkpoint(got, stop + 1).exists()
+        train(data, got, **options)
+        if rank == 0:
+            assert len(train_states(got, N)) == world_size
+            assert_same_run(got, want, N)
+        dist.barrier()
+
+
+def test_two_ranks_that_left_go_on_to_the_bit(data, tmp_path):
+    run_ranks(2, stop_and_go_on, data, tmp_path)
+
+
+def test_a_finished_run_changes_nothing(data, tmp_path, capfd):
+    train(data, tmp_path)
+    before = fingerprint(tmp_path)
+    capfd.readouterr()
+    train(data, tmp_path)
+    assert fingerprint(tmp_path) == before
+    assert "nothing to do" in capfd.readouterr().out
+
+
+def test_more_steps_go_on_from_a_finished_run(data, tmp_path):
+    options = {"optim.scheduler": "constant"}
+    train(data, tmp_path / "parts", steps=4, **options)
+    train(data, tmp_path / "parts", **options)
+    train(data, tmp_path / "whole", **options)
+    assert_tensors_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def assert_tensors_same(got: Path, want: Path) -> None:
+    torch.testing.assert_close(tensors(got, N), tensors(want, N), rtol=0, atol=0)
+
+
+# ---- ranks
+
+
+@contextmanager
+def loader_of_all_ranks(args, state, world_size=2):
+    """What `world_size` ranks read, joined to the batches of one."""
+    share = replace(args, batch_size=args.batch_size // world_size)
+    with ExitStack() as stack:
+        parts = [
+            stack.enter_context(BUILD_LOADER(share, init_dataloader_state_from_args(share, *rank)))
+            for rank in ((i, world_size) for i in range(world_size))
+        ]
+
+        def batches():
+            while True:
+                views, states = zip(*(next(part) for part in parts), strict=True)
+                yield np.concatenate(views), states[0]
+
+        yield batches()
+
+
+BUILD_LOADER = app.build_dataloader_from_args
+# A low learning rate: Adam makes a full step of the least gradient, so rounding grows by itself.
+SLOW = {"optim.lr": 3e-3}
+FULL = {"distributed.fsdp_type": "full_shard", **SLOW}
+RANK_CASES = {
+    "full_shard": FULL,
+    "full_shard, accumulated": {**FULL, "grad_acc_steps": 2},
+    "no_shard, accumulated": {**SLOW, "grad_acc_steps": 2},
+}
+
+
+def train_cases(rank, world_size, data, tmp_path):
+    for case, options in RANK_CASES.items():
+        train(data, tmp_path / case, **options)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    run_ranks(2, train_cases, data, folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", RANK_CASES)
+def test_two_ranks_train_as_one_process_does(data, two_ranks, tmp_path, monkeypatch, case):
+    monkeypatch.setattr(app, "build_dataloader_from_args", loader_of_all_ranks)
+    alone = {k: v for k, v in RANK_CASES[case].items() if not k.startswith("distributed.")}
+    train(data, tmp_path, **alone, **{"data.batch_size": 2 * OPTIONS["data.batch_size"]})
+    got, want = two_ranks / case, tmp_path
+    for key in ("loss/out", "loss/val", "loss/val_bpb", "optim/grad_norm"):
+        assert column(got, key) == pytest.approx(column(want, key), rel=FP32_MODEL), key
+    assert column(got, "optim/lr") == column(want, "optim/lr")
+    assert column(got, "optim/total_tokens") == column(want, "optim/total_tokens")
+    weights, wanted = tensors(got, N)["model"], tensors(want, N)["model"]
+    assert weights.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        assert_same(weights[name], weight, FP32_MODEL, name)

@@ -1,0 +1,187 @@
+"""Whole training runs that take a second: a corpus, options, and what a run leaves on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import apps.LT2.train as app
+from apps.LT2.train import TrainArgs
+from lingua.args import parse_args
+from lingua.rng import get_rng_state, set_rng_state
+from tests.lingua.dist_utils import PRELOAD
+
+# Ranks and runs that are to be killed fork from a server that has imported all this. It must be
+# said before the first run starts the server. A rank has a server of its own, for data workers.
+if multiprocessing.parent_process() is None:
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([*PRELOAD, "apps.LT2.train"])
+
+WORDS = ["the", "loop", "turns", "again", "and", "every", "layer", "sees", "its", "past", "äöü"]
+
+# A GDN hybrid in small, with everything that a sharded model could get wrong: tied embeddings,
+# residual gates (vectors), two loops.
+OPTIONS: dict[str, Any] = {
+    "steps": 6,
+    "seed": 7,
+    "optim.lr": 3e-2,
+    "optim.warmup": 2,
+    "model.dim": 32,
+    "model.n_layers": 3,
+    "model.n_heads": 2,
+    "model.multiple_of": 16,
+    "model.loop_count": 2,
+    "model.weight_tying": True,
+    "model.mixer": "gdn",
+    "model.attention_pattern": "2:1",
+    "data.batch_size": 2,
+    "data.seq_len": 32,
+    "data.prefetch_size": 2,
+    "data.load_async": False,
+    "data.tokenizer.name": "bytes",
+    "distributed.model_dtype": "fp32",
+    "checkpoint.dump.every": 2,
+    "checkpoint.eval.every": 3,
+    "logging.freq": 1,
+}
+
+
+def write_corpus(root: Path, *, n_chunks: int = 2, n_lines: int = 12, n_val: int = 3) -> Path:
+    """A data folder with one source, `text`; the same text at every call."""
+    rng = random.Random(0)
+    folder = root / "text"
+    folder.mkdir(parents=True)
+
+    def line() -> str:
+        words = rng.choices(WORDS, k=rng.randint(3, 20))
+        return json.dumps({"text": " ".join(words)}) + "\n"
+
+    for i in range(n_chunks):
+        (folder / f"text.chunk.{i:02d}.jsonl").write_text("".join(line() for _ in range(n_lines)))
+    if n_val:
+        (folder / "text.val.jsonl").write_text("".join(line() for _ in range(n_val)))
+    return root
+
+
+def command_line(data: Path, dump_dir: Path, changes: dict[str, Any]) -> list[str]:
+    options = {
+        **OPTIONS,
+        "data.root_dir": data,
+        "data.sources.text": 1.0,
+        "dump_dir": dump_dir,
+        **changes,
+    }
+    return [f"{name}={'null' if value is None else value}" for name, value in options.items()]
+
+
+def train_args(data: Path, dump_dir: Path, **changes: Any) -> TrainArgs:
+    """Options by dotted name, `**{"data.seq_len": 16}`, as on a command line."""
+    return parse_args(TrainArgs, command_line(data, dump_dir, changes), prog="t", description="t")
+
+
+def train(data: Path, dump_dir: Path, **changes: Any) -> Path:
+    """Train in this process and leave it as it was; returns dump_dir."""
+    with clean_process():
+        app.train(train_args(data, dump_dir, **changes))
+    return dump_dir
+
+
+@contextmanager
+def clean_process() -> Iterator[None]:
+    """Take back what a run does to its process: signal handlers, log handlers, random state."""
+    generators = get_rng_state()
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    root = logging.getLogger()
+    loggers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        set_rng_state(generators)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for handler in set(root.handlers) - set(loggers):
+            root.removeHandler(handler)
+            handler.close()
+        root.handlers[:] = loggers
+        root.setLevel(level)
+        app.preemption_flag["flag"] = False
+
+
+@contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """A run inside leaves after `step` as if SLURM had asked it to."""
+    inner = app.Trainer.step
+
+    def step_and_signal(self: app.Trainer) -> Any:
+        result = inner(self)
+        if self.state.step == step:
+            signal.raise_signal(signal.SIGUSR2)
+        return result
+
+    app.Trainer.step = step_and_signal
+    try:
+        yield
+    finally:
+        app.Trainer.step = inner
+
+
+# ---- what a run leaves
+
+
+def checkpoint(dump_dir: Path, step: int) -> Path:
+    return dump_dir / "checkpoints" / f"{step:010d}"
+
+
+def tensors(dump_dir: Path, step: int) -> dict[str, Any]:
+    """All tensors of a checkpoint, weights and optimizer, whole."""
+    file = dump_dir / f"tensors_{step}.pt"
+    dcp_to_torch_save(checkpoint(dump_dir, step), file)
+    try:
+        return torch.load(file)
+    finally:
+        file.unlink()
+
+
+def train_states(dump_dir: Path, step: int) -> list[dict[str, Any]]:
+    files = sorted(checkpoint(dump_dir, step).glob("train_state_*.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def records(dump_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock and the machine."""
+    lines = (dump_dir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("speed/", "created"))}
+        for line in lines
+    ]
+
+
+def column(dump_dir: Path, key: str) -> list[Any]:
+    return [record[key] for record in records(dump_dir) if key in record]
+
+
+def assert_same_run(got: Path, want: Path, step: int) -> None:
+    """Weights, optimizer, data position, random state and log records agree to the last bit."""
+    torch.testing.assert_close(tensors(got, step), tensors(want, step), rtol=0, atol=0)
+    assert train_states(got, step) == train_states(want, step)
+    assert records(got) == records(want)
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
