@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 def run_cli(main: Callable[[list[str]], Any]) -> None:
-    """Run `main(argv)`; a UserError becomes one line on stderr and exit status 2."""
+    """Run `main(argv)`; a UserError becomes one line on stderr and exit status 2, Ctrl-C 130."""
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -25,6 +25,9 @@ def run_cli(main: Callable[[list[str]], Any]) -> None:
         who = "" if rank == "0" else f"rank {rank}: "
         print(f"error: {who}{' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None  # 128 + SIGINT, as shells say it
 
 
 def import_optional(module: str, *, extra: str, needed_by: str) -> Any:

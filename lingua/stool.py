@@ -140,9 +140,10 @@ def import_script(script: str) -> ModuleType:
 
 def read_run_args(args: StoolArgs, module: ModuleType) -> Any:
     """The script's options, checked as the script itself will check them."""
-    # An evaluation script may import TrainArgs: its own are meant.
-    named = (getattr(module, name, None) for name in ("TrainArgs", "EvalArgs"))
-    options_class = next((c for c in named if c and c.__module__ == module.__name__), None)
+    # An evaluation script may import TrainArgs, too: what it defines itself goes first.
+    named = [c for c in (getattr(module, n, None) for n in ("TrainArgs", "EvalArgs")) if c]
+    named.sort(key=lambda c: c.__module__ != module.__name__)
+    options_class = named[0] if named else None
     if options_class is None:
         raise UserError(f"script={args.script}: has no TrainArgs or EvalArgs to check a config by")
     if not args.config:

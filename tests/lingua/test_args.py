@@ -446,6 +446,13 @@ def test_run_cli_prints_one_line(capsys, monkeypatch):
     with pytest.raises(ValueError, match="a bug"):
         run_cli(broken)
 
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(interrupted)
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
 
 def test_missing_package_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"logging\.wandb needs .* pip install -e '\.\[wandb\]'"):

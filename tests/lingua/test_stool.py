@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from lingua.args import UserError
-from lingua.stool import Job, StoolArgs, launch_job, main, render_submit
+from lingua.stool import (
+    Job,
+    StoolArgs,
+    import_script,
+    launch_job,
+    main,
+    read_run_args,
+    render_submit,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "submit.slurm"
@@ -303,6 +311,32 @@ def test_mistakes_are_refused_before_anything_is_written(project, args, slurm, c
         launch_job(replace(args, **change))
     assert not (project / "runs").exists()
     assert not (slurm / "sbatch.log").exists()
+
+
+@pytest.mark.parametrize("script", ["apps.LT2.train"])
+def test_the_scripts_of_this_repository_can_be_launched(project, args, script):
+    """Their options may be defined in a module of their own."""
+    given = StoolArgs(
+        script=script,
+        config={"dump_dir": str(project / "runs"), "steps": 3},
+        launcher="bash",
+        nodes=1,
+    )
+    assert read_run_args(given, import_script(script)).steps == 3
+    with pytest.raises(UserError, match="unknown option stepss"):
+        read_run_args(replace(given, config={"stepss": 1}), import_script(script))
+
+
+def test_a_scripts_own_options_go_before_imported_ones(project, args):
+    script = project / "project" / args.script.split(".")[1] / "eval.py"
+    script.write_text(
+        "from dataclasses import dataclass\n"
+        "from apps.LT2.train_args import TrainArgs as TrainArgs\n"
+        "@dataclass\nclass EvalArgs:\n    dump_dir: str = ''\n    n_tasks: int = 1\n"
+    )
+    name = args.script.replace(".train", ".eval")
+    given = replace(args, script=name, config={"dump_dir": "x", "n_tasks": 2})
+    assert read_run_args(given, import_script(name)).n_tasks == 2
 
 
 @pytest.mark.parametrize("change", [dict(launcher="sh"), dict(ngpu=0), dict(time=0)])
