@@ -53,12 +53,14 @@ from lingua.parallelize import get_default_policy as get_default_policy
 from lingua.parallelize import get_module as get_module
 from lingua.parallelize import parallelize_model as parallelize_model
 from lingua.parallelize import set_module as set_module
+from lingua.prefetch import blocked_parent_signals
 
 logger = logging.getLogger()
 T = TypeVar("T")
 
 FSDP_TYPES = ("no_shard", "full_shard")
 SPAWN_METHODS = ("forkserver", "spawn", "fork")
+MAX_TIMEOUT = 1_000_000  # minutes: two years; the clock of a collective overflows far above
 FLOAT8_FILTER = r"layers\.[0-9]+\."
 
 
@@ -95,8 +97,11 @@ class DistributedArgs:
         for name in ("dp_shard", "dp_replicate", "tp_size", "compile_cache_size_limit"):
             if getattr(self, name) < 1:
                 raise UserError(f"distributed.{name}={getattr(self, name)}: must be 1 or more")
-        if self.timeout_minutes <= 0:
-            raise UserError(f"distributed.timeout_minutes={self.timeout_minutes}: must be above 0")
+        if not 0 < self.timeout_minutes <= MAX_TIMEOUT:
+            raise UserError(
+                f"distributed.timeout_minutes={self.timeout_minutes}: must be above 0 and at most "
+                f"{MAX_TIMEOUT}"
+            )
         if self.float8_recipe is not None or self.float8_filter != FLOAT8_FILTER:
             raise UserError(
                 "distributed.float8_recipe, distributed.float8_filter: float8 is not implemented; "
@@ -140,7 +145,8 @@ def setup_torch_distributed(args: DistributedArgs) -> None:
     multiprocessing.set_start_method(args.spawn_method, force=True)
     if args.spawn_method == "forkserver":
         # Started now, the server is a copy of a process without CUDA and threads.
-        multiprocessing.forkserver.ensure_running()
+        with blocked_parent_signals():
+            multiprocessing.forkserver.ensure_running()
 
     torch.backends.cuda.matmul.allow_tf32 = args.matmul_allow_tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (

@@ -26,7 +26,7 @@ ITEM, END, USER_ERROR, ERROR = range(4)
 
 # The trainer decides what these mean. Schedulers send them to all processes of a job, and a worker
 # that died of them would end the run in the middle of its last save.
-PARENT_SIGNALS = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+PARENT_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 IteratorBuilder = Callable[[], AbstractContextManager[Iterator[Any]]]
 
@@ -44,22 +44,25 @@ def async_iterator(buffer_size: int, iterator_builder: IteratorBuilder) -> Itera
         name="data worker",
         daemon=True,
     )
-    # a blocked signal stays blocked in the child, from its first instant
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
-    try:
+    with blocked_parent_signals():
         producer.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
     writer.close()
     try:
         yield consume_buffer(producer, reader)
     finally:
         reader.close()
-        producer.terminate()
-        producer.join(timeout=5)
-        if producer.is_alive():
-            producer.kill()
-            producer.join()
+        producer.kill()  # it has nothing to save, and SIGTERM does not reach it
+        producer.join()
+
+
+@contextmanager
+def blocked_parent_signals() -> Iterator[None]:
+    """What is started inside blocks them from its first instant, and so does all that it forks."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def consume_buffer(producer: BaseProcess, reader: Connection) -> Iterator[Any]:
@@ -84,7 +87,7 @@ def consume_buffer(producer: BaseProcess, reader: Connection) -> Iterator[Any]:
 
 def feed_buffer(writer: Connection, buffer_size: int, iterator_builder: IteratorBuilder) -> None:
     """The worker's main: fill a bounded buffer, which a thread of its own empties into the pipe."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked child has the trainer's handler
+    signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)  # a fork server may not have done so
     threading.Thread(target=exit_with_parent, daemon=True).start()
     buffer: queue.Queue[tuple[int, Any]] = queue.Queue(buffer_size)
     sender = threading.Thread(target=send_all, args=(buffer, writer), daemon=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
+import subprocess
+import sys
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
@@ -16,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 import apps.LT2.train as app
+from lingua.args import UserError
 from lingua.data import init_dataloader_state_from_args
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny_run import (
@@ -23,6 +28,7 @@ from tests.LT2.tiny_run import (
     assert_same_run,
     checkpoint,
     column,
+    command_line,
     fingerprint,
     stopped_after,
     tensors,
@@ -231,3 +237,89 @@ def test_two_ranks_train_as_one_process_does(data, two_ranks, tmp_path, monkeypa
     assert weights.keys() == wanted.keys()
     for name, weight in wanted.items():
         assert_same(weights[name], weight, FP32_MODEL, name)
+
+
+# ---- mistakes in the data that show up in the middle
+
+
+@pytest.fixture(scope="module")
+def bad_data(tmp_path_factory) -> Path:
+    """Line 9 of the first chunk, which rank 0 of two reads alone, is cut off."""
+    root = write_corpus(tmp_path_factory.mktemp("bad"))
+    chunk = root / "text" / "text.chunk.00.jsonl"
+    lines = chunk.read_text().splitlines(keepends=True)
+    lines[8] = lines[8][:9] + "\n"
+    chunk.write_text("".join(lines))
+    return root
+
+
+@pytest.mark.parametrize("load_async", [False, True])
+def test_a_malformed_line_is_named(bad_data, tmp_path, load_async):
+    with pytest.raises(UserError, match=r"text\.chunk\.00\.jsonl:9: not JSON"):
+        train(bad_data, tmp_path, steps=100, **{"data.load_async": load_async})
+
+
+def test_a_malformed_line_ends_torchrun_with_one_line_a_rank(bad_data, tmp_path):
+    changes = {"steps": 100, "data.load_async": True, "distributed.fsdp_type": "full_shard"}
+    arguments = command_line(bad_data, tmp_path, changes)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "apps.LT2.train", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors and all("text.chunk.00.jsonl:9: not JSON" in line for line in errors)
+    own_code = Path(app.__file__).as_posix()
+    assert f'File "{own_code}"' not in done.stderr, "a traceback for a mistake of the user"
+
+
+def test_validation_text_is_read_before_training(data, tmp_path):
+    root = write_corpus(tmp_path / "data")
+    with open(root / "text" / "text.val.jsonl", "a") as file:
+        file.write("[]\n")
+    with pytest.raises(UserError, match=r"text\.val\.jsonl:4: a line must be a JSON object"):
+        train(root, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# ---- signals
+
+
+def test_sigterm_to_all_processes_of_a_run_saves_and_leaves(data, uninterrupted, tmp_path):
+    """As `scancel` and `kill -TERM -PGID` do: the data worker gets it, too."""
+    # More micro-batches than the worker can have sent ahead.
+    options = {"data.load_async": True, "grad_acc_steps": 50, "steps": 2, "model.n_layers": 1}
+    options["model.attention_pattern"] = None
+    pipe, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=train_and_be_terminated, args=(data, tmp_path, theirs, options)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and pipe.recv() == "left"
+    assert checkpoint(tmp_path, 1).exists() and not checkpoint(tmp_path, 2).exists()
+    train(data, tmp_path, **options)
+    assert_same_run(tmp_path, uninterrupted(**options), 2)
+
+
+def train_and_be_terminated(data: Path, dump_dir: Path, pipe, options: dict) -> None:
+    """SIGTERM for the trainer, its worker and the server that forked it, before step 1."""
+    inner = app.Trainer.step
+
+    def step(self):
+        if self.state.step == 0:
+            (worker,) = multiprocessing.active_children()
+            for pid in (worker.pid, multiprocessing.forkserver._forkserver._forkserver_pid):
+                os.kill(pid, signal.SIGTERM)
+            time.sleep(0.1)
+            signal.raise_signal(signal.SIGTERM)
+        return inner(self)
+
+    app.Trainer.step = step
+    torch.set_num_threads(1)
+    train(data, dump_dir, **options)
+    pipe.send("left")

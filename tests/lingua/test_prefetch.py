@@ -155,7 +155,7 @@ def test_an_error_in_the_parent_ends_the_worker():
 def test_signals_meant_for_the_trainer_do_not_end_the_worker():
     with async_iterator(1, partial(build_pids)) as items:
         pid = next(items)
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
             os.kill(pid, number)
         time.sleep(0.2)
         assert is_running(pid)
