@@ -347,7 +347,7 @@ def require_root_dir(args: DataArgs) -> str:
         raise UserError("data.root_dir is not set: give the folder that holds the sources")
     root = Path(args.root_dir)
     if not root.is_dir():
-        raise UserError(f"data.root_dir={args.root_dir}: no such folder")
+        raise UserError(f"data.root_dir={args.root_dir}: no such folder (seen from {Path.cwd()})")
     if not args.sources:
         found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
         raise UserError(

@@ -40,6 +40,7 @@ from lingua.args import (
     write_atomic,
 )
 from lingua.code_snapshot import snapshot_code, write_code_version
+from lingua.run_folder import make_writable
 
 logger = logging.getLogger()
 
@@ -233,7 +234,8 @@ def prepare_dump_dir(job: Job) -> None:
 
 
 def write_run(job: Job, config: str | Mapping[str, Any], root: Path) -> None:
-    (job.dump_dir / "logs").mkdir(parents=True, exist_ok=True)  # SLURM does not make it
+    make_writable("dump_dir", job.dump_dir)
+    (job.dump_dir / "logs").mkdir(exist_ok=True)  # SLURM does not make it
     version = write_code_version(root, job.dump_dir / "code_version.json")
     if job.args.copy_code:
         copied = snapshot_code(root, job.code, without=job.dump_dir)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,8 +45,16 @@ def save_tensors(folder: Path, model: nn.Module, optimizer: Optimizer | None) ->
     state: dict[str, Any] = {MODEL_KEY: model.state_dict()}
     if optimizer is not None:
         state[OPTIM_KEY] = {"state": optimizer_state(model, optimizer)}
-    with _dcp():
-        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    try:
+        with _dcp():
+            dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except (RuntimeError, OSError) as error:
+        # torch's own writer hides the reason, most often a full disk, behind a wrong file position
+        free = shutil.disk_usage(folder).free / 2**30
+        raise RuntimeError(
+            f"could not write {folder} ({free:.2f} GiB free there); checkpoints before it are "
+            f"whole: {error}"
+        ) from error
 
 
 def load_from_checkpoint(

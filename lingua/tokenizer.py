@@ -292,8 +292,8 @@ def find_tokenizer_file(name: str, path: str | None) -> Path | None:
         file = file / file_name
     if not file.is_file():
         raise UserError(
-            f"data.tokenizer.path={path}: no file {file}; name the tokenizer's file, or a folder "
-            f"with {file_name}"
+            f"data.tokenizer.path={path}: no file {file} (seen from {Path.cwd()}); name the "
+            f"tokenizer's file, or a folder with {file_name}"
         )
     return file
 

@@ -375,6 +375,11 @@ def probe_now_and_then(trainer: Trainer) -> None:
     trainer.before_micro_batch = look
 
 
+def validate_before_submit(args: TrainArgs, world_size: int) -> None:
+    """What stool asks before it writes or submits anything."""
+    validate_train_args(args, world_size=world_size)
+
+
 def main(argv: list[str]) -> None:
     args = parse_args(
         TrainArgs,

@@ -56,10 +56,13 @@ class TrainArgs:
     eval: EvalArgs | None = None  # null = validation with its defaults
 
 
-def validate_train_args(args: TrainArgs, output_size: int | None = None) -> TrainArgs:
+def validate_train_args(
+    args: TrainArgs, output_size: int | None = None, *, world_size: int | None = None
+) -> TrainArgs:
     """The same settings with every default filled in; a mistake is a UserError, before any work.
 
-    `output_size` is the tokenizer's vocabulary; None builds the tokenizer to ask it.
+    `output_size` is the tokenizer's vocabulary; None builds the tokenizer to ask it. `world_size`
+    means a job elsewhere, of so many processes; None is this one, whose devices are checked, too.
     """
     if not args.dump_dir:
         raise UserError("dump_dir is empty: name a folder for the run, e.g. dump_dir=runs/debug")
@@ -88,7 +91,9 @@ def validate_train_args(args: TrainArgs, output_size: int | None = None) -> Trai
         raise UserError(
             f"data.n_views={args.data.n_views}: this trainer predicts one next token; use 2"
         )
-    distributed = fit_to_world(args.distributed, get_world_size())
+    distributed = fit_to_world(
+        args.distributed, get_world_size() if world_size is None else world_size
+    )
     if distributed.tp_size > 1:
         raise UserError(
             f"distributed.tp_size={distributed.tp_size}: looped models are not split by tensor "
@@ -111,7 +116,8 @@ def validate_train_args(args: TrainArgs, output_size: int | None = None) -> Trai
     validate_data_args(data, distributed.dp_replicate * distributed.dp_shard)
     with torch.device("meta"):
         LoopedTransformer(model)  # refuses impossible shapes, patterns and backends
-    check_device(model, distributed)
+    if world_size is None:
+        check_device(model, distributed)
     check_logging_packages(args.logging)
     check_init_path(args.checkpoint.init_ckpt_path)
     checkpoint = args.checkpoint

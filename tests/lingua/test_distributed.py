@@ -404,6 +404,7 @@ def test_modules_by_path():
         ({"activation_checkpointing": "some"}, "distributed.activation_checkpointing=some"),
         ({"float8_recipe": "rowwise"}, "float8 is not implemented"),
         ({"timeout_minutes": 0}, "distributed.timeout_minutes=0"),
+        ({"timeout_minutes": 1e30}, "distributed.timeout_minutes=1e[+]30"),
         (
             {"selective_activation_checkpointing": True, "activation_checkpointing": "full"},
             "contradicts distributed.activation_checkpointing=full",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from lingua.stool import (
     read_run_args,
     render_submit,
 )
+from tests.LT2.tiny_run import write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "submit.slurm"
@@ -304,6 +306,7 @@ def test_without_a_copy_the_code_runs_as_it_is(project, args):
         (dict(ngpu=65), "65 processes are too many"),
         (dict(launcher="sbatch", partition="typo"), "partition=typo"),
         (dict(anaconda="/absent"), "anaconda=/absent"),
+        (dict(overrides=["dump_dir=/proc/x"]), "dump_dir=/proc/x: cannot write there"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(project, args, slurm, change, message):
@@ -314,17 +317,22 @@ def test_mistakes_are_refused_before_anything_is_written(project, args, slurm, c
 
 
 @pytest.mark.parametrize("script", ["apps.LT2.train"])
-def test_the_scripts_of_this_repository_can_be_launched(project, args, script):
-    """Their options may be defined in a module of their own."""
-    given = StoolArgs(
-        script=script,
-        config={"dump_dir": str(project / "runs"), "steps": 3},
-        launcher="bash",
-        nodes=1,
-    )
+def test_the_scripts_of_this_repository_can_be_launched(tmp_path, script):
+    """Their options may be defined in a module of their own; their checks are asked, too."""
+    write_corpus(tmp_path)
+    config: dict[str, Any] = {
+        "dump_dir": str(tmp_path / "run"),
+        "steps": 3,
+        "model": {"dim": 32, "n_heads": 2},
+        "data": {"root_dir": str(tmp_path), "sources": {"text": 1}},
+    }
+    given = StoolArgs(script=script, config=config, launcher="bash", nodes=1)
     assert read_run_args(given, import_script(script)).steps == 3
     with pytest.raises(UserError, match="unknown option stepss"):
         read_run_args(replace(given, config={"stepss": 1}), import_script(script))
+    config["model"]["dim"] = 33
+    with pytest.raises(UserError, match="does not divide model.dim=33"):
+        read_run_args(given, import_script(script))
 
 
 def test_a_scripts_own_options_go_before_imported_ones(project, args):
