@@ -228,7 +228,11 @@ def test_two_ranks_train_as_one_process_does(data, two_ranks, tmp_path, monkeypa
     monkeypatch.setattr(app, "build_dataloader_from_args", loader_of_all_ranks)
     alone = {k: v for k, v in RANK_CASES[case].items() if not k.startswith("distributed.")}
     train(data, tmp_path, **alone, **{"data.batch_size": 2 * OPTIONS["data.batch_size"]})
-    got, want = two_ranks / case, tmp_path
+    assert_near(two_ranks / case, tmp_path)
+
+
+def assert_near(got: Path, want: Path) -> None:
+    """The curves and the final weights agree but for rounding."""
     for key in ("loss/out", "loss/val", "loss/val_bpb", "optim/grad_norm"):
         assert column(got, key) == pytest.approx(column(want, key), rel=FP32_MODEL), key
     assert column(got, "optim/lr") == column(want, "optim/lr")
@@ -237,6 +241,27 @@ def test_two_ranks_train_as_one_process_does(data, two_ranks, tmp_path, monkeypa
     assert weights.keys() == wanted.keys()
     for name, weight in wanted.items():
         assert_same(weights[name], weight, FP32_MODEL, name)
+
+
+@contextmanager
+def loader_of_joined_batches(args, state, n=3):
+    """Batches that each hold what `n` micro-batches would."""
+    share = replace(args, batch_size=args.batch_size // n)
+    with BUILD_LOADER(share, init_dataloader_state_from_args(share, 0, 1)) as part:
+
+        def batches():
+            while True:
+                views, states = zip(*(next(part) for _ in range(n)), strict=True)
+                yield np.concatenate(views), states[-1]
+
+        yield batches()
+
+
+def test_micro_batches_add_up_to_one_batch(data, tmp_path, monkeypatch):
+    train(data, tmp_path / "micro", grad_acc_steps=3, **SLOW)
+    monkeypatch.setattr(app, "build_dataloader_from_args", loader_of_joined_batches)
+    train(data, tmp_path / "one", **SLOW, **{"data.batch_size": 3 * OPTIONS["data.batch_size"]})
+    assert_near(tmp_path / "micro", tmp_path / "one")
 
 
 # ---- mistakes in the data that show up in the middle
