@@ -238,7 +238,8 @@ def _read_text(hint: Any, text: str, option: str) -> Any:
     except ValueError:
         return text
     if value is None:
-        return None if type(None) in members else text
+        # `name=` is an empty text; `name=null` is no text, and is refused where a file's would be
+        return None if text.strip() or type(None) in members else text
     quoted = isinstance(value, str) and text.lstrip()[:1] in ("'", '"')
     container = isinstance(value, list | dict) and any(
         typing.get_origin(m) in (list, tuple, dict) for m in members

@@ -32,9 +32,11 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 FORMAT = 1  # raise it when the same input would give other bytes: older folders are then rebuilt
 SHUFFLE_SEED = 1234
+MAX_VOCABULARY = 100_000  # the text has fewer pieces; far above, the trainer runs out of memory
 VAL_SHARE = 0.05  # of all characters
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>"]
 
@@ -223,11 +225,16 @@ def to_jsonl(documents: list[dict[str, str]]) -> bytes:
     return "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents).encode()
 
 
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def train_tokenizer(documents: list[dict[str, str]], vocab_size: int) -> bytes:
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     except ImportError:
-        sys.exit("error: tokenizers is not installed; run: pip install -r requirements.txt")
+        fail("tokenizers is not installed; run: pip install -r requirements.txt")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -315,8 +322,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 1 <= args.nchunks <= 100:
         parser.error(f"--nchunks must be 1 to 100, got {args.nchunks}")
-    if args.vocab_size < 256 + len(SPECIAL_TOKENS):
-        parser.error(f"--vocab-size must be at least 258 (the bytes), got {args.vocab_size}")
+    if not 256 + len(SPECIAL_TOKENS) <= args.vocab_size <= MAX_VOCABULARY:
+        parser.error(
+            f"--vocab-size must be 258 (the bytes) to {MAX_VOCABULARY}, got {args.vocab_size}"
+        )
     if not re.fullmatch(r"[\w-]+", args.name):
         parser.error(f"--name must be letters, digits, '_' or '-', got {args.name!r}")
     return args
@@ -338,15 +347,15 @@ def main(argv: list[str] | None = None, stdlib: Path | None = None) -> None:
     stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])
     documents = collect_documents(stdlib)
     if len(documents) <= args.nchunks:
-        sys.exit(
-            f"error: {stdlib}: found prose for {len(documents)} documents, too few for --nchunks "
+        fail(
+            f"{stdlib}: found prose for {len(documents)} documents, too few for --nchunks "
             f"{args.nchunks}; this needs a Python that ships its library as .py files"
         )
     files, manifest = build(documents, request)
     try:
         publish(args.out, files, manifest)
     except OSError as error:
-        sys.exit(f"error: --out {args.out}: {error}")
+        fail(f"--out {args.out}: {error}")
     total = sum(len(content) for name, content in files.items() if name.endswith(".jsonl"))
     print(
         f"{args.out}: {len(documents)} documents, {total / 1e6:.2f} MB of text in {args.nchunks} "

@@ -10,7 +10,7 @@ import torch
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
-from apps.LT2.validation import ValidationArgs
+from apps.LT2.validation import ValidationArgs, check_validation_sources
 from lingua.args import UserError
 from lingua.checkpoint import CheckpointArgs
 from lingua.data import DataArgs, validate_data_args
@@ -120,6 +120,7 @@ def validate_train_args(
         check_device(model, distributed)
     check_logging_packages(args.logging)
     check_init_path(args.checkpoint.init_ckpt_path)
+    check_validation_sources((args.eval or EvalArgs()).validation)
     checkpoint = args.checkpoint
     if checkpoint.path is None:
         checkpoint = replace(checkpoint, path=str(Path(args.dump_dir, "checkpoints")))

@@ -44,6 +44,21 @@ class ValidationArgs:
             )
 
 
+def check_validation_sources(args: ValidationArgs) -> None:
+    """Refuse folders that are not there, also where max_steps would never reach them."""
+    if bool(args.root_dir) != bool(args.sources):
+        raise UserError(
+            f"eval.validation.root_dir={args.root_dir!r} and eval.validation.sources="
+            f"{args.sources}: sources are sub-folders of root_dir; set both, or neither"
+        )
+    for source in args.sources:
+        if not find_val_files(args.root_dir, [source]):
+            raise UserError(
+                f"eval.validation.sources: no *.val.jsonl in {Path(args.root_dir, source)} "
+                f"(seen from {Path.cwd()})"
+            )
+
+
 @dataclass(frozen=True)
 class ValidationRows:
     """Documents laid one after the other and cut into rows of seq_len + 1 tokens.
@@ -117,16 +132,6 @@ class Validator:
         if self.args.use_val_from_train_src and root and find_val_files(root, sources):
             yield root, sources
         if self.args.sources:
-            if not self.args.root_dir:
-                raise UserError(
-                    f"eval.validation.root_dir is empty, and eval.validation.sources="
-                    f"{self.args.sources} are its sub-folders: set it"
-                )
-            for source in self.args.sources:
-                if not Path(self.args.root_dir, source).is_dir():
-                    raise UserError(
-                        f"eval.validation.sources: {Path(self.args.root_dir, source)} is no folder"
-                    )
             yield self.args.root_dir, self.args.sources
 
     @torch.no_grad()

@@ -199,6 +199,12 @@ def test_null_is_none_where_it_may_be(yaml_file):
     assert parse(config, "eval.limit=null").eval == Eval()
 
 
+def test_null_is_no_text(yaml_file):
+    assert parse("name=").name == ""
+    assert complaint("name=null") == "name=null: expected str"
+    assert complaint(yaml_file("name: null\n")).endswith("name=null: expected str")
+
+
 def test_a_yaml_switch_word_in_a_text_field_asks_for_quotes(yaml_file):
     assert "write 'false'" in complaint(yaml_file("name: off\n"))
 
