@@ -1,4 +1,4 @@
-"""README, configs and code agree: every file, option and command that the documents name is there."""
+"""README, configs and code agree: what the documents name is there."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
@@ -209,8 +210,12 @@ def _read_step_folder(
     try:
         stored = FileSystemReader(folder).read_metadata().state_dict_metadata
         prefix = f"{MODEL_KEY}."
-        given = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
-        _check_fits(folder, model, {name: tuple(v.size) for name, v in given.items()})
+        sizes = {
+            key.removeprefix(prefix): tuple(entry.size)
+            for key, entry in stored.items()
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+        _check_fits(folder, model, sizes)
         model.to_empty(device=device)
         load_from_checkpoint(folder, model)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:

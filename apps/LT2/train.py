@@ -13,7 +13,6 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,14 +32,13 @@ from apps.LT2.parallel import (
 from apps.LT2.pattern import format_layout
 from apps.LT2.progress import Progress
 from apps.LT2.train_args import EvalArgs, TrainArgs, validate_train_args
-from apps.LT2.trainer import Batch, Trainer
+from apps.LT2.trainer import Batch, Trainer, TrainState
 from apps.LT2.transformer import LoopedTransformer
 from apps.LT2.validation import Validator
 from lingua.args import dump_config, parse_args, run_cli
 from lingua.checkpoint import CheckpointManager, load_from_checkpoint
 from lingua.code_snapshot import snapshot_code
 from lingua.data import (
-    PrefetchState,
     build_dataloader_from_args,
     init_dataloader_state_from_args,
 )
@@ -76,34 +74,6 @@ logger = logging.getLogger(__name__)
 # Weights beyond these were most likely never filled; those below start at zero on purpose.
 SANE_RANGE, SANE_STD = 20.0, 5.0
 ZERO_AT_START = ("rho", "wg.weight")
-
-
-@dataclass
-class TrainState:
-    """What a checkpoint holds beside weights and optimizer; one for each data-parallel rank."""
-
-    step: int  # optimizer steps done
-    acc_step: int  # micro-batches done of the next step; 0 in every checkpoint
-    data_loader_state: PrefetchState
-    scheduler: ScheduledLR
-    # of the steps since the last log record, on the device; means over this rank's micro-batches
-    losses: list[Tensor] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "acc_step": self.acc_step,
-            "data_loader_state": self.data_loader_state,
-            "scheduler": self.scheduler.state_dict(),
-            "losses": [loss.item() for loss in self.losses],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step = state_dict["step"]
-        self.acc_step = state_dict["acc_step"]
-        self.data_loader_state = state_dict["data_loader_state"]
-        self.scheduler.load_state_dict(state_dict["scheduler"])
-        self.losses = [torch.tensor(loss, device=get_device()) for loss in state_dict["losses"]]
 
 
 preemption_flag = {"flag": False}
@@ -170,7 +140,7 @@ def train(given: TrainArgs) -> None:
             if every_n_steps(state, args.logging.freq):
                 metrics.log(record := progress.record(state.step, state.losses))
                 state.losses.clear()
-                logger.info(progress.line(record))
+                tell(progress.line(record))
             if every_n_steps(state, args.gc_collect_freq):
                 gc.collect()
             with progress.paused():
@@ -255,7 +225,7 @@ def new_or_resumed_state(
     state = TrainState(0, 0, loader_state, scheduler)
     loaded = checkpoints.load(model, optimizer, state, mesh, config=args)
     if loaded is not None:
-        logger.info("resumed from %s, step %d", loaded.path, loaded.step)
+        tell("resumed from %s, step %d", loaded.path, loaded.step)
         for difference in loaded.differences:
             logger.warning("config changed since the checkpoint: %s", difference)
     return state
@@ -276,15 +246,21 @@ def write_record_of_run(args: TrainArgs, given: TrainArgs, step: int) -> None:
         snapshot_code(root, folder / "code", folder.resolve())
 
 
+def tell(message: str, *args: Any) -> None:
+    """Log what is the same on all ranks, once."""
+    if get_is_master():
+        logger.info(message, *args)
+
+
 def describe(model: LoopedTransformer, args: TrainArgs) -> None:
     """Tell a person what is about to run."""
     count = count_parameters(model)
-    logger.info(
+    tell(
         "%s parameters: %s in layers, %s in embeddings, %s in residual gates",
         *(f"{n:,}" for n in (count.total, count.body, count.embedding, count.gates)),
     )
     depth = f"{args.model.n_layers} layers, {args.model.loop_count} loops"
-    logger.info("%s:\n%s", depth, format_layout(model.layout))
+    tell("%s:\n%s", depth, format_layout(model.layout))
 
 
 def build_progress(args: TrainArgs, model: LoopedTransformer, device: torch.device) -> Progress:
@@ -326,7 +302,7 @@ def validate(validator: Validator, trainer: Trainer, metrics: MetricLogger) -> N
     scores = validator(trainer.model, device=trainer.device, rank=rank, world_size=degree)
     if scores:
         metrics.log({"global_step": trainer.state.step, "acc_step": 0, **scores})
-        logger.info(
+        tell(
             "step %d  validation loss %.4f nats per token, %.4f bits per byte",
             trainer.state.step,
             scores["loss/val"],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +14,49 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from apps.LT2.train_args import TrainArgs
-from lingua.data import document_offsets
+from lingua.data import PrefetchState, document_offsets
 from lingua.distributed import (
     clip_grad_norm_,
     first_nonfinite,
+    get_device,
     get_global_rank,
     run_together,
     set_gradient_sync,
     sync_replicated_grads,
 )
-from lingua.optim import NonfiniteGuard
-
-if TYPE_CHECKING:
-    from apps.LT2.train import TrainState
+from lingua.optim import NonfiniteGuard, ScheduledLR
 
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor, Tensor | None]  # x, target, cu_seqlens
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds beside weights and optimizer; one for each data-parallel rank."""
+
+    step: int  # optimizer steps done
+    acc_step: int  # micro-batches done of the next step; 0 in every checkpoint
+    data_loader_state: PrefetchState
+    scheduler: ScheduledLR
+    # of the steps since the last log record, on the device; means over this rank's micro-batches
+    losses: list[Tensor] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "acc_step": self.acc_step,
+            "data_loader_state": self.data_loader_state,
+            "scheduler": self.scheduler.state_dict(),
+            "losses": [loss.item() for loss in self.losses],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+        self.acc_step = state_dict["acc_step"]
+        self.data_loader_state = state_dict["data_loader_state"]
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        self.losses = [torch.tensor(loss, device=get_device()) for loss in state_dict["losses"]]
 
 
 @dataclass(frozen=True)

@@ -208,9 +208,9 @@ def _documents(chunk: ModuleType, cu_seqlens: Tensor | None) -> dict[str, Tensor
         return {}
     # Inference tensors count no versions, so nothing can be kept for them.
     version = None if cu_seqlens.is_inference() else cu_seqlens._version
-    known, copy = _copies.get(cu_seqlens, (None, None))
-    if copy is None or version is None or known != version:
-        copy = cu_seqlens.clone()
-        _copies[cu_seqlens] = (version, copy)
+    known = _copies.get(cu_seqlens)
+    if known is None or version is None or known[0] != version:
+        known = _copies[cu_seqlens] = (version, cu_seqlens.clone())
+    copy = known[1]
     tables = chunk.prepare_chunk_indices(copy, CHUNK)
     return {"cu_seqlens": copy, "chunk_indices": tables}
