@@ -312,8 +312,8 @@ def read_mergeable_ranks(path: Path) -> dict[bytes, int]:
                 f"data.tokenizer.path: {path}:{number} is not `base64 rank`; is this a tiktoken "
                 "file? (a SentencePiece model needs data.tokenizer.name=sp)"
             ) from error
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(f"data.tokenizer.path={path}: ranks must run from 0 without holes")
+    if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(f"data.tokenizer.path={path}: ranks must run from 0 without holes, and some there must be")
     return ranks
 
 

@@ -316,3 +316,10 @@ def test_more_ranks_than_lines_is_refused_on_every_rank(root):
 def test_impossible_values_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         DataArgs(**change)
+
+
+def test_data_without_any_text_ends(tmp_path):
+    make_source(tmp_path / "web", ["", ""], n_chunks=1)
+    args = make_args(tmp_path, sources={"web": 1.0}, add_bos=False, add_eos=False)
+    with pytest.raises(UserError, match="documents in a row have no text"):
+        read(args, 1)

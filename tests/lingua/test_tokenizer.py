@@ -281,3 +281,9 @@ def test_a_missing_package_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(UserError, match="data.tokenizer.name=sp needs the package sentencepiece"):
         build_tokenizer("sp", str(tmp_path))
+
+
+def test_an_empty_tiktoken_file_is_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("")
+    with pytest.raises(UserError, match="ranks must run from 0"):
+        build_tokenizer("tiktoken", str(tmp_path))
