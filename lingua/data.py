@@ -87,7 +87,7 @@ __all__ = [
     "validate_data_args",
 ]
 
-MAX_EMPTY = 100_000  # documents without a token in a row
+MAX_EMPTY = 30_000  # documents without a token in a row
 # Batches that the worker holds ready. They even out slow reads; the shuffling has its own buffer.
 MAX_BATCHES_AHEAD = 16
 

@@ -313,7 +313,7 @@ def read_mergeable_ranks(path: Path) -> dict[bytes, int]:
                 "file? (a SentencePiece model needs data.tokenizer.name=sp)"
             ) from error
     if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(f"data.tokenizer.path={path}: ranks must run from 0 without holes, and some there must be")
+        raise UserError(f"data.tokenizer.path={path}: ranks must run from 0 without holes")
     return ranks
 
 
