@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -58,6 +59,7 @@ def async_iterator(buffer_size: int, iterator_builder: IteratorBuilder) -> Itera
 @contextmanager
 def blocked_parent_signals() -> Iterator[None]:
     """What is started inside blocks them from its first instant, and so does all that it forks."""
+    resource_tracker.ensure_running()  # here, since its start unblocks signals
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
     try:
         yield

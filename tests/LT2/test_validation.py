@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from apps.LT2.validation import ValidationArgs, Validator
+from apps.LT2.validation import ValidationArgs, Validator, check_validation_sources
 from lingua.args import UserError
 from lingua.data import DataArgs
 from lingua.tokenizer import build_tokenizer
@@ -124,12 +124,13 @@ def test_the_first_documents_and_other_folders(root, tmp_path):
     "options, named",
     [
         ({"sources": ["x"]}, "eval.validation.root_dir"),
+        ({"root_dir": "somewhere"}, "eval.validation.root_dir"),
         ({"sources": ["x"], "root_dir": "nowhere"}, "nowhere/x"),
     ],
 )
-def test_wrong_folders_are_refused(root, options, named):
+def test_wrong_folders_are_refused(options, named):
     with pytest.raises(UserError, match=named):
-        validator(root, ValidationArgs(**options)).rows()
+        check_validation_sources(ValidationArgs(**options))
     with pytest.raises(UserError, match="eval.validation.max_steps=0"):
         ValidationArgs(max_steps=0)
 

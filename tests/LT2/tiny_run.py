@@ -105,6 +105,8 @@ def clean_process() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in numbers}
     root = logging.getLogger()
     loggers, level = list(root.handlers), root.level
+    # A server that was started for a data worker blocks signals, and so do ranks forked from it.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     try:
         yield
     finally:
