@@ -4,8 +4,8 @@
 #   bash setup/quickstart.sh [OVERRIDE...]        for example: model.loop_count=4 steps=500
 #
 # Makes .venv, installs, prepares a corpus from Python's own library, trains
-# apps/LT2/configs/600M/debug.yaml into runs/quickstart, draws its loss and lets it write a few
-# words. Run again, it goes on where it stopped. PYTHON=... chooses the Python of a new .venv.
+# apps/LT2/configs/600M/debug.yaml into runs/quickstart, lets it write a few words and draws its
+# loss. Run again, it goes on where it stopped. PYTHON=... chooses the Python of a new .venv.
 set -euo pipefail
 # shellcheck source=setup/_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
