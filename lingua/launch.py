@@ -12,7 +12,6 @@ import os
 import random
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from types import FrameType
@@ -118,32 +117,18 @@ def get_device() -> torch.device:
 # ---- preemption
 
 
-SAME_SIGTERM_SECONDS = 5.0
-
-
 def init_signal_handler(handler: Callable[[int, FrameType | None], None]) -> None:
     """Call `handler` on SIGUSR2 (SLURM's early warning) and on the first SIGTERM.
 
-    A SIGTERM that comes more than SAME_SIGTERM_SECONDS later ends the process, so that a run that
-    hangs can still be stopped. Sooner, it is the first one again: where a whole job is signalled,
-    a rank gets one from the system and one from torchrun.
+    A second SIGTERM ends the process, so that a run that hangs can still be stopped.
     """
-    first: float | None = None
 
     def on_sigterm(signum: int, frame: FrameType | None) -> None:
-        nonlocal first
-        now = time.monotonic()
-        if first is None:
-            first = now
-            handler(signum, frame)
-        elif now - first > SAME_SIGTERM_SECONDS:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        handler(signum, frame)
 
     signal.signal(signal.SIGUSR2, handler)
     signal.signal(signal.SIGTERM, on_sigterm)
-    # A process inherits its parent's mask, and a blocked signal would never arrive.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
 
 
 def requeue_slurm_job() -> bool:
