@@ -129,6 +129,8 @@ def init_signal_handler(handler: Callable[[int, FrameType | None], None]) -> Non
 
     signal.signal(signal.SIGUSR2, handler)
     signal.signal(signal.SIGTERM, on_sigterm)
+    # A process inherits its parent's mask, and a blocked signal would never arrive.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
 
 
 def requeue_slurm_job() -> bool:

@@ -189,6 +189,7 @@ def test_bf16_casts_matrices_alone_and_keeps_masters_in_fp32(alone):
 
 def see_signals():
     got = []
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})  # as inherited
     ld.init_signal_handler(lambda signum, frame: got.append(signum))
     os.kill(os.getpid(), signal.SIGUSR2)
     os.kill(os.getpid(), signal.SIGTERM)
