@@ -38,6 +38,11 @@ QUANTILE_SAMPLE = 1 << 18  # evenly spaced elements that the quantiles are taken
 _active: list[Probe] = []  # the probe that is open, if any
 
 
+def is_probing() -> bool:
+    """Whether a probe is open: code that joins several linear layers runs them one by one then."""
+    return bool(_active)
+
+
 def log_stats(x: Tensor, name: str) -> Tensor:
     """Record `x` and its gradient under the module that runs; use what is returned, it equals x."""
     return _active[0].see(x, name) if _active else x

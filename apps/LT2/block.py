@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,9 +38,22 @@ class Block(nn.Module):
     def mixers(self) -> list[Mixer]:
         return [child for child in self.children() if isinstance(child, Mixer)]
 
-    def forward(self, h: Tensor, spec: LayerSpec, cu_seqlens: Tensor | None = None) -> Tensor:
-        mixer = self.mixer(spec)
-        return self._around(h, lambda x: mixer(x, cu_seqlens=cu_seqlens, window=spec.window))
+    def forward(
+        self,
+        h: Tensor,
+        spec: LayerSpec,
+        cu_seqlens: Tensor | None = None,
+        with_loss: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """h after this layer; and with `with_loss` the mixer's own loss, if it has one."""
+        mixer, loss = self.mixer(spec), None
+        options = {"cu_seqlens": cu_seqlens, "window": spec.window}
+        x = self.attention_norm(h)
+        if with_loss and mixer.loss_name is not None:
+            mixed, loss = mixer.forward_with_loss(x, **options)
+        else:
+            mixed = mixer(x, **options)
+        return self._add(h, mixed), loss
 
     def prefill(
         self,
@@ -52,14 +64,14 @@ class Block(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         options = {"cu_seqlens": cu_seqlens, "rows": rows, "window": spec.window}
-        return self._around(h, lambda x: self.mixer(spec).prefill(x, cache, **options))
+        return self._add(h, self.mixer(spec).prefill(self.attention_norm(h), cache, **options))
 
     def step(self, h: Tensor, spec: LayerSpec, cache: MixerCache) -> Tensor:
-        return self._around(h, lambda x: self.mixer(spec).step(x, cache))
+        return self._add(h, self.mixer(spec).step(self.attention_norm(h), cache))
 
-    def _around(self, h: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
-        """The residual stream around the mixer, the same in training and in decoding."""
-        h = h + mix(self.attention_norm(h))
+    def _add(self, h: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream, the same in training and in decoding."""
+        h = h + mixed
         return h + self.feed_forward(self.ffn_norm(h))
 
     @torch.no_grad()

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from apps.LT2.train_args import TrainArgs
+from apps.LT2.transformer import LoopedTransformer
 from lingua.data import PrefetchState, document_offsets
 from lingua.distributed import (
     clip_grad_norm_,
@@ -70,7 +71,7 @@ class Trainer:
     def __init__(
         self,
         args: TrainArgs,
-        model: nn.Module,
+        model: LoopedTransformer,
         optimizer: Optimizer,
         state: TrainState,
         batches: Iterator[tuple[Any, Any]],
@@ -91,6 +92,7 @@ class Trainer:
         # A rank that cannot read stops the others, too, before they wait for it in a collective.
         micro_batches = run_together(self._read_micro_batches)
         data_seconds = time.perf_counter() - began
+        self.model.begin_step(self.state.step)
         for micro, views in enumerate(micro_batches):
             batch = to_device(views, self.args.data.doc_mask, self.device)
             if self.before_micro_batch is not None:

@@ -107,6 +107,8 @@ class LoopedTransformer(nn.Module):
         )
         # Activation checkpointing of whole loops, which only the model can see; set by the trainer.
         self.checkpoint_loops = False
+        # Of the last forward with a target: mean over (loop, layer) of the mixers' own losses.
+        self.mixer_losses: dict[str, Tensor] = {}
 
     def forward(
         self, tokens_BT: Tensor, target: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -116,16 +118,38 @@ class LoopedTransformer(nn.Module):
         Targets of -100 carry no loss. With `cu_seqlens` the batch is 1 and documents, laid one
         after the other, do not see each other.
         """
+        with_loss = target is not None and torch.is_grad_enabled()
         h = self.tok_embeddings(tokens_BT)
+        mixer_losses: dict[str, list[Tensor]] = {}
         for loop in range(len(self.layout)):
             if self.checkpoint_loops and torch.is_grad_enabled():
-                h = checkpoint(self._run_loop, h, loop, cu_seqlens, use_reentrant=False)
+                h, losses = checkpoint(
+                    self._run_loop, h, loop, cu_seqlens, with_loss, use_reentrant=False
+                )  # pyright: ignore[reportGeneralTypeIssues]
             else:
-                h = self._run_loop(h, loop, cu_seqlens)
+                h, losses = self._run_loop(h, loop, cu_seqlens, with_loss)
+            for name, loss in losses:
+                mixer_losses.setdefault(name, []).append(loss)
         h = self.norm(h)
         if target is None:
             return self._logits(h)
-        return linear_cross_entropy(h.flatten(0, 1), self.head_weight, target.flatten())
+        loss = linear_cross_entropy(h.flatten(0, 1), self.head_weight, target.flatten())
+        return self._add_mixer_losses(loss, mixer_losses)
+
+    def _add_mixer_losses(self, loss: Tensor, mixer_losses: dict[str, list[Tensor]]) -> Tensor:
+        """`loss` with its value as it is, and with the gradient of the mixers' own losses too."""
+        self.mixer_losses = {}
+        for name, losses in mixer_losses.items():
+            mean = torch.stack(losses).mean()
+            self.mixer_losses[name] = mean.detach()
+            loss = loss + (mean - mean.detach())
+        return loss
+
+    def begin_step(self, step: int | None) -> None:
+        """Set what depends on the training: `step` optimizer steps are done, None is inference."""
+        for block in self._blocks():
+            for mixer in block.mixers():
+                mixer.begin_step(step)
 
     @property
     def head_weight(self) -> Tensor:
@@ -220,11 +244,16 @@ class LoopedTransformer(nn.Module):
     def _with_cache(self, loop: int, cache: ModelCache) -> Any:
         return zip(self._blocks(), self.layout[loop], cache.mixers[loop], strict=True)
 
-    def _run_loop(self, h: Tensor, loop: int, cu_seqlens: Tensor | None) -> Tensor:
-        u = h
+    def _run_loop(
+        self, h: Tensor, loop: int, cu_seqlens: Tensor | None, with_loss: bool
+    ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """h after a loop, and the losses of its mixers by name."""
+        u, losses = h, []
         for block, spec in zip(self.layers, self.layout[loop], strict=True):
-            h = block(h, spec, cu_seqlens)
-        return self._join(h, u, loop)
+            h, loss = block(h, spec, cu_seqlens, with_loss)
+            if loss is not None:
+                losses.append((MIXERS[spec.mixer].loss_name, loss))
+        return self._join(h, u, loop), losses
 
     def _join(self, h: Tensor, u: Tensor, loop: int) -> Tensor:
         """h + rho[loop] * u in fp32, h's dtype outside."""

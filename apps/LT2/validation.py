@@ -25,6 +25,8 @@ from lingua.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import numpy as np
 
+    from apps.LT2.transformer import LoopedTransformer
+
 logger = logging.getLogger(__name__)
 
 PADDING = -1  # no token has this id
@@ -136,7 +138,7 @@ class Validator:
 
     @torch.no_grad()
     def __call__(
-        self, model: nn.Module, *, device: torch.device, rank: int, world_size: int
+        self, model: LoopedTransformer, *, device: torch.device, rank: int, world_size: int
     ) -> dict[str, float]:
         """{"loss/val", "loss/val_bpb"}, the same on every rank; empty without validation text.
 
@@ -147,6 +149,7 @@ class Validator:
             return {}
         was_training = model.training
         model.eval()
+        model.begin_step(None)
         nats_and_targets = torch.zeros(2, dtype=torch.float64, device=device)
         for x, target, cu_seqlens in self._batches(rows, device, rank, world_size):
             n_targets = (target != -100).sum()

@@ -32,12 +32,8 @@ def attention_flops(mixer: Any, seqlen: int, window: int | None) -> int:
 
 def gdn_flops(mixer: Any, seqlen: int, window: int | None) -> int:
     """Per token and head: S decays, S^T k, k outer write, S^T q; and the convolutions' taps."""
-    taps = sum(2 * conv.weight.numel() for conv in convolutions(mixer))
+    taps = 0 if mixer.conv.weight is None else 2 * mixer.conv.weight.numel()
     return seqlen * (taps + mixer.n_heads * 7 * mixer.key_dim * mixer.value_dim)
-
-
-def convolutions(mixer: Any) -> list[Any]:
-    return [c for c in (mixer.conv_q, mixer.conv_k, mixer.conv_v) if c.weight is not None]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.attention import attention, check_attention_impl, decode_attention
-from apps.LT2.kernel.documents import document_of_tokens
+from apps.LT2.kernel.documents import local_positions
 from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
 from lingua.transformer import (
     check_rotary_width,
@@ -199,10 +199,3 @@ class Attention(Mixer):
         cache.k_BSGK[row, slot] = k[kept].to(cache.k_BSGK.dtype)
         cache.v_BSGK[row, slot] = v[kept].to(cache.v_BSGK.dtype)
         cache.length_B[rows] += lengths
-
-
-def local_positions(n_tokens: int, cu_seqlens: Tensor | None, device: torch.device | str) -> Tensor:
-    """(T,) index of each token in its document."""
-    if cu_seqlens is None:
-        return torch.arange(n_tokens, device=device)
-    return document_of_tokens(cu_seqlens, n_tokens)[1]

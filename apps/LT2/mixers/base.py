@@ -43,12 +43,24 @@ class Mixer(nn.Module, ABC):
     """
 
     module_name: ClassVar[str]  # attribute of the block that holds it, part of checkpoint keys
+    # The metric of a loss of the mixer's own, e.g. "dsa_indexer"; None where it has none.
+    loss_name: ClassVar[str | None] = None
 
     @abstractmethod
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
     ) -> Tensor:
         """All tokens at once, from an empty past."""
+
+    def forward_with_loss(
+        self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, with the mixer's own loss, a scalar whose gradient reaches no weight that
+        the language model's loss trains. Only for mixers with a `loss_name`."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
+
+    def begin_step(self, step: int | None) -> None:  # noqa: B027, most mixers do not care
+        """Told before each optimizer step how many are done; None is inference, the default."""
 
     @abstractmethod
     def init_cache(

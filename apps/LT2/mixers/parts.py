@@ -22,8 +22,13 @@ class ShortConv(nn.Module):
         super().__init__()
         if size != 0 and not 2 <= size <= 8:
             raise UserError(f"{option}={size} must be 2 to 8 taps, or 0 for no convolution")
-        self.size = size
+        self.channels, self.size = channels, size
         self.weight = nn.Parameter(torch.empty(channels, size)) if size else None
+
+    @property
+    def n_tail(self) -> int:
+        """Past inputs that the next token needs."""
+        return max(self.size - 1, 0)
 
     def forward(
         self, x_BTC: Tensor, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -36,7 +41,9 @@ class ShortConv(nn.Module):
     def next_tail(
         self, x_BTC: Tensor, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """The tail (N, size - 1, C) that a later call needs to go on after x."""
+        """The tail (N, n_tail, C) that a later call needs to go on after x."""
+        if self.weight is None:
+            return x_BTC.new_zeros(0) if tail is None else tail
         return conv_tail(x_BTC, self.size, tail=tail, cu_seqlens=cu_seqlens)
 
     def step(self, x_BC: Tensor, tail_BKC: Tensor) -> Tensor:

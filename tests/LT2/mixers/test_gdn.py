@@ -46,14 +46,9 @@ def head_outputs(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, g_T: Tensor, beta_T: 
 
 def definition(layer: GatedDeltaNet, x_TD: Tensor, beta_range: float) -> Tensor:
     K, V = layer.key_dim, layer.value_dim
-    q_TC, k_TC, v_TC = (
-        convolve(x_TD @ linear.weight.T, conv)
-        for linear, conv in (
-            (layer.wq, layer.conv_q),
-            (layer.wk, layer.conv_k),
-            (layer.wv, layer.conv_v),
-        )
-    )
+    streams_TC = torch.cat([x_TD @ w.weight.T for w in (layer.wq, layer.wk, layer.wv)], dim=-1)
+    keys = layer.n_heads * K
+    q_TC, k_TC, v_TC = convolve(streams_TC, layer.conv).split([keys, keys, layer.n_heads * V], -1)
     g_TH = -layer.A_log.exp() * F.softplus(x_TD @ layer.wa.weight.T + layer.dt_bias)
     beta_TH = beta_range * torch.sigmoid(x_TD @ layer.wb.weight.T)
     gate_TC = F.silu(x_TD @ layer.wg.weight.T)

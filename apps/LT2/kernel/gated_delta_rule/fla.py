@@ -5,27 +5,24 @@ the kernels are one opaque node, and the block around them compiles whole. Forwa
 autograd function keeps: the inputs, the summed decay and the solved triangular systems; states and
 WY vectors are computed again in backward.
 
-fla is imported at the first call, which takes seconds. Shapes as in `gated_delta_rule`; C is the
+Shapes as in `gated_delta_rule`; C is the
 chunk of 64 tokens.
 """
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from apps.LT2.kernel.fla import CHUNK, check_fla_inputs, import_fla, packed_arguments
 from lingua.args import UserError
 
-CHUNK = 64
 MAX_KEY_WIDTH = 256  # of fla's state kernels
 # Below, fla 0.6.0 reads past its tensors on Hopper: wrong dq, dk and dg, and at times a crash.
 MIN_WIDTH = 64
-DTYPES = (torch.bfloat16, torch.float16)
 
 
 def gated_delta_rule_fla(
@@ -59,16 +56,7 @@ def gated_delta_rule_fla(
 
 
 def _check_supported(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not v.is_cuda:
-        raise UserError(
-            f"gated_delta_rule(impl='fla') needs CUDA tensors, got {v.device}; "
-            "impl='chunked' runs everywhere"
-        )
-    if v.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise UserError(
-            f"gated_delta_rule(impl='fla') needs q, k and v all bf16 or all fp16, got "
-            f"{q.dtype}, {k.dtype}, {v.dtype}; use distributed.model_dtype=bf16 or impl='chunked'"
-        )
+    check_fla_inputs("gated_delta_rule", q, k, v)
     K, V = k.shape[-1], v.shape[-1]
     if K > MAX_KEY_WIDTH or K % 2 or V % 2:
         raise UserError(
@@ -103,7 +91,7 @@ def _forward(
             initial_state=state,
             output_final_state=True,
             chunk_size=CHUNK,
-            **_documents(chunk, cu_seqlens),
+            **packed_arguments(cu_seqlens),
         )
     return o, final, g_sum, solved
 
@@ -145,7 +133,7 @@ def _backward(
             do=do.contiguous(),
             dht=None if dfinal is None else dfinal.contiguous(),
             chunk_size=CHUNK,
-            **_documents(chunk, cu_seqlens),
+            **packed_arguments(cu_seqlens),
         )
     return dq, dk, dv, dg, dbeta, q.new_empty(0) if dstate is None else dstate
 
@@ -181,36 +169,4 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _fla() -> ModuleType:
-    # Looking for other backends at every call costs more than small kernels take to run.
-    os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")
-    try:
-        from fla.ops.gated_delta_rule import chunk
-    except ImportError as error:
-        raise UserError(
-            "model.mixer=gdn on CUDA needs flash-linear-attention, which cannot be imported "
-            f"({error}): pip install -e '.[gpu]'"
-        ) from error
-    return chunk
-
-
-# cu_seqlens -> (its version, our copy)
-_copies = WeakIdKeyDictionary()
-
-
-def _documents(chunk: ModuleType, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
-    """fla's arguments for packed documents.
-
-    fla builds chunk tables from cu_seqlens with a host sync and keeps them by the identity of the
-    tensor, so a buffer that is written anew would get the tables of its old content. It is given
-    a copy instead, one for every content: layers and loops share it, hence one sync a batch.
-    """
-    if cu_seqlens is None:
-        return {}
-    # Inference tensors count no versions, so nothing can be kept for them.
-    version = None if cu_seqlens.is_inference() else cu_seqlens._version
-    known = _copies.get(cu_seqlens)
-    if known is None or version is None or known[0] != version:
-        known = _copies[cu_seqlens] = (version, cu_seqlens.clone())
-    copy = known[1]
-    tables = chunk.prepare_chunk_indices(copy, CHUNK)
-    return {"cu_seqlens": copy, "chunk_indices": tables}
+    return import_fla("fla.ops.gated_delta_rule.chunk")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apps.LT2.kernel.documents import by_document
+
 
 def gated_delta_rule_naive(
     q_BTHK: Tensor,
@@ -21,22 +23,9 @@ def gated_delta_rule_naive(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `gated_delta_rule`; fp64 inputs are computed in fp64."""
-    dtype = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
-    n_sequences = len(v_BTHV) if cu_seqlens is None else len(cu_seqlens) - 1
-    size = (n_sequences, *q_BTHK.shape[2:], v_BTHV.shape[-1])
-    zeros = torch.zeros(size, dtype=dtype, device=v_BTHV.device)
-    states = zeros if state is None else state.to(dtype)
-    inputs = [x.to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)]
-    if cu_seqlens is None:
-        results = [_recurrence(inputs, states)]
-    else:
-        bounds = cu_seqlens.tolist()
-        results = [
-            _recurrence([x[:, start:end] for x in inputs], states[n : n + 1])
-            for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
-        ]
-    o_BTHV = torch.cat([o for o, _ in results], dim=1)
-    return o_BTHV.to(v_BTHV.dtype), torch.cat([s for _, s in results])
+    inputs = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
+    state_shape = (*q_BTHK.shape[2:], v_BTHV.shape[-1])
+    return by_document(_recurrence, inputs, state_shape, state, cu_seqlens, v_BTHV.dtype)
 
 
 def _recurrence(inputs: list[Tensor], S_BHKV: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,141 @@
+"""Sequences cut into chunks for the chunked forms of the recurrences, in plain torch.
+
+Shapes: M chunks of all sequences together, H heads, C tokens in a chunk, D any width, K key and V
+value width, N sequences. Chunks are numbered step-major: the first chunk of every sequence (longest
+sequence first), then the second chunk of those that have one, and so on. So one step of a state
+recurrence serves all sequences at once and reads a contiguous slice, and one long document among
+many short ones costs no padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64  # as in fla's kernels: work inside a chunk grows with C, steps between chunks with 1/C
+
+
+@dataclass
+class ChunkLayout:
+    """Where each token goes. Unfilled slots hold zeros, and a token of zeros neither decays, writes
+    nor reads."""
+
+    chunk: int  # tokens in a chunk
+    n_running: list[int]  # sequences that have a chunk at step 0, 1, ..
+    # slot of each packed token; None: dense rows, whose slots follow from the shape
+    slot_T: Tensor | None = None
+    order_N: Tensor | None = None  # packed: sequences, longest first
+
+    @staticmethod
+    def of(B: int, T: int, cu_seqlens: Tensor | None, chunk: int = CHUNK) -> ChunkLayout:
+        """B rows of T tokens, or the documents that cu_seqlens packs into one row of T."""
+        if cu_seqlens is None:
+            chunk = min(chunk, T)
+            return ChunkLayout(chunk, [B] * -(-T // chunk))
+        return _packed_layout(cu_seqlens, chunk)
+
+    @property
+    def n_sequences(self) -> int:
+        return self.n_running[0] if self.order_N is None else len(self.order_N)
+
+    def to_chunks(self, x_BTHD: Tensor) -> Tensor:
+        B, T, H, D = x_BTHD.shape
+        if self.slot_T is None:
+            steps = len(self.n_running)
+            x = F.pad(x_BTHD, (0, 0, 0, 0, 0, steps * self.chunk - T))
+            return x.view(B, steps, self.chunk, H, D).permute(1, 0, 3, 2, 4).flatten(0, 1)
+        slots = x_BTHD.new_zeros(sum(self.n_running) * self.chunk, H, D)
+        x = slots.index_copy(0, self.slot_T, x_BTHD[0])
+        return x.view(-1, self.chunk, H, D).transpose(1, 2)
+
+    def from_chunks(self, o_MHCV: Tensor, B: int, T: int) -> Tensor:
+        _, H, C, V = o_MHCV.shape
+        if self.slot_T is None:
+            o = o_MHCV.view(len(self.n_running), B, H, C, V).permute(1, 0, 3, 2, 4)
+            return o.reshape(B, -1, H, V)[:, :T]
+        return o_MHCV.transpose(1, 2).reshape(-1, H, V)[self.slot_T][None]
+
+    def sort_sequences(self, state_NHKV: Tensor) -> Tensor:
+        return state_NHKV if self.order_N is None else state_NHKV[self.order_N]
+
+    def unsort_sequences(self, state_NHKV: Tensor) -> Tensor:
+        return state_NHKV if self.order_N is None else state_NHKV[self.order_N.argsort()]
+
+
+def pass_state(
+    layout: ChunkLayout,
+    *,
+    keep: Tensor,
+    write: Tensor,
+    state: Tensor | None,
+    erase: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S <- keep * S - erase S + write, chunk after chunk.
+
+    keep   broadcasts to (M, H, K, V)      write  (M, H, K, V)      erase  (M, H, K, K)
+    state  (N, H, K, V) before the first token, zeros if None
+    Returns S at each chunk's start, (M, H, K, V), and S after each sequence, (N, H, K, V).
+    """
+    if state is None:
+        S = write.new_zeros(layout.n_sequences, *write.shape[1:])
+    else:
+        S = layout.sort_sequences(state.to(write.dtype))
+    starts, ended = [], []
+    first = 0
+    for n_running in layout.n_running:
+        ended.append(S[n_running:])  # sequences without another chunk are the last rows
+        S = S[:n_running]
+        starts.append(S)
+        chunk = slice(first, first + n_running)
+        kept = keep[chunk] * S + write[chunk]
+        S = kept if erase is None else kept - erase[chunk] @ S
+        first += n_running
+    return torch.cat(starts), layout.unsort_sequences(torch.cat([S, *reversed(ended)]))
+
+
+@dataclass
+class HeadDecay:
+    """How much of what was written is left, for the spans of a chunk that are needed: one decay a
+    head, from its logarithm g <= 0."""
+
+    between_MHCC: Tensor  # after token j, up to and with token i; 0 for j > i
+    from_start_MHC1: Tensor  # from the start of the chunk, up to and with token i
+    to_end_MHC1: Tensor  # after token j, up to the end of the chunk
+    whole_MH11: Tensor  # over the whole chunk
+
+    @staticmethod
+    def of(g_MHC: Tensor, dtype: torch.dtype) -> HeadDecay:
+        # Summed in fp64: after strong decay the sums are large and their differences small.
+        sum_MHC = g_MHC.double().cumsum(-1)
+        C = g_MHC.shape[-1]
+        later = torch.ones(C, C, dtype=torch.bool, device=g_MHC.device).triu(1)
+        # Masked before exp: above the diagonal the difference is positive and exp could overflow,
+        # and inf * 0 would turn the gradient into NaN.
+        between = (sum_MHC[..., :, None] - sum_MHC[..., None, :]).to(dtype)
+        return HeadDecay(
+            between_MHCC=between.masked_fill(later, -torch.inf).exp(),
+            from_start_MHC1=sum_MHC.to(dtype).exp()[..., None],
+            to_end_MHC1=(sum_MHC[..., -1:] - sum_MHC).to(dtype).exp()[..., None],
+            whole_MH11=sum_MHC[..., -1].to(dtype).exp()[..., None, None],
+        )
+
+
+def _packed_layout(cu_seqlens: Tensor, chunk: int) -> ChunkLayout:
+    bounds_N = cu_seqlens.long().cpu()
+    length_N = bounds_N.diff()
+    chunk = min(chunk, int(length_N.max()))
+    chunks_N = (length_N + chunk - 1) // chunk
+    order_N = chunks_N.argsort(descending=True, stable=True)
+    n_running = [int((chunks_N > step).sum()) for step in range(int(chunks_N.max()))]
+
+    first_chunk_of_step = torch.tensor([0, *n_running]).cumsum(0)
+    rank_N = order_N.argsort()
+    sequence_T = torch.repeat_interleave(length_N)
+    position_T = torch.arange(len(sequence_T)) - bounds_N[sequence_T]
+    chunk_T = first_chunk_of_step[position_T // chunk] + rank_N[sequence_T]
+    slot_T = chunk_T * chunk + position_T % chunk
+    device = cu_seqlens.device
+    return ChunkLayout(chunk, n_running, slot_T.to(device), order_N.to(device))

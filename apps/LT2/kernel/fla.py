@@ -1,0 +1,71 @@
+"""What the operators on fla's kernels share: the import, packed documents, and what is refused.
+
+fla is imported at the first call, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lingua.args import UserError
+
+CHUNK = 64  # tokens that fla's kernels take at a time
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@cache
+def import_fla(module: str) -> ModuleType:
+    """A module of fla, e.g. "fla.ops.gated_delta_rule.chunk"."""
+    # Looking for other backends at every call costs more than small kernels take to run.
+    os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            "linear attention on CUDA needs flash-linear-attention, which cannot be imported "
+            f"({error}): pip install -e '.[gpu]'"
+        ) from error
+
+
+def check_fla_inputs(operator: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse what no kernel of fla takes: CPU tensors, and dtypes other than one of 16 bits."""
+    if not v.is_cuda:
+        raise UserError(
+            f"{operator}(impl='fla') needs CUDA tensors, got {v.device}; "
+            "impl='chunked' runs everywhere"
+        )
+    if v.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise UserError(
+            f"{operator}(impl='fla') needs q, k and v all bf16 or all fp16, got "
+            f"{q.dtype}, {k.dtype}, {v.dtype}; use distributed.model_dtype=bf16 or impl='chunked'"
+        )
+
+
+# cu_seqlens -> (its version, our copy)
+_copies = WeakIdKeyDictionary()
+
+
+def packed_arguments(cu_seqlens: Tensor | None, chunk: int = CHUNK) -> dict[str, Tensor]:
+    """fla's arguments for packed documents: cu_seqlens and chunk_indices; {} where there are none.
+
+    fla builds chunk tables from cu_seqlens with a host sync and keeps them by the identity of the
+    tensor, so a buffer that is written anew would get the tables of its old content. It is given
+    a copy instead, one for every content: layers and loops share it, hence one sync a batch.
+    """
+    if cu_seqlens is None:
+        return {}
+    # Inference tensors count no versions, so nothing can be kept for them.
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    known = _copies.get(cu_seqlens)
+    if known is None or version is None or known[0] != version:
+        known = _copies[cu_seqlens] = (version, cu_seqlens.clone())
+    copy = known[1]
+    tables = import_fla("fla.ops.utils").prepare_chunk_indices(copy, chunk)
+    return {"cu_seqlens": copy, "chunk_indices": tables}

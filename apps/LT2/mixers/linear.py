@@ -1,0 +1,204 @@
+"""What linear mixers share: projections, a short convolution, a recurrence, and their memory.
+
+    streams, rest = project(x)            one matrix product
+    streams = silu(conv(streams))         where the mixer has a convolution
+    o, state = recur(streams, rest)       the mixer's own recurrence
+    y = output(o, rest)                   norm, gate, output projection
+
+Shapes: B sequences, T tokens, D model width, C channels of the streams, H heads, K key width,
+V value width, N sequences of a packed call.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apps.LT2.kernel.documents import local_positions
+from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
+from apps.LT2.mixers.parts import ShortConv
+from lingua.probe import is_probing
+
+# With fewer tokens a product is bound by reading weights, and joining them reads them twice.
+FUSE_TOKENS = 512
+
+Rest = tuple[Tensor, ...]
+
+
+@dataclass
+class LinearCache(MixerCache):
+    state_BHKV: Tensor  # fp32: it sums over the whole past
+    tail_BTC: Tensor | None  # the last conv_size - 1 inputs of the convolution
+    length_B: Tensor | None  # int64, tokens seen; only where a mixer uses positions
+
+
+class LinearMixer(Mixer):
+    """A mixer whose past is one matrix a head, of the same size at any length.
+
+    A subclass sets the four attributes and `conv` (None: the streams are not convolved), and gives
+    `project`, `recur`, `recur_step`, `output` and `recurrence_flops`.
+    """
+
+    uses_positions: ClassVar[bool] = False
+
+    n_heads: int
+    key_dim: int
+    value_dim: int
+    conv: ShortConv | None
+
+    @abstractmethod
+    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
+        """(streams (..., C), rest) of x (..., D): what is convolved, and what is not."""
+
+    @abstractmethod
+    def recur(
+        self,
+        streams_BTC: Tensor,
+        rest: Rest,
+        *,
+        positions: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """o (B, T, H, V) and the fp32 state (N, H, K, V) after the last token; `state` is the one
+        before the first, zeros if None. positions: (T,) or (B, T), with `uses_positions`."""
+
+    @abstractmethod
+    def recur_step(
+        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
+    ) -> Tensor:
+        """One token a row: o (B, H, V); the state is moved on in place."""
+
+    @abstractmethod
+    def output(self, o: Tensor, rest: Rest) -> Tensor:
+        """(..., D) from o (..., H, V)."""
+
+    @abstractmethod
+    def recurrence_flops(self) -> int:
+        """FLOPs of the recurrence per token, all heads."""
+
+    def forward(
+        self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
+    ) -> Tensor:
+        assert window is None, f"{type(self).__name__} has no window"
+        streams, rest = self.project(x_BTD)
+        if self.conv is not None:
+            streams = self.conv(streams, cu_seqlens=cu_seqlens)
+        positions = None
+        if self.uses_positions:
+            positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
+        o, _ = self.recur(streams, rest, positions=positions, state=None, cu_seqlens=cu_seqlens)
+        return self.output(o, rest)
+
+    def init_cache(
+        self,
+        batch_size: int,
+        max_seqlen: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        window: int | None = None,
+    ) -> LinearCache:
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+
+        conv = self.conv
+        return LinearCache(
+            zeros(self.n_heads, self.key_dim, self.value_dim, dtype=torch.float32),
+            None if conv is None else zeros(conv.n_tail, conv.channels, dtype=dtype),
+            zeros(dtype=torch.int64) if self.uses_positions else None,
+        )
+
+    def prefill(
+        self,
+        x_BTD: Tensor,
+        cache: LinearCache,
+        *,
+        cu_seqlens: Tensor | None = None,
+        rows: Tensor | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
+        streams, rest = self.project(x_BTD)
+        if self.conv is not None:
+            assert cache.tail_BTC is not None
+            tail, inputs = cache.tail_BTC[rows], streams
+            streams = self.conv(inputs, tail=tail, cu_seqlens=cu_seqlens)
+            next_tail = self.conv.next_tail(inputs, tail=tail, cu_seqlens=cu_seqlens)
+            cache.tail_BTC[rows] = next_tail.to(tail.dtype)
+        positions = None
+        if cache.length_B is not None:
+            starts = cache.length_B[rows]
+            positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
+            if cu_seqlens is None:
+                positions = positions + starts[:, None]
+            else:
+                positions = (positions + starts.repeat_interleave(lengths))[None]
+            cache.length_B[rows] += lengths
+        state = cache.state_BHKV[rows]
+        o, state = self.recur(
+            streams, rest, positions=positions, state=state, cu_seqlens=cu_seqlens
+        )
+        cache.state_BHKV[rows] = state
+        return self.output(o, rest)
+
+    def step(self, x_B1D: Tensor, cache: LinearCache) -> Tensor:
+        streams, rest = self.project(x_B1D[:, 0])
+        if self.conv is not None:
+            assert cache.tail_BTC is not None
+            streams = self.conv.step(streams, cache.tail_BTC)
+        o = self.recur_step(streams, rest, positions_B=cache.length_B, state_BHKV=cache.state_BHKV)
+        if cache.length_B is not None:
+            cache.length_B += 1
+        return self.output(o, rest)[:, None]
+
+    def flops_per_token(self, seqlen: int, window: int | None = None) -> int:
+        products = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        taps = 0 if self.conv is None else 2 * self.conv.channels * self.conv.size
+        return products + taps + self.recurrence_flops()
+
+    def state_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
+        tail = 0 if self.conv is None else self.conv.n_tail * self.conv.channels * dtype.itemsize
+        return 4 * self.n_heads * self.key_dim * self.value_dim + tail
+
+    def split_heads(self, x: Tensor, width: int) -> Tensor:
+        """(..., H * width) -> (..., H, width)"""
+        return x.unflatten(-1, (self.n_heads, width))
+
+
+def split_qkv(
+    streams: Tensor, n_heads: int, key_dim: int, value_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k (..., H, K) and v (..., H, V) of streams (..., H (2 K + V)) that hold q, then k, v."""
+    keys = n_heads * key_dim
+    q, k, v = streams.split([keys, keys, n_heads * value_dim], dim=-1)
+    return (
+        q.unflatten(-1, (n_heads, key_dim)),
+        k.unflatten(-1, (n_heads, key_dim)),
+        v.unflatten(-1, (n_heads, value_dim)),
+    )
+
+
+def project_streams(
+    x: Tensor, streams: Sequence[nn.Linear], rest: Sequence[nn.Linear]
+) -> tuple[Tensor, Rest]:
+    """The projections of x (..., D): those of `streams` side by side, those of `rest` apart.
+
+    All are bias-free, and one matrix product where x has many tokens. Weights stay separate
+    parameters, so that each has its own name, initialization and shard.
+    """
+    linears = (*streams, *rest)
+    if x.shape[:-1].numel() < FUSE_TOKENS or is_probing():
+        outputs = [linear(x) for linear in linears]
+        return torch.cat(outputs[: len(streams)], dim=-1), tuple(outputs[len(streams) :])
+    widths = [sum(linear.out_features for linear in streams)]
+    widths += [linear.out_features for linear in rest]
+    weight = torch.cat([linear.weight for linear in linears])
+    first, *others = F.linear(x, weight).split(widths, dim=-1)
+    return first, tuple(others)
