@@ -59,22 +59,38 @@ class ShortConv(nn.Module):
             nn.init.uniform_(self.weight, -bound, bound)
 
 
-class GatedRMSNorm(nn.Module):
-    """RMSNorm over each head, times an activation of a gate; fp32 inside."""
+class HeadRMSNorm(nn.Module):
+    """RMSNorm over each head (..., head_dim), with one weight for all heads; fp32 inside."""
 
     def __init__(self, head_dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(head_dim))
 
-    def forward(self, x_BTHV: Tensor, gate_BTHV: Tensor) -> Tensor:
-        wide = x_BTHV.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        gated = wide * scale * self.weight.float() * F.silu(gate_BTHV.float())
-        return gated.type_as(gate_BTHV)
+    def forward(self, x: Tensor) -> Tensor:
+        return self._normalize(x).type_as(x)
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide * scale * self.weight.float()
+
+
+GATE_ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+class GatedRMSNorm(HeadRMSNorm):
+    """The same, times an activation of a gate: "silu" or "sigmoid"."""
+
+    def __init__(self, head_dim: int, eps: float, activation: str = "silu"):
+        super().__init__(head_dim, eps)
+        self.activation = GATE_ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return (self._normalize(x) * self.activation(gate.float())).type_as(gate)
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
