@@ -1,8 +1,8 @@
 """What every recurrence on CUDA kernels promises, against its definition in fp32.
 
 A test file has a subclass of `KernelContract` with the door, the step and inputs of its operator,
-and tests of its own for what is special about it. Kernels are tuned for minutes on their first run
-at a new head count or width, and TRITON_CACHE_DIR keeps the choices: so all share H and few widths.
+and tests of its own for what is special about it. Kernels are compiled for every new head count and
+width, so all share H and few widths; conftest.py keeps them from being tuned for each.
 
 Shapes: B rows, T tokens, N sequences, H heads, K key and V value width.
 """

@@ -38,7 +38,7 @@ def make_model(name: str) -> LoopedTransformer:
         multiple_of=64,
         **MODELS[name],
     )
-    args.gdn.head_dim = 64  # widths that other tests have tuned already
+    args.gdn.head_dim = 64  # widths that other tests have compiled already
     args.gdn.expand_v = 1.0
     model = LoopedTransformer(args)
     model.init_weights()

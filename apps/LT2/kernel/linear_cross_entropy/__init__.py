@@ -7,6 +7,8 @@ mean loss is known up to the factor that backward will bring. Loss and softmax a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,6 +42,43 @@ def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def _log_normalizer(logits_NV: Tensor) -> Tensor:
+    """(N, 1) log-sum-exp of each row."""
+    return _on_cuda_fused(_logsumexp, logits_NV)
+
+
+def _logit_gradient(
+    logits_NV: Tensor, log_z_N1: Tensor, label_N1: Tensor, weight_N: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(softmax(logits) - onehot(label)) * weight, computed in fp32 and returned in `dtype`."""
+    return _on_cuda_fused(_softmax_minus_onehot, logits_NV, log_z_N1, label_N1, weight_N, dtype)
+
+
+def _logsumexp(logits_NV: Tensor) -> Tensor:
+    return logits_NV.logsumexp(-1, keepdim=True)
+
+
+def _softmax_minus_onehot(
+    logits_NV: Tensor, log_z_N1: Tensor, label_N1: Tensor, weight_N: Tensor, dtype: torch.dtype
+) -> Tensor:
+    piece_V = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+    gradient = (logits_NV - log_z_N1).exp() - (piece_V == label_N1).float()
+    return (gradient * weight_N[:, None]).to(dtype)
+
+
+def _on_cuda_fused(function: Callable[..., Tensor], logits: Tensor, *args: Any) -> Tensor:
+    """On CUDA each pass over the logits costs as much as several layers: compiled, each of these
+    functions is one."""
+    if logits.is_cuda and not torch.compiler.is_compiling():
+        return _compiled(function)(logits, *args)
+    return function(logits, *args)
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, fullgraph=True)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, ignore: int) -> Tensor:
@@ -54,15 +93,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             kept = t != ignore
             label = t.where(kept, 0)[:, None]
             logits = _matmul_fp32(h, weight.T)
-            log_z = logits.logsumexp(-1, keepdim=True)
+            log_z = _log_normalizer(logits)
             losses = (log_z - logits.gather(1, label))[:, 0]
             loss += losses.masked_fill(~kept, 0.0).sum() / n_targets
             if not (wants_hidden or wants_weight):
                 continue
-            d_logits = logits.sub_(log_z).exp_()
-            d_logits.scatter_add_(1, label, -torch.ones_like(log_z))
-            d_logits.mul_((kept / n_targets)[:, None])
-            d_logits = d_logits.to(weight.dtype)
+            d_logits = _logit_gradient(logits, log_z, label, kept / n_targets, weight.dtype)
             if d_hidden is not None:
                 d_hidden[piece] = d_logits @ weight
             if d_weight is not None:

@@ -1,0 +1,211 @@
+"""What a training step of each recipe costs here: tokens/s, MFU, memory, graph breaks, its kernels.
+
+    python -m apps.LT2.scripts.benchmark_train apps/LT2/configs/600M/*.yaml --steps 20 \\
+        data.root_dir=data "data.sources={local: 1.0}" grad_acc_steps=1
+
+The recipes run one after the other in one process, on the data of their configs and with the given
+overrides. Tuning and compilation happen in the warm-up, which is not timed but whose steps count
+for the loss. What runs out of memory is a row, not an end. With --profile one more step of each is
+traced, and its time on the device told by kind of kernel. The last line is all of it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from apps.LT2.flops import count_parameters, train_flops_per_token
+from apps.LT2.train import build_model
+from apps.LT2.train_args import TrainArgs, validate_train_args
+from apps.LT2.trainer import Trainer, TrainState
+from lingua.args import UserError, parse_args, run_cli
+from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
+from lingua.distributed import get_device, get_device_mesh, setup_env, setup_torch_distributed
+from lingua.metrics import GIB, peak_flops
+from lingua.optim import build_optimizer
+from lingua.parallelize import resolve_dtype
+from lingua.rng import seed_everything
+
+# What stands in a kernel's name -> what it is, the first that fits.
+KERNEL_KINDS = (
+    ("softmax attention", ("flash", "fmha", "cudnn", "attention", "attn", "nsa", "dsa")),
+    ("matrix products", ("nvjet", "gemm", "cutlass", "splitk", "cublas", "xmma", "::mm", "::bmm")),
+    ("recurrences", ("chunk_", "recompute_w_u", "solve_tril", "_cumsum", "merge_16x16", "kkt")),
+    ("compiled norms, gates, convolutions", ("triton_",)),
+    ("optimizer and gradient norm", ("multi_tensor", "adam", "foreach", "norm")),
+    ("copies and fills", ("memcpy", "memset", "copy", "cat", "fill")),
+)
+
+
+@dataclass
+class Row:
+    recipe: str
+    body_parameters: int = 0
+    tokens_per_step: int = 0
+    tokens_per_s: float = 0.0  # median over the timed steps
+    quartiles: tuple[float, float] = (0.0, 0.0)
+    mfu: float | None = None
+    peak_gib: float = 0.0
+    graph_breaks: int = 0  # in compiled blocks
+    compiled: bool = False
+    first_loss: float = 0.0
+    last_loss: float = 0.0
+    grad_norm: float = 0.0  # of the last step; NaN or infinity would have stopped the run
+    problem: str = ""
+    kernel_ms: dict[str, float] = field(default_factory=dict)
+    top_kernels_ms: dict[str, float] = field(default_factory=dict)
+
+
+def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -> None:
+    """Train `steps` steps and fill in `row`; the first `warmup` are not timed."""
+    device = get_device()
+    counters.clear()
+    seed_everything(args.seed)
+    mesh = get_device_mesh(args.distributed)
+    model = build_model(args, mesh, device)
+    optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
+    state = TrainState(0, 0, init_dataloader_state_from_args(args.data, 0, 1), scheduler)
+    row.body_parameters = count_parameters(model).body
+    row.tokens_per_step = args.data.batch_size * args.data.seq_len * args.grad_acc_steps
+    row.compiled = args.distributed.compile
+    with build_dataloader_from_args(args.data, state.data_loader_state) as batches:
+        trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
+        seconds = []
+        for step in range(steps):
+            if step == warmup and device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            row.grad_norm = trainer.step().grad_norm  # reading it waits for the backward
+            synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        if profile:
+            row.kernel_ms, row.top_kernels_ms = profile_step(trainer)
+    rates = [row.tokens_per_step / s for s in seconds[warmup:]]
+    low, row.tokens_per_s, high = statistics.quantiles(rates, n=4)
+    row.quartiles = (low, high)
+    dtype = resolve_dtype(args.distributed.model_dtype, device.type)
+    if device.type == "cuda":
+        row.peak_gib = torch.cuda.max_memory_allocated() / GIB
+        peak = peak_flops(torch.cuda.get_device_name(), dtype)
+        flops = train_flops_per_token(model, args.data.seq_len) * row.tokens_per_s
+        row.mfu = None if peak is None else flops / peak
+    row.graph_breaks = sum(counters["graph_break"].values())
+    row.first_loss, row.last_loss = (state.losses[i].item() for i in (0, steps - 1))
+
+
+def profile_step(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds on the device of one step, by kind of kernel and for the ten longest kernels."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    if trainer.device.type == "cpu":
+        activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        trainer.step()
+        synchronize(trainer.device)
+    by_kind: Counter[str] = Counter()
+    by_name: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        ms = (event.self_device_time_total or event.self_cpu_time_total) / 1000
+        by_kind[kernel_kind(event.key)] += ms
+        by_name[event.key[:80]] += ms
+    return dict(by_kind.most_common()), dict(by_name.most_common(10))
+
+
+def kernel_kind(name: str) -> str:
+    lower = name.lower()
+    for kind, parts in KERNEL_KINDS:
+        if any(part in lower for part in parts):
+            return kind
+    return "other"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def release_memory() -> None:
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def read_recipe(path: str, overrides: list[str]) -> TrainArgs:
+    options = [f"config={path}", "dump_dir=unused", *overrides]
+    return validate_train_args(parse_args(TrainArgs, options))
+
+
+def format_row(row: Row) -> str:
+    if row.problem:
+        return f"{row.recipe:42s} {row.problem}"
+    mfu = "" if row.mfu is None else f"{100 * row.mfu:.1f}%"
+    breaks = str(row.graph_breaks) if row.compiled else "eager"
+    return (
+        f"{row.recipe:42s} {row.body_parameters / 1e6:7.1f}M {row.tokens_per_s:9.0f} "
+        f"({row.quartiles[0]:.0f}-{row.quartiles[1]:.0f}) {mfu:>6s} {row.peak_gib:6.1f} GiB "
+        f"{breaks:>6s} {row.first_loss:8.3f} {row.last_loss:8.3f} {row.grad_norm:8.3f}"
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m apps.LT2.scripts.benchmark_train",
+        description=(__doc__ or "").splitlines()[0],
+    )
+    parser.add_argument("recipes", nargs="+", metavar="CONFIG.yaml or key=value")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps, warm-up included")
+    parser.add_argument("--warmup", type=int, default=5, help="steps that are not timed")
+    parser.add_argument("--profile", action="store_true", help="trace one more step of each")
+    given = parser.parse_intermixed_args(argv)
+    if given.warmup < 1 or given.steps < given.warmup + 2:
+        raise UserError(f"--steps {given.steps} leaves fewer than 2 after --warmup {given.warmup}")
+    overrides = [arg for arg in given.recipes if "=" in arg]
+    paths = [arg for arg in given.recipes if "=" not in arg]
+    runs = [(Path(path).stem, read_recipe(path, overrides)) for path in paths]  # all, before any
+    if not runs:
+        raise UserError("no recipe is named: give one or more CONFIG.yaml")
+
+    setup_env(runs[0][1].env)
+    setup_torch_distributed(runs[0][1].distributed)
+    print(
+        f"{'recipe':42s} {'body':>8s} {'tokens/s':>9s} (quartiles)    MFU   memory breaks "
+        f"first and last loss, gradient norm",
+        flush=True,
+    )
+    rows = []
+    for name, args in runs:
+        rows.append(row := Row(name))
+        try:
+            measure(args, row, given.warmup, given.steps, given.profile)
+        except torch.OutOfMemoryError as error:
+            row.problem = f"out of memory: {str(error).splitlines()[0]}"
+        except (FloatingPointError, UserError) as error:
+            row.problem = str(error)
+        release_memory()
+        print(format_row(row), flush=True)
+        for kind, ms in row.kernel_ms.items():
+            print(f"    {ms:9.2f} ms  {kind}", flush=True)
+    print(json.dumps(environment() | {"rows": [asdict(row) for row in rows]}))
+
+
+def environment() -> dict[str, Any]:
+    found: dict[str, Any] = {"torch": torch.__version__}
+    if torch.cuda.is_available():
+        import triton
+
+        found |= {"device": torch.cuda.get_device_name(), "triton": triton.__version__}
+    return found
+
+
+if __name__ == "__main__":
+    run_cli(main)
