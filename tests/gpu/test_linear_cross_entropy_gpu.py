@@ -1,4 +1,4 @@
-"""The chunked loss on CUDA, where its passes over the logits are compiled, against its definition."""
+"""The chunked loss on CUDA, whose passes over the logits are compiled, against its definition."""
 
 from __future__ import annotations
 

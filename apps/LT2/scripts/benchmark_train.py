@@ -105,16 +105,18 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
 
 def profile_step(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds on the device of one step, by kind of kernel and for the ten longest kernels."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    if trainer.device.type == "cpu":
-        activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
+    on_cuda = trainer.device.type == "cuda"
+    kinds = torch.profiler.ProfilerActivity
+    activity = kinds.CUDA if on_cuda else kinds.CPU
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profiler:
         trainer.step()
         synchronize(trainer.device)
     by_kind: Counter[str] = Counter()
     by_name: Counter[str] = Counter()
     for event in profiler.key_averages():
-        ms = (event.self_device_time_total or event.self_cpu_time_total) / 1000
+        ms = (event.self_device_time_total if on_cuda else event.self_cpu_time_total) / 1000
+        if not ms:
+            continue
         by_kind[kernel_kind(event.key)] += ms
         by_name[event.key[:80]] += ms
     return dict(by_kind.most_common()), dict(by_name.most_common(10))
