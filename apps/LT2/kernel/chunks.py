@@ -109,19 +109,39 @@ class HeadDecay:
 
     @staticmethod
     def of(g_MHC: Tensor, dtype: torch.dtype) -> HeadDecay:
-        # Summed in fp64: after strong decay the sums are large and their differences small.
-        sum_MHC = g_MHC.double().cumsum(-1)
-        C = g_MHC.shape[-1]
-        later = torch.ones(C, C, dtype=torch.bool, device=g_MHC.device).triu(1)
-        # Masked before exp: above the diagonal the difference is positive and exp could overflow,
-        # and inf * 0 would turn the gradient into NaN.
-        between = (sum_MHC[..., :, None] - sum_MHC[..., None, :]).to(dtype)
-        return HeadDecay(
-            between_MHCC=between.masked_fill(later, -torch.inf).exp(),
-            from_start_MHC1=sum_MHC.to(dtype).exp()[..., None],
-            to_end_MHC1=(sum_MHC[..., -1:] - sum_MHC).to(dtype).exp()[..., None],
-            whole_MH11=sum_MHC[..., -1].to(dtype).exp()[..., None, None],
-        )
+        between, from_start, to_end, whole = _decay_of_spans(g_MHC[..., None], dtype)
+        return HeadDecay(between[..., 0], from_start, to_end, whole)
+
+
+@dataclass
+class ChannelDecay:
+    """The same with one decay a key channel. The first field is large: take short chunks."""
+
+    between_MHCCK: Tensor  # after token j, up to and with token i; 0 for j > i
+    from_start_MHCK: Tensor  # from the start of the chunk, up to and with token i
+    to_end_MHCK: Tensor  # after token j, up to the end of the chunk
+    whole_MHK1: Tensor  # over the whole chunk
+
+    @staticmethod
+    def of(g_MHCK: Tensor, dtype: torch.dtype) -> ChannelDecay:
+        return ChannelDecay(*_decay_of_spans(g_MHCK, dtype))
+
+
+def _decay_of_spans(g_MHCD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(between two tokens, from the start, to the end, of the whole chunk) for D decays a head."""
+    # Summed in fp64: after strong decay the sums are large and their differences small.
+    sum_MHCD = g_MHCD.double().cumsum(-2)
+    C = g_MHCD.shape[-2]
+    later_CC1 = torch.ones(C, C, dtype=torch.bool, device=g_MHCD.device).triu(1)[..., None]
+    # Masked before exp: above the diagonal the difference is positive and exp could overflow,
+    # and inf * 0 would turn the gradient into NaN.
+    between = (sum_MHCD[..., :, None, :] - sum_MHCD[..., None, :, :]).to(dtype)
+    return (
+        between.masked_fill(later_CC1, -torch.inf).exp(),
+        sum_MHCD.to(dtype).exp(),
+        (sum_MHCD[..., -1:, :] - sum_MHCD).to(dtype).exp(),
+        sum_MHCD[..., -1, :, None].to(dtype).exp(),
+    )
 
 
 @dataclass

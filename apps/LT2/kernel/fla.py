@@ -11,6 +11,7 @@ from functools import cache
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -18,6 +19,9 @@ from lingua.args import UserError
 
 CHUNK = 64  # tokens that fla's kernels take at a time
 DTYPES = (torch.bfloat16, torch.float16)
+MAX_KEY_WIDTH = 256  # of the state kernels
+# Below, fla 0.6.0 reads past its tensors on Hopper: wrong dq, dk and dg, and at times a crash.
+MIN_WIDTH = 64
 
 
 @cache
@@ -46,6 +50,39 @@ def check_fla_inputs(operator: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             f"{operator}(impl='fla') needs q, k and v all bf16 or all fp16, got "
             f"{q.dtype}, {k.dtype}, {v.dtype}; use distributed.model_dtype=bf16 or impl='chunked'"
         )
+
+
+def check_delta_rule_inputs(operator: str, options: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """The same, with the head widths that the delta rules take; `options` is their section, such
+    as model.gdn."""
+    check_fla_inputs(operator, q, k, v)
+    K, V = k.shape[-1], v.shape[-1]
+    if K > MAX_KEY_WIDTH or K % 2 or V % 2:
+        raise UserError(
+            f"{operator}(impl='fla') needs an even key width of at most {MAX_KEY_WIDTH} and an "
+            f"even value width per head, got {K} and {V}; change the head widths (n_heads, "
+            f"{options}) or use impl='chunked'"
+        )
+
+
+def widen(x: Tensor) -> Tensor:
+    """x with zeros up to the narrowest head (last axis) whose kernels are right.
+
+    Contiguous, and made so outside the operators, where a compiler can do it with the producer.
+    """
+    missing = MIN_WIDTH - x.shape[-1]
+    return (F.pad(x, (0, missing)) if missing > 0 else x).contiguous()
+
+
+def widen_state(state_NHKV: Tensor | None) -> Tensor | None:
+    """The same for both widths of a state, in fp32."""
+    if state_NHKV is None:
+        return None
+    K, V = state_NHKV.shape[-2:]
+    state = state_NHKV.float()
+    if min(K, V) < MIN_WIDTH:
+        state = F.pad(state, (0, max(MIN_WIDTH - V, 0), 0, max(MIN_WIDTH - K, 0)))
+    return state.contiguous()
 
 
 # cu_seqlens -> (its version, our copy)

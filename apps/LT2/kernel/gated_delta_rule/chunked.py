@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.chunks import ChunkLayout, HeadDecay, pass_state
+from apps.LT2.kernel.chunks import ChunkLayout, HeadDecay
+from apps.LT2.kernel.delta import delta_rule_in_chunks
 
 
 def gated_delta_rule_chunked(
@@ -38,22 +39,17 @@ def gated_delta_rule_chunked(
     beta_MHC1 = layout.to_chunks(beta_BTH[..., None]).to(dtype)
 
     decay = HeadDecay.of(g_MHC, dtype)
-    kk_MHCC = k_MHCK @ k_MHCK.mT
-    # The solver reads the strict lower triangle only: the diagonal counts as ones.
-    system_MHCC = kk_MHCC * decay.between_MHCC * beta_MHC1
-    rhs = torch.cat([v_MHCV, k_MHCK * decay.from_start_MHC1], dim=-1) * beta_MHC1
-    solved = torch.linalg.solve_triangular(system_MHCC, rhs, upper=False, unitriangular=True)
-    u_MHCV, w_MHCK = solved.split([v_MHCV.shape[-1], K], dim=-1)
-
-    k_to_end_MHKC = (k_MHCK * decay.to_end_MHC1).mT
-    starts_MHKV, final_NHKV = pass_state(
+    o_MHCV, final_NHKV = delta_rule_in_chunks(
         layout,
-        keep=decay.whole_MH11,
-        erase=k_to_end_MHKC @ w_MHCK,
-        write=k_to_end_MHKC @ u_MHCV,
+        q_MHCK,
+        k_MHCK,
+        v_MHCV,
+        beta_MHC1,
+        kk_MHCC=(k_MHCK @ k_MHCK.mT) * decay.between_MHCC,
+        qk_MHCC=(q_MHCK @ k_MHCK.mT) * decay.between_MHCC,
+        from_start=decay.from_start_MHC1,
+        to_end=decay.to_end_MHC1,
+        whole=decay.whole_MH11,
         state=state,
     )
-    writes_MHCV = u_MHCV - w_MHCK @ starts_MHKV
-    qk_MHCC = (q_MHCK @ k_MHCK.mT) * decay.between_MHCC
-    o_MHCV = (q_MHCK * decay.from_start_MHC1) @ starts_MHKV + qk_MHCC @ writes_MHCV
     return layout.from_chunks(o_MHCV, B, T).to(v_BTHV.dtype), final_NHKV

@@ -14,15 +14,16 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from apps.LT2.kernel.fla import CHUNK, check_fla_inputs, import_fla, packed_arguments
-from lingua.args import UserError
-
-MAX_KEY_WIDTH = 256  # of fla's state kernels
-# Below, fla 0.6.0 reads past its tensors on Hopper: wrong dq, dk and dg, and at times a crash.
-MIN_WIDTH = 64
+from apps.LT2.kernel.fla import (
+    CHUNK,
+    check_delta_rule_inputs,
+    import_fla,
+    packed_arguments,
+    widen,
+    widen_state,
+)
 
 
 def gated_delta_rule_fla(
@@ -36,34 +37,19 @@ def gated_delta_rule_fla(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `gated_delta_rule`, for 16-bit q, k, v on CUDA."""
-    _check_supported(q_BTHK, k_BTHK, v_BTHV)
+    check_delta_rule_inputs("gated_delta_rule", "model.gdn", q_BTHK, k_BTHK, v_BTHV)
     K, V = k_BTHK.shape[-1], v_BTHV.shape[-1]
-    more_K, more_V = max(MIN_WIDTH - K, 0), max(MIN_WIDTH - V, 0)
-    if state is not None:
-        state = F.pad(state.float(), (0, more_V, 0, more_K)).contiguous()
-    # Made contiguous outside the operator, where a compiler can do it with the producer.
     o_BTHV, final_NHKV, _, _ = _forward(
-        F.pad(q_BTHK, (0, more_K)).contiguous(),
-        F.pad(k_BTHK, (0, more_K)).contiguous(),
-        F.pad(v_BTHV, (0, more_V)).contiguous(),
+        widen(q_BTHK),
+        widen(k_BTHK),
+        widen(v_BTHV),
         g_BTH.float().contiguous(),
         beta_BTH.float().contiguous(),
-        state,
+        widen_state(state),
         cu_seqlens,
         K**-0.5,
     )
     return o_BTHV[..., :V], final_NHKV[..., :K, :V]
-
-
-def _check_supported(q: Tensor, k: Tensor, v: Tensor) -> None:
-    check_fla_inputs("gated_delta_rule", q, k, v)
-    K, V = k.shape[-1], v.shape[-1]
-    if K > MAX_KEY_WIDTH or K % 2 or V % 2:
-        raise UserError(
-            f"gated_delta_rule(impl='fla') needs an even key width of at most {MAX_KEY_WIDTH} and "
-            f"an even value width per head, got {K} and {V}; change the head widths (n_heads, "
-            "model.gdn) or use impl='chunked'"
-        )
 
 
 @torch.library.custom_op("lt2::gated_delta_rule", mutates_args=())
