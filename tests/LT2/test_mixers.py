@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.mixers import MIXERS, Mixer
+from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
+from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.tolerances import BF16_LAYER, FP32, FP32_GRAD, assert_same
@@ -30,10 +32,16 @@ def attention_flops(mixer: Any, seqlen: int, window: int | None) -> int:
     return 4 * mixer.n_heads * mixer.head_dim * pairs
 
 
-def gdn_flops(mixer: Any, seqlen: int, window: int | None) -> int:
-    """Per token and head: S decays, S^T k, k outer write, S^T q; and the convolutions' taps."""
+def delta_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """Per token and head: S^T k, k outer write, S^T q; and the convolutions' taps."""
     taps = 0 if mixer.conv.weight is None else 2 * mixer.conv.weight.numel()
-    return seqlen * (taps + mixer.n_heads * 7 * mixer.key_dim * mixer.value_dim)
+    return seqlen * (taps + mixer.n_heads * 6 * mixer.key_dim * mixer.value_dim)
+
+
+def fading_delta_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """The same, and S decays."""
+    decay = mixer.n_heads * mixer.key_dim * mixer.value_dim
+    return delta_flops(mixer, seqlen, window) + seqlen * decay
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,13 @@ class Case:
         return min(t + 1, self.window or t + 1)
 
 
+UNUSUAL: dict[str, Any] = {
+    "n_heads": 3,
+    "head_dim": 8,
+    "expand_v": 1.5,
+    "conv_size": 2,
+    "allow_neg_eigval": True,
+}
 ONE_KEY = frozenset({"wq.weight", "wk.weight"})  # a softmax over one key is 1
 CASES = {
     "full": Case("full", attention_flops),
@@ -64,16 +79,16 @@ CASES = {
     "window_5": Case("window", attention_flops, window=5),
     "window_64": Case("window", attention_flops, window=64, args={"n_kv_heads": 1}),
     "window_300": Case("window", attention_flops, window=300),
-    "gdn": Case("gdn", gdn_flops),
-    "gdn_no_conv": Case("gdn", gdn_flops, args={"gdn": GatedDeltaNetArgs(conv_size=0)}),
-    "gdn_neg_eigval": Case(
-        "gdn",
-        gdn_flops,
-        args={
-            "gdn": GatedDeltaNetArgs(
-                n_heads=3, head_dim=8, expand_v=1.5, conv_size=2, allow_neg_eigval=True
-            )
-        },
+    "gdn": Case("gdn", fading_delta_flops),
+    "gdn_no_conv": Case("gdn", fading_delta_flops, args={"gdn": GatedDeltaNetArgs(conv_size=0)}),
+    "gdn_neg_eigval": Case("gdn", fading_delta_flops, args={"gdn": GatedDeltaNetArgs(**UNUSUAL)}),
+    "kda": Case("kda", fading_delta_flops),
+    "kda_no_conv": Case("kda", fading_delta_flops, args={"kda": KDAArgs(conv_size=0)}),
+    "kda_neg_eigval": Case("kda", fading_delta_flops, args={"kda": KDAArgs(**UNUSUAL)}),
+    "deltanet": Case("deltanet", delta_flops),
+    "deltanet_no_conv": Case("deltanet", delta_flops, args={"deltanet": DeltaNetArgs(conv_size=0)}),
+    "deltanet_neg_eigval": Case(
+        "deltanet", delta_flops, args={"deltanet": DeltaNetArgs(**UNUSUAL)}
     ),
 }
 

@@ -462,22 +462,24 @@ def test_impossible_models_are_refused_by_name(changes, told):
         LoopedTransformer(LoopedTransformerArgs(**{**SMALL, **changes}))
 
 
+@pytest.mark.parametrize("mixer", ["gdn", "kda", "deltanet"])
 @pytest.mark.parametrize(
     "changes, told",
     [
-        ({"conv_size": 1}, "model.gdn.conv_size=1"),
-        ({"conv_size": 9}, "model.gdn.conv_size=9"),
-        ({"conv_size": -1}, "model.gdn.conv_size=-1"),
-        ({"expand_v": 1.3}, "model.gdn.expand_v=1.3"),
-        ({"expand_v": -2.0}, "model.gdn.expand_v=-2.0"),
-        ({"n_heads": 0}, "model.gdn.n_heads=0"),
-        ({"head_dim": 0}, "model.gdn.head_dim=0"),
-        ({"head_dim": -8}, "model.gdn.head_dim=-8"),
+        ({"conv_size": 1}, "conv_size=1"),
+        ({"conv_size": 9}, "conv_size=9"),
+        ({"conv_size": -1}, "conv_size=-1"),
+        ({"expand_v": 1.3}, "expand_v=1.3"),
+        ({"expand_v": -2.0}, "expand_v=-2.0"),
+        ({"n_heads": 0}, "n_heads=0"),
+        ({"n_heads": 5}, "head_dim"),
+        ({"head_dim": 0}, "head_dim=0"),
+        ({"head_dim": -8}, "head_dim=-8"),
     ],
 )
-def test_impossible_gdn_settings_are_refused_by_name(changes, told):
-    args = LoopedTransformerArgs(**SMALL, mixer="gdn")
+def test_impossible_settings_of_delta_rules_are_refused_by_name(mixer, changes, told):
+    args = LoopedTransformerArgs(**SMALL, mixer=mixer)
     for field, value in changes.items():
-        setattr(args.gdn, field, value)
-    with pytest.raises(UserError, match=told):
+        setattr(getattr(args, mixer), field, value)
+    with pytest.raises(UserError, match=f"model.{mixer}.{told}"):
         LoopedTransformer(args)

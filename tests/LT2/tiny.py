@@ -15,6 +15,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"mixer": "full"},
     "window": {"mixer": "window", "default_sliding_window": 5},
     "gdn": {"mixer": "gdn"},
+    "kda": {"mixer": "kda"},
+    "deltanet": {"mixer": "deltanet"},
     "hybrid": {"mixer": "gdn", "hybrid_mixer": "full", "attention_pattern": "2:1"},
 }
 

@@ -2,12 +2,16 @@
 
 from apps.LT2.mixers.attention import Attention
 from apps.LT2.mixers.base import Mixer, MixerCache
+from apps.LT2.mixers.deltanet import DeltaNet
 from apps.LT2.mixers.gdn import GatedDeltaNet
+from apps.LT2.mixers.kda import KimiDeltaAttention
 
 MIXERS: dict[str, type[Mixer]] = {
     "full": Attention,
     "window": Attention,
     "gdn": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
+    "deltanet": DeltaNet,
 }
 
 __all__ = ["MIXERS", "Mixer", "MixerCache"]

@@ -10,16 +10,23 @@ V value width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.gated_delta_rule import gated_delta_rule, gated_delta_step
-from apps.LT2.mixers.linear import LinearMixer, Rest, project_streams, split_qkv
-from apps.LT2.mixers.parts import GatedRMSNorm, ShortConv, init_decay, l2_normalize, log_decay
-from lingua.args import UserError
-from lingua.transformer import check_sizes, init_linear
+from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, project_streams, split_qkv
+from apps.LT2.mixers.parts import (
+    GatedRMSNorm,
+    ShortConv,
+    init_decay,
+    l2_normalize,
+    log_decay,
+    write_strength,
+)
+from lingua.transformer import init_linear
 
 if TYPE_CHECKING:
     from apps.LT2.transformer import LoopedTransformerArgs
@@ -40,7 +47,7 @@ class GatedDeltaNet(LinearMixer):
 
     def __init__(self, args: LoopedTransformerArgs):
         super().__init__()
-        self.n_heads, self.key_dim, self.value_dim = head_shape(args)
+        self.n_heads, self.key_dim, self.value_dim = head_shape(args, "gdn", Fraction(3, 4))
         self.allow_neg_eigval = args.gdn.allow_neg_eigval
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
         self.wq = nn.Linear(args.dim, keys, bias=False)
@@ -94,31 +101,6 @@ class GatedDeltaNet(LinearMixer):
         """(q, k, v, g, beta) by head; q and k are unit vectors, g and beta fp32."""
         q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
         _, a, b = rest
-        beta = torch.sigmoid(b.float())
-        if self.allow_neg_eigval:
-            beta = 2 * beta
+        beta = write_strength(b, self.allow_neg_eigval)
         g = log_decay(a, self.A_log, self.dt_bias)
         return l2_normalize(q), l2_normalize(k), v, g, beta
-
-
-def head_shape(args: LoopedTransformerArgs) -> tuple[int, int, int]:
-    """(heads, key width, value width) of `model.gdn`; UserError where they are no whole numbers."""
-    gdn = args.gdn
-    check_sizes("model", args, "n_heads")
-    check_sizes("model.gdn", gdn, "n_heads", "head_dim")
-    n_heads = gdn.n_heads or args.n_heads
-    if n_heads is None:
-        raise UserError("model.gdn.n_heads and model.n_heads are both null: set one, e.g. 8")
-    if gdn.head_dim is None and 3 * args.dim % (4 * n_heads):
-        raise UserError(
-            f"model.gdn.head_dim: 0.75 * dim / n_heads = 0.75 * {args.dim} / {n_heads} is no whole "
-            "number; set model.gdn.head_dim"
-        )
-    key_dim = gdn.head_dim or 3 * args.dim // (4 * n_heads)
-    value_dim = key_dim * gdn.expand_v
-    if value_dim < 1 or value_dim != int(value_dim):
-        raise UserError(
-            f"model.gdn.expand_v={gdn.expand_v} times the key width {key_dim} is no whole number; "
-            "use 1, 1.5 or 2"
-        )
-    return n_heads, key_dim, int(value_dim)

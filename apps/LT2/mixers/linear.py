@@ -14,7 +14,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,12 @@ from torch import Tensor, nn
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
 from apps.LT2.mixers.parts import ShortConv
+from lingua.args import UserError
 from lingua.probe import is_probing
+from lingua.transformer import check_sizes
+
+if TYPE_CHECKING:
+    from apps.LT2.transformer import LoopedTransformerArgs
 
 # With fewer tokens a product is bound by reading weights, and joining them reads them twice.
 FUSE_TOKENS = 512
@@ -170,6 +176,37 @@ class LinearMixer(Mixer):
     def split_heads(self, x: Tensor, width: int) -> Tensor:
         """(..., H * width) -> (..., H, width)"""
         return x.unflatten(-1, (self.n_heads, width))
+
+
+def head_shape(
+    args: LoopedTransformerArgs, section: str, key_share: Fraction = Fraction(1)
+) -> tuple[int, int, int]:
+    """(heads, key width, value width) of the options in model.<section>: n_heads, head_dim and
+    expand_v. By default there are model.n_heads heads, which share `key_share` of dim.
+
+    UserError where these are no whole numbers.
+    """
+    options, name = getattr(args, section), f"model.{section}"
+    check_sizes("model", args, "n_heads")
+    check_sizes(name, options, "n_heads", "head_dim")
+    n_heads = options.n_heads or args.n_heads
+    if n_heads is None:
+        raise UserError(f"{name}.n_heads and model.n_heads are both null: set one, e.g. 8")
+    key_dim = options.head_dim or key_share * args.dim / n_heads
+    if key_dim != int(key_dim):
+        share = "" if key_share == 1 else f"{float(key_share):g} * "
+        raise UserError(
+            f"{name}.head_dim: {share}dim / n_heads = {share}{args.dim} / {n_heads} is no whole "
+            f"number; set {name}.head_dim"
+        )
+    key_dim = int(key_dim)
+    value_dim = key_dim * options.expand_v
+    if value_dim < 1 or value_dim != int(value_dim):
+        raise UserError(
+            f"{name}.expand_v={options.expand_v} times the key width {key_dim} is no whole number; "
+            "use 1, 1.5 or 2"
+        )
+    return n_heads, key_dim, int(value_dim)
 
 
 def split_qkv(

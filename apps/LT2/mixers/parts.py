@@ -90,7 +90,7 @@ class GatedRMSNorm(HeadRMSNorm):
         self.activation = GATE_ACTIVATIONS[activation]
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        return (self._normalize(x) * self.activation(gate.float())).type_as(gate)
+        return (self._normalize(x) * self.activation(gate.float())).type_as(x)
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -99,18 +99,24 @@ def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).type_as(x)
 
 
+def write_strength(b: Tensor, allow_neg_eigval: bool) -> Tensor:
+    """beta = sigmoid(b), or twice that, in fp32: at 2 a write flips what its key held."""
+    beta = torch.sigmoid(b.float())
+    return 2 * beta if allow_neg_eigval else beta
+
+
 @torch.no_grad()
-def init_decay(A_log_H: Tensor, dt_bias_H: Tensor) -> None:
+def init_decay(A_log: Tensor, dt_bias: Tensor, *, least_A: float = 0.0) -> None:
     """Mamba-style decay g = -exp(A_log) softplus(a + dt_bias), https://arxiv.org/abs/2405.21060.
 
-    A is uniform in (0, 16), and softplus(dt_bias) log-uniform in (0.001, 0.1): memories of about
-    one to some thousand tokens.
+    A is uniform in (least_A, 16), and softplus(dt_bias) log-uniform in (0.001, 0.1): memories of
+    about one to some thousand tokens.
     """
-    A_log_H.uniform_(0, 16).clamp_(min=1e-4).log_()
-    dt = torch.empty_like(dt_bias_H).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
-    dt_bias_H.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+    A_log.uniform_(least_A, 16).clamp_(min=1e-4).log_()
+    dt = torch.empty_like(dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+    dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
 
 
-def log_decay(a_BTH: Tensor, A_log_H: Tensor, dt_bias_H: Tensor) -> Tensor:
-    """-exp(A_log) softplus(a + dt_bias), fp32 and never positive."""
-    return -A_log_H.float().exp() * F.softplus(a_BTH.float() + dt_bias_H.float())
+def log_decay(a: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
+    """-exp(A_log) softplus(a + dt_bias), fp32 and never positive; the two broadcast to a."""
+    return -A_log.float().exp() * F.softplus(a.float() + dt_bias.float())

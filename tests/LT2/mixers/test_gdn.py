@@ -10,6 +10,7 @@ from torch import Tensor
 from apps.LT2.mixers.gdn import GatedDeltaNet, GatedDeltaNetArgs
 from apps.LT2.mixers.parts import init_decay
 from apps.LT2.transformer import LoopedTransformerArgs
+from tests.LT2.mixers.paper import convolved_heads
 from tests.tolerances import FP32, assert_same
 
 
@@ -26,14 +27,6 @@ def make(**gdn) -> GatedDeltaNet:
     return layer.double()
 
 
-def convolve(x_TC: Tensor, conv) -> Tensor:
-    """Depthwise, causal, the last tap on the current token; then SiLU."""
-    if conv.weight is None:
-        return F.silu(x_TC)
-    padded_CT = F.pad(x_TC.T, (conv.size - 1, 0))
-    return F.silu(F.conv1d(padded_CT[None], conv.weight[:, None], groups=x_TC.shape[1])[0].T)
-
-
 def head_outputs(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, g_T: Tensor, beta_T: Tensor) -> Tensor:
     """Equation 10 of the paper, S as V x K."""
     S_VK = q_TK.new_zeros(v_TV.shape[1], k_TK.shape[1])
@@ -45,21 +38,15 @@ def head_outputs(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, g_T: Tensor, beta_T: 
 
 
 def definition(layer: GatedDeltaNet, x_TD: Tensor, beta_range: float) -> Tensor:
-    K, V = layer.key_dim, layer.value_dim
-    streams_TC = torch.cat([x_TD @ w.weight.T for w in (layer.wq, layer.wk, layer.wv)], dim=-1)
-    keys = layer.n_heads * K
-    q_TC, k_TC, v_TC = convolve(streams_TC, layer.conv).split([keys, keys, layer.n_heads * V], -1)
     g_TH = -layer.A_log.exp() * F.softplus(x_TD @ layer.wa.weight.T + layer.dt_bias)
     beta_TH = beta_range * torch.sigmoid(x_TD @ layer.wb.weight.T)
-    gate_TC = F.silu(x_TD @ layer.wg.weight.T)
-    heads = []
-    for h in range(layer.n_heads):
-        keys, values = slice(h * K, (h + 1) * K), slice(h * V, (h + 1) * V)
-        q, k = F.normalize(q_TC[:, keys], dim=-1), F.normalize(k_TC[:, keys], dim=-1)
-        o = head_outputs(q, k, v_TC[:, values], g_TH[:, h], beta_TH[:, h])
-        o = F.rms_norm(o, (V,), layer.norm.weight, eps=1e-3)
-        heads.append(o * gate_TC[:, values])
-    return torch.cat(heads, -1) @ layer.wo.weight.T
+    gates = F.silu(x_TD @ layer.wg.weight.T).chunk(layer.n_heads, dim=-1)
+    outputs = []
+    for h, (q, k, v) in enumerate(convolved_heads(layer, x_TD)):
+        o = head_outputs(q, k, v, g_TH[:, h], beta_TH[:, h])
+        o = F.rms_norm(o, (layer.value_dim,), layer.norm.weight, eps=1e-3)
+        outputs.append(o * gates[h])
+    return torch.cat(outputs, -1) @ layer.wo.weight.T
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""DeltaNet (https://arxiv.org/abs/2406.06484): the delta rule without decay.
+
+    S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t
+
+q, k and v pass a short convolution and SiLU, q and k are unit vectors; the output is RMS-normed
+per head, and not gated. Shapes: B sequences, T tokens, D model width, H heads, K key width,
+V value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from apps.LT2.kernel.delta_rule import delta_rule, delta_rule_step
+from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, project_streams, split_qkv
+from apps.LT2.mixers.parts import HeadRMSNorm, ShortConv, l2_normalize, write_strength
+from lingua.transformer import init_linear
+
+if TYPE_CHECKING:
+    from apps.LT2.transformer import LoopedTransformerArgs
+
+
+@dataclass
+class DeltaNetArgs:
+    n_heads: int | None = None  # heads; null = model.n_heads
+    head_dim: int | None = None  # key width of a head; null = dim / n_heads
+    expand_v: float = 1.0  # value width / key width; the state of a head is K x V
+    conv_size: int = 4  # taps of the short causal convolutions on q, k and v; 0 = none
+    allow_neg_eigval: bool = False  # beta in (0, 2), https://arxiv.org/abs/2411.12537
+
+
+class DeltaNet(LinearMixer):
+    module_name = "deltanet"
+    conv: ShortConv
+
+    def __init__(self, args: LoopedTransformerArgs):
+        super().__init__()
+        self.n_heads, self.key_dim, self.value_dim = head_shape(args, "deltanet")
+        self.allow_neg_eigval = args.deltanet.allow_neg_eigval
+        keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
+        self.wq = nn.Linear(args.dim, keys, bias=False)
+        self.wk = nn.Linear(args.dim, keys, bias=False)
+        self.wv = nn.Linear(args.dim, values, bias=False)
+        self.wb = nn.Linear(args.dim, self.n_heads, bias=False)  # write strength
+        self.wo = nn.Linear(values, args.dim, bias=False)
+        conv_size = args.deltanet.conv_size
+        self.conv = ShortConv(2 * keys + values, conv_size, option="model.deltanet.conv_size")
+        self.norm = HeadRMSNorm(self.value_dim, args.norm_eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
+        return project_streams(x, (self.wq, self.wk, self.wv), (self.wb,))
+
+    def recur(
+        self,
+        streams_BTC: Tensor,
+        rest: Rest,
+        *,
+        positions: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = self._inputs(streams_BTC, rest)
+        return delta_rule(*inputs, state=state, cu_seqlens=cu_seqlens)
+
+    def recur_step(
+        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
+    ) -> Tensor:
+        return delta_rule_step(*self._inputs(streams_BC, rest), state_BHKV)
+
+    def output(self, o: Tensor, rest: Rest) -> Tensor:
+        return self.wo(self.norm(o).flatten(-2))
+
+    def reset_parameters(self, init_std: float | None, factor: float) -> None:
+        for linear in (self.wq, self.wk, self.wv, self.wb):
+            init_linear(linear, init_std)
+        init_linear(self.wo, init_std, factor)
+        self.conv.reset_parameters()
+        self.norm.reset_parameters()
+
+    def recurrence_flops(self) -> int:
+        # Read k^T S, write the outer product, read q^T S: 2 K V each.
+        return 6 * self.n_heads * self.key_dim * self.value_dim
+
+    def _inputs(self, streams: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, v, beta) by head; q and k are unit vectors, beta is fp32."""
+        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
+        beta = write_strength(rest[0], self.allow_neg_eigval)
+        return l2_normalize(q), l2_normalize(k), v, beta
