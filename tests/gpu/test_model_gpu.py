@@ -8,8 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from apps.LT2.kernel.gated_delta_rule import gated_delta_rule
-from apps.LT2.mixers import gdn
+from apps.LT2.mixers import deltanet, gdn, kda
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.tolerances import BF16_KERNEL, relative_error
@@ -21,9 +20,13 @@ MODELS = {
     "full": {"mixer": "full"},
     "window": {"mixer": "window", "default_sliding_window": 17},
     "gdn": {"mixer": "gdn"},
+    "kda": {"mixer": "kda"},
+    "deltanet": {"mixer": "deltanet"},
     "hybrid": {"mixer": "gdn", "attention_pattern": "2:1"},
     "per-loop": {"attention_pattern": "16->full"},
 }
+
+OPERATORS = [(gdn, "gated_delta_rule"), (kda, "kda"), (deltanet, "delta_rule")]
 
 
 def make_model(name: str) -> LoopedTransformer:
@@ -68,7 +71,9 @@ def in_plain_torch(model: LoopedTransformer, monkeypatch) -> LoopedTransformer:
         for mixer in block.mixers():
             if hasattr(mixer, "attn_impl"):
                 mixer.attn_impl = "naive"
-    monkeypatch.setattr(gdn, "gated_delta_rule", partial(gated_delta_rule, impl="chunked"))
+    for module, name in OPERATORS:
+        door = getattr(module, name)
+        monkeypatch.setattr(module, name, partial(door, impl="chunked"))
     return model
 
 
