@@ -84,16 +84,17 @@ def pass_state(
         S = write.new_zeros(layout.n_sequences, *write.shape[1:])
     else:
         S = layout.sort_sequences(state.to(write.dtype))
+    # Split, not sliced: backward of a slice writes zeros for all other chunks.
+    steps = layout.n_running
+    keeps, writes = keep.split(steps), write.split(steps)
+    erases = [None] * len(steps) if erase is None else erase.split(steps)
     starts, ended = [], []
-    first = 0
-    for n_running in layout.n_running:
+    for n_running, kept, written, erased in zip(steps, keeps, writes, erases, strict=True):
         ended.append(S[n_running:])  # sequences without another chunk are the last rows
         S = S[:n_running]
         starts.append(S)
-        chunk = slice(first, first + n_running)
-        kept = keep[chunk] * S + write[chunk]
-        S = kept if erase is None else kept - erase[chunk] @ S
-        first += n_running
+        after = kept * S + written
+        S = after if erased is None else after - erased @ S
     return torch.cat(starts), layout.unsort_sequences(torch.cat([S, *reversed(ended)]))
 
 
@@ -109,39 +110,78 @@ class HeadDecay:
 
     @staticmethod
     def of(g_MHC: Tensor, dtype: torch.dtype) -> HeadDecay:
-        between, from_start, to_end, whole = _decay_of_spans(g_MHC[..., None], dtype)
-        return HeadDecay(between[..., 0], from_start, to_end, whole)
+        # Summed in fp64: after strong decay the sums are large and their differences small.
+        sum_MHC = g_MHC.double().cumsum(-1)
+        C = g_MHC.shape[-1]
+        later = torch.ones(C, C, dtype=torch.bool, device=g_MHC.device).triu(1)
+        # Masked before exp: above the diagonal the difference is positive and exp could overflow,
+        # and inf * 0 would turn the gradient into NaN.
+        between = (sum_MHC[..., :, None] - sum_MHC[..., None, :]).to(dtype)
+        return HeadDecay(
+            between_MHCC=between.masked_fill(later, -torch.inf).exp(),
+            from_start_MHC1=sum_MHC.to(dtype).exp()[..., None],
+            to_end_MHC1=(sum_MHC[..., -1:] - sum_MHC).to(dtype).exp()[..., None],
+            whole_MH11=sum_MHC[..., -1].to(dtype).exp()[..., None, None],
+        )
 
 
 @dataclass
 class ChannelDecay:
-    """The same with one decay a key channel. The first field is large: take short chunks."""
+    """The same with a decay for each key channel. Chunks should have CHANNEL_CHUNK tokens."""
 
-    between_MHCCK: Tensor  # after token j, up to and with token i; 0 for j > i
-    from_start_MHCK: Tensor  # from the start of the chunk, up to and with token i
-    to_end_MHCK: Tensor  # after token j, up to the end of the chunk
-    whole_MHK1: Tensor  # over the whole chunk
+    sum_MHCK: Tensor  # fp64, from the start of the chunk, up to and with token i
+    from_start_MHCK: Tensor
+    to_end_MHCK: Tensor
+    whole_MHK1: Tensor
 
     @staticmethod
     def of(g_MHCK: Tensor, dtype: torch.dtype) -> ChannelDecay:
-        return ChannelDecay(*_decay_of_spans(g_MHCK, dtype))
+        sum_MHCK = g_MHCK.double().cumsum(-2)  # in fp64 for HeadDecay's reason
+        return ChannelDecay(
+            sum_MHCK=sum_MHCK,
+            from_start_MHCK=sum_MHCK.to(dtype).exp(),
+            to_end_MHCK=(sum_MHCK[..., -1:, :] - sum_MHCK).to(dtype).exp(),
+            whole_MHK1=sum_MHCK[..., -1, :].to(dtype).exp()[..., None],
+        )
+
+    def scores(self, q_MHCK: Tensor, k_MHCK: Tensor) -> Tensor:
+        """What token i reads of the key of token j, after the decay between them, (M, H, C, C):
+
+        sum_k q_ik k_jk exp(G_ik - G_jk) for j <= i, 0 for j > i, with G the summed decay.
+        """
+        return _DecayedScores.apply(q_MHCK, k_MHCK, self.sum_MHCK)  # pyright: ignore[reportReturnType]
 
 
-def _decay_of_spans(g_MHCD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(between two tokens, from the start, to the end, of the whole chunk) for D decays a head."""
-    # Summed in fp64: after strong decay the sums are large and their differences small.
-    sum_MHCD = g_MHCD.double().cumsum(-2)
-    C = g_MHCD.shape[-2]
-    later_CC1 = torch.ones(C, C, dtype=torch.bool, device=g_MHCD.device).triu(1)[..., None]
-    # Masked before exp: above the diagonal the difference is positive and exp could overflow,
-    # and inf * 0 would turn the gradient into NaN.
-    between = (sum_MHCD[..., :, None, :] - sum_MHCD[..., None, :, :]).to(dtype)
-    return (
-        between.masked_fill(later_CC1, -torch.inf).exp(),
-        sum_MHCD.to(dtype).exp(),
-        (sum_MHCD[..., -1:, :] - sum_MHCD).to(dtype).exp(),
-        sum_MHCD[..., -1, :, None].to(dtype).exp(),
-    )
+class _DecayedScores(torch.autograd.Function):
+    """A product of q exp(G) and k exp(-G) would overflow, so each pair of tokens takes its own
+    exponential of the difference: C x C x K of them a chunk, which backward computes again rather
+    than keeps. G enters with q_i as exp(G_i), with k_j as exp(-G_j): hence its gradient."""
+
+    @staticmethod
+    def forward(ctx, q_MHCK, k_MHCK, sum_MHCK):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(q_MHCK, k_MHCK, sum_MHCK)
+        keys_MHCCK = _decay_between(sum_MHCK, q_MHCK.dtype) * k_MHCK[..., None, :, :]
+        return (keys_MHCCK @ q_MHCK[..., None])[..., 0]
+
+    @staticmethod
+    def backward(ctx, dscores_MHCC):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_MHCK, k_MHCK, sum_MHCK = ctx.saved_tensors
+        between_MHCCK = _decay_between(sum_MHCK, q_MHCK.dtype)
+        # i tokens that read, j tokens that are read
+        keys_MHCCK = between_MHCCK * k_MHCK[..., None, :, :]
+        dq_MHCK = torch.einsum("mhij,mhijk->mhik", dscores_MHCC, keys_MHCCK)
+        queries_MHCCK = between_MHCCK * q_MHCK[..., None, :]
+        dk_MHCK = torch.einsum("mhij,mhijk->mhjk", dscores_MHCC, queries_MHCCK)
+        dsum_MHCK = (q_MHCK * dq_MHCK - k_MHCK * dk_MHCK).to(sum_MHCK.dtype)
+        return dq_MHCK, dk_MHCK, dsum_MHCK
+
+
+def _decay_between(sum_MHCK: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(G_i - G_j) for j <= i, 0 for j > i: (M, H, C, C, K)."""
+    C = sum_MHCK.shape[-2]
+    later_CC = torch.ones(C, C, dtype=torch.bool, device=sum_MHCK.device).triu(1)
+    between = (sum_MHCK[..., :, None, :] - sum_MHCK[..., None, :, :]).to(dtype)
+    return between.masked_fill(later_CC[..., None], -torch.inf).exp()
 
 
 @dataclass

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.chunks import ChannelDecay, ChunkLayout
+from apps.LT2.kernel.chunks import ChunkLayout
 from apps.LT2.kernel.delta import delta_rule_in_chunks
+from apps.LT2.kernel.kda.scores import DecayedScores
 
-# The decay between two tokens differs from channel to channel, so C numbers a token and channel
-# are computed and kept for backward. With 16 they are as many as the activations of a layer.
+# Scores cost C x K steps a token, states passed from chunk to chunk K x V / C.
 CHUNK = 16
 
 
@@ -37,11 +37,9 @@ def kda_chunked(
     v_MHCV = layout.to_chunks(v_BTHV).to(dtype)
     beta_MHC1 = layout.to_chunks(beta_BTH[..., None]).to(dtype)
 
-    decay = ChannelDecay.of(layout.to_chunks(g_BTHK), dtype)
-    # What is left of key j when token i reads it; then both its readers at once.
-    faded_k_MHCCK = decay.between_MHCCK * k_MHCK[:, :, None]
-    readers_MHCK2 = torch.stack([k_MHCK, q_MHCK], dim=-1)
-    kk_MHCC, qk_MHCC = (faded_k_MHCCK @ readers_MHCK2).unbind(-1)
+    # Summed in fp64: after strong decay the sums are large and their differences small.
+    sum_MHCK = layout.to_chunks(g_BTHK).double().cumsum(-2)
+    kk_MHCC, qk_MHCC = DecayedScores.apply(q_MHCK, k_MHCK, sum_MHCK)
     o_MHCV, final_NHKV = delta_rule_in_chunks(
         layout,
         q_MHCK,
@@ -50,9 +48,9 @@ def kda_chunked(
         beta_MHC1,
         kk_MHCC=kk_MHCC,
         qk_MHCC=qk_MHCC,
-        from_start=decay.from_start_MHCK,
-        to_end=decay.to_end_MHCK,
-        whole=decay.whole_MHK1,
+        from_start=sum_MHCK.to(dtype).exp(),
+        to_end=(sum_MHCK[:, :, -1:] - sum_MHCK).to(dtype).exp(),
+        whole=sum_MHCK[:, :, -1, :, None].to(dtype).exp(),
         state=state,
     )
     return layout.from_chunks(o_MHCV, B, T).to(v_BTHV.dtype), final_NHKV
