@@ -27,14 +27,16 @@ def check_arguments(
     by_channel: Mapping[str, Tensor],
     state: Tensor | None,
     cu_seqlens: Tensor | None,
+    grouped: bool = False,
 ) -> None:
     """Assert shapes and dtypes. `by_head`: fp32 tensors (B, T, H) by name; `by_channel`: (B, T, H,
-    K)."""
-    B, T, H, K = q_BTHK.shape
+    K). `grouped`: heads of v may share those of q and k."""
+    B, T, G, K = q_BTHK.shape
+    H = v_BTHV.shape[2] if grouped else G
     assert T > 0, "no tokens"
     q, k, v = (tuple(x.shape) for x in (q_BTHK, k_BTHK, v_BTHV))
     assert k == q, f"k {k} is not shaped as q {q}"
-    assert v[:3] == (B, T, H), f"v {v} does not go with q {q}"
+    assert v[:3] == (B, T, H) and H % G == 0, f"v {v} does not go with q {q}"
     for tensors, want in ((by_head, (B, T, H)), (by_channel, (B, T, H, K))):
         for name, x in tensors.items():
             assert x.shape == want, f"{name} {tuple(x.shape)} is not {want}"

@@ -6,6 +6,7 @@ fla is imported at the first call, which takes seconds.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from functools import cache
 from types import ModuleType
@@ -63,6 +64,29 @@ def check_delta_rule_inputs(operator: str, options: str, q: Tensor, k: Tensor, v
             f"even value width per head, got {K} and {V}; change the head widths (n_heads, "
             f"{options}) or use impl='chunked'"
         )
+
+
+def check_even_widths(operator: str, options: str, k: Tensor, v: Tensor) -> None:
+    """Refuse odd head widths, which kernels compile wrongly for 16-bit numbers; `options` is the
+    section that sets them, such as model.gdn."""
+    K, V = k.shape[-1], v.shape[-1]
+    if K % 2 or V % 2:
+        raise UserError(
+            f"{operator}(impl='fla') needs even key and value widths per head, got {K} and {V}; "
+            f"change the head widths (n_heads, {options}) or use impl='chunked'"
+        )
+
+
+def sum_decay(g: Tensor, packed: dict[str, Tensor], *, reverse: bool = False) -> Tensor:
+    """g (B, T, H) or (B, T, H, K) summed inside each chunk, over the tokens up to each.
+
+    The sums are in base 2, which is what fla's kernels raise to a power. With `reverse`: over the
+    tokens from each on, and as they are, which is the gradient of the former in base e.
+    """
+    scale = None if reverse else 1 / math.log(2)
+    return import_fla("fla.ops.utils").chunk_local_cumsum(
+        g, chunk_size=CHUNK, reverse=reverse, scale=scale, **packed
+    )
 
 
 def widen(x: Tensor) -> Tensor:

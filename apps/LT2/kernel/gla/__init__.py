@@ -1,0 +1,77 @@
+"""Gated linear attention (https://arxiv.org/abs/2312.06635): the only door to its implementations.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = scale S_t^T q_t
+
+Shapes: B batch, T tokens, N sequences, H heads, K key and V value width; S is stored K x V.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apps.LT2.kernel.arguments import check_arguments, choose_impl
+from apps.LT2.kernel.gla.chunked import gla_chunked
+from apps.LT2.kernel.gla.fla import gla_fla
+from apps.LT2.kernel.gla.naive import gla_naive
+
+IMPLS = {"naive": gla_naive, "chunked": gla_chunked, "fla": gla_fla}
+
+
+def gla(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTHK: Tensor,
+    *,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """All tokens of B sequences, or of the N documents packed into one row.
+
+    q, k        (B, T, H, K)
+    v           (B, T, H, V)
+    g           (B, T, H, K)   log decay of each key channel, <= 0, fp32
+    scale                      of the outputs; K**-0.5 if None
+    state       (N, H, K, V)   fp32 state before the first token, zeros if None; not changed
+    cu_seqlens  (N + 1,)       int32 bounds of packed documents; then B is 1. None: N is B
+    Returns o (B, T, H, V) in v's dtype and the fp32 state (N, H, K, V) after the last token.
+    Differentiable in q, k, v, g and state, through both results. `impl`: "auto" is fla's kernels
+    for 16-bit CUDA tensors and the chunked torch form otherwise; "naive", "chunked" and "fla"
+    force one.
+    """
+    check_arguments(
+        q_BTHK,
+        k_BTHK,
+        v_BTHV,
+        by_head={},
+        by_channel={"g": g_BTHK},
+        state=state,
+        cu_seqlens=cu_seqlens,
+    )
+    compute = choose_impl(impl, IMPLS, v_BTHV)
+    scale = float(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
+    return compute(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state=state, cu_seqlens=cu_seqlens)
+
+
+@torch.no_grad()
+def gla_step(
+    q_BHK: Tensor,
+    k_BHK: Tensor,
+    v_BHV: Tensor,
+    g_BHK: Tensor,
+    state_BHKV: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """One token of every sequence: `state_BHKV` (fp32) is updated in place, o (B, H, V) returned.
+
+    g may be (B, H, 1): the channels of a head share one decay.
+    """
+    scale = float(q_BHK.shape[-1] ** -0.5 if scale is None else scale)
+    q_BH1K, k_BHK1 = q_BHK.float()[:, :, None], k_BHK.float()[..., None]
+    keep_BHK1 = g_BHK.float().exp()[..., None]
+    state_BHKV.mul_(keep_BHK1).addcmul_(k_BHK1, v_BHV.float()[:, :, None])
+    return (scale * (q_BH1K @ state_BHKV)[:, :, 0]).to(v_BHV.dtype)

@@ -1,0 +1,43 @@
+"""Gated linear attention chunk by chunk, in plain torch: what trains on CPU. README.md derives it.
+
+Shapes: M chunks of all sequences together, H heads, C tokens in a chunk, K key and V value width,
+N sequences; apps/LT2/kernel/chunks.py says how chunks are numbered.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apps.LT2.kernel.chunks import CHANNEL_CHUNK, ChannelDecay, ChunkLayout, pass_state
+
+
+def gla_chunked(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    g_BTHK: Tensor,
+    *,
+    scale: float,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as `gla`; fp64 inputs are computed in fp64."""
+    dtype = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
+    B, T = q_BTHK.shape[:2]
+    layout = ChunkLayout.of(B, T, cu_seqlens, CHANNEL_CHUNK)
+
+    q_MHCK = layout.to_chunks(q_BTHK).to(dtype) * scale
+    k_MHCK = layout.to_chunks(k_BTHK).to(dtype)
+    v_MHCV = layout.to_chunks(v_BTHV).to(dtype)
+    decay = ChannelDecay.of(layout.to_chunks(g_BTHK), dtype)
+
+    starts_MHKV, final_NHKV = pass_state(
+        layout,
+        keep=decay.whole_MHK1,
+        write=(k_MHCK * decay.to_end_MHCK).mT @ v_MHCV,
+        state=state,
+    )
+    o_MHCV = (q_MHCK * decay.from_start_MHCK) @ starts_MHKV
+    o_MHCV = o_MHCV + decay.scores(q_MHCK, k_MHCK) @ v_MHCV
+    return layout.from_chunks(o_MHCV, B, T).to(v_BTHV.dtype), final_NHKV
