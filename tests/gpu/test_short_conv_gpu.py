@@ -22,17 +22,19 @@ def test_compiled_equals_naive(documents):
     torch.manual_seed(0)
     x = torch.randn(1, 100, 256, device="cuda").bfloat16().requires_grad_()
     weight = torch.randn(256, 4, device="cuda").requires_grad_()
+    bias = torch.randn(256, device="cuda").requires_grad_()
     weighting = torch.randn(1, 100, 256, device="cuda").bfloat16()
 
     compiled = torch.compile(short_conv, fullgraph=True)
-    y = compiled(x, weight, cu_seqlens=cu_seqlens)
-    got = torch.autograd.grad((y * weighting).sum(), (x, weight))
+    y = compiled(x, weight, bias, cu_seqlens=cu_seqlens)
+    got = torch.autograd.grad((y * weighting).sum(), (x, weight, bias))
 
     exact = x.detach().float().requires_grad_()
-    want_y = short_conv_naive(exact, weight, cu_seqlens=cu_seqlens)
-    want = torch.autograd.grad((want_y * weighting.float()).sum(), (exact, weight))
+    want_y = short_conv_naive(exact, weight, bias, cu_seqlens=cu_seqlens)
+    want = torch.autograd.grad((want_y * weighting.float()).sum(), (exact, weight, bias))
     assert y.dtype == torch.bfloat16
-    for name, a, b in zip(("y", "dx", "dweight"), (y, *got), (want_y, *want), strict=True):
+    names = ("y", "dx", "dweight", "dbias")
+    for name, a, b in zip(names, (y, *got), (want_y, *want), strict=True):
         assert_same(a, b, BF16_KERNEL, name)
 
 

@@ -18,12 +18,13 @@ from lingua.args import UserError
 class ShortConv(nn.Module):
     """Causal depthwise convolution of `size` taps followed by SiLU; size 0 leaves only the SiLU."""
 
-    def __init__(self, channels: int, size: int, *, option: str):
+    def __init__(self, channels: int, size: int, *, option: str, bias: bool = False):
         super().__init__()
         if size != 0 and not 2 <= size <= 8:
             raise UserError(f"{option}={size} must be 2 to 8 taps, or 0 for no convolution")
         self.channels, self.size = channels, size
         self.weight = nn.Parameter(torch.empty(channels, size)) if size else None
+        self.bias = nn.Parameter(torch.empty(channels)) if size and bias else None
 
     @property
     def n_tail(self) -> int:
@@ -36,7 +37,7 @@ class ShortConv(nn.Module):
         """`tail` (N, size - 1, C): the inputs before x of each sequence, else zeros."""
         if self.weight is None:
             return F.silu(x_BTC)
-        return short_conv(x_BTC, self.weight, tail=tail, cu_seqlens=cu_seqlens)
+        return short_conv(x_BTC, self.weight, self.bias, tail=tail, cu_seqlens=cu_seqlens)
 
     def next_tail(
         self, x_BTC: Tensor, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -50,13 +51,14 @@ class ShortConv(nn.Module):
         """One token a row; `tail_BKC` is moved on in place."""
         if self.weight is None:
             return F.silu(x_BC)
-        return short_conv_step(x_BC, self.weight, tail_BKC)
+        return short_conv_step(x_BC, self.weight, tail_BKC, self.bias)
 
     def reset_parameters(self) -> None:
         """nn.Conv1d's uniform range, for one input channel and `size` taps."""
-        if self.weight is not None:
-            bound = self.size**-0.5
-            nn.init.uniform_(self.weight, -bound, bound)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                bound = self.size**-0.5
+                nn.init.uniform_(parameter, -bound, bound)
 
 
 class HeadRMSNorm(nn.Module):

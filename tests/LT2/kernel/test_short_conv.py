@@ -14,7 +14,7 @@ C = 6
 
 def make_inputs(B, T, N, k, *, dtype=torch.float64):
     torch.manual_seed(0)
-    shapes = (B, T, C), (C, k), (N, k - 1, C)
+    shapes = (B, T, C), (C, k), (N, k - 1, C), (C,)
     return [torch.randn(*shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
@@ -23,8 +23,8 @@ def packed(lengths):
 
 
 def results(conv, inputs, **options):
-    x, weight, tail = inputs
-    y = conv(x, weight, tail=tail, **options)
+    x, weight, tail, bias = inputs
+    y = conv(x, weight, bias, tail=tail, **options)
     torch.manual_seed(1)
     loss = (y * torch.randn(y.shape, dtype=torch.float64)).sum()
     return y, *torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
@@ -39,7 +39,7 @@ def test_equals_naive(T, k, activation, dtype):
     got, want = (
         results(conv, inputs, activation=activation) for conv in (short_conv, short_conv_naive)
     )
-    for name, a, b in zip(("y", "dx", "dweight", "dtail"), got, want, strict=True):
+    for name, a, b in zip(("y", "dx", "dweight", "dtail", "dbias"), got, want, strict=True):
         assert_same(a, b, BY_DTYPE[dtype], name)
 
 
@@ -49,7 +49,7 @@ def test_equals_naive(T, k, activation, dtype):
 def test_documents_do_not_leak(lengths, k, with_tail):
     """Packed equals one by one, in the result, the new tail and the gradients."""
     cu_seqlens = packed(lengths)
-    x, weight, tails = make_inputs(1, sum(lengths), len(lengths), k)
+    x, weight, tails, _ = make_inputs(1, sum(lengths), len(lengths), k)
     options = {"cu_seqlens": cu_seqlens, "tail": tails if with_tail else None}
     y = short_conv(x, weight, **options)
     new_tails = conv_tail(x, k, **options)
@@ -74,7 +74,7 @@ def test_documents_do_not_leak(lengths, k, with_tail):
 @pytest.mark.parametrize("T", [0, 1, 2, 3, 9])
 @pytest.mark.parametrize("with_tail", [False, True])
 def test_tail_is_the_last_inputs(T, with_tail):
-    x, _, tail = make_inputs(2, T, 2, 4)
+    x, _, tail, _ = make_inputs(2, T, 2, 4)
     past = tail if with_tail else torch.zeros_like(tail)
     got = conv_tail(x, 4, tail=tail if with_tail else None)
     assert torch.equal(got, torch.cat([past, x], dim=1)[:, -3:])
@@ -82,7 +82,7 @@ def test_tail_is_the_last_inputs(T, with_tail):
 
 @pytest.mark.parametrize("split", [1, 2, 5, 9])
 def test_split_anywhere_equals_whole(split):
-    x, weight, tail = make_inputs(2, 10, 2, 4)
+    x, weight, tail, _ = make_inputs(2, 10, 2, 4)
     want = short_conv(x, weight, tail=tail)
     middle = conv_tail(x[:, :split], 4, tail=tail)
     first = short_conv(x[:, :split], weight, tail=tail)
@@ -92,18 +92,20 @@ def test_split_anywhere_equals_whole(split):
 
 @pytest.mark.parametrize("activation", ["silu", None])
 @pytest.mark.parametrize("k", [1, 4])
-def test_steps_equal_forward(k, activation):
-    x, weight, tail = [t.detach() for t in make_inputs(2, 7, 2, k, dtype=torch.float32)]
-    want = short_conv(x, weight, tail=tail, activation=activation)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_steps_equal_forward(k, activation, with_bias):
+    x, weight, tail, bias = [t.detach() for t in make_inputs(2, 7, 2, k, dtype=torch.float32)]
+    bias = bias if with_bias else None
+    want = short_conv(x, weight, bias, tail=tail, activation=activation)
     want_tail = conv_tail(x, k, tail=tail)
     storage = tail.data_ptr()
-    got = [short_conv_step(x[:, t], weight, tail, activation=activation) for t in range(7)]
+    got = [short_conv_step(x[:, t], weight, tail, bias, activation=activation) for t in range(7)]
     assert_same(torch.stack(got, dim=1), want, FP32, "y")
     assert torch.equal(tail, want_tail) and tail.data_ptr() == storage
 
 
 def test_half_precision_sums_in_fp32():
-    x, weight, _ = [t.detach().bfloat16() for t in make_inputs(2, 30, 2, 4)]
+    x, weight, _, _ = [t.detach().bfloat16() for t in make_inputs(2, 30, 2, 4)]
     y = short_conv(x, weight)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, short_conv(x.float(), weight.float()).bfloat16())
@@ -114,7 +116,7 @@ def test_compiles_whole(cu_seqlens):
     def forward(x, weight):
         return short_conv(x, weight, cu_seqlens=cu_seqlens).sum()
 
-    x, weight, _ = make_inputs(1, 20, 1, 4, dtype=torch.float32)
+    x, weight, _, _ = make_inputs(1, 20, 1, 4, dtype=torch.float32)
     want = torch.autograd.grad(forward(x, weight), (x, weight))
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(compiled(x, weight), (x, weight))

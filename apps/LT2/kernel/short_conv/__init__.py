@@ -1,6 +1,6 @@
 """Short causal depthwise convolution with SiLU, in front of the recurrences: the only door to it.
 
-    y_t = silu( sum_j weight[:, j] x_{t - (k-1) + j} )        the last tap weighs the current token
+    y_t = silu( bias + sum_j weight[:, j] x_{t - (k-1) + j} )        the last tap weighs token t
 
 A sum of k shifted products in plain torch, which torch.compile fuses into one kernel with its
 neighbours. Shapes: B batch, T tokens, N sequences, C channels, K taps (k-1 in a tail).
@@ -20,6 +20,7 @@ ACTIVATIONS = ("silu", None)
 def short_conv(
     x_BTC: Tensor,
     weight_CK: Tensor,
+    bias_C: Tensor | None = None,
     *,
     tail: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -43,6 +44,8 @@ def short_conv(
     y_BTC = taps[-1].to(dtype) * weight_CK[:, -1]
     for j in range(k - 1):
         y_BTC = torch.addcmul(y_BTC, taps[j].to(dtype), weight_CK[:, j])
+    if bias_C is not None:
+        y_BTC = y_BTC + bias_C.to(dtype)
     return _activate(y_BTC, activation).to(x_BTC.dtype)
 
 
@@ -66,13 +69,20 @@ def conv_tail(
 
 @torch.no_grad()
 def short_conv_step(
-    x_BC: Tensor, weight_CK: Tensor, tail_BKC: Tensor, *, activation: str | None = "silu"
+    x_BC: Tensor,
+    weight_CK: Tensor,
+    tail_BKC: Tensor,
+    bias_C: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
 ) -> Tensor:
     """One token of every sequence; `tail_BKC` (B, k-1, C) takes it in, in place."""
     dtype = torch.promote_types(x_BC.dtype, torch.float32)
     window_BKC = torch.cat([tail_BKC, x_BC[:, None]], dim=1)
     tail_BKC.copy_(window_BKC[:, 1:])
     y_BC = (window_BKC.to(dtype) * weight_CK.mT.to(dtype)).sum(1)
+    if bias_C is not None:
+        y_BC = y_BC + bias_C.to(dtype)
     return _activate(y_BC, activation).to(x_BC.dtype)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 def short_conv_naive(
     x_BTC: Tensor,
     weight_CK: Tensor,
+    bias_C: Tensor | None = None,
     *,
     tail: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -27,6 +28,8 @@ def short_conv_naive(
         past = None if tail is None else tail[rows].to(dtype)
         outputs += _sequence(x_BTC[:, start:end].to(dtype), weight_CK.to(dtype), past)
     y_BTC = torch.stack(outputs, dim=1)
+    if bias_C is not None:
+        y_BTC = y_BTC + bias_C.to(dtype)
     if activation == "silu":
         y_BTC = y_BTC * torch.sigmoid(y_BTC)
     return y_BTC.to(x_BTC.dtype)
