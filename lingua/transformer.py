@@ -94,11 +94,11 @@ def resolve_heads(args: BaseTransformerArgs) -> tuple[int, int, int]:
     return n_heads, n_kv_heads, head_dim
 
 
-def check_rotary_width(head_dim: int) -> None:
+def check_rotary_width(head_dim: int, *, option: str = "model.head_dim") -> None:
     """Rotary position embedding turns pairs, so the head width must be even."""
     if head_dim % 2:
         raise UserError(
-            f"model.head_dim={head_dim} (dim / n_heads where null) is odd, and rotary embedding "
+            f"{option}={head_dim} (dim / n_heads where null) is odd, and rotary embedding "
             f"turns pairs: use an even width such as {head_dim + 1}"
         )
 

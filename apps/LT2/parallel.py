@@ -25,8 +25,14 @@ def build_fsdp_grouping_plan(args: LoopedTransformerArgs) -> list[tuple[str, boo
 def get_no_recompute_ops() -> set[Any]:
     """What selective activation checkpointing keeps beside lingua's operators: mixer kernels."""
     lt2 = torch.ops.lt2  # registered by the import of the mixers, with the model
-    ops = {lt2.gated_delta_rule.default, lt2.kda.default, lt2.delta_rule.default}
-    return ops | {torch.ops.torch_attn._varlen_attn.default}
+    return {
+        lt2.gated_delta_rule.default,
+        lt2.kda.default,
+        lt2.delta_rule.default,
+        lt2.simple_gla.default,
+        lt2.gla.default,
+        torch.ops.torch_attn._varlen_attn.default,
+    }
 
 
 def tp_parallelize(

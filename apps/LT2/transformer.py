@@ -30,7 +30,10 @@ from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy
 from apps.LT2.mixers import MIXERS
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
+from apps.LT2.mixers.hgrn2 import HGRN2Args
 from apps.LT2.mixers.kda import KDAArgs
+from apps.LT2.mixers.mamba2 import Mamba2Args
+from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.pattern import LayerSpec, Layout, PatternParser
 from lingua.args import UserError
 from lingua.transformer import (
@@ -51,7 +54,7 @@ class LoopedTransformerArgs(BaseTransformerArgs):
     weight_tying: bool = False  # the head is the transposed embedding
     sliding_window: int | None = None  # turns every full layer into a window of this width
     loop_count: int = 1  # T: how often the stack runs; effective depth = n_layers * T
-    mixer: str = "full"  # token mixer: full | window | gdn | kda | deltanet
+    mixer: str = "full"  # token mixer, a name in apps.LT2.mixers.MIXERS
     attention_pattern: str | None = None  # layout over depth and loops; null = mixer everywhere
     hybrid_mixer: str = "full"  # the second family of a pattern such as "4:1"
     attn_impl: str = "auto"  # softmax backend: auto | fmha | flex_attention | sdpa | naive
@@ -60,7 +63,10 @@ class LoopedTransformerArgs(BaseTransformerArgs):
     gated_attn: bool = False  # sigmoid output gate on softmax attention
     gdn: GatedDeltaNetArgs = field(default_factory=GatedDeltaNetArgs)
     kda: KDAArgs = field(default_factory=KDAArgs)
+    mamba2: Mamba2Args = field(default_factory=Mamba2Args)
+    hgrn2: HGRN2Args = field(default_factory=HGRN2Args)
     deltanet: DeltaNetArgs = field(default_factory=DeltaNetArgs)
+    retnet: RetNetArgs = field(default_factory=RetNetArgs)
 
     def layout(self) -> Layout:
         """What runs at each (loop, layer); UserError where attention_pattern does not fit."""

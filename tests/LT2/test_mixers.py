@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from apps.LT2.mixers import MIXERS, Mixer
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
+from apps.LT2.mixers.hgrn2 import HGRN2Args
 from apps.LT2.mixers.kda import KDAArgs
+from apps.LT2.mixers.mamba2 import Mamba2Args
+from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.tolerances import BF16_LAYER, FP32, FP32_GRAD, assert_same
@@ -42,6 +45,18 @@ def fading_delta_flops(mixer: Any, seqlen: int, window: int | None) -> int:
     """The same, and S decays."""
     decay = mixer.n_heads * mixer.key_dim * mixer.value_dim
     return delta_flops(mixer, seqlen, window) + seqlen * decay
+
+
+def fading_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """Per token and head: S decays, k outer v, S^T q."""
+    return seqlen * mixer.n_heads * 5 * mixer.key_dim * mixer.value_dim
+
+
+def mamba2_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """The same, D x, and the convolution's taps."""
+    taps = 0 if mixer.conv.weight is None else 2 * mixer.conv.weight.numel()
+    skip = 2 * mixer.n_heads * mixer.value_dim
+    return fading_flops(mixer, seqlen, window) + seqlen * (taps + skip)
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,23 @@ CASES = {
     "deltanet_no_conv": Case("deltanet", delta_flops, args={"deltanet": DeltaNetArgs(conv_size=0)}),
     "deltanet_neg_eigval": Case(
         "deltanet", delta_flops, args={"deltanet": DeltaNetArgs(**UNUSUAL)}
+    ),
+    "retnet": Case("retnet", fading_flops),
+    "retnet_odd_heads": Case(
+        "retnet", fading_flops, args={"retnet": RetNetArgs(n_heads=3, head_dim=6, expand_v=1.5)}
+    ),
+    "mamba2": Case("mamba2", mamba2_flops, args={"mamba2": Mamba2Args(head_dim=16, state_dim=12)}),
+    "mamba2_groups_no_conv": Case(
+        "mamba2",
+        mamba2_flops,
+        args={"mamba2": Mamba2Args(1.5, head_dim=8, state_dim=6, n_groups=2, conv_size=0)},
+    ),
+    # Its gates forget half at every token: after 200, fp32 holds nothing of the first.
+    "hgrn2": Case("hgrn2", fading_flops, sees_all_past=False),
+    "hgrn2_bounded": Case(
+        "hgrn2",
+        fading_flops,
+        args={"hgrn2": HGRN2Args(n_heads=3, head_dim=8, expand_v=1.5, lower_bound=0.9)},
     ),
 }
 

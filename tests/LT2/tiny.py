@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.checkpoint import CheckpointArgs, CheckpointManager
 
@@ -16,7 +17,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "window": {"mixer": "window", "default_sliding_window": 5},
     "gdn": {"mixer": "gdn"},
     "kda": {"mixer": "kda"},
+    "mamba2": {"mixer": "mamba2", "mamba2": Mamba2Args(head_dim=16, state_dim=8)},
+    "hgrn2": {"mixer": "hgrn2"},
     "deltanet": {"mixer": "deltanet"},
+    "retnet": {"mixer": "retnet"},
     "hybrid": {"mixer": "gdn", "hybrid_mixer": "full", "attention_pattern": "2:1"},
 }
 

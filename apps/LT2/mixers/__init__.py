@@ -4,14 +4,20 @@ from apps.LT2.mixers.attention import Attention
 from apps.LT2.mixers.base import Mixer, MixerCache
 from apps.LT2.mixers.deltanet import DeltaNet
 from apps.LT2.mixers.gdn import GatedDeltaNet
+from apps.LT2.mixers.hgrn2 import HGRN2
 from apps.LT2.mixers.kda import KimiDeltaAttention
+from apps.LT2.mixers.mamba2 import Mamba2
+from apps.LT2.mixers.retnet import RetNet
 
 MIXERS: dict[str, type[Mixer]] = {
     "full": Attention,
     "window": Attention,
     "gdn": GatedDeltaNet,
     "kda": KimiDeltaAttention,
+    "mamba2": Mamba2,
+    "hgrn2": HGRN2,
     "deltanet": DeltaNet,
+    "retnet": RetNet,
 }
 
 __all__ = ["MIXERS", "Mixer", "MixerCache"]

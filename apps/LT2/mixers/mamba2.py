@@ -1,0 +1,147 @@
+"""Mamba-2 (https://arxiv.org/abs/2405.21060): a state space model with one decay a head.
+
+    S_t = exp(A dt_t) S_{t-1} + B_t (dt_t x_t)^T        y_t = S_t^T C_t + D x_t
+
+B and C are shared by the heads of a group. x, B and C pass a short convolution with bias and SiLU;
+dt = softplus(. + dt_bias). The gate comes before the norm: RMSNorm(y SiLU(z)), over the heads of a
+group together. Shapes: B sequences, T tokens, D model width, H heads, G groups, K width of B and C,
+V width of a head of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apps.LT2.kernel.simple_gla import simple_gla, simple_gla_step
+from apps.LT2.mixers.linear import LinearMixer, Rest, project_streams
+from apps.LT2.mixers.parts import ShortConv, init_decay
+from lingua.args import UserError
+from lingua.transformer import check_sizes, init_linear
+
+if TYPE_CHECKING:
+    from apps.LT2.transformer import LoopedTransformerArgs
+
+
+@dataclass
+class Mamba2Args:
+    expand: float = 2.0  # width of x and z / dim
+    head_dim: int = 64  # width of a head of x; there are expand * dim / head_dim heads
+    state_dim: int = 128  # width of B and C; the state of a head is state_dim x head_dim
+    n_groups: int = 1  # groups of heads that share B and C
+    conv_size: int = 4  # taps of the short causal convolutions on x, B and C; 0 = none
+
+
+class Mamba2(LinearMixer):
+    module_name = "mamba2"
+    conv: ShortConv
+
+    def __init__(self, args: LoopedTransformerArgs):
+        super().__init__()
+        self.n_heads, self.n_groups = head_counts(args)
+        self.key_dim, self.value_dim = args.mamba2.state_dim, args.mamba2.head_dim
+        inner, shared = self.n_heads * self.value_dim, self.n_groups * self.key_dim
+        self.wx = nn.Linear(args.dim, inner, bias=False)
+        self.wB = nn.Linear(args.dim, shared, bias=False)
+        self.wC = nn.Linear(args.dim, shared, bias=False)
+        self.wz = nn.Linear(args.dim, inner, bias=False)  # output gate
+        self.wdt = nn.Linear(args.dim, self.n_heads, bias=False)  # time steps
+        self.wo = nn.Linear(inner, args.dim, bias=False)
+        self.conv = ShortConv(
+            inner + 2 * shared, args.mamba2.conv_size, option="model.mamba2.conv_size", bias=True
+        )
+        self.A_log = nn.Parameter(torch.empty(self.n_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        self.D = nn.Parameter(torch.empty(self.n_heads))
+        self.norm = GroupedRMSNorm(inner, self.n_groups, args.norm_eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
+        return project_streams(x, (self.wx, self.wB, self.wC), (self.wz, self.wdt))
+
+    def recur(
+        self,
+        streams_BTC: Tensor,
+        rest: Rest,
+        *,
+        positions: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v, g, skip = self._inputs(streams_BTC, rest)
+        o, state = simple_gla(q, k, v, g, scale=1.0, state=state, cu_seqlens=cu_seqlens)
+        return (o + skip).type_as(o), state
+
+    def recur_step(
+        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
+    ) -> Tensor:
+        q, k, v, g, skip = self._inputs(streams_BC, rest)
+        o = simple_gla_step(q, k, v, g, state_BHKV, scale=1.0)
+        return (o + skip).type_as(o)
+
+    def output(self, o: Tensor, rest: Rest) -> Tensor:
+        gated = o.flatten(-2).float() * F.silu(rest[0].float())
+        return self.wo(self.norm(gated).type_as(o))
+
+    def reset_parameters(self, init_std: float | None, factor: float) -> None:
+        for linear in (self.wx, self.wB, self.wC, self.wz, self.wdt):
+            init_linear(linear, init_std)
+        init_linear(self.wo, init_std, factor)
+        self.conv.reset_parameters()
+        init_decay(self.A_log, self.dt_bias, least_A=1.0)
+        nn.init.ones_(self.D)
+        self.norm.reset_parameters()
+
+    def recurrence_flops(self) -> int:
+        # Write the outer product, read C^T S: 2 K V each; K V for the decay; and D x.
+        return self.n_heads * self.value_dim * (5 * self.key_dim + 2)
+
+    def _inputs(self, streams: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q (..., G, K), k (..., G, K), v (..., H, V), g (..., H) and D x (..., H, V), the last two
+        in fp32."""
+        widths = [self.wx.out_features, self.wB.out_features, self.wC.out_features]
+        x, B, C = streams.split(widths, dim=-1)
+        x = self.split_heads(x, self.value_dim)
+        B, C = (y.unflatten(-1, (self.n_groups, self.key_dim)) for y in (B, C))
+        dt = F.softplus(rest[1].float() + self.dt_bias.float())
+        g = -self.A_log.float().exp() * dt
+        v = (x.float() * dt[..., None]).type_as(x)
+        return C, B, v, g, x.float() * self.D.float()[:, None]
+
+
+class GroupedRMSNorm(nn.Module):
+    """RMSNorm of each group of channels, with a weight for every channel; fp32 inside and out."""
+
+    def __init__(self, channels: int, n_groups: int, eps: float):
+        super().__init__()
+        self.n_groups, self.eps = n_groups, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.float().unflatten(-1, (self.n_groups, -1))
+        scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
+        return (groups * scale).flatten(-2) * self.weight.float()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+
+def head_counts(args: LoopedTransformerArgs) -> tuple[int, int]:
+    """(heads, groups) of `model.mamba2`; UserError where they are no whole numbers."""
+    options = args.mamba2
+    check_sizes("model.mamba2", options, "head_dim", "state_dim", "n_groups")
+    n_heads = options.expand * args.dim / options.head_dim
+    if n_heads < 1 or n_heads != int(n_heads):
+        raise UserError(
+            f"model.mamba2.head_dim={options.head_dim} does not divide the inner width: "
+            f"model.mamba2.expand * model.dim = {options.expand:g} * {args.dim}"
+        )
+    if n_heads % options.n_groups:
+        raise UserError(
+            f"model.mamba2.n_groups={options.n_groups} does not divide the {int(n_heads)} heads "
+            "(expand * dim / head_dim)"
+        )
+    return int(n_heads), options.n_groups

@@ -1,0 +1,98 @@
+"""Retention (RetNet, https://arxiv.org/abs/2307.08621): linear attention with a fixed decay a head.
+
+    S_t = gamma S_{t-1} + k_t v_t^T        o_t = S_t^T q_t K^-0.5        gamma = 1 - 2^(-5-h)
+
+Head h forgets half in 22, 44, 88, .. tokens. q and k are turned by rotary embedding; the output is
+RMS-normed per head and gated by SiLU. Shapes: B sequences, T tokens, D model width, H heads, K key
+width, V value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from apps.LT2.kernel.simple_gla import simple_gla, simple_gla_step
+from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, project_streams, split_qkv
+from apps.LT2.mixers.parts import GatedRMSNorm
+from lingua.transformer import check_rotary_width, init_linear, rotary_angles, rotate_pairs
+
+if TYPE_CHECKING:
+    from apps.LT2.transformer import LoopedTransformerArgs
+
+
+@dataclass
+class RetNetArgs:
+    n_heads: int | None = None  # heads, each with a decay of its own; null = model.n_heads
+    head_dim: int | None = None  # key width of a head; null = dim / n_heads
+    expand_v: float = 2.0  # value width / key width; the state of a head is K x V
+
+
+class RetNet(LinearMixer):
+    module_name = "retnet"
+    uses_positions = True
+    conv = None
+
+    def __init__(self, args: LoopedTransformerArgs):
+        super().__init__()
+        self.n_heads, self.key_dim, self.value_dim = head_shape(args, "retnet")
+        check_rotary_width(self.key_dim, option="model.retnet.head_dim")
+        self.rope_theta = args.rope_theta
+        keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
+        self.wq = nn.Linear(args.dim, keys, bias=False)
+        self.wk = nn.Linear(args.dim, keys, bias=False)
+        self.wv = nn.Linear(args.dim, values, bias=False)
+        self.wg = nn.Linear(args.dim, values, bias=False)  # output gate
+        self.wo = nn.Linear(values, args.dim, bias=False)
+        self.norm = GatedRMSNorm(self.value_dim, args.norm_eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
+        return project_streams(x, (self.wq, self.wk, self.wv), (self.wg,))
+
+    def recur(
+        self,
+        streams_BTC: Tensor,
+        rest: Rest,
+        *,
+        positions: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = self._rotated(streams_BTC, positions)
+        g_H = log_decays(self.n_heads, v.device)
+        return simple_gla(q, k, v, g_H, state=state, cu_seqlens=cu_seqlens)
+
+    def recur_step(
+        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
+    ) -> Tensor:
+        q, k, v = self._rotated(streams_BC, positions_B)
+        return simple_gla_step(q, k, v, log_decays(self.n_heads, v.device), state_BHKV)
+
+    def output(self, o: Tensor, rest: Rest) -> Tensor:
+        return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
+
+    def reset_parameters(self, init_std: float | None, factor: float) -> None:
+        for linear in (self.wq, self.wk, self.wv, self.wg):
+            init_linear(linear, init_std)
+        init_linear(self.wo, init_std, factor)
+        self.norm.reset_parameters()
+
+    def recurrence_flops(self) -> int:
+        # Write the outer product, read q^T S: 2 K V each; and K V for the decay.
+        return 5 * self.n_heads * self.key_dim * self.value_dim
+
+    def _rotated(self, streams: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(q, k, v) by head, q and k turned to their positions, (T,) or one of each token."""
+        assert positions is not None, "retention needs positions"
+        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
+        cos, sin = rotary_angles(positions[..., None], self.key_dim, self.rope_theta)
+        return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin), v
+
+
+def log_decays(n_heads: int, device: torch.device) -> Tensor:
+    """log(1 - 2^(-5-h)) of heads h = 0, 1, .., (H,) in fp32."""
+    heads = torch.arange(n_heads, dtype=torch.float32, device=device)
+    return torch.log1p(-torch.exp2(-5 - heads))

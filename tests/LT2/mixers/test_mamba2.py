@@ -1,0 +1,125 @@
+"""The Mamba-2 layer is the one of https://arxiv.org/abs/2405.21060: the one written out here, and
+that of transformers, which is independent of ours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apps.LT2.mixers.mamba2 import Mamba2, Mamba2Args
+from apps.LT2.transformer import LoopedTransformerArgs
+from lingua.args import UserError
+from tests.tolerances import FP32, assert_same
+
+
+def make(**mamba2) -> Mamba2:
+    torch.manual_seed(0)
+    args = LoopedTransformerArgs(dim=16, norm_eps=1e-3, mamba2=Mamba2Args(**mamba2))
+    layer = Mamba2(args)
+    layer.reset_parameters(None, 1.0)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return layer
+
+
+def convolved(layer: Mamba2, x_TC: Tensor) -> Tensor:
+    if layer.conv.weight is None:
+        return F.silu(x_TC)
+    padded_CT = F.pad(x_TC.T, (layer.conv.size - 1, 0))
+    kernels, bias = layer.conv.weight[:, None], layer.conv.bias
+    return F.silu(F.conv1d(padded_CT[None], kernels, bias, groups=x_TC.shape[1])[0].T)
+
+
+def definition(layer: Mamba2, x_TD: Tensor) -> Tensor:
+    H, P, G, N = layer.n_heads, layer.value_dim, layer.n_groups, layer.key_dim
+    projected = [x_TD @ w.weight.T for w in (layer.wx, layer.wB, layer.wC)]
+    xBC = convolved(layer, torch.cat(projected, -1))
+    x, B, C = xBC.split([H * P, G * N, G * N], dim=-1)
+    dt_TH = F.softplus(x_TD @ layer.wdt.weight.T + layer.dt_bias)
+    heads = []
+    for h in range(H):
+        group = slice(h // (H // G) * N, (h // (H // G) + 1) * N)
+        S = x_TD.new_zeros(N, P)
+        outputs = []
+        for t in range(len(x_TD)):
+            dt, x_P = dt_TH[t, h], x[t, h * P : (h + 1) * P]
+            S = torch.exp(-layer.A_log[h].exp() * dt) * S + torch.outer(B[t, group], dt * x_P)
+            outputs.append(S.T @ C[t, group] + layer.D[h] * x_P)
+        heads.append(torch.stack(outputs))
+    gated = torch.cat(heads, -1) * F.silu(x_TD @ layer.wz.weight.T)
+    groups = [F.rms_norm(y, y.shape[-1:], eps=1e-3) for y in gated.chunk(G, dim=-1)]
+    return (torch.cat(groups, -1) * layer.norm.weight) @ layer.wo.weight.T
+
+
+@pytest.mark.parametrize(
+    "mamba2, shape",
+    [
+        ({"head_dim": 8}, (4, 128, 8, 1)),
+        ({"head_dim": 4, "state_dim": 6, "n_groups": 2}, (8, 6, 4, 2)),
+        ({"expand": 1.5, "head_dim": 8, "state_dim": 6, "conv_size": 0}, (3, 6, 8, 1)),
+    ],
+)
+def test_layer_is_the_papers(mamba2, shape):
+    layer, x = make(**mamba2).double(), torch.randn(1, 70, 16, dtype=torch.double)
+    assert (layer.n_heads, layer.key_dim, layer.value_dim, layer.n_groups) == shape
+    assert_same(layer(x)[0], definition(layer, x[0]), FP32)  # gates and norm are computed in fp32
+
+
+@pytest.mark.parametrize("n_groups", [1, 2])
+def test_layer_is_that_of_transformers(n_groups):
+    modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    layer = make(head_dim=8, state_dim=12, n_groups=n_groups)
+    config = modeling.Mamba2Config(
+        hidden_size=16,
+        num_heads=4,
+        head_dim=8,
+        state_size=12,
+        n_groups=n_groups,
+        expand=2,
+        conv_kernel=4,
+        chunk_size=16,
+        layer_norm_epsilon=1e-3,
+        num_hidden_layers=1,
+    )
+    other = modeling.Mamba2Mixer(config, layer_idx=0).eval()
+    with torch.no_grad():
+        linears = (layer.wz, layer.wx, layer.wB, layer.wC, layer.wdt)
+        other.in_proj.weight.copy_(torch.cat([linear.weight for linear in linears]))
+        other.conv1d.weight.copy_(layer.conv.weight[:, None])
+        other.conv1d.bias.copy_(layer.conv.bias)
+        other.out_proj.weight.copy_(layer.wo.weight)
+        other.norm.weight.copy_(layer.norm.weight)
+        for name in ("A_log", "dt_bias", "D"):
+            getattr(other, name).copy_(getattr(layer, name))
+        x = torch.randn(2, 50, 16)
+        assert_same(layer(x), other(x), FP32)
+
+
+def test_parameters_start_as_in_the_papers_code():
+    """A in (1, 16), D = 1, time steps log-uniform in (0.001, 0.1)."""
+    layer = make(head_dim=1, expand=40.0)
+    layer.reset_parameters(None, 1.0)
+    A, dt = layer.A_log.exp(), F.softplus(layer.dt_bias)
+    assert 1 <= A.min() < 1.2 and 15.8 < A.max() <= 16.001
+    assert 0.99e-3 < dt.min() < 1.1e-3 and 0.09 < dt.max() < 0.101
+    assert (layer.D == 1).all() and (layer.norm.weight == 1).all()
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({}, "model.mamba2.head_dim=64"),
+        ({"head_dim": 5}, "model.mamba2.head_dim=5"),
+        ({"head_dim": 0}, "model.mamba2.head_dim=0"),
+        ({"head_dim": 8, "expand": 0.0}, "model.mamba2.expand .* 0 "),
+        ({"head_dim": 8, "state_dim": 0}, "model.mamba2.state_dim=0"),
+        ({"head_dim": 8, "n_groups": 3}, "model.mamba2.n_groups=3"),
+        ({"head_dim": 8, "conv_size": 1}, "model.mamba2.conv_size=1"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(changes, told):
+    with pytest.raises(UserError, match=told):
+        make(**changes)
