@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.checkpoint import CheckpointArgs, CheckpointManager
 
@@ -15,6 +16,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"mixer": "full"},
     "window": {"mixer": "window", "default_sliding_window": 5},
     "gdn": {"mixer": "gdn"},
+    "nsa": {
+        "mixer": "nsa",
+        "n_heads": 16,
+        "nsa": NSAArgs(block_size=4, n_blocks=4, window_size=5),
+    },
     "hybrid": {"mixer": "gdn", "hybrid_mixer": "full", "attention_pattern": "2:1"},
 }
 
