@@ -187,9 +187,10 @@ def test_choice_is_that_of_the_definition():
 def test_lowest_of_equals_is_chosen_at_any_length():
     """Weights that underflow are all zero: prefill and step have to agree on them."""
     for n in (9, 30, 100, 3000):
-        own = torch.tensor([n - 1])
-        got = choose_blocks(torch.zeros(n), torch.tensor([0]), own, 6)
-        assert sorted(got.tolist()) == [0, 1, 2, 3, n - 2, n - 1]
+        for first in (0, 7):  # of a document behind others, whose blocks weigh nothing here either
+            own = torch.tensor([first + n - 1])
+            got = choose_blocks(torch.zeros(first + n + 2), torch.tensor([first]), own, 6)
+            assert sorted(got.tolist()) == [0, 1, 2, 3, n - 2, n - 1]
 
 
 @pytest.mark.parametrize("impl", ["naive", "blocked"])
