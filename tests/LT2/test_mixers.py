@@ -21,6 +21,7 @@ from apps.LT2.mixers.hgrn2 import HGRN2Args
 from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.retnet import RetNetArgs
+from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.tolerances import BF16_LAYER, FP32, FP32_GRAD, assert_same
@@ -57,6 +58,27 @@ def mamba2_flops(mixer: Any, seqlen: int, window: int | None) -> int:
     taps = 0 if mixer.conv.weight is None else 2 * mixer.conv.weight.numel()
     skip = 2 * mixer.n_heads * mixer.value_dim
     return fading_flops(mixer, seqlen, window) + seqlen * (taps + skip)
+
+
+def nsa_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """q k and p v over the blocks complete at each token, its chosen blocks and its window."""
+    size, pairs = mixer.nsa.block_size, 0
+    for t in range(seqlen):
+        n_others = min(t // size, mixer.nsa.n_blocks - 1)
+        pairs += (t + 1) // size + n_others * size + t % size + 1
+        pairs += min(t + 1, mixer.nsa.window_size)
+    return 4 * mixer.n_heads * mixer.head_dim * pairs
+
+
+def nsa_case(n_heads: int, head_dim: int, n_kv_heads: int | None, **sizes: int) -> Case:
+    heads = {"n_heads": n_heads, "head_dim": head_dim, "n_kv_heads": n_kv_heads}
+    return Case(
+        "nsa",
+        nsa_flops,
+        args={**heads, "nsa": NSAArgs(**sizes)},
+        starts_at_zero=frozenset({"wg"}),
+        sees_all_past=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -122,6 +144,10 @@ CASES = {
         fading_flops,
         args={"hgrn2": HGRN2Args(n_heads=3, head_dim=8, expand_v=1.5, lower_bound=0.9)},
     ),
+    "nsa": nsa_case(16, 4, None),
+    # 40 tokens are within 4 blocks: what is chosen there does not hang on bf16's rounding.
+    "nsa_chooses": nsa_case(16, 4, 1, block_size=10, n_blocks=4, window_size=7),
+    "nsa_two_groups": nsa_case(32, 2, 2, block_size=16, n_blocks=5, window_size=1),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from apps.LT2.mixers.mamba2 import Mamba2Args
+from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.checkpoint import CheckpointArgs, CheckpointManager
 
@@ -21,6 +22,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "hgrn2": {"mixer": "hgrn2"},
     "deltanet": {"mixer": "deltanet"},
     "retnet": {"mixer": "retnet"},
+    "nsa": {
+        "mixer": "nsa",
+        "n_heads": 16,
+        "nsa": NSAArgs(block_size=4, n_blocks=4, window_size=5),
+    },
     "hybrid": {"mixer": "gdn", "hybrid_mixer": "full", "attention_pattern": "2:1"},
 }
 

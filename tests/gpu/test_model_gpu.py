@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from apps.LT2.mixers import deltanet, gdn, kda
+from apps.LT2.kernel.gated_delta_rule import gated_delta_rule
+from apps.LT2.kernel.nsa import native_sparse_attention
+from apps.LT2.mixers import gdn, nsa
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.tolerances import BF16_KERNEL, relative_error
@@ -22,6 +25,12 @@ MODELS = {
     "gdn": {"mixer": "gdn"},
     "kda": {"mixer": "kda"},
     "deltanet": {"mixer": "deltanet"},
+    "nsa": {
+        "mixer": "nsa",
+        "n_heads": 16,
+        # All blocks are chosen, so that no choice hangs on bf16's rounding.
+        "nsa": nsa.NSAArgs(block_size=32, n_blocks=8, window_size=50),
+    },
     "hybrid": {"mixer": "gdn", "attention_pattern": "2:1"},
     "per-loop": {"attention_pattern": "16->full"},
 }
@@ -31,15 +40,15 @@ OPERATORS = [(gdn, "gated_delta_rule"), (kda, "kda"), (deltanet, "delta_rule")]
 
 def make_model(name: str) -> LoopedTransformer:
     torch.manual_seed(0)
+    options = {"n_heads": 2} | MODELS[name]
     args = LoopedTransformerArgs(
         dim=256,
         n_layers=3,
-        n_heads=2,
         vocab_size=VOCAB,
         loop_count=2,
         gated_attn=True,
         multiple_of=64,
-        **MODELS[name],
+        **options,
     )
     args.gdn.head_dim = 64  # widths that other tests have compiled already
     args.gdn.expand_v = 1.0
@@ -74,6 +83,9 @@ def in_plain_torch(model: LoopedTransformer, monkeypatch) -> LoopedTransformer:
     for module, name in OPERATORS:
         door = getattr(module, name)
         monkeypatch.setattr(module, name, partial(door, impl="chunked"))
+    blocked = partial(native_sparse_attention, impl="blocked")
+    monkeypatch.setattr(nsa, "native_sparse_attention", blocked)
+    monkeypatch.setattr(gdn, "gated_delta_rule", partial(gated_delta_rule, impl="chunked"))
     return model
 
 

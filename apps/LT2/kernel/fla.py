@@ -111,6 +111,7 @@ def widen_state(state_NHKV: Tensor | None) -> Tensor | None:
 
 # cu_seqlens -> (its version, our copy)
 _copies = WeakIdKeyDictionary()
+_without_empty = WeakIdKeyDictionary()  # our copy -> the bounds of the documents that have tokens
 
 
 def packed_arguments(cu_seqlens: Tensor | None, chunk: int = CHUNK) -> dict[str, Tensor]:
@@ -122,11 +123,29 @@ def packed_arguments(cu_seqlens: Tensor | None, chunk: int = CHUNK) -> dict[str,
     """
     if cu_seqlens is None:
         return {}
+    copy = _own_copy(cu_seqlens)
+    tables = import_fla("fla.ops.utils").prepare_chunk_indices(copy, chunk)
+    return {"cu_seqlens": copy, "chunk_indices": tables}
+
+
+def packed_bounds(cu_seqlens: Tensor | None) -> Tensor | None:
+    """A copy as in `packed_arguments`, without the empty documents.
+
+    fla's tables of tokens number documents by their first tokens, so an empty document would shift
+    the ones after it.
+    """
+    if cu_seqlens is None:
+        return None
+    copy = _own_copy(cu_seqlens)
+    if copy not in _without_empty:
+        _without_empty[copy] = copy.unique_consecutive()
+    return _without_empty[copy]
+
+
+def _own_copy(cu_seqlens: Tensor) -> Tensor:
     # Inference tensors count no versions, so nothing can be kept for them.
     version = None if cu_seqlens.is_inference() else cu_seqlens._version
     known = _copies.get(cu_seqlens)
     if known is None or version is None or known[0] != version:
         known = _copies[cu_seqlens] = (version, cu_seqlens.clone())
-    copy = known[1]
-    tables = import_fla("fla.ops.utils").prepare_chunk_indices(copy, chunk)
-    return {"cu_seqlens": copy, "chunk_indices": tables}
+    return known[1]

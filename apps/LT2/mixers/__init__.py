@@ -8,6 +8,7 @@ from apps.LT2.mixers.hgrn2 import HGRN2
 from apps.LT2.mixers.kda import KimiDeltaAttention
 from apps.LT2.mixers.mamba2 import Mamba2
 from apps.LT2.mixers.retnet import RetNet
+from apps.LT2.mixers.nsa import NativeSparseAttention
 
 MIXERS: dict[str, type[Mixer]] = {
     "full": Attention,
@@ -18,6 +19,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "hgrn2": HGRN2,
     "deltanet": DeltaNet,
     "retnet": RetNet,
+    "nsa": NativeSparseAttention,
 }
 
 __all__ = ["MIXERS", "Mixer", "MixerCache"]

@@ -100,7 +100,7 @@ class Attention(Mixer):
             o = self._attend_past(q, k, v, cache, rows, lengths, window)
         else:
             o = attention(q, k, v, window=window, cu_seqlens=cu_seqlens, impl=self.attn_impl)
-        self._store(k.flatten(0, 1), v.flatten(0, 1), cache, rows, lengths)
+        store_keys(k.flatten(0, 1), v.flatten(0, 1), cache, rows, lengths)
         return self._output(o, x_BTD)
 
     def step(self, x_B1D: Tensor, cache: AttentionCache) -> Tensor:
@@ -126,9 +126,7 @@ class Attention(Mixer):
         width = self.n_heads * self.head_dim
         n_wide = 2 if self.wg is None else 3  # wq, wo, wg; wk and wv have their own heads
         projections = 2 * self.dim * (n_wide * width + 2 * self.n_kv_heads * self.head_dim)
-        w = min(window or seqlen, seqlen)
-        visible = w * (w + 1) // 2 + (seqlen - w) * w  # over a whole sequence
-        return projections + 4 * width * visible // seqlen
+        return projections + 4 * width * visible_pairs(seqlen, window) // seqlen
 
     def state_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
         return 2 * self._slots(seqlen, window) * self.n_kv_heads * self.head_dim * dtype.itemsize
@@ -139,12 +137,11 @@ class Attention(Mixer):
 
     def _qkv(self, x_BTD: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, T, heads, K), rotated to `positions`, (T,) or (B, T)."""
-        q = self.wq(x_BTD).unflatten(-1, (self.n_heads, self.head_dim))
-        k = self.wk(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        v = self.wv(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        cos, sin = rotary_angles(positions, self.head_dim, self.rope_theta)
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
-        return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin), v
+        q, k, v = (
+            linear(x_BTD).unflatten(-1, (-1, self.head_dim))
+            for linear in (self.wq, self.wk, self.wv)
+        )
+        return *rotate_heads(q, k, positions, self.rope_theta), v
 
     def _output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
         o = o_BTHK.flatten(2)
@@ -184,18 +181,33 @@ class Attention(Mixer):
             pieces.append(o[0, len(past) :])
         return torch.cat(pieces).view_as(q)
 
-    @staticmethod
-    def _store(k: Tensor, v: Tensor, cache: AttentionCache, rows: Tensor, lengths: Tensor) -> None:
-        """Write new keys and values (n_tokens, G, K) to their slots; a ring keeps the last S."""
-        n_slots = cache.k_BSGK.shape[1]
-        ends = lengths.cumsum(0)
-        token = torch.arange(k.shape[0], device=k.device)
-        sequence = torch.searchsorted(ends, token, right=True)
-        left = ends[sequence] - token  # tokens of its sequence from this one on
-        row = rows[sequence]
-        position = cache.length_B[row] + token - (ends - lengths)[sequence]
-        kept = left <= n_slots
-        row, slot = row[kept], position[kept] % n_slots
-        cache.k_BSGK[row, slot] = k[kept].to(cache.k_BSGK.dtype)
-        cache.v_BSGK[row, slot] = v[kept].to(cache.v_BSGK.dtype)
-        cache.length_B[rows] += lengths
+
+def rotate_heads(
+    q_BTHK: Tensor, k_BTGK: Tensor, positions: Tensor, theta: float
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned to `positions`, (T,) or (B, T), all heads alike."""
+    cos, sin = rotary_angles(positions, q_BTHK.shape[-1], theta)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return rotate_pairs(q_BTHK, cos, sin), rotate_pairs(k_BTGK, cos, sin)
+
+
+def visible_pairs(seqlen: int, window: int | None) -> int:
+    """Keys that the queries of a sequence see, over all of them."""
+    w = min(window or seqlen, seqlen)
+    return w * (w + 1) // 2 + (seqlen - w) * w
+
+
+def store_keys(k: Tensor, v: Tensor, cache: AttentionCache, rows: Tensor, lengths: Tensor) -> None:
+    """Write new keys and values (n_tokens, G, K) to their slots; a ring keeps the last S."""
+    n_slots = cache.k_BSGK.shape[1]
+    ends = lengths.cumsum(0)
+    token = torch.arange(k.shape[0], device=k.device)
+    sequence = torch.searchsorted(ends, token, right=True)
+    left = ends[sequence] - token  # tokens of its sequence from this one on
+    row = rows[sequence]
+    position = cache.length_B[row] + token - (ends - lengths)[sequence]
+    kept = left <= n_slots
+    row, slot = row[kept], position[kept] % n_slots
+    cache.k_BSGK[row, slot] = k[kept].to(cache.k_BSGK.dtype)
+    cache.v_BSGK[row, slot] = v[kept].to(cache.v_BSGK.dtype)
+    cache.length_B[rows] += lengths

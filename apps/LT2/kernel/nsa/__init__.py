@@ -1,0 +1,137 @@
+"""Native sparse attention (https://arxiv.org/abs/2502.11089): the only door to its forms.
+
+    o_t = g_cmp attend(q_t, block means) + g_slc attend(q_t, chosen blocks)
+        + g_win attend(q_t, window)
+
+Shapes: B rows, T queries, S keys, H query heads, G key/value heads, K head width. README.md has
+the math.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apps.LT2.kernel.attention import attention
+from apps.LT2.kernel.nsa.blocked import sparse_branches_blocked
+from apps.LT2.kernel.nsa.blocks import cut_blocks, mean_of_blocks
+from apps.LT2.kernel.nsa.decode import branches_of_step, update_means
+from apps.LT2.kernel.nsa.fla import sparse_branches_fla
+from apps.LT2.kernel.nsa.naive import nsa_naive
+
+SPARSE_BRANCHES = {"blocked": sparse_branches_blocked, "fla": sparse_branches_fla}
+ALWAYS_CHOSEN = 3  # the first block, the query's own and the one before it
+
+
+def native_sparse_attention(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    gates_BTH3: Tensor,
+    *,
+    block_size: int,
+    n_blocks: int,
+    window_size: int,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+    attn_impl: str = "auto",
+) -> Tensor:
+    """T queries, the last of S tokens, over blocks and a window of those tokens.
+
+    q           (B, T, H, K)   positions already in it, as in k; multiplied by K**-0.5 here
+    k, v        (B, S, G, K)   G divides H; the H / G query heads of a group choose together
+    gates       (B, T, H, 3)   of the compressed, the selected and the window branch
+    block_size  tokens of a block
+    n_blocks    blocks that a query attends to, 3 at least: the first one, its own and the one
+                before it are always among them; each block counts once
+    window_size keys of the window branch, the token itself included
+    cu_seqlens  (n_docs + 1,) int32 with B = 1 and T = S: documents do not see each other, and
+                blocks start with them
+    Returns o (B, T, H, K) in q's dtype, differentiable in q, k, v and gates (on CUDA only with
+    T = S); no gradient flows through the choice. `impl`: "auto" is fla's kernels for 16-bit CUDA
+    tensors and the blocked torch form otherwise; "naive", "blocked" and "fla" force one. The
+    window runs on `kernel.attention` with `attn_impl`.
+    """
+    _check_shapes(q_BTHK, k_BSGK, v_BSGK, gates_BTH3, n_blocks, cu_seqlens)
+    if impl == "auto":
+        impl = "fla" if q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2 else "blocked"
+    sizes = {"block_size": block_size, "n_blocks": n_blocks, "cu_seqlens": cu_seqlens}
+    if impl == "naive":
+        return nsa_naive(q_BTHK, k_BSGK, v_BSGK, gates_BTH3, window_size=window_size, **sizes)
+    assert impl in SPARSE_BRANCHES, f"impl must be auto, naive, blocked or fla, got {impl!r}"
+    compressed, selected = SPARSE_BRANCHES[impl](q_BTHK, k_BSGK, v_BSGK, **sizes)
+    window = _window_attention(q_BTHK, k_BSGK, v_BSGK, window_size, cu_seqlens, attn_impl)
+    return _gated_sum((compressed, selected, window), gates_BTH3)
+
+
+@torch.no_grad()
+def native_sparse_attention_step(
+    q_BHK: Tensor,
+    k_BGK: Tensor,
+    v_BGK: Tensor,
+    gates_BH3: Tensor,
+    cache: tuple[Tensor, Tensor, Tensor, Tensor],
+    position_B: Tensor,
+    *,
+    n_blocks: int,
+    window_size: int,
+) -> Tensor:
+    """One token of every row at `position_B`; returns o (B, H, K).
+
+    cache: keys and values (B, S, G, K) with position p in slot p, and the means of their blocks
+    (B, C, G, K), S / C tokens each; the token is written to all four in place. No shape depends on
+    `position_B`, and the device is not waited for.
+    """
+    k_BSGK, v_BSGK, k_BCGK, v_BCGK = cache
+    row = torch.arange(len(q_BHK), device=q_BHK.device)
+    for new_BGK, x_BSGK, mean_BCGK in ((k_BGK, k_BSGK, k_BCGK), (v_BGK, v_BSGK, v_BCGK)):
+        x_BSGK[row, position_B] = new_BGK.to(x_BSGK.dtype)
+        update_means(x_BSGK, mean_BCGK, position_B)
+    branches = branches_of_step(
+        q_BHK, *cache, position_B, n_blocks=n_blocks, window_size=window_size
+    )
+    return _gated_sum(branches, gates_BH3)
+
+
+def block_means(x_BSGK: Tensor, block_size: int) -> Tensor:
+    """(B, ceil(S / block_size), G, K): means of the complete blocks of each row, in x's dtype; that
+    of a last, incomplete one holds no meaning."""
+    blocks = cut_blocks(x_BSGK.shape[1], block_size, None, x_BSGK.device)
+    return mean_of_blocks(x_BSGK, blocks, packed=False)
+
+
+def _window_attention(q, k, v, window_size: int, cu_seqlens, attn_impl: str) -> Tensor:
+    n_past = k.shape[1] - q.shape[1]
+    seen = min(n_past, window_size - 1)
+    # Queries of the past are not needed; zeros in their place keep the causal shape.
+    o = attention(
+        F.pad(q, (0, 0, 0, 0, seen, 0)),
+        k[:, n_past - seen :],
+        v[:, n_past - seen :],
+        window=window_size,
+        cu_seqlens=cu_seqlens,
+        impl=attn_impl,
+    )
+    return o[:, seen:]
+
+
+def _gated_sum(branches: tuple[Tensor, ...], gates: Tensor) -> Tensor:
+    """sum_i branches[i] (..., H, K) gates[..., i]"""
+    first, *others = (gate[..., None] for gate in gates.type_as(branches[0]).unbind(-1))
+    o = branches[0] * first
+    for branch, gate in zip(branches[1:], others, strict=True):
+        o = torch.addcmul(o, branch, gate)
+    return o
+
+
+def _check_shapes(q, k, v, gates, n_blocks, cu_seqlens) -> None:
+    B, T, H, K = q.shape
+    S, G = k.shape[1:3]
+    assert k.shape == v.shape == (B, S, G, K), f"k {k.shape}, v {v.shape} do not fit q {q.shape}"
+    assert 0 < T <= S, f"{T} queries are not the last of {S} tokens"
+    assert H % G == 0, f"{G} key/value heads do not divide {H} query heads"
+    assert gates.shape == (B, T, H, 3), f"gates {tuple(gates.shape)} are not {(B, T, H, 3)}"
+    assert n_blocks >= ALWAYS_CHOSEN, f"n_blocks={n_blocks}: {ALWAYS_CHOSEN} are always chosen"
+    if cu_seqlens is not None:
+        assert B == 1 and T == S, "cu_seqlens packs whole documents into one row"
