@@ -24,9 +24,10 @@ def build_fsdp_grouping_plan(args: LoopedTransformerArgs) -> list[tuple[str, boo
 
 def get_no_recompute_ops() -> set[Any]:
     """What selective activation checkpointing keeps beside lingua's operators: mixer kernels."""
+    import apps.LT2.kernel.dsa.operator
     import apps.LT2.kernel.gated_delta_rule.fla  # noqa: F401, registers the operator
 
-    ops = {torch.ops.lt2.gated_delta_rule.default}
+    ops = {torch.ops.lt2.gated_delta_rule.default, torch.ops.lt2.dsa.default}
     return ops | {torch.ops.torch_attn._varlen_attn.default}
 
 
