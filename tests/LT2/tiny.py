@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 
+from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.checkpoint import CheckpointArgs, CheckpointManager
 
+DSA = DSAArgs(top_k=4, n_index_heads=1, index_head_dim=8)
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"mixer": "full"},
     "window": {"mixer": "window", "default_sliding_window": 5},
     "gdn": {"mixer": "gdn"},
     "hybrid": {"mixer": "gdn", "hybrid_mixer": "full", "attention_pattern": "2:1"},
+    "dsa": {"mixer": "dsa", "dsa": DSA},
+    "gdn+dsa": {"mixer": "gdn", "hybrid_mixer": "dsa", "attention_pattern": "2:1", "dsa": DSA},
 }
 
 
@@ -32,6 +36,10 @@ def tiny_model(kind: str, loop_count: int, seed: int = 0, **changes: Any) -> Loo
     for name, param in model.named_parameters():
         if name.endswith(("rho", "wg.weight")):
             param.normal_(std=0.3)  # zero at the start, and would hide its mistakes
+        if name.endswith(("indexer.wq.weight", "indexer.wk.weight")):
+            # Of rank one, so that a key's score is its sign times a function of its distance, and
+            # rounding does not change which keys are chosen.
+            param.copy_(param[:1].expand_as(param))
     model.tok_embeddings.weight *= 4  # what follows depends on what was read, not on a bias
     return model
 
