@@ -65,8 +65,9 @@ def _forward(
         with_loss=with_loss,
         keep_selection=keep_selection,
     )
-    grads = out.index_grads or [x.new_empty(0) for x in (index_q, index_k, index_w)]
-    return out.o_BTHK, out.bits_BTX, out.loss, *grads
+    empty = [x.new_empty(0) for x in (index_q, index_k, index_w)]
+    dq, dk, dw = out.index_grads or empty
+    return out.o_BTHK, out.bits_BTX, out.loss, dq, dk, dw
 
 
 @_forward.register_fake
