@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from apps.LT2.mixers.dsa import DSAArgs
+from apps.LT2.mixers.dsa import DSAArgs, LightningIndexer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.checkpoint import CheckpointArgs, CheckpointManager
 
@@ -36,12 +37,23 @@ def tiny_model(kind: str, loop_count: int, seed: int = 0, **changes: Any) -> Loo
     for name, param in model.named_parameters():
         if name.endswith(("rho", "wg.weight")):
             param.normal_(std=0.3)  # zero at the start, and would hide its mistakes
-        if name.endswith(("indexer.wq.weight", "indexer.wk.weight")):
-            # Of rank one, so that a key's score is its sign times a function of its distance, and
-            # rounding does not change which keys are chosen.
-            param.copy_(param[:1].expand_as(param))
     model.tok_embeddings.weight *= 4  # what follows depends on what was read, not on a bias
+    make_choices_clear(model)
     return model
+
+
+@torch.no_grad()
+def make_choices_clear(model: nn.Module) -> None:
+    """Let no rounding change which keys an indexer of one head chooses.
+
+    With index projections of rank one, a key's score is its sign times a function of its distance,
+    so the scores of a query are equal or far from each other.
+    """
+    for module in model.modules():
+        if isinstance(module, LightningIndexer):
+            assert module.n_heads == 1
+            for linear in (module.wq, module.wk):
+                linear.weight.copy_(linear.weight[:1].expand_as(linear.weight))
 
 
 class AtStep:

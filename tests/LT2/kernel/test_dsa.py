@@ -112,7 +112,10 @@ def test_each_loss_has_its_own_inputs():
 def test_the_loss_is_zero_where_the_indexer_knows():
     """One index head whose scores are the logits of the only head: softmax(I) is p."""
     torch.manual_seed(0)
-    q, k = torch.rand(1, 30, 1, K).double(), torch.rand(1, 30, 1, K).double()  # ReLU changes nothing
+    q, k = (
+        torch.rand(1, 30, 1, K).double(),
+        torch.rand(1, 30, 1, K).double(),
+    )  # ReLU changes nothing
     index = Index(q, k[:, :, 0], torch.full((1, 30, 1), K**-0.5).double())
     for top_k in (None, 5):
         _, loss = dsa(q, k, torch.randn_like(k), index, top_k=top_k, with_loss=True)
