@@ -16,7 +16,7 @@ from apps.LT2.kernel.dsa.selection import unpack_bits
 from apps.LT2.mixers.dsa import DSAArgs, SparseAttention
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.optim import is_matrix
-from tests.tolerances import BF16_KERNEL, BF16_LAYER, FP32, FP32_GRAD, assert_same
+from tests.tolerances import BF16_KERNEL, BF16_LAYER, FP32, FP32_GRAD, FP64, assert_same
 
 pytestmark = pytest.mark.gpu
 
@@ -159,12 +159,14 @@ def test_queries_may_be_the_last_of_the_tokens():
     want, _ = run((q, k, v, index_q, index_k, w), top_k=50)
     late = [x[:, 130:] for x in (q, index_q, w)]
     got, _ = run((late[0], k, v, late[1], index_k, late[2]), top_k=50)
-    differ = ((got - want[:, 130:]).float().norm(dim=(-1, -2)) > 0.02).float().mean()
-    assert differ < 0.05  # queries with a near tie may choose otherwise
+    want = want[:, 130:].float()
+    apart = (got.float() - want).norm(dim=(-1, -2)) > 0.02 * want.norm(dim=(-1, -2))
+    assert apart.float().mean() < 0.05  # queries with a near tie may choose otherwise
 
 
 def test_peak_memory_is_below_one_matrix_of_scores():
     """Forward and backward of 16 heads at 4096 tokens; dense fp32 scores would take 1 GiB."""
+    run(make_inputs(1, 64), top_k=8)  # cuBLAS takes its workspace
     inputs = make_inputs(1, 4096, H=16, G=16)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -212,7 +214,7 @@ def test_operator_is_registered_well(documents):
 # ---- decode
 
 
-def test_step_equals_the_last_query_in_fp32():
+def test_step_equals_the_last_query_in_fp64():
     q, k, v, index_q, index_k, w = [
         x.detach().double() for x in make_inputs(3, 60, dtype=torch.float32)
     ]
@@ -221,7 +223,7 @@ def test_step_equals_the_last_query_in_fp32():
         index = Index(index_q[:, t : t + 1], index_k, w[:, t : t + 1])
         n_valid = torch.full((3,), t + 1, device="cuda")
         got = dsa_step(q[:, t], k, v, index, n_valid, top_k=7)
-        assert_same(got, want[:, t], 1e-9, f"token {t}")  # fp64: the choice is the same
+        assert_same(got, want[:, t], FP64, f"token {t}")
 
 
 def make_mixer(top_k: int) -> SparseAttention:
@@ -248,6 +250,7 @@ def test_step_in_a_cuda_graph_equals_eager_steps(top_k):
 
     token = x[:, :1].clone()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         mixer.step(token, captured)  # warm-up, on a cache that is emptied below
     torch.cuda.current_stream().wait_stream(stream)

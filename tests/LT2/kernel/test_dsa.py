@@ -82,6 +82,15 @@ def test_blocked_equals_naive_on_packed_documents(lengths, top_k):
     assert_equals_naive(inputs, top_k=top_k, cu_seqlens=bounds_of(lengths))
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_bounds_written_anew_in_the_same_buffer():
+    """Bounds are read from the device once for every content, not once for every tensor."""
+    inputs, buffer = make_inputs(1, 60), bounds_of((50, 10))
+    run(inputs, top_k=5, cu_seqlens=buffer)
+    buffer.copy_(bounds_of((20, 40)))
+    assert_equals_naive(inputs, top_k=5, cu_seqlens=buffer)
+
+
 def test_one_block_equals_many(monkeypatch):
     inputs = make_inputs(2, 70)
     o, loss = run(inputs, top_k=9)

@@ -16,7 +16,7 @@ from lingua.args import UserError
 from lingua.parallelize import apply_activation_checkpointing
 from lingua.transformer import rotary_angles, rotate_pairs
 from tests.LT2.tiny import tiny_args
-from tests.tolerances import FP32, assert_same
+from tests.tolerances import FP32, FP32_GRAD, assert_same
 
 DIM = 16
 SHAPE = {"dim": DIM, "n_layers": 1, "n_heads": 2, "vocab_size": 8}
@@ -182,6 +182,28 @@ def test_recomputation_gives_the_same_gradients(kind, mode):
     for name, grad in grads[0].items():
         assert grad.any(), name
         assert torch.equal(grads[1][name], grad), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_block_compiles_whole(packed):
+    """Forward and backward in one graph each, in warm-up and after it."""
+    torch.manual_seed(0)
+    model = LoopedTransformer(tiny_args("dsa", 1, dsa=DSAArgs(4, 1, 8, warmup_steps=1)))
+    model.init_weights()
+    block, spec = model.layers[0], model.layout[0][0]
+    h = torch.randn(1, 30, 32, requires_grad=True)
+    bounds = torch.tensor([0, 3, 30], dtype=torch.int32) if packed else None
+    torch.compiler.reset()
+    compiled = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
+    inputs = [h, *block.parameters()]
+    for step in (0, 1):
+        model.begin_step(step)
+        grads = []
+        for forward in (block, compiled):
+            out, loss = forward(h, spec, bounds, True)
+            grads.append(torch.autograd.grad(out.square().sum() + loss, inputs))
+        for got, want in zip(*grads, strict=True):
+            assert_same(got, want, FP32_GRAD)
 
 
 def test_validation_has_no_loss_of_the_indexer():

@@ -213,8 +213,8 @@ def _combine(p_BHQS: Tensor, v_NSK: Tensor) -> Tensor:
 def _divergence(target_BQS: Tensor, log_guess_BQS: Tensor, selected_BQS: Tensor) -> Tensor:
     """sum of KL(target || guess). Where no key is selected the guess's logarithm is -inf, and the
     target 0: such a pair adds nothing."""
-    entropy = torch.xlogy(target_BQS, target_BQS).sum()
-    return entropy - log_guess_BQS.masked_fill(~selected_BQS, 0).mul_(target_BQS).sum()
+    log_guess_BQS = log_guess_BQS.masked_fill(~selected_BQS, 0)
+    return torch.xlogy(target_BQS, target_BQS).sub_(log_guess_BQS.mul_(target_BQS)).sum()
 
 
 def _index_backward(
