@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
-from apps.LT2.kernel.dsa import Index, blocked, dsa, dsa_step
+from apps.LT2.kernel.dsa import Index, blocked, blocks, dsa, dsa_step, plain
 from apps.LT2.kernel.dsa.operator import _backward, _forward
 from apps.LT2.kernel.dsa.selection import (
     pack_bits,
@@ -46,7 +46,7 @@ def bounds_of(lengths):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks of 16 queries, the least there is."""
-    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
 
 
 def assert_equals_naive(inputs, **options):
@@ -94,7 +94,7 @@ def test_bounds_written_anew_in_the_same_buffer():
 def test_one_block_equals_many(monkeypatch):
     inputs = make_inputs(2, 70)
     o, loss = run(inputs, top_k=9)
-    monkeypatch.setattr(blocked, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
     for got, want in zip(run(inputs, top_k=9), (o, loss), strict=True):
         assert_same(got, want, FP64)
 
@@ -241,10 +241,18 @@ def test_no_tensor_of_all_queries_by_all_keys():
     q, k, v, *index = [x.detach() for x in make_inputs(1, T, dtype=torch.float32)]
     with Largest() as forward:
         out = blocked.forward(
-            q, k, v, Index(*index), None, 100, with_loss=True, keep_selection=True
+            q,
+            k,
+            v,
+            Index(*index),
+            None,
+            100,
+            with_loss=True,
+            keep_selection=True,
+            use_kernels=False,
         )
     with Largest() as backward:
-        blocked.backward(q, k, v, out.bits_BTX, None, torch.ones_like(q))
+        plain.backward(q, k, v, out.bits_BTX, None, torch.ones_like(q))
     # A block is 16 queries; the selection of all is one bit a pair.
     assert max(forward.nbytes, backward.nbytes) <= max(4 * H * 16 * T, T * T // 8)
     assert out.bits_BTX.nbytes == T * T // 8
@@ -256,10 +264,10 @@ def test_operator_is_registered_well(packed, top_k, with_loss):
     """Schema, fake shapes, autograd and dynamic shapes, by torch's own check."""
     bounds = bounds_of((3, 37)) if packed else None
     inputs = make_inputs(1, 40, dtype=torch.float32)
-    torch.library.opcheck(_forward, (*inputs, bounds, top_k, with_loss, True))
+    torch.library.opcheck(_forward, (*inputs, bounds, top_k, with_loss, True, False))
     with torch.no_grad():
-        o, bits, *_ = _forward(*inputs, bounds, top_k, with_loss, True)
-    saved = (*(x.detach() for x in inputs[:3]), bits, bounds, o)
+        o, lse, bits, *_ = _forward(*inputs, bounds, top_k, with_loss, True, False)
+    saved = (*(x.detach() for x in inputs[:3]), o, lse, bits, bounds, o)
     torch.library.opcheck(_backward, saved, test_utils=("test_schema", "test_faketensor"))
 
 

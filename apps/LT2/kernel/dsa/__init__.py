@@ -10,12 +10,14 @@ C index width.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from apps.LT2.kernel.attention import decode_attention
 from apps.LT2.kernel.dsa.naive import dsa_naive
-from apps.LT2.kernel.dsa.operator import dsa_blocked
+from apps.LT2.kernel.dsa.operator import dsa_blocked, kernels_can
 from apps.LT2.kernel.dsa.selection import (
     Index,
     head_products,
@@ -24,7 +26,11 @@ from apps.LT2.kernel.dsa.selection import (
     selected_indices,
 )
 
-IMPLS = {"naive": dsa_naive, "blocked": dsa_blocked}
+IMPLS = {
+    "naive": dsa_naive,
+    "blocked": dsa_blocked,
+    "triton": partial(dsa_blocked, use_kernels=True),
+}
 
 __all__ = ["Index", "dsa", "dsa_step"]
 
@@ -38,7 +44,7 @@ def dsa(
     top_k: int | None,
     cu_seqlens: Tensor | None = None,
     with_loss: bool = False,
-    impl: str = "blocked",
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention of T queries, the last T of S tokens, over the keys that the indexer picks.
 
@@ -53,10 +59,16 @@ def dsa(
     else None. p is the sum of the heads' probabilities, normalised, and a constant to the loss;
     both distributions are over the keys that are attended to. The gradient of o reaches q, k and v
     alone, and that of the loss index.q, index.k and index.w alone. Of two keys with equal scores
-    the later one is picked. fp64 inputs are computed in fp64.
+    the later one is picked. fp64 inputs are computed in fp64. `impl`: "auto" is blocks of queries
+    with Triton kernels for 16-bit CUDA tensors with S = T, and in plain torch otherwise; "naive",
+    "blocked" (plain torch) and "triton" force one.
     """
     _check_shapes(q_BTHK, k_BSGK, v_BSGK, index, top_k, cu_seqlens)
-    assert impl in IMPLS, f"impl must be one of {list(IMPLS)}, got {impl!r}"
+    if impl == "auto":
+        impl = "triton" if kernels_can(q_BTHK, k_BSGK) else "blocked"
+    assert impl in IMPLS, f"impl must be auto or one of {list(IMPLS)}, got {impl!r}"
+    able = impl != "triton" or kernels_can(q_BTHK, k_BSGK)
+    assert able, f"the kernels do not take {q_BTHK.dtype} on {q_BTHK.device}, or T is not S"
     return IMPLS[impl](
         q_BTHK,
         k_BSGK,
