@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_optimizer_state_is_not_in_the_way(tmp_path):
     model(TOKENS).sum().backward()
     optimizer.step()
     manager = CheckpointManager(CheckpointArgs(path=str(tmp_path)))
-    config = {"model": {**vars(model.args), "gdn": {}}, "data": {"tokenizer": {"name": "bytes"}}}
+    config = {"model": asdict(model.args), "data": {"tokenizer": {"name": "bytes"}}}
     manager.save(model, optimizer, AtStep(1), config)
     assert torch.equal(load(tmp_path).model(TOKENS), model(TOKENS))
 
