@@ -6,6 +6,8 @@ whole on every rank and unknown to FSDP; their gradients are averaged here, in o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -64,13 +66,15 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clip_grad_norm_(model: nn.Module, max_norm: float | None) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `max_norm`; 0 or None only measures.
+def clip_grad_norm_(weights: nn.Module | Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradients of these parameters, or of a whole module's, so that their joint norm is
+    at most `max_norm`; 0 or None only measures.
 
     Returns the norm before clipping, an fp32 scalar equal on every rank; NaN or infinite if any
     gradient is. Sharded and whole gradients may be mixed.
     """
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    parameters = weights.parameters() if isinstance(weights, nn.Module) else weights
+    grads = [p.grad for p in parameters if p.grad is not None]
     norm = _total_norm(grads)
     if max_norm:
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

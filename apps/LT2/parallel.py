@@ -33,12 +33,14 @@ def get_no_recompute_ops() -> set[Any]:
         lt2.gla.default,
         torch.ops.torch_attn._varlen_attn.default,
     }
+    import apps.LT2.kernel.dsa.operator
     import apps.LT2.kernel.gated_delta_rule.fla  # noqa: F401, registers the operator
     import apps.LT2.kernel.nsa.fla  # noqa: F401
 
     ops = {torch.ops.lt2.gated_delta_rule.default}
     ops |= {torch.ops.lt2.nsa_compressed.default, torch.ops.lt2.nsa_selected.default}
     ops |= {torch.ops.lt2.nsa_choose.default}
+    ops = {torch.ops.lt2.gated_delta_rule.default, torch.ops.lt2.dsa.default}
     return ops | {torch.ops.torch_attn._varlen_attn.default}
 
 

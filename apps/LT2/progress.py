@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.LT2.trainer import StepResult
+from apps.LT2.trainer import StepResult, TrainState
 from lingua.distributed import dist_mean
 from lingua.metrics import GPUMemoryMonitor, peak_flops
 
@@ -44,13 +44,16 @@ class Progress:
         yield
         self._began += time.perf_counter() - began
 
-    def record(self, step: int, losses: list[Tensor]) -> dict[str, Any]:
+    def record(self, state: TrainState) -> dict[str, Any]:
         """The numbers of the steps since the last record, of which one at least. A collective.
 
-        `losses` are those of all these steps; some may have been taken before the run was resumed.
+        `state` has the losses of all these steps; some may have been taken before the run was
+        resumed.
         """
-        results, n_steps = self._results, len(self._results)
-        loss = dist_mean(torch.stack(losses).mean()).item()  # waits for the device
+        results, n_steps, step = self._results, len(self._results), state.step
+        loss = _mean(state.losses)  # waits for the device
+        mixer_losses = {f"loss/{name}": _mean(ls) for name, ls in state.mixer_losses.items()}
+        mixer_norms = results[-1].mixer_grad_norms
         seconds = (time.perf_counter() - self._began) / n_steps
         tokens_per_s = self.tokens_per_step / seconds
         flops = tokens_per_s * self.flops_per_token / self.world_size
@@ -58,12 +61,14 @@ class Progress:
             "global_step": step,
             "acc_step": 0,
             "loss/out": loss,
+            **mixer_losses,
             "speed/wps": tokens_per_s / self.world_size,
             "speed/tokens_per_s": tokens_per_s,
             "speed/FLOPS": flops,
             "speed/curr_iter_time": seconds,
             "speed/data_load_time": sum(r.data_seconds for r in results) / n_steps,
             "optim/grad_norm": results[-1].grad_norm,
+            **{f"optim/grad_norm_{name}": norm for name, norm in mixer_norms.items()},
             "optim/lr": results[-1].lr,
             "optim/total_tokens": step * self.tokens_per_step,
             **self.memory.metrics(),
@@ -90,6 +95,11 @@ class Progress:
             parts.append(f"{record['memory/max_active_gib']:.1f} GiB")
         parts.append(f"eta {timedelta(seconds=round(left))}")
         return "  ".join(parts)
+
+
+def _mean(losses: list[Tensor]) -> float:
+    """Over steps and ranks."""
+    return dist_mean(torch.stack(losses).mean()).item()
 
 
 def _si(x: float) -> str:

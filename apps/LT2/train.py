@@ -138,8 +138,8 @@ def train(given: TrainArgs) -> None:
             is_last, leaving = state.step == args.steps, agree_any(preemption_flag["flag"])
             is_eval = is_last or args.checkpoint.eval.fires(state.step)
             if every_n_steps(state, args.logging.freq):
-                metrics.log(record := progress.record(state.step, state.losses))
-                state.losses.clear()
+                metrics.log(record := progress.record(state))
+                state.clear_losses()
                 tell(progress.line(record))
             if every_n_steps(state, args.gc_collect_freq):
                 gc.collect()

@@ -133,7 +133,7 @@ def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> 
     dtype = resolve_dtype(distributed.model_dtype, device_type)
     check_attention_device(model.attn_impl, device_type=device_type, dtype=dtype, training=True)
     mixers = {spec.mixer for loop in model.layout() for spec in loop}
-    if device_type == "cuda" and mixers - {"full", "window"}:
+    if device_type == "cuda" and mixers - {"full", "window", "dsa"}:
         check_gpu_stack()
 
 

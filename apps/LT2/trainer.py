@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class TrainState:
     scheduler: ScheduledLR
     # of the steps since the last log record, on the device; means over this rank's micro-batches
     losses: list[Tensor] = field(default_factory=list)
+    mixer_losses: dict[str, list[Tensor]] = field(default_factory=dict)  # likewise, by name
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -49,7 +51,8 @@ class TrainState:
             "acc_step": self.acc_step,
             "data_loader_state": self.data_loader_state,
             "scheduler": self.scheduler.state_dict(),
-            "losses": [loss.item() for loss in self.losses],
+            "losses": _to_numbers(self.losses),
+            "mixer_losses": {name: _to_numbers(ls) for name, ls in self.mixer_losses.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -57,12 +60,34 @@ class TrainState:
         self.acc_step = state_dict["acc_step"]
         self.data_loader_state = state_dict["data_loader_state"]
         self.scheduler.load_state_dict(state_dict["scheduler"])
-        self.losses = [torch.tensor(loss, device=get_device()) for loss in state_dict["losses"]]
+        self.losses = _to_tensors(state_dict["losses"])
+        mixer_losses = state_dict.get("mixer_losses", {})  # older checkpoints have none
+        self.mixer_losses = {name: _to_tensors(numbers) for name, numbers in mixer_losses.items()}
+
+    def add_losses(self, loss: Tensor, mixer_losses: dict[str, Tensor]) -> None:
+        """Those of a step."""
+        self.losses.append(loss)
+        for name, mixer_loss in mixer_losses.items():
+            self.mixer_losses.setdefault(name, []).append(mixer_loss)
+
+    def clear_losses(self) -> None:
+        """After a log record."""
+        self.losses.clear()
+        self.mixer_losses.clear()
+
+
+def _to_numbers(losses: list[Tensor]) -> list[float]:
+    return [loss.item() for loss in losses]
+
+
+def _to_tensors(numbers: list[float]) -> list[Tensor]:
+    return [torch.tensor(number, device=get_device()) for number in numbers]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    grad_norm: float  # of the whole gradient, before clipping
+    grad_norm: float  # of the language model's loss, by the weights that it trains; not clipped
+    mixer_grad_norms: dict[str, float]  # of the mixers' own losses, by name; not clipped
     lr: float  # that the step was taken with
     data_seconds: float  # waiting for the loader
 
@@ -88,6 +113,7 @@ class Trainer:
     def step(self) -> StepResult:
         n_micro = self.args.grad_acc_steps
         total = torch.zeros((), device=self.device)
+        mixer_totals: dict[str, Tensor] = {}
         began = time.perf_counter()
         # A rank that cannot read stops the others, too, before they wait for it in a collective.
         micro_batches = run_together(self._read_micro_batches)
@@ -101,19 +127,22 @@ class Trainer:
             loss = self.model(*batch)
             (loss / n_micro).backward()
             total += loss.detach()
+            for name, mixer_loss in self.model.mixer_losses.items():
+                mixer_totals[name] = mixer_totals.get(name, 0) + mixer_loss
             self.state.acc_step = (micro + 1) % n_micro
             if self.after_micro_batch is not None:
                 self.after_micro_batch(loss.detach())
         sync_replicated_grads(self.model, self.mesh)
-        grad_norm = clip_grad_norm_(self.model, self.args.optim.clip).item()
+        grad_norm, mixer_grad_norms = self._clip()
         lr = self.optimizer.param_groups[0]["lr"]
-        if not self._skip(grad_norm):
+        if not self._skip(grad_norm, *mixer_grad_norms.values()):
             self.optimizer.step()
         self.state.scheduler.step()
         self.optimizer.zero_grad()
         self.state.step += 1
-        self.state.losses.append(total / n_micro)
-        return StepResult(grad_norm, lr, data_seconds)
+        mixer_means = {name: loss / n_micro for name, loss in mixer_totals.items()}
+        self.state.add_losses(total / n_micro, mixer_means)
+        return StepResult(grad_norm, mixer_grad_norms, lr, data_seconds)
 
     def _read_micro_batches(self) -> list[Any]:
         micro_batches = []
@@ -122,8 +151,21 @@ class Trainer:
             micro_batches.append(views)
         return micro_batches
 
-    def _skip(self, grad_norm: float) -> bool:
+    def _clip(self) -> tuple[float, dict[str, float]]:
+        """Clip the gradient of each loss, to the same norm, and return what the norms were.
+
+        Clipped together, a mixer's own loss would shorten the steps of weights that it does not
+        train.
+        """
+        clip, own = self.args.optim.clip, self.model.own_loss_parameters()
+        apart = {p for weights in own.values() for p in weights}
+        norm = clip_grad_norm_([p for p in self.model.parameters() if p not in apart], clip)
+        norms = {name: clip_grad_norm_(weights, clip) for name, weights in own.items()}
+        return norm.item(), {name: norm.item() for name, norm in norms.items()}
+
+    def _skip(self, *grad_norms: float) -> bool:
         """Whether a step with NaN or infinite gradients is passed over; raises if it may not be."""
+        grad_norm = next((norm for norm in grad_norms if not math.isfinite(norm)), grad_norms[0])
         try:
             skipped = self.guard.skip(grad_norm)
         except FloatingPointError as error:

@@ -29,6 +29,7 @@ from apps.LT2.kernel.attention import check_attention_impl
 from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy
 from apps.LT2.mixers import MIXERS
 from apps.LT2.mixers.deltanet import DeltaNetArgs
+from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.mixers.hgrn2 import HGRN2Args
 from apps.LT2.mixers.kda import KDAArgs
@@ -57,6 +58,7 @@ class LoopedTransformerArgs(BaseTransformerArgs):
     loop_count: int = 1  # T: how often the stack runs; effective depth = n_layers * T
     mixer: str = "full"  # token mixer, a name in apps.LT2.mixers.MIXERS
     mixer: str = "full"  # token mixer: full | window | gdn | nsa
+    mixer: str = "full"  # token mixer: full | window | gdn | dsa
     attention_pattern: str | None = None  # layout over depth and loops; null = mixer everywhere
     hybrid_mixer: str = "full"  # the second family of a pattern such as "4:1"
     attn_impl: str = "auto"  # softmax backend: auto | fmha | flex_attention | sdpa | naive
@@ -70,6 +72,7 @@ class LoopedTransformerArgs(BaseTransformerArgs):
     deltanet: DeltaNetArgs = field(default_factory=DeltaNetArgs)
     retnet: RetNetArgs = field(default_factory=RetNetArgs)
     nsa: NSAArgs = field(default_factory=NSAArgs)
+    dsa: DSAArgs = field(default_factory=DSAArgs)
 
     def layout(self) -> Layout:
         """What runs at each (loop, layer); UserError where attention_pattern does not fit."""
@@ -163,6 +166,15 @@ class LoopedTransformer(nn.Module):
         for block in self._blocks():
             for mixer in block.mixers():
                 mixer.begin_step(step)
+
+    def own_loss_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """The weights that the mixers' own losses train, and nothing else does, by loss."""
+        weights: dict[str, list[nn.Parameter]] = {}
+        for block in self._blocks():
+            for mixer in block.mixers():
+                if mixer.loss_name is not None:
+                    weights.setdefault(mixer.loss_name, []).extend(mixer.own_loss_parameters())
+        return weights
 
     @property
     def head_weight(self) -> Tensor:

@@ -6,8 +6,8 @@ gate that starts at zero would hide what stands behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apps.LT2.mixers import MIXERS, Mixer
 from apps.LT2.mixers.deltanet import DeltaNetArgs
+from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.mixers.hgrn2 import HGRN2Args
 from apps.LT2.mixers.kda import KDAArgs
@@ -81,6 +82,15 @@ def nsa_case(n_heads: int, head_dim: int, n_kv_heads: int | None, **sizes: int) 
     )
 
 
+def dsa_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """The indexer's products with all keys seen, summed over its heads, and top-k attention."""
+    seen = sum(t + 1 for t in range(seqlen))
+    indexer = mixer.indexer
+    return seen * indexer.n_heads * 2 * (indexer.head_dim + 1) + attention_flops(
+        mixer, seqlen, mixer.top_k
+    )
+
+
 @dataclass(frozen=True)
 class Case:
     mixer: str
@@ -90,6 +100,9 @@ class Case:
     without_gradient: frozenset = frozenset()  # parameters that cannot matter here
     starts_at_zero: frozenset = frozenset()  # linears outside the common init rule
     sees_all_past: bool = True  # False: a token may choose among the tokens of its past
+    # In fp64 the rounding of one order of summation or the other does not change a choice.
+    dtype: torch.dtype = torch.float32
+    args_for_bf16: dict = field(default_factory=dict)  # bf16 would change choices: none are made
 
     def keys_seen(self, t: int) -> int:
         return min(t + 1, self.window or t + 1)
@@ -148,12 +161,31 @@ CASES = {
     # 40 tokens are within 4 blocks: what is chosen there does not hang on bf16's rounding.
     "nsa_chooses": nsa_case(16, 4, 1, block_size=10, n_blocks=4, window_size=7),
     "nsa_two_groups": nsa_case(32, 2, 2, block_size=16, n_blocks=5, window_size=1),
+    "dsa": Case(
+        "dsa",
+        dsa_flops,
+        args={"dsa": DSAArgs(top_k=9, n_index_heads=3, index_head_dim=8)},
+        sees_all_past=False,
+        dtype=torch.float64,
+        args_for_bf16={"dsa": DSAArgs(top_k=40, n_index_heads=3, index_head_dim=8)},
+    ),
+    "dsa_gqa_gated": Case(
+        "dsa",
+        dsa_flops,
+        args={"n_kv_heads": 1, "gated_attn": True, "dsa": DSAArgs(top_k=64, n_index_heads=1)},
+        starts_at_zero=frozenset({"wg"}),
+        sees_all_past=False,
+        dtype=torch.float64,
+    ),
+    "dsa_of_all_keys": Case("dsa", dsa_flops, args={"dsa": DSAArgs(top_k=300)}),
 }
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
-def case(request) -> Case:
-    return request.param
+def case(request) -> Iterator[Case]:
+    torch.set_default_dtype(request.param.dtype)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
 
 
 def model_args(case: Case) -> LoopedTransformerArgs:
@@ -189,7 +221,7 @@ class Decoder:
     def __init__(self, case: Case, mixer: Mixer, batch_size: int, max_seqlen: int, dtype=None):
         self.window, self.mixer = case.window, mixer
         self.cache = mixer.init_cache(
-            batch_size, max_seqlen, device="cpu", dtype=dtype or torch.float32, window=case.window
+            batch_size, max_seqlen, device="cpu", dtype=dtype or case.dtype, window=case.window
         )
 
     @torch.no_grad()
@@ -199,6 +231,14 @@ class Decoder:
     @torch.no_grad()
     def steps(self, x: Tensor) -> Tensor:
         return torch.cat([self.mixer.step(x_B1D, self.cache) for x_B1D in x.split(1, 1)], 1)
+
+
+def forward_with_loss(mixer: Mixer, x: Tensor, case: Case, cu_seqlens=None) -> tuple[Tensor, Any]:
+    """The output, and the mean over tokens of the mixer's own loss, 0 where it has none."""
+    options = {"cu_seqlens": cu_seqlens, "window": case.window}
+    if mixer.loss_name is None:
+        return mixer(x, **options), 0.0
+    return mixer.forward_with_loss(x, **options)
 
 
 def assert_same_fp32(got: Tensor, want: Tensor) -> None:
@@ -285,11 +325,13 @@ def test_packed_gradients_equal_separate(case):
     x, cu_seqlens = packed(documents)
     parameters = {n: p for n, p in mixer.named_parameters() if n not in case.without_gradient}
     inputs = {f"document {i}": d for i, d in enumerate(documents)} | parameters
-    together = mixer(x, cu_seqlens=cu_seqlens, window=case.window)[0]
-    alone = torch.cat([mixer(d[None], window=case.window)[0] for d in documents])
+    together, own_loss = forward_with_loss(mixer, x, case, cu_seqlens)
+    apart = [forward_with_loss(mixer, d[None], case) for d in documents]
+    alone = torch.cat([out for out, _ in apart], 1)
+    own_losses = sum(loss * len(d) for (_, loss), d in zip(apart, documents, strict=True))
     probe = torch.randn_like(together)
-    got = torch.autograd.grad((together * probe).sum(), inputs.values())
-    want = torch.autograd.grad((alone * probe).sum(), inputs.values())
+    got = torch.autograd.grad((together * probe).sum() + own_loss * x.shape[1], inputs.values())
+    want = torch.autograd.grad((alone * probe).sum() + own_losses, inputs.values())
     for name, g, w in zip(inputs, got, want, strict=True):
         assert_same(g, w, FP32_GRAD, name)
 
@@ -373,8 +415,8 @@ def test_caches_are_written_in_place(case):
 
 def test_every_parameter_gets_a_gradient(case):
     mixer = make(case, jitter=0.0)
-    out = mixer(tokens(2, 70), window=case.window)
-    (out * torch.randn_like(out)).sum().backward()
+    out, own_loss = forward_with_loss(mixer, tokens(2, 70), case)
+    ((out * torch.randn_like(out)).sum() + own_loss).backward()
     for name, p in mixer.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
         if name not in case.without_gradient:
@@ -456,6 +498,8 @@ def test_flops_are_projections_and_mixing(case, seqlen):
 def test_half_precision_matrices_beside_fp32_vectors(case):
     """What sharded training and a bf16 decode run: matrices and activations in bf16, decay,
     norms and convolutions in fp32."""
+    torch.set_default_dtype(torch.float32)
+    case = replace(case, args=case.args | case.args_for_bf16)
     mixer = make(case)
     with torch.no_grad():
         for name, p in mixer.named_parameters():
@@ -466,10 +510,10 @@ def test_half_precision_matrices_beside_fp32_vectors(case):
     for name, p in mixer.named_parameters():
         if is_matrix(name, p):
             p.data = p.data.bfloat16()
-    out = mixer(x, window=case.window)
+    out, own_loss = forward_with_loss(mixer, x, case)
     decoder = Decoder(case, mixer, 2, 40, torch.bfloat16)
     cached = [decoder.prefill(x[:, :30]), decoder.prefill(x[:, 30:36]), decoder.steps(x[:, 36:])]
-    out.float().square().mean().backward()
+    (out.float().square().mean() + own_loss).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
     for got in (out.detach(), torch.cat(cached, 1)):
         assert got.dtype == torch.bfloat16

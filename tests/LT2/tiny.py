@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.nsa import NSAArgs
+from apps.LT2.mixers.dsa import DSAArgs, LightningIndexer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.checkpoint import CheckpointArgs, CheckpointManager
 
+DSA = DSAArgs(top_k=4, n_index_heads=1, index_head_dim=8)
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"mixer": "full"},
     "window": {"mixer": "window", "default_sliding_window": 5},
@@ -28,6 +31,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "nsa": NSAArgs(block_size=4, n_blocks=4, window_size=5),
     },
     "hybrid": {"mixer": "gdn", "hybrid_mixer": "full", "attention_pattern": "2:1"},
+    "dsa": {"mixer": "dsa", "dsa": DSA},
+    "gdn+dsa": {"mixer": "gdn", "hybrid_mixer": "dsa", "attention_pattern": "2:1", "dsa": DSA},
 }
 
 
@@ -45,7 +50,22 @@ def tiny_model(kind: str, loop_count: int, seed: int = 0, **changes: Any) -> Loo
         if name.endswith(("rho", "wg.weight")):
             param.normal_(std=0.3)  # zero at the start, and would hide its mistakes
     model.tok_embeddings.weight *= 4  # what follows depends on what was read, not on a bias
+    make_choices_clear(model)
     return model
+
+
+@torch.no_grad()
+def make_choices_clear(model: nn.Module) -> None:
+    """Let no rounding change which keys an indexer of one head chooses.
+
+    With index projections of rank one, a key's score is its sign times a function of its distance,
+    so the scores of a query are equal or far from each other.
+    """
+    for module in model.modules():
+        if isinstance(module, LightningIndexer):
+            assert module.n_heads == 1
+            for linear in (module.wq, module.wk):
+                linear.weight.copy_(linear.weight[:1].expand_as(linear.weight))
 
 
 class AtStep:

@@ -12,6 +12,8 @@ from apps.LT2.mixers import deltanet, gdn, kda
 from apps.LT2.kernel.gated_delta_rule import gated_delta_rule
 from apps.LT2.kernel.nsa import native_sparse_attention
 from apps.LT2.mixers import gdn, nsa
+from apps.LT2.mixers import gdn
+from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.tolerances import BF16_KERNEL, relative_error
@@ -33,6 +35,13 @@ MODELS = {
     },
     "hybrid": {"mixer": "gdn", "attention_pattern": "2:1"},
     "per-loop": {"attention_pattern": "16->full"},
+    "dsa": {"mixer": "dsa", "dsa": DSAArgs(top_k=32)},
+    "gdn+dsa": {
+        "mixer": "gdn",
+        "hybrid_mixer": "dsa",
+        "attention_pattern": "2:1",
+        "dsa": DSAArgs(top_k=32),
+    },
 }
 
 OPERATORS = [(gdn, "gated_delta_rule"), (kda, "kda"), (deltanet, "delta_rule")]

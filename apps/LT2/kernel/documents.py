@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def document_of_tokens(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
@@ -25,6 +26,20 @@ def local_positions(n_tokens: int, cu_seqlens: Tensor | None, device: torch.devi
     if cu_seqlens is None:
         return torch.arange(n_tokens, device=device)
     return document_of_tokens(cu_seqlens, n_tokens)[1]
+
+
+# cu_seqlens -> (its version, its numbers)
+_known_bounds = WeakIdKeyDictionary()
+
+
+def host_bounds(cu_seqlens: Tensor) -> list[int]:
+    """The bounds as numbers. They are copied from the device once: layers and loops share them."""
+    # Inference tensors count no versions, so nothing can be kept for them.
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    known = _known_bounds.get(cu_seqlens)
+    if known is None or version is None or known[0] != version:
+        known = _known_bounds[cu_seqlens] = (version, cu_seqlens.tolist())
+    return known[1]
 
 
 def by_document(

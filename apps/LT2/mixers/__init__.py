@@ -3,6 +3,7 @@
 from apps.LT2.mixers.attention import Attention
 from apps.LT2.mixers.base import Mixer, MixerCache
 from apps.LT2.mixers.deltanet import DeltaNet
+from apps.LT2.mixers.dsa import SparseAttention
 from apps.LT2.mixers.gdn import GatedDeltaNet
 from apps.LT2.mixers.hgrn2 import HGRN2
 from apps.LT2.mixers.kda import KimiDeltaAttention
@@ -20,6 +21,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "deltanet": DeltaNet,
     "retnet": RetNet,
     "nsa": NativeSparseAttention,
+    "dsa": SparseAttention,
 }
 
 __all__ = ["MIXERS", "Mixer", "MixerCache"]

@@ -101,6 +101,7 @@ class Attention(Mixer):
         else:
             o = attention(q, k, v, window=window, cu_seqlens=cu_seqlens, impl=self.attn_impl)
         store_keys(k.flatten(0, 1), v.flatten(0, 1), cache, rows, lengths)
+        append([(k, cache.k_BSGK), (v, cache.v_BSGK)], cache.length_B, rows, lengths)
         return self._output(o, x_BTD)
 
     def step(self, x_B1D: Tensor, cache: AttentionCache) -> Tensor:
@@ -211,3 +212,21 @@ def store_keys(k: Tensor, v: Tensor, cache: AttentionCache, rows: Tensor, length
     cache.k_BSGK[row, slot] = k[kept].to(cache.k_BSGK.dtype)
     cache.v_BSGK[row, slot] = v[kept].to(cache.v_BSGK.dtype)
     cache.length_B[rows] += lengths
+def append(
+    new_and_slots: list[tuple[Tensor, Tensor]], length_B: Tensor, rows: Tensor, lengths: Tensor
+) -> None:
+    """Write what a prefill adds, (n_sequences, T, ...) or packed (1, T, ...), to its slots
+    (B, S, ...), all in place; a ring keeps the last S. `rows` and `lengths` as of `cache_rows`."""
+    n_tokens = new_and_slots[0][0].flatten(0, 1).shape[0]
+    n_slots = new_and_slots[0][1].shape[1]
+    ends = lengths.cumsum(0)
+    token = torch.arange(n_tokens, device=length_B.device)
+    sequence = torch.searchsorted(ends, token, right=True)
+    left = ends[sequence] - token  # tokens of its sequence from this one on
+    row = rows[sequence]
+    position = length_B[row] + token - (ends - lengths)[sequence]
+    kept = left <= n_slots
+    row, slot = row[kept], position[kept] % n_slots
+    for new, slots in new_and_slots:
+        slots[row, slot] = new.flatten(0, 1)[kept].to(slots.dtype)
+    length_B[rows] += lengths

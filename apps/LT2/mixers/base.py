@@ -59,6 +59,10 @@ class Mixer(nn.Module, ABC):
         the language model's loss trains. Only for mixers with a `loss_name`."""
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
 
+    def own_loss_parameters(self) -> list[nn.Parameter]:
+        """The weights that the mixer's own loss trains, and that no other loss does."""
+        return []
+
     def begin_step(self, step: int | None) -> None:  # noqa: B027, most mixers do not care
         """Told before each optimizer step how many are done; None is inference, the default."""
 

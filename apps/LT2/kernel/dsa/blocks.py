@@ -1,0 +1,71 @@
+"""Blocks of queries, and the keys that each may see.
+
+Shapes: B batch, T queries, S >= T keys (the queries are the last T of S tokens), Q queries of a
+block.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apps.LT2.kernel.documents import document_of_tokens, host_bounds
+
+# Elements of the largest tensor of a block: 128 MiB in fp32, and some four of them are alive at a
+# time. Smaller blocks skip more of the future but start more kernels.
+BLOCK_ELEMENTS = 2**25
+MIN_QUERIES = 16
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries begin..end of T, and the keys first..last of S that they may see."""
+
+    begin: int
+    end: int
+    first: int  # a multiple of 8, so that a block's selection fills whole bytes of the mask
+    last: int
+    visible: Tensor  # (Q, last - first) bool: causal, and in one document
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.begin, self.end)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def n_keys(self) -> int:
+        return self.last - self.first
+
+
+def query_blocks(
+    n_queries: int,
+    n_keys: int,
+    cu_seqlens: Tensor | None,
+    *,
+    elements_per_pair: int,
+    device: torch.device,
+) -> Iterator[Block]:
+    """`elements_per_pair`: of the largest tensor, for each query and key of a block."""
+    size = BLOCK_ELEMENTS // (elements_per_pair * n_keys)
+    size = max(MIN_QUERIES, size // MIN_QUERIES * MIN_QUERIES)
+    offset = n_keys - n_queries
+    position = torch.arange(n_keys, device=device)
+    document, starts = None, [0]
+    if cu_seqlens is not None:
+        document, _ = document_of_tokens(cu_seqlens, n_keys)
+        starts = host_bounds(cu_seqlens)
+    for begin in range(0, n_queries, size):
+        end = min(begin + size, n_queries)
+        first = starts[bisect_right(starts, begin + offset) - 1] // 8 * 8
+        keys, queries = slice(first, end + offset), slice(begin + offset, end + offset)
+        visible = position[queries, None] >= position[None, keys]
+        if document is not None:
+            visible &= document[queries, None] == document[None, keys]
+        yield Block(begin, end, first, end + offset, visible)

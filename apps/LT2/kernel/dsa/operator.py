@@ -1,0 +1,139 @@
+"""The blocked form as one custom operator, so that the block around it compiles whole.
+
+The loss's gradients by the indexer's tensors are known in forward but for a factor, and need there
+what forward has in hand anyway: the scores and the probabilities. They are kept, and multiplied by
+the factor in backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apps.LT2.kernel.dsa import blocked, plain
+from apps.LT2.kernel.dsa.selection import Index, wide_dtype
+
+MAX_WIDTH = 256  # of a head: wider tiles do not fit in a multiprocessor
+
+
+def dsa_blocked(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    index: Index,
+    *,
+    top_k: int | None,
+    cu_seqlens: Tensor | None = None,
+    with_loss: bool = False,
+    use_kernels: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Same arguments and results as `dsa`."""
+    n_keys = k_BSGK.shape[1]
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, k_BSGK, v_BSGK))
+    o_BTHK, _, _, loss, *_ = _forward(
+        q_BTHK,
+        k_BSGK,
+        v_BSGK,
+        *index,
+        cu_seqlens,
+        n_keys if top_k is None else min(top_k, n_keys),
+        with_loss,
+        trained,
+        use_kernels,
+    )
+    return o_BTHK, loss / q_BTHK.shape[:2].numel() if with_loss else None
+
+
+def kernels_can(q_BTHK: Tensor, k_BSGK: Tensor) -> bool:
+    """Whether the Triton kernels serve these tensors."""
+    on_gpu = q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2 and k_BSGK.dtype == q_BTHK.dtype
+    whole = q_BTHK.shape[1] == k_BSGK.shape[1]
+    return on_gpu and whole and q_BTHK.shape[3] <= MAX_WIDTH
+
+
+@torch.library.custom_op("lt2::dsa", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_w: Tensor,
+    cu_seqlens: Tensor | None,
+    top_k: int,
+    with_loss: bool,
+    keep_selection: bool,
+    use_kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, the kernels' logarithms, the packed selection, the loss summed over queries, and its
+    gradients by the indexer's q, k and w. What was not asked for is empty."""
+    with torch.cuda.device_of(q):
+        out = blocked.forward(
+            q,
+            k,
+            v,
+            Index(index_q, index_k, index_w),
+            cu_seqlens,
+            top_k,
+            with_loss=with_loss,
+            keep_selection=keep_selection,
+            use_kernels=use_kernels,
+        )
+    empty = [x.new_empty(0) for x in (index_q, index_k, index_w)]
+    dq, dk, dw = out.index_grads or empty
+    return out.o_BTHK, out.lse_BHT, out.bits_BTX, out.loss, dq, dk, dw
+
+
+@_forward.register_fake
+def _(q, k, v, iq, ik, iw, cu_seqlens, top_k, with_loss, keep_selection, use_kernels):
+    B, T, H, _ = q.shape
+    grads = [x.new_empty(x.shape if with_loss else 0) for x in (iq, ik, iw)]
+    keep = use_kernels or (keep_selection and top_k < k.shape[1])
+    bits = q.new_empty((B, T, (k.shape[1] + 7) // 8) if keep else 0, dtype=torch.uint8)
+    lse = q.new_empty((B, H, T) if use_kernels else 0, dtype=torch.float32)
+    return q.new_empty(q.shape), lse, bits, q.new_empty((), dtype=wide_dtype(q.dtype)), *grads
+
+
+@torch.library.custom_op("lt2::dsa_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    bits: Tensor,
+    cu_seqlens: Tensor | None,
+    do: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v by the output's."""
+    if lse.numel():
+        from apps.LT2.kernel.dsa.triton import differentiate
+
+        with torch.cuda.device_of(q):
+            return differentiate(q, k, v, bits, cu_seqlens, o, lse, do)
+    return plain.backward(q, k, v, bits, cu_seqlens, do)
+
+
+@_backward.register_fake
+def _(q, k, v, o, lse, bits, cu_seqlens, do):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, _, _, _, cu_seqlens, _, ctx.with_loss, _, _ = inputs
+    o, lse, bits, _, *index_grads = output
+    ctx.save_for_backward(q, k, v, o, lse, bits, cu_seqlens, *index_grads)
+    ctx.mark_non_differentiable(lse, bits, *index_grads)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, do, _dlse, _dbits, dloss, *_):
+    *saved, dq, dk, dw = ctx.saved_tensors
+    grads = (None,) * 3 if do is None else _backward(*saved, do)
+    index_grads = (None,) * 3
+    if ctx.with_loss and dloss is not None:
+        index_grads = tuple(grad * dloss.to(grad.dtype) for grad in (dq, dk, dw))
+    return *grads, *index_grads, *(None,) * 5
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,96 @@
+"""Which keys a query attends to: the lightning indexer's scores, and the k largest of them.
+
+    I(t, s) = sum_j w(t, j) ReLU(q_I(t, j) . k_I(s))
+
+Shapes: B batch, T queries, S keys, J index heads, C index width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Index(NamedTuple):
+    """What the indexer makes of T queries and S keys."""
+
+    q_BTJC: Tensor
+    k_BSC: Tensor  # one head, shared by the index heads
+    w_BTJ: Tensor  # fp32, any sign
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are taken in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of batches of matrices, summed and returned in fp32 where the inputs have 16 bits."""
+    if a.dtype.itemsize >= 4:
+        return torch.bmm(a, b)
+    if a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
+    return torch.bmm(a.float(), b.float())
+
+
+def index_scores(products: Sequence[Tensor], w_BTJ: Tensor) -> Tensor:
+    """I (B, T, S) from `head_products` of every head."""
+    scores = torch.zeros_like(products[0])
+    for j, heard_BTS in enumerate(products):
+        scores.addcmul_(heard_BTS, w_BTJ[..., j, None])
+    return scores
+
+
+def head_products(index: Index) -> list[Tensor]:
+    """ReLU(q_I(t, j) . k_I(s)), (B, T, S) in fp32, of each index head j."""
+    k_BCS = index.k_BSC.transpose(1, 2)
+    return [wide_bmm(q_BTC, k_BCS).relu_() for q_BTC in index.q_BTJC.unbind(2)]
+
+
+def select_top_k(scores_BTS: Tensor, visible: Tensor, top_k: int) -> Tensor:
+    """(B, T, S) bool: the visible keys with the top_k largest scores, all of them if no more.
+
+    visible (T, S) or (B, T, S) bool. Among equal scores the later keys win. ReLU makes many scores
+    exactly 0, and which of these torch.topk returns depends on shape and device.
+    """
+    if top_k >= scores_BTS.shape[-1]:
+        return visible.expand_as(scores_BTS)
+    scores = scores_BTS.masked_fill(~visible, float("-inf"))
+    last = scores.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, tied = scores > last, scores == last
+    room = top_k - above.sum(-1, keepdim=True)
+    # How many tied keys there are from each on: the later ones have the small numbers.
+    place = tied.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
+    return (above | (tied & (place <= room))) & visible
+
+
+def selected_indices(selected_BS: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """((B, top_k) int64 indices of the selected keys in order, (B,) how many they are).
+
+    No row selects more than top_k. What follows a row's last index is 0 and means nothing. No
+    shape depends on the selection, so this can be captured in a CUDA graph.
+    """
+    n_rows, n_keys = selected_BS.shape
+    place = selected_BS.cumsum(-1)
+    count = place[:, -1]
+    column = torch.where(selected_BS, place - 1, top_k)  # the others go to a column that is cut off
+    indices = torch.zeros(n_rows, top_k + 1, dtype=torch.int64, device=selected_BS.device)
+    keys = torch.arange(n_keys, device=selected_BS.device).expand(n_rows, n_keys)
+    return indices.scatter_(1, column, keys)[:, :top_k], count
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """(..., S) bool as (..., ceil(S / 8)) uint8."""
+    short = -mask.shape[-1] % 8
+    bits = torch.nn.functional.pad(mask, (0, short)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    powers = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (bits << powers).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, size: int) -> Tensor:
+    """The (..., size) bool mask that `pack_bits` was given."""
+    powers = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[..., None] >> powers) & 1).flatten(-2)[..., :size].bool()

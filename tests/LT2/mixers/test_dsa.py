@@ -1,0 +1,242 @@
+"""Sparse attention against the attentions that it turns into, and an indexer that learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from apps.LT2.kernel.attention.naive import visible_keys
+from apps.LT2.kernel.dsa.selection import head_products, index_scores, select_top_k
+from apps.LT2.mixers.attention import Attention
+from apps.LT2.mixers.dsa import DSAArgs, SparseAttention
+from apps.LT2.parallel import get_no_recompute_ops, set_activation_checkpointing
+from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
+from lingua.args import UserError
+from lingua.parallelize import apply_activation_checkpointing
+from lingua.transformer import rotary_angles, rotate_pairs
+from tests.LT2.tiny import tiny_args
+from tests.tolerances import FP32, FP32_GRAD, assert_same
+
+DIM = 16
+SHAPE = {"dim": DIM, "n_layers": 1, "n_heads": 2, "vocab_size": 8}
+
+
+def make(top_k=5, *, n_index_heads=3, index_head_dim=8, warmup_steps=0, **shape):
+    torch.manual_seed(0)
+    dsa = DSAArgs(top_k, n_index_heads, index_head_dim, warmup_steps)
+    mixer = SparseAttention(LoopedTransformerArgs(**(SHAPE | shape), dsa=dsa))
+    mixer.reset_parameters(None, 1.0)
+    if mixer.wg is not None:
+        torch.nn.init.normal_(mixer.wg.weight)
+    return mixer
+
+
+def as_attention(mixer: SparseAttention, **shape) -> Attention:
+    """Full attention with the same weights."""
+    attention = Attention(LoopedTransformerArgs(**(SHAPE | shape)))
+    weights = {n: w for n, w in mixer.state_dict().items() if not n.startswith("indexer.")}
+    attention.load_state_dict(weights)
+    return attention
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randn(*shape, DIM, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+GATED_GQA = {"n_kv_heads": 1, "gated_attn": True}
+
+
+@pytest.mark.parametrize("shape", [{}, GATED_GQA], ids=["plain", "gated gqa"])
+def test_it_is_full_attention_where_all_keys_are_selected(shape):
+    mixer, x = make(top_k=40, **shape), tokens(2, 40)
+    want = as_attention(mixer, **shape)(x)
+    assert torch.equal(mixer(x), want)
+    assert_same(mixer.forward_with_loss(x)[0], want, FP32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [{}, GATED_GQA], ids=["plain", "gated gqa"])
+def test_it_is_a_window_where_the_indexer_says_nothing(shape):
+    """All scores are 0, so the last top_k keys are taken: in forward, in prefill and in steps."""
+    mixer, x = make(top_k=5, **shape), tokens(2, 40)
+    mixer.indexer.ww.weight.zero_()
+    want = as_attention(mixer, **shape)(x, window=5)
+    assert_same(mixer(x), want, FP32)
+    cache = mixer.init_cache(2, 40, device="cpu", dtype=torch.float32)
+    parts = [mixer.prefill(x[:, :11], cache), mixer.prefill(x[:, 11:30], cache)]
+    parts += [mixer.step(x[:, t : t + 1], cache) for t in range(30, 40)]
+    assert_same(torch.cat(parts, 1), want, FP32)
+
+
+@torch.no_grad()
+def test_the_indexer_is_that_of_the_paper():
+    """I(t, s) = sum_j w(t, j) ReLU(q(t, j) . k(s)) / sqrt(J C), with rotated q and k."""
+    mixer, x, positions = make(), tokens(1, 12), torch.arange(12)
+    indexer = mixer.indexer
+    index = indexer(x, positions)
+    cos, sin = rotary_angles(positions, 8, 10000.0)
+    k = indexer.wk.weight @ x[0].T  # C T
+    k = rotate_pairs((k / (k.square().mean(0) + 1e-5).sqrt()).T, cos, sin)
+    want = torch.zeros(12, 12)
+    for j in range(3):
+        q = rotate_pairs(x[0] @ indexer.wq.weight[8 * j : 8 * j + 8].T, cos, sin)
+        w = x[0] @ indexer.ww.weight[j]
+        want += w[:, None] * (q @ k.T).relu() * 3**-0.5 * 8**-0.5
+    assert_same(index_scores(head_products(index), index.w_BTJ)[0], want, FP32)
+
+
+def test_the_losses_do_not_touch_each_others_weights():
+    mixer, x = make(), tokens(2, 40).requires_grad_()
+    out, loss = mixer.forward_with_loss(x)
+    own = set(mixer.own_loss_parameters())
+    weights = dict(mixer.named_parameters())
+    assert {n for n, p in weights.items() if p in own} == {
+        n for n in weights if n.startswith("indexer.")
+    }
+    inputs = [x, *weights.values()]
+    by_out = torch.autograd.grad(out.sum(), inputs, allow_unused=True, retain_graph=True)
+    by_loss = torch.autograd.grad(loss, inputs, allow_unused=True)
+    for p, a, b in zip(inputs, by_out, by_loss, strict=True):
+        assert (a is None) == (p in own) and (b is None) == (p not in own)
+
+
+def test_a_token_attends_to_top_k_keys_at_most():
+    mixer, x = make(top_k=5), tokens(1, 40).requires_grad_()
+    out = mixer(x)
+    for t in (3, 20, 39):
+        (grad,) = torch.autograd.grad(out[0, t].sum(), x, retain_graph=True)
+        others = (grad[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist()
+        assert len(set(others) - {t}) <= 5 and max(others) == t
+
+
+def test_attention_is_dense_in_warm_up_alone():
+    mixer, x = make(warmup_steps=3), tokens(2, 40)
+    dense, sparse = as_attention(mixer)(x), mixer(x)
+    assert (dense - sparse).norm() > 0.1 * dense.norm()
+    for step, want in ((0, dense), (2, dense), (3, sparse), (1, dense), (None, sparse)):
+        mixer.begin_step(step)
+        assert_same(mixer(x), want, FP32)
+        assert_same(mixer.forward_with_loss(x)[0], want, FP32)
+
+
+# ---- learning
+
+
+def keys_found(mixer: SparseAttention, x: Tensor) -> float:
+    """Of the top_k keys with the most attention, the share that the indexer selects; tokens that
+    see less than four times as many keys do not count."""
+    n_tokens, top_k = x.shape[1], mixer.top_k
+    positions = torch.arange(n_tokens)
+    visible = visible_keys(n_tokens, window=None, cu_seqlens=None, device="cpu")
+    q, k, _ = mixer._qkv(x, positions)
+    logits = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    attention = logits.masked_fill(~visible, -torch.inf).softmax(-1).sum(1)
+    index = mixer.indexer(x, positions)
+    found = select_top_k(index_scores(head_products(index), index.w_BTJ), visible, top_k)
+    wanted = select_top_k(attention, visible, top_k)
+    late = slice(4 * top_k, None)
+    return ((found & wanted)[:, late].sum() / wanted[:, late].sum()).item()
+
+
+@pytest.mark.parametrize("warmup_steps", [100, 1000], ids=["warm-up, then sparse", "warm-up"])
+def test_the_indexer_learns_to_find_the_keys_that_attention_wants(warmup_steps):
+    """Random attention of one head over random tokens; only the indexer is trained."""
+    mixer = make(top_k=8, n_index_heads=4, index_head_dim=DIM, warmup_steps=warmup_steps, n_heads=1)
+    optimizer = torch.optim.Adam(mixer.own_loss_parameters(), lr=1e-2)
+
+    def batch() -> Tensor:
+        x = torch.randn(4, 64, DIM)
+        x[..., 0] = 2.0  # tokens share something, as in a real model: w can be positive for all
+        return x
+
+    x = batch()
+    assert keys_found(mixer, x) < 0.3  # chance is 8 keys of 32 to 64
+    for step in range(300):
+        mixer.begin_step(step)
+        _, loss = mixer.forward_with_loss(batch())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert keys_found(mixer, x) > 0.9
+
+
+# ---- in the model
+
+
+@pytest.mark.parametrize("mode", ["full", "selective", "loop"])
+@pytest.mark.parametrize("kind", ["dsa", "gdn+dsa"])
+def test_recomputation_gives_the_same_gradients(kind, mode):
+    grads = []
+    for how in ("none", mode):
+        torch.manual_seed(0)
+        model = LoopedTransformer(tiny_args(kind, 2))
+        model.init_weights()
+        set_activation_checkpointing(model, how)
+        for block in model.layers:
+            apply_activation_checkpointing(block, how, get_no_recompute_ops())
+        text = torch.randint(258, (2, 31), generator=torch.Generator().manual_seed(0))
+        model(text[:, :-1], text[:, 1:]).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        assert model.mixer_losses["dsa_indexer"] > 0
+    for name, grad in grads[0].items():
+        assert grad.any(), name
+        assert torch.equal(grads[1][name], grad), name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_block_compiles_whole(packed):
+    """Forward and backward in one graph each, in warm-up and after it."""
+    torch.manual_seed(0)
+    model = LoopedTransformer(tiny_args("dsa", 1, dsa=DSAArgs(4, 1, 8, warmup_steps=1)))
+    model.init_weights()
+    block, spec = model.layers[0], model.layout[0][0]
+    h = torch.randn(1, 30, 32, requires_grad=True)
+    bounds = torch.tensor([0, 3, 30], dtype=torch.int32) if packed else None
+    torch.compiler.reset()
+    compiled = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
+    inputs = [h, *block.parameters()]
+    for step in (0, 1):
+        model.begin_step(step)
+        grads = []
+        for forward in (block, compiled):
+            out, loss = forward(h, spec, bounds, True)
+            grads.append(torch.autograd.grad(out.square().sum() + loss, inputs))
+        for got, want in zip(*grads, strict=True):
+            assert_same(got, want, FP32_GRAD)
+
+
+def test_validation_has_no_loss_of_the_indexer():
+    torch.manual_seed(0)
+    model = LoopedTransformer(tiny_args("dsa", 2))
+    model.init_weights()
+    text = torch.randint(258, (2, 31))
+    with torch.no_grad():
+        model(text[:, :-1], text[:, 1:])
+    assert model.mixer_losses == {}
+    assert model.own_loss_parameters().keys() == {"dsa_indexer"}
+    n_own = len(model.own_loss_parameters()["dsa_indexer"])
+    assert n_own == 3 * 4  # wq, wk, ww and a norm in each layer
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    "option, value, works",
+    [
+        ("top_k", 0, "at least 1"),
+        ("n_index_heads", 0, "at least 1"),
+        ("index_head_dim", 0, "even and at least 2"),
+        ("index_head_dim", 7, "even and at least 2"),
+        ("warmup_steps", -1, "0 .* or more"),
+    ],
+)
+def test_impossible_options_name_what_works(option, value, works):
+    with pytest.raises(UserError, match=rf"model\.dsa\.{option}={value} must be {works}"):
+        DSAArgs(**{option: value})
+
+
+def test_an_odd_head_width_is_refused():
+    with pytest.raises(UserError, match="model.head_dim=5"):
+        make(head_dim=5)
