@@ -6,6 +6,8 @@ import pytest
 
 from apps.LT2.layout_table import WIDTH, format_layout
 from apps.LT2.pattern import LayoutPlan, PatternParser
+from apps.LT2.train import TrainArgs, describe
+from tests.LT2.tiny import tiny_model
 
 
 def plan(pattern: str, **changes) -> LayoutPlan:
@@ -85,3 +87,12 @@ def test_headers_name_the_layer_below():
                 assert row[column] == ("F" if layer % 5 == 4 else "g")
                 assert row[column - 1] == " "
     assert "80" in table("4:1", n_layers=97)[2]
+
+
+def test_training_starts_with_the_table(caplog):
+    model = tiny_model("window", loop_count=2, hybrid_mixer="full", attention_pattern="random:2:1")
+    with caplog.at_level("INFO"):
+        describe(model, TrainArgs(model=model.args))
+    lines = caplog.text.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.endswith("3 layers x 2 loops:")]
+    assert lines[at + 2].startswith("loop 0*") and "drawn anew" in lines[-1]

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 import apps.LT2.train
-from apps.LT2.flops import count_parameters
+from apps.LT2.flops import count_parameters, forward_flops_per_token
 from apps.LT2.mixers import MIXERS
+from lingua.optim import is_matrix
 from lingua.stool import StoolArgs, read_run_args
 from tests.LT2.golden import (
     CONFIGS,
@@ -73,6 +74,26 @@ def test_recipe_comes_to_what_its_golden_file_says(recipe):
 
 def test_every_golden_file_has_its_recipe():
     assert set(GOLDEN.glob("*/*.json")) == set(map(golden_file, RECIPES))
+
+
+@each(EXPERIMENTS)
+def test_flops_are_the_products_of_every_loop_and_the_mixing(recipe):
+    """Each weight matrix is used once a loop. Mixing costs full attention's 4 dim operations for
+    each of (T + 1) / 2 keys, and less in every other mixer."""
+    model, seqlen = build(recipe), read_recipe(recipe).data.seq_len
+    products, runs = model.head_weight.numel(), [s for loop in model.layout for s in loop]
+    for loop in model.layout:
+        for block, spec in zip(model.layers, loop, strict=True):
+            for module in (block.mixer(spec), block.feed_forward):
+                named = module.named_parameters()
+                products += sum(p.numel() for name, p in named if is_matrix(name, p))
+    mixing = forward_flops_per_token(model, seqlen) - 2 * products
+    full = 2 * model.args.dim * (seqlen + 1)
+    n_full = sum(spec.mixer == "full" for spec in runs)
+    if n_full == len(runs):
+        assert mixing == n_full * full
+    else:
+        assert n_full * full < mixing < len(runs) * full
 
 
 @each(RECIPES)
