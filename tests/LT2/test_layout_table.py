@@ -93,6 +93,6 @@ def test_training_starts_with_the_table(caplog):
     model = tiny_model("window", loop_count=2, hybrid_mixer="full", attention_pattern="random:2:1")
     with caplog.at_level("INFO"):
         describe(model, TrainArgs(model=model.args))
-    lines = caplog.text.splitlines()
-    (at,) = [i for i, line in enumerate(lines) if line.endswith("3 layers x 2 loops:")]
-    assert lines[at + 2].startswith("loop 0*") and "drawn anew" in lines[-1]
+    title, _, *rows = caplog.messages[-1].splitlines()
+    assert title == "3 layers x 2 loops:"
+    assert rows[0].startswith("loop 0*") and "drawn anew" in rows[-1]

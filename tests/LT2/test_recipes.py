@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import apps.LT2.train
+from apps.LT2.block import Block
 from apps.LT2.flops import count_parameters, forward_flops_per_token
 from apps.LT2.mixers import MIXERS
 from lingua.optim import is_matrix
@@ -84,6 +85,7 @@ def test_flops_are_the_products_of_every_loop_and_the_mixing(recipe):
     products, runs = model.head_weight.numel(), [s for loop in model.layout for s in loop]
     for loop in model.layout:
         for block, spec in zip(model.layers, loop, strict=True):
+            assert isinstance(block, Block)
             for module in (block.mixer(spec), block.feed_forward):
                 named = module.named_parameters()
                 products += sum(p.numel() for name, p in named if is_matrix(name, p))
