@@ -45,8 +45,10 @@ def choose_letters(layout: Layout) -> dict[LayerSpec, str]:
 
 
 def runs_of_equal_loops(layout: Layout, random_loops: Collection[int]) -> list[list[int]]:
-    def what(loop: int) -> tuple[Loop, bool]:
-        return layout[loop], loop in random_loops
+    """Random loops stand alone: they may be equal in this draw, and are not in the next."""
+
+    def what(loop: int) -> Loop | int:
+        return loop if loop in random_loops else layout[loop]
 
     return [list(run) for _, run in itertools.groupby(range(len(layout)), what)]
 
