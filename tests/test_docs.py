@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from apps.LT2.generate import GenerateArgs
+from apps.LT2.mixers import MIXERS
 from apps.LT2.train_args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import describe_fields, parse_args
@@ -16,7 +18,8 @@ from lingua.stool import StoolArgs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RECIPES = sorted((ROOT / "apps/LT2/configs").glob("*/*.yaml"))
+CONFIGS = ROOT / "apps/LT2/configs"
+RECIPES = sorted(CONFIGS.glob("*/*.yaml"))
 PROGRAMS = {
     "apps.LT2.train": TrainArgs,
     "apps.LT2.generate": GenerateArgs,
@@ -59,9 +62,23 @@ def test_links_lead_to_files(target):
     assert (ROOT / target).exists()
 
 
-def test_every_recipe_is_in_the_readme():
-    for recipe in RECIPES:
-        assert f"({recipe.relative_to(ROOT)})" in README
+def expand_braces(text: str) -> list[str]:
+    """`a_{b,c}` -> a_b, a_c; as a shell does."""
+    parts = re.split(r"\{([^}]*)\}", text)
+    choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def test_the_table_of_recipes_names_every_file_once():
+    table = README.split("### Recipes")[1].split("\n#")[0]
+    rows = re.findall(r"^\| [^|]* \| `([^`]+)` \|", table, re.M)
+    named = [name for row in rows for name in expand_braces(row)]
+    assert sorted(named) == [str(path.relative_to(CONFIGS)) for path in RECIPES]
+
+
+def test_the_table_of_mixers_names_every_mixer_once():
+    (row,) = re.findall(r"^\| `mixer` \|(.*)\|$", README, re.M)
+    assert sorted(re.findall(r"`(\w+)`", row)) == sorted(MIXERS)
 
 
 def test_model_table_names_fields():

@@ -60,7 +60,7 @@ def cache_bytes(model: LoopedTransformer, seqlen: int, dtype: torch.dtype) -> in
     """Bytes that one decoded sequence of `seqlen` tokens holds, over all (loop, layer)."""
     return sum(
         block.mixer(spec).state_bytes(seqlen, dtype, spec.window)
-        for loop in model.layout
+        for loop in model.inference_layout
         for block, spec in zip(model.layers, loop, strict=True)
         if isinstance(block, Block)
     )

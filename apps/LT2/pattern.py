@@ -2,19 +2,27 @@
 
     pattern  := segment | segment ("->" segment){T-1}      one segment for all loops, or one a loop
     segment  := N ":" M             N layers of `mixer`, then M of `hybrid_mixer`, cycled
+              | "random:" N ":" M   the layers of N:M in an order drawn anew each training step
               | "bookend:" K        K `hybrid_mixer` layers at each end, `mixer` between
               | item ("," item)*    written out; its length is n_layers or divides it (cycled)
     item     := NAME | NAME "*" COUNT | WIDTH | "swa=" WIDTH      a number is a window of that width
 
 `"4:1"` over 20 layers puts `hybrid_mixer` at 4, 9, 14 and 19; `"128->256->512->full"` widens a
 sliding window from loop to loop.
+
+What random draws: every loop with a random segment gets its own permutation of that segment's
+layers, so that each family keeps its share. It depends on (seed, step, loop) and nothing else: all
+ranks agree, and a resumed run goes on as it would have. Evaluation and inference have one fixed
+order, drawn from (seed, loop). `mixer` and `hybrid_mixer` must be full or window, which share their
+weights; with two families every layer would have to own both.
 """
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 from lingua.args import UserError
 
@@ -30,7 +38,37 @@ class LayerSpec:
         return self.mixer if self.window is None else f"{self.mixer}={self.window}"
 
 
-Layout = tuple[tuple[LayerSpec, ...], ...]  # layout[loop][layer]
+Loop = tuple[LayerSpec, ...]
+Layout = tuple[Loop, ...]  # layout[loop][layer]
+
+# One module serves these, so that a layer may change from one to the other at any time.
+SOFTMAX_MIXERS = ("full", "window")
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    """A pattern that was read: the layout of each training step, and the one of inference."""
+
+    loops: Layout  # random loops in the order of their cycle
+    random_loops: frozenset[int] = frozenset()
+    seed: int = 0
+
+    def draw(self, step: int | None) -> Layout:
+        """The layout of the training step after `step` steps; None is evaluation and inference."""
+        return tuple(
+            self._shuffle(loop, i, step) if i in self.random_loops else loop
+            for i, loop in enumerate(self.loops)
+        )
+
+    def map(self, change: Callable[[LayerSpec], LayerSpec]) -> LayoutPlan:
+        """The same plan with every layer changed."""
+        return replace(self, loops=tuple(tuple(map(change, loop)) for loop in self.loops))
+
+    def _shuffle(self, loop: Loop, index: int, step: int | None) -> Loop:
+        # Sorted by random() rather than shuffled: Python promises that random() after a seed stays
+        # the same in all versions, and does not for shuffle().
+        source = random.Random(f"layout, seed {self.seed}, step {step}, loop {index}")
+        return tuple(sorted(loop, key=lambda _: source.random()))
 
 
 @dataclass(frozen=True)
@@ -43,12 +81,13 @@ class PatternParser:
     hybrid_mixer: str
     default_sliding_window: int
     known_mixers: Collection[str]
+    seed: int = 0
 
-    def parse(self, pattern: str | None) -> Layout:
-        """Layout of `pattern`; a wrong one is a UserError naming the place and the rule."""
+    def parse(self, pattern: str | None) -> LayoutPlan:
+        """What `pattern` means; a wrong one is a UserError naming the place and the rule."""
         self._check_settings()
         if pattern is None:
-            return (self._repeat([self._spec(self.mixer)]),) * self.loop_count
+            return LayoutPlan((self._repeat([self._spec(self.mixer)]),) * self.loop_count)
         segments = [segment.strip() for segment in str(pattern).split("->")]
         if len(segments) == 1:
             segments *= self.loop_count
@@ -57,10 +96,12 @@ class PatternParser:
                 f"model.attention_pattern={pattern!r} has {len(segments)} segments for "
                 f"model.loop_count={self.loop_count}; write one segment, or one for each loop"
             )
-        return tuple(
+        loops = tuple(
             self._segment(segment, f"model.attention_pattern={pattern!r}, segment {i + 1}")
             for i, segment in enumerate(segments)
         )
+        random_loops = (i for i, segment in enumerate(segments) if segment.startswith("random"))
+        return LayoutPlan(loops, frozenset(random_loops), self.seed)
 
     def _check_settings(self) -> None:
         for field in ("mixer", "hybrid_mixer"):
@@ -76,7 +117,9 @@ class PatternParser:
     def _spec(self, name: str) -> LayerSpec:
         return LayerSpec(name, self.default_sliding_window if name == "window" else None)
 
-    def _segment(self, text: str, where: str) -> tuple[LayerSpec, ...]:
+    def _segment(self, text: str, where: str) -> Loop:
+        if ratio := re.fullmatch(r"random\s*:\s*(\d+)\s*:\s*(\d+)", text):
+            return self._random(int(ratio[1]), int(ratio[2]), where)
         if ratio := re.fullmatch(r"(\d+)\s*:\s*(\d+)", text):
             return self._ratio(int(ratio[1]), int(ratio[2]), where)
         if bookend := re.fullmatch(r"bookend\s*:\s*(\d+)", text):
@@ -91,10 +134,10 @@ class PatternParser:
             )
         return self._repeat(specs)
 
-    def _repeat(self, specs: list[LayerSpec]) -> tuple[LayerSpec, ...]:
+    def _repeat(self, specs: list[LayerSpec]) -> Loop:
         return tuple(specs[i % len(specs)] for i in range(self.n_layers))
 
-    def _ratio(self, n_first: int, n_second: int, where: str) -> tuple[LayerSpec, ...]:
+    def _ratio(self, n_first: int, n_second: int, where: str) -> Loop:
         cycle = n_first + n_second
         if cycle == 0 or cycle > self.n_layers:
             raise UserError(
@@ -104,7 +147,24 @@ class PatternParser:
         first, second = self._spec(self.mixer), self._spec(self.hybrid_mixer)
         return self._repeat([first] * n_first + [second] * n_second)
 
-    def _bookend(self, n_ends: int, where: str) -> tuple[LayerSpec, ...]:
+    def _random(self, n_first: int, n_second: int, where: str) -> Loop:
+        names = {"mixer": self.mixer, "hybrid_mixer": self.hybrid_mixer}
+        for field, name in names.items():
+            if name not in SOFTMAX_MIXERS:
+                raise UserError(
+                    f"{where}: a random order needs weights that serve both mixers, and "
+                    f"model.{field}={name!r} has its own; set model.mixer and model.hybrid_mixer "
+                    f"to full and window, or fix the order, e.g. {n_first}:{n_second}"
+                )
+        loop = self._ratio(n_first, n_second, where)
+        if len(set(loop)) == 1:
+            raise UserError(
+                f"{where}: all {self.n_layers} layers are {loop[0]}, so that there is nothing to "
+                "draw; set model.mixer=window, model.hybrid_mixer=full and both counts above 0"
+            )
+        return loop
+
+    def _bookend(self, n_ends: int, where: str) -> Loop:
         n_middle = self.n_layers - 2 * n_ends
         if n_ends < 1 or n_middle < 1:
             raise UserError(
@@ -126,22 +186,7 @@ class PatternParser:
             spec = self._spec(name)
         else:
             raise UserError(
-                f"{where}: {item!r} is neither N:M, bookend:K, a window width nor a mixer "
-                f"({', '.join(self.known_mixers)})"
+                f"{where}: {item!r} is neither N:M, random:N:M, bookend:K, a window width nor a "
+                f"mixer ({', '.join(self.known_mixers)})"
             )
         return [spec] * (int(count) if star else 1)
-
-
-def format_layout(layout: Layout) -> str:
-    """One line a loop, with runs of equal layers folded: `loop 0  gdn*4 full gdn*4 full`."""
-    lines = []
-    for loop, specs in enumerate(layout):
-        runs: list[list] = []
-        for spec in specs:
-            if runs and runs[-1][0] == spec:
-                runs[-1][1] += 1
-            else:
-                runs.append([spec, 1])
-        shown = " ".join(str(spec) if n == 1 else f"{spec}*{n}" for spec, n in runs)
-        lines.append(f"loop {loop}  {shown}")
-    return "\n".join(lines)

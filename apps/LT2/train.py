@@ -23,13 +23,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from apps.LT2.flops import count_parameters, train_flops_per_token
+from apps.LT2.layout_table import format_layout
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
     get_no_recompute_ops,
     set_activation_checkpointing,
     tp_parallelize,
 )
-from apps.LT2.pattern import format_layout
 from apps.LT2.progress import Progress
 from apps.LT2.train_args import EvalArgs, TrainArgs, validate_train_args
 from apps.LT2.trainer import Batch, Trainer, TrainState
@@ -259,8 +259,9 @@ def describe(model: LoopedTransformer, args: TrainArgs) -> None:
         "%s parameters: %s in layers, %s in embeddings, %s in residual gates",
         *(f"{n:,}" for n in (count.total, count.body, count.embedding, count.gates)),
     )
-    depth = f"{args.model.n_layers} layers, {args.model.loop_count} loops"
-    tell("%s:\n%s", depth, format_layout(model.layout))
+    n_layers, n_loops = args.model.n_layers, args.model.loop_count
+    table = format_layout(model.inference_layout, model.layout_plan.random_loops)
+    tell("%d layers x %d loops:\n%s", n_layers, n_loops, table)
 
 
 def build_progress(args: TrainArgs, model: LoopedTransformer, device: torch.device) -> Progress:

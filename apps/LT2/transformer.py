@@ -37,6 +37,7 @@ from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.pattern import LayerSpec, Layout, PatternParser
+from apps.LT2.pattern import LayerSpec, Layout, LayoutPlan, PatternParser
 from lingua.args import UserError
 from lingua.transformer import (
     BaseTransformerArgs,
@@ -75,25 +76,28 @@ class LoopedTransformerArgs(BaseTransformerArgs):
     dsa: DSAArgs = field(default_factory=DSAArgs)
 
     def layout(self) -> Layout:
-        """What runs at each (loop, layer); UserError where attention_pattern does not fit."""
-        layout = PatternParser(
+        """What runs at each (loop, layer) in evaluation and inference."""
+        return self.layout_plan().draw(None)
+
+    def layout_plan(self) -> LayoutPlan:
+        """The layout of every training step; UserError where attention_pattern does not fit."""
+        plan = PatternParser(
             n_layers=self.n_layers,
             loop_count=self.loop_count,
             mixer=self.mixer,
             hybrid_mixer=self.hybrid_mixer,
             default_sliding_window=self.default_sliding_window,
             known_mixers=tuple(MIXERS),
+            seed=self.seed or 0,
         ).parse(self.attention_pattern)
         if self.sliding_window is None:
-            return layout
+            return plan
         if self.sliding_window < 1:
             raise UserError(
                 f"model.sliding_window={self.sliding_window} must be at least 1, or null"
             )
         narrowed = LayerSpec("window", self.sliding_window)
-        return tuple(
-            tuple(narrowed if spec.mixer == "full" else spec for spec in loop) for loop in layout
-        )
+        return plan.map(lambda spec: narrowed if spec.mixer == "full" else spec)
 
 
 class LoopedTransformer(nn.Module):
@@ -108,7 +112,9 @@ class LoopedTransformer(nn.Module):
         if args.dim < 1:
             raise UserError(f"model.dim={args.dim} must be at least 1")
         self.args = args
-        self.layout = args.layout()
+        self.layout_plan = args.layout_plan()
+        # Cached decoding always runs the layout of inference; `forward` that of the step.
+        self.layout = self.inference_layout = self.layout_plan.draw(None)
         windowed = any(spec.window is not None for loop in self.layout for spec in loop)
         check_attention_impl(args.attn_impl, windowed=windowed)
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
@@ -137,7 +143,7 @@ class LoopedTransformer(nn.Module):
         with_loss = target is not None and torch.is_grad_enabled()
         h = self.tok_embeddings(tokens_BT)
         mixer_losses: dict[str, list[Tensor]] = {}
-        for loop in range(len(self.layout)):
+        for loop in range(self.args.loop_count):
             if self.checkpoint_loops and torch.is_grad_enabled():
                 h, losses = checkpoint(
                     self._run_loop, h, loop, cu_seqlens, with_loss, use_reentrant=False
@@ -162,7 +168,11 @@ class LoopedTransformer(nn.Module):
         return loss
 
     def begin_step(self, step: int | None) -> None:
-        """Set what depends on the training: `step` optimizer steps are done, None is inference."""
+        """Set what depends on the training: `step` optimizer steps are done, None is inference.
+
+        Random layouts are drawn, from the model's seed and `step` alone.
+        """
+        self.layout = self.layout_plan.draw(step)
         for block in self._blocks():
             for mixer in block.mixers():
                 mixer.begin_step(step)
@@ -199,7 +209,7 @@ class LoopedTransformer(nn.Module):
                 block.mixer(spec).init_cache(batch_size, max_seqlen, window=spec.window, **options)
                 for block, spec in zip(self._blocks(), loop, strict=True)
             ]
-            for loop in self.layout
+            for loop in self.inference_layout
         ]
         return ModelCache(mixers, max_seqlen, [0] * batch_size)
 
@@ -221,7 +231,7 @@ class LoopedTransformer(nn.Module):
         lengths = packed_lengths(tokens_BT, cu_seqlens)
         cache.extend(range(len(lengths)) if rows is None else rows.tolist(), lengths)
         h = self.tok_embeddings(tokens_BT)
-        for loop in range(len(self.layout)):
+        for loop in range(self.args.loop_count):
             u = h
             for block, spec, memory in self._with_cache(loop, cache):
                 h = block.prefill(h, spec, memory, cu_seqlens, rows)
@@ -235,7 +245,7 @@ class LoopedTransformer(nn.Module):
         """One token for every row of the cache, in place; logits (B, 1, V) in fp32."""
         cache.extend(range(cache.batch_size), [1] * cache.batch_size)
         h = self.tok_embeddings(tokens_B1)
-        for loop in range(len(self.layout)):
+        for loop in range(self.args.loop_count):
             u = h
             for block, spec, memory in self._with_cache(loop, cache):
                 h = block.step(h, spec, memory)
@@ -267,7 +277,7 @@ class LoopedTransformer(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
     def _with_cache(self, loop: int, cache: ModelCache) -> Any:
-        return zip(self._blocks(), self.layout[loop], cache.mixers[loop], strict=True)
+        return zip(self._blocks(), self.inference_layout[loop], cache.mixers[loop], strict=True)
 
     def _run_loop(
         self, h: Tensor, loop: int, cu_seqlens: Tensor | None, with_loss: bool

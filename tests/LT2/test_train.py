@@ -59,12 +59,18 @@ def uninterrupted(data, tmp_path_factory):
 
 # ---- resuming
 
+RANDOM_LAYOUT = {
+    "model.mixer": "window",
+    "model.default_sliding_window": 4,
+    "model.attention_pattern": "random:2:1",
+}
 # Checkpoints are written every 2 steps, and every 3 for evaluation.
 STOPS = [
     *((stop, {}) for stop in (1, 2, 3, 5)),
     *((stop, {"grad_acc_steps": 2, "data.load_async": True}) for stop in (1, 2, 3, 5)),
     (3, {"logging.freq": 4}),
     (3, {"data.doc_mask": True}),
+    (3, RANDOM_LAYOUT),
 ]
 
 
@@ -208,6 +214,7 @@ RANK_CASES = {
     "full_shard": FULL,
     "full_shard, accumulated": {**FULL, "grad_acc_steps": 2},
     "no_shard, accumulated": {**SLOW, "grad_acc_steps": 2},
+    "full_shard, random layout": {**FULL, **RANDOM_LAYOUT},
 }
 
 

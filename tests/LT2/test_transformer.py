@@ -49,6 +49,13 @@ PER_LOOP = {
     "window_to_window_to_full": {"attention_pattern": "3->6->full", "loop_count": 3},
     "gdn_then_full": {"attention_pattern": "gdn->full", "loop_count": 2},
     "families_swap": {"attention_pattern": "gdn,full->5,gdn", "loop_count": 2},
+    "random": {
+        "mixer": "window",
+        "attention_pattern": "random:2:1",
+        "default_sliding_window": 4,
+        "n_layers": 3,
+        "loop_count": 2,
+    },
 }
 MODELS = {
     f"{name}_T{T}": {**changes, "loop_count": T}
@@ -264,6 +271,52 @@ def test_a_full_cache_is_refused_before_anything_is_written():
     with pytest.raises(UserError, match="max_seqlen=4"):
         model.step(prompt(2, 1), cache)
     assert cache.lengths == [4, 4]
+
+
+# ------------------------------------------------------------------------------ random layouts
+
+
+def test_a_random_layout_is_redrawn_each_step_and_runs():
+    """At each step the model computes what one with that layout written out does."""
+    model, tokens = make(**MODELS["random"]), prompt(1, 12)
+    layouts = set()
+    for step in range(6):
+        model.begin_step(step)
+        layouts.add(model.layout)
+        written = "->".join(",".join(s.mixer for s in loop) for loop in model.layout)
+        fixed = make(**{**MODELS["random"], "attention_pattern": written})
+        fixed.load_state_dict(model.state_dict())
+        assert torch.equal(model(tokens), fixed(tokens))
+    assert len(layouts) > 3
+    assert {len(list(block.mixers())) for block in model.layers} == {1}
+
+
+def test_a_random_layout_is_fixed_outside_of_training():
+    model, tokens = make(**MODELS["random"]), prompt(1, 12)
+    layout, want = model.layout, model(tokens)
+    assert layout == model.args.layout()
+    model.begin_step(1)
+    assert model.layout != layout and not torch.equal(model(tokens), want)
+    cache = model.init_cache(1, 12)  # decoding in the midst of training, say of samples
+    got = [model.prefill(tokens[:, :5], cache), decode(model, cache, tokens[:, 5:])]
+    assert_same_fp32(torch.cat(got, 1), want)
+    model.begin_step(None)
+    assert model.layout == layout and torch.equal(model(tokens), want)
+
+
+def test_a_random_layout_compiles_a_block_twice_at_most():
+    """Only the LayerSpec changes from step to step: full, or the window."""
+    from torch._dynamo.testing import CompileCounter  # slow to import
+
+    model = make(**MODELS["random"], attn_impl="naive")
+    counters = []
+    for block in model.layers:
+        counters.append(CompileCounter())
+        block.forward = torch.compile(block.forward, backend=counters[-1], fullgraph=True)
+    for step in range(5):
+        model.begin_step(step)
+        model(prompt(1, 12), target=prompt(1, 12)).backward()
+    assert [counter.frame_count for counter in counters] == [2, 2, 2]
 
 
 # ---------------------------------------------------------------------------------- documents

@@ -1,0 +1,111 @@
+"""What each recipe comes to, in files that a review can read: tests/golden/<scale>/<recipe>.json.
+
+    python -m tests.LT2.golden --write      writes them anew; look at `git diff tests/golden` after
+
+Layout, parameters, FLOPs, cache and which weights decay, from the model built on the meta device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.LT2.flops import (
+    cache_bytes,
+    count_parameters,
+    forward_flops_per_token,
+    train_flops_per_token,
+)
+from apps.LT2.layout_table import format_layout
+from apps.LT2.train_args import TrainArgs
+from apps.LT2.transformer import LoopedTransformer
+from lingua.args import parse_args
+from lingua.optim import build_param_groups
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "apps/LT2/configs"
+GOLDEN = ROOT / "tests/golden"
+RECIPES = sorted(CONFIGS.glob("*/*.yaml"))
+# Pieces of the recipes' tokenizers: Llama 3, and setup/prepare_local_data.py's.
+VOCABULARIES = {"tiktoken": 128_256, "hf": 2_048}
+
+
+@cache
+def read_recipe(recipe: Path) -> TrainArgs:
+    """The recipe with its vocabulary filled in, which the trainer asks the tokenizer for."""
+    args = parse_args(TrainArgs, [f"config={recipe}"])
+    args.model.vocab_size = VOCABULARIES[args.data.tokenizer.name]
+    return args
+
+
+@cache
+def build(recipe: Path) -> LoopedTransformer:
+    with torch.device("meta"):
+        return LoopedTransformer(read_recipe(recipe).model)
+
+
+def golden_file(recipe: Path) -> Path:
+    return (GOLDEN / recipe.relative_to(CONFIGS)).with_suffix(".json")
+
+
+def describe(recipe: Path) -> dict[str, Any]:
+    model, seqlen = build(recipe), read_recipe(recipe).data.seq_len
+    count = count_parameters(model)
+    return {
+        "layout": format_layout(model.layout, model.layout_plan.random_loops).splitlines(),
+        "parameters": {"embedding": count.embedding, "body": count.body, "gates": count.gates},
+        "sequence length": seqlen,
+        "FLOPs per token": {
+            "forward": forward_flops_per_token(model, seqlen),
+            "training": train_flops_per_token(model, seqlen),
+        },
+        "cache bytes per sequence, bf16": cache_bytes(model, seqlen, torch.bfloat16),
+        **describe_weights(model),
+    }
+
+
+def describe_weights(model: LoopedTransformer) -> dict[str, dict[str, str]]:
+    """Every parameter under the weight decay that it gets: name, how many layers have it, shape."""
+    weights: dict[str, dict[str, str]] = {}
+    decays = {
+        param: f"weight decay {group['weight_decay']}"
+        for group in build_param_groups(model, weight_decay=0.1)
+        for param in group["params"]
+    }
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for name, param in model.named_parameters():
+        shape = " x ".join(map(str, param.shape))
+        counts[decays[param], re.sub(r"layers\.\d+\.", "layers.*.", name), shape] += 1
+    for (decay, name, shape), n in counts.items():
+        shown = weights.setdefault(decay, {})
+        assert name not in shown, f"{name} has different shapes in different layers"
+        shown[name] = f"{n} of {shape}" if "*" in name else shape
+    return weights
+
+
+def as_text(description: dict[str, Any]) -> str:
+    return json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_all() -> None:
+    for stale in set(GOLDEN.glob("*/*.json")) - set(map(golden_file, RECIPES)):
+        stale.unlink()
+    for recipe in RECIPES:
+        file = golden_file(recipe)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(as_text(describe(recipe)), encoding="utf-8")
+        print(file.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write what each recipe comes to.")
+    parser.add_argument("--write", action="store_true", required=True)
+    parser.parse_args()
+    write_all()
