@@ -26,6 +26,7 @@ from apps.LT2.diagnostics import probed_pass
 from apps.LT2.flops import count_parameters, train_flops_per_token
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
+    count_block_kinds,
     get_no_recompute_ops,
     set_activation_checkpointing,
     tp_parallelize,
@@ -201,6 +202,7 @@ def build_model(
         fsdp_grouping_plan=build_fsdp_grouping_plan(args.model),
         tp_parallelize=tp_parallelize,
         no_recompute_ops=get_no_recompute_ops(),
+        n_block_kinds=count_block_kinds(model),
     )
     model.to_empty(device=device)
     assert args.model.seed is not None

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.chunks import ChunkLayout, HeadDecay, pass_state
+from apps.LT2.kernel.chunks import ChunkLayout, HeadDecay, eager_on_documents, pass_state
 
 
+@eager_on_documents
 def gated_delta_rule_chunked(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
