@@ -85,7 +85,7 @@ class DistributedArgs:
     matmul_allow_tf32: bool = False  # fp32 matmuls on CUDA use TF32: faster, 10 bits of mantissa
     allow_bf16_reduced_precision_reduction: bool = True  # bf16 matmuls on CUDA may sum in bf16
     detect_anomaly: bool = False  # trace NaN in the backward pass to its operation; slow
-    compile_cache_size_limit: int = 8  # versions of a block that are compiled before giving up
+    compile_cache_size_limit: int = 8  # versions of each kind of block that may be compiled
     spawn_method: str = "forkserver"  # how data loader processes start: forkserver, spawn, fork
     timeout_minutes: float = 30.0  # a collective that waits for longer ends the run
 

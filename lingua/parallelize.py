@@ -62,8 +62,12 @@ def parallelize_model(
     fsdp_grouping_plan: GroupingPlan | None = None,
     tp_parallelize: Callable[[nn.Module, DeviceMesh, Any, DistributedArgs], None] | None = None,
     no_recompute_ops: set[Any] | None = None,
+    n_block_kinds: int = 1,
 ) -> nn.Module:
-    """Prepare a model (on meta, or materialized alike on every rank) for training, in place."""
+    """Prepare a model (on meta, or materialized alike on every rank) for training, in place.
+
+    `n_block_kinds`: how many different computations blocks do, each compiled by itself.
+    """
     plan = fsdp_grouping_plan or default_fsdp_grouping_plan(
         len(list(get_module(model, "layers").children()))
     )
@@ -81,10 +85,7 @@ def parallelize_model(
             block, distributed_args.activation_checkpointing, no_recompute_ops
         )
     if distributed_args.compile:
-        torch._dynamo.config.recompile_limit = distributed_args.compile_cache_size_limit
-        for block in blocks:
-            # The forward alone, so that FSDP's hooks run around the compiled code.
-            block.forward = torch.compile(block.forward)
+        compile_blocks(blocks, distributed_args.compile_cache_size_limit, n_block_kinds)
     if device_mesh is not None:
         apply_fsdp(model, device_mesh, distributed_args, plan)
     return model
@@ -148,6 +149,47 @@ def default_no_recompute_ops() -> set[Any]:
         torch.ops.higher_order.flex_attention,
         torch.ops._c10d_functional.reduce_scatter_tensor.default,
     }
+
+
+# ---- compile
+
+
+def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) -> None:
+    """Compile the forward of every block, once for all blocks and calls that do the same.
+
+    Sizes and numbers are constants of the compiled code; a size that varies is to be marked with
+    torch._dynamo.maybe_mark_dynamic. Raises UserError in the call that needs one version more than
+    `limit_of_kind * n_kinds`; torch alone would go on in eager mode, slower and hardly noticed.
+    """
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    config = torch._dynamo.config
+    config.recompile_limit = limit_of_kind * n_kinds
+    # The sum over what is compiled of all functions, a second limit that torch has.
+    config.accumulated_recompile_limit = max(
+        config.accumulated_recompile_limit, config.recompile_limit
+    )
+    config.fail_on_recompile_limit_hit = True
+
+    def compiled(forward: Callable) -> Callable:
+        # dynamic=False: else a second window size makes the window a variable of every kernel.
+        fast = torch.compile(forward, dynamic=False)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return fast(*args, **kwargs)
+            except FailOnRecompileLimitHit:
+                raise UserError(
+                    f"distributed.compile_cache_size_limit={limit_of_kind} for each kind of block "
+                    f"({n_kinds} here) is not enough; raise it, or use distributed.compile=false. "
+                    "TORCH_LOGS=recompiles tells what differs from call to call"
+                ) from None
+
+        return call
+
+    for block in blocks:
+        # The forward alone, so that FSDP's hooks run around the compiled code.
+        block.forward = compiled(block.forward)
 
 
 # ---- FSDP

@@ -98,6 +98,10 @@ class Probe:
         call = self._next_call(path, name)
         return self._record_value(x, path, call, name)
 
+    def calls(self, path: str, name: str) -> list[dict[str, Any]]:
+        """What the last pass saw under a name in the module at `path`, call after call."""
+        return [self.results[self._key(path, i, name)] for i in range(self._calls[path, name])]
+
     # Modules. Outside of the root's forward the stack is empty and nothing is recorded: that is how
     # layers which activation checkpointing runs again in the backward are left out.
 
@@ -158,12 +162,12 @@ class Probe:
     # Results.
 
     def _named_records(self) -> dict[str, dict[str, Any]]:
-        named = {}
-        for (path, call, name), stats in self._records.items():
-            several = self._calls[path, name.removesuffix(".g")] > 1
-            suffix = f"[{call}]" if call is not None and several else ""
-            named[f"{path}{suffix}::{name}"] = stats.as_dict()
-        return named
+        return {self._key(*where): stats.as_dict() for where, stats in self._records.items()}
+
+    def _key(self, path: str, call: int | None, name: str) -> str:
+        several = self._calls[path, name.removesuffix(".g")] > 1
+        suffix = f"[{call}]" if call is not None and several else ""
+        return f"{path}{suffix}::{name}"
 
     def _write(self, path: Path) -> None:
         record: Mapping[str, Any] = {

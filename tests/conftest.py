@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before torch is imported, here and in the processes that tests start: on the two cores of a CI
 # machine, two workers with one thread each beat two workers that both take two.
@@ -23,6 +24,21 @@ else:
     # run can be repeated.
     settings.register_profile("lt2", deadline=None, derandomize=True)
     settings.load_profile("lt2")
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """torch.compile with nothing compiled yet; what the test sets of its limits does not stay."""
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
+    before = {name: getattr(config, name) for name in names}
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    for name, value in before.items():
+        setattr(config, name, value)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -44,6 +44,11 @@ def get_no_recompute_ops() -> set[Any]:
     return ops | {torch.ops.torch_attn._varlen_attn.default}
 
 
+def count_block_kinds(model: LoopedTransformer) -> int:
+    """Different computations of a block, over all loops: (mixer, window) pairs."""
+    return len({spec for loop in model.layout for spec in loop})
+
+
 def tp_parallelize(
     model: nn.Module, tp_mesh: DeviceMesh, args: LoopedTransformerArgs, dist_args: DistributedArgs
 ) -> None:

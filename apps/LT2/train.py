@@ -22,10 +22,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from apps.LT2.diagnostics import probed_pass
 from apps.LT2.flops import count_parameters, train_flops_per_token
 from apps.LT2.layout_table import format_layout
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
+    count_block_kinds,
     get_no_recompute_ops,
     set_activation_checkpointing,
     tp_parallelize,
@@ -128,7 +130,7 @@ def train(given: TrainArgs) -> None:
         metrics = resources.enter_context(MetricLogger(metrics_file, args, resume_step=state.step))
         profiler = resources.enter_context(maybe_run_profiler(args.dump_dir, model, args.profiling))
         log_micro_batches(trainer, metrics, args.logging.acc_freq)
-        probe_now_and_then(trainer)
+        probe_now_and_then(trainer, metrics)
 
         if run_on_rank_0(lambda: is_validation_owed(args, metrics_file, state.step)):
             validate(validator, trainer, metrics)
@@ -200,6 +202,7 @@ def build_model(
         fsdp_grouping_plan=build_fsdp_grouping_plan(args.model),
         tp_parallelize=tp_parallelize,
         no_recompute_ops=get_no_recompute_ops(),
+        n_block_kinds=count_block_kinds(model),
     )
     model.to_empty(device=device)
     assert args.model.seed is not None
@@ -294,8 +297,12 @@ def is_validation_owed(args: TrainArgs, metrics_file: Path, step: int) -> bool:
     """Whether the run that saved this step had to leave before its validation."""
     if step == 0 or not args.checkpoint.eval.fires(step):
         return False
+    return not is_recorded(metrics_file, step, "loss/val")
+
+
+def is_recorded(metrics_file: Path, step: int, key: str) -> bool:
     records = read_jsonl_records(metrics_file)
-    return not any(r.get("global_step") == step and "loss/val" in r for r in records)
+    return any(r.get("global_step") == step and key in r for r in records)
 
 
 def validate(validator: Validator, trainer: Trainer, metrics: MetricLogger) -> None:
@@ -327,8 +334,9 @@ def log_micro_batches(trainer: Trainer, metrics: MetricLogger, acc_freq: int | N
     trainer.after_micro_batch = log
 
 
-def probe_now_and_then(trainer: Trainer) -> None:
-    """With probe_freq, statistics of every linear layer: one pass of its own before such a step."""
+def probe_now_and_then(trainer: Trainer, metrics: MetricLogger) -> None:
+    """With probe_freq, one pass of its own before such a step: statistics of every linear layer,
+    and a record of what apps.LT2.diagnostics measures."""
     freq, state = trainer.args.probe_freq, trainer.state
     if freq is None:
         return
@@ -336,18 +344,22 @@ def probe_now_and_then(trainer: Trainer) -> None:
     # One rank in 128 writes; the others take part, since a sharded model needs them.
     folder = Path(trainer.args.dump_dir, "probe")
     probe = Probe(trainer.model, folder / f"probe.{rank}.jsonl" if rank % 128 == 0 else None)
+    # The run that saved the step that this one goes on from may have probed the next already.
+    first_key = "layers/grad_norm/0"
+    is_done = run_on_rank_0(lambda: is_recorded(metrics.path, state.step, first_key))
+    done_step = state.step if is_done else None
 
     def look(batch: Batch) -> None:
-        if not every_n_steps(state, freq, acc_step=0):
+        if not every_n_steps(state, freq, acc_step=0) or state.step == done_step:
             return
         x, target, cu_seqlens = batch
         if cu_seqlens is None:  # half the rows: a pass in eager mode takes more memory
             n_rows = max(1, x.shape[0] // 2)
             x, target = x[:n_rows], target[:n_rows]
         probe.metadata = {"it": state.step, "global_step": state.step, "loop": "lt2"}
-        with probe:
-            trainer.model(x, target, cu_seqlens).backward()
+        numbers = probed_pass(trainer.model, probe, (x, target, cu_seqlens), trainer.mesh)
         trainer.optimizer.zero_grad()
+        metrics.log({"global_step": state.step, "acc_step": 0, **numbers})
 
     trainer.before_micro_batch = look
 

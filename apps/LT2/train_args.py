@@ -42,7 +42,7 @@ class TrainArgs:
     seed: int = 42  # rules model.seed and data.seed where they are null
     grad_acc_steps: int = 1  # micro-batches of an optimizer step, of data.batch_size each
     gc_collect_freq: int = 1000  # steps between garbage collections; Python's own are off
-    probe_freq: int | None = None  # steps between probes of weights and activations; null = never
+    probe_freq: int | None = None  # steps between probes of layers and loops; null = never
     steps: int = 1000  # optimizer steps in all
     data: DataArgs = field(default_factory=DataArgs)
     optim: OptimArgs = field(default_factory=OptimArgs)

@@ -141,6 +141,9 @@ class LoopedTransformer(nn.Module):
         after the other, do not see each other.
         """
         with_loss = target is not None and torch.is_grad_enabled()
+        if cu_seqlens is not None and not torch.compiler.is_compiling():
+            # Compiled blocks serve any number of documents.
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
         h = self.tok_embeddings(tokens_BT)
         mixer_losses: dict[str, list[Tensor]] = {}
         for loop in range(self.args.loop_count):

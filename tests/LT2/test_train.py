@@ -124,7 +124,7 @@ def train_and_be_killed(data: Path, dump_dir: Path, place: str, call: int, optio
 def test_a_run_that_was_killed_goes_on_to_the_bit(
     data, uninterrupted, tmp_path, place, call, newest
 ):
-    options = {"data.load_async": True}
+    options = {"data.load_async": True, "probe_freq": 2}
     process = multiprocessing.get_context("forkserver").Process(
         target=train_and_be_killed, args=(data, tmp_path, place, call, options)
     )

@@ -351,6 +351,7 @@ def test_an_apps_own_ops_are_kept_beside_the_defaults():
     assert policy(None, torch.ops.aten.exp.default) is not keep
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_blocks_compile_whole_once_for_all_layers_and_loops(monkeypatch, mode):
     from torch._dynamo.testing import CompileCounterWithBackend  # slow to import in every rank
@@ -358,7 +359,6 @@ def test_blocks_compile_whole_once_for_all_layers_and_loops(monkeypatch, mode):
     counter = CompileCounterWithBackend("aot_eager")
     real = torch.compile
     monkeypatch.setattr(torch, "compile", partial(real, backend=counter, fullgraph=True))
-    torch._dynamo.reset()
     args = ld.DistributedArgs(model_dtype="fp32", compile=True, activation_checkpointing=mode)
     torch.testing.assert_close(train(None, args), train(None, None), **TOLERANCE)
     assert counter.frame_count == 1

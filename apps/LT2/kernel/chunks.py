@@ -9,14 +9,34 @@ many short ones costs no padding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Results = tuple[Tensor, Tensor]  # o, states
+
 CHUNK = 64  # as in fla's kernels: work inside a chunk grows with C, steps between chunks with 1/C
 CHANNEL_CHUNK = 16  # with a decay per channel every pair of tokens in a chunk costs K exponentials
+
+
+def eager_on_documents(chunked: Callable[..., Results]) -> Callable[..., Results]:
+    """A chunked form that torch.compile leaves out where documents are packed.
+
+    Its Python then depends on the documents' lengths, and would be compiled anew for every batch.
+    """
+    eager: Any = torch.compiler.disable(chunked)
+
+    @wraps(chunked)
+    def either(*inputs: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Results:
+        form = chunked if cu_seqlens is None else eager
+        return form(*inputs, cu_seqlens=cu_seqlens, **options)
+
+    return either
 
 
 @dataclass

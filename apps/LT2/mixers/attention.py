@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.attention import attention, check_attention_impl, decode_attention
+from apps.LT2.kernel.attention.first_token import first_token_mass
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
+from lingua.probe import is_probing, log_stats
 from lingua.transformer import (
     check_rotary_width,
     init_linear,
@@ -63,6 +65,9 @@ class Attention(Mixer):
     ) -> Tensor:
         positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
         q, k, v = self._qkv(x_BTD, positions)
+        if is_probing():
+            mass = first_token_mass(q, k, window=window, cu_seqlens=cu_seqlens)
+            log_stats(mass, "first_token_mass")
         o = attention(q, k, v, window=window, cu_seqlens=cu_seqlens, impl=self.attn_impl)
         return self._output(o, x_BTD)
 

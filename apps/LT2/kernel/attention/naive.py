@@ -10,9 +10,14 @@ from lingua.transformer import repeat_kv
 
 
 def visible_keys(
-    n_tokens: int, *, window: int | None, cu_seqlens: Tensor | None, device: torch.device | str
+    n_tokens: int,
+    *,
+    window: int | None,
+    cu_seqlens: Tensor | None,
+    device: torch.device | str,
+    queries: Tensor | None = None,
 ) -> Tensor:
-    """(T, T) bool: whether query t sees key s.
+    """(T, T) bool: whether query t sees key s. With `queries` (Q,) int64, those rows of it.
 
     window 2, documents of 3 and 2 tokens      a b c d e
                                            a   1
@@ -22,13 +27,14 @@ def visible_keys(
                                            e         1 1
     """
     position = torch.arange(n_tokens, device=device)
-    distance = position[:, None] - position[None, :]
+    rows = position if queries is None else queries
+    distance = rows[:, None] - position[None, :]
     visible = distance >= 0
     if window is not None:
         visible &= distance < window
     if cu_seqlens is not None:
         document, _ = document_of_tokens(cu_seqlens, n_tokens)
-        visible &= document[:, None] == document[None, :]
+        visible &= document[rows, None] == document[None, :]
     return visible
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from apps.LT2.kernel.chunks import ChunkLayout, HeadDecay
 from apps.LT2.kernel.delta import delta_rule_in_chunks
+from apps.LT2.kernel.chunks import ChunkLayout, HeadDecay, eager_on_documents, pass_state
 
 
+@eager_on_documents
 def gated_delta_rule_chunked(
     q_BTHK: Tensor,
     k_BTHK: Tensor,

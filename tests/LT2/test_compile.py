@@ -1,0 +1,144 @@
+"""Blocks compile whole with every mixer, and no more often than there are kinds of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from apps.LT2.mixers import MIXERS
+from apps.LT2.mixers.linear import LinearMixer
+from apps.LT2.parallel import (
+    build_fsdp_grouping_plan,
+    count_block_kinds,
+    set_activation_checkpointing,
+)
+from apps.LT2.transformer import LoopedTransformer
+from lingua.args import UserError
+from lingua.distributed import DistributedArgs, parallelize_model
+from tests.LT2.tiny import KINDS, tiny_model
+
+N_TOKENS = 24
+
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class CountGraphs:
+    """A backend that runs what it is given as it is."""
+
+    def __init__(self):
+        self.n_graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        self.n_graphs += 1
+        return graph.forward
+
+
+# ---- whole
+
+
+def bounds(*ends: int) -> torch.Tensor:
+    return torch.tensor([0, *ends, N_TOKENS], dtype=torch.int32)
+
+
+def is_linear(kind: str) -> bool:
+    model = tiny_model(kind, 1)
+    return any(issubclass(MIXERS[s.mixer], LinearMixer) for loop in model.layout for s in loop)
+
+
+# The chunked form of a recurrence, which runs on CPU, reads the documents' bounds in Python.
+CASES = [(kind, None) for kind in KINDS]
+CASES += [(kind, bounds(5, 9)) for kind in KINDS if not is_linear(kind)]
+
+
+@pytest.mark.parametrize("kind, cu_seqlens", CASES)
+def test_no_mixer_breaks_the_graph_of_its_block(kind, cu_seqlens):
+    model = tiny_model(kind, 1).requires_grad_(True)
+    h = torch.randn(2 if cu_seqlens is None else 1, N_TOKENS, model.args.dim)
+    for block, spec in zip(model.layers, model.layout[0], strict=True):
+        inputs = (h, spec, cu_seqlens, True)
+        got, got_loss = torch.compile(block, fullgraph=True, backend="eager")(*inputs)
+        want, want_loss = block(*inputs)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+        assert (got_loss is None) == (want_loss is None)
+
+
+# ---- how often
+
+WINDOWS = "5->9->17"
+
+
+def compiled(
+    monkeypatch, pattern: str, *, mode: str = "none", limit: int = 8
+) -> tuple[LoopedTransformer, CountGraphs]:
+    counter = CountGraphs()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    options = {"n_layers": 2, "attention_pattern": pattern}
+    model = tiny_model("gdn", 1 + pattern.count("->"), **options).requires_grad_(True)
+    set_activation_checkpointing(model, mode)
+    args = DistributedArgs(
+        model_dtype="fp32",
+        compile=True,
+        compile_cache_size_limit=limit,
+        activation_checkpointing=mode,
+    )
+    plan = build_fsdp_grouping_plan(model.args)
+    parallelize_model(model, None, None, args, plan, n_block_kinds=count_block_kinds(model))
+    return model, counter
+
+
+def run(model: LoopedTransformer, *, train: bool, cu_seqlens: torch.Tensor | None = None) -> None:
+    tokens = torch.zeros(1, N_TOKENS, dtype=torch.int64)
+    with torch.set_grad_enabled(train):
+        loss = model(tokens, tokens, cu_seqlens)
+    if train:
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "pattern, mode, n_kinds",
+    [
+        (WINDOWS, "none", 3),
+        ("gdn,5->gdn,9->full", "none", 4),
+        *(("gdn,5->full", mode, 3) for mode in ("selective", "full", "loop")),
+    ],
+)
+def test_layers_share_what_is_compiled_and_each_window_has_its_own(
+    monkeypatch, pattern, mode, n_kinds
+):
+    model, counter = compiled(monkeypatch, pattern, mode=mode)
+    for n_graphs, train in ((n_kinds, True), (n_kinds, True), (2 * n_kinds, False)):
+        run(model, train=train)
+        assert counter.n_graphs == n_graphs
+
+
+def test_documents_need_no_version_of_their_own(monkeypatch):
+    model, counter = compiled(monkeypatch, WINDOWS)
+    for ends in ((3,), (5, 9), (2, 3, 4, 20), ()):
+        run(model, train=True, cu_seqlens=bounds(*ends))
+        assert counter.n_graphs == 3
+
+
+def test_a_chunked_recurrence_is_not_compiled_anew_for_other_documents(monkeypatch):
+    model, counter = compiled(monkeypatch, "gdn")
+    run(model, train=True, cu_seqlens=bounds(3))
+    n_graphs = counter.n_graphs
+    for ends in ((5, 9), (2, 3, 4, 20), ()):
+        run(model, train=True, cu_seqlens=bounds(*ends))
+        assert counter.n_graphs == n_graphs
+
+
+def test_the_limit_counts_for_each_kind_of_layer(monkeypatch):
+    model, _ = compiled(monkeypatch, WINDOWS, limit=2)
+    run(model, train=True)
+    run(model, train=False)
+
+
+def test_more_versions_than_the_limit_are_an_error(monkeypatch):
+    model, _ = compiled(monkeypatch, WINDOWS, limit=1)
+    run(model, train=True)
+    with pytest.raises(UserError, match="compile_cache_size_limit=1 .*3 here"):
+        run(model, train=False)
