@@ -31,17 +31,12 @@ def get_no_recompute_ops() -> set[Any]:
         lt2.delta_rule.default,
         lt2.simple_gla.default,
         lt2.gla.default,
+        lt2.nsa_compressed.default,
+        lt2.nsa_choose.default,
+        lt2.nsa_selected.default,
+        lt2.dsa.default,
         torch.ops.torch_attn._varlen_attn.default,
     }
-    import apps.LT2.kernel.dsa.operator
-    import apps.LT2.kernel.gated_delta_rule.fla  # noqa: F401, registers the operator
-    import apps.LT2.kernel.nsa.fla  # noqa: F401
-
-    ops = {torch.ops.lt2.gated_delta_rule.default}
-    ops |= {torch.ops.lt2.nsa_compressed.default, torch.ops.lt2.nsa_selected.default}
-    ops |= {torch.ops.lt2.nsa_choose.default}
-    ops = {torch.ops.lt2.gated_delta_rule.default, torch.ops.lt2.dsa.default}
-    return ops | {torch.ops.torch_attn._varlen_attn.default}
 
 
 def count_block_kinds(model: LoopedTransformer) -> int:

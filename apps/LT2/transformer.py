@@ -34,9 +34,8 @@ from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.mixers.hgrn2 import HGRN2Args
 from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.mamba2 import Mamba2Args
-from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.mixers.nsa import NSAArgs
-from apps.LT2.pattern import LayerSpec, Layout, PatternParser
+from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.pattern import LayerSpec, Layout, LayoutPlan, PatternParser
 from lingua.args import UserError
 from lingua.transformer import (
@@ -58,8 +57,6 @@ class LoopedTransformerArgs(BaseTransformerArgs):
     sliding_window: int | None = None  # turns every full layer into a window of this width
     loop_count: int = 1  # T: how often the stack runs; effective depth = n_layers * T
     mixer: str = "full"  # token mixer, a name in apps.LT2.mixers.MIXERS
-    mixer: str = "full"  # token mixer: full | window | gdn | nsa
-    mixer: str = "full"  # token mixer: full | window | gdn | dsa
     attention_pattern: str | None = None  # layout over depth and loops; null = mixer everywhere
     hybrid_mixer: str = "full"  # the second family of a pattern such as "4:1"
     attn_impl: str = "auto"  # softmax backend: auto | fmha | flex_attention | sdpa | naive

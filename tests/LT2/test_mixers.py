@@ -21,8 +21,8 @@ from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.mixers.hgrn2 import HGRN2Args
 from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.mamba2 import Mamba2Args
-from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.mixers.nsa import NSAArgs
+from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.tolerances import BF16_LAYER, FP32, FP32_GRAD, assert_same

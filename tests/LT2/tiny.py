@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from apps.LT2.mixers.dsa import DSAArgs, LightningIndexer
 from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.nsa import NSAArgs
-from apps.LT2.mixers.dsa import DSAArgs, LightningIndexer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.checkpoint import CheckpointArgs, CheckpointManager
 

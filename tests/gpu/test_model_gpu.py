@@ -8,11 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from apps.LT2.mixers import deltanet, gdn, kda
-from apps.LT2.kernel.gated_delta_rule import gated_delta_rule
-from apps.LT2.kernel.nsa import native_sparse_attention
-from apps.LT2.mixers import gdn, nsa
-from apps.LT2.mixers import gdn
+from apps.LT2.mixers import deltanet, gdn, kda, nsa
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.optim import is_matrix
@@ -92,9 +88,6 @@ def in_plain_torch(model: LoopedTransformer, monkeypatch) -> LoopedTransformer:
     for module, name in OPERATORS:
         door = getattr(module, name)
         monkeypatch.setattr(module, name, partial(door, impl="chunked"))
-    blocked = partial(native_sparse_attention, impl="blocked")
-    monkeypatch.setattr(nsa, "native_sparse_attention", blocked)
-    monkeypatch.setattr(gdn, "gated_delta_rule", partial(gated_delta_rule, impl="chunked"))
     return model
 
 

@@ -8,8 +8,8 @@ from apps.LT2.mixers.gdn import GatedDeltaNet
 from apps.LT2.mixers.hgrn2 import HGRN2
 from apps.LT2.mixers.kda import KimiDeltaAttention
 from apps.LT2.mixers.mamba2 import Mamba2
-from apps.LT2.mixers.retnet import RetNet
 from apps.LT2.mixers.nsa import NativeSparseAttention
+from apps.LT2.mixers.retnet import RetNet
 
 MIXERS: dict[str, type[Mixer]] = {
     "full": Attention,

@@ -217,6 +217,8 @@ def store_keys(k: Tensor, v: Tensor, cache: AttentionCache, rows: Tensor, length
     cache.k_BSGK[row, slot] = k[kept].to(cache.k_BSGK.dtype)
     cache.v_BSGK[row, slot] = v[kept].to(cache.v_BSGK.dtype)
     cache.length_B[rows] += lengths
+
+
 def append(
     new_and_slots: list[tuple[Tensor, Tensor]], length_B: Tensor, rows: Tensor, lengths: Tensor
 ) -> None:

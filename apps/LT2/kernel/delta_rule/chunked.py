@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from apps.LT2.kernel.chunks import eager_on_documents
 from apps.LT2.kernel.gated_delta_rule.chunked import gated_delta_rule_chunked
 
 
+@eager_on_documents
 def delta_rule_chunked(
     q_BTHK: Tensor,
     k_BTHK: Tensor,

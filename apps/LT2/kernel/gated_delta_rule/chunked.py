@@ -13,9 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.chunks import ChunkLayout, HeadDecay
+from apps.LT2.kernel.chunks import ChunkLayout, HeadDecay, eager_on_documents
 from apps.LT2.kernel.delta import delta_rule_in_chunks
-from apps.LT2.kernel.chunks import ChunkLayout, HeadDecay, eager_on_documents, pass_state
 
 
 @eager_on_documents

@@ -9,9 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.chunks import CHANNEL_CHUNK, ChannelDecay, ChunkLayout, pass_state
+from apps.LT2.kernel.chunks import (
+    CHANNEL_CHUNK,
+    ChannelDecay,
+    ChunkLayout,
+    eager_on_documents,
+    pass_state,
+)
 
 
+@eager_on_documents
 def gla_chunked(
     q_BTHK: Tensor,
     k_BTHK: Tensor,

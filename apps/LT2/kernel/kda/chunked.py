@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.chunks import ChunkLayout
+from apps.LT2.kernel.chunks import ChunkLayout, eager_on_documents
 from apps.LT2.kernel.delta import delta_rule_in_chunks
 from apps.LT2.kernel.kda.scores import DecayedScores
 
@@ -17,6 +17,7 @@ from apps.LT2.kernel.kda.scores import DecayedScores
 CHUNK = 16
 
 
+@eager_on_documents
 def kda_chunked(
     q_BTHK: Tensor,
     k_BTHK: Tensor,

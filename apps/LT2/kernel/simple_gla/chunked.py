@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.chunks import ChunkLayout, HeadDecay, pass_state
+from apps.LT2.kernel.chunks import ChunkLayout, HeadDecay, eager_on_documents, pass_state
 from lingua.transformer import repeat_kv
 
 
+@eager_on_documents
 def simple_gla_chunked(
     q_BTGK: Tensor,
     k_BTGK: Tensor,
