@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apps.LT2.kernel.scores import DecayedScores
+
 CHUNK = 64  # as in fla's kernels: work inside a chunk grows with C, steps between chunks with 1/C
-CHANNEL_CHUNK = 16  # with a decay per channel every pair of tokens in a chunk costs K exponentials
+# With a decay per channel scores cost C x K exponentials a token, states K x V / C.
+CHANNEL_CHUNK = 16
 
 
 @dataclass
@@ -129,10 +132,10 @@ class HeadDecay:
 class ChannelDecay:
     """The same with a decay for each key channel. Chunks should have CHANNEL_CHUNK tokens."""
 
-    sum_MHCK: Tensor  # fp64, from the start of the chunk, up to and with token i
-    from_start_MHCK: Tensor
-    to_end_MHCK: Tensor
-    whole_MHK1: Tensor
+    sum_MHCK: Tensor  # the logarithm of the next, in fp64
+    from_start_MHCK: Tensor  # from the start of the chunk, up to and with token i
+    to_end_MHCK: Tensor  # after token j, up to the end of the chunk
+    whole_MHK1: Tensor  # over the whole chunk
 
     @staticmethod
     def of(g_MHCK: Tensor, dtype: torch.dtype) -> ChannelDecay:
@@ -141,106 +144,13 @@ class ChannelDecay:
             sum_MHCK=sum_MHCK,
             from_start_MHCK=sum_MHCK.to(dtype).exp(),
             to_end_MHCK=(sum_MHCK[..., -1:, :] - sum_MHCK).to(dtype).exp(),
-            whole_MHK1=sum_MHCK[..., -1, :].to(dtype).exp()[..., None],
+            whole_MHK1=sum_MHCK[..., -1, :, None].to(dtype).exp(),
         )
 
-    def scores(self, q_MHCK: Tensor, k_MHCK: Tensor) -> Tensor:
-        """What token i reads of the key of token j, after the decay between them, (M, H, C, C):
-
-        sum_k q_ik k_jk exp(G_ik - G_jk) for j <= i, 0 for j > i, with G the summed decay.
-        """
-        return _DecayedScores.apply(q_MHCK, k_MHCK, self.sum_MHCK)  # pyright: ignore[reportReturnType]
-
-
-class _DecayedScores(torch.autograd.Function):
-    """A product of q exp(G) and k exp(-G) would overflow, so each pair of tokens takes its own
-    exponential of the difference: C x C x K of them a chunk, which backward computes again rather
-    than keeps. G enters with q_i as exp(G_i), with k_j as exp(-G_j): hence its gradient."""
-
-    @staticmethod
-    def forward(ctx, q_MHCK, k_MHCK, sum_MHCK):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(q_MHCK, k_MHCK, sum_MHCK)
-        keys_MHCCK = _decay_between(sum_MHCK, q_MHCK.dtype) * k_MHCK[..., None, :, :]
-        return (keys_MHCCK @ q_MHCK[..., None])[..., 0]
-
-    @staticmethod
-    def backward(ctx, dscores_MHCC):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_MHCK, k_MHCK, sum_MHCK = ctx.saved_tensors
-        between_MHCCK = _decay_between(sum_MHCK, q_MHCK.dtype)
-        # i tokens that read, j tokens that are read
-        keys_MHCCK = between_MHCCK * k_MHCK[..., None, :, :]
-        dq_MHCK = torch.einsum("mhij,mhijk->mhik", dscores_MHCC, keys_MHCCK)
-        queries_MHCCK = between_MHCCK * q_MHCK[..., None, :]
-        dk_MHCK = torch.einsum("mhij,mhijk->mhjk", dscores_MHCC, queries_MHCCK)
-        dsum_MHCK = (q_MHCK * dq_MHCK - k_MHCK * dk_MHCK).to(sum_MHCK.dtype)
-        return dq_MHCK, dk_MHCK, dsum_MHCK
-
-
-def _decay_between(sum_MHCK: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(G_i - G_j) for j <= i, 0 for j > i: (M, H, C, C, K)."""
-    C = sum_MHCK.shape[-2]
-    later_CC = torch.ones(C, C, dtype=torch.bool, device=sum_MHCK.device).triu(1)
-    between = (sum_MHCK[..., :, None, :] - sum_MHCK[..., None, :, :]).to(dtype)
-    return between.masked_fill(later_CC[..., None], -torch.inf).exp()
-
-
-@dataclass
-class ChannelDecay:
-    """The same with a decay for each key channel. Chunks should have CHANNEL_CHUNK tokens."""
-
-    sum_MHCK: Tensor  # fp64, from the start of the chunk, up to and with token i
-    from_start_MHCK: Tensor
-    to_end_MHCK: Tensor
-    whole_MHK1: Tensor
-
-    @staticmethod
-    def of(g_MHCK: Tensor, dtype: torch.dtype) -> ChannelDecay:
-        sum_MHCK = g_MHCK.double().cumsum(-2)  # in fp64 for HeadDecay's reason
-        return ChannelDecay(
-            sum_MHCK=sum_MHCK,
-            from_start_MHCK=sum_MHCK.to(dtype).exp(),
-            to_end_MHCK=(sum_MHCK[..., -1:, :] - sum_MHCK).to(dtype).exp(),
-            whole_MHK1=sum_MHCK[..., -1, :].to(dtype).exp()[..., None],
-        )
-
-    def scores(self, q_MHCK: Tensor, k_MHCK: Tensor) -> Tensor:
-        """What token i reads of the key of token j, after the decay between them, (M, H, C, C):
-
-        sum_k q_ik k_jk exp(G_ik - G_jk) for j <= i, 0 for j > i, with G the summed decay.
-        """
-        return _DecayedScores.apply(q_MHCK, k_MHCK, self.sum_MHCK)  # pyright: ignore[reportReturnType]
-
-
-class _DecayedScores(torch.autograd.Function):
-    """A product of q exp(G) and k exp(-G) would overflow, so each pair of tokens takes its own
-    exponential of the difference: C x C x K of them a chunk, which backward computes again rather
-    than keeps. G enters with q_i as exp(G_i), with k_j as exp(-G_j): hence its gradient."""
-
-    @staticmethod
-    def forward(ctx, q_MHCK, k_MHCK, sum_MHCK):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(q_MHCK, k_MHCK, sum_MHCK)
-        keys_MHCCK = _decay_between(sum_MHCK, q_MHCK.dtype) * k_MHCK[..., None, :, :]
-        return (keys_MHCCK @ q_MHCK[..., None])[..., 0]
-
-    @staticmethod
-    def backward(ctx, dscores_MHCC):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_MHCK, k_MHCK, sum_MHCK = ctx.saved_tensors
-        between_MHCCK = _decay_between(sum_MHCK, q_MHCK.dtype)
-        # i tokens that read, j tokens that are read
-        keys_MHCCK = between_MHCCK * k_MHCK[..., None, :, :]
-        dq_MHCK = torch.einsum("mhij,mhijk->mhik", dscores_MHCC, keys_MHCCK)
-        queries_MHCCK = between_MHCCK * q_MHCK[..., None, :]
-        dk_MHCK = torch.einsum("mhij,mhijk->mhjk", dscores_MHCC, queries_MHCCK)
-        dsum_MHCK = (q_MHCK * dq_MHCK - k_MHCK * dk_MHCK).to(sum_MHCK.dtype)
-        return dq_MHCK, dk_MHCK, dsum_MHCK
-
-
-def _decay_between(sum_MHCK: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(G_i - G_j) for j <= i, 0 for j > i: (M, H, C, C, K)."""
-    C = sum_MHCK.shape[-2]
-    later_CC = torch.ones(C, C, dtype=torch.bool, device=sum_MHCK.device).triu(1)
-    between = (sum_MHCK[..., :, None, :] - sum_MHCK[..., None, :, :]).to(dtype)
-    return between.masked_fill(later_CC[..., None], -torch.inf).exp()
+    def scores(self, k_MHCK: Tensor, *readers_MHCK: Tensor) -> tuple[Tensor, ...]:
+        """For each reader x what its token i reads of the key of token j, after the decay between
+        them: sum_k x_ik k_jk exp(G_ik - G_jk) for j <= i, else 0, as (M, H, C, C)."""
+        return DecayedScores.apply(k_MHCK, self.sum_MHCK, *readers_MHCK)  # pyright: ignore[reportReturnType]
 
 
 def _packed_layout(cu_seqlens: Tensor, chunk: int) -> ChunkLayout:
