@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from apps.LT2.mixers import deltanet, gdn, kda
+from apps.LT2.mixers import deltanet, gdn, hgrn2, kda, mamba2, retnet
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.tolerances import BF16_KERNEL, relative_error
@@ -21,12 +21,22 @@ MODELS = {
     "window": {"mixer": "window", "default_sliding_window": 17},
     "gdn": {"mixer": "gdn"},
     "kda": {"mixer": "kda"},
+    "mamba2": {"mixer": "mamba2"},
+    "hgrn2": {"mixer": "hgrn2"},
     "deltanet": {"mixer": "deltanet"},
+    "retnet": {"mixer": "retnet"},
     "hybrid": {"mixer": "gdn", "attention_pattern": "2:1"},
     "per-loop": {"attention_pattern": "16->full"},
 }
 
-OPERATORS = [(gdn, "gated_delta_rule"), (kda, "kda"), (deltanet, "delta_rule")]
+OPERATORS = [
+    (gdn, "gated_delta_rule"),
+    (kda, "kda"),
+    (mamba2, "simple_gla"),
+    (hgrn2, "gla"),
+    (deltanet, "delta_rule"),
+    (retnet, "simple_gla"),
+]
 
 
 def make_model(name: str) -> LoopedTransformer:
