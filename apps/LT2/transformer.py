@@ -30,6 +30,7 @@ from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy
 from apps.LT2.mixers import MIXERS
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
+from apps.LT2.mixers.gla import GLAArgs
 from apps.LT2.mixers.hgrn2 import HGRN2Args
 from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.mamba2 import Mamba2Args
@@ -67,6 +68,7 @@ class LoopedTransformerArgs(BaseTransformerArgs):
     hgrn2: HGRN2Args = field(default_factory=HGRN2Args)
     deltanet: DeltaNetArgs = field(default_factory=DeltaNetArgs)
     retnet: RetNetArgs = field(default_factory=RetNetArgs)
+    gla: GLAArgs = field(default_factory=GLAArgs)
 
     def layout(self) -> Layout:
         """What runs at each (loop, layer); UserError where attention_pattern does not fit."""

@@ -4,6 +4,7 @@ from apps.LT2.mixers.attention import Attention
 from apps.LT2.mixers.base import Mixer, MixerCache
 from apps.LT2.mixers.deltanet import DeltaNet
 from apps.LT2.mixers.gdn import GatedDeltaNet
+from apps.LT2.mixers.gla import GatedLinearAttention
 from apps.LT2.mixers.hgrn2 import HGRN2
 from apps.LT2.mixers.kda import KimiDeltaAttention
 from apps.LT2.mixers.mamba2 import Mamba2
@@ -18,6 +19,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "hgrn2": HGRN2,
     "deltanet": DeltaNet,
     "retnet": RetNet,
+    "gla": GatedLinearAttention,
 }
 
 __all__ = ["MIXERS", "Mixer", "MixerCache"]
