@@ -31,6 +31,7 @@ from apps.LT2.mixers import MIXERS
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
+from apps.LT2.mixers.gla import GLAArgs
 from apps.LT2.mixers.hgrn2 import HGRN2Args
 from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.mamba2 import Mamba2Args
@@ -71,6 +72,7 @@ class LoopedTransformerArgs(BaseTransformerArgs):
     retnet: RetNetArgs = field(default_factory=RetNetArgs)
     nsa: NSAArgs = field(default_factory=NSAArgs)
     dsa: DSAArgs = field(default_factory=DSAArgs)
+    gla: GLAArgs = field(default_factory=GLAArgs)
 
     def layout(self) -> Layout:
         """What runs at each (loop, layer) in evaluation and inference."""

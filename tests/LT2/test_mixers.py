@@ -150,6 +150,7 @@ CASES = {
         mamba2_flops,
         args={"mamba2": Mamba2Args(1.5, head_dim=8, state_dim=6, n_groups=2, conv_size=0)},
     ),
+    "gla": Case("gla", fading_flops),
     # Its gates forget half at every token: after 200, fp32 holds nothing of the first.
     "hgrn2": Case("hgrn2", fading_flops, sees_all_past=False),
     "hgrn2_bounded": Case(

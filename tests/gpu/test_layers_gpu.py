@@ -22,6 +22,7 @@ from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.linear import LinearMixer
+from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.gpu.kernel_cases import packed
@@ -45,6 +46,20 @@ def qkv_conv(weights: dict[str, Tensor], mixer: LinearMixer) -> dict[str, Tensor
     keys, values = mixer.n_heads * mixer.key_dim, mixer.n_heads * mixer.value_dim
     parts = weights["conv.weight"][:, None].split([keys, keys, values])
     return {f"{x}_conv1d.weight": part for x, part in zip("qkv", parts, strict=True)}
+
+
+def half_split_rotary(weights: dict[str, Tensor], mixer: LinearMixer) -> dict[str, Tensor]:
+    """We turn pairs (2i, 2i+1) of a head, fla (i, i + K/2): the same with rows in another order."""
+
+    def reordered(weight: Tensor) -> Tensor:
+        pairs = weight.unflatten(0, (mixer.n_heads, mixer.key_dim // 2, 2))
+        return pairs.transpose(1, 2).flatten(0, 2)
+
+    return {f"{x}_proj.weight": reordered(weights[f"w{x}.weight"]) for x in "qk"}
+
+
+def nothing_more(weights: dict[str, Tensor], mixer: LinearMixer) -> dict[str, Tensor]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,30 @@ ORACLES = {
         QKVO | {"wb.weight": "b_proj.weight"},
         {},
         args={"deltanet": DeltaNetArgs(head_dim=WIDTH)},
+    ),
+    "retnet": Oracle(
+        "MultiScaleRetention",
+        {
+            "wv.weight": "v_proj.weight",
+            "wg.weight": "g_proj.weight",
+            "wo.weight": "o_proj.weight",
+            "norm.weight": "g_norm_swish_gate.weight",
+        },
+        {"expand_v": 1.0},
+        others=half_split_rotary,
+        args={"retnet": RetNetArgs(expand_v=1.0)},
+    ),
+    "hgrn2": Oracle(
+        "HGRN2Attention",
+        {
+            "wq.weight": "q_proj.weight",
+            "wf.weight": "f_proj.weight",
+            "wv.weight": "i_proj.weight",
+            "wo.weight": "o_proj.weight",
+            "norm.weight": "g_norm.weight",
+        },
+        {"expand_ratio": WIDTH},
+        others=nothing_more,
     ),
 }
 

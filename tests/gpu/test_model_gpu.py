@@ -8,8 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from apps.LT2.mixers import deltanet, gdn, kda, nsa
-from apps.LT2.mixers.dsa import DSAArgs
+from apps.LT2.mixers import deltanet, dsa, gdn, hgrn2, kda, mamba2, nsa, retnet
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.tolerances import BF16_KERNEL, relative_error
@@ -22,25 +21,38 @@ MODELS = {
     "window": {"mixer": "window", "default_sliding_window": 17},
     "gdn": {"mixer": "gdn"},
     "kda": {"mixer": "kda"},
+    "mamba2": {"mixer": "mamba2"},
+    "hgrn2": {"mixer": "hgrn2"},
     "deltanet": {"mixer": "deltanet"},
     "nsa": {
         "mixer": "nsa",
         "n_heads": 16,
-        # All blocks are chosen, so that no choice hangs on bf16's rounding.
+        # All blocks are chosen, and below all keys, so that no choice hangs on bf16's rounding.
         "nsa": nsa.NSAArgs(block_size=32, n_blocks=8, window_size=50),
     },
+    "retnet": {"mixer": "retnet"},
     "hybrid": {"mixer": "gdn", "attention_pattern": "2:1"},
     "per-loop": {"attention_pattern": "16->full"},
-    "dsa": {"mixer": "dsa", "dsa": DSAArgs(top_k=32)},
+    "dsa": {"mixer": "dsa", "dsa": dsa.DSAArgs(top_k=256)},
     "gdn+dsa": {
         "mixer": "gdn",
         "hybrid_mixer": "dsa",
         "attention_pattern": "2:1",
-        "dsa": DSAArgs(top_k=32),
+        "dsa": dsa.DSAArgs(top_k=256),
     },
 }
 
-OPERATORS = [(gdn, "gated_delta_rule"), (kda, "kda"), (deltanet, "delta_rule")]
+# Where a mixer finds its operator, and what computes it in plain torch.
+OPERATORS = [
+    (gdn, "gated_delta_rule", "chunked"),
+    (kda, "kda", "chunked"),
+    (mamba2, "simple_gla", "chunked"),
+    (hgrn2, "gla", "chunked"),
+    (deltanet, "delta_rule", "chunked"),
+    (retnet, "simple_gla", "chunked"),
+    (nsa, "native_sparse_attention", "blocked"),
+    (dsa, "dsa", "blocked"),
+]
 
 
 def make_model(name: str) -> LoopedTransformer:
@@ -85,9 +97,8 @@ def in_plain_torch(model: LoopedTransformer, monkeypatch) -> LoopedTransformer:
         for mixer in block.mixers():
             if hasattr(mixer, "attn_impl"):
                 mixer.attn_impl = "naive"
-    for module, name in OPERATORS:
-        door = getattr(module, name)
-        monkeypatch.setattr(module, name, partial(door, impl="chunked"))
+    for module, name, impl in OPERATORS:
+        monkeypatch.setattr(module, name, partial(getattr(module, name), impl=impl))
     return model
 
 

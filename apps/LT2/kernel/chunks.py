@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Results = tuple[Tensor, Tensor]  # o, states
-
 from apps.LT2.kernel.scores import DecayedScores
+
+Results = tuple[Tensor, Tensor]  # o, states
 
 CHUNK = 64  # as in fla's kernels: work inside a chunk grows with C, steps between chunks with 1/C
 # With a decay per channel scores cost C x K exponentials a token, states K x V / C.

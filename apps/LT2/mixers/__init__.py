@@ -5,6 +5,7 @@ from apps.LT2.mixers.base import Mixer, MixerCache
 from apps.LT2.mixers.deltanet import DeltaNet
 from apps.LT2.mixers.dsa import SparseAttention
 from apps.LT2.mixers.gdn import GatedDeltaNet
+from apps.LT2.mixers.gla import GatedLinearAttention
 from apps.LT2.mixers.hgrn2 import HGRN2
 from apps.LT2.mixers.kda import KimiDeltaAttention
 from apps.LT2.mixers.mamba2 import Mamba2
@@ -22,6 +23,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "retnet": RetNet,
     "nsa": NativeSparseAttention,
     "dsa": SparseAttention,
+    "gla": GatedLinearAttention,
 }
 
 __all__ = ["MIXERS", "Mixer", "MixerCache"]

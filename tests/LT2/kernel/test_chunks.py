@@ -30,10 +30,12 @@ def test_scores_and_gradients_of_channel_decay(decay, dtype):
     g = -decay * g.abs()
     g[3:5] *= 1e-3  # weak decay after strong: small differences of large sums
     inputs = [x.clone().requires_grad_() for x in (q, k, g)]
-    got = ChannelDecay.of(inputs[2][None, None], dtype).scores(*(x[None, None] for x in inputs[:2]))
-    want = scores_by_pairs(*inputs)
-    weight = torch.randn(7, 7, dtype=dtype)
-    got = [got[0, 0], *torch.autograd.grad((got[0, 0] * weight).sum(), inputs)]
+    q, k, g = inputs
+    got = ChannelDecay.of(g[None, None], dtype).scores(*(x[None, None] for x in (k, q, k)))
+    got = torch.cat(got)[:, 0]
+    want = torch.stack([scores_by_pairs(q, k, g), scores_by_pairs(k, k, g)])
+    weight = torch.randn(2, 7, 7, dtype=dtype)
+    got = [got, *torch.autograd.grad((got * weight).sum(), inputs)]
     want = [want, *torch.autograd.grad((want * weight).sum(), inputs)]
     for name, a, b in zip(("scores", "dq", "dk", "dg"), got, want, strict=True):
         assert_same(a, b, BY_DTYPE[dtype], name)

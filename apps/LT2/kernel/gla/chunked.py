@@ -45,6 +45,6 @@ def gla_chunked(
         write=(k_MHCK * decay.to_end_MHCK).mT @ v_MHCV,
         state=state,
     )
-    o_MHCV = (q_MHCK * decay.from_start_MHCK) @ starts_MHKV
-    o_MHCV = o_MHCV + decay.scores(q_MHCK, k_MHCK) @ v_MHCV
+    (scores_MHCC,) = decay.scores(k_MHCK, q_MHCK)
+    o_MHCV = (q_MHCK * decay.from_start_MHCK) @ starts_MHKV + scores_MHCC @ v_MHCV
     return layout.from_chunks(o_MHCV, B, T).to(v_BTHV.dtype), final_NHKV

@@ -1,0 +1,101 @@
+"""Gated linear attention (https://arxiv.org/abs/2312.06635): a learned decay a key channel.
+
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t K^-0.5
+
+g = log sigmoid(x W_down W_up + b) / 16, of low rank: at the start a channel forgets half in some 16
+tokens. The output is RMS-normed per head and gated by SiLU. Shapes: B sequences, T tokens, D model
+width, H heads, K key width, V value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apps.LT2.kernel.gla import gla, gla_step
+from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, project_streams, split_qkv
+from apps.LT2.mixers.parts import GatedRMSNorm
+from lingua.transformer import check_sizes, init_linear
+
+if TYPE_CHECKING:
+    from apps.LT2.transformer import LoopedTransformerArgs
+
+TEMPERATURE = (
+    16.0  # divides the log decay, the paper's tau: slow forgetting where gates are half open
+)
+
+
+@dataclass
+class GLAArgs:
+    n_heads: int | None = None  # heads; null = model.n_heads
+    head_dim: int | None = None  # key width of a head; null = 0.5 * dim / n_heads
+    expand_v: float = 2.0  # value width / key width; the state of a head is K x V
+    gate_rank: int = 16  # rank of the decay's projection
+
+
+class GatedLinearAttention(LinearMixer):
+    module_name = "gla"
+    conv = None
+
+    def __init__(self, args: LoopedTransformerArgs):
+        super().__init__()
+        self.n_heads, self.key_dim, self.value_dim = head_shape(args, "gla", Fraction(1, 2))
+        check_sizes("model.gla", args.gla, "gate_rank")
+        keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
+        self.wq = nn.Linear(args.dim, keys, bias=False)
+        self.wk = nn.Linear(args.dim, keys, bias=False)
+        self.wv = nn.Linear(args.dim, values, bias=False)
+        self.wg = nn.Linear(args.dim, values, bias=False)  # output gate
+        self.wa_down = nn.Linear(args.dim, args.gla.gate_rank, bias=False)  # decay
+        self.wa_up = nn.Linear(args.gla.gate_rank, keys, bias=False)
+        # Apart from wa_up, since matrices may be bf16 and vectors stay fp32.
+        self.decay_bias = nn.Parameter(torch.empty(keys))
+        self.wo = nn.Linear(values, args.dim, bias=False)
+        self.norm = GatedRMSNorm(self.value_dim, args.norm_eps)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
+        streams, (gate, a) = project_streams(
+            x, (self.wq, self.wk, self.wv), (self.wg, self.wa_down)
+        )
+        return streams, (gate, self.wa_up(a))
+
+    def recur(
+        self,
+        streams_BTC: Tensor,
+        rest: Rest,
+        *,
+        positions: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return gla(*self._inputs(streams_BTC, rest), state=state, cu_seqlens=cu_seqlens)
+
+    def recur_step(
+        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
+    ) -> Tensor:
+        return gla_step(*self._inputs(streams_BC, rest), state_BHKV)
+
+    def output(self, o: Tensor, rest: Rest) -> Tensor:
+        return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
+
+    def reset_parameters(self, init_std: float | None, factor: float) -> None:
+        for linear in (self.wq, self.wk, self.wv, self.wg, self.wa_down, self.wa_up):
+            init_linear(linear, init_std)
+        init_linear(self.wo, init_std, factor)
+        nn.init.zeros_(self.decay_bias)
+        self.norm.reset_parameters()
+
+    def recurrence_flops(self) -> int:
+        # Write the outer product, read q^T S: 2 K V each; and K V for the decay.
+        return 5 * self.n_heads * self.key_dim * self.value_dim
+
+    def _inputs(self, streams: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, v, g) by head; g is fp32."""
+        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
+        g = F.logsigmoid(rest[1].float() + self.decay_bias.float()) / TEMPERATURE
+        return q, k, v, self.split_heads(g, self.key_dim)
