@@ -129,10 +129,10 @@ def _compressed_backward(
     block_size: int,
     do: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q and of the means; rows of the means that are no block's are not written."""
+    """Gradients of q and of the means; zero for rows of the means that are no block's."""
     bounds, tokens = _tables(cu_seqlens)
     with torch.cuda.device(q.device):
-        return _compression().parallel_nsa_compression_bwd(
+        dq, dk, dv = _compression().parallel_nsa_compression_bwd(
             q=q,
             k=k_BCGK,
             v=v_BCGK,
@@ -144,6 +144,12 @@ def _compressed_backward(
             cu_seqlens=bounds,
             token_indices=tokens,
         )
+    if cu_seqlens is not None:  # the kernel leaves rows behind the last block as they were
+        n_blocks = ((cu_seqlens.diff() + block_size - 1) // block_size).sum()
+        unused = torch.arange(dk.shape[1], device=dk.device) >= n_blocks
+        dk.masked_fill_(unused[:, None, None], 0)
+        dv.masked_fill_(unused[:, None, None], 0)
+    return dq, dk, dv
 
 
 @_compressed_backward.register_fake
