@@ -20,6 +20,7 @@ from apps.LT2.kernel.fla import import_fla
 from apps.LT2.mixers import MIXERS
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
+from apps.LT2.mixers.gla import GLAArgs
 from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.linear import LinearMixer
 from apps.LT2.mixers.retnet import RetNetArgs
@@ -112,6 +113,23 @@ ORACLES = {
         {"expand_v": 1.0},
         others=half_split_rotary,
         args={"retnet": RetNetArgs(expand_v=1.0)},
+    ),
+    "gla": Oracle(
+        "GatedLinearAttention",
+        {
+            "wq.weight": "q_proj.weight",
+            "wk.weight": "k_proj.weight",
+            "wv.weight": "v_proj.weight",
+            "wg.weight": "g_proj.weight",
+            "wo.weight": "o_proj.weight",
+            "wa_down.weight": "gk_proj.0.weight",
+            "wa_up.weight": "gk_proj.1.weight",
+            "decay_bias": "gk_proj.1.bias",
+            "norm.weight": "g_norm_swish_gate.weight",
+        },
+        {"expand_k": 1.0},
+        others=nothing_more,
+        args={"gla": GLAArgs(head_dim=WIDTH, expand_v=1.0)},
     ),
     "hgrn2": Oracle(
         "HGRN2Attention",

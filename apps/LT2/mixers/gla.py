@@ -25,9 +25,7 @@ from lingua.transformer import check_sizes, init_linear
 if TYPE_CHECKING:
     from apps.LT2.transformer import LoopedTransformerArgs
 
-TEMPERATURE = (
-    16.0  # divides the log decay, the paper's tau: slow forgetting where gates are half open
-)
+TEMPERATURE = 16.0  # the paper's tau, divides the log decay: a half open gate forgets slowly
 
 
 @dataclass
