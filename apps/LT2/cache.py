@@ -6,7 +6,8 @@ are allocated once and written in place, so that a decode step can be captured i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,31 @@ class ModelCache:
         for loop in self.mixers:
             for cache in loop:
                 cache.reset(index)
+
+    def fill_randomly(self, n_tokens: int) -> None:
+        """Hold `n_tokens` tokens of noise in every row, in place: to time steps without prompts."""
+        assert n_tokens <= self.max_seqlen, f"{n_tokens} tokens in {self.max_seqlen} slots"
+        self.lengths[:] = [n_tokens] * self.batch_size
+        for loop in self.mixers:
+            for cache in loop:
+                cache.fill_randomly(n_tokens)
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Undo at the end, in place, what is written inside. A cache that holds tokens is copied
+        for that, which takes its memory once more; an empty one is emptied again."""
+        lengths = list(self.lengths)
+        caches = [cache for loop in self.mixers for cache in loop]
+        saved = [cache.snapshot() for cache in caches] if any(lengths) else None
+        try:
+            yield
+        finally:
+            if saved is None:
+                self.reset()
+            else:
+                self.lengths[:] = lengths
+                for cache, tensors in zip(caches, saved, strict=True):
+                    cache.restore(tensors)
 
     def nbytes(self) -> int:
         return sum(cache.nbytes() for loop in self.mixers for cache in loop)

@@ -41,7 +41,21 @@ def forward_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
     Matrix products, attention over the keys a token sees (causal, windowed) and recurrences;
     every (loop, layer) is counted. Norms, activations and rotary embedding are left out.
     """
-    flops = 2 * model.args.dim * model.args.vocab_size  # the head
+    return head_flops(model) + _body_flops_per_token(model, seqlen)
+
+
+def head_flops(model: LoopedTransformer) -> int:
+    """The logits of one token."""
+    return 2 * model.args.dim * model.args.vocab_size
+
+
+def prefill_flops(model: LoopedTransformer, seqlen: int) -> int:
+    """A prompt of `seqlen` tokens, of which the last one alone gets logits."""
+    return seqlen * _body_flops_per_token(model, seqlen) + head_flops(model)
+
+
+def _body_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
+    flops = 0
     for loop in model.layout:
         for block, spec in zip(model.layers, loop, strict=True):
             assert isinstance(block, Block)

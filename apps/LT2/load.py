@@ -180,15 +180,26 @@ def _fit_to_device(
     args: LoopedTransformerArgs, device_type: str, dtype: torch.dtype
 ) -> LoopedTransformerArgs:
     """The backend that a run trained with is not part of its weights: take one that works here."""
-    mixers = {spec.mixer for loop in args.layout() for spec in loop}
-    if device_type == "cuda" and mixers - {"full", "window"}:
-        check_gpu_stack()
+    check_kernels(args, device_type)
     try:
         check_attention_device(args.attn_impl, device_type=device_type, dtype=dtype)
         return args
     except UserError as error:
         logger.warning(f"using model.attn_impl=auto: {error}")
         return replace(args, attn_impl="auto")
+
+
+def check_kernels(args: LoopedTransformerArgs, device_type: str) -> None:
+    """Refuse a GPU machine on which kernels of these mixers do not run."""
+    mixers = {spec.mixer for loop in args.layout() for spec in loop}
+    if device_type == "cuda" and mixers - {"full", "window"}:
+        check_gpu_stack()
+
+
+def cast_for_inference(model: nn.Module, matrix_dtype: torch.dtype) -> None:
+    """Matrices to `matrix_dtype` and vectors to fp32, in place."""
+    for name, param in model.named_parameters():
+        param.data = _cast(name, param.data, param.device, matrix_dtype)
 
 
 def _cast(name: str, tensor: Tensor, device: torch.device, matrix_dtype: torch.dtype) -> Tensor:
@@ -205,8 +216,7 @@ def _read_step_folder(
         raise UserError(f"ckpt={folder}: the checkpoint is damaged: {problem}; take another one")
     with torch.device("meta"):
         model = LoopedTransformer(args)
-    for name, param in model.named_parameters():
-        param.data = _cast(name, param.data, torch.device("meta"), matrix_dtype)
+    cast_for_inference(model, matrix_dtype)
     try:
         stored = FileSystemReader(folder).read_metadata().state_dict_metadata
         prefix = f"{MODEL_KEY}."

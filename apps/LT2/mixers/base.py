@@ -29,6 +29,23 @@ class MixerCache:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors())
 
+    def fill_randomly(self, n_tokens: int) -> None:
+        """Hold `n_tokens` tokens of noise in every row, in place: to time steps without prompts."""
+        for tensor in self._tensors():
+            if tensor.is_floating_point():
+                tensor.normal_()
+            else:
+                tensor.fill_(n_tokens)  # counts of tokens are all that a cache has of integers
+
+    def snapshot(self) -> list[Tensor]:
+        """Copies of all that the cache holds, for `restore`."""
+        return [tensor.clone() for tensor in self._tensors()]
+
+    def restore(self, saved: list[Tensor]) -> None:
+        """Hold again, in place, what the snapshot holds."""
+        for tensor, copy in zip(self._tensors(), saved, strict=True):
+            tensor.copy_(copy)
+
     def _tensors(self) -> list[Tensor]:
         values = (getattr(self, field.name) for field in fields(self))
         return [value for value in values if isinstance(value, Tensor)]
@@ -110,6 +127,14 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def state_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
         """Bytes that one sequence of `seqlen` tokens occupies in one cache."""
+
+    def step_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
+        """Bytes of one cache that a step must move for a sequence of `seqlen` tokens.
+
+        By default all that is stored is read, and the little that one token adds is left out. A
+        mixer that reads a part of it, or that writes it anew, says so.
+        """
+        return self.state_bytes(seqlen, dtype, window)
 
 
 def cache_rows(

@@ -173,6 +173,9 @@ class LinearMixer(Mixer):
         tail = 0 if self.conv is None else self.conv.n_tail * self.conv.channels * dtype.itemsize
         return 4 * self.n_heads * self.key_dim * self.value_dim + tail
 
+    def step_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
+        return 2 * self.state_bytes(seqlen, dtype, window)  # read, and written anew
+
     def split_heads(self, x: Tensor, width: int) -> Tensor:
         """(..., H * width) -> (..., H, width)"""
         return x.unflatten(-1, (self.n_heads, width))

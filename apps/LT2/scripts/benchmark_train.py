@@ -12,19 +12,18 @@ traced, and its time on the device told by kind of kernel. The last line is all 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
 
 from apps.LT2.flops import count_parameters, train_flops_per_token
+from apps.LT2.measure import environment, release_memory, synchronize
 from apps.LT2.train import build_model
 from apps.LT2.train_args import TrainArgs, validate_train_args
 from apps.LT2.trainer import Trainer, TrainState
@@ -130,18 +129,6 @@ def kernel_kind(name: str) -> str:
     return "other"
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def release_memory() -> None:
-    gc.collect()
-    torch.compiler.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def read_recipe(path: str, overrides: list[str]) -> TrainArgs:
     options = [f"config={path}", "dump_dir=unused", *overrides]
     return validate_train_args(parse_args(TrainArgs, options))
@@ -193,20 +180,12 @@ def main(argv: list[str]) -> None:
             row.problem = f"out of memory: {str(error).splitlines()[0]}"
         except (FloatingPointError, UserError) as error:
             row.problem = str(error)
+        torch.compiler.reset()
         release_memory()
         print(format_row(row), flush=True)
         for kind, ms in row.kernel_ms.items():
             print(f"    {ms:9.2f} ms  {kind}", flush=True)
-    print(json.dumps(environment() | {"rows": [asdict(row) for row in rows]}))
-
-
-def environment() -> dict[str, Any]:
-    found: dict[str, Any] = {"torch": torch.__version__}
-    if torch.cuda.is_available():
-        import triton
-
-        found |= {"device": torch.cuda.get_device_name(), "triton": triton.__version__}
-    return found
+    print(json.dumps(environment(get_device()) | {"rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":

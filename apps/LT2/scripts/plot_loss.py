@@ -14,10 +14,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lingua.args import UserError, import_optional, run_cli
+from apps.LT2.scripts.figure import COLOURS, import_pyplot, save_figure
+from lingua.args import UserError, run_cli
 
 MAX_HALF_WINDOW = 25  # the smoothed line averages at most this many logged values on either side
-COLOURS = ["#2563eb", "#d97706", "#059669", "#be185d", "#6d28d9", "#475569"]
 
 
 @dataclass
@@ -78,11 +78,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def draw(curves: list[Curve], out: Path) -> None:
-    needed_by = "drawing the loss"
-    matplotlib = import_optional("matplotlib", extra="plot", needed_by=needed_by)
-    matplotlib.use("Agg")  # no screen needed
-    pyplot = import_optional("matplotlib.pyplot", extra="plot", needed_by=needed_by)
-
+    pyplot = import_pyplot(needed_by="drawing the loss")
     figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
     several = len(curves) > 1
     for i, curve in enumerate(curves):
@@ -106,10 +102,7 @@ def draw(curves: list[Curve], out: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
     axes.legend(frameon=False)
-    try:
-        figure.savefig(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out {out}: {error}") from None
+    save_figure(figure, out, option="--out")
     pyplot.close(figure)
 
 

@@ -1,0 +1,311 @@
+"""Prefill and decode of configs on this device: speed, memory, and the share of what it can do.
+
+    python -m apps.LT2.benchmark_prefill \\
+        --config apps/LT2/configs/1B/looped_hybrid_gdn_4to1_1B.yaml --seq-len 8192
+
+    ... --config A.yaml B.yaml --seq-len 1024 8192 --batch-size 1 16 model.loop_count=2 --plot x.png
+    ... --compare A.yaml B.yaml --seq-len 8192      both in turn, and how much faster B is
+
+Weights are random. First it is measured what the device can do: the bytes that it copies in a
+second, and a large matrix product. Then each row has, for prefill, the time of a whole prompt and
+the share of that product's FLOP/s (MFU); for decode, the time of a step and the share of the
+copied bytes of those that a step must move. FLOPs, weights and caches count in every loop. A row
+without memory says so. The table is for people; the last line of stdout is all of it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from apps.LT2.compiled import compile_inference
+from apps.LT2.flops import count_parameters
+from apps.LT2.inference_cost import Cost, Plan, Ratio, Row, measure_point
+from apps.LT2.kernel.attention import check_attention_device
+from apps.LT2.load import cast_for_inference, check_kernels, resolve_device
+from apps.LT2.measure import Ceilings, Spread, environment, measure_ceilings, release_memory
+from apps.LT2.scripts.plot_benchmark import check_can_draw, draw
+from apps.LT2.train_args import TrainArgs
+from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
+from lingua.args import UserError, parse_args, run_cli
+from lingua.parallelize import DTYPES, resolve_dtype
+from lingua.tokenizer import build_tokenizer, find_tokenizer_file
+
+LLAMA3_VOCAB = 128_256  # of the tokenizer that the recipes are written for
+READ_OPTIONS = ("model.", "data.tokenizer.")  # what of a config matters here
+
+
+@dataclass(frozen=True)
+class Subject:
+    name: str
+    path: str
+    args: LoopedTransformerArgs
+    vocabulary: str  # where its size comes from
+
+
+# ---- what is to be measured
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all options)")
+
+
+def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options, checked, and overrides: every `key=value`, wherever it stands."""
+    parser = OneLineParser(
+        prog="python -m apps.LT2.benchmark_prefill",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="key=value: an option of the configs, as in model.loop_count=2; holds for all of "
+        "them. config=FILE.yaml is --config FILE.yaml.",
+    )
+    add = parser.add_argument
+    add("--config", nargs="+", default=[], metavar="YAML", help="recipes, one after the other")
+    add("--compare", nargs=2, metavar=("A", "B"), help="two recipes in turn, with paired ratios")
+    add("--seq-len", nargs="+", type=int, default=[1024], metavar="N", help="tokens of a prompt")
+    add("--batch-size", nargs="+", type=int, default=[1], metavar="N", help="sequences at once")
+    add("--decode-tokens", type=int, default=32, metavar="N", help="steps of a repeat")
+    add("--prefill-chunk", type=int, metavar="N", help="prefill long prompts in pieces of N tokens")
+    add("--repeats", type=int, default=5, metavar="N", help="measurements of each point")
+    add("--warmup", type=int, default=2, metavar="N", help="runs before them")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 on GPUs")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--no-compile", action="store_true", help="on a GPU; on a CPU nothing is compiled")
+    add("--no-cuda-graph", action="store_true", help="start each kernel of a step by itself")
+    add("--plot", type=Path, metavar="PNG", help="draw tokens/s against the length")
+    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
+    given = parser.parse_args([arg for arg in argv if arg not in overrides])
+    given.config += [arg.removeprefix("config=") for arg in overrides if arg.startswith("config=")]
+    check_options(given)
+    return given, [arg for arg in overrides if not arg.startswith("config=")]
+
+
+def check_options(given: argparse.Namespace) -> None:
+    least_of = {"seq_len": 1, "batch_size": 1, "decode_tokens": 1, "repeats": 1, "warmup": 1}
+    for name, least in {**least_of, "prefill_chunk": 1}.items():
+        values = getattr(given, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < least:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} {value} must be at least {least}")
+    if bool(given.config) == bool(given.compare):
+        raise UserError("name what to measure: --config X.yaml [Y.yaml ...] or --compare A B")
+
+
+def read_subjects(paths: Sequence[str], overrides: Sequence[str]) -> list[Subject]:
+    for override in overrides:
+        if not override.startswith(READ_OPTIONS):
+            raise UserError(
+                f"{override}: this benchmark reads {' and '.join(f'{o}*' for o in READ_OPTIONS)} "
+                "of a config and nothing else"
+            )
+    stems = [Path(path).stem for path in paths]
+    names = stems if len(set(stems)) == len(stems) else paths
+    return [read_subject(n, p, overrides) for n, p in zip(names, paths, strict=True)]
+
+
+def read_subject(name: str, path: str, overrides: Sequence[str]) -> Subject:
+    config = parse_args(TrainArgs, [f"config={path}", *overrides])
+    args, tokenizer = config.model, config.data.tokenizer
+    if args.vocab_size != -1:
+        return Subject(name, path, args, "model.vocab_size")
+    try:
+        find_tokenizer_file(tokenizer.name, tokenizer.path)
+    except UserError:
+        size, origin = LLAMA3_VOCAB, f"Llama 3's size, as {tokenizer.path} is not here"
+    else:
+        size = build_tokenizer(tokenizer.name, tokenizer.path).n_words
+        origin = f"of the tokenizer {tokenizer.name}"
+    return Subject(name, path, replace(args, vocab_size=size), origin)
+
+
+def build(
+    subject: Subject, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> LoopedTransformer:
+    """Random weights: matrices in `dtype`, vectors in fp32, as a checkpoint is loaded."""
+    args = subject.args
+    check_kernels(args, device.type)
+    check_attention_device(args.attn_impl, device_type=device.type, dtype=dtype)
+    with torch.device("meta"):
+        model = LoopedTransformer(args)
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    model.init_weights()
+    cast_for_inference(model, dtype)
+    if compiled:
+        compile_inference(model)
+    return model.requires_grad_(False).eval()
+
+
+# ---- the measurement
+
+
+class Report:
+    """Rows as they come: a line each on stdout, and all of them for the JSON."""
+
+    def __init__(self, width: int):
+        self.width = width  # of the column of names
+        self.rows: list[Row] = []
+        self.ratios: list[Ratio] = []
+        self.refused: dict[str, str] = {}  # config -> why it cannot be measured here
+
+    def print_header(self) -> None:
+        both = f"{'ms':>9s} {'(quartiles)':>21s} {'tokens/s':>9s} {'share':>6s} {'GiB':>5s}"
+        print(
+            f"\n{'':{self.width}s} {'':>5s} {'':>7s} {'cache MiB':>9s} | "
+            f"{'prefill, share of FLOP/s':^54s} | {'decode step, share of bandwidth':^54s}\n"
+            f"{'config':{self.width}s} {'batch':>5s} {'length':>7s} {'/sequence':>9s} | "
+            f"{both} | {both}",
+            flush=True,
+        )
+
+    def add(self, rows: list[Row], ratio: Ratio | None) -> None:
+        self.rows += rows
+        for row in rows:
+            print(
+                f"{row.config:{self.width}s} {row.batch_size:5d} {row.seqlen:7d} "
+                f"{row.cache_mib:9.2f} | {format_cost(row.prefill)} | {format_cost(row.decode)}",
+                flush=True,
+            )
+        if ratio is not None:
+            self.ratios.append(ratio)
+            print(
+                f"{rows[1].config} is as fast as {rows[0].config} times: "
+                f"prefill {format_ratio(ratio.prefill)}, decode {format_ratio(ratio.decode)}",
+                flush=True,
+            )
+
+    def refuse(self, name: str, reason: str) -> None:
+        self.refused[name] = reason
+        print(f"{name:{self.width}s} refused: {reason}", flush=True)
+
+
+def format_cost(cost: Cost) -> str:
+    if cost.ms is None or cost.quartiles_ms is None:
+        return f"{cost.problem:^54s}"
+    low, high = cost.quartiles_ms
+    peak = "" if cost.peak_gib is None else f"{cost.peak_gib:.1f}"
+    spread = f"({low:.3f}-{high:.3f})"
+    return (
+        f"{cost.ms:9.3f} {spread:>21s} {cost.tokens_per_s:9.0f} "
+        f"{100 * (cost.share or 0):5.1f}% {peak:>5s}"
+    )
+
+
+def format_ratio(ratio: Spread | None) -> str:
+    if ratio is None:
+        return "unknown"
+    return f"{ratio.median:.3f} ({ratio.low:.3f}-{ratio.high:.3f})"
+
+
+def measure_all(
+    groups: Sequence[Sequence[Subject]],
+    given: argparse.Namespace,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    ceilings: Ceilings,
+    report: Report,
+) -> None:
+    """Every group at every batch size and length; the subjects of a group take turns."""
+    for group in groups:
+        try:
+            models = {s.name: build(s, device, dtype, plan.compiled) for s in group}
+        except UserError as error:
+            if len(groups) == 1:
+                raise
+            report.refuse(group[0].name, str(error))
+            continue
+        for batch_size in given.batch_size:
+            for seqlen in given.seq_len:
+                report.add(*measure_point(models, batch_size, seqlen, plan, ceilings))
+        del models
+        release_memory()
+
+
+def make_plan(given: argparse.Namespace, device: torch.device) -> Plan:
+    on_gpu = device.type == "cuda"
+    return Plan(
+        repeats=given.repeats,
+        warmup=given.warmup,
+        decode_tokens=given.decode_tokens,
+        prefill_chunk=given.prefill_chunk,
+        compiled=on_gpu and not given.no_compile,
+        cuda_graph=on_gpu and not given.no_cuda_graph,
+    )
+
+
+def describe(subject: Subject) -> dict[str, Any]:
+    """What the model is, without building it; {} where it cannot be built."""
+    try:
+        with torch.device("meta"):
+            parameters = count_parameters(LoopedTransformer(subject.args))
+    except UserError:
+        return {}
+    return {"body_parameters": parameters.body, "embedding_parameters": parameters.embedding}
+
+
+def main(argv: list[str]) -> None:
+    given, overrides = parse_options(argv)
+    device = resolve_device(given.device)
+    dtype = resolve_dtype(given.dtype, device.type)
+    if given.plot is not None:
+        check_can_draw(given.plot)
+    subjects = read_subjects(given.compare or given.config, overrides)
+    plan = make_plan(given, device)
+    result = environment(device) | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "plan": asdict(plan),
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()},
+        "overrides": overrides,
+    }
+    print(
+        f"{result['device']}, torch {result['torch']}, commit {result['commit']}, "
+        f"{result['dtype']}, {'compiled' if plan.compiled else 'eager'}, decode "
+        f"{'by CUDA graph' if plan.cuda_graph else 'without CUDA graph'}"
+    )
+    configs = [asdict(subject) | describe(subject) for subject in subjects]
+    for config in configs:
+        args = config["args"]
+        body = f"{config['body_parameters'] / 1e6:.1f}M" if "body_parameters" in config else "?"
+        print(
+            f"{config['name']}: {body} parameters without embeddings, T = {args['loop_count']}, "
+            f"vocabulary {args['vocab_size']} ({config['vocabulary']})"
+        )
+    ceilings = measure_ceilings(device, dtype)
+    print(format_ceilings(ceilings), flush=True)
+
+    report = Report(width=max(len(subject.name) for subject in subjects))
+    report.print_header()
+    groups = [subjects] if given.compare else [[subject] for subject in subjects]
+    measure_all(groups, given, plan, device, dtype, ceilings, report)
+    result |= {
+        "configs": configs,
+        "ceilings": asdict(ceilings),
+        "rows": [asdict(row) for row in report.rows],
+        "ratios": [asdict(ratio) for ratio in report.ratios],
+        "refused": report.refused,
+    }
+    if given.plot is not None:
+        draw([result], given.plot)
+        print(f"figure: {given.plot}")
+    print(json.dumps(result, allow_nan=False))
+
+
+def format_ceilings(ceilings: Ceilings) -> str:
+    sheet = ceilings.datasheet_flops
+    known = "" if sheet is None else f" (data sheet: {sheet / 1e12:.0f})"
+    return (
+        f"ceilings measured here: copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s read and "
+        f"written, matrix product {ceilings.matmul_flops / 1e12:.3g} TFLOP/s{known}"
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)

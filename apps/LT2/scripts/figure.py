@@ -1,0 +1,24 @@
+"""What the scripts that draw share: matplotlib without a screen, colours, a saved file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lingua.args import UserError, import_optional
+
+COLOURS = ["#2563eb", "#d97706", "#059669", "#be185d", "#6d28d9", "#475569"]
+
+
+def import_pyplot(needed_by: str) -> Any:
+    matplotlib = import_optional("matplotlib", extra="plot", needed_by=needed_by)
+    matplotlib.use("Agg")  # no screen needed
+    return import_optional("matplotlib.pyplot", extra="plot", needed_by=needed_by)
+
+
+def save_figure(figure: Any, out: Path, option: str) -> None:
+    """Write the picture; a path that cannot be written is a UserError that names `option`."""
+    try:
+        figure.savefig(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {out}: {error}") from None
