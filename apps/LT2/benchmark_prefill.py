@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from apps.LT2.compiled import compile_inference
+from apps.LT2.compiled import compile_prefill, compile_step
 from apps.LT2.flops import count_parameters
 from apps.LT2.inference_cost import Cost, Plan, Ratio, Row, measure_point
 from apps.LT2.kernel.attention import check_attention_device
@@ -71,7 +71,9 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--seq-len", nargs="+", type=int, default=[1024], metavar="N", help="tokens of a prompt")
     add("--batch-size", nargs="+", type=int, default=[1], metavar="N", help="sequences at once")
     add("--decode-tokens", type=int, default=32, metavar="N", help="steps of a repeat")
-    add("--prefill-chunk", type=int, metavar="N", help="prefill long prompts in pieces of N tokens")
+    add(
+        "--prefill-chunk", type=int, metavar="N", help="prefill in pieces of N tokens, not compiled"
+    )
     add("--repeats", type=int, default=5, metavar="N", help="measurements of each point")
     add("--warmup", type=int, default=2, metavar="N", help="runs before them")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 on GPUs")
@@ -126,7 +128,7 @@ def read_subject(name: str, path: str, overrides: Sequence[str]) -> Subject:
 
 
 def build(
-    subject: Subject, device: torch.device, dtype: torch.dtype, compiled: bool
+    subject: Subject, device: torch.device, dtype: torch.dtype, plan: Plan
 ) -> LoopedTransformer:
     """Random weights: matrices in `dtype`, vectors in fp32, as a checkpoint is loaded."""
     args = subject.args
@@ -138,8 +140,10 @@ def build(
     torch.manual_seed(0)
     model.init_weights()
     cast_for_inference(model, dtype)
-    if compiled:
-        compile_inference(model)
+    if plan.compiled:
+        compile_step(model)
+        if plan.prefill_chunk is None:
+            compile_prefill(model)
     return model.requires_grad_(False).eval()
 
 
@@ -216,7 +220,7 @@ def measure_all(
     """Every group at every batch size and length; the subjects of a group take turns."""
     for group in groups:
         try:
-            models = {s.name: build(s, device, dtype, plan.compiled) for s in group}
+            models = {s.name: build(s, device, dtype, plan) for s in group}
         except UserError as error:
             if len(groups) == 1:
                 raise

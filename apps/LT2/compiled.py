@@ -1,4 +1,8 @@
-"""torch.compile for prefill and decode, a layer at a time: norms, gates and rotations are fused."""
+"""torch.compile for prefill and decode, a layer at a time: norms, gates and rotations are fused.
+
+Shapes are constants of the compiled code, so the first call at each of them takes long. Layers
+share code: there is one piece for each family of mixers, each window, each batch size and length.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,29 @@ import torch
 from apps.LT2.block import Block
 from apps.LT2.transformer import LoopedTransformer
 
-# Layers share compiled code. Each family of mixers and each window is one piece of it, for each
-# batch size and each length of a cache.
-MAX_VARIANTS = 64
+MAX_VARIANTS = 64  # of one function, before torch refuses to compile more
 
 
-def compile_inference(model: LoopedTransformer) -> None:
-    """Compile `prefill` and `step` of every layer, in place; the first call at a shape takes long.
+def compile_prefill(model: LoopedTransformer) -> None:
+    """Compile the prefill of every layer, in place, around its looks at what is cached.
 
-    A step is one piece, as a CUDA graph needs it anyway. A prefill looks at what is cached and is
-    compiled around that. Shapes are taken as constants.
+    For prompts of few lengths that are prefilled at once: one that continues a row is compiled
+    again for each length of the past.
     """
-    torch._dynamo.config.recompile_limit = MAX_VARIANTS
+    _allow_variants()
     for block in model.layers:
         assert isinstance(block, Block)
         block.prefill = torch.compile(block.prefill, dynamic=False)
+
+
+def compile_step(model: LoopedTransformer) -> None:
+    """Compile the decode step of every layer, in place, in one piece each."""
+    _allow_variants()
+    for block in model.layers:
+        assert isinstance(block, Block)
         block.step = torch.compile(block.step, dynamic=False, fullgraph=True)
+
+
+def _allow_variants() -> None:
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MAX_VARIANTS)

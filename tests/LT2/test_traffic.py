@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from apps.LT2.load import cast_for_inference
+from apps.LT2.mixers.dsa import DSAArgs
+from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.traffic import step_traffic
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 
@@ -48,6 +50,22 @@ def test_a_window_reads_what_it_sees(seqlen, seen):
     model = make(mixer="window", default_sliding_window=7)
     got = step_traffic(model, 1, seqlen, torch.bfloat16)
     assert got.caches == LOOPS * LAYERS * 2 * 2 * DIM * seen
+
+
+@pytest.mark.parametrize("seqlen, attended", [(5, 5), (40, 16)])
+def test_dsa_reads_all_index_keys_and_the_keys_they_pick(seqlen, attended):
+    model = make(mixer="dsa", dsa=DSAArgs(top_k=16, n_index_heads=1, index_head_dim=8))
+    got = step_traffic(model, 2, seqlen, torch.bfloat16)
+    assert got.caches == 2 * LOOPS * LAYERS * 2 * (8 * seqlen + 2 * DIM * attended)
+
+
+# means of complete blocks, chosen keys, keys of the window
+@pytest.mark.parametrize("seqlen, read", [(5, 1 + 5 + 5), (9, 2 + 9 + 6), (40, 10 + 12 + 6)])
+def test_nsa_reads_means_chosen_blocks_and_a_window(seqlen, read):
+    nsa = NSAArgs(block_size=4, n_blocks=3, window_size=6)
+    model = make(mixer="nsa", n_heads=16, nsa=nsa)  # one key/value head of width 2
+    got = step_traffic(model, 2, seqlen, torch.bfloat16)
+    assert got.caches == 2 * LOOPS * LAYERS * 2 * 2 * 2 * read
 
 
 def test_a_loop_reads_the_mixer_that_it_runs():

@@ -208,6 +208,11 @@ class SparseAttention(Attention):
         index_keys = seqlen * self.indexer.head_dim * dtype.itemsize
         return super().state_bytes(seqlen, dtype) + index_keys
 
+    def step_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
+        """All keys of the indexer, and the keys and values that it picks."""
+        index_keys = seqlen * self.indexer.head_dim * dtype.itemsize
+        return super().state_bytes(min(seqlen, self.top_k), dtype) + index_keys
+
     def _attend(
         self,
         q: Tensor,

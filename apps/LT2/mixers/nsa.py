@@ -163,6 +163,16 @@ class NativeSparseAttention(Mixer):
         per_block = 2 * (self.nsa.block_size + 1) * self.n_kv_heads * self.head_dim
         return self._cache_blocks(seqlen) * per_block * dtype.itemsize
 
+    def step_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
+        """What the three branches read, each by itself; the means of complete blocks only."""
+        block = self.nsa.block_size
+        read = (
+            seqlen // block
+            + min(self.nsa.n_blocks * block, seqlen)
+            + min(self.nsa.window_size, seqlen)
+        )
+        return 2 * read * self.n_kv_heads * self.head_dim * dtype.itemsize
+
     def _cache_blocks(self, max_seqlen: int) -> int:
         return -(-max_seqlen // self.nsa.block_size)
 

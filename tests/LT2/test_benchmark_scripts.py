@@ -1,0 +1,94 @@
+"""The scripts around the inference benchmark, with a `python` that only says what it was asked."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ARRAY = ROOT / "apps/LT2/slurm/benchmark_prefill_array.slurm"
+ALL = ROOT / "apps/LT2/scripts/benchmark_prefill_all.sh"
+RECIPES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("apps/LT2/configs/1B/*.yaml"))
+N_LENGTHS = 8  # 1k, 2k, ... 128k
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a script from the root of the repository; results go to tmp_path/out."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(
+        f'#!/bin/bash\necho "$*" >> {tmp_path}/asked\necho a table\necho "{{}}"\n'
+        'if [[ "$*" == *"$FAIL_ON"* ]]; then exit 1; fi\n'
+    )
+    python.chmod(0o755)
+
+    def run(script: Path, *argv: str, **env: object) -> subprocess.CompletedProcess:
+        known = {"PATH": f"{python.parent}:{os.environ['PATH']}", "FAIL_ON": "nothing"}
+        return subprocess.run(
+            ["bash", str(script), *argv],
+            cwd=ROOT,
+            env={**known, "OUT": str(tmp_path / "out"), **{k: str(v) for k, v in env.items()}},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def asked(tmp_path: Path) -> list[str]:
+    file = tmp_path / "asked"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_the_array_has_a_task_for_every_1b_recipe_and_length():
+    found = re.search(r"^#SBATCH --array=0-(\d+)$", ARRAY.read_text(), re.M)
+    assert found is not None and int(found[1]) + 1 == len(RECIPES) * N_LENGTHS
+
+
+def test_tasks_of_the_array_measure_each_pair_once(run, tmp_path):
+    recipes = RECIPES[:2]
+    env = {"RECIPES": " ".join(recipes), "LENGTHS": "16 32", "OPTIONS": "--batch-size 2"}
+    for task in range(5):  # one more than there is to do
+        done = run(ARRAY, SLURM_ARRAY_TASK_ID=task, SLURM_ARRAY_TASK_COUNT=5, **env)
+        assert done.returncode == 0, done.stderr
+    program = "-m apps.LT2.benchmark_prefill"
+    assert asked(tmp_path) == [
+        f"{program} --config {recipe} --seq-len {length} --batch-size 2"
+        for recipe in recipes
+        for length in (16, 32)
+    ]
+    results = sorted((tmp_path / "out").iterdir())
+    assert len(results) == 4 and {file.read_text() for file in results} == {"{}\n"}
+
+
+def test_an_array_that_is_too_small_is_refused(run, tmp_path):
+    done = run(ARRAY, SLURM_ARRAY_TASK_ID=0, SLURM_ARRAY_TASK_COUNT=4)
+    assert done.returncode == 2 and f"--array=0-{len(RECIPES) * N_LENGTHS - 1}" in done.stderr
+    assert asked(tmp_path) == []
+
+
+def test_a_failed_task_leaves_no_result(run, tmp_path):
+    env = {"SLURM_ARRAY_TASK_ID": 0, "SLURM_ARRAY_TASK_COUNT": 999, "FAIL_ON": "benchmark"}
+    assert run(ARRAY, **env).returncode != 0
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_one_machine_measures_all_recipes_and_goes_on_after_a_failure(run, tmp_path):
+    done = run(ALL, "--repeats", "3", LENGTHS="16 32", FAIL_ON=RECIPES[1])
+    assert done.returncode == 1 and f"failed: {RECIPES[1]}" in done.stderr
+    *measured, drawn = asked(tmp_path)
+    assert measured == [
+        f"-m apps.LT2.benchmark_prefill --config {recipe} --seq-len 16 32 --repeats 3"
+        for recipe in RECIPES
+    ]
+    assert "plot_benchmark" in drawn and RECIPES[0].split("/")[-1][:-5] in drawn
+    assert len(list((tmp_path / "out").glob("*.json"))) == len(RECIPES) - 1
+
+    (tmp_path / "asked").unlink()
+    assert run(ALL, LENGTHS="16 32").returncode == 0
+    assert len(asked(tmp_path)) == 2  # the one that failed, and the figure

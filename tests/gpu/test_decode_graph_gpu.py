@@ -1,0 +1,135 @@
+"""Decoding by a CUDA graph gives the tokens of eager decoding; so does decoding compiled layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from apps.LT2.compiled import compile_prefill, compile_step
+from apps.LT2.decode_graph import DecodeGraph
+from apps.LT2.inference_cost import Plan, measure_point
+from apps.LT2.load import cast_for_inference
+from apps.LT2.measure import measure_ceilings
+from apps.LT2.mixers.dsa import DSAArgs
+from apps.LT2.mixers.gdn import GatedDeltaNetArgs
+from apps.LT2.mixers.mamba2 import Mamba2Args
+from apps.LT2.mixers.nsa import NSAArgs
+from tests.LT2.tiny import KINDS, tiny_model
+from tests.tolerances import BF16_KERNEL, BF16_LAYER, relative_error
+
+pytestmark = pytest.mark.gpu
+
+# Widths that kernels of the prefill take: heads of 64, blocks of 16 or more.
+WIDTHS = {"dim": 128, "multiple_of": 64}
+GDN = GatedDeltaNetArgs(head_dim=64, expand_v=1.0)
+CHANGES = {
+    "gdn": {"gdn": GDN},
+    "hybrid": {"gdn": GDN},
+    "mamba2": {"mamba2": Mamba2Args(head_dim=64, state_dim=64)},
+    "nsa": {"dim": 1024, "nsa": NSAArgs(block_size=32, n_blocks=4, window_size=40)},
+    "dsa": {"dsa": DSAArgs(top_k=32)},
+    "gdn+dsa": {"gdn": GDN, "dsa": DSAArgs(top_k=32)},
+}
+CHOOSE_KEYS = ("nsa", "dsa", "gdn+dsa")  # and a choice may tip over with another rounding
+
+
+def make_model(kind: str):
+    model = tiny_model(kind, 2, **{**WIDTHS, **CHANGES.get(kind, {})}).cuda()
+    cast_for_inference(model, torch.bfloat16)
+    return model
+
+
+def greedy(model, prompt, cache, step, n_tokens: int):
+    """(tokens, logits) of greedy decoding after a prefill."""
+    logits = model.prefill(prompt, cache, last_only=True)
+    tokens, all_logits = [], [logits.clone()]
+    for _ in range(n_tokens):
+        tokens.append(logits[:, 0].argmax(-1, keepdim=True))
+        logits = step(tokens[-1])
+        all_logits.append(logits.clone())
+    return torch.cat(tokens, dim=1), torch.cat(all_logits, dim=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph_decode_equals_eager_decode(kind):
+    model = make_model(kind)
+    cache, eager_cache = model.init_cache(2, 100), model.init_cache(2, 100)
+    graph = DecodeGraph(model, cache)
+    assert cache.lengths == [0, 0]
+    for n_prompt in (70, 33):  # the graph serves one prompt after the other
+        prompt = torch.randint(258, (2, n_prompt), device="cuda")
+        cache.reset()
+        eager_cache.reset()
+        got, got_logits = greedy(model, prompt, cache, graph.step, 24)
+        want, want_logits = greedy(
+            model, prompt, eager_cache, lambda t, c=eager_cache: model.step(t, c), 24
+        )
+        assert torch.equal(got, want)
+        assert relative_error(got_logits, want_logits) <= BF16_KERNEL
+
+
+@pytest.mark.parametrize("kind", ["full", "gdn", "hybrid"])
+def test_capture_in_the_middle_of_a_sequence_leaves_it_as_it_was(kind):
+    model = make_model(kind)
+    prompt = torch.randint(258, (2, 40), device="cuda")
+    cache, eager_cache = model.init_cache(2, 64), model.init_cache(2, 64)
+    for c in (cache, eager_cache):
+        logits = model.prefill(prompt, c, last_only=True)
+    token = logits[:, 0].argmax(-1, keepdim=True)
+    graph = DecodeGraph(model, cache)
+    for _ in range(8):
+        got, want = graph.step(token), model.step(token, eager_cache)
+        assert relative_error(got, want) <= BF16_KERNEL
+        token = want[:, 0].argmax(-1, keepdim=True)
+    assert cache.lengths == eager_cache.lengths == [48, 48]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CHOOSE_KEYS])
+def test_compiled_layers_decode_as_eager_ones(kind):
+    """The same tokens are fed in: fused kernels round elsewhere, and an argmax may tip over."""
+    torch.compiler.reset()
+    model = make_model(kind)
+    compiled = copy.deepcopy(model)
+    compile_prefill(compiled)
+    compile_step(compiled)
+    tokens = torch.randint(258, (2, 80), device="cuda")
+    cache, compiled_cache = model.init_cache(2, 100), compiled.init_cache(2, 100)
+    want = [model.prefill(tokens[:, :64], cache)]
+    graph = DecodeGraph(compiled, compiled_cache)
+    got = [compiled.prefill(tokens[:, :64], compiled_cache)]
+    for t in range(64, 80):
+        want.append(model.step(tokens[:, t : t + 1], cache))
+        got.append(graph.step(tokens[:, t : t + 1]).clone())
+    exact = copy.deepcopy(model).float()(tokens)
+    floor = relative_error(torch.cat(want, dim=1), exact)
+    assert relative_error(torch.cat(got, dim=1), exact) <= 2 * floor + BF16_LAYER
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_point_is_measured(compiled):
+    torch.compiler.reset()
+    model = make_model("hybrid")
+    if compiled:
+        compile_prefill(model)
+        compile_step(model)
+    ceilings = measure_ceilings(torch.device("cuda"), torch.bfloat16, repeats=3)
+    assert 1e11 < ceilings.copy_bytes_per_s < 2e13 and 1e13 < ceilings.matmul_flops < 1e16
+    plan = Plan(2, 1, 4, prefill_chunk=64, compiled=compiled, cuda_graph=True)
+    (row,), _ = measure_point({"hybrid": model}, 2, 128, plan, ceilings)
+    for cost in (row.prefill, row.decode):
+        assert cost.problem == "" and cost.share is not None and 0 < cost.share < 1
+        assert cost.peak_gib is not None and cost.peak_gib > 0
+
+
+def test_memory_that_runs_out_is_a_row_and_comes_back():
+    model = make_model("full")
+    ceilings = measure_ceilings(torch.device("cuda"), torch.bfloat16, repeats=1)
+    plan = Plan(1, 1, 1, prefill_chunk=None, compiled=False, cuda_graph=True)
+    free = torch.cuda.mem_get_info()[1]
+    too_long = free // (3 * 2 * 2 * 128 * 2) + 1  # layers and loops; k and v of 128 in bf16
+    (row,), _ = measure_point({"full": model}, 1, too_long, plan, ceilings)
+    assert row.prefill.problem == row.decode.problem == "out of memory"
+    (row,), _ = measure_point({"full": model}, 1, 64, plan, ceilings)
+    assert row.prefill.ms is not None and row.decode.ms is not None
