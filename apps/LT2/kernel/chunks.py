@@ -170,6 +170,9 @@ class ChannelDecay:
     def scores(self, k_MHCK: Tensor, *readers_MHCK: Tensor) -> tuple[Tensor, ...]:
         """For each reader x what its token i reads of the key of token j, after the decay between
         them: sum_k x_ik k_jk exp(G_ik - G_jk) for j <= i, else 0, as (M, H, C, C)."""
+        # A view: k may be among the readers, and torch.compile stops at an autograd function that
+        # is given one tensor twice.
+        k_MHCK = k_MHCK.view_as(k_MHCK)
         return DecayedScores.apply(k_MHCK, self.sum_MHCK, *readers_MHCK)  # pyright: ignore[reportReturnType]
 
 
