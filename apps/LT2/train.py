@@ -75,7 +75,7 @@ logger = logging.getLogger(__name__)
 
 # Weights beyond these were most likely never filled; those below start at zero on purpose.
 SANE_RANGE, SANE_STD = 20.0, 5.0
-ZERO_AT_START = ("rho", "wg.weight")
+ZERO_AT_START = ("rho", "wg.weight", "gate_bias")
 
 
 preemption_flag = {"flag": False}

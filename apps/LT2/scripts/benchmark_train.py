@@ -37,10 +37,11 @@ from lingua.rng import seed_everything
 
 # What stands in a kernel's name -> what it is, the first that fits.
 KERNEL_KINDS = (
-    ("softmax attention", ("flash", "fmha", "cudnn", "attention", "attn", "nsa", "dsa")),
+    ("compiled norms, gates, convolutions", ("triton_",)),  # Inductor's; their names hold anything
+    ("softmax attention", ("flash", "fmha", "cudnn", "attention", "attn", "parallel_nsa")),
+    ("selected attention", ("_attend_kernel", "_mean_kernel", "_dq_kernel", "_dkv_kernel")),
     ("matrix products", ("nvjet", "gemm", "cutlass", "splitk", "cublas", "xmma", "::mm", "::bmm")),
     ("recurrences", ("chunk_", "recompute_w_u", "solve_tril", "_cumsum", "merge_16x16", "kkt")),
-    ("compiled norms, gates, convolutions", ("triton_",)),
     ("optimizer and gradient norm", ("multi_tensor", "adam", "foreach", "norm")),
     ("copies and fills", ("memcpy", "memset", "copy", "cat", "fill")),
 )
