@@ -7,8 +7,13 @@ test that fails is to be understood, not given a wider bound.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
+
+# (test, tensor, error, bound) of every comparison so far; tests/gpu prints the worst of them.
+measured: list[tuple[str, str, float, float]] = []
 
 # Two orders of summation over a few hundred terms, forward and backward. Unit roundoff 1e-16.
 FP64 = 1e-12
@@ -53,4 +58,5 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 def assert_same(got: Tensor, want: Tensor, bound: float, name: str = "tensor") -> None:
     error = relative_error(got, want)
+    measured.append((os.environ.get("PYTEST_CURRENT_TEST", ""), name, error, bound))
     assert error <= bound, f"{name}: relative error {error:.2e} > {bound:.0e}"  # NaN fails too

@@ -5,6 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.tolerances import measured
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A table of the worst error of each tensor in each file, for the reports in docs/benchmarks."""
+    worst: dict[tuple[str, str, float], float] = {}
+    for test, name, error, bound in measured:
+        if test.startswith("tests/gpu/"):
+            key = (test.split("::")[0].removeprefix("tests/gpu/"), name, bound)
+            worst[key] = max(error, worst.get(key, 0.0))
+    if not worst:
+        return
+    terminalreporter.write_line("| test file | tensor | worst relative error | bound |")
+    terminalreporter.write_line("|---|---|---|---|")
+    for (file, name, bound), error in sorted(worst.items()):
+        terminalreporter.write_line(f"| {file} | {name} | {error:.1e} | {bound:.0e} |")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def first_configuration_that_fits():
