@@ -9,7 +9,7 @@ from tests.tolerances import measured
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A table of the worst error of each tensor in each file, for the reports in docs/benchmarks."""
+    """A table of the worst error of each tensor in each file, for reports in docs/benchmarks."""
     worst: dict[tuple[str, str, float], float] = {}
     for test, name, error, bound in measured:
         if test.startswith("tests/gpu/"):
