@@ -53,22 +53,21 @@ class DeltaNet(LinearMixer):
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
         return project_streams(x, (self.wq, self.wk, self.wv), (self.wb,))
 
-    def recur(
-        self,
-        streams_BTC: Tensor,
-        rest: Rest,
-        *,
-        positions: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
+    def inputs(
+        self, streams: Tensor, rest: Rest, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, v, beta) by head; q and k are unit vectors, beta is fp32."""
+        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
+        beta = write_strength(rest[0], self.allow_neg_eigval)
+        return l2_normalize(q), l2_normalize(k), v, beta
+
+    def recurrence(
+        self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        inputs = self._inputs(streams_BTC, rest)
         return delta_rule(*inputs, state=state, cu_seqlens=cu_seqlens)
 
-    def recur_step(
-        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
-    ) -> Tensor:
-        return delta_rule_step(*self._inputs(streams_BC, rest), state_BHKV)
+    def recurrence_step(self, *inputs: Tensor, state_BHKV: Tensor) -> Tensor:
+        return delta_rule_step(*inputs, state_BHKV=state_BHKV)
 
     def output(self, o: Tensor, rest: Rest) -> Tensor:
         return self.wo(self.norm(o).flatten(-2))
@@ -83,9 +82,3 @@ class DeltaNet(LinearMixer):
     def recurrence_flops(self) -> int:
         # Read k^T S, write the outer product, read q^T S: 2 K V each.
         return 6 * self.n_heads * self.key_dim * self.value_dim
-
-    def _inputs(self, streams: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, beta) by head; q and k are unit vectors, beta is fp32."""
-        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
-        beta = write_strength(rest[0], self.allow_neg_eigval)
-        return l2_normalize(q), l2_normalize(k), v, beta

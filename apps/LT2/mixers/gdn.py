@@ -65,22 +65,23 @@ class GatedDeltaNet(LinearMixer):
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
         return project_streams(x, (self.wq, self.wk, self.wv), (self.wg, self.wa, self.wb))
 
-    def recur(
-        self,
-        streams_BTC: Tensor,
-        rest: Rest,
-        *,
-        positions: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
+    def inputs(
+        self, streams: Tensor, rest: Rest, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, v, g, beta) by head; q and k are unit vectors, g and beta fp32."""
+        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
+        _, a, b = rest
+        beta = write_strength(b, self.allow_neg_eigval)
+        g = log_decay(a, self.A_log, self.dt_bias)
+        return l2_normalize(q), l2_normalize(k), v, g, beta
+
+    def recurrence(
+        self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        inputs = self._inputs(streams_BTC, rest)
         return gated_delta_rule(*inputs, state=state, cu_seqlens=cu_seqlens)
 
-    def recur_step(
-        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
-    ) -> Tensor:
-        return gated_delta_step(*self._inputs(streams_BC, rest), state_BHKV)
+    def recurrence_step(self, *inputs: Tensor, state_BHKV: Tensor) -> Tensor:
+        return gated_delta_step(*inputs, state_BHKV=state_BHKV)
 
     def output(self, o: Tensor, rest: Rest) -> Tensor:
         return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
@@ -96,11 +97,3 @@ class GatedDeltaNet(LinearMixer):
     def recurrence_flops(self) -> int:
         # Read k^T S, write the outer product, read q^T S: 2 K V each; and K V for the decay.
         return 7 * self.n_heads * self.key_dim * self.value_dim
-
-    def _inputs(self, streams: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, g, beta) by head; q and k are unit vectors, g and beta fp32."""
-        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
-        _, a, b = rest
-        beta = write_strength(b, self.allow_neg_eigval)
-        g = log_decay(a, self.A_log, self.dt_bias)
-        return l2_normalize(q), l2_normalize(k), v, g, beta

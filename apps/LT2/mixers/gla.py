@@ -62,21 +62,21 @@ class GatedLinearAttention(LinearMixer):
         )
         return streams, (gate, self.wa_up(a))
 
-    def recur(
-        self,
-        streams_BTC: Tensor,
-        rest: Rest,
-        *,
-        positions: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return gla(*self._inputs(streams_BTC, rest), state=state, cu_seqlens=cu_seqlens)
+    def inputs(
+        self, streams: Tensor, rest: Rest, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, v, g) by head; g is fp32."""
+        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
+        g = F.logsigmoid(rest[1].float() + self.decay_bias.float()) / TEMPERATURE
+        return q, k, v, self.split_heads(g, self.key_dim)
 
-    def recur_step(
-        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
-    ) -> Tensor:
-        return gla_step(*self._inputs(streams_BC, rest), state_BHKV)
+    def recurrence(
+        self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return gla(*inputs, state=state, cu_seqlens=cu_seqlens)
+
+    def recurrence_step(self, *inputs: Tensor, state_BHKV: Tensor) -> Tensor:
+        return gla_step(*inputs, state_BHKV=state_BHKV)
 
     def output(self, o: Tensor, rest: Rest) -> Tensor:
         return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
@@ -91,9 +91,3 @@ class GatedLinearAttention(LinearMixer):
     def recurrence_flops(self) -> int:
         # Write the outer product, read q^T S: 2 K V each; and K V for the decay.
         return 5 * self.n_heads * self.key_dim * self.value_dim
-
-    def _inputs(self, streams: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, g) by head; g is fp32."""
-        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
-        g = F.logsigmoid(rest[1].float() + self.decay_bias.float()) / TEMPERATURE
-        return q, k, v, self.split_heads(g, self.key_dim)

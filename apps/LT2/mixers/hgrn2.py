@@ -62,21 +62,22 @@ class HGRN2(LinearMixer):
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
         return project_streams(x, (self.wq, self.wv), (self.wf,))
 
-    def recur(
-        self,
-        streams_BTC: Tensor,
-        rest: Rest,
-        *,
-        positions: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return gla(*self._inputs(streams_BTC, rest), state=state, cu_seqlens=cu_seqlens)
+    def inputs(
+        self, streams: Tensor, rest: Rest, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, v, g) by head; g is fp32."""
+        q, v = streams.split([self.wq.out_features, self.wv.out_features], dim=-1)
+        g, k = forget_gate(rest[0], self.lower_bound)
+        q, k, g = (self.split_heads(x, self.key_dim) for x in (F.silu(q), k.type_as(v), g))
+        return q, k, self.split_heads(v, self.value_dim), g
 
-    def recur_step(
-        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
-    ) -> Tensor:
-        return gla_step(*self._inputs(streams_BC, rest), state_BHKV)
+    def recurrence(
+        self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return gla(*inputs, state=state, cu_seqlens=cu_seqlens)
+
+    def recurrence_step(self, *inputs: Tensor, state_BHKV: Tensor) -> Tensor:
+        return gla_step(*inputs, state_BHKV=state_BHKV)
 
     def output(self, o: Tensor, rest: Rest) -> Tensor:
         return self.wo(self.norm(o.flatten(-2)))
@@ -90,13 +91,6 @@ class HGRN2(LinearMixer):
     def recurrence_flops(self) -> int:
         # Write the outer product, read q^T S: 2 K V each; and K V for the decay.
         return 5 * self.n_heads * self.key_dim * self.value_dim
-
-    def _inputs(self, streams: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, g) by head; g is fp32."""
-        q, v = streams.split([self.wq.out_features, self.wv.out_features], dim=-1)
-        g, k = forget_gate(rest[0], self.lower_bound)
-        q, k, g = (self.split_heads(x, self.key_dim) for x in (F.silu(q), k.type_as(v), g))
-        return q, k, self.split_heads(v, self.value_dim), g
 
 
 def forget_gate(x: Tensor, lower_bound: float) -> tuple[Tensor, Tensor]:

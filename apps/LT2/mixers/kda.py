@@ -74,22 +74,26 @@ class KimiDeltaAttention(LinearMixer):
         )
         return streams, (self.wa_up(a), self.wg_up(gate), b)
 
-    def recur(
-        self,
-        streams_BTC: Tensor,
-        rest: Rest,
-        *,
-        positions: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
+    def inputs(
+        self, streams: Tensor, rest: Rest, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, v, g, beta) by head; q and k are unit vectors, g and beta fp32."""
+        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
+        a, _, b = rest
+        g = log_decay(
+            self.split_heads(a, self.key_dim),
+            self.A_log[:, None],
+            self.split_heads(self.dt_bias, self.key_dim),
+        )
+        return l2_normalize(q), l2_normalize(k), v, g, write_strength(b, self.allow_neg_eigval)
+
+    def recurrence(
+        self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        inputs = self._inputs(streams_BTC, rest)
         return kda(*inputs, state=state, cu_seqlens=cu_seqlens)
 
-    def recur_step(
-        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
-    ) -> Tensor:
-        return kda_step(*self._inputs(streams_BC, rest), state_BHKV)
+    def recurrence_step(self, *inputs: Tensor, state_BHKV: Tensor) -> Tensor:
+        return kda_step(*inputs, state_BHKV=state_BHKV)
 
     def output(self, o: Tensor, rest: Rest) -> Tensor:
         gate = rest[1].float() + self.gate_bias.float()
@@ -108,14 +112,3 @@ class KimiDeltaAttention(LinearMixer):
     def recurrence_flops(self) -> int:
         # Read k^T S, write the outer product, read q^T S: 2 K V each; and K V for the decay.
         return 7 * self.n_heads * self.key_dim * self.value_dim
-
-    def _inputs(self, streams: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, g, beta) by head; q and k are unit vectors, g and beta fp32."""
-        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
-        a, _, b = rest
-        g = log_decay(
-            self.split_heads(a, self.key_dim),
-            self.A_log[:, None],
-            self.split_heads(self.dt_bias, self.key_dim),
-        )
-        return l2_normalize(q), l2_normalize(k), v, g, write_strength(b, self.allow_neg_eigval)

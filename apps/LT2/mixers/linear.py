@@ -2,7 +2,7 @@
 
     streams, rest = project(x)            one matrix product
     streams = silu(conv(streams))         where the mixer has a convolution
-    o, state = recur(streams, rest)       the mixer's own recurrence
+    o, state = recurrence(inputs(streams, rest))      the mixer's own
     y = output(o, rest)                   norm, gate, output projection
 
 Shapes: B sequences, T tokens, D model width, C channels of the streams, H heads, K key width,
@@ -48,7 +48,7 @@ class LinearMixer(Mixer):
     """A mixer whose past is one matrix a head, of the same size at any length.
 
     A subclass sets the four attributes and `conv` (None: the streams are not convolved), and gives
-    `project`, `recur`, `recur_step`, `output` and `recurrence_flops`.
+    `project`, `inputs`, `recurrence`, `recurrence_step`, `output` and `recurrence_flops`.
     """
 
     uses_positions: ClassVar[bool] = False
@@ -63,22 +63,22 @@ class LinearMixer(Mixer):
         """(streams (..., C), rest) of x (..., D): what is convolved, and what is not."""
 
     @abstractmethod
-    def recur(
-        self,
-        streams_BTC: Tensor,
-        rest: Rest,
-        *,
-        positions: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """o (B, T, H, V) and the fp32 state (N, H, K, V) after the last token; `state` is the one
-        before the first, zeros if None. positions: (T,) or (B, T), with `uses_positions`."""
+    def inputs(self, streams: Tensor, rest: Rest, positions: Tensor | None) -> tuple[Tensor, ...]:
+        """What the recurrence takes: q, k, v by head and what else it has.
+
+        streams and rest have shapes (B, T, ...), or (B, ...) in a step; positions, where
+        `uses_positions`, (T,) or (B, T), or (B,) in a step.
+        """
 
     @abstractmethod
-    def recur_step(
-        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
-    ) -> Tensor:
+    def recurrence(
+        self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """o (B, T, H, V) and the fp32 state (N, H, K, V) after the last token; `state` is the one
+        before the first, zeros if None."""
+
+    @abstractmethod
+    def recurrence_step(self, *inputs: Tensor, state_BHKV: Tensor) -> Tensor:
         """One token a row: o (B, H, V); the state is moved on in place."""
 
     @abstractmethod
@@ -88,6 +88,23 @@ class LinearMixer(Mixer):
     @abstractmethod
     def recurrence_flops(self) -> int:
         """FLOPs of the recurrence per token, all heads."""
+
+    def recur(
+        self,
+        streams: Tensor,
+        rest: Rest,
+        *,
+        positions: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = self.inputs(streams, rest, positions)
+        return self.recurrence(*inputs, state=state, cu_seqlens=cu_seqlens)
+
+    def recur_step(
+        self, streams: Tensor, rest: Rest, *, positions: Tensor | None, state_BHKV: Tensor
+    ) -> Tensor:
+        return self.recurrence_step(*self.inputs(streams, rest, positions), state_BHKV=state_BHKV)
 
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
@@ -159,7 +176,7 @@ class LinearMixer(Mixer):
         if self.conv is not None:
             assert cache.tail_BTC is not None
             streams = self.conv.step(streams, cache.tail_BTC)
-        o = self.recur_step(streams, rest, positions_B=cache.length_B, state_BHKV=cache.state_BHKV)
+        o = self.recur_step(streams, rest, positions=cache.length_B, state_BHKV=cache.state_BHKV)
         if cache.length_B is not None:
             cache.length_B += 1
         return self.output(o, rest)[:, None]

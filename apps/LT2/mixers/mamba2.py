@@ -11,7 +11,7 @@ V width of a head of x.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -62,25 +62,31 @@ class Mamba2(LinearMixer):
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
         return project_streams(x, (self.wx, self.wB, self.wC), (self.wz, self.wdt))
 
-    def recur(
-        self,
-        streams_BTC: Tensor,
-        rest: Rest,
-        *,
-        positions: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v, g, skip = self._inputs(streams_BTC, rest)
-        o, state = simple_gla(q, k, v, g, scale=1.0, state=state, cu_seqlens=cu_seqlens)
-        return (o + skip).type_as(o), state
+    def inputs(
+        self, streams: Tensor, rest: Rest, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q (..., G, K), k (..., G, K), v (..., H, V) and g (..., H), which is fp32."""
+        x, B, C = self._split(streams)
+        B, C = (y.unflatten(-1, (self.n_groups, self.key_dim)) for y in (B, C))
+        dt = F.softplus(rest[1].float() + self.dt_bias.float())
+        g = -self.A_log.float().exp() * dt
+        v = (x.float() * dt[..., None]).type_as(x)
+        return C, B, v, g
 
-    def recur_step(
-        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
-    ) -> Tensor:
-        q, k, v, g, skip = self._inputs(streams_BC, rest)
-        o = simple_gla_step(q, k, v, g, state_BHKV, scale=1.0)
-        return (o + skip).type_as(o)
+    def recur(self, streams: Tensor, rest: Rest, **past: Any) -> tuple[Tensor, Tensor]:
+        o, state = super().recur(streams, rest, **past)
+        return self._skip(o, streams), state
+
+    def recur_step(self, streams: Tensor, rest: Rest, **past: Any) -> Tensor:
+        return self._skip(super().recur_step(streams, rest, **past), streams)
+
+    def recurrence(
+        self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return simple_gla(*inputs, scale=1.0, state=state, cu_seqlens=cu_seqlens)
+
+    def recurrence_step(self, *inputs: Tensor, state_BHKV: Tensor) -> Tensor:
+        return simple_gla_step(*inputs, state_BHKV=state_BHKV, scale=1.0)
 
     def output(self, o: Tensor, rest: Rest) -> Tensor:
         gated = o.flatten(-2).float() * F.silu(rest[0].float())
@@ -99,17 +105,16 @@ class Mamba2(LinearMixer):
         # Write the outer product, read C^T S: 2 K V each; K V for the decay; and D x.
         return self.n_heads * self.value_dim * (5 * self.key_dim + 2)
 
-    def _inputs(self, streams: Tensor, rest: Rest) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q (..., G, K), k (..., G, K), v (..., H, V), g (..., H) and D x (..., H, V), the last two
-        in fp32."""
+    def _skip(self, o: Tensor, streams: Tensor) -> Tensor:
+        """o + D x, by head."""
+        x, _, _ = self._split(streams)
+        return (o + x.float() * self.D.float()[:, None]).type_as(o)
+
+    def _split(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., H, V), B and C (..., G * K)"""
         widths = [self.wx.out_features, self.wB.out_features, self.wC.out_features]
         x, B, C = streams.split(widths, dim=-1)
-        x = self.split_heads(x, self.value_dim)
-        B, C = (y.unflatten(-1, (self.n_groups, self.key_dim)) for y in (B, C))
-        dt = F.softplus(rest[1].float() + self.dt_bias.float())
-        g = -self.A_log.float().exp() * dt
-        v = (x.float() * dt[..., None]).type_as(x)
-        return C, B, v, g, x.float() * self.D.float()[:, None]
+        return self.split_heads(x, self.value_dim), B, C
 
 
 class GroupedRMSNorm(nn.Module):

@@ -52,24 +52,23 @@ class RetNet(LinearMixer):
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
         return project_streams(x, (self.wq, self.wk, self.wv), (self.wg,))
 
-    def recur(
-        self,
-        streams_BTC: Tensor,
-        rest: Rest,
-        *,
-        positions: Tensor | None,
-        state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = self._rotated(streams_BTC, positions)
-        g_H = log_decays(self.n_heads, v.device)
-        return simple_gla(q, k, v, g_H, state=state, cu_seqlens=cu_seqlens)
+    def inputs(
+        self, streams: Tensor, rest: Rest, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(q, k, v, g) by head, q and k turned to their positions; g is the same for all tokens."""
+        assert positions is not None, "retention needs positions"
+        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
+        cos, sin = rotary_angles(positions[..., None], self.key_dim, self.rope_theta)
+        q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+        return q, k, v, log_decays(self.n_heads, v.device)
 
-    def recur_step(
-        self, streams_BC: Tensor, rest: Rest, *, positions_B: Tensor | None, state_BHKV: Tensor
-    ) -> Tensor:
-        q, k, v = self._rotated(streams_BC, positions_B)
-        return simple_gla_step(q, k, v, log_decays(self.n_heads, v.device), state_BHKV)
+    def recurrence(
+        self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return simple_gla(*inputs, state=state, cu_seqlens=cu_seqlens)
+
+    def recurrence_step(self, *inputs: Tensor, state_BHKV: Tensor) -> Tensor:
+        return simple_gla_step(*inputs, state_BHKV=state_BHKV)
 
     def output(self, o: Tensor, rest: Rest) -> Tensor:
         return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
@@ -83,13 +82,6 @@ class RetNet(LinearMixer):
     def recurrence_flops(self) -> int:
         # Write the outer product, read q^T S: 2 K V each; and K V for the decay.
         return 5 * self.n_heads * self.key_dim * self.value_dim
-
-    def _rotated(self, streams: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(q, k, v) by head, q and k turned to their positions, (T,) or one of each token."""
-        assert positions is not None, "retention needs positions"
-        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
-        cos, sin = rotary_angles(positions[..., None], self.key_dim, self.rope_theta)
-        return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin), v
 
 
 def log_decays(n_heads: int, device: torch.device) -> Tensor:

@@ -79,7 +79,7 @@ def test_scores_depend_on_distance_alone():
     streams = torch.randn(1, 5, 2 * 16 + 32, dtype=torch.double)
     scores = []
     for start in (0, 64):
-        q, k, _ = layer._rotated(streams, torch.arange(5) + start)
+        q, k, *_ = layer.inputs(streams, (), torch.arange(5) + start)
         scores.append(torch.einsum("bthk,bshk->bhts", q, k))
     assert_same(scores[0], scores[1], FP32)
     assert scores[0].norm() > FP64
