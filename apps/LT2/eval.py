@@ -15,17 +15,17 @@ and a line each into metrics.eval.jsonl and metrics.validation.jsonl of `metric_
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from apps.LT2.eval_args import EvalArgs as EvalArgs
@@ -111,7 +111,7 @@ def resolve(args: EvalArgs) -> EvalArgs:
 def evaluate(args: EvalArgs, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Scores]:
     """{"evals": scores by task, "validation": ...}, the same on all ranks. A collective.
 
-    `args` has its folders filled in. The model is loaded whole on each rank and let go at the end.
+    `args` has its folders filled in. Each rank loads the whole model.
     """
     # What can fail without a model comes first.
     harness = args.harness
@@ -123,10 +123,6 @@ def evaluate(args: EvalArgs, should_stop: Callable[[], bool] = lambda: False) ->
     if harness is not None:
         results = run_harness(args, harness, loaded, manager, should_stop)
         scores["evals"] = run_on_rank_0(lambda: results["results"])
-    del loaded
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     if args.wandb is not None:
         run_on_rank_0(lambda: send_to_wandb(args, scores))
     return scores
@@ -193,15 +189,32 @@ def run_harness(
         options["bootstrap_iters"] = 0
     assert args.dump_dir is not None
     tracker = trackers.EvaluationTracker(output_path=str(Path(args.dump_dir, "results.json")))
-    results = lm_eval.simple_evaluate(
-        model=lm,
-        model_args={"path": args.ckpt_dir},  # for the record
-        task_manager=manager,
-        evaluation_tracker=tracker if get_is_master() else None,
-        **options,
-    )
+    with single_process_bootstrap():
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            model_args={"path": args.ckpt_dir},  # for the record
+            task_manager=manager,
+            evaluation_tracker=tracker if get_is_master() else None,
+            **options,
+        )
     run_on_rank_0(lambda: write_results(args, results or {}, tracker))
     return results if results is not None and get_is_master() else {}
+
+
+@contextmanager
+def single_process_bootstrap() -> Iterator[None]:
+    """Standard errors without lm_eval's pool of workers: made from a process with torch's threads,
+    some of them never answered. The resamples are the same."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def write_results(args: EvalArgs, results: dict[str, Any], tracker: Any) -> None:

@@ -1,7 +1,7 @@
 """Small tasks made from the held-out documents of `setup/prepare_local_data.py`, without a network.
 
     lt2_local_choice       which of four endings is the passage's own? (chance is 25%)
-    lt2_local_cloze        the last word of a passage, which has occurred in it before
+    lt2_local_cloze        the next word, somewhere in the second half of a passage
     lt2_local_copy         a passage, then its beginning once more: how does it go on?
     lt2_local_perplexity   rolling log-likelihood of whole documents
 
@@ -86,12 +86,12 @@ def choice_items(texts: list[str]) -> list[Item]:
 
 
 def cloze_items(texts: list[str]) -> list[Item]:
+    rng = random.Random(0)
     items = []
     for words in passages(texts):
-        last = re.sub(r"\W+$", "", words[-1])
-        if len(last) > 3 and last.lower() in (word.lower() for word in words[:-1]):
-            items.append({"context": " ".join(words[:-1]), "word": last})
-    return items
+        at = rng.randrange(len(words) // 2, len(words))
+        items.append({"context": " ".join(words[:at]), "word": re.sub(r"\W+$", "", words[at])})
+    return [item for item in items if item["word"]]
 
 
 def copy_items(texts: list[str]) -> list[Item]:
