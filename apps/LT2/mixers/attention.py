@@ -105,7 +105,6 @@ class Attention(Mixer):
             o = self._attend_past(q, k, v, cache, rows, lengths, window)
         else:
             o = attention(q, k, v, window=window, cu_seqlens=cu_seqlens, impl=self.attn_impl)
-        store_keys(k.flatten(0, 1), v.flatten(0, 1), cache, rows, lengths)
         append([(k, cache.k_BSGK), (v, cache.v_BSGK)], cache.length_B, rows, lengths)
         return self._output(o, x_BTD)
 
@@ -201,22 +200,6 @@ def visible_pairs(seqlen: int, window: int | None) -> int:
     """Keys that the queries of a sequence see, over all of them."""
     w = min(window or seqlen, seqlen)
     return w * (w + 1) // 2 + (seqlen - w) * w
-
-
-def store_keys(k: Tensor, v: Tensor, cache: AttentionCache, rows: Tensor, lengths: Tensor) -> None:
-    """Write new keys and values (n_tokens, G, K) to their slots; a ring keeps the last S."""
-    n_slots = cache.k_BSGK.shape[1]
-    ends = lengths.cumsum(0)
-    token = torch.arange(k.shape[0], device=k.device)
-    sequence = torch.searchsorted(ends, token, right=True)
-    left = ends[sequence] - token  # tokens of its sequence from this one on
-    row = rows[sequence]
-    position = cache.length_B[row] + token - (ends - lengths)[sequence]
-    kept = left <= n_slots
-    row, slot = row[kept], position[kept] % n_slots
-    cache.k_BSGK[row, slot] = k[kept].to(cache.k_BSGK.dtype)
-    cache.v_BSGK[row, slot] = v[kept].to(cache.v_BSGK.dtype)
-    cache.length_B[rows] += lengths
 
 
 def append(
