@@ -31,13 +31,12 @@ import torch.distributed as dist
 from apps.LT2.eval_args import EvalArgs as EvalArgs
 from apps.LT2.eval_args import LMHarnessArgs as LMHarnessArgs
 from apps.LT2.load import LoadedModel, find_checkpoint, load_model_and_tokenizer, read_config
-from apps.LT2.tasks import find_tasks, load_tasks
+from apps.LT2.tasks import find_tasks, import_lm_eval, load_tasks
 from apps.LT2.validation import ValidationArgs, Validator, check_validation_sources
 from lingua.args import (
     UserError,
     dataclass_from_dict,
     flatten_dict,
-    import_optional,
     parse_args,
     run_cli,
     write_atomic,
@@ -162,10 +161,8 @@ def run_harness(
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """What lm_eval.simple_evaluate gives, written to disk; {} on other ranks than 0."""
-    lm_eval = import_optional("lm_eval", extra="eval", needed_by="harness")
-    trackers = import_optional(
-        "lm_eval.loggers.evaluation_tracker", extra="eval", needed_by="harness"
-    )
+    lm_eval = import_lm_eval()
+    trackers = import_lm_eval("lm_eval.loggers.evaluation_tracker")
     from apps.LT2.harness import EvalHarnessLM
 
     lm = EvalHarnessLM(

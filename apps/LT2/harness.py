@@ -47,6 +47,8 @@ else:
 
 Tokens = list[int]
 
+DEFAULT_DEVICE = "cuda:0"  # of the harness's command line
+
 # How tasks call the longest answer, in the harness's order.
 MAX_GEN_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -281,11 +283,7 @@ class RegisteredLM(EvalHarnessLM):
     """`--model lt2`: builds the model from ModelArgs."""
 
     def __init__(
-        self,
-        batch_size: int | str = 1,
-        max_batch_size: int | None = None,
-        device: str | None = None,
-        **model_args: Any,
+        self, batch_size: int | str = 1, max_batch_size: int | None = None, **model_args: Any
     ):
         # 1 is what the harness's command line passes where nobody asked for a size.
         if str(batch_size) not in ("1", "auto") or max_batch_size is not None:
@@ -293,8 +291,6 @@ class RegisteredLM(EvalHarnessLM):
                 f"batch_size={batch_size}, max_batch_size={max_batch_size}: batches are filled up "
                 "to a number of tokens; say --model_args max_tokens=8192"
             )
-        if device is not None:
-            model_args.setdefault("device", device)
         model_args.pop("trust_remote_code", None)  # the command line may add it for Hugging Face
         args = dataclass_from_dict(ModelArgs, model_args)
         setup_torch_distributed(DistributedArgs(model_dtype="fp32"))  # no group in one process
@@ -314,3 +310,22 @@ class RegisteredLM(EvalHarnessLM):
             seed=args.seed,
         )
         super().__init__(loaded, cfg, stride=args.stride, tokenizer_path=args.tokenizer_path)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> RegisteredLM:
+        """What `--model_args` says wins over the options beside it."""
+        given = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        # The command line's default, also where there is no GPU and on every rank.
+        if given.get("device") == DEFAULT_DEVICE:
+            del given["device"]
+        return cls(**given | arg_dict)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> RegisteredLM:
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)

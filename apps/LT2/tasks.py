@@ -18,6 +18,10 @@ from lingua.launch import get_is_master
 EXAMPLES = ("hellaswag", "arc_easy", "piqa")
 
 
+def import_lm_eval(module: str = "lm_eval") -> Any:
+    return import_optional(module, extra="eval", needed_by="harness.tasks")
+
+
 def load_tasks(args: LMHarnessArgs) -> Any:
     """An lm_eval TaskManager whose `load` gives the tasks of `args`, which are loaded already."""
     manager = find_tasks(args)
@@ -41,7 +45,7 @@ def load_tasks(args: LMHarnessArgs) -> Any:
 
 def find_tasks(args: LMHarnessArgs) -> Any:
     """A TaskManager that knows all names in `args.tasks`; nothing is downloaded."""
-    tasks = import_optional("lm_eval.tasks", extra="eval", needed_by="harness")
+    tasks = import_lm_eval("lm_eval.tasks")
     # Every rank would say the same.
     logging.getLogger("lm_eval").setLevel(args.verbosity if get_is_master() else "ERROR")
     options = {"include_path": args.include_path, "metadata": args.metadata}

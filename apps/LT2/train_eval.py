@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apps.LT2.eval_args import EvalArgs
-from apps.LT2.tasks import find_tasks
+from apps.LT2.tasks import find_tasks, import_lm_eval
 from lingua.args import UserError, dataclass_to_dict
 from lingua.distributed import clean_env, get_is_master, run_on_rank_0, run_together
 from lingua.metrics import MetricLogger, mend_jsonl, read_jsonl_records
@@ -53,7 +53,10 @@ def check_eval_args(args: TrainArgs) -> None:
         raise UserError("eval.wandb: inside training scores go where logging.wandb says; set that")
     if n_gpus is not None:
         check_job(args, given, n_gpus)
-    if given.harness is not None:
+    if given.harness is None:
+        return
+    import_lm_eval()
+    if get_is_master():  # the harness reads thousands of files for it
         try:
             find_tasks(given.harness)
         except UserError as error:
