@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 
 def harness(data, **changes):
     return {
-        "eval.harness.tasks": "[lt2_local_choice, lt2_local_copy]",
+        "eval.harness.tasks": "[lt2_local_perplexity, lt2_local_copy]",
         "eval.harness.include_path": ROOT / "apps/LT2/local_tasks",
         "eval.harness.metadata": f"{{folder: {data / 'local'}}}",
         "eval.harness.limit": 4,
@@ -71,7 +71,7 @@ def test_each_evaluated_checkpoint_has_its_own_scores(data, run, tmp_path):
     assert sorted(found) == [3, 6]
     assert found[3] != found[6]
     for step, scores in found.items():
-        assert set(scores) == {"lt2_local_choice", "lt2_local_copy"}
+        assert set(scores) == {"lt2_local_perplexity", "lt2_local_copy"}
         assert scores_of(run, step, data, tmp_path / "again") == scores
         results = json.loads((run / "evals" / f"{step:010d}" / "results.json").read_text())
         assert results["results"] == scores
