@@ -271,11 +271,16 @@ class ModelArgs:
     device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
     loop_count: int | None = None  # run the stack this often; null = as in training
     tokenizer_path: str | None = None  # where the tokenizer's file lies now; null = as in training
-    max_tokens: int = 8192  # tokens of a batch
+    max_tokens: int | None = None  # tokens of a batch; null = 8192 on GPUs, 1024 on CPUs
     max_gen_len: int = 256  # longest answer where the task says nothing
     max_prompt_len: int | None = None  # longest window; null = as long as the rows of training
     stride: int | None = None  # tokens that a rolling window moves on; null = its whole length
     seed: int = 42  # of the sampling
+
+
+def default_max_tokens(loaded: LoadedModel) -> int:
+    """On a CPU attention over a packed row costs its length squared, so long rows do not pay."""
+    return 8192 if loaded.model.tok_embeddings.weight.is_cuda else 1024
 
 
 @register_model("lt2")
@@ -303,7 +308,7 @@ class RegisteredLM(EvalHarnessLM):
         )
         cfg = PackedCausalTransformerGeneratorArgs(
             max_gen_len=args.max_gen_len,
-            max_tokens=args.max_tokens,
+            max_tokens=args.max_tokens or default_max_tokens(loaded),
             max_prompt_len=args.max_prompt_len,
             dtype=args.dtype,
             device=args.device,

@@ -9,6 +9,7 @@ What `--model_args` knows is in harness.ModelArgs; under torchrun the ranks shar
 from __future__ import annotations
 
 import logging
+import os
 
 from lingua.args import import_optional, run_cli
 from lingua.launch import get_is_master
@@ -19,6 +20,8 @@ def main(argv: list[str]) -> None:
     command_line = import_optional("lm_eval.__main__", extra="eval", needed_by="apps.LT2.lm_eval")
     import apps.LT2.harness as _registers_lt2  # noqa: F401
 
+    # As in eval.py: lm_eval's pool of workers for standard errors may hang.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     if not get_is_master():
         logging.disable(logging.INFO)  # every rank would print the same lines
     command_line.cli_evaluate()

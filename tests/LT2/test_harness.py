@@ -160,16 +160,17 @@ def test_requests_with_settings_of_their_own_in_one_run():
     ]
 
 
-def generate_on_rank(rank, world_size):
-    lm = make_lm(max_tokens=60)
+def generate_on_rank(rank, world_size, max_tokens=60):
+    lm = make_lm(max_tokens=max_tokens)
     sampled = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "max_gen_toks": 6}
     asked = [(TEXT[:n], sampled if n % 2 else {"max_gen_toks": 5}) for n in range(1, 14)]
     return lm.generate_until(requests("generate_until", *asked))
 
 
-def test_samples_do_not_depend_on_the_number_of_ranks():
+def test_samples_do_not_depend_on_ranks_nor_on_batches():
     want = generate_on_rank(0, 1)
     assert len(set(want)) > 8
+    assert generate_on_rank(0, 1, max_tokens=1000) == want
     assert run_ranks(2, generate_on_rank) == [want, want]
 
 
