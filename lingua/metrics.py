@@ -124,11 +124,17 @@ class MetricLogger:
         line = json_line({"created_at": datetime.now(UTC).isoformat(), **record})
         self.file.write(line)
         self.file.flush()
+        self.send(record)
+
+    def send(self, record: Mapping[str, Any]) -> None:
+        """Show a flat record where people watch the run, and write no line."""
+        if not get_is_master():
+            return
         step = record.get("global_step")
         if self.wandb_run is not None:
-            self.wandb_run.log(record, step=step)
+            self.wandb_run.log(dict(record), step=step)
         if self.tensorboard is not None:
-            for name, value in json.loads(line).items():
+            for name, value in json.loads(json_line(record)).items():
                 if isinstance(value, int | float) and name != "global_step":
                     self.tensorboard.add_scalar(name, value, step)
 

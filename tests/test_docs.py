@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from apps.LT2.eval_args import EvalArgs
 from apps.LT2.generate import GenerateArgs
 from apps.LT2.mixers import MIXERS
 from apps.LT2.train_args import TrainArgs
@@ -19,9 +20,11 @@ from lingua.stool import StoolArgs
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = ROOT / "apps/LT2/configs"
-RECIPES = sorted(CONFIGS.glob("*/*.yaml"))
+EVALUATIONS = sorted(CONFIGS.glob("*/eval.yaml"))
+RECIPES = sorted(set(CONFIGS.glob("*/*.yaml")) - set(EVALUATIONS))
 PROGRAMS = {
     "apps.LT2.train": TrainArgs,
+    "apps.LT2.eval": EvalArgs,
     "apps.LT2.generate": GenerateArgs,
     "lingua.stool": StoolArgs,
 }
@@ -101,6 +104,15 @@ def test_recipes_load_and_say_what_they_are(recipe):
     args = parse_args(TrainArgs, [f"config={recipe}"])
     args.model.layout()
     assert args.dump_dir.startswith("runs/")
+
+
+@pytest.mark.parametrize("config", EVALUATIONS, ids=lambda path: path.parent.name)
+def test_evaluations_load_and_say_how_to_run(config):
+    assert f"config={config.relative_to(ROOT)}" in config.read_text(encoding="utf-8")
+    args = parse_args(EvalArgs, [f"config={config}", "ckpt_dir=somewhere"])
+    assert args.harness is not None and args.harness.tasks
+    # the suites of the paper: common sense, and recall
+    assert {"hellaswag", "arc_easy", "boolq", "swde", "fda", "drop"} <= set(args.harness.tasks)
 
 
 def test_the_tree_of_the_code_exists():

@@ -68,21 +68,20 @@ def split_lines(text: str) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def answer_one(
-    generator: PackedCausalTransformerGenerator, prompt: str, first_index: int = 0
-) -> None:
+def answer_one(generator: PackedCausalTransformerGenerator, prompt: str, place: int = 0) -> None:
     """Print an answer as it comes."""
 
     def show(_: int, text: str) -> None:
         print(text, end="", flush=True)
 
-    for _ in generator.complete([prompt], first_index=first_index, on_text=show):
+    for _ in generator.complete([prompt], places=[place], on_text=show, score=False):
         print()
 
 
 def answer_all(generator: PackedCausalTransformerGenerator, prompts: list[str]) -> None:
     """Print each prompt with its answer, as batches are done."""
-    for i, (prompt, done) in enumerate(zip(prompts, generator.complete(prompts), strict=True)):
+    answers = generator.complete(prompts, score=False)
+    for i, (prompt, done) in enumerate(zip(prompts, answers, strict=True)):
         place = f"{i + 1}/{len(prompts)}"
         print(
             f"[{place}] prompt: {well_formed(prompt)}\n[{place}] answer: {done.text}\n", flush=True

@@ -79,7 +79,7 @@ class PackedCausalTransformerGeneratorArgs:
 class Completion:
     text: str  # the answer alone, without the stop string
     tokens: list[int]  # of the answer, with the EOS or the stop string that ended it
-    # of the prompt's tokens (after truncation) but the first, on the CPU:
+    # of the prompt's tokens (after truncation) but the first, on the CPU; empty if not asked for:
     loglikelihood: Tensor  # log p(token | the tokens before it) in nats, fp32
     greedy: Tensor  # bool: is that token the one that the model holds for the likeliest?
 
@@ -105,17 +105,24 @@ class PackedCausalTransformerGenerator:
         return [c.text for c in done], [c.loglikelihood for c in done], [c.greedy for c in done]
 
     def complete(
-        self, prompts: Sequence[Prompt], *, first_index: int = 0, on_text: OnText | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        places: Sequence[int] | None = None,
+        on_text: OnText | None = None,
+        score: bool = True,
     ) -> Iterator[Completion]:
         """A Completion for each prompt, in order, as soon as its batch is done.
 
-        first_index: where the first prompt stands in a longer list; a prompt's place chooses its
-        random numbers.
+        places: where each prompt stands in a longer list; the place chooses its random numbers.
+        score: score the prompts, which takes logits for each of their tokens.
         """
+        if places is None:
+            places = range(len(prompts))
         tokens = self._prepare(prompts)
         progress = Progress(len(prompts)) if self.cfg.show_progress else None
         for batch in batch_prompts(tokens, self.cfg.max_tokens, self.cfg.max_gen_len):
-            answers = [self._new_answer(first_index + i) for i in batch]
+            answers = [self._new_answer(places[i]) for i in batch]
 
             def after_token(batch: range = batch, answers: list[Answer] = answers) -> None:
                 for i, answer in zip(batch, answers, strict=True):
@@ -124,7 +131,7 @@ class PackedCausalTransformerGenerator:
                 if progress:
                     progress.update(batch.start, answers)
 
-            scores = self._run_batch([tokens[i] for i in batch], answers, after_token)
+            scores = self._run_batch([tokens[i] for i in batch], answers, after_token, score)
             for answer, (loglikelihood, greedy) in zip(answers, scores, strict=True):
                 yield Completion(answer.stream.text, answer.tokens, loglikelihood, greedy)
         if progress:
@@ -173,7 +180,11 @@ class PackedCausalTransformerGenerator:
 
     @torch.no_grad()
     def _run_batch(
-        self, prompts: list[list[int]], answers: list[Answer], after_token: Callable[[], None]
+        self,
+        prompts: list[list[int]],
+        answers: list[Answer],
+        after_token: Callable[[], None],
+        score: bool,
     ) -> list[tuple[Tensor, Tensor]]:
         """Prefill, then decode until all answers are done; returns the prompts' scores."""
         cfg, model = self.cfg, self.model
@@ -181,10 +192,14 @@ class PackedCausalTransformerGenerator:
         n_slots = max(len(p) for p in prompts) + cfg.max_gen_len
         dtype = None if cfg.dtype == "auto" else DTYPES[cfg.dtype]  # None: that of the weights
         cache = model.init_cache(len(prompts), n_slots, dtype=dtype)
-        logits_TV = model.prefill(tokens_1T, cache, cu_seqlens=cu_seqlens)[0]
-        scores = score_prompts(logits_TV, tokens_1T[0], [len(p) for p in prompts])
-        logits_BV = logits_TV[cu_seqlens[1:].long() - 1]
-        del logits_TV  # the largest tensor here by far
+        logits = model.prefill(tokens_1T, cache, cu_seqlens=cu_seqlens, last_only=not score)
+        if score:
+            scores = score_prompts(logits[0], tokens_1T[0], [len(p) for p in prompts])
+            logits_BV = logits[0, cu_seqlens[1:].long() - 1]
+        else:
+            scores = [(torch.empty(0), torch.empty(0, dtype=torch.bool)) for _ in prompts]
+            logits_BV = logits[:, 0]
+        del logits  # the largest tensor here by far
         if not logits_BV.isfinite().all():
             raise UserError("the model's logits are NaN or infinite: the checkpoint is broken")
         while True:

@@ -34,6 +34,7 @@ from apps.LT2.parallel import (
 )
 from apps.LT2.progress import Progress
 from apps.LT2.train_args import EvalArgs, TrainArgs, validate_train_args
+from apps.LT2.train_eval import CheckpointEvaluator
 from apps.LT2.trainer import Batch, Trainer, TrainState
 from apps.LT2.transformer import LoopedTransformer
 from apps.LT2.validation import Validator
@@ -131,9 +132,11 @@ def train(given: TrainArgs) -> None:
         profiler = resources.enter_context(maybe_run_profiler(args.dump_dir, model, args.profiling))
         log_micro_batches(trainer, metrics, args.logging.acc_freq)
         probe_now_and_then(trainer, metrics)
+        evaluate = CheckpointEvaluator(args, metrics, should_stop=lambda: preemption_flag["flag"])
 
         if run_on_rank_0(lambda: is_validation_owed(args, metrics_file, state.step)):
             validate(validator, trainer, metrics)
+        evaluate.resume(state.step)
         while state.step < args.steps:
             progress.add(trainer.step())
             profiler.step()
@@ -150,6 +153,7 @@ def train(given: TrainArgs) -> None:
                     checkpoints.save(model, optimizer, state, args, mesh)
                 if is_eval and not (leaving and not is_last):
                     validate(validator, trainer, metrics)
+                    evaluate(state.step)
             if leaving and not is_last:
                 logger.warning("left after step %d of %d, saved", state.step, args.steps)
                 requeue_slurm_job()
@@ -286,9 +290,12 @@ def data_parallel_degree(args: TrainArgs) -> int:
 # ---- validation and observation
 
 
-def build_validator(args: TrainArgs) -> Validator:
+def build_validator(args: TrainArgs) -> Validator | None:
+    validation = (args.eval or EvalArgs()).validation
+    if validation is None:
+        return None
     tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
-    validator = Validator((args.eval or EvalArgs()).validation, args.data, tokenizer)
+    validator = Validator(validation, args.data, tokenizer)
     run_together(validator.rows)  # now: a mistake in its text should not show up hours later
     return validator
 
@@ -305,7 +312,9 @@ def is_recorded(metrics_file: Path, step: int, key: str) -> bool:
     return any(r.get("global_step") == step and key in r for r in records)
 
 
-def validate(validator: Validator, trainer: Trainer, metrics: MetricLogger) -> None:
+def validate(validator: Validator | None, trainer: Trainer, metrics: MetricLogger) -> None:
+    if validator is None:
+        return
     rank, degree = get_dp_rank_and_degree(trainer.mesh)
     scores = validator(trainer.model, device=trainer.device, rank=rank, world_size=degree)
     if scores:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from apps.LT2.eval_args import EvalArgs as EvalArgs
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
+from apps.LT2.train_eval import check_eval_args
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
-from apps.LT2.validation import ValidationArgs, check_validation_sources
+from apps.LT2.validation import check_validation_sources
 from lingua.args import UserError
 from lingua.checkpoint import CheckpointArgs
 from lingua.data import DataArgs, validate_data_args
@@ -30,12 +32,6 @@ from lingua.tokenizer import build_tokenizer
 
 
 @dataclass
-class EvalArgs:
-    # validation loss, at checkpoint.eval.every and at the end
-    validation: ValidationArgs = field(default_factory=ValidationArgs)
-
-
-@dataclass
 class TrainArgs:
     name: str = "lingua"  # name of the run, in wandb and in SLURM
     dump_dir: str = ""  # folder for everything that the run writes; required
@@ -52,8 +48,10 @@ class TrainArgs:
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
     profiling: ProfilerArgs = field(default_factory=ProfilerArgs)
     logging: LoggingArgs = field(default_factory=LoggingArgs)
-    async_eval_gpus: int | None = None  # GPUs of a job of its own for each evaluation; null = here
-    eval: EvalArgs | None = None  # null = validation with its defaults
+    # GPUs of a SLURM job of its own for each evaluation by the harness; null = inside training
+    async_eval_gpus: int | None = None
+    # at checkpoint.eval.every and at the end; null = validation with its defaults, no harness
+    eval: EvalArgs | None = None
 
 
 def validate_train_args(
@@ -82,11 +80,6 @@ def validate_train_args(
         )
     if args.probe_freq is not None and args.probe_freq < 1:
         raise UserError(f"probe_freq={args.probe_freq} must be at least 1, or null for no probes")
-    if args.async_eval_gpus is not None:
-        raise UserError(
-            f"async_eval_gpus={args.async_eval_gpus}: evaluation in a job of its own is not there "
-            "yet; leave it null, and validation runs inside the training job"
-        )
     if args.data.n_views != 2:
         raise UserError(
             f"data.n_views={args.data.n_views}: this trainer predicts one next token; use 2"
@@ -120,7 +113,10 @@ def validate_train_args(
         check_device(model, distributed)
     check_logging_packages(args.logging)
     check_init_path(args.checkpoint.init_ckpt_path)
-    check_validation_sources((args.eval or EvalArgs()).validation)
+    validation = (args.eval or EvalArgs()).validation
+    if validation is not None:
+        check_validation_sources(validation)
+    check_eval_args(args)
     checkpoint = args.checkpoint
     if checkpoint.path is None:
         checkpoint = replace(checkpoint, path=str(Path(args.dump_dir, "checkpoints")))

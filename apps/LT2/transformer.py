@@ -160,6 +160,18 @@ class LoopedTransformer(nn.Module):
         loss = linear_cross_entropy(h.flatten(0, 1), self.head_weight, target.flatten())
         return self._add_mixer_losses(loss, mixer_losses)
 
+    @torch.no_grad()
+    def hidden_states(self, tokens_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """What the head reads, (B, T, D); logits are `hidden @ head_weight.T`.
+
+        For whoever needs the logits of some tokens only: those of all tokens would take more
+        memory than the model, with 100,000 words and more.
+        """
+        h = self.tok_embeddings(tokens_BT)
+        for loop in range(len(self.layout)):
+            h, _ = self._run_loop(h, loop, cu_seqlens, False)
+        return self.norm(h)
+
     def _add_mixer_losses(self, loss: Tensor, mixer_losses: dict[str, list[Tensor]]) -> Tensor:
         """`loss` with its value as it is, and with the gradient of the mixers' own losses too."""
         self.mixer_losses = {}

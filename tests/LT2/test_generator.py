@@ -54,7 +54,7 @@ class Scripted:
     def init_cache(self, batch_size, max_seqlen, dtype=None):
         return None
 
-    def prefill(self, tokens, cache, cu_seqlens):
+    def prefill(self, tokens, cache, cu_seqlens, last_only):
         ends = (cu_seqlens[1:] - 1).long()
         logits = torch.zeros(1, tokens.shape[1], 258)
         logits[0, ends] = self._say()
@@ -188,9 +188,7 @@ def test_samples_depend_on_seed_and_place_and_on_nothing_else():
 
     assert make(model, **options, max_tokens=60).generate(prompts)[0] == texts
     one_by_one = make(model, **options)
-    assert [
-        next(one_by_one.complete([p], first_index=i)).text for i, p in enumerate(prompts)
-    ] == texts
+    assert [next(one_by_one.complete([p], places=[i])).text for i, p in enumerate(prompts)] == texts
     assert texts[0] != texts[-1]
     assert make(model, **options, seed=43).generate(prompts)[0] != texts
 

@@ -1,0 +1,70 @@
+"""The chat template that lies beside a tokenizer: conversations as text.
+
+Looked for are `chat_template.jinja`, then `chat_template` in `tokenizer_config.json`, as Hugging
+Face writes them. Our tokenizers read text as text: the names of special tokens in a template do
+not become those tokens, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from lingua.args import UserError, import_optional
+from lingua.tokenizer import TokenizerArgs, find_tokenizer_file
+
+logger = logging.getLogger(__name__)
+
+
+class ChatTemplate:
+    def __init__(self, text: str, where: Path | str):
+        jinja2 = import_optional("jinja2", extra="eval", needed_by="apply_chat_template")
+        sandbox = import_optional("jinja2.sandbox", extra="eval", needed_by="apply_chat_template")
+        self.text, self.where = text, where
+        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            self._template = environment.from_string(text)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{where}: not a chat template: {error}") from None
+        if "<|" in text or "[INST]" in text:
+            logger.warning("%s: special tokens named in the template are read as text", where)
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return self._template.render(
+            messages=messages,
+            add_generation_prompt=add_generation_prompt,
+            bos_token="",  # the tokenizer adds it
+            eos_token="",
+        )
+
+
+def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
+    """The template beside the tokenizer's file; a UserError where there is none."""
+    file = find_tokenizer_file(tokenizer.name, tokenizer.path)
+    if file is not None:
+        jinja = file.with_name("chat_template.jinja")
+        if jinja.is_file():
+            return ChatTemplate(jinja.read_text(encoding="utf-8"), jinja)
+        config = file.with_name("tokenizer_config.json")
+        text = _read_json(config).get("chat_template") if config.is_file() else None
+        if isinstance(text, str):
+            return ChatTemplate(text, config)
+    place = file.parent if file is not None else f"the tokenizer {tokenizer.name} (it has no file)"
+    raise UserError(
+        f"apply_chat_template=true: no chat template beside {place}: put a chat_template.jinja "
+        "there, or leave apply_chat_template=false"
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"the chat template refuses this conversation: {message}")

@@ -1,0 +1,327 @@
+"""Score a checkpoint: tasks of the LM-Evaluation-Harness, and the loss on held-out text.
+
+    torchrun --nproc-per-node 8 -m apps.LT2.eval config=apps/LT2/configs/600M/eval.yaml \\
+        ckpt_dir=runs/demo
+
+Requests are shared by all processes; the numbers are those of a single one. Into `dump_dir` go
+
+    results.json              what lm_eval reports, in its own form
+    results_<date>.json       the same under the harness's own name, and samples_<task>_<date>.jsonl
+    validation.json           nats per token, bits per byte and perplexity
+    eval.log
+
+and a line each into metrics.eval.jsonl and metrics.validation.jsonl of `metric_log_dir`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from apps.LT2.eval_args import EvalArgs as EvalArgs
+from apps.LT2.eval_args import LMHarnessArgs as LMHarnessArgs
+from apps.LT2.load import LoadedModel, find_checkpoint, load_model_and_tokenizer, read_config
+from apps.LT2.tasks import find_tasks, import_lm_eval, load_tasks
+from apps.LT2.validation import ValidationArgs, Validator, check_validation_sources
+from lingua.args import (
+    UserError,
+    dataclass_from_dict,
+    flatten_dict,
+    parse_args,
+    run_cli,
+    write_atomic,
+)
+from lingua.checkpoint_folder import is_checkpoint
+from lingua.data import DataArgs
+from lingua.distributed import (
+    DistributedArgs,
+    get_is_master,
+    run_on_rank_0,
+    run_together,
+    setup_torch_distributed,
+)
+from lingua.logger import init_logger
+from lingua.metrics import json_line, mend_jsonl, start_wandb
+from lingua.run_folder import make_writable
+from lingua.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Scores = dict[str, Any]
+
+# What simple_evaluate does on disk, or prints, from any rank that asks for it.
+OF_ONE_RANK = ("cache_requests", "rewrite_requests_cache", "delete_requests_cache", "write_out")
+
+
+def launch_eval(given: EvalArgs) -> dict[str, Scores]:
+    """Evaluate in processes of their own: alone, or all that torchrun or srun started."""
+    args = resolve(given)
+    assert args.dump_dir is not None
+    init_logger(Path(args.dump_dir, "eval.log"))
+    setup_torch_distributed(DistributedArgs(model_dtype="fp32"))  # no group in a single process
+    return evaluate(args)
+
+
+def resolve(args: EvalArgs) -> EvalArgs:
+    """The same settings with every folder filled in; mistakes are found before any work."""
+    if args.harness is None and args.validation is None:
+        raise UserError(
+            "harness=null validation=null: nothing to do; name tasks, e.g. "
+            "harness.tasks=[hellaswag], or leave validation at its default"
+        )
+    if not args.ckpt_dir:
+        raise UserError("ckpt_dir is empty: name a run's folder or a checkpoint, ckpt_dir=runs/...")
+    source = _as_ckpt_dir(lambda: find_checkpoint(args.ckpt_dir))
+    _as_ckpt_dir(lambda: read_config(source))
+    step_folder = next((p for p in (source, *source.parents) if is_checkpoint(p)), None)
+    step = int(step_folder.name) if step_folder is not None else None
+    run = step_folder.absolute().parent.parent if step_folder is not None else None
+    if args.dump_dir is None and (run is None or step_folder is None):
+        raise UserError(
+            f"dump_dir is not set: {source} belongs to no run; name a folder for the results, e.g. "
+            "dump_dir=evals/demo"
+        )
+    folder = Path(args.dump_dir) if args.dump_dir is not None else None
+    log_folder = args.metric_log_dir or args.dump_dir or str(run)
+    if folder is None:
+        assert run is not None and step_folder is not None
+        folder = run / "evals" / step_folder.name
+    make_writable("dump_dir", folder)
+    make_writable("metric_log_dir", Path(log_folder))
+    return replace(
+        args,
+        ckpt_dir=str(source),
+        dump_dir=str(folder),
+        metric_log_dir=log_folder,
+        global_step=step if args.global_step is None else args.global_step,
+    )
+
+
+def evaluate(args: EvalArgs, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Scores]:
+    """{"evals": scores by task, "validation": ...}, the same on all ranks. A collective.
+
+    `args` has its folders filled in. Each rank loads the whole model.
+    """
+    # What can fail without a model comes first.
+    harness = args.harness
+    manager = None if harness is None else run_together(lambda: load_tasks(harness))
+    loaded = run_together(lambda: load(args))
+    scores: dict[str, Scores] = {}
+    if args.validation is not None:
+        scores["validation"] = validate(args, args.validation, loaded)
+    if harness is not None:
+        results = run_harness(args, harness, loaded, manager, should_stop)
+        scores["evals"] = run_on_rank_0(lambda: results["results"])
+    if args.wandb is not None:
+        run_on_rank_0(lambda: send_to_wandb(args, scores))
+    return scores
+
+
+def load(args: EvalArgs) -> LoadedModel:
+    return _as_ckpt_dir(
+        lambda: load_model_and_tokenizer(
+            args.ckpt_dir,
+            dtype=args.generator.dtype,
+            device=args.generator.device,
+            loop_count=args.loop_count,
+            tokenizer_path=args.tokenizer_path,
+        )
+    )
+
+
+def _as_ckpt_dir(work: Callable[[], Any]) -> Any:
+    """The option that other programs call `ckpt` is `ckpt_dir` here."""
+    try:
+        return work()
+    except UserError as error:
+        text = str(error)
+        if text.startswith("ckpt="):
+            text = text.replace("ckpt=", "ckpt_dir=", 1)
+        raise UserError(text) from None
+
+
+# ---- the harness
+
+
+def run_harness(
+    args: EvalArgs,
+    harness: LMHarnessArgs,
+    loaded: LoadedModel,
+    manager: Any,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """What lm_eval.simple_evaluate gives, written to disk; {} on other ranks than 0."""
+    lm_eval = import_lm_eval()
+    trackers = import_lm_eval("lm_eval.loggers.evaluation_tracker")
+    from apps.LT2.harness import EvalHarnessLM
+
+    lm = EvalHarnessLM(
+        loaded,
+        args.generator,
+        stride=harness.stride,
+        tokenizer_path=args.tokenizer_path,
+        should_stop=should_stop,
+    )
+    options = asdict(harness)
+    for name in ("include_path", "metadata", "stride", "verbosity"):
+        del options[name]  # used already
+    if not get_is_master():
+        of_one_rank = (
+            "cache_requests",
+            "rewrite_requests_cache",
+            "delete_requests_cache",
+            "write_out",
+        )
+        options |= dict.fromkeys(of_one_rank, False)
+        options["bootstrap_iters"] = 0
+    assert args.dump_dir is not None
+    tracker = trackers.EvaluationTracker(output_path=str(Path(args.dump_dir, "results.json")))
+    with single_process_bootstrap():
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            model_args={"path": args.ckpt_dir},  # for the record
+            task_manager=manager,
+            evaluation_tracker=tracker if get_is_master() else None,
+            **options,
+        )
+    run_on_rank_0(lambda: write_results(args, results or {}, tracker))
+    return results if results is not None and get_is_master() else {}
+
+
+@contextmanager
+def single_process_bootstrap() -> Iterator[None]:
+    """Standard errors without lm_eval's pool of workers: made from a process with torch's threads,
+    some of them never answered. The resamples are the same."""
+    name = "DISABLE_MULTIPROC"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def write_results(args: EvalArgs, results: dict[str, Any], tracker: Any) -> None:
+    """Files as the harness writes them, results.json, a line for the run, and a table to read."""
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    assert args.dump_dir is not None
+    samples = results.pop("samples", None)
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task, answers in (samples or {}).items():
+        tracker.save_results_samples(task_name=task, samples=answers)
+    text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    write_atomic(Path(args.dump_dir, "results.json"), text)
+    append_record(args, "metrics.eval.jsonl", results["results"])
+    tables = [make_table(results)]
+    if results.get("groups"):
+        tables.append(make_table(results, "groups"))
+    print("\n".join(tables), flush=True)
+    logger.info("results in %s", args.dump_dir)
+
+
+# ---- held-out text
+
+
+def validate(args: EvalArgs, validation: ValidationArgs, loaded: LoadedModel) -> Scores:
+    """Nats per token, bits per byte and perplexity, on disk and returned. A collective."""
+    assert args.dump_dir is not None
+    validator = run_together(lambda: build_validator(validation, loaded.config, loaded.tokenizer))
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = loaded.model.tok_embeddings.weight.device
+    scores: Scores = validator(loaded.model, device=device, rank=rank, world_size=world_size)
+    scores["ppl/val"] = math.exp(min(scores["loss/val"], 700.0))
+    logger.info(
+        "validation: %.4f nats per token, perplexity %.3f, %.4f bits per byte",
+        *(scores[name] for name in ("loss/val", "ppl/val", "loss/val_bpb")),
+    )
+    file = Path(args.dump_dir, "validation.json")
+    run_on_rank_0(lambda: write_atomic(file, json.dumps(scores, indent=2) + "\n"))
+    run_on_rank_0(lambda: append_record(args, "metrics.validation.jsonl", scores))
+    return scores
+
+
+def build_validator(
+    validation: ValidationArgs, config: dict[str, Any], tokenizer: Tokenizer
+) -> Validator:
+    """The run's data options with the text that is asked for; no text at all is a mistake."""
+    check_validation_sources(validation)
+    data = dataclass_from_dict(DataArgs, config["data"], strict=False)
+    validator = Validator(validation, data, tokenizer)
+    if validator.rows() is None:
+        raise UserError(
+            f"validation: no *.val.jsonl with text in data.root_dir={data.root_dir} of the run "
+            f"(seen from {Path.cwd()}): name other files by validation.root_dir and "
+            "validation.sources, or leave it out with validation=null"
+        )
+    return validator
+
+
+# ---- records
+
+
+def append_record(args: EvalArgs, name: str, scores: Scores) -> None:
+    """One line of JSON: when, which step, and the scores as they are nested."""
+    assert args.metric_log_dir is not None
+    record: dict[str, Any] = {"created_at": datetime.now(UTC).isoformat()}
+    if args.global_step is not None:
+        record["global_step"] = args.global_step
+    file = Path(args.metric_log_dir, name)
+    mend_jsonl(file, None)
+    with open(file, "a", encoding="utf-8") as out:
+        out.write(json_line(record | scores))
+
+
+def numbers(scores: dict[str, Scores]) -> dict[str, float]:
+    """{"evals/hellaswag/acc,none": 0.3, ...}: what curves are drawn from."""
+    flat = flatten_dict(scores, sep="/")
+    return {k: v for k, v in flat.items() if isinstance(v, int | float)}
+
+
+def send_to_wandb(args: EvalArgs, scores: dict[str, Scores]) -> None:
+    assert args.wandb is not None and args.dump_dir is not None
+    run = start_wandb(args.wandb, args, Path(args.dump_dir))
+    run.log(numbers(scores), step=args.global_step)
+    run.finish()
+
+
+# ---- the command
+
+
+def validate_before_submit(args: EvalArgs, world_size: int) -> None:
+    """What stool asks before it writes or submits anything."""
+    resolve(args)
+    if args.harness is not None:
+        find_tasks(args.harness)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(
+        EvalArgs,
+        argv,
+        prog="python -m apps.LT2.eval",
+        description="Score a checkpoint on tasks of the LM-Evaluation-Harness and on text.",
+        examples=(
+            "torchrun --nproc-per-node 8 -m apps.LT2.eval config=apps/LT2/configs/600M/eval.yaml "
+            "ckpt_dir=runs/demo",
+            "python -m apps.LT2.eval ckpt_dir=runs/demo harness.tasks=[arc_easy] validation=null",
+        ),
+    )
+    launch_eval(args)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,31 @@
+"""The LM-Evaluation-Harness's own command line, with the model `lt2` in it.
+
+    python -m apps.LT2.lm_eval run --model lt2 --model_args ckpt=runs/demo --tasks arc_easy
+
+The harness finds no models outside of its package by itself: this registers ours, then hands over.
+What `--model_args` knows is in harness.ModelArgs; under torchrun the ranks share the requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from lingua.args import import_optional, run_cli
+from lingua.launch import get_is_master
+
+
+def main(argv: list[str]) -> None:
+    """Run the harness on `sys.argv`, which it reads itself; `argv` is the same without its head."""
+    command_line = import_optional("lm_eval.__main__", extra="eval", needed_by="apps.LT2.lm_eval")
+    import apps.LT2.harness as _registers_lt2  # noqa: F401
+
+    # As in eval.py: lm_eval's pool of workers for standard errors may hang.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    if not get_is_master():
+        logging.disable(logging.INFO)  # every rank would print the same lines
+    command_line.cli_evaluate()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,107 @@
+"""Small tasks made from the held-out documents of `setup/prepare_local_data.py`, without a network.
+
+    lt2_local_choice       which of four endings is the passage's own? (chance is 25%)
+    lt2_local_cloze        the next word, somewhere in the second half of a passage
+    lt2_local_copy         a passage, then its beginning once more: how does it go on?
+    lt2_local_perplexity   rolling log-likelihood of whole documents
+
+The YAML files beside this name these functions. Another folder than data/local is chosen by the
+task's metadata: `harness.metadata.folder=/path`. The same documents give the same items.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+N_ITEMS = 200  # of each task, at most
+N_WRONG = 3  # endings beside the right one
+MIN_WORDS, MAX_WORDS = 20, 60  # of a passage
+
+Item = dict[str, Any]
+
+
+def choice(folder: str = "data/local", **_: Any) -> dict[str, Any]:
+    return as_dataset(choice_items(read_documents(folder)))
+
+
+def cloze(folder: str = "data/local", **_: Any) -> dict[str, Any]:
+    return as_dataset(cloze_items(read_documents(folder)))
+
+
+def copy(folder: str = "data/local", **_: Any) -> dict[str, Any]:
+    return as_dataset(copy_items(read_documents(folder)))
+
+
+def documents(folder: str = "data/local", **_: Any) -> dict[str, Any]:
+    return as_dataset([{"text": text} for text in read_documents(folder)])
+
+
+def as_dataset(items: list[Item]) -> dict[str, Any]:
+    import datasets  # comes with lm_eval
+
+    return {"test": datasets.Dataset.from_list(items[:N_ITEMS])}
+
+
+def read_documents(folder: str) -> list[str]:
+    files = sorted(Path(folder).glob("*.val.jsonl"))
+    if not files:
+        raise FileNotFoundError(
+            f"no *.val.jsonl in {folder} (seen from {Path.cwd()}): run python "
+            "setup/prepare_local_data.py --out data/local, or set harness.metadata.folder"
+        )
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["text"] for line in lines if line.strip()]
+
+
+def passages(texts: list[str]) -> Iterator[list[str]]:
+    """Words of each paragraph that is neither short nor long."""
+    for text in texts:
+        for paragraph in text.split("\n\n"):
+            words = paragraph.split()
+            if MIN_WORDS <= len(words) <= MAX_WORDS:
+                yield words
+
+
+def choice_items(texts: list[str]) -> list[Item]:
+    """Each passage is cut in the middle; wrong endings are the right ones of other passages."""
+    rng = random.Random(0)
+    halves = []
+    for words in passages(texts):
+        middle = len(words) // 2
+        halves.append((" ".join(words[:middle]), " ".join(words[middle : middle + 8])))
+    endings = [ending for _, ending in halves]
+    items = []
+    for start, right in halves:
+        wrong = rng.sample([e for e in endings if e != right], N_WRONG)
+        gold = rng.randrange(N_WRONG + 1)
+        items.append(
+            {"start": start, "choices": [*wrong[:gold], right, *wrong[gold:]], "gold": gold}
+        )
+    return items
+
+
+def cloze_items(texts: list[str]) -> list[Item]:
+    rng = random.Random(0)
+    items = []
+    for words in passages(texts):
+        at = rng.randrange(len(words) // 2, len(words))
+        items.append({"context": " ".join(words[:at]), "word": re.sub(r"\W+$", "", words[at])})
+    return [item for item in items if item["word"]]
+
+
+def copy_items(texts: list[str]) -> list[Item]:
+    items = []
+    for words in passages(texts):
+        middle = len(words) // 2
+        prompt = " ".join(words) + "\n\n" + " ".join(words[:middle])
+        items.append({"prompt": prompt, "next": " ".join(words[middle : middle + 2])})
+    return items
+
+
+def score_copy(doc: Item, results: list[str]) -> dict[str, float]:
+    return {"acc": float(results[0].strip().startswith(doc["next"]))}

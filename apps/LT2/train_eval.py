@@ -1,0 +1,220 @@
+"""Evaluation of a run's own checkpoints by the harness: inside training, or in a job of its own.
+
+Inside, the checkpoint that was just saved is loaded again as a whole model on each rank: the model
+in training is sharded, in fp32, and compiled for other shapes. An evaluation that fails is told of
+in the log and training goes on; mistakes in `eval:` are refused at the start. The validation loss
+is no part of this: training measures it on its own model.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from apps.LT2.eval_args import EvalArgs
+from apps.LT2.tasks import find_tasks, import_lm_eval
+from lingua.args import UserError, dataclass_to_dict
+from lingua.distributed import clean_env, get_is_master, run_on_rank_0, run_together
+from lingua.metrics import MetricLogger, mend_jsonl, read_jsonl_records
+from lingua.rng import get_rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from apps.LT2.train_args import TrainArgs
+
+logger = logging.getLogger(__name__)
+
+GPUS_PER_NODE = 8
+FILLED_IN = ("dump_dir", "metric_log_dir", "ckpt_dir", "global_step")
+RECORDS = "metrics.eval.jsonl"
+
+
+# ---- before training
+
+
+def check_eval_args(args: TrainArgs) -> None:
+    """Refuse what an evaluation of this run could not do, before it starts."""
+    given, n_gpus = args.eval or EvalArgs(), args.async_eval_gpus
+    for name in FILLED_IN:
+        value = getattr(given, name)
+        if value not in (None, ""):
+            raise UserError(
+                f"eval.{name}={value}: training fills this in for each checkpoint; leave it out"
+            )
+    if given.wandb is not None and n_gpus is None:
+        raise UserError("eval.wandb: inside training scores go where logging.wandb says; set that")
+    if n_gpus is not None:
+        check_job(args, given, n_gpus)
+    if given.harness is None:
+        return
+    import_lm_eval()
+    if get_is_master():  # the harness reads thousands of files for it
+        try:
+            find_tasks(given.harness)
+        except UserError as error:
+            raise UserError(f"eval: {error}") from None
+
+
+def check_job(args: TrainArgs, given: EvalArgs, n_gpus: int) -> None:
+    if n_gpus < 1:
+        raise UserError(f"async_eval_gpus={n_gpus} must be at least 1, or null")
+    if given.harness is None:
+        raise UserError(
+            f"async_eval_gpus={n_gpus}: eval.harness is null, and the validation loss is measured "
+            "in training: there is nothing for a job to do. Set eval.harness.tasks, or leave "
+            "async_eval_gpus null"
+        )
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            f"async_eval_gpus={n_gpus}: there is no sbatch on this machine to submit a job with; "
+            "leave it null, and evaluation runs inside training"
+        )
+    keep = args.checkpoint.eval.keep
+    if keep > 0 and get_is_master():
+        logger.warning(
+            "checkpoint.eval.keep=%d with async_eval_gpus: a job that starts after %d more "
+            "evaluations finds its checkpoint deleted",
+            *(keep, keep),
+        )
+
+
+# ---- in training
+
+
+class CheckpointEvaluator:
+    """Calls are collectives. Does nothing where `eval.harness` is null."""
+
+    def __init__(self, args: TrainArgs, metrics: MetricLogger, should_stop: Callable[[], bool]):
+        self.args, self.metrics, self.should_stop = args, metrics, should_stop
+        self.eval = args.eval or EvalArgs()
+
+    def resume(self, step: int) -> None:
+        """Forget scores of steps that are trained again; make up for an evaluation that is owed."""
+        if self.eval.harness is None:
+            return
+        if self.args.async_eval_gpus is None:
+            run_on_rank_0(lambda: mend_jsonl(Path(self.args.dump_dir, RECORDS), step))
+        owed = run_on_rank_0(lambda: self._owed_step(step))
+        if owed is not None:
+            self(owed)
+
+    def __call__(self, step: int) -> None:
+        if self.eval.harness is None:
+            return
+        args = eval_args_of_step(self.args, step)
+        try:
+            if self.args.async_eval_gpus is not None:
+                run_on_rank_0(lambda: submit_evaluation(self.args, args))
+            else:
+                self._evaluate(args)
+        except Exception as error:
+            again = f"python -m apps.LT2.eval ckpt_dir={args.ckpt_dir} ..."
+            logger.error(
+                "the evaluation of step %d failed, training goes on; by hand: %s\n%s",
+                *(step, again, error),
+                exc_info=not isinstance(error, UserError),
+            )
+
+    def _evaluate(self, args: EvalArgs) -> None:
+        from apps.LT2.eval import evaluate, numbers
+        from apps.LT2.scoring import EvaluationStopped
+
+        def attempt() -> dict[str, Any] | None:
+            try:
+                return evaluate(args, self.should_stop)
+            except EvaluationStopped:
+                return None
+
+        state = get_rng_state()  # the harness seeds every generator for itself
+        try:
+            # A rank that fails between collectives must not leave the others in the next one.
+            scores = run_together(attempt)
+        finally:
+            set_rng_state(state)
+            gc.collect()  # of a second model; training has switched automatic collections off
+            torch.cuda.empty_cache()  # nothing without CUDA
+        if scores is None:
+            logger.warning("the evaluation of step %s was given up to leave", args.global_step)
+        else:
+            self.metrics.send({"global_step": args.global_step, **numbers(scores)})
+
+    def _owed_step(self, step: int) -> int | None:
+        """The last evaluation that was due, if nothing is on disk of it but its checkpoint."""
+        every = self.args.checkpoint.eval.every
+        last = step - step % every if every > 0 else 0
+        if last == 0 or not Path(str(self.args.checkpoint.path), f"{last:010d}").is_dir():
+            return None
+        if self.args.async_eval_gpus is not None:
+            return None if (results_folder(self.args, last) / "submit.slurm").exists() else last
+        file = Path(self.args.dump_dir, RECORDS)
+        records = read_jsonl_records(file) if file.exists() else []
+        return None if any(record.get("global_step") == last for record in records) else last
+
+
+def results_folder(args: TrainArgs, step: int) -> Path:
+    return Path(args.dump_dir, (args.eval or EvalArgs()).name, f"{step:010d}")
+
+
+def eval_args_of_step(args: TrainArgs, step: int) -> EvalArgs:
+    """`eval:` for the checkpoint of `step`; the harness alone."""
+    assert args.checkpoint.path is not None
+    folder = results_folder(args, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    return replace(
+        args.eval or EvalArgs(),
+        name=f"{args.name}_{folder.parent.name}_{step}",
+        dump_dir=str(folder),
+        metric_log_dir=args.dump_dir,
+        ckpt_dir=str(Path(args.checkpoint.path, f"{step:010d}")),
+        validation=None,
+        global_step=step,
+    )
+
+
+def submit_evaluation(train_args: TrainArgs, args: EvalArgs) -> None:
+    """Submit a job with stool, to the partition that this one runs in. On rank 0 alone."""
+    from lingua.stool import StoolArgs, launch_job
+
+    n_gpus = train_args.async_eval_gpus
+    assert n_gpus is not None
+    nodes = n_nodes(n_gpus)
+    logging_wandb = train_args.logging.wandb
+    if args.wandb is None and logging_wandb is not None:
+        args = replace(args, wandb=replace(logging_wandb, id=None, resume=None, name=args.name))
+    slurm: dict[str, Any] = {
+        option: os.environ[name]
+        for option, name in (
+            ("partition", "SLURM_JOB_PARTITION"),
+            ("account", "SLURM_JOB_ACCOUNT"),
+            ("qos", "SLURM_JOB_QOS"),
+        )
+        if os.environ.get(name)
+    }
+    with clean_env():
+        launch_job(
+            StoolArgs(
+                config=dataclass_to_dict(args),
+                script="apps.LT2.eval",
+                copy_code=False,
+                dirs_exists_ok=True,
+                nodes=nodes,
+                ngpu=n_gpus // nodes,
+                **slurm,
+            )
+        )
+
+
+def n_nodes(n_gpus: int) -> int:
+    """The fewest machines, of eight GPUs at most, that can each take the same number."""
+    nodes = math.ceil(n_gpus / GPUS_PER_NODE)
+    while n_gpus % nodes:
+        nodes += 1
+    return nodes

@@ -1,0 +1,303 @@
+"""The whole evaluation with the real harness: what it finds, where it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from apps.LT2.eval import EvalArgs, launch_eval, main, resolve, validate_before_submit
+from apps.LT2.local_tasks.items import choice_items, cloze_items, copy_items, read_documents
+from lingua.args import UserError, parse_args, run_cli
+from lingua.tokenizer import ByteTokenizer
+from tests.LT2.tiny import save_run, tiny_model
+from tests.LT2.tiny_run import clean_process
+
+pytest.importorskip("lm_eval")
+
+ROOT = Path(__file__).parents[2]
+TEXT = """the loop turns again and every layer sees its past while weights stay as they were
+before some heads look far behind others keep only what is near and small"""
+WORDS = TEXT.split()
+N_PASSAGES, SEQ_LEN = 12, 256
+
+
+def write_documents(folder: Path) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    texts = []
+    for _ in range(N_PASSAGES // 2):
+        picks = torch.randint(len(WORDS), (2, 20), generator=generator).tolist()
+        texts.append("\n\n".join(" ".join(WORDS[i] for i in row) + "." for row in picks))
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "text.val.jsonl").write_text("".join(lines))
+    (folder / "text.chunk.00.jsonl").write_text("".join(lines))
+    return texts
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data/local, and runs/demo: a model that has learnt its text by heart."""
+    root = tmp_path_factory.mktemp("place")
+    texts = write_documents(root / "data" / "local")
+    paragraphs = [p for text in texts for p in text.split("\n\n")]
+    rows = [ByteTokenizer().encode(p, add_bos=True, add_eos=True) for p in paragraphs]
+    longest = max(map(len, rows))
+    padded = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
+    model = tiny_model("full", 2, dim=64, n_layers=2, max_seqlen=SEQ_LEN).requires_grad_(True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = model(padded[:, :-1].clamp(min=0), target=padded[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    data = {
+        "tokenizer": {"name": "bytes"},
+        "root_dir": "data",
+        "sources": {"local": 1.0},
+        "seq_len": SEQ_LEN,
+        "batch_size": 2,
+    }
+    save_run(root / "runs" / "demo", model.requires_grad_(False), step=7, data=data)
+    return root
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+LOCAL = [
+    "ckpt_dir=runs/demo",
+    f"harness.include_path={ROOT / 'apps/LT2/local_tasks'}",
+    "harness.bootstrap_iters=0",
+    "generator.max_gen_len=16",
+    "generator.max_tokens=600",
+    "generator.device=cpu",
+]
+ALL_TASKS = [*LOCAL, "harness.tasks=[lt2_local]"]
+
+
+def run(*options: str, **kwargs):
+    with clean_process():
+        return launch_eval(parse_args(EvalArgs, list(options), **kwargs))
+
+
+@pytest.fixture(scope="module")
+def scores(place):
+    before = os.getcwd()
+    os.chdir(place)
+    try:
+        return run(*ALL_TASKS)
+    finally:
+        os.chdir(before)
+
+
+def test_a_model_that_knows_the_text_is_far_above_chance(scores):
+    tasks = scores["evals"]
+    n = N_PASSAGES
+    assert tasks["lt2_local_choice"]["sample_len"] == n
+    chance = 0.25  # eight standard deviations of guessing lie below
+    assert tasks["lt2_local_choice"]["acc,none"] > chance + 0.4
+    assert tasks["lt2_local_cloze"]["acc,none"] > 0.5
+    assert tasks["lt2_local_cloze"]["perplexity,none"] < len(WORDS) / 4
+
+
+def test_what_is_left_on_disk(place, scores):
+    folder = place / "runs" / "demo" / "evals" / "0000000007"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["results"] == scores["evals"]
+    assert results["config"]["model_args"] == {"path": "runs/demo/checkpoints/0000000007"}
+    (dated,) = folder.glob("results_*.json")
+    assert json.loads(dated.read_text()) == results
+    (answers,) = folder.glob("samples_lt2_local_copy_*.jsonl")
+    assert len(answers.read_text().splitlines()) == N_PASSAGES
+    (line,) = (place / "runs" / "demo" / "metrics.eval.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record.pop("global_step") == 7 and record.pop("created_at")
+    assert record == scores["evals"]
+
+
+def test_validation_has_the_right_sign_and_units(place, scores):
+    folder = place / "runs" / "demo"
+    found = json.loads((folder / "evals" / "0000000007" / "validation.json").read_text())
+    assert found == scores["validation"]
+    (line,) = (folder / "metrics.validation.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss/val"] == found["loss/val"] > 0
+    assert found["ppl/val"] == pytest.approx(math.exp(found["loss/val"]))
+    texts = read_documents(str(place / "data" / "local"))
+    n_bytes = sum(len(text) for text in texts)
+    n_targets = n_bytes + 2 * len(texts) - 1  # BOS and EOS of each; nothing predicts the first
+    nats = found["loss/val"] * n_targets
+    assert found["loss/val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes)
+
+
+def test_two_processes_give_the_results_of_one(here, scores):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "apps.LT2.eval", *ALL_TASKS, "dump_dir=two"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(Path("two/results.json").read_text())
+    assert results["results"] == scores["evals"]
+    validation = json.loads(Path("two/validation.json").read_text())
+    assert validation == pytest.approx(scores["validation"], rel=1e-6)
+    assert len(Path("two/metrics.eval.jsonl").read_text().splitlines()) == 1
+
+
+def test_half_of_it(here):
+    assert set(run("ckpt_dir=runs/demo", "harness=null", "dump_dir=half")) == {"validation"}
+    assert not Path("half/results.json").exists()
+    tasks = ["harness.tasks=[lt2_local_choice]", "harness.limit=3", "validation=null"]
+    scores = run(*LOCAL, *tasks, "dump_dir=half")
+    assert set(scores) == {"evals"}
+    assert scores["evals"]["lt2_local_choice"]["sample_len"] == 3
+
+
+def test_a_consolidated_file_needs_a_folder_for_the_results(here):
+    torch.save({"model": {}}, "consolidated.pth")
+    shutil.copy("runs/demo/checkpoints/0000000007/params.json", "params.json")
+    with pytest.raises(UserError, match="dump_dir is not set: consolidated.pth belongs to no run"):
+        resolve(EvalArgs(ckpt_dir="consolidated.pth"))
+    assert resolve(EvalArgs(ckpt_dir="consolidated.pth", dump_dir="x")).metric_log_dir == "x"
+    assert resolve(EvalArgs(ckpt_dir="runs/demo", global_step=3)).global_step == 3
+
+
+def test_another_loop_count(here, scores):
+    once = run("ckpt_dir=runs/demo", "loop_count=1", "dump_dir=once")
+    assert once["validation"]["loss/val"] != scores["validation"]["loss/val"]
+
+
+# ---- mistakes
+
+
+def damaged(place: Path, name: str, damage) -> str:
+    folder = place / "damaged" / name
+    if not folder.exists():
+        shutil.copytree(place / "runs" / "demo", folder)
+        damage(folder / "checkpoints" / "0000000007")
+    return f"ckpt_dir={folder}/checkpoints/0000000007"
+
+
+def cut_weights(folder: Path) -> None:
+    file = next(folder.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def shrink_vocabulary(folder: Path) -> None:
+    config = json.loads((folder / "params.json").read_text())
+    config["model"]["vocab_size"] = 100
+    (folder / "params.json").write_text(json.dumps(config))
+    (folder / "manifest.json").unlink()
+
+
+MISTAKES = {
+    "ckpt_dir is empty": [],
+    "ckpt_dir=nowhere: no such file": ["ckpt_dir=nowhere"],
+    "harness=null validation=null: nothing to do": ["ckpt_dir=runs/demo", "validation=null"],
+    "harness.tasks is empty": ["ckpt_dir=runs/demo", "harness.limit=3"],
+    "harness.include_path=nowhere: no": [
+        *LOCAL,
+        "harness.tasks=[a]",
+        "harness.include_path=nowhere",
+    ],
+    "unknown option harness.taks": ["harness.taks=[a]"],
+    "lt2_local_choice cannot be loaded: FileNotFoundError: no .*val.jsonl in /nowhere": [
+        *LOCAL,
+        "harness.tasks=[lt2_local_choice]",
+        "harness.metadata={folder: /nowhere}",
+    ],
+    "validation: no .*val.jsonl with text in data.root_dir=data": [
+        "ckpt_dir=runs/demo",
+        "validation.use_val_from_train_src=false",
+    ],
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(here, monkeypatch, capsys, message):
+    monkeypatch.setattr(sys, "argv", ["eval", *MISTAKES[message]])
+    with pytest.raises(SystemExit) as stopped, clean_process():
+        run_cli(main)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search(message, lines[0])
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("no_config", lambda f: (f / "params.json").unlink(), "ckpt_dir=.*params.json is missing"),
+        ("half_written", cut_weights, "ckpt_dir=.*damaged: .*distcp is not what was written"),
+        ("vocabulary", shrink_vocabulary, "ckpt_dir=.*vocabulary of 100 pieces and its tokenizer"),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_refused(here, name, damage, message):
+    with pytest.raises(UserError, match=message):
+        run(damaged(here, name, damage))
+
+
+def test_an_unknown_task_is_told_with_what_is_meant(here, monkeypatch):
+    import lm_eval.tasks
+
+    known = lm_eval.tasks.TaskManager
+    local = str(ROOT / "apps/LT2/local_tasks")
+    monkeypatch.setattr(  # reading all of the harness's files takes long
+        lm_eval.tasks, "TaskManager", lambda **_: known(include_path=local, include_defaults=False)
+    )
+    args = parse_args(EvalArgs, [*LOCAL, "harness.tasks=[lt2_local_choise]"])
+    with pytest.raises(UserError, match="no task, group or tag lt2_local_choise; did you mean lt2"):
+        validate_before_submit(args, 1)
+
+
+# ---- the harness's own command line
+
+
+def test_the_registered_model_under_the_harness_s_own_command_line(here, monkeypatch, scores):
+    import lm_eval.tasks
+
+    from apps.LT2.lm_eval import main
+
+    manager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)  # the same, for its time
+    command = ["run", "--model", "lt2", "--model_args", "ckpt=runs/demo,max_tokens=600,device=cpu"]
+    command += ["--tasks", "lt2_local_choice,lt2_local_copy", "--output_path", "own/results.json"]
+    command += ["--include_path", str(ROOT / "apps/LT2/local_tasks")]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *command])
+    with clean_process():
+        main(command)
+    (file,) = Path("own").glob("results_*.json")
+    results = json.loads(file.read_text())["results"]
+    for task in ("lt2_local_choice", "lt2_local_copy"):
+        assert results[task]["acc,none"] == scores["evals"][task]["acc,none"]
+
+
+# ---- local tasks
+
+
+def test_items_are_what_they_say(place):
+    texts = read_documents(str(place / "data" / "local"))
+    whole = "\n\n".join(texts)
+    for item in choice_items(texts):
+        assert len(set(item["choices"])) == 4
+        right = f"{item['start']} {item['choices'][item['gold']]}"
+        assert right in whole
+    assert len({item["gold"] for item in choice_items(texts)}) == 4
+    for item in cloze_items(texts):
+        assert f"{item['context']} {item['word']}" in whole
+    for item in copy_items(texts):
+        passage, _, start = item["prompt"].partition("\n\n")
+        assert passage.startswith(f"{start} {item['next']}")
+    assert choice_items(texts) == choice_items(texts)
