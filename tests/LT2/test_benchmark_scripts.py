@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ARRAY = ROOT / "apps/LT2/slurm/benchmark_prefill_array.slurm"
 ALL = ROOT / "apps/LT2/scripts/benchmark_prefill_all.sh"
-RECIPES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("apps/LT2/configs/1B/*.yaml"))
+RECIPES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("apps/LT2/configs/1B/*_1B.yaml"))
 N_LENGTHS = 8  # 1k, 2k, ... 128k
 
 

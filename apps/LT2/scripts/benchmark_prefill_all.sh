@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
 # Unquoted: the patterns name files, and lists are split at spaces.
-recipes=(${RECIPES:-apps/LT2/configs/1B/*.yaml})
+recipes=(${RECIPES:-apps/LT2/configs/1B/*_1B.yaml})
 lengths=(${LENGTHS:-1024 2048 4096 8192 16384 32768 65536 131072})
 out=${OUT:-runs/benchmark_prefill}
 
