@@ -57,11 +57,12 @@ class BaseTransformerArgs:
 
 
 def check_sizes(section: str, args: object, *fields: str) -> None:
-    """Refuse sizes below 1; null stands for a default."""
+    """Refuse sizes below 1; null, where a field's type allows it, stands for a default."""
     for field in fields:
         value = getattr(args, field)
         if value is not None and value < 1:
-            raise UserError(f"{section}.{field}={value} must be at least 1, or null")
+            or_null = ", or null" if getattr(type(args), field, 1) is None else ""
+            raise UserError(f"{section}.{field}={value} must be at least 1{or_null}")
 
 
 def resolve_heads(args: BaseTransformerArgs) -> tuple[int, int, int]:
