@@ -15,9 +15,10 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from lingua.errors import UserError, import_optional, run_cli
 from lingua.fields import (
@@ -43,8 +44,10 @@ __all__ = [
     "diff_configs",
     "dump_config",
     "flatten_dict",
+    "fsync_path",
     "import_optional",
     "load_config_file",
+    "open_atomic",
     "parse_args",
     "run_cli",
     "write_atomic",
@@ -118,22 +121,34 @@ def dump_config(config: Any, path: str | os.PathLike, log_config: bool = True) -
 
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
     """Replace a file by one that holds `data`; after a crash the old or the new one is there."""
+    with open_atomic(path) as f:
+        f.write(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+@contextmanager
+def open_atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write that replaces `path`, durably, when the block is left without an error."""
     target = Path(path)
     aside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         with open(aside, "wb") as f:
-            f.write(data.encode("utf-8") if isinstance(data, str) else data)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, target)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    folder = os.open(target.parent, os.O_RDONLY)
+    fsync_path(target.parent)  # the rename itself must survive a power cut, too
+
+
+def fsync_path(path: str | os.PathLike) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself must survive a power cut, too
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def flatten_dict(d: Mapping[str, Any], parent_key: str = "", sep: str = "_") -> dict[str, Any]:

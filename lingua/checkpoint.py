@@ -76,7 +76,8 @@ class CheckpointArgs:
     dump: SaveEvery = field(default_factory=SaveEvery)
     eval: SaveEvery = field(default_factory=SaveEvery)  # checkpoints that are evaluated
     path: str | None = None  # folder of all checkpoints; null is <dump_dir>/checkpoints
-    init_ckpt_path: str | None = None  # step folder whose weights a new run starts from
+    # step folder, or file of weights alone, that a new run starts from
+    init_ckpt_path: str | None = None
     # take optimizer, step and data position from init_ckpt_path, too
     continue_training_from_init: bool = False
 

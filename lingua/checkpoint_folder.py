@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lingua.args import write_atomic
+from lingua.args import fsync_path, write_atomic
 from lingua.tensor_store import CONFIG_NAME, CONSOLIDATE_FOLDER, CONSOLIDATE_NAME, METADATA_NAME
 
 FOLDER_NAME = "{:010d}"
@@ -64,7 +64,7 @@ def publish(
     if final.exists():
         os.rename(final, replaced)
     os.rename(unfinished, final)
-    _fsync_folder(final.parent)
+    fsync_path(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -78,14 +78,6 @@ def clear_leftovers(parent: Path) -> None:
             os.rename(folder, folder.with_suffix(""))
         elif folder.suffix in (UNFINISHED, REPLACED):
             shutil.rmtree(folder)
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from lingua.args import UserError, write_atomic
+from lingua.args import UserError, open_atomic, write_atomic
 
 logger = logging.getLogger()
 
@@ -79,7 +79,14 @@ def load_from_checkpoint(
     metadata: Metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
     weights = model.state_dict()
     prefix = f"{model_key}." if model_key else ""
-    _check_fits(folder, weights, metadata, prefix, may_leave_out=optimizer is None)
+    stored = {
+        key.removeprefix(prefix): tuple(value.size)
+        for key, value in metadata.items()
+        if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
+    }
+    if not prefix:  # whatever else lies at the root is no weight
+        stored = {name: size for name, size in stored.items() if name in weights}
+    check_fits(folder, weights, stored, may_leave_out=optimizer is None)
     state: dict[str, Any] = {model_key: weights} if model_key else dict(weights)
     filled: dict[str, dict[str, Tensor]] = {}
     if optimizer is not None:
@@ -92,30 +99,33 @@ def load_from_checkpoint(
             optimizer.state[param] = filled.get(name, {})
 
 
-def _check_fits(
-    folder: Path, weights: dict[str, Any], metadata: Metadata, prefix: str, *, may_leave_out: bool
+def check_fits(
+    source: Path,
+    weights: Mapping[str, Any],
+    stored: Mapping[str, tuple[int, ...]],
+    *,
+    may_leave_out: bool,
 ) -> None:
-    stored = {
-        key.removeprefix(prefix): tuple(value.size)
-        for key, value in metadata.items()
-        if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
-    }
+    """UserError where a model's `weights` are not all `stored`, or not in their shapes.
+
+    What is stored and not in the model is one, too, unless it `may_leave_out` that with a warning.
+    """
     wanted = {name: tuple(t.shape) for name, t in weights.items() if isinstance(t, Tensor)}
     wrong = [
         f"{name} is {stored.get(name, 'not there')}, the model has {shape}"
         for name, shape in wanted.items()
         if stored.get(name) != shape
     ]
-    unused = sorted(stored.keys() - wanted.keys()) if prefix else []
+    unused = sorted(stored.keys() - wanted.keys())
     if not may_leave_out:
         wrong += [f"{name} is {stored[name]}, the model has no such tensor" for name in unused]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(
-            f"the checkpoint {folder} does not fit the model: {'; '.join(wrong[:3])}{more}"
+            f"the checkpoint {source} does not fit the model: {'; '.join(wrong[:3])}{more}"
         )
     if unused:
-        logger.warning(f"not loaded from {folder}, the model has no such tensors: {unused}")
+        logger.warning(f"not loaded from {source}, the model has no such tensors: {unused}")
 
 
 # ---- optimizer state by parameter name
@@ -164,16 +174,18 @@ def consolidate_checkpoints(ckpt_dir: str | os.PathLike) -> Path:
     """Gather a checkpoint's weights into `consolidated/consolidated.pth`; returns that folder.
 
     The file holds {"model": {name: tensor}} and nothing else. It appears whole or not at all; if
-    it is there, nothing is done. For one process: others wait for it in `run_on_rank_0`.
+    it and its config are there, nothing is done. For one process: others wait for it in
+    `run_on_rank_0`.
     """
     source = Path(ckpt_dir)
     folder = source / CONSOLIDATE_FOLDER
     target = folder / CONSOLIDATE_NAME
-    if target.is_file():
+    if target.is_file() and (folder / CONFIG_NAME).is_file():
         return folder
+    for name in (METADATA_NAME, CONFIG_NAME):
+        if not (source / name).is_file():
+            raise UserError(f"{source} is no checkpoint folder: it has no {name} file")
     reader = FileSystemReader(source)
-    if not (source / METADATA_NAME).is_file():
-        raise UserError(f"{source} is no checkpoint folder: it has no {METADATA_NAME} file")
     prefix = f"{MODEL_KEY}."
     weights = {
         key.removeprefix(prefix): torch.empty(stored.size, dtype=stored.properties.dtype)
@@ -185,12 +197,8 @@ def consolidate_checkpoints(ckpt_dir: str | os.PathLike) -> Path:
 
     folder.mkdir(exist_ok=True)
     write_atomic(folder / CONFIG_NAME, (source / CONFIG_NAME).read_bytes())
-    aside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    with open(aside, "wb") as f:
+    with open_atomic(target) as f:
         torch.save({MODEL_KEY: weights}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, target)
     logger.info(f"consolidated weights in {target}")
     return folder
 

@@ -27,7 +27,6 @@ from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, fit_l
 from lingua.args import UserError, dataclass_from_dict
 from lingua.checkpoint import (
     CONFIG_NAME,
-    CONSOLIDATE_FOLDER,
     CONSOLIDATE_NAME,
     CheckpointArgs,
     CheckpointManager,
@@ -38,7 +37,8 @@ from lingua.launch import get_device
 from lingua.optim import is_matrix
 from lingua.parallelize import DTYPES, resolve_dtype
 from lingua.tensor_store import METADATA_NAME, MODEL_KEY
-from lingua.tokenizer import Tokenizer, TokenizerArgs, build_tokenizer
+from lingua.tokenizer import TOKENIZERS, Tokenizer, TokenizerArgs, build_tokenizer
+from lingua.weight_file import SAFETENSORS_NAME, find_weight_file, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def load_model_and_tokenizer(
     loop_count: int | None = None,
     tokenizer_path: str | None = None,
 ) -> LoadedModel:
-    """Load a run's dump folder (its newest checkpoint), a step folder, or consolidated weights.
+    """Load a run's dump folder (its newest checkpoint), a step folder, or a file of weights alone.
 
     `loop_count` runs the stack another number of times than in training; `tokenizer_path` says
     where the tokenizer's file lies now. What does not fit is a UserError.
@@ -67,7 +67,7 @@ def load_model_and_tokenizer(
     matrix_dtype = resolve_dtype(dtype, on.type)
     source = find_checkpoint(ckpt)
     config = read_config(source)
-    tokenizer = _build_tokenizer(config, tokenizer_path)
+    tokenizer = _build_tokenizer(source, config, tokenizer_path)
     trained = _model_args(config, tokenizer, source)
     args = replace(trained, loop_count=trained.loop_count if loop_count is None else loop_count)
     args = _fit_to_device(args, on.type, matrix_dtype)
@@ -76,7 +76,10 @@ def load_model_and_tokenizer(
     if source.is_dir():
         weights = _read_step_folder(source, trained, on, matrix_dtype)
     else:
-        weights = _read_consolidated(source, on, matrix_dtype)
+        weights = {
+            name: _cast(name, tensor, on, matrix_dtype)
+            for name, tensor in read_weights(source, "ckpt").items()
+        }
     if "rho" in weights and args.use_residual:
         weights["rho"] = fit_loop_gates(weights["rho"], args.loop_count)
     _check_fits(source, model, {name: tuple(t.shape) for name, t in weights.items()})
@@ -107,28 +110,34 @@ def resolve_device(device: str) -> torch.device:
 
 
 def find_checkpoint(ckpt: str) -> Path:
-    """The step folder, or the consolidated file, that `ckpt` means."""
+    """The step folder, or the file of weights, that `ckpt` means."""
     path = Path(ckpt)
     if not ckpt or not path.exists():
         raise UserError(f"ckpt={ckpt}: no such file or folder (seen from {Path.cwd()})")
-    if path.is_file() or (path / METADATA_NAME).is_file():
+    if (path / METADATA_NAME).is_file():
         return path
-    for file in (path / CONSOLIDATE_NAME, path / CONSOLIDATE_FOLDER / CONSOLIDATE_NAME):
-        if file.is_file():
-            return file
+    file = find_weight_file(path)
+    if file is not None:
+        return file
     for folder in (path / "checkpoints", path):
         newest = CheckpointManager(CheckpointArgs(path=str(folder))).get_last_step_path()
         if newest is not None:
             return newest
     raise UserError(
         f"ckpt={ckpt} holds no complete checkpoint: give a run's dump_dir, a step folder such as "
-        f"<dump_dir>/checkpoints/0000001000, or a {CONSOLIDATE_NAME}"
+        f"<dump_dir>/checkpoints/0000001000, or a {CONSOLIDATE_NAME} or {SAFETENSORS_NAME}"
     )
 
 
 def read_config(source: Path) -> dict[str, Any]:
     """The run's config from beside its weights."""
-    file = (source if source.is_dir() else source.parent) / CONFIG_NAME
+    folder = source if source.is_dir() else source.parent
+    file = folder / CONFIG_NAME
+    if not file.is_file() and (folder / "config.json").is_file():
+        raise UserError(
+            f"ckpt={source}: this is a Hugging Face folder; make it one of ours with "
+            f"python -m apps.LT2.scripts.import_hf hf={folder} out=..."
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -147,8 +156,19 @@ def read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def _build_tokenizer(config: Mapping[str, Any], path: str | None) -> Tokenizer:
+def resolve_tokenizer(source: Path, config: Mapping[str, Any], path: str | None) -> TokenizerArgs:
+    """The run's tokenizer, its file at `path`, beside a file of weights, or where it was."""
     saved = dataclass_from_dict(TokenizerArgs, config["data"]["tokenizer"])
+    if path is not None and saved.path is None:
+        raise UserError(f"tokenizer_path={path}: the tokenizer {saved.name} has no file")
+    file_name = TOKENIZERS[saved.name][1]
+    if path is None and source.is_file() and file_name and (source.parent / file_name).is_file():
+        path = str(source.parent / file_name)
+    return saved if path is None else replace(saved, path=path)
+
+
+def _build_tokenizer(source: Path, config: Mapping[str, Any], path: str | None) -> Tokenizer:
+    saved = resolve_tokenizer(source, config, path)
     if path is None:
         try:
             return build_tokenizer(saved.name, saved.path)
@@ -156,9 +176,7 @@ def _build_tokenizer(config: Mapping[str, Any], path: str | None) -> Tokenizer:
             if saved.path is None:
                 raise
             raise UserError(f"{error}; if it has moved, say tokenizer_path=...") from None
-    if saved.path is None:
-        raise UserError(f"tokenizer_path={path}: the tokenizer {saved.name} has no file")
-    return build_tokenizer(saved.name, path)
+    return build_tokenizer(saved.name, saved.path)
 
 
 def _model_args(
@@ -234,21 +252,6 @@ def _read_step_folder(
         reason = str(error).splitlines()[0]
         raise UserError(f"ckpt={folder}: the checkpoint is not readable: {reason}") from None
     return model.state_dict()
-
-
-def _read_consolidated(
-    file: Path, device: torch.device, matrix_dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Weights by name. The file is mapped: pages are read when a tensor is copied or used."""
-    try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"ckpt={file}: not a file of weights: {reason}") from None
-    weights = content.get(MODEL_KEY, content) if isinstance(content, dict) else None
-    if weights is None or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise UserError(f"ckpt={file}: expected {{'{MODEL_KEY}': {{name: tensor}}}}")
-    return {name: _cast(name, t, device, matrix_dtype) for name, t in weights.items()}
 
 
 def _check_fits(source: Path, model: nn.Module, given: Mapping[str, tuple[int, ...]]) -> None:

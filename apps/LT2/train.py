@@ -39,7 +39,7 @@ from apps.LT2.trainer import Batch, Trainer, TrainState
 from apps.LT2.transformer import LoopedTransformer
 from apps.LT2.validation import Validator
 from lingua.args import dump_config, parse_args, run_cli
-from lingua.checkpoint import CheckpointManager, load_from_checkpoint
+from lingua.checkpoint import CheckpointManager
 from lingua.code_snapshot import snapshot_code
 from lingua.data import (
     build_dataloader_from_args,
@@ -71,6 +71,7 @@ from lingua.profiling import maybe_run_profiler
 from lingua.rng import seed_everything
 from lingua.run_folder import own_folders
 from lingua.tokenizer import build_tokenizer
+from lingua.weight_file import load_initial_weights
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ def build_model(
         torch.manual_seed(args.model.seed)
         model.init_weights()
     if args.checkpoint.init_ckpt_path:
-        load_from_checkpoint(args.checkpoint.init_ckpt_path, model)
+        load_initial_weights(args.checkpoint.init_ckpt_path, model)
     check_model_value_range(model, range=SANE_RANGE, std=SANE_STD, zero_init=ZERO_AT_START)
     return model
 

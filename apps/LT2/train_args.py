@@ -27,8 +27,8 @@ from lingua.metrics import LoggingArgs, check_logging_packages
 from lingua.optim import OptimArgs
 from lingua.parallelize import resolve_dtype
 from lingua.profiling import ProfilerArgs
-from lingua.tensor_store import METADATA_NAME
 from lingua.tokenizer import build_tokenizer
+from lingua.weight_file import check_init_path
 
 
 @dataclass
@@ -131,11 +131,3 @@ def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> 
     mixers = {spec.mixer for loop in model.layout() for spec in loop}
     if device_type == "cuda" and mixers - {"full", "window", "dsa"}:
         check_gpu_stack()
-
-
-def check_init_path(path: str | None) -> None:
-    if path is not None and not Path(path, METADATA_NAME).is_file():
-        raise UserError(
-            f"checkpoint.init_ckpt_path={path}: no checkpoint there (no {METADATA_NAME}); name a "
-            "step folder such as <dump_dir>/checkpoints/0000001000"
-        )

@@ -1,0 +1,198 @@
+"""One loop of full attention is a Llama: names, shapes and options of Hugging Face's, both ways.
+
+The model is transformers' LlamaForCausalLM. It turns the dimensions (i, i + K / 2) of a head where
+ours turns (2i, 2i + 1), so rows of the query and key projections change places; everything else is
+the same tensor under another name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.LT2.transformer import LoopedTransformerArgs
+from lingua.args import UserError
+from lingua.tokenizer import Tokenizer
+from lingua.transformer import resolve_heads
+
+NAMES = {  # ours -> theirs
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_NAMES = {  # below layers.<i> -> below model.layers.<i>
+    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+}
+
+
+def check_is_llama(args: LoopedTransformerArgs, weights: Mapping[str, Tensor]) -> None:
+    """UserError that says what of a model LlamaForCausalLM does not have."""
+    families = {spec.mixer for loop in args.layout() for spec in loop}
+    if args.loop_count != 1:
+        problem = f"model.loop_count={args.loop_count}, and a Llama runs its layers once"
+    elif families != {"full"}:
+        problem = f"its mixers are {', '.join(sorted(families))}, and a Llama has full alone"
+    elif args.gated_attn:
+        problem = "model.gated_attn=true, and a Llama's attention has no output gate"
+    elif "rho" in weights and bool(weights["rho"].any()):
+        problem = "its residual gate rho (model.use_residual) is not zero, and a Llama has none"
+    else:
+        return
+    raise UserError(
+        f"format=hf: this model is no Llama: {problem}; format=safetensors or consolidated holds "
+        "any model"
+    )
+
+
+def llama_config(
+    args: LoopedTransformerArgs,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """What config.json says of a model that `check_is_llama` has let through."""
+    n_heads, n_kv_heads, head_dim = resolve_heads(args)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": weights["layers.0.feed_forward.w1.weight"].shape[0],
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": args.norm_eps,
+        # transformers 5 reads the second, earlier versions the first
+        "rope_theta": args.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+        "max_position_embeddings": args.max_seqlen,
+        "tie_word_embeddings": args.weight_tying,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None,
+        "eos_token_id": tokenizer.eos_id if tokenizer.eos_id >= 0 else None,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def read_llama_config(config: Mapping[str, Any], where: str) -> LoopedTransformerArgs:
+    """The model that a config.json describes; UserError, which begins with `where`, if ours has
+    no such thing."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    wanted = {  # option: (its value, those that ours has)
+        "model_type": (config.get("model_type"), ("llama",)),
+        "hidden_act": (config.get("hidden_act", "silu"), ("silu", "swish")),
+        "attention_bias": (config.get("attention_bias", False), (False,)),
+        "mlp_bias": (config.get("mlp_bias", False), (False,)),
+        "rope_scaling (rope_type)": (kind, ("default",)),
+        "partial_rotary_factor": (
+            rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)),
+            (1.0,),
+        ),
+        "quantization_config": (config.get("quantization_config"), (None,)),
+    }
+    for option, (value, known) in wanted.items():
+        if value not in known:
+            choices = " or ".join(map(str, known))
+            raise UserError(f"{where}: {option}={value} is not supported, only {choices}")
+    try:
+        dim, n_heads = config["hidden_size"], config["num_attention_heads"]
+        return LoopedTransformerArgs(
+            dim=dim,
+            n_layers=config["num_hidden_layers"],
+            n_heads=n_heads,
+            n_kv_heads=config.get("num_key_value_heads") or n_heads,
+            head_dim=config.get("head_dim") or dim // n_heads,
+            vocab_size=config["vocab_size"],
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            max_seqlen=config.get("max_position_embeddings", 2048),
+            weight_tying=config.get("tie_word_embeddings", False),
+            use_residual=False,
+            **_ffn_options(dim, config["intermediate_size"]),
+        )
+    except KeyError as error:
+        raise UserError(f"{where} does not say {error.args[0]}") from None
+
+
+def _ffn_options(dim: int, width: int) -> dict[str, Any]:
+    """multiple_of and ffn_dim_multiplier with which FeedForward gets this width."""
+    plain = int(2 * (4 * dim) / 3)
+    # Half a unit above: FeedForward rounds the product down.
+    return {"multiple_of": 1, "ffn_dim_multiplier": (width + 0.5) / plain}
+
+
+def to_llama(weights: Mapping[str, Tensor], args: LoopedTransformerArgs) -> dict[str, Tensor]:
+    """Our weights under their names. rho, which `check_is_llama` has seen to be zero, falls out."""
+    heads = _rotated(args)
+    theirs = {}
+    for ours, name in _names(args).items():
+        weight = weights[ours]
+        n_heads = heads.get(ours.partition(".attention.")[2])
+        theirs[name] = weight if n_heads is None else _halves(weight, n_heads)
+    return theirs
+
+
+def from_llama(
+    weights: Mapping[str, Tensor], args: LoopedTransformerArgs, where: str
+) -> dict[str, Tensor]:
+    """Their weights under our names; UserError, which begins with `where`, if one is not there."""
+    heads, names = _rotated(args), _names(args)
+    missing = sorted(set(names.values()) - weights.keys())
+    if missing:
+        raise UserError(f"{where}: {len(missing)} tensors are not there, such as {missing[0]}")
+    # A table of frequencies, which old versions saved, and the head that is the embedding again.
+    extra = {
+        n for n in weights.keys() - set(names.values()) if not n.endswith("rotary_emb.inv_freq")
+    }
+    if args.weight_tying:
+        extra.discard("lm_head.weight")
+    if extra:
+        raise UserError(f"{where}: {len(extra)} tensors are not a Llama's, such as {min(extra)}")
+    ours = {}
+    for name, their_name in names.items():
+        weight = weights[their_name]
+        n_heads = heads.get(name.partition(".attention.")[2])
+        ours[name] = weight if n_heads is None else _pairs(weight, n_heads)
+    return ours
+
+
+def _names(args: LoopedTransformerArgs) -> dict[str, str]:
+    """Ours -> theirs, of all tensors."""
+    names = {f"{a}.weight": f"{b}.weight" for a, b in NAMES.items()}
+    if args.weight_tying:
+        del names["output.weight"]
+    for i in range(args.n_layers):
+        for a, b in LAYER_NAMES.items():
+            names[f"layers.{i}.{a}.weight"] = f"model.layers.{i}.{b}.weight"
+    return names
+
+
+def _rotated(args: LoopedTransformerArgs) -> dict[str, int]:
+    """The projections whose rows change places, and how many heads they have."""
+    n_heads, n_kv_heads, _ = resolve_heads(args)
+    return {"wq.weight": n_heads, "wk.weight": n_kv_heads}
+
+
+def _halves(weight: Tensor, n_heads: int) -> Tensor:
+    """Rows of each head from (0, 1), (2, 3), ... to all first ones, then all second ones."""
+    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _pairs(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of `_halves`."""
+    return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)

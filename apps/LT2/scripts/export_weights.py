@@ -1,0 +1,112 @@
+"""Write a checkpoint's weights, without optimizer, as one file in a folder of its own.
+
+    python -m apps.LT2.scripts.export_weights ckpt=runs/demo format=safetensors out=demo
+
+    consolidated   consolidated.pth   for torch.load
+    safetensors    model.safetensors  the same tensors, for any program that reads that format
+    hf             a folder that transformers' LlamaForCausalLM loads; one loop of full attention
+
+The first two lie beside their params.json and tokenizer file, and every `ckpt=` takes the folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from apps.LT2.llama import check_is_llama, llama_config, to_llama
+from apps.LT2.load import (
+    LoadedModel,
+    find_checkpoint,
+    load_model_and_tokenizer,
+    read_config,
+    resolve_tokenizer,
+)
+from apps.LT2.weight_folder import copy_tokenizer, new_folder, write_json
+from lingua.args import UserError, parse_args, run_cli
+from lingua.parallelize import DTYPES
+from lingua.tensor_store import CONFIG_NAME, CONSOLIDATE_NAME
+from lingua.tokenizer import HuggingFaceTokenizer, TokenizerArgs
+from lingua.weight_file import SAFETENSORS_NAME, check_can_write, write_weights
+
+FILES = {"consolidated": CONSOLIDATE_NAME, "safetensors": SAFETENSORS_NAME, "hf": SAFETENSORS_NAME}
+
+
+@dataclass(kw_only=True)
+class ExportArgs:
+    ckpt: str  # a run's dump_dir (newest checkpoint), a step folder, or a file of weights
+    format: str  # consolidated, safetensors, or hf (a Hugging Face Llama folder)
+    out: str  # the folder to make
+    dtype: str = "fp32"  # fp32, bf16 or fp16; norms and other vectors stay fp32 but in hf
+    tokenizer_path: str | None = None  # where the tokenizer's file lies now; null = as in training
+
+    def __post_init__(self) -> None:
+        if self.format not in FILES:
+            raise UserError(f"format={self.format} must be one of {', '.join(FILES)}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype} must be one of {', '.join(DTYPES)}")
+
+
+def export(args: ExportArgs) -> None:
+    check_can_write(FILES[args.format], f"format={args.format}")
+    with new_folder(args.out) as folder:
+        source = find_checkpoint(args.ckpt)
+        tokenizer = resolve_tokenizer(source, read_config(source), args.tokenizer_path)
+        loaded = load_model_and_tokenizer(
+            str(source), dtype=args.dtype, device="cpu", tokenizer_path=args.tokenizer_path
+        )
+        if args.format == "hf":
+            weights, config = as_llama(loaded, args.dtype)
+            write_json(folder / "config.json", config)
+            write_hf_tokenizer(folder, tokenizer, loaded)
+        else:
+            weights = loaded.model.state_dict()
+            write_json(folder / CONFIG_NAME, loaded.config)
+            copy_tokenizer(folder, tokenizer)
+        write_weights(folder / FILES[args.format], weights, metadata={"format": "pt"})
+
+
+def as_llama(loaded: LoadedModel, dtype: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, all of one dtype as transformers has them, and config.json."""
+    args, weights = loaded.model.args, loaded.model.state_dict()
+    check_is_llama(args, weights)
+    config = llama_config(args, weights, loaded.tokenizer, DTYPES[dtype])
+    theirs = to_llama(weights, args)
+    return {name: weight.to(DTYPES[dtype]) for name, weight in theirs.items()}, config
+
+
+def write_hf_tokenizer(folder: Path, tokenizer: TokenizerArgs, loaded: LoadedModel) -> None:
+    if not isinstance(loaded.tokenizer, HuggingFaceTokenizer):
+        print(f"the tokenizer {tokenizer.name} has no tokenizer.json: the folder is without one")
+        return
+    copy_tokenizer(folder, tokenizer)
+    config = folder / "tokenizer_config.json"
+    if not config.exists():
+        special = {
+            f"{role}_token": loaded.tokenizer.model.id_to_token(token)
+            for role, token in (("bos", loaded.tokenizer.bos_id), ("eos", loaded.tokenizer.eos_id))
+        }
+        write_json(config, {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(
+        ExportArgs,
+        argv,
+        prog="python -m apps.LT2.scripts.export_weights",
+        description="Write a checkpoint's weights, without optimizer, as one file.",
+        examples=[
+            "python -m apps.LT2.scripts.export_weights ckpt=runs/demo format=safetensors out=demo",
+            "python -m apps.LT2.scripts.export_weights ckpt=runs/llama format=hf out=llama "
+            "dtype=bf16",
+        ],
+    )
+    export(args)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

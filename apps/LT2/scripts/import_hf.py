@@ -1,0 +1,118 @@
+"""Make a Hugging Face Llama folder one that generate, eval and train load.
+
+    python -m apps.LT2.scripts.import_hf hf=Llama-folder out=llama
+    python -m apps.LT2.generate ckpt=llama
+
+Reads config.json, model.safetensors (or its parts) and tokenizer.json; writes consolidated.pth with
+tensors of the same dtype, params.json and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.LT2.llama import from_llama, read_llama_config
+from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
+from apps.LT2.weight_folder import copy_tokenizer, new_folder, write_json
+from lingua.args import UserError, parse_args, run_cli
+from lingua.tensor_store import CONFIG_NAME, CONSOLIDATE_NAME, check_fits
+from lingua.tokenizer import TOKENIZERS, TokenizerArgs, build_tokenizer
+from lingua.weight_file import SAFETENSORS_NAME, read_weights, write_weights
+
+INDEX_NAME = f"{SAFETENSORS_NAME}.index.json"
+
+
+def hf_tokenizer() -> TokenizerArgs:
+    return TokenizerArgs(name="hf")
+
+
+@dataclass(kw_only=True)
+class ImportArgs:
+    hf: str  # folder with config.json, model.safetensors and tokenizer.json
+    out: str  # the folder to make
+    # what the model was trained with; a null path is the tokenizer's file in the folder hf
+    tokenizer: TokenizerArgs = field(default_factory=hf_tokenizer)
+
+
+def import_llama(args: ImportArgs) -> None:
+    with new_folder(args.out) as folder:
+        source = Path(args.hf)
+        config = read_json(source / "config.json")
+        model_args = read_llama_config(config, f"hf={args.hf}: config.json")
+        tokenizer = find_tokenizer(args, model_args)
+        weights = from_llama(read_folder(source), model_args, f"hf={args.hf}")
+        with torch.device("meta"):
+            model = LoopedTransformer(model_args)
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        check_fits(source, model.state_dict(), shapes, may_leave_out=False)
+        copy_tokenizer(folder, tokenizer)
+        data = {"tokenizer": asdict(tokenizer)}
+        write_json(folder / CONFIG_NAME, {"model": asdict(model_args), "data": data})
+        write_weights(folder / CONSOLIDATE_NAME, weights, metadata={})
+
+
+def find_tokenizer(args: ImportArgs, model_args: LoopedTransformerArgs) -> TokenizerArgs:
+    """The tokenizer with the absolute path of its file; UserError if it cannot be the model's."""
+    tokenizer = args.tokenizer
+    if tokenizer.path is None and TOKENIZERS[tokenizer.name][1] is not None:
+        tokenizer = replace(tokenizer, path=args.hf)
+    if tokenizer.path is not None:
+        tokenizer = replace(tokenizer, path=str(Path(tokenizer.path).resolve()))
+    try:
+        n_words = build_tokenizer(tokenizer.name, tokenizer.path).n_words
+    except UserError as error:
+        raise UserError(str(error).replace("data.tokenizer.", "tokenizer.")) from None
+    if n_words > model_args.vocab_size:
+        raise UserError(
+            f"tokenizer.name={tokenizer.name} has {n_words} pieces and the model of hf={args.hf} "
+            f"{model_args.vocab_size}: this is not its tokenizer"
+        )
+    return tokenizer
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the folder, from one file or from those that the index names."""
+    if (folder / SAFETENSORS_NAME).is_file():
+        return read_weights(folder / SAFETENSORS_NAME, "hf")
+    if not (folder / INDEX_NAME).is_file():
+        raise UserError(
+            f"hf={folder}: no {SAFETENSORS_NAME} and no {INDEX_NAME} there; weights in another "
+            "form become one with transformers' save_pretrained"
+        )
+    names = sorted(set(read_json(folder / INDEX_NAME).get("weight_map", {}).values()))
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        weights |= read_weights(folder / name, "hf")
+    return weights
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"hf={file.parent}: {file.name} is not readable: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"hf={file.parent}: {file.name} is not a mapping")
+    return content
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(
+        ImportArgs,
+        argv,
+        prog="python -m apps.LT2.scripts.import_hf",
+        description="Make a Hugging Face Llama folder one that generate, eval and train load.",
+        examples=["python -m apps.LT2.scripts.import_hf hf=Llama-folder out=llama"],
+    )
+    import_llama(args)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
