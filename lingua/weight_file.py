@@ -1,8 +1,8 @@
 """Weights in one file, without optimizer: `consolidated.pth` or `model.safetensors`.
 
 A `.pth` holds {"model": {name: tensor}}, as torch.save writes it; more keys may stand beside
-"model", as in what `dcp_to_torch_save` makes of a step folder. A `.safetensors` holds the tensors by
-name. What model they belong to says the `params.json` beside the file.
+"model", as in what `dcp_to_torch_save` makes of a step folder. A `.safetensors` holds the tensors
+by name. The `params.json` beside the file says what model they belong to.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import pytest
 from apps.LT2.eval_args import EvalArgs
 from apps.LT2.generate import GenerateArgs
 from apps.LT2.mixers import MIXERS
+from apps.LT2.scripts.export_weights import ExportArgs
+from apps.LT2.scripts.import_hf import ImportArgs
 from apps.LT2.train_args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import describe_fields, parse_args
@@ -26,6 +28,8 @@ PROGRAMS = {
     "apps.LT2.train": TrainArgs,
     "apps.LT2.eval": EvalArgs,
     "apps.LT2.generate": GenerateArgs,
+    "apps.LT2.scripts.export_weights": ExportArgs,
+    "apps.LT2.scripts.import_hf": ImportArgs,
     "lingua.stool": StoolArgs,
 }
 

@@ -79,7 +79,7 @@ class EvalArgs:
     # folder whose metrics.eval.jsonl and metrics.validation.jsonl get a line; null = the run's
     # folder, or dump_dir where that is set
     metric_log_dir: str | None = None
-    ckpt_dir: str = ""  # a run's folder (newest checkpoint), a step folder or consolidated weights
+    ckpt_dir: str = ""  # a run's folder (newest checkpoint), a step folder or a file of weights
     generator: PackedCausalTransformerGeneratorArgs = field(
         default_factory=PackedCausalTransformerGeneratorArgs
     )

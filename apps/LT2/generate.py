@@ -25,7 +25,7 @@ from lingua.tokenizer import well_formed
 
 @dataclass(kw_only=True)
 class GenerateArgs(PackedCausalTransformerGeneratorArgs):
-    ckpt: str  # a run's dump_dir (newest checkpoint), a step folder, or consolidated weights
+    ckpt: str  # a run's dump_dir (newest checkpoint), a step folder, or a file of weights
     prompts: list[str] | None = None  # texts to go on with, as '["Once upon", "In a"]'
     prompts_file: str | None = None  # UTF-8 file with a prompt on every line, empty ones too
     loop_count: int | None = None  # run the stack this often; null = as in training

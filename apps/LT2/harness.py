@@ -266,7 +266,7 @@ def _progress(what: str) -> Callable[[Sequence], Iterable]:
 class ModelArgs:
     """`--model_args` of the model `lt2`."""
 
-    ckpt: str  # a run's folder, a step folder or consolidated weights
+    ckpt: str  # a run's folder, a step folder or a file of weights
     dtype: str = "auto"  # bf16, fp16 or fp32 of weight matrices and cache; auto: bf16 on GPUs
     device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
     loop_count: int | None = None  # run the stack this often; null = as in training
