@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from apps.LT2.load import load_model_and_tokenizer
 from apps.LT2.scripts import export_weights, import_hf
+from lingua.args import UserError
 from lingua.optim import is_matrix
 from tests.LT2.tiny import save_run, tiny_model
 from tests.tolerances import FP32_MODEL, assert_same
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 
 TOKENS = torch.tensor([[256, *b"what is asked"]])
 LLAMA = {"use_residual": False, "n_heads": 4, "norm_eps": 1e-3, "rope_theta": 500.0}
@@ -66,7 +68,7 @@ def test_exported_weights_are_the_run_without_its_optimizer(form, kind, tmp_path
     for ckpt in (out, file):
         assert torch.equal(load(ckpt).model(TOKENS), model(TOKENS))
     again = export(file, tmp_path / "again", "safetensors")
-    state = load_file(again / "model.safetensors")
+    state = safetensors.load_file(again / "model.safetensors")
     torch.testing.assert_close(state, dict(model.state_dict()), rtol=0, atol=0)
 
 
@@ -74,7 +76,7 @@ def test_a_narrow_export_keeps_vectors_in_fp32(tmp_path):
     model = tiny_model("hybrid", 2)
     save_run(tmp_path / "run", model)
     out = export(tmp_path / "run", tmp_path / "out", "safetensors", dtype="bf16")
-    for name, tensor in load_file(out / "model.safetensors").items():
+    for name, tensor in safetensors.load_file(out / "model.safetensors").items():
         wanted = torch.bfloat16 if is_matrix(name, tensor) else torch.float32
         assert torch.equal(tensor, model.state_dict()[name].to(wanted)), name
 
@@ -128,3 +130,198 @@ def test_an_imported_llama_is_the_same_model_here(shape, tied, tmp_path):
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     ours = load(import_(tmp_path / "hf", tmp_path / "ours", "tokenizer.name=bytes")).model
     assert_same(ours(TOKENS), llama(TOKENS).logits, FP32_MODEL)
+
+
+def test_a_narrow_llama_has_one_dtype(tmp_path):
+    llama_run(tmp_path / "run")
+    out = export(tmp_path / "run", tmp_path / "hf", "hf", dtype="bf16")
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    tensors = safetensors.load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_what_old_versions_wrote_of_a_llama_is_read(tmp_path):
+    """rope_theta at the top, a table of frequencies, and the tied head once more."""
+    _, model = llama_run(tmp_path / "run", weight_tying=True)
+    out = export(tmp_path / "run", tmp_path / "hf", "hf")
+    config = json.loads((out / "config.json").read_text())
+    del config["rope_parameters"], config["head_dim"]
+    (out / "config.json").write_text(json.dumps({**config, "rope_scaling": None}))
+    tensors = safetensors.load_file(out / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    safetensors.save_file(tensors, out / "model.safetensors")
+    back = load(import_(out, tmp_path / "back", "tokenizer.name=bytes"))
+    assert torch.equal(back.model(TOKENS), model(TOKENS))
+
+
+# ---- tokenizers
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path):
+    """A tokenizer.json under another name, whose bos only the file beside it tells."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"<start>": 0, "</s>": 1, "what": 2, "is": 3, "asked": 4, "<unk>": 5}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.add_special_tokens(["<start>", "</s>"])
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    model.save(str(folder / "mine.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<start>"}')
+    return folder / "mine.json"
+
+
+def test_a_tokenizer_goes_along_and_the_folder_may_move(tokenizer_file, tmp_path):
+    model = tiny_model("full", 1, **LLAMA)
+    data = {"tokenizer": {"name": "hf", "path": str(tokenizer_file)}}
+    save_run(tmp_path / "run", model, data=data)
+    own = export(tmp_path / "run", tmp_path / "own", "safetensors")
+    hf = export(tmp_path / "run", tmp_path / "hf", "hf")
+    back = import_(hf, tmp_path / "back")
+    shutil.rmtree(tokenizer_file.parent)
+    for folder in (own, back):
+        moved = folder.rename(folder.with_name("moved_" + folder.name))
+        tokenizer = load(moved).tokenizer
+        assert tokenizer.encode("what is", True, False) == [0, 2, 3]
+    config = json.loads((hf / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
+
+
+def test_transformers_reads_the_tokenizer_as_we_do(tokenizer_file, tmp_path):
+    tokenizer_file.write_text(tokenizer_file.read_text().replace("<start>", "<s>"))
+    tokenizer_file.with_name("tokenizer_config.json").unlink()
+    data = {"tokenizer": {"name": "hf", "path": str(tokenizer_file)}}
+    save_run(tmp_path / "run", tiny_model("full", 1, **LLAMA), data=data)
+    hf = export(tmp_path / "run", tmp_path / "hf", "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(hf)
+    assert theirs.encode("what is asked", add_special_tokens=False) == [2, 3, 4]
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"loop_count": 2}, "model.loop_count=2"),
+        ({"mixer": "gdn"}, "mixers are gdn"),
+        ({"mixer": "gdn", "attention_pattern": "2:1"}, "mixers are full, gdn"),
+        ({"sliding_window": 5}, "mixers are window"),
+        ({"gated_attn": True}, "gated_attn=true"),
+        ({"use_residual": True}, "rho"),
+    ],
+)
+def test_what_is_no_llama_is_told_in_one_line_and_leaves_nothing(changes, message, tmp_path):
+    options = {"loop_count": 1, **LLAMA, **changes}
+    save_run(tmp_path / "run", tiny_model("full", **options))
+    with pytest.raises(UserError, match=f"no Llama: .*{message}.*format=safetensors") as error:
+        export(tmp_path / "run", tmp_path / "out", "hf")
+    assert "\n" not in str(error.value)
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
+
+
+def test_a_gate_that_stayed_zero_is_no_obstacle(tmp_path):
+    model = tiny_model("full", 1, **{**LLAMA, "use_residual": True})
+    model.rho.zero_()
+    save_run(tmp_path / "run", model)
+    hf = export(tmp_path / "run", tmp_path / "hf", "hf")
+    back = load(import_(hf, tmp_path / "back", "tokenizer.name=bytes"))
+    assert torch.equal(back.model(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"ckpt": "nowhere"}, "ckpt=nowhere: no such file"),
+        ({"format": "onnx"}, "format=onnx must be one of consolidated, safetensors, hf"),
+        ({"dtype": "auto"}, "dtype=auto must be one of fp32"),
+        ({"out": "run"}, "out=run must be a new or an empty folder"),
+        ({"out": "file"}, "out=file must be a new or an empty folder"),
+        ({"out": "file/below"}, "out=file/below: cannot be written"),
+    ],
+)
+def test_options_that_cannot_be(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    llama_run(tmp_path / "run")
+    (tmp_path / "file").write_text("mine")
+    options = {"ckpt": "run", "out": "out", "form": "consolidated", **options}
+    options["form"] = options.pop("format", options["form"])
+    with pytest.raises(UserError, match=message):
+        export(**options)
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "file"}
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    _, model = llama_run(tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    out = export(tmp_path / "run", tmp_path / "out", "consolidated")
+    assert torch.equal(load(out).model(TOKENS), model(TOKENS))
+
+
+def test_a_half_written_file_is_told(tmp_path):
+    llama_run(tmp_path / "run")
+    for form, name in export_weights.FILES.items():
+        file = export(tmp_path / "run", tmp_path / form, form) / name
+        file.write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(UserError, match="not a file of weights"):
+            if form == "hf":
+                import_(tmp_path / form, tmp_path / "out", "tokenizer.name=bytes")
+            else:
+                load(file)
+    assert not (tmp_path / "out").exists()
+
+
+def config(**changes):
+    def spoil(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return spoil
+
+
+def without_a_tensor(folder):
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    safetensors.save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (config(model_type="mistral"), "model_type=mistral is not supported, only llama"),
+        (config(attention_bias=True), "attention_bias=True"),
+        (config(mlp_bias=True), "mlp_bias=True"),
+        (config(hidden_act="gelu"), "hidden_act=gelu"),
+        (config(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "rope_scaling.*=llama3"),
+        (config(rope_parameters=None, rope_scaling={"type": "linear"}), "rope_scaling.*=linear"),
+        (config(quantization_config={"bits": 4}), "quantization_config="),
+        (config(vocab_size=100), "tokenizer.name=bytes has 258 pieces .* 100"),
+        (config(num_hidden_layers=2), "9 tensors are not a Llama's, such as model.layers.2"),
+        (config(intermediate_size=64), "does not fit the model: .*feed_forward"),
+        (without_a_tensor, "1 tensors are not there, such as model.layers.2.mlp.up_proj"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not readable"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "model_type=None"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors and no"),
+    ],
+)
+def test_hugging_face_folders_that_are_refused(spoil, message, tmp_path):
+    llama_run(tmp_path / "run")
+    folder = export(tmp_path / "run", tmp_path / "hf", "hf")
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as error:
+        import_(folder, tmp_path / "out", "tokenizer.name=bytes")
+    assert "\n" not in str(error.value)
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "hf"}
+
+
+def test_a_hugging_face_folder_is_no_checkpoint_yet(tmp_path):
+    llama_run(tmp_path / "run")
+    folder = export(tmp_path / "run", tmp_path / "hf", "hf")
+    with pytest.raises(UserError, match=f"import_hf hf={folder}"):
+        load(folder)
+    with pytest.raises(UserError, match="tokenizer.path=.*no file .*tokenizer.json"):
+        import_(folder, tmp_path / "out")
