@@ -11,9 +11,12 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from apps.LT2.load import load_model_and_tokenizer
 from apps.LT2.scripts import export_weights, import_hf
+from apps.LT2.train import build_model
+from apps.LT2.train_args import validate_train_args
 from lingua.args import UserError
 from lingua.optim import is_matrix
 from tests.LT2.tiny import save_run, tiny_model
+from tests.LT2.tiny_run import train, train_args, write_corpus
 from tests.tolerances import FP32_MODEL, assert_same
 
 transformers = pytest.importorskip("transformers")
@@ -325,3 +328,13 @@ def test_a_hugging_face_folder_is_no_checkpoint_yet(tmp_path):
         load(folder)
     with pytest.raises(UserError, match="tokenizer.path=.*no file .*tokenizer.json"):
         import_(folder, tmp_path / "out")
+
+
+def test_a_training_run_starts_from_exported_weights(tmp_path):
+    trained = train(write_corpus(tmp_path / "data"), tmp_path / "run", steps=2)
+    out = export(trained, tmp_path / "out", "safetensors")
+    args = train_args(tmp_path / "data", tmp_path / "new", **{"checkpoint.init_ckpt_path": out})
+    model = build_model(validate_train_args(args), None, torch.device("cpu"))
+    got = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    want = safetensors.load_file(out / "model.safetensors")
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
