@@ -36,12 +36,6 @@ FP32_MODEL = 3e-4
 # backward, measures up to 4e-3 in every result and gradient.
 BF16_KERNEL = 1e-2
 
-# The decay's gradient in fla 0.6.0's gated delta rule, where the final state has a gradient, too:
-# K x V products of states and their gradients are formed and added up in bf16, by as many threads
-# as the kernel's configuration has. Measures 5e-3 (4 warps) to 2.1e-2 (2 warps) at 96 x 192; 3e-3
-# where only the outputs have a gradient, and BF16_KERNEL holds.
-BF16_STATE_SUM = 5e-2
-
 # A mixer whose matrices and activations are bf16, against fp32 arithmetic on the same numbers: the
 # roundings of its input, of its projections, of the mixing and of its output. Measures up to 7e-3.
 BF16_LAYER = 2e-2

@@ -8,7 +8,6 @@ import torch
 from apps.LT2.kernel.gated_delta_rule import gated_delta_rule, gated_delta_step
 from lingua.args import UserError
 from tests.gpu.kernel_cases import H, KernelContract, packed, unit_vectors
-from tests.tolerances import BF16_STATE_SUM
 
 pytestmark = pytest.mark.gpu
 
@@ -17,7 +16,6 @@ class TestGatedDeltaRule(KernelContract):
     door = staticmethod(gated_delta_rule)
     step = staticmethod(gated_delta_step)
     names = ("q", "k", "v", "g", "beta", "state")
-    bounds = {"g": BF16_STATE_SUM}
 
     def make_inputs(self, B, T, N, K=64, V=64, *, decay=0.2):
         return [

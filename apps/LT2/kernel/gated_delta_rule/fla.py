@@ -5,8 +5,7 @@ the kernels are one opaque node, and the block around them compiles whole. Forwa
 autograd function keeps: the inputs, the summed decay and the solved triangular systems; states and
 WY vectors are computed again in backward.
 
-Shapes as in `gated_delta_rule`; C is the
-chunk of 64 tokens.
+Shapes as in `gated_delta_rule`; C is the chunk of 64 tokens.
 """
 
 from __future__ import annotations
