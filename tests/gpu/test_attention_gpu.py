@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from apps.LT2.kernel.attention import attention, decode_attention
+from apps.LT2.kernel.attention.decode import decode_attention_triton
 from apps.LT2.kernel.attention.naive import naive_attention
-from tests.tolerances import BF16_KERNEL, assert_same
+from tests.tolerances import BF16_KERNEL, FP32, assert_same
 
 pytestmark = pytest.mark.gpu
 
@@ -58,10 +59,44 @@ def test_backend_equals_dense_attention(impl, case, n_kv_heads):
         assert_same(g, w, BF16_KERNEL, f"d{name}")
 
 
-@pytest.mark.parametrize("n_kv_heads", [4, 2])
-def test_decode_attention_equals_dense_attention(n_kv_heads):
-    q, k, v = (t.detach() for t in make_qkv(n_kv_heads))
-    n_valid = torch.tensor([101], device="cuda")
-    got = decode_attention(q[:, 100], k, v, n_valid)
-    want = naive_attention(*(t[:, :101].float() for t in (q, k, v)))[:, 100]
-    assert_same(got, want, BF16_KERNEL)
+@pytest.mark.parametrize("impl", ["sdpa", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "B, H, G, K, S",
+    [
+        (3, 4, 4, 64, 700),
+        (2, 16, 1, 32, 300),
+        (2, 8, 2, 48, 65),
+        (1, 4, 2, 256, 3000),
+        (2, 1, 1, 8, 1),
+    ],
+)
+def test_decode_attention_equals_dense_attention(impl, dtype, B, H, G, K, S):
+    """Each row has its own number of valid slots; what lies in the others does not count."""
+    torch.manual_seed(0)
+    q = torch.randn(B, H, K, dtype=dtype, device="cuda")
+    k, v = torch.randn(2, B, S, G, K, dtype=dtype, device="cuda")
+    n_valid = torch.tensor([[S, 1, max(S - 1, 1)][:B], [-1] * B], device="cuda").T[:, 0]  # strided
+    got = decode_attention(q, k, v, n_valid, impl=impl)
+    assert got.dtype == dtype
+    bound = BF16_KERNEL if dtype == torch.bfloat16 else FP32
+    for b, n in enumerate(n_valid.tolist()):
+        queries = q[b].expand(1, n, H, K).float()  # the last of them sees all n keys
+        want = naive_attention(queries, k[b, None, :n].float(), v[b, None, :n].float())
+        assert_same(got[b], want[0, -1], bound, "o")
+
+
+def test_decode_attention_does_not_read_empty_slots():
+    q = torch.randn(2, 4, 64, device="cuda")
+    k, v = torch.full((2, 2, 300, 2, 64), torch.nan, device="cuda")
+    n_valid = torch.tensor([7, 131], device="cuda")
+    for b, n in enumerate(n_valid.tolist()):
+        k[b, :n] = v[b, :n] = 1.0
+    torch.testing.assert_close(decode_attention(q, k, v, n_valid), torch.ones_like(q))
+
+
+def test_decode_attention_is_registered_well():
+    q = torch.randn(2, 4, 64, device="cuda")
+    k, v = torch.randn(2, 2, 100, 2, 64, device="cuda")
+    n_valid = torch.tensor([100, 3], device="cuda")
+    torch.library.opcheck(decode_attention_triton, (q, k, v, n_valid))

@@ -24,13 +24,14 @@ pytestmark = pytest.mark.gpu
 # Widths that kernels of the prefill take: heads of 64, blocks of 16 or more.
 WIDTHS = {"dim": 128, "multiple_of": 64}
 GDN = GatedDeltaNetArgs(head_dim=64, expand_v=1.0)
+DSA = DSAArgs(top_k=32, n_index_heads=1)
 CHANGES = {
     "gdn": {"gdn": GDN},
     "hybrid": {"gdn": GDN},
     "mamba2": {"mamba2": Mamba2Args(head_dim=64, state_dim=64)},
     "nsa": {"dim": 1024, "nsa": NSAArgs(block_size=32, n_blocks=4, window_size=40)},
-    "dsa": {"dsa": DSAArgs(top_k=32)},
-    "gdn+dsa": {"gdn": GDN, "dsa": DSAArgs(top_k=32)},
+    "dsa": {"dsa": DSA},
+    "gdn+dsa": {"gdn": GDN, "dsa": DSA},
 }
 CHOOSE_KEYS = ("nsa", "dsa", "gdn+dsa")  # and a choice may tip over with another rounding
 

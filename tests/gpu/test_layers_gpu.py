@@ -16,13 +16,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from apps.LT2.kernel.attention import naive_attention
 from apps.LT2.kernel.fla import import_fla
-from apps.LT2.mixers import MIXERS
+from apps.LT2.mixers import MIXERS, Mixer
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.mixers.gla import GLAArgs
 from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.linear import LinearMixer
+from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.optim import is_matrix
@@ -39,6 +41,7 @@ QKVO = {
     "wo.weight": "o_proj.weight",
     "norm.weight": "o_norm.weight",
 }
+HEADS_AND_NORM = {"num_heads": HEADS, "norm_eps": EPS}
 DECAY = {"A_log": "A_log", "dt_bias": "dt_bias"}
 
 
@@ -49,17 +52,17 @@ def qkv_conv(weights: dict[str, Tensor], mixer: LinearMixer) -> dict[str, Tensor
     return {f"{x}_conv1d.weight": part for x, part in zip("qkv", parts, strict=True)}
 
 
-def half_split_rotary(weights: dict[str, Tensor], mixer: LinearMixer) -> dict[str, Tensor]:
+def half_split_rotary(weights: dict[str, Tensor], mixer: Mixer) -> dict[str, Tensor]:
     """We turn pairs (2i, 2i+1) of a head, fla (i, i + K/2): the same with rows in another order."""
 
     def reordered(weight: Tensor) -> Tensor:
-        pairs = weight.unflatten(0, (mixer.n_heads, mixer.key_dim // 2, 2))
+        pairs = weight.unflatten(0, (-1, WIDTH // 2, 2))
         return pairs.transpose(1, 2).flatten(0, 2)
 
     return {f"{x}_proj.weight": reordered(weights[f"w{x}.weight"]) for x in "qk"}
 
 
-def nothing_more(weights: dict[str, Tensor], mixer: LinearMixer) -> dict[str, Tensor]:
+def nothing_more(weights: dict[str, Tensor], mixer: Mixer) -> dict[str, Tensor]:
     return {}
 
 
@@ -67,7 +70,7 @@ def nothing_more(weights: dict[str, Tensor], mixer: LinearMixer) -> dict[str, Te
 class Oracle:
     layer: str  # class in fla.layers
     names: dict[str, str]  # our parameter -> theirs
-    options: dict[str, Any]  # of fla's layer, beside hidden_size, num_heads and norm_eps
+    options: dict[str, Any]  # of fla's layer, beside hidden_size
     # What of their weights does not follow from `names`.
     others: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = qkv_conv
     args: dict[str, Any] = field(default_factory=dict)  # of our model
@@ -78,7 +81,7 @@ ORACLES = {
     "gdn": Oracle(
         "GatedDeltaNet",
         QKVO | DECAY | {f"w{x}.weight": f"{x}_proj.weight" for x in "gab"},
-        {"head_dim": WIDTH, "expand_v": 1.0},
+        HEADS_AND_NORM | {"head_dim": WIDTH, "expand_v": 1.0},
         args={"gdn": GatedDeltaNetArgs(head_dim=WIDTH, expand_v=1.0)},
     ),
     "kda": Oracle(
@@ -93,13 +96,13 @@ ORACLES = {
             "wg_up.weight": "g_proj.1.weight",
             "gate_bias": "g_proj.1.bias",
         },
-        {"head_dim": WIDTH, "allow_neg_eigval": True},
+        HEADS_AND_NORM | {"head_dim": WIDTH, "allow_neg_eigval": True},
         args={"kda": KDAArgs(head_dim=WIDTH, allow_neg_eigval=True)},
     ),
     "deltanet": Oracle(
         "DeltaNet",
         QKVO | {"wb.weight": "b_proj.weight"},
-        {},
+        HEADS_AND_NORM,
         args={"deltanet": DeltaNetArgs(head_dim=WIDTH)},
     ),
     "retnet": Oracle(
@@ -110,7 +113,7 @@ ORACLES = {
             "wo.weight": "o_proj.weight",
             "norm.weight": "g_norm_swish_gate.weight",
         },
-        {"expand_v": 1.0},
+        HEADS_AND_NORM | {"expand_v": 1.0},
         others=half_split_rotary,
         args={"retnet": RetNetArgs(expand_v=1.0)},
     ),
@@ -127,7 +130,7 @@ ORACLES = {
             "decay_bias": "gk_proj.1.bias",
             "norm.weight": "g_norm_swish_gate.weight",
         },
-        {"expand_k": 1.0},
+        HEADS_AND_NORM | {"expand_k": 1.0},
         others=nothing_more,
         args={"gla": GLAArgs(head_dim=WIDTH, expand_v=1.0)},
     ),
@@ -140,21 +143,58 @@ ORACLES = {
             "wo.weight": "o_proj.weight",
             "norm.weight": "g_norm.weight",
         },
-        {"expand_ratio": WIDTH},
+        HEADS_AND_NORM | {"expand_ratio": WIDTH},
         others=nothing_more,
+    ),
+    # More blocks to choose than there are: which ones near ties leave out is for kernel tests.
+    "nsa": Oracle(
+        "NativeSparseAttention",
+        {f"w{x}.weight": f"{x}_proj.weight" for x in "vgo"},
+        {
+            "num_heads": 16,
+            "num_kv_heads": 1,
+            "head_dim": WIDTH,
+            "block_size": 32,
+            "block_counts": 16,
+            "window_size": 40,
+            "rope_theta": 10000.0,
+        },
+        others=half_split_rotary,
+        args={
+            "n_heads": 16,
+            "head_dim": WIDTH,
+            "rope_theta": 10000.0,
+            "nsa": NSAArgs(block_size=32, n_blocks=16, window_size=40),
+        },
     ),
 }
 
 
-def make(name: str) -> LinearMixer:
+@pytest.fixture(autouse=True)
+def attention_for_flas_window(monkeypatch):
+    """The window of fla's NSA is flash-attn's, which need not be installed."""
+
+    def attend(q, k, v, *, causal, window_size):
+        assert causal and window_size[1] == 0
+        return naive_attention(q.float(), k.float(), v.float(), window=window_size[0] + 1).to(q)
+
+    def attend_packed(q, k, v, *, cu_seqlens_q, cu_seqlens_k, window_size, **_):
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        q, k, v = (x[None].float() for x in (q, k, v))
+        window = window_size[0] + 1
+        return naive_attention(q, k, v, window=window, cu_seqlens=cu_seqlens_q)[0].bfloat16()
+
+    parallel = import_fla("fla.ops.nsa.parallel")
+    monkeypatch.setattr(parallel, "flash_attn_func", attend)
+    monkeypatch.setattr(parallel, "flash_attn_varlen_func", attend_packed)
+
+
+def make(name: str) -> Mixer:
     """In fp32, off its initial values; bf16 holds the weights wherever fla's layer is bf16."""
     torch.manual_seed(0)
     oracle = ORACLES[name]
-    args = LoopedTransformerArgs(
-        dim=DIM, n_layers=1, n_heads=HEADS, norm_eps=EPS, vocab_size=8, **oracle.args
-    )
-    mixer = MIXERS[name](args)
-    assert isinstance(mixer, LinearMixer)
+    shape = {"dim": DIM, "n_layers": 1, "n_heads": HEADS, "norm_eps": EPS, "vocab_size": 8}
+    mixer = MIXERS[name](LoopedTransformerArgs(**(shape | oracle.args)))
     mixer.reset_parameters(None, 1.0)
     with torch.no_grad():
         for parameter_name, p in mixer.named_parameters():
@@ -164,7 +204,7 @@ def make(name: str) -> LinearMixer:
     return mixer.cuda()
 
 
-def in_bf16(mixer: LinearMixer) -> LinearMixer:
+def in_bf16(mixer: Mixer) -> Mixer:
     """As training holds it: matrices in bf16, vectors in fp32."""
     mixer = copy.deepcopy(mixer)
     for name, p in mixer.named_parameters():
@@ -173,10 +213,10 @@ def in_bf16(mixer: LinearMixer) -> LinearMixer:
     return mixer
 
 
-def in_fla(name: str, mixer: LinearMixer) -> nn.Module:
+def in_fla(name: str, mixer: Mixer) -> nn.Module:
     oracle = ORACLES[name]
     layer_class = getattr(import_fla("fla.layers"), oracle.layer)
-    layer = layer_class(hidden_size=DIM, num_heads=HEADS, norm_eps=EPS, **oracle.options)
+    layer = layer_class(hidden_size=DIM, **oracle.options)
     ours = {name: p.detach() for name, p in mixer.named_parameters()}
     theirs = {oracle.names[name]: p for name, p in ours.items() if name in oracle.names}
     layer.load_state_dict(theirs | oracle.others(ours, mixer))

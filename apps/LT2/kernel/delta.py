@@ -1,4 +1,4 @@
-"""What the delta rules share, whatever their decay: the chunk form and the decode step.
+"""What the delta rules share, whatever their decay: the chunk form.
 
 A delta rule reads what the faded state holds under a key and writes the difference to the value:
 
@@ -55,32 +55,3 @@ def delta_rule_in_chunks(
     writes_MHCV = u_MHCV - w_MHCK @ starts_MHKV
     o_MHCV = (q_MHCK * from_start) @ starts_MHKV + qk_MHCC @ writes_MHCV
     return o_MHCV, final_NHKV
-
-
-@torch.no_grad()
-def delta_step(
-    q_BHK: Tensor,
-    k_BHK: Tensor,
-    v_BHV: Tensor,
-    g: Tensor | None,
-    beta_BH: Tensor,
-    state_BHKV: Tensor,
-) -> Tensor:
-    """One token of every sequence: `state_BHKV` (fp32) is updated in place, o (B, H, V) returned.
-
-    g: log decay (B, H, 1) or (B, H, K), None where nothing fades. Decode is bound by the state's
-    memory traffic, so q and k read the *old* state together; what this token writes reaches o
-    through q.k alone: S_t^T q = S^T (D q) + (k.q) u.
-    """
-    q_BHK, k_BHK = q_BHK.float() * q_BHK.shape[-1] ** -0.5, k_BHK.float()
-    readers_BH2K = torch.stack([q_BHK, k_BHK], dim=2)
-    keep = None if g is None else g.float().exp()
-    if keep is not None:
-        readers_BH2K = readers_BH2K * keep[:, :, None]
-    read_BH2V = readers_BH2K @ state_BHKV
-    write_BHV = (v_BHV.float() - read_BH2V[:, :, 1]) * beta_BH.float()[..., None]
-    if keep is not None:
-        state_BHKV.mul_(keep[..., None])
-    state_BHKV.addcmul_(k_BHK[..., None], write_BHV[:, :, None])
-    qk_BH1 = (q_BHK * k_BHK).sum(-1, keepdim=True)
-    return torch.addcmul(read_BH2V[:, :, 0], qk_BH1, write_BHV).to(v_BHV.dtype)

@@ -21,10 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from apps.LT2.kernel.attention.decode import decode_attention
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
 from apps.LT2.kernel.documents import document_of_tokens
 from lingua.args import UserError
 from lingua.transformer import flex_attention_on, repeat_kv
+
+__all__ = [
+    "attention",
+    "check_attention_device",
+    "check_attention_impl",
+    "decode_attention",
+    "naive_attention",
+]
 
 IMPLS = ("auto", "sdpa", "flex_attention", "fmha", "naive")
 HALF = (torch.bfloat16, torch.float16)
@@ -92,23 +101,6 @@ def attention(
         return _fmha(*args)
     assert impl == "naive", f"unknown impl {impl!r}"
     return naive_attention(q_BTHK, k_BTHK, v_BTHK, window=window, cu_seqlens=cu_seqlens)
-
-
-def decode_attention(q_BHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, n_valid_B: Tensor) -> Tensor:
-    """One query a row over the first n_valid slots of its cache; returns (B, H, K).
-
-    The order of the slots does not matter: a ring buffer is passed as it lies in memory.
-    """
-    slots = torch.arange(k_BSHK.shape[1], device=q_BHK.device)
-    visible = (slots < n_valid_B[:, None])[:, None, None]  # B 1 1 S
-    out = F.scaled_dot_product_attention(
-        q_BHK[:, :, None],
-        k_BSHK.transpose(1, 2),
-        v_BSHK.transpose(1, 2),
-        attn_mask=visible,
-        enable_gqa=q_BHK.shape[1] != k_BSHK.shape[2],
-    )
-    return out[:, :, 0]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:

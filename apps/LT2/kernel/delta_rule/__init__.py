@@ -10,10 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from apps.LT2.kernel.arguments import check_arguments, choose_impl
-from apps.LT2.kernel.delta import delta_step
 from apps.LT2.kernel.delta_rule.chunked import delta_rule_chunked
 from apps.LT2.kernel.delta_rule.fla import delta_rule_fla
 from apps.LT2.kernel.delta_rule.naive import delta_rule_naive
+from apps.LT2.kernel.recurrent_step import recurrent_step
 
 IMPLS = {"naive": delta_rule_naive, "chunked": delta_rule_chunked, "fla": delta_rule_fla}
 
@@ -57,4 +57,4 @@ def delta_rule_step(
     q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, beta_BH: Tensor, state_BHKV: Tensor
 ) -> Tensor:
     """One token of every sequence: `state_BHKV` (fp32) is updated in place; o (B, H, V)."""
-    return delta_step(q_BHK, k_BHK, v_BHV, None, beta_BH, state_BHKV)
+    return recurrent_step(q_BHK, k_BHK, v_BHV, None, beta_BH, state_BHKV)

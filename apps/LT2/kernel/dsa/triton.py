@@ -9,33 +9,20 @@ Shapes: B batch, T tokens, H query heads, G key/value heads, K head width (KP: t
 X bytes of a row of the mask; a tile is M queries by N keys. Exponents are of 2.
 """
 
-# Triton is not there where types are checked.
 # pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from apps.LT2.kernel.documents import document_of_tokens
 from apps.LT2.kernel.dsa.blocks import Block
+from apps.LT2.kernel.triton_jit import jit, tl, triton
 
-
-def _as_it_is(kernel: Any) -> Any:
-    return kernel
-
-
-try:
-    import triton  # pyright: ignore[reportMissingImports]
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
-
-    # Where a block begins and ends must not make kernels of its own.
-    _jit: Any = triton.jit(do_not_specialize=["begin", "end", "first", "last"])
-except ImportError:  # no CUDA here, and nothing below is called
-    triton = tl = cast(Any, None)
-    _jit = _as_it_is
+# Where a block begins and ends must not make kernels of its own.
+_jit = jit(do_not_specialize=["begin", "end", "first", "last"])
 
 LOG2_E = 1.4426950408889634
 

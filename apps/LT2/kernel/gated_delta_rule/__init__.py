@@ -10,10 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from apps.LT2.kernel.arguments import check_arguments, choose_impl
-from apps.LT2.kernel.delta import delta_step
 from apps.LT2.kernel.gated_delta_rule.chunked import gated_delta_rule_chunked
 from apps.LT2.kernel.gated_delta_rule.fla import gated_delta_rule_fla
 from apps.LT2.kernel.gated_delta_rule.naive import gated_delta_rule_naive
+from apps.LT2.kernel.recurrent_step import recurrent_step
 
 IMPLS = {
     "naive": gated_delta_rule_naive,
@@ -68,4 +68,4 @@ def gated_delta_step(
     state_BHKV: Tensor,
 ) -> Tensor:
     """One token of every sequence: `state_BHKV` (fp32) is updated in place; o (B, H, V)."""
-    return delta_step(q_BHK, k_BHK, v_BHV, g_BH[..., None], beta_BH, state_BHKV)
+    return recurrent_step(q_BHK, k_BHK, v_BHV, g_BH[..., None], beta_BH, state_BHKV)

@@ -20,6 +20,7 @@ from apps.LT2.kernel.fla import (
     check_delta_rule_inputs,
     import_fla,
     packed_arguments,
+    sum_decay_gradient_in_fp32,
     widen,
     widen_state,
 )
@@ -154,4 +155,5 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _fla() -> ModuleType:
+    sum_decay_gradient_in_fp32()
     return import_fla("fla.ops.gated_delta_rule.chunk")

@@ -7,13 +7,13 @@ Shapes: B batch, T tokens, N sequences, H heads, K key and V value width; S is s
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from apps.LT2.kernel.arguments import check_arguments, choose_impl
 from apps.LT2.kernel.gla.chunked import gla_chunked
 from apps.LT2.kernel.gla.fla import gla_fla
 from apps.LT2.kernel.gla.naive import gla_naive
+from apps.LT2.kernel.recurrent_step import recurrent_step
 
 IMPLS = {"naive": gla_naive, "chunked": gla_chunked, "fla": gla_fla}
 
@@ -56,7 +56,6 @@ def gla(
     return compute(q_BTHK, k_BTHK, v_BTHV, g_BTHK, scale=scale, state=state, cu_seqlens=cu_seqlens)
 
 
-@torch.no_grad()
 def gla_step(
     q_BHK: Tensor,
     k_BHK: Tensor,
@@ -70,8 +69,4 @@ def gla_step(
 
     g may be (B, H, 1): the channels of a head share one decay.
     """
-    scale = float(q_BHK.shape[-1] ** -0.5 if scale is None else scale)
-    q_BH1K, k_BHK1 = q_BHK.float()[:, :, None], k_BHK.float()[..., None]
-    keep_BHK1 = g_BHK.float().exp()[..., None]
-    state_BHKV.mul_(keep_BHK1).addcmul_(k_BHK1, v_BHV.float()[:, :, None])
-    return (scale * (q_BH1K @ state_BHKV)[:, :, 0]).to(v_BHV.dtype)
+    return recurrent_step(q_BHK, k_BHK, v_BHV, g_BHK, None, state_BHKV, scale=scale)

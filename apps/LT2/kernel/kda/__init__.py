@@ -10,10 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from apps.LT2.kernel.arguments import check_arguments, choose_impl
-from apps.LT2.kernel.delta import delta_step
 from apps.LT2.kernel.kda.chunked import kda_chunked
 from apps.LT2.kernel.kda.fla import kda_fla
 from apps.LT2.kernel.kda.naive import kda_naive
+from apps.LT2.kernel.recurrent_step import recurrent_step
 
 IMPLS = {"naive": kda_naive, "chunked": kda_chunked, "fla": kda_fla}
 
@@ -64,4 +64,4 @@ def kda_step(
     state_BHKV: Tensor,
 ) -> Tensor:
     """One token of every sequence: `state_BHKV` (fp32) is updated in place; o (B, H, V)."""
-    return delta_step(q_BHK, k_BHK, v_BHV, g_BHK, beta_BH, state_BHKV)
+    return recurrent_step(q_BHK, k_BHK, v_BHV, g_BHK, beta_BH, state_BHKV)

@@ -21,6 +21,7 @@ from apps.LT2.kernel.fla import (
     import_fla,
     packed_arguments,
     sum_decay,
+    sum_decay_gradient_in_fp32,
     widen,
     widen_state,
 )
@@ -160,4 +161,5 @@ def _decay_arguments(g_read: Tensor) -> dict[str, Tensor | None]:
 
 
 def _fla() -> ModuleType:
+    sum_decay_gradient_in_fp32()
     return import_fla("fla.ops.simple_gla.chunk")

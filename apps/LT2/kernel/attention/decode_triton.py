@@ -1,0 +1,151 @@
+"""The decode step's attention on CUDA, shared out over the slots of the cache.
+
+A step reads the cache once and computes little, so what counts is that all multiprocessors read:
+the slots of a row go to several programs, whose partial softmaxes a second, small kernel joins (the
+split of Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). All query heads
+of a key/value head share one reading of it. Slots that hold nothing yet are not read.
+
+Shapes as in `decode_attention`; R = H / G, P parts.
+"""
+
+# pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apps.LT2.kernel.triton_jit import jit, tl, triton
+
+BLOCK_S = 64  # slots read at a time
+MIN_SLOTS = 4 * BLOCK_S  # of a part: fewer, and joining the parts costs more than it saves
+MAX_STAGED_BYTES = 512  # of a head
+PROGRAMS = 1024  # wanted at least: some for each multiprocessor of the largest GPUs
+
+
+def launch(q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, n_valid_B: Tensor) -> Tensor:
+    B, H, K = q_BHK.shape
+    S, G = k_BSGK.shape[1:3]
+    assert k_BSGK.stride(3) == v_BSGK.stride(3) == 1, "channels of a head lie side by side"
+    n_parts = max(min(triton.cdiv(PROGRAMS, B * G), triton.cdiv(S, MIN_SLOTS)), 1)
+    slots = triton.cdiv(triton.cdiv(S, n_parts), BLOCK_S) * BLOCK_S  # of a part
+    sums_BHPK = torch.empty(B, H, n_parts, K, device=q_BHK.device, dtype=torch.float32)
+    # of the scores of a part: their maximum, and the sum of exp(score - maximum)
+    maximum_BHP, total_BHP = torch.empty(2, B, H, n_parts, device=q_BHK.device, dtype=torch.float32)
+    o_BHK = q_BHK.new_empty(q_BHK.shape)
+    block_K = max(triton.next_power_of_2(K), 16)
+    sizes = {"K": K, "BLOCK_K": block_K, "num_warps": 4}
+    # Loads of the next slots under way at once; more of the widest do not fit in shared memory.
+    num_stages = 3 if block_K * q_BHK.dtype.itemsize <= MAX_STAGED_BYTES else 1
+    _attend_part[(B * G, n_parts)](
+        q_BHK.contiguous(),
+        k_BSGK,
+        v_BSGK,
+        n_valid_B.contiguous(),
+        sums_BHPK,
+        maximum_BHP,
+        total_BHP,
+        K**-0.5,
+        G,
+        slots,
+        *k_BSGK.stride()[:3],
+        *v_BSGK.stride()[:3],
+        R=H // G,
+        BLOCK_R=max(triton.next_power_of_2(H // G), 16),
+        BLOCK_S=BLOCK_S,
+        num_stages=num_stages,
+        **sizes,
+    )
+    _join_parts[(B * H,)](
+        sums_BHPK,
+        maximum_BHP,
+        total_BHP,
+        o_BHK,
+        P=n_parts,
+        BLOCK_P=triton.next_power_of_2(n_parts),
+        **sizes,
+    )
+    return o_BHK
+
+
+@jit(do_not_specialize=["slots"])
+def _attend_part(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    n_valid_ptr,
+    sums_ptr,
+    maximum_ptr,
+    total_ptr,
+    scale,
+    G,
+    slots,
+    k_B,
+    k_S,
+    k_G,
+    v_B,
+    v_S,
+    v_G,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    bg, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, g = bg // G, bg % G
+    n_parts = tl.num_programs(1)
+    at_R, at_K = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
+    in_K = at_K < K
+    head = bg * R + at_R  # of B * H, since the heads of a group follow each other
+    in_RK = (at_R < R)[:, None] & in_K[None, :]
+    q = tl.load(q_ptr + head[:, None] * K + at_K[None, :], mask=in_RK, other=0.0)
+    first = part * slots
+    last = tl.minimum(first + slots, tl.load(n_valid_ptr + b).to(tl.int32))
+    sums = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    maximum = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for start in range(first, last, BLOCK_S):
+        at_S = start + tl.arange(0, BLOCK_S)
+        in_S = at_S < last
+        in_SK = in_S[:, None] & in_K[None, :]
+        slot = at_S.to(tl.int64)[:, None]
+        k = tl.load(k_ptr + b * k_B + slot * k_S + g * k_G + at_K[None, :], mask=in_SK, other=0.0)
+        v = tl.load(v_ptr + b * v_B + slot * v_S + g * v_G + at_K[None, :], mask=in_SK, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where(in_S[None, :], scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        weights = tl.exp(scores - new_maximum[:, None])
+        kept = tl.exp(maximum - new_maximum)
+        sums = sums * kept[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        total = total * kept + tl.sum(weights, axis=1)
+        maximum = new_maximum
+    at_P = head * n_parts + part
+    tl.store(sums_ptr + at_P[:, None] * K + at_K[None, :], sums, mask=in_RK)
+    tl.store(maximum_ptr + at_P, maximum, mask=at_R < R)
+    tl.store(total_ptr + at_P, total, mask=at_R < R)
+
+
+@jit()
+def _join_parts(
+    sums_ptr,
+    maximum_ptr,
+    total_ptr,
+    o_ptr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    at_P, at_K = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_K)
+    in_P, in_K = at_P < P, at_K < K
+    maximum = tl.load(maximum_ptr + head * P + at_P, mask=in_P, other=float("-inf"))
+    total = tl.load(total_ptr + head * P + at_P, mask=in_P, other=0.0)
+    share = tl.exp(maximum - tl.max(maximum, axis=0))  # 0 for a part without a valid slot
+    sums = tl.load(
+        sums_ptr + (head * P + at_P)[:, None] * K + at_K[None, :],
+        mask=in_P[:, None] & in_K[None, :],
+        other=0.0,
+    )
+    o = tl.sum(sums * share[:, None], axis=0) / tl.sum(total * share, axis=0)
+    tl.store(o_ptr + head * K + at_K, o.to(o_ptr.dtype.element_ty), mask=in_K)
