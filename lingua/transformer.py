@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lingua.args import UserError
+from lingua.joint_linear import joint_linear
 
 
 class InitStdFactor(Enum):
@@ -324,7 +325,12 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, up = joint_linear(x, self.joint_linears())
+        return self.w2(F.silu(gate) * up)
+
+    def joint_linears(self) -> tuple[nn.Linear, ...]:
+        """Those that read x."""
+        return (self.w1, self.w3)
 
     def reset_parameters(self, init_std: float | None = None, factor: float = 1.0) -> None:
         init_linear(self.w1, init_std)

@@ -28,7 +28,7 @@ from apps.LT2.compiled import compile_prefill, compile_step
 from apps.LT2.flops import count_parameters
 from apps.LT2.inference_cost import Cost, Plan, Ratio, Row, measure_point
 from apps.LT2.kernel.attention import check_attention_device
-from apps.LT2.load import cast_for_inference, check_kernels, resolve_device
+from apps.LT2.load import cast_for_inference, check_kernels, join_projections, resolve_device
 from apps.LT2.measure import Ceilings, Spread, environment, measure_ceilings, release_memory
 from apps.LT2.scripts.plot_benchmark import check_can_draw, draw
 from apps.LT2.train_args import TrainArgs
@@ -140,6 +140,7 @@ def build(
     torch.manual_seed(0)
     model.init_weights()
     cast_for_inference(model, dtype)
+    join_projections(model)
     if plan.compiled:
         compile_step(model)
         if plan.prefill_chunk is None:

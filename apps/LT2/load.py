@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
+from apps.LT2.mixers import Mixer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, fit_loop_gates
 from lingua.args import UserError, dataclass_from_dict
 from lingua.checkpoint import (
@@ -33,11 +34,13 @@ from lingua.checkpoint import (
     load_from_checkpoint,
 )
 from lingua.checkpoint_folder import MANIFEST_NAME, find_problem
+from lingua.joint_linear import join_weights
 from lingua.launch import get_device
 from lingua.optim import is_matrix
 from lingua.parallelize import DTYPES, resolve_dtype
 from lingua.tensor_store import METADATA_NAME, MODEL_KEY
 from lingua.tokenizer import TOKENIZERS, Tokenizer, TokenizerArgs, build_tokenizer
+from lingua.transformer import FeedForward
 from lingua.weight_file import SAFETENSORS_NAME, find_weight_file, read_weights
 
 logger = logging.getLogger(__name__)
@@ -84,7 +87,10 @@ def load_model_and_tokenizer(
         weights["rho"] = fit_loop_gates(weights["rho"], args.loop_count)
     _check_fits(source, model, {name: tuple(t.shape) for name, t in weights.items()})
     model.load_state_dict(weights, assign=True)
-    return LoadedModel(model.requires_grad_(False).eval(), tokenizer, config)
+    model.requires_grad_(False).eval()
+    if on.type == "cuda":  # on a CPU mapped files stay mapped
+        join_projections(model)
+    return LoadedModel(model, tokenizer, config)
 
 
 def check_dtype(dtype: str) -> None:
@@ -218,6 +224,13 @@ def cast_for_inference(model: nn.Module, matrix_dtype: torch.dtype) -> None:
     """Matrices to `matrix_dtype` and vectors to fp32, in place."""
     for name, param in model.named_parameters():
         param.data = _cast(name, param.data, param.device, matrix_dtype)
+
+
+def join_projections(model: LoopedTransformer) -> None:
+    """Lay the weights of linears that read the same input side by side, in place, for decoding."""
+    for module in model.modules():
+        if isinstance(module, Mixer | FeedForward):
+            join_weights(module.joint_linears())
 
 
 def _cast(name: str, tensor: Tensor, device: torch.device, matrix_dtype: torch.dtype) -> Tensor:

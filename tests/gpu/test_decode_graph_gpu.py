@@ -10,7 +10,7 @@ import torch
 from apps.LT2.compiled import compile_prefill, compile_step
 from apps.LT2.decode_graph import DecodeGraph
 from apps.LT2.inference_cost import Plan, measure_point
-from apps.LT2.load import cast_for_inference
+from apps.LT2.load import cast_for_inference, join_projections
 from apps.LT2.measure import measure_ceilings
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
@@ -39,6 +39,7 @@ CHOOSE_KEYS = ("nsa", "dsa", "gdn+dsa")  # and a choice may tip over with anothe
 def make_model(kind: str):
     model = tiny_model(kind, 2, **{**WIDTHS, **CHANGES.get(kind, {})}).cuda()
     cast_for_inference(model, torch.bfloat16)
+    join_projections(model)
     return model
 
 

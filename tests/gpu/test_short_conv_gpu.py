@@ -7,7 +7,8 @@ import torch
 
 from apps.LT2.kernel.short_conv import short_conv, short_conv_step
 from apps.LT2.kernel.short_conv.naive import short_conv_naive
-from tests.tolerances import BF16_KERNEL, assert_same
+from apps.LT2.kernel.short_conv.step import short_conv_step_triton
+from tests.tolerances import BF16_KERNEL, FP32, assert_same
 
 pytestmark = pytest.mark.gpu
 
@@ -61,3 +62,25 @@ def test_step_in_a_cuda_graph_equals_naive():
         got.append(output.clone())
     assert_same(torch.stack(got, dim=1), want, BF16_KERNEL, "y")
     assert torch.equal(tail, x[:, -3:])
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("k", [2, 3, 4, 8])
+def test_step_equals_naive(k, with_bias, activation):
+    """In fp32, on channels that fill no block, read out of a wider tensor."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 333, device="cuda")[..., :300]
+    weight = torch.randn(300, k, device="cuda")
+    bias = torch.randn(300, device="cuda") if with_bias else None
+    tail = torch.randn(2, k - 1, 300, device="cuda")
+    want = short_conv_naive(x, weight, bias, tail=tail, activation=activation)
+    got = [short_conv_step(x[:, t], weight, tail, bias, activation=activation) for t in range(12)]
+    assert_same(torch.stack(got, dim=1), want, FP32, "y")
+    assert torch.equal(tail, x[:, 13 - k :])
+
+
+def test_step_is_registered_well():
+    x, weight = torch.randn(2, 64, device="cuda"), torch.randn(64, 4, device="cuda")
+    tail = torch.randn(2, 3, 64, device="cuda")
+    torch.library.opcheck(short_conv_step_triton, (x, weight, tail, None, True))

@@ -19,6 +19,7 @@ from apps.LT2.kernel.attention import attention, check_attention_impl, decode_at
 from apps.LT2.kernel.attention.first_token import first_token_mass
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
+from lingua.joint_linear import joint_linear
 from lingua.probe import is_probing, log_stats
 from lingua.transformer import (
     check_rotary_width,
@@ -143,10 +144,12 @@ class Attention(Mixer):
     def _qkv(self, x_BTD: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, T, heads, K), rotated to `positions`, (T,) or (B, T)."""
         q, k, v = (
-            linear(x_BTD).unflatten(-1, (-1, self.head_dim))
-            for linear in (self.wq, self.wk, self.wv)
+            y.unflatten(-1, (-1, self.head_dim)) for y in joint_linear(x_BTD, self.joint_linears())
         )
         return *rotate_heads(q, k, positions, self.rope_theta), v
+
+    def joint_linears(self) -> tuple[nn.Linear, ...]:
+        return (self.wq, self.wk, self.wv)
 
     def _output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
         o = o_BTHK.flatten(2)

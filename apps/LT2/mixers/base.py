@@ -80,6 +80,10 @@ class Mixer(nn.Module, ABC):
         """The weights that the mixer's own loss trains, and that no other loss does."""
         return []
 
+    @abstractmethod
+    def joint_linears(self) -> tuple[nn.Linear, ...]:
+        """The bias-free linears that read the layer's input, whose weights inference joins."""
+
     def begin_step(self, step: int | None) -> None:  # noqa: B027, most mixers do not care
         """Told before each optimizer step how many are done; None is inference, the default."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from apps.LT2.kernel.delta_rule import delta_rule, delta_rule_step
-from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, project_streams, split_qkv
+from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
 from apps.LT2.mixers.parts import HeadRMSNorm, ShortConv, l2_normalize, write_strength
 from lingua.transformer import init_linear
 
@@ -50,8 +50,8 @@ class DeltaNet(LinearMixer):
         self.conv = ShortConv(2 * keys + values, conv_size, option="model.deltanet.conv_size")
         self.norm = HeadRMSNorm(self.value_dim, args.norm_eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
-        return project_streams(x, (self.wq, self.wk, self.wv), (self.wb,))
+    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
+        return (self.wq, self.wk, self.wv), (self.wb,)
 
     def inputs(
         self, streams: Tensor, rest: Rest, positions: Tensor | None

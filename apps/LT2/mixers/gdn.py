@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.gated_delta_rule import gated_delta_rule, gated_delta_step
-from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, project_streams, split_qkv
+from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
 from apps.LT2.mixers.parts import (
     GatedRMSNorm,
     ShortConv,
@@ -62,8 +62,8 @@ class GatedDeltaNet(LinearMixer):
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.norm = GatedRMSNorm(self.value_dim, args.norm_eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
-        return project_streams(x, (self.wq, self.wk, self.wv), (self.wg, self.wa, self.wb))
+    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
+        return (self.wq, self.wk, self.wv), (self.wg, self.wa, self.wb)
 
     def inputs(
         self, streams: Tensor, rest: Rest, positions: Tensor | None

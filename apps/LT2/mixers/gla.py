@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.LT2.kernel.gla import gla, gla_step
-from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, project_streams, split_qkv
+from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
 from apps.LT2.mixers.parts import GatedRMSNorm
 from lingua.transformer import check_sizes, init_linear
 
@@ -56,10 +56,11 @@ class GatedLinearAttention(LinearMixer):
         self.wo = nn.Linear(values, args.dim, bias=False)
         self.norm = GatedRMSNorm(self.value_dim, args.norm_eps)
 
+    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
+        return (self.wq, self.wk, self.wv), (self.wg, self.wa_down)
+
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
-        streams, (gate, a) = project_streams(
-            x, (self.wq, self.wk, self.wv), (self.wg, self.wa_down)
-        )
+        streams, (gate, a) = super().project(x)
         return streams, (gate, self.wa_up(a))
 
     def inputs(

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.LT2.kernel.gla import gla, gla_step
-from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, project_streams
+from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape
 from lingua.args import UserError
 from lingua.transformer import RMSNorm, init_linear
 
@@ -59,8 +59,8 @@ class HGRN2(LinearMixer):
         self.wo = nn.Linear(values, args.dim, bias=False)
         self.norm = RMSNorm(values, args.norm_eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
-        return project_streams(x, (self.wq, self.wv), (self.wf,))
+    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
+        return (self.wq, self.wv), (self.wf,)
 
     def inputs(
         self, streams: Tensor, rest: Rest, positions: Tensor | None

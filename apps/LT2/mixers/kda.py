@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.kda import kda, kda_step
-from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, project_streams, split_qkv
+from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
 from apps.LT2.mixers.parts import (
     GatedRMSNorm,
     ShortConv,
@@ -68,10 +68,11 @@ class KimiDeltaAttention(LinearMixer):
         self.dt_bias = nn.Parameter(torch.empty(keys))
         self.norm = GatedRMSNorm(self.value_dim, args.norm_eps, activation="sigmoid")
 
+    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
+        return (self.wq, self.wk, self.wv), (self.wa_down, self.wg_down, self.wb)
+
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
-        streams, (a, gate, b) = project_streams(
-            x, (self.wq, self.wk, self.wv), (self.wa_down, self.wg_down, self.wb)
-        )
+        streams, (a, gate, b) = super().project(x)
         return streams, (self.wa_up(a), self.wg_up(gate), b)
 
     def inputs(

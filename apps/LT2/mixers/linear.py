@@ -1,6 +1,6 @@
 """What linear mixers share: projections, a short convolution, a recurrence, and their memory.
 
-    streams, rest = project(x)            one matrix product
+    streams, rest = project(x)            one matrix product of all `projections`
     streams = silu(conv(streams))         where the mixer has a convolution
     o, state = recurrence(inputs(streams, rest))      the mixer's own
     y = output(o, rest)                   norm, gate, output projection
@@ -25,6 +25,7 @@ from apps.LT2.kernel.documents import local_positions
 from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
 from apps.LT2.mixers.parts import ShortConv
 from lingua.args import UserError
+from lingua.joint_linear import joint_weight
 from lingua.probe import is_probing
 from lingua.transformer import check_sizes
 
@@ -48,7 +49,7 @@ class LinearMixer(Mixer):
     """A mixer whose past is one matrix a head, of the same size at any length.
 
     A subclass sets the four attributes and `conv` (None: the streams are not convolved), and gives
-    `project`, `inputs`, `recurrence`, `recurrence_step`, `output` and `recurrence_flops`.
+    `projections`, `inputs`, `recurrence`, `recurrence_step`, `output` and `recurrence_flops`.
     """
 
     uses_positions: ClassVar[bool] = False
@@ -59,8 +60,17 @@ class LinearMixer(Mixer):
     conv: ShortConv | None
 
     @abstractmethod
+    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
+        """The linears that read the layer's input: those of the streams, in their order, and the
+        others."""
+
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
         """(streams (..., C), rest) of x (..., D): what is convolved, and what is not."""
+        return project_streams(x, *self.projections())
+
+    def joint_linears(self) -> tuple[nn.Linear, ...]:
+        streams, rest = self.projections()
+        return (*streams, *rest)
 
     @abstractmethod
     def inputs(self, streams: Tensor, rest: Rest, positions: Tensor | None) -> tuple[Tensor, ...]:
@@ -247,15 +257,16 @@ def project_streams(
 ) -> tuple[Tensor, Rest]:
     """The projections of x (..., D): those of `streams` side by side, those of `rest` apart.
 
-    All are bias-free, and one matrix product where x has many tokens. Weights stay separate
-    parameters, so that each has its own name, initialization and shard.
+    All are bias-free, and one matrix product where their weights are joined or x has many tokens.
     """
     linears = (*streams, *rest)
-    if x.shape[:-1].numel() < FUSE_TOKENS or is_probing():
+    weight = None if is_probing() else joint_weight(linears)
+    if weight is None and (x.shape[:-1].numel() < FUSE_TOKENS or is_probing()):
         outputs = [linear(x) for linear in linears]
         return torch.cat(outputs[: len(streams)], dim=-1), tuple(outputs[len(streams) :])
+    if weight is None:
+        weight = torch.cat([linear.weight for linear in linears])
     widths = [sum(linear.out_features for linear in streams)]
     widths += [linear.out_features for linear in rest]
-    weight = torch.cat([linear.weight for linear in linears])
     first, *others = F.linear(x, weight).split(widths, dim=-1)
     return first, tuple(others)

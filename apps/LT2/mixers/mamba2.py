@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.LT2.kernel.simple_gla import simple_gla, simple_gla_step
-from apps.LT2.mixers.linear import LinearMixer, Rest, project_streams
+from apps.LT2.mixers.linear import LinearMixer, Rest
 from apps.LT2.mixers.parts import ShortConv, init_decay
 from lingua.args import UserError
 from lingua.transformer import check_sizes, init_linear
@@ -59,8 +59,8 @@ class Mamba2(LinearMixer):
         self.D = nn.Parameter(torch.empty(self.n_heads))
         self.norm = GroupedRMSNorm(inner, self.n_groups, args.norm_eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
-        return project_streams(x, (self.wx, self.wB, self.wC), (self.wz, self.wdt))
+    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
+        return (self.wx, self.wB, self.wC), (self.wz, self.wdt)
 
     def inputs(
         self, streams: Tensor, rest: Rest, positions: Tensor | None

@@ -36,6 +36,7 @@ from apps.LT2.kernel.nsa import (
 from apps.LT2.mixers.attention import AttentionCache, append, rotate_heads, visible_pairs
 from apps.LT2.mixers.base import Mixer, cache_rows
 from lingua.args import UserError
+from lingua.joint_linear import joint_linear
 from lingua.transformer import check_rotary_width, check_sizes, init_linear, resolve_heads
 
 if TYPE_CHECKING:
@@ -178,12 +179,13 @@ class NativeSparseAttention(Mixer):
 
     def _project(self, x_BTD: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v (B, T, heads, K), q and k turned to `positions`, and gates (B, T, H, 3)."""
-        q, k, v = (
-            linear(x_BTD).unflatten(-1, (-1, self.head_dim))
-            for linear in (self.wq, self.wk, self.wv)
-        )
-        gates = torch.sigmoid(self.wg(x_BTD)).unflatten(-1, (self.n_heads, 3))
+        *qkv, gates = joint_linear(x_BTD, self.joint_linears())
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
+        gates = torch.sigmoid(gates).unflatten(-1, (self.n_heads, 3))
         return *rotate_heads(q, k, positions, self.rope_theta), v, gates
+
+    def joint_linears(self) -> tuple[nn.Linear, ...]:
+        return (self.wq, self.wk, self.wv, self.wg)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *, cu_seqlens: Tensor | None = None

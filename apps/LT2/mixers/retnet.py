@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.simple_gla import simple_gla, simple_gla_step
-from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, project_streams, split_qkv
+from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
 from apps.LT2.mixers.parts import GatedRMSNorm
 from lingua.transformer import check_rotary_width, init_linear, rotary_angles, rotate_pairs
 
@@ -49,8 +49,8 @@ class RetNet(LinearMixer):
         self.wo = nn.Linear(values, args.dim, bias=False)
         self.norm = GatedRMSNorm(self.value_dim, args.norm_eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
-        return project_streams(x, (self.wq, self.wk, self.wv), (self.wg,))
+    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
+        return (self.wq, self.wk, self.wv), (self.wg,)
 
     def inputs(
         self, streams: Tensor, rest: Rest, positions: Tensor | None

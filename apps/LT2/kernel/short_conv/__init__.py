@@ -3,7 +3,9 @@
     y_t = silu( bias + sum_j weight[:, j] x_{t - (k-1) + j} )        the last tap weighs token t
 
 A sum of k shifted products in plain torch, which torch.compile fuses into one kernel with its
-neighbours. Shapes: B batch, T tokens, N sequences, C channels, K taps (k-1 in a tail).
+neighbours. The step of decoding, which also moves the tail on, is one Triton kernel on CUDA.
+
+Shapes: B batch, T tokens, N sequences, C channels, K taps (k-1 in a tail).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apps.LT2.kernel.documents import document_of_tokens
+from apps.LT2.kernel.short_conv.step import kernel_can, short_conv_step_triton
 
 ACTIVATIONS = ("silu", None)
 
@@ -77,6 +80,9 @@ def short_conv_step(
     activation: str | None = "silu",
 ) -> Tensor:
     """One token of every sequence; `tail_BKC` (B, k-1, C) takes it in, in place."""
+    assert activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}"
+    if kernel_can(x_BC, tail_BKC):
+        return short_conv_step_triton(x_BC, weight_CK, tail_BKC, bias_C, activation == "silu")
     dtype = torch.promote_types(x_BC.dtype, torch.float32)
     window_BKC = torch.cat([tail_BKC, x_BC[:, None]], dim=1)
     tail_BKC.copy_(window_BKC[:, 1:])

@@ -1,0 +1,91 @@
+"""The convolution of one token on CUDA, with its tail moved on by the same kernel.
+
+In plain torch these are three kernels of a microsecond or two, in every layer and loop of a step.
+Shapes as in `short_conv_step`.
+"""
+
+# pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apps.LT2.kernel.triton_jit import jit, tl, triton
+
+BLOCK_C = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def kernel_can(x_BC: Tensor, tail_BKC: Tensor) -> bool:
+    """Whether the kernel serves these tensors."""
+    fits = x_BC.stride(-1) == 1 and tail_BKC.is_contiguous()
+    return x_BC.is_cuda and x_BC.dtype in DTYPES and fits
+
+
+@torch.library.custom_op("lt2::short_conv_step", mutates_args={"tail"})
+def short_conv_step_triton(
+    x: Tensor, weight: Tensor, tail: Tensor, bias: Tensor | None, silu: bool
+) -> Tensor:
+    """Same arguments and result as `short_conv_step`."""
+    assert kernel_can(x, tail), "channels lie side by side, on CUDA"
+    B, C = x.shape
+    y = x.new_empty(B, C)
+    with torch.cuda.device(x.device):
+        _step_kernel[(B, triton.cdiv(C, BLOCK_C))](
+            x,
+            weight,
+            bias,
+            tail,
+            y,
+            C,
+            x.stride(0),
+            *weight.stride(),
+            TAIL=tail.shape[1],
+            BLOCK_C=BLOCK_C,
+            HAS_BIAS=bias is not None,
+            SILU=silu,
+        )
+    return y
+
+
+@short_conv_step_triton.register_fake
+def _(x, weight, tail, bias, silu):
+    return x.new_empty(x.shape)
+
+
+@jit()
+def _step_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    tail_ptr,
+    y_ptr,
+    C,
+    x_B,
+    weight_C,
+    weight_K,
+    TAIL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    at_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = at_C < C
+    tap_at = weight_ptr + at_C * weight_C
+    x = tl.load(x_ptr + b * x_B + at_C, mask=inside, other=0.0)
+    y = x.to(tl.float32) * tl.load(tap_at + TAIL * weight_K, mask=inside, other=0.0).to(tl.float32)
+    for j in tl.static_range(TAIL):
+        slot = tail_ptr + (b * TAIL + j) * C + at_C
+        past = tl.load(slot, mask=inside, other=0.0).to(tl.float32)
+        y += past * tl.load(tap_at + j * weight_K, mask=inside, other=0.0).to(tl.float32)
+        if j > 0:  # this input has one place less to go
+            tl.store(slot - C, past.to(tail_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        tail_ptr + (b * TAIL + TAIL - 1) * C + at_C, x.to(tail_ptr.dtype.element_ty), mask=inside
+    )
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + at_C, mask=inside, other=0.0).to(tl.float32)
+    if SILU:
+        y = y / (1 + tl.exp(-y))
+    tl.store(y_ptr + b * C + at_C, y.to(y_ptr.dtype.element_ty), mask=inside)
