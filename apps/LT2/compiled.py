@@ -1,10 +1,13 @@
 """torch.compile for prefill and decode, a layer at a time: norms, gates and rotations are fused.
 
-Shapes are constants of the compiled code, so the first call at each of them takes long. Layers
-share code: there is one piece for each family of mixers, each window, each batch size and length.
+Layers share code: there is one piece for each family of mixers, each window, and, where shapes are
+constants of the compiled code, each batch size and length, whose first call takes long.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,6 +27,25 @@ def compile_prefill(model: LoopedTransformer) -> None:
     for block in model.layers:
         assert isinstance(block, Block)
         block.prefill = torch.compile(block.prefill, dynamic=False)
+
+
+@contextmanager
+def compiled_prefill(model: LoopedTransformer) -> Iterator[None]:
+    """Inside, the prefill of every layer is compiled for packed prompts of any lengths.
+
+    Numbers of tokens and of prompts are variables of the code; a single one has its own. The model
+    is afterwards as it was, but what was compiled is found again by the next one to come here.
+    """
+    _allow_variants()
+    for block in model.layers:
+        assert isinstance(block, Block)
+        assert "prefill" not in vars(block), "the prefill is compiled already"
+        block.prefill = torch.compile(block.prefill, dynamic=True)
+    try:
+        yield
+    finally:
+        for block in model.layers:
+            del block.prefill
 
 
 def compile_step(model: LoopedTransformer) -> None:

@@ -32,7 +32,9 @@ class DecodeGraph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
             self._warm_up()
-            with cache.preserved(), torch.cuda.graph(self.graph):
+            # thread_local: other threads, of a data loader say, may allocate in the meantime.
+            capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
+            with cache.preserved(), capture:
                 self.logits_B1V = model.step(self.tokens_B1, cache)
 
     def step(self, tokens_B1: Tensor) -> Tensor:

@@ -30,7 +30,13 @@ import torch.distributed as dist
 
 from apps.LT2.eval_args import EvalArgs as EvalArgs
 from apps.LT2.eval_args import LMHarnessArgs as LMHarnessArgs
-from apps.LT2.load import LoadedModel, find_checkpoint, load_model_and_tokenizer, read_config
+from apps.LT2.load import (
+    LoadedModel,
+    find_checkpoint,
+    load_model_and_tokenizer,
+    read_config,
+    resolve_device,
+)
 from apps.LT2.tasks import find_tasks, import_lm_eval, load_tasks
 from apps.LT2.validation import ValidationArgs, Validator, check_validation_sources
 from lingua.args import (
@@ -128,6 +134,7 @@ def evaluate(args: EvalArgs, should_stop: Callable[[], bool] = lambda: False) ->
 
 
 def load(args: EvalArgs) -> LoadedModel:
+    args.generator.uses_graph(resolve_device(args.generator.device))
     return _as_ckpt_dir(
         lambda: load_model_and_tokenizer(
             args.ckpt_dir,

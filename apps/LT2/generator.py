@@ -3,26 +3,29 @@
     generator = PackedCausalTransformerGenerator(cfg, model, tokenizer)
     texts, loglikelihoods, greedy = generator.generate(["Once upon a time", "In a"])
 
-The prefill scores the prompts, too, so that the same call serves generation and evaluation. Shapes:
-B sequences of a batch, T tokens of its packed prompts, V vocabulary.
+The prefill scores the prompts, too, so that the same call serves generation and evaluation. Rows of
+the cache are refilled as they come free, see continuous_batching.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from apps.LT2.cache import ModelCache
+from apps.LT2.compiled import compiled_prefill
+from apps.LT2.continuous_batching import ContinuousBatch, Step, group_by_length
+from apps.LT2.decode_graph import DecodeGraph
 from apps.LT2.load import check_dtype
-from apps.LT2.sampling import check_sampling, prompt_rng, sample_tokens
+from apps.LT2.sampling import check_sampling, sample_tokens, sequence_rng
+from apps.LT2.sequence import GeneratedSequence
 from apps.LT2.text_stream import TextStream
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import UserError
@@ -32,7 +35,7 @@ from lingua.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]  # a text, or token ids that are taken as they are
-OnText = Callable[[int, str], None]  # (place of the prompt in the list, new text of its answer)
+OnText = Callable[[int, str], None]  # (place of the answer among all, new text of it)
 
 
 @dataclass
@@ -41,18 +44,20 @@ class PackedCausalTransformerGeneratorArgs:
     top_p: float | None = None  # draw from the likeliest tokens that hold this share, 0 to 1
     top_k: int | None = None  # draw from this many likeliest tokens; null = from all
     max_gen_len: int = 512  # longest answer in tokens; 0 only scores the prompts
-    # cache slots of a batch, prompts and answers; how many prompts run together follows from it
+    # cache slots, prompts and answers; how many sequences run at a time follows from it
     max_tokens: int = 1024
     max_prompt_len: int | None = None  # longer prompts lose tokens at their start; null = none do
     until: list[str] = field(
         default_factory=list
     )  # texts that end an answer, which ends before them
-    compile_prefilling: bool = False  # compile the prefill: not in this version, keep false
-    reduce_generation_overhead: bool = False  # CUDA graphs: not in this version, keep false
+    # compile the prefill for any length: pays off over many prompts; rounding may differ
+    compile_prefilling: bool = False
+    # decode by a CUDA graph, which gives the same tokens sooner; null = on a GPU
+    reduce_generation_overhead: bool | None = None
     show_progress: bool = False  # count answers and tokens on stderr
     dtype: str = "auto"  # bf16, fp16 or fp32 of weight matrices and cache; auto: bf16 on GPUs
     device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
-    seed: int = 42  # of the sampling; each prompt has its own stream of random numbers
+    seed: int = 42  # of the sampling; each answer has its own stream of random numbers
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_p, self.top_k)
@@ -70,9 +75,15 @@ class PackedCausalTransformerGeneratorArgs:
             )
         if "" in self.until:
             raise UserError("until holds an empty text, which would end every answer: leave it out")
-        for option in ("compile_prefilling", "reduce_generation_overhead"):
-            if getattr(self, option):
-                raise UserError(f"{option}=true: this version cannot do that, leave it false")
+
+    def uses_graph(self, device: torch.device) -> bool:
+        """Does decoding on `device` replay a CUDA graph? A UserError where it shall and cannot."""
+        if self.reduce_generation_overhead and device.type != "cuda":
+            raise UserError(
+                "reduce_generation_overhead=true: CUDA graphs need a GPU, and this is device="
+                f"{device.type}; use null, which takes them where they are"
+            )
+        return self.reduce_generation_overhead is not False and device.type == "cuda"
 
 
 @dataclass
@@ -85,7 +96,7 @@ class Completion:
 
 
 class PackedCausalTransformerGenerator:
-    """Answers prompts with a model, batch by batch. Options are read from `cfg` at each call."""
+    """Answers prompts with a model. Options are read from `cfg` at each call."""
 
     def __init__(
         self,
@@ -98,6 +109,11 @@ class PackedCausalTransformerGenerator:
         """add_bos: texts begin with BOS (if there is one), as documents did in training."""
         self.cfg, self.model, self.tokenizer = cfg, model, tokenizer
         self.add_bos = add_bos and tokenizer.bos_id >= 0
+        cfg.uses_graph(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.tok_embeddings.weight.device
 
     def generate(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[Tensor], list[Tensor]]:
         """Answers; and of each prompt the log-likelihoods and the greediness, as in Completion."""
@@ -108,37 +124,28 @@ class PackedCausalTransformerGenerator:
         self,
         prompts: Sequence[Prompt],
         *,
+        num_samples: int = 1,
         places: Sequence[int] | None = None,
         on_text: OnText | None = None,
         score: bool = True,
     ) -> Iterator[Completion]:
-        """A Completion for each prompt, in order, as soon as its batch is done.
+        """`num_samples` Completions of each prompt, in order, as soon as those before are done.
 
         places: where each prompt stands in a longer list; the place chooses its random numbers.
+        on_text: told of text as it comes, with its Completion's place among all of this call.
         score: score the prompts, which takes logits for each of their tokens.
+        A UserError, before anything runs, for a prompt that `prepare` refuses.
         """
-        if places is None:
-            places = range(len(prompts))
-        tokens = self._prepare(prompts)
-        progress = Progress(len(prompts)) if self.cfg.show_progress else None
-        for batch in batch_prompts(tokens, self.cfg.max_tokens, self.cfg.max_gen_len):
-            answers = [self._new_answer(places[i]) for i in batch]
+        sequences = []
+        for i, tokens in enumerate(self.prepare(prompts)):
+            if isinstance(tokens, UserError):
+                raise UserError(f"prompt {i + 1} of {len(prompts)}: {tokens}")
+            place = i if places is None else places[i]
+            sequences += [self._new_sequence(tokens, place, k) for k in range(num_samples)]
+        yield from self._report(sequences, on_text, score)
 
-            def after_token(batch: range = batch, answers: list[Answer] = answers) -> None:
-                for i, answer in zip(batch, answers, strict=True):
-                    if on_text and (new := answer.stream.take()):
-                        on_text(i, new)
-                if progress:
-                    progress.update(batch.start, answers)
-
-            scores = self._run_batch([tokens[i] for i in batch], answers, after_token, score)
-            for answer, (loglikelihood, greedy) in zip(answers, scores, strict=True):
-                yield Completion(answer.stream.text, answer.tokens, loglikelihood, greedy)
-        if progress:
-            progress.close()
-
-    def _prepare(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of each prompt, cut to max_prompt_len; refuses what the cache cannot hold."""
+    def prepare(self, prompts: Sequence[Prompt]) -> list[list[int] | UserError]:
+        """Token ids of each prompt, cut to max_prompt_len; or why it cannot be answered."""
         cfg = self.cfg
         tokens = [self._encode(prompt) for prompt in prompts]
         if cfg.max_prompt_len is not None:
@@ -149,135 +156,100 @@ class PackedCausalTransformerGenerator:
                     "longer and lose the tokens at their start"
                 )
             tokens = [t[-cfg.max_prompt_len :] for t in tokens]
-        room = cfg.max_tokens - cfg.max_gen_len
-        for i, t in enumerate(tokens):
-            if len(t) > room:
-                raise UserError(
-                    f"prompt {i + 1} of {len(tokens)} has {len(t)} tokens, and max_tokens="
-                    f"{cfg.max_tokens} has room for {room} beside max_gen_len={cfg.max_gen_len}: "
-                    f"set max_tokens={len(t) + cfg.max_gen_len}, or cut prompts by max_prompt_len="
-                    f"{room}"
-                )
-        return tokens
+        return [self._find_problem(t) or t for t in tokens]
 
     def _encode(self, prompt: Prompt) -> list[int]:
+        """Token ids; none for an empty prompt that has no BOS to start from."""
         if isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt, add_bos=self.add_bos, add_eos=False)
         else:
             tokens = list(prompt)
-        if tokens:
-            return tokens
-        if self.tokenizer.bos_id < 0:
-            raise UserError(
-                "prompts: an empty prompt starts from BOS, and this tokenizer has no such token: "
+        return tokens or [self.tokenizer.bos_id] * (self.tokenizer.bos_id >= 0)
+
+    def _find_problem(self, tokens: list[int]) -> UserError | None:
+        cfg = self.cfg
+        if not tokens:
+            return UserError(
+                "an empty prompt starts from BOS, and this tokenizer has no such token: "
                 "write at least one character"
             )
-        return [self.tokenizer.bos_id]
+        room = cfg.max_tokens - cfg.max_gen_len
+        if len(tokens) <= room:
+            return None
+        return UserError(
+            f"it has {len(tokens)} tokens, and max_tokens={cfg.max_tokens} has room for {room} "
+            f"beside max_gen_len={cfg.max_gen_len}: set max_tokens={len(tokens) + cfg.max_gen_len}"
+            f", or cut prompts by max_prompt_len={room}"
+        )
 
-    def _new_answer(self, index: int) -> Answer:
-        stream = TextStream(self.tokenizer, self.cfg.until)
-        return Answer(prompt_rng(self.cfg.seed, index), stream, done=self.cfg.max_gen_len == 0)
+    def _new_sequence(self, tokens: list[int], prompt: int, sample: int) -> GeneratedSequence:
+        return GeneratedSequence(
+            tokens,
+            self.cfg.max_gen_len,
+            sequence_rng(self.cfg.seed, prompt, sample),
+            TextStream(self.tokenizer, self.cfg.until),
+        )
 
-    @torch.no_grad()
-    def _run_batch(
-        self,
-        prompts: list[list[int]],
-        answers: list[Answer],
-        after_token: Callable[[], None],
-        score: bool,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Prefill, then decode until all answers are done; returns the prompts' scores."""
+    def _report(
+        self, sequences: list[GeneratedSequence], on_text: OnText | None, score: bool
+    ) -> Iterator[Completion]:
+        """Run the sequences, tell of what comes, and give out what is done in their order."""
+        place = {id(sequence): i for i, sequence in enumerate(sequences)}
+        progress = Progress(len(sequences)) if self.cfg.show_progress else None
+        n_out = 0
+        for moved in self._run(sequences, score):
+            if progress:
+                progress.update(moved)
+            for sequence in moved:
+                if on_text and (new := sequence.stream.take()):
+                    on_text(place[id(sequence)], new)
+            while n_out < len(sequences) and sequences[n_out].done:
+                s = sequences[n_out]
+                yield Completion(s.stream.text, s.tokens, s.loglikelihood, s.greedy)
+                n_out += 1
+        if progress:
+            progress.close()
+
+    def _run(
+        self, sequences: list[GeneratedSequence], score: bool
+    ) -> Iterator[list[GeneratedSequence]]:
+        """Those that have a token more, after every prefill and every step."""
         cfg, model = self.cfg, self.model
-        tokens_1T, cu_seqlens = pack_prompts(prompts, model.tok_embeddings.weight.device)
-        n_slots = max(len(p) for p in prompts) + cfg.max_gen_len
-        dtype = None if cfg.dtype == "auto" else DTYPES[cfg.dtype]  # None: that of the weights
-        cache = model.init_cache(len(prompts), n_slots, dtype=dtype)
-        logits = model.prefill(tokens_1T, cache, cu_seqlens=cu_seqlens, last_only=not score)
-        if score:
-            scores = score_prompts(logits[0], tokens_1T[0], [len(p) for p in prompts])
-            logits_BV = logits[0, cu_seqlens[1:].long() - 1]
-        else:
-            scores = [(torch.empty(0), torch.empty(0, dtype=torch.bool)) for _ in prompts]
-            logits_BV = logits[:, 0]
-        del logits  # the largest tensor here by far
-        if not logits_BV.isfinite().all():
-            raise UserError("the model's logits are NaN or infinite: the checkpoint is broken")
-        while True:
-            chosen_B = self._choose(logits_BV, answers)
-            for answer, token in zip(answers, chosen_B.tolist(), strict=True):
-                if not answer.done:
-                    answer.push(token, self.tokenizer.eos_id, cfg.max_gen_len)
-            after_token()
-            if all(answer.done for answer in answers):
-                return scores
-            # Rows that are done go along; what they say is not looked at.
-            logits_BV = model.step(chosen_B[:, None], cache)[:, 0]
+        needs = [sequence.n_slots for sequence in sequences]
+        with compiled_prefill(model) if cfg.compile_prefilling else nullcontext():
+            for group in group_by_length(needs, cfg.max_tokens):
+                n_slots = max(needs[i] for i in group)
+                n_rows = min(len(group), cfg.max_tokens // n_slots)
+                dtype = None if cfg.dtype == "auto" else DTYPES[cfg.dtype]  # None: the weights'
+                cache = model.init_cache(n_rows, n_slots, dtype=dtype)
+                batch = ContinuousBatch(
+                    model,
+                    cache,
+                    self._step(cache),
+                    self._choose,
+                    eos_id=self.tokenizer.eos_id,
+                    score=score,
+                )
+                yield from batch.run([sequences[i] for i in group])
 
-    def _choose(self, logits_BV: Tensor, answers: list[Answer]) -> Tensor:
-        u_B = torch.tensor([answer.rng.random() for answer in answers], dtype=torch.float64)
+    def _step(self, cache: ModelCache) -> Step:
+        """The decode step on this empty cache."""
+        model = self.model
+        # The first token comes from the prefill.
+        if self.cfg.uses_graph(self.device) and self.cfg.max_gen_len > 1:
+            return DecodeGraph(model, cache).step
+        return lambda tokens_B1: model.step(tokens_B1, cache)
+
+    def _choose(self, logits_NV: Tensor, sequences: Sequence[GeneratedSequence | None]) -> Tensor:
+        """The next token of each sequence; any token where there is none."""
+        u = [0.0 if sequence is None else sequence.rng.random() for sequence in sequences]
         return sample_tokens(
-            logits_BV[:, : self.tokenizer.n_words],  # a padded vocabulary has ids without a text
-            u_B.to(logits_BV.device),
+            logits_NV[:, : self.tokenizer.n_words],  # a padded vocabulary has ids without a text
+            torch.tensor(u, dtype=torch.float64).to(logits_NV.device),
             temperature=self.cfg.temperature,
             top_p=self.cfg.top_p,
             top_k=self.cfg.top_k,
         )
-
-
-@dataclass
-class Answer:
-    """One sequence while it is decoded."""
-
-    rng: random.Random
-    stream: TextStream
-    done: bool = False
-    tokens: list[int] = field(default_factory=list)
-
-    def push(self, token: int, eos_id: int, max_gen_len: int) -> None:
-        self.tokens.append(token)
-        if token != eos_id:
-            self.stream.push(token)
-        self.done = token == eos_id or self.stream.stopped or len(self.tokens) == max_gen_len
-        if self.done:
-            self.stream.finish()
-
-
-def batch_prompts(
-    prompts: Sequence[Sequence[int]], max_tokens: int, max_gen_len: int
-) -> Iterator[range]:
-    """Cut a list of prompts into batches, in order.
-
-    Every row of a cache is as long as the longest prompt and its answer need, and the rows of a
-    batch have at most `max_tokens` slots together.
-    """
-    start, longest = 0, 0
-    for i, prompt in enumerate(prompts):
-        longest = max(longest, len(prompt) + max_gen_len)
-        if i > start and longest * (i - start + 1) > max_tokens:
-            yield range(start, i)
-            start, longest = i, len(prompt) + max_gen_len
-    if prompts:
-        yield range(start, len(prompts))
-
-
-def pack_prompts(
-    prompts: Sequence[Sequence[int]], device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """All prompts in one row (1, T) int64, and their bounds (n + 1,) int32."""
-    tokens = torch.tensor([t for prompt in prompts for t in prompt], device=device)
-    bounds = list(itertools.accumulate((len(prompt) for prompt in prompts), initial=0))
-    return tokens[None], torch.tensor(bounds, dtype=torch.int32, device=device)
-
-
-def score_prompts(
-    logits_TV: Tensor, tokens_T: Tensor, lengths: list[int]
-) -> list[tuple[Tensor, Tensor]]:
-    """(log-likelihood, greedy) of each prompt's tokens but its first, which nothing predicts."""
-    target_T = tokens_T.roll(-1)  # the last token of a prompt has no target; dropped below
-    loglikelihood_T = -F.cross_entropy(logits_TV, target_T, reduction="none").cpu()
-    greedy_T = (logits_TV.argmax(dim=-1) == target_T).cpu()
-    pieces = zip(loglikelihood_T.split(lengths), greedy_T.split(lengths), strict=True)
-    return [(loglikelihood[:-1], greedy[:-1]) for loglikelihood, greedy in pieces]
 
 
 class Progress:
@@ -285,24 +257,21 @@ class Progress:
 
     EVERY = 0.2  # seconds
 
-    def __init__(self, n_prompts: int):
-        self.n_prompts = n_prompts
-        self.n_tokens = 0  # of batches that are over
+    def __init__(self, n_answers: int):
+        self.n_answers = n_answers
+        self.n_done = self.n_tokens = 0
         self.start = self.shown = time.monotonic()
 
-    def update(self, n_before: int, answers: list[Answer]) -> None:
-        """A token is out for each of `answers`; `n_before` prompts came in earlier batches."""
-        n_done = n_before + sum(answer.done for answer in answers)
-        n_tokens = self.n_tokens + sum(len(answer.tokens) for answer in answers)
-        over = n_done == n_before + len(answers)
-        if over:
-            self.n_tokens = n_tokens
+    def update(self, moved: list[GeneratedSequence]) -> None:
+        """Each of these has a token more, or was scored only."""
+        self.n_done += sum(sequence.done for sequence in moved)
+        self.n_tokens += sum(bool(sequence.tokens) for sequence in moved)
         now = time.monotonic()
-        if over or now - self.shown > self.EVERY:
+        if self.n_done == self.n_answers or now - self.shown > self.EVERY:
             self.shown = now
-            rate = n_tokens / max(now - self.start, 1e-9)
-            line = f"{n_done}/{self.n_prompts} answers, {n_tokens} tokens, {rate:.1f} tokens/s"
-            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            rate = self.n_tokens / max(now - self.start, 1e-9)
+            line = f"{self.n_done}/{self.n_answers} answers, {self.n_tokens} tokens"
+            print(f"\r{line}, {rate:.1f} tokens/s", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         print(file=sys.stderr)

@@ -18,7 +18,6 @@ from apps.LT2.chat import find_chat_template
 from apps.LT2.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
-    batch_prompts,
 )
 from apps.LT2.load import LoadedModel, load_model_and_tokenizer
 from apps.LT2.scoring import score_continuations, share_out
@@ -101,7 +100,7 @@ class EvalHarnessLM(LM):
         batches = [
             (cfg, batch)
             for cfg, places in groups.values()
-            for batch in _batch_by_length(places, prompts, cfg)
+            for batch in batch_by_length(places, prompts, cfg)
         ]
 
         def answer(batch: tuple[PackedCausalTransformerGeneratorArgs, list[int]]) -> list[str]:
@@ -244,14 +243,22 @@ def generation_settings(
     )
 
 
-def _batch_by_length(
+def batch_by_length(
     places: list[int], prompts: list[Tokens], cfg: PackedCausalTransformerGeneratorArgs
 ) -> Iterator[list[int]]:
-    """Batches of places in `prompts`, longest prompts first."""
-    places = sorted(places, key=lambda i: -len(prompts[i]))
-    ordered = [prompts[i] for i in places]
-    for batch in batch_prompts(ordered, cfg.max_tokens, cfg.max_gen_len):
-        yield [places[i] for i in batch]
+    """Batches of places in `prompts` whose answers fit into the cache at once, longest first.
+
+    Every row of a cache is as long as the longest prompt and its answer need, and the rows of a
+    batch have at most `cfg.max_tokens` slots together.
+    """
+    batch: list[int] = []
+    for i in sorted(places, key=lambda i: -len(prompts[i])):
+        if batch and (len(batch) + 1) * (len(prompts[batch[0]]) + cfg.max_gen_len) > cfg.max_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _progress(what: str) -> Callable[[Sequence], Iterable]:

@@ -1,7 +1,7 @@
 """Choosing the next token from logits: greedy, temperature, top-k and top-p.
 
 The random numbers come from the caller, one in [0, 1) for each token. So a sequence that has its
-own stream of them (`prompt_rng`) gets the same tokens whatever else is in its batch.
+own stream of them (`sequence_rng`) gets the same tokens whatever else is in its batch.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -
         raise UserError(f"top_k={top_k} must be at least 1, or null for no limit")
 
 
-def prompt_rng(seed: int, index: int) -> random.Random:
-    """The stream of random numbers of the prompt at `index`, the same on every machine."""
-    return random.Random(f"{seed} {index}")
+def sequence_rng(seed: int, prompt: int, sample: int) -> random.Random:
+    """The stream of random numbers of the n-th sample of the n-th prompt, the same on every
+    machine."""
+    return random.Random(f"{seed} {prompt} {sample}")
 
 
 def sample_tokens(

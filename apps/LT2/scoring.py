@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from apps.LT2.generator import pack_prompts
+from apps.LT2.packed_prompts import pack_prompts
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import UserError
 from lingua.distributed import gather_objects, run_together

@@ -34,7 +34,7 @@ def cuda(monkeypatch):
     """As much of torch.cuda as a DecodeGraph uses. Unlike CUDA's, a capture runs what it sees."""
 
     @contextmanager
-    def capture(_):
+    def capture(_, capture_error_mode):
         yield
 
     for name, fake in {

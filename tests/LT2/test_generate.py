@@ -76,9 +76,9 @@ def test_a_single_answer_is_printed_as_it_comes(run, monkeypatch, answers):
     writes: list[str] = []
     step = generate.PackedCausalTransformerGenerator._choose
 
-    def choose(self, logits, answers):
+    def choose(self, logits, sequences):
         writes.append("<step>")
-        return step(self, logits, answers)
+        return step(self, logits, sequences)
 
     class Out(io.StringIO):
         def write(self, text):
@@ -109,8 +109,92 @@ def test_the_seed_decides(ask):
     assert once == again != other
 
 
-def test_bytes_on_stdin_that_are_no_text_are_no_crash(ask):
-    assert ask(stdin="a\udcffb").startswith("a\ufffdb")
+def test_several_samples_are_numbered_and_the_first_is_what_comes_alone(ask):
+    options = ["temperature=1.0", "seed=3"]
+    one = ask(*options, stdin="first\nsecond\n")
+    three = ask(*options, "num_samples=3", stdin="first\nsecond\n")
+    for place in ("[1/2]", "[2/2]"):
+        answers = [three.partition(f"{place} answer {k}: ")[2].partition("\n[")[0] for k in (1, 2)]
+        assert f"{place} answer: {answers[0]}\n" in one
+        assert len(set(answers)) == 2 and f"{place} answer 3: " in three
+    alone = ask(*options, "num_samples=2", "prompts=[first]")
+    assert alone.startswith("[1/1] prompt: first\n[1/1] answer 1: ")
+    talk = ask(*options, "num_samples=2", stdin="first\n", tty=True)
+    for k in (1, 2):
+        text = alone.partition(f"answer {k}: ")[2].partition("\n")[0]
+        assert f"[{k}/2] {text}" in talk
+
+
+# ---- prompts that cannot run
+
+BAD = ["first", "x" * 1100, "", "y" * 1200, "third one"]
+
+
+def bad_file(tmp_path, *lines: bytes) -> str:
+    (tmp_path / "prompts.txt").write_bytes(b"\n".join(lines))
+    return f"prompts_file={tmp_path}/prompts.txt"
+
+
+def test_bad_prompts_are_refused_by_line_before_anything_runs(ask, tmp_path, capsys):
+    file = bad_file(tmp_path, *(line.encode() for line in BAD))
+    with pytest.raises(UserError) as caught:
+        ask(file)
+    assert str(caught.value).startswith(f"{file}, line 2: it has 1101 tokens")
+    assert "(1 more cannot run either)" in str(caught.value)
+    assert "skip_bad_prompts=true" in str(caught.value)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"^prompts\[1\]: it has 1101 tokens"):
+        ask(f"prompts={BAD!r}")
+
+
+def test_bad_prompts_are_named_and_the_others_run_if_asked_to(ask, tmp_path, capsys):
+    file = bad_file(tmp_path, *(line.encode() for line in BAD), b"caf\xe9")
+    sampled = ["temperature=1.0"]
+    with pytest.raises(UserError, match="line 6: not UTF-8: .* at byte 4"):
+        ask(bad_file(tmp_path, *(line.encode() for line in ("a", "", "b", "c", "d")), b"caf\xe9"))
+    bad_file(tmp_path, *(line.encode() for line in BAD), b"caf\xe9")
+    assert capsys.readouterr().err == ""
+    generate_out = ask(file, "skip_bad_prompts=true", *sampled)
+    want = ask("prompts=" + repr(["first", "a", "", "b", "third one", "c"]), *sampled)
+    for place in (1, 3, 5):  # at their own places, with their own random numbers
+        label = f"[{place}/6] "
+        lines = [line for line in want.splitlines() if line.startswith(label)]
+        assert lines and all(line in generate_out.splitlines() for line in lines)
+    assert "[2/6]" not in generate_out and "[6/6]" not in generate_out
+
+
+def test_skipped_prompts_are_named_on_stderr(run, capsys, tmp_path):
+    file = bad_file(tmp_path, b"caf\xe9", b"fine", b"x" * 1100)
+    generate.main([f"ckpt={run}", *OPTIONS, file, "skip_bad_prompts=true"])
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("skipped: ")]
+    assert [x.partition(f"{file}, ")[2][:6] for x in lines] == ["line 1", "line 3"]
+
+
+def test_a_list_of_bad_prompts_alone_is_refused_even_then(ask):
+    with pytest.raises(UserError, match=r"^stdin, line 1: not UTF-8"):
+        ask("skip_bad_prompts=true", stdin="a\udcffb")
+    with pytest.raises(UserError, match=r"^prompts\[0\]: it has 1101 tokens"):
+        ask("skip_bad_prompts=true", f"prompts=[{'x' * 1100}]")
+
+
+# ---- mistakes, and Ctrl-C
+
+
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(ask, monkeypatch, answers):
+    step = generate.PackedCausalTransformerGenerator._choose
+    n_calls = 0
+
+    def choose(self, logits, sequences):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 3:
+            raise KeyboardInterrupt
+        return step(self, logits, sequences)
+
+    monkeypatch.setattr(generate.PackedCausalTransformerGenerator, "_choose", choose)
+    out = ask("until=[never]", stdin="third one\nfirst\n", tty=True)
+    assert n_calls == 3 + 6
+    assert answers[0] in out and answers[2] not in out
 
 
 def test_a_run_without_bos_gets_none(tmp_path, capsys):
@@ -139,7 +223,9 @@ def test_loop_count_is_passed_on(ask, answers, caplog):
         (["prompts=[a]", "top_k=0"], "top_k=0"),
         (["prompts=[a]", "reduce_generation_overhead=true"], "reduce_generation_overhead=true"),
         (["prompts=[a]", "max_genlen=3"], "max_genlen; did you mean max_gen_len"),
-        (["prompts=[a]", "max_tokens=7"], "prompt 1 of 1 has 2 tokens"),
+        (["prompts=[a]", "max_tokens=7"], r"^prompts.0.: it has 2 tokens, and max_tokens=7 has"),
+        (["prompts=[a]", "num_samples=0"], "num_samples=0"),
+        (["prompts=[a]", "num_samples=2"], "num_samples=2: with temperature=0"),
         (["prompts=[a]", "loop_count=0"], "loop_count=0"),
     ],
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from apps.LT2.sampling import invert_cdf, prompt_rng, sample_tokens
+from apps.LT2.sampling import invert_cdf, sample_tokens, sequence_rng
 
 LOGITS = torch.tensor([[1.0, 3.0, -2.0, 2.5, 0.0, 2.5]])
 N = 20_000
@@ -85,11 +86,11 @@ def test_the_ends_of_the_random_numbers_meet_no_impossible_token():
     assert invert_cdf(weights, torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 4
 
 
-def test_prompts_have_streams_of_their_own():
-    def draw(seed: int, index: int) -> list[float]:
-        rng = prompt_rng(seed, index)
+def test_sequences_have_streams_of_their_own():
+    def draw(seed: int, prompt: int, sample: int) -> list[float]:
+        rng = sequence_rng(seed, prompt, sample)
         return [rng.random() for _ in range(3)]
 
-    assert draw(1, 2) == draw(1, 2)
-    streams = {tuple(draw(seed, index)) for seed in range(5) for index in range(30)}
-    assert len(streams) == 150
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    places = itertools.product(range(5), range(12), range(12))  # 1 11 is not 11 1
+    assert len({tuple(draw(*place)) for place in places}) == 5 * 12 * 12

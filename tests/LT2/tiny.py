@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hgrn2": {"mixer": "hgrn2"},
     "deltanet": {"mixer": "deltanet"},
     "retnet": {"mixer": "retnet"},
+    "gla": {"mixer": "gla"},
     "nsa": {
         "mixer": "nsa",
         "n_heads": 16,

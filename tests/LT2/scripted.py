@@ -1,0 +1,48 @@
+"""A model that says given tokens, whatever it reads: to see what is made of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apps.LT2.cache import ModelCache, packed_lengths
+
+VOCAB = 258
+AFTERWARDS = 0  # said when a script is over
+
+
+class Scripted:
+    """Says one script for each prompt, in the order in which prompts are prefilled."""
+
+    def __init__(self, *scripts: list[int]):
+        self.waiting = list(scripts)
+        self.saying: dict[int, list[int]] = {}  # what each row has still to say
+        self.n_steps = 0
+        self.prefilled: list[list[int]] = []  # rows, at each prefill
+        self.tok_embeddings = torch.nn.Embedding(1, 1)
+
+    def init_cache(self, batch_size, max_seqlen, dtype=None) -> ModelCache:
+        self.saying = {row: [] for row in range(batch_size)}
+        return ModelCache([], max_seqlen, [0] * batch_size)
+
+    def prefill(self, tokens, cache, *, cu_seqlens, rows, last_only) -> Tensor:
+        cache.extend(rows.tolist(), packed_lengths(tokens, cu_seqlens))
+        self.prefilled.append(rows.tolist())
+        for row in rows.tolist():
+            self.saying[row] = list(self.waiting.pop(0))
+        said = self._say(rows.tolist())
+        if last_only:
+            return said[:, None]
+        logits = torch.zeros(1, tokens.shape[1], VOCAB)
+        logits[0, (cu_seqlens[1:] - 1).long()] = said
+        return logits
+
+    def step(self, tokens, cache) -> Tensor:
+        cache.extend(range(cache.batch_size), [1] * cache.batch_size)
+        self.n_steps += 1
+        return self._say(range(cache.batch_size))[:, None]
+
+    def _say(self, rows) -> Tensor:
+        said = [self.saying[row].pop(0) if self.saying[row] else AFTERWARDS for row in rows]
+        return 10 * F.one_hot(torch.tensor(said), VOCAB).float()
