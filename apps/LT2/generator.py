@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -216,7 +216,10 @@ class PackedCausalTransformerGenerator:
         """Those that have a token more, after every prefill and every step."""
         cfg, model = self.cfg, self.model
         needs = [sequence.n_slots for sequence in sequences]
-        with compiled_prefill(model) if cfg.compile_prefilling else nullcontext():
+        with (
+            compiled_prefill(model) if cfg.compile_prefilling else nullcontext(),
+            _out_of_memory_names(f"max_tokens={cfg.max_tokens}"),
+        ):
             for group in group_by_length(needs, cfg.max_tokens):
                 n_slots = max(needs[i] for i in group)
                 n_rows = min(len(group), cfg.max_tokens // n_slots)
@@ -250,6 +253,14 @@ class PackedCausalTransformerGenerator:
             top_p=self.cfg.top_p,
             top_k=self.cfg.top_k,
         )
+
+
+@contextmanager
+def _out_of_memory_names(option: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{option} takes more memory than the GPU has; lower it: {error}") from None
 
 
 class Progress:

@@ -7,8 +7,10 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from apps.LT2 import generator
 from apps.LT2.decode_graph import DecodeGraph
 from lingua.args import UserError
+from lingua.tokenizer import ByteTokenizer
 from tests.LT2.tiny import KINDS, tiny_args, tiny_model
 
 
@@ -93,6 +95,34 @@ def test_graph_decode_equals_eager_decode_over_several_prompts(cuda, kind):
         eager = greedy(model, prompt, eager_cache, lambda t: model.step(t, eager_cache), 8)
         assert torch.equal(torch.cat(got), torch.cat(eager))
         assert cache.lengths == eager_cache.lengths == [n_prompt + 8] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_by_graphs_gives_the_tokens_of_steps(cuda, kind, monkeypatch):
+    """Through rows that are refilled, and rows that are free for longer than they are."""
+    graphs = []
+
+    def make_and_count(model, cache):
+        graphs.append(make_graph(model, cache))
+        return graphs[-1]
+
+    monkeypatch.setattr(generator, "DecodeGraph", make_and_count)
+    model = tiny_model(kind, loop_count=2)
+    prompts = ["once", "upon a time", "", "there", "was a"]
+
+    def generate(on_gpu: bool, **options) -> list[list[int]]:
+        options = {"max_gen_len": 12, "max_tokens": 60, **options}
+        cfg = generator.PackedCausalTransformerGeneratorArgs(**options)
+        monkeypatch.setattr(cfg, "uses_graph", lambda device: on_gpu, raising=False)
+        args = (cfg, model, ByteTokenizer())
+        return [
+            c.tokens for c in generator.PackedCausalTransformerGenerator(*args).complete(prompts)
+        ]
+
+    assert generate(True) == generate(False)
+    assert len(graphs) == 1 and graphs[0].cache.batch_size == 2
+    generate(True, max_gen_len=1)
+    assert len(graphs) == 1, "a graph that nothing replays"
 
 
 def test_a_full_cache_is_refused_before_anything_is_written(cuda):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from apps.LT2.compiled import compiled_prefill
 from apps.LT2.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
@@ -274,7 +276,58 @@ def test_a_broken_model_is_told_of():
         make(model).generate(["a"])
 
 
+def test_memory_that_runs_out_names_the_option(monkeypatch):
+    def init_cache(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = tiny_model("full", 1)
+    monkeypatch.setattr(model, "init_cache", init_cache)
+    with pytest.raises(UserError, match="^max_tokens=1000 takes more memory"):
+        make(model).generate(["a"])
+
+
+# ---- compiled
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_compiled_prefill_gives_the_same_tokens_and_is_compiled_for_all_lengths(monkeypatch):
+    pieces = []
+
+    def backend(graph, _):
+        pieces.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model = tiny_model("full", 2, n_layers=1)
+    plain = make(model)
+    compiled = make(model, compile_prefilling=True)
+    n_pieces = []
+    for lengths in ([5, 9, 3], [7, 2], [20, 4, 8, 11]):
+        prompts = texts_of_lengths(lengths)
+        want = [c.tokens for c in plain.complete(prompts)]
+        assert [c.tokens for c in compiled.complete(prompts)] == want
+        n_pieces.append(len(pieces))
+    assert n_pieces[0] > 0 and n_pieces[1] == n_pieces[2], "compiled anew for other lengths"
+    assert not any("prefill" in vars(block) for block in model.layers), "the model is changed"
+
+
+def test_a_prefill_that_fails_leaves_the_model_as_it_was():
+    model = tiny_model("full", 1)
+    with pytest.raises(KeyError), compiled_prefill(model):
+        raise KeyError
+    assert not any("prefill" in vars(block) for block in model.layers)
+
+
 # ---- options
+
+
+def test_graphs_are_for_gpus():
+    cfg = PackedCausalTransformerGeneratorArgs
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    assert cfg().uses_graph(gpu) and not cfg().uses_graph(cpu)
+    assert cfg(reduce_generation_overhead=True).uses_graph(gpu)
+    for device in (cpu, gpu):
+        assert not cfg(reduce_generation_overhead=False).uses_graph(device)
 
 
 @pytest.mark.parametrize(

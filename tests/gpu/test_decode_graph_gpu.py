@@ -9,13 +9,19 @@ import torch
 
 from apps.LT2.compiled import compile_prefill, compile_step
 from apps.LT2.decode_graph import DecodeGraph
+from apps.LT2.generator import (
+    PackedCausalTransformerGenerator,
+    PackedCausalTransformerGeneratorArgs,
+)
 from apps.LT2.inference_cost import Plan, measure_point
 from apps.LT2.load import cast_for_inference, join_projections
 from apps.LT2.measure import measure_ceilings
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
+from apps.LT2.mixers.gla import GLAArgs
 from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.nsa import NSAArgs
+from lingua.tokenizer import ByteTokenizer
 from tests.LT2.tiny import KINDS, tiny_model
 from tests.tolerances import BF16_KERNEL, BF16_LAYER, relative_error
 
@@ -28,6 +34,7 @@ DSA = DSAArgs(top_k=32, n_index_heads=1)
 CHANGES = {
     "gdn": {"gdn": GDN},
     "hybrid": {"gdn": GDN},
+    "gla": {"gla": GLAArgs(head_dim=64, expand_v=1.0)},
     "mamba2": {"mamba2": Mamba2Args(head_dim=64, state_dim=64)},
     "nsa": {"dim": 1024, "nsa": NSAArgs(block_size=32, n_blocks=4, window_size=40)},
     "dsa": {"dsa": DSA},
@@ -70,6 +77,50 @@ def test_graph_decode_equals_eager_decode(kind):
         )
         assert torch.equal(got, want)
         assert relative_error(got_logits, want_logits) <= BF16_KERNEL
+
+
+class EndlessTokenizer(ByteTokenizer):
+    def __init__(self):
+        super().__init__()
+        self.eos_id = -1
+
+
+def make_generator(model, **options) -> PackedCausalTransformerGenerator:
+    cfg = PackedCausalTransformerGeneratorArgs(**{"max_tokens": 4096, **options})
+    return PackedCausalTransformerGenerator(cfg, model, EndlessTokenizer())
+
+
+PROMPTS = [[(7 * i + n) % 256 for i in range(n)] for n in (70, 33, 1, 64, 100)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_by_a_graph_gives_the_tokens_of_eager_generation(kind):
+    """256 greedy tokens each, in rows that are refilled and, in the end, partly free."""
+    model = make_model(kind)
+
+    def generate(graph: bool | None) -> list[list[int]]:
+        options = {"max_gen_len": 256, "max_tokens": 3 * 356}
+        generator = make_generator(model, reduce_generation_overhead=graph, **options)
+        return [done.tokens for done in generator.complete(PROMPTS, score=False)]
+
+    want = generate(False)
+    assert [len(tokens) for tokens in want] == [256] * len(PROMPTS)
+    assert len({t for tokens in want for t in tokens}) > 8, "too dull a model to show a mistake"
+    assert generate(None) == want
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CHOOSE_KEYS])
+def test_a_compiled_prefill_scores_prompts_of_any_length_as_an_eager_one(kind):
+    torch.compiler.reset()
+    model = make_model(kind)
+
+    def scores(model, **options) -> torch.Tensor:
+        generator = make_generator(model, max_gen_len=0, **options)
+        return torch.cat([s for n in (2, 5, 3) for s in generator.generate(PROMPTS[:n])[1]])
+
+    exact = scores(copy.deepcopy(model).float(), dtype="fp32")
+    floor = relative_error(scores(model), exact)
+    assert relative_error(scores(model, compile_prefilling=True), exact) <= 2 * floor + BF16_LAYER
 
 
 @pytest.mark.parametrize("kind", ["full", "gdn", "hybrid"])
