@@ -248,7 +248,7 @@ class PackedCausalTransformerGenerator:
         u = [0.0 if sequence is None else sequence.rng.random() for sequence in sequences]
         return sample_tokens(
             logits_NV[:, : self.tokenizer.n_words],  # a padded vocabulary has ids without a text
-            torch.tensor(u, dtype=torch.float64).to(logits_NV.device),
+            torch.tensor(u, dtype=torch.float64),
             temperature=self.cfg.temperature,
             top_p=self.cfg.top_p,
             top_k=self.cfg.top_k,
