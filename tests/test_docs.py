@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shlex
-from pathlib import Path
 
 import pytest
 
@@ -18,9 +16,8 @@ from apps.LT2.train_args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import describe_fields, parse_args
 from lingua.stool import StoolArgs
+from tests.readme import README, ROOT, readme_commands
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = ROOT / "apps/LT2/configs"
 EVALUATIONS = sorted(CONFIGS.glob("*/eval.yaml"))
 RECIPES = sorted(set(CONFIGS.glob("*/*.yaml")) - set(EVALUATIONS))
@@ -34,22 +31,13 @@ PROGRAMS = {
 }
 
 
-def readme_commands() -> list[list[str]]:
-    """The shell commands in README's code blocks, continuation lines joined, comments cut off."""
-    commands = []
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                commands.append(words)
-    return commands
-
-
 def fields_of(cls: type) -> set[str]:
     return {doc.path for doc in describe_fields(cls)}
 
 
-@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
-def test_commands_name_what_exists(words):
+@pytest.mark.parametrize("command", readme_commands(), ids=lambda command: command.text)
+def test_commands_name_what_exists(command):
+    words = command.words
     if words[0] == "torchrun":
         words = words[words.index("-m") - 1 :]
     if "-m" in words and words[words.index("-m") + 1] in PROGRAMS:

@@ -1,0 +1,137 @@
+"""A `python` for commands under test that forks a process with torch in it instead of a new one.
+
+    with QuickPython(folder) as quick:                  # folder gets bin/python and bin/torchrun
+        subprocess.run(["bash", "-c", "python -m apps.LT2.train ..."], env=quick.env)
+
+Importing torch and the evaluation harness takes longer than what a tiny model does with them. The
+`python` of `bin` hands its arguments, folder, environment and open files to a server that imported
+libraries once, and nothing of this repository; a fork of it runs the module as `python` would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PRELOAD = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.run")
+OPTIONAL = ("tokenizers", "safetensors.torch", "lm_eval.tasks", "lm_eval.evaluator", "matplotlib")
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+socket.send_fds(server, [b"."], [0, 1, 2])
+asked = {{"argv": {before} + sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}
+server.sendall(json.dumps(asked).encode())
+server.shutdown(socket.SHUT_WR)
+sys.exit(int(server.recv(16) or 1))
+"""
+
+
+class QuickPython:
+    def __init__(self, folder: Path):
+        self.bin = folder / "bin"
+        self.env: dict[str, str] = {}
+
+    def __enter__(self) -> QuickPython:
+        # not below `folder`: an address has at most 107 characters
+        self.address_folder = tempfile.TemporaryDirectory()
+        address = f"{self.address_folder.name}/server"
+        self.bin.mkdir(parents=True)
+        for name, before in (("python", []), ("torchrun", ["-m", "torch.distributed.run"])):
+            client = self.bin / name
+            client.write_text(
+                CLIENT.format(python=sys.executable, address=address, before=before)
+            )
+            client.chmod(0o755)
+        self.env = os.environ | {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "PYTHON_EXEC": f"{self.bin}/python",  # what torchrun starts its processes with
+        }
+        command = [sys.executable, "-m", "tests.quick_python", address]
+        self.server = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        while not os.path.exists(address):
+            assert self.server.poll() is None, "the server died"
+            time.sleep(0.05)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        os.killpg(self.server.pid, signal.SIGKILL)  # whatever it has forked, too
+        self.server.wait()
+        self.address_folder.cleanup()
+
+
+# ---- in the server
+
+
+def serve(address: str) -> None:
+    for name in (*PRELOAD, *OPTIONAL):
+        try:
+            __import__(name)
+        except ImportError:
+            if name in PRELOAD:
+                raise
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address + ".new")
+    listener.listen(64)
+    os.rename(address + ".new", address)  # who sees it may connect
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            answer(connection)
+            return
+        connection.close()
+
+
+def answer(connection: socket.socket) -> None:
+    """Run what is asked for in a fork, and send its exit status."""
+    _, files, _, _ = socket.recv_fds(connection, 1, 3)
+    received = b"".join(iter(lambda: connection.recv(65536), b""))
+    asked = json.loads(received)
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        for target, file in enumerate(files):
+            os.dup2(file, target)
+            os.close(file)
+        run_as_python(**asked)
+        return
+    _, status = os.waitpid(pid, 0)
+    connection.sendall(str(os.waitstatus_to_exitcode(status) & 0xFF).encode())
+    os._exit(0)
+
+
+def run_as_python(argv: list[str], cwd: str, env: dict[str, str]) -> None:
+    """`python *argv`, for `-u`, `-m MODULE` and files; ends the process by SystemExit."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    while argv[0] == "-u":
+        argv = argv[1:]
+    try:
+        if argv[0] == "-m":
+            sys.path[0], sys.argv = cwd, argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0], sys.argv = str(Path(argv[0]).resolve().parent), argv
+            runpy.run_path(argv[0], run_name="__main__")
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

@@ -1,0 +1,192 @@
+"""README's commands run as they stand: every one of its shell blocks, in order, in a bash.
+
+What cannot be so is said here. SMALLER and PLACEHOLDERS change a command where it would take a GPU,
+a cluster, a network or minutes; EXCEPTIONS are not run at all, each with its reason. A command that
+README gets anew is run like the others, or has to get its line here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.quick_python import QuickPython
+from tests.readme import ROOT, Command, readme_commands
+
+EXCEPTIONS = {
+    "git clone": "needs the network",
+    "cd LT2": "goes with git clone",
+    "bash setup/quickstart.sh": "installs packages; what it runs after that is run by `place`",
+    "bash setup/create_env.sh": "installs packages",
+    "sbatch setup/create_env.sh": "installs packages",
+    "conda activate": "goes with create_env.sh",
+}
+
+# What stands for something of the reader's own; more processes than CPU cores add nothing.
+PLACEHOLDERS = {
+    "<partition>": "gpu",
+    "/path/to/run": "runs/quickstart",
+    "--nproc-per-node 8": "--nproc-per-node 2",
+}
+
+TINY_MODEL = "model.dim=32 model.n_layers=5 model.n_heads=2 model.gdn.head_dim=16"
+TINY_RUN = (
+    f"{TINY_MODEL} steps=2 data.batch_size=2 data.seq_len=64 data.load_async=false "
+    "checkpoint.eval.every=2 eval.validation.max_steps=2"
+)
+TINY_BENCHMARK = "--seq-len 16 --batch-size 1 2 --repeats 1 --warmup 1 --decode-tokens 2"
+TINY_RECIPE = "model.dim=32 model.n_layers=5 model.n_heads=2 model.vocab_size=300"
+LOCAL_TASKS = "harness.tasks=[lt2_local_choice] harness.include_path=apps/LT2/local_tasks"
+
+# A command that begins so -> what is written behind it; the last of two settings counts.
+SMALLER = {
+    "python -m apps.LT2.train config=": f"{TINY_RUN} dump_dir=runs/train",
+    "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml model.": TINY_RUN,
+    "torchrun --nproc-per-node 8 -m apps.LT2.train": f"{TINY_RUN} dump_dir=runs/torchrun",
+    "python -m lingua.stool": "ngpu=1",
+    "python -m apps.LT2.generate": "max_gen_len=8",
+    # four questions of a task instead of all
+    "python -m apps.LT2.eval": "harness.limit=4 harness.bootstrap_iters=0",
+    "python -m apps.LT2.lm_eval": "--limit 4",
+    # data sets that would have to be downloaded
+    "torchrun --nproc-per-node 8 -m apps.LT2.eval": (
+        f"{LOCAL_TASKS} harness.limit=4 harness.bootstrap_iters=0 dump_dir=runs/suites"
+    ),
+    "python -m apps.LT2.benchmark_prefill --config apps/LT2/configs/600M": TINY_BENCHMARK,
+    "python -m apps.LT2.benchmark_prefill": f"{TINY_BENCHMARK} {TINY_RECIPE}",
+    "bash apps/LT2/scripts/benchmark_prefill_all.sh": f"{TINY_BENCHMARK} {TINY_RECIPE}",
+}
+ENVIRONMENT = {
+    # of the scripts that measure all 1B recipes at all lengths: one of each
+    "RECIPES": "apps/LT2/configs/1B/transformer_1B.yaml",
+    "LENGTHS": "16",
+    "OPTIONS": f"{TINY_BENCHMARK} {TINY_RECIPE}",
+}
+
+# An sbatch that starts a job array's first task here, and keeps any other job for later.
+SBATCH = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+[[ -f $1 ]] || { echo "sbatch: error: no batch script $1" >&2; exit 1; }
+size=$(sed -n 's/^#SBATCH --array=0-//p' "$1")
+if [[ -n $size ]]; then
+    SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT=$((size + 1)) bash "$1" || exit
+fi
+echo "Submitted batch job 1"
+"""
+
+# Files that a section's commands leave, beside their exit status of 0.
+LEAVES = {
+    "Train": ["runs/train/metrics.jsonl", "runs/my_run/checkpoints", "runs/torchrun/checkpoints"],
+    "Generate": [],
+    "Weights": ["runs/weights/model.safetensors", "runs/hf/config.json", "runs/imported"],
+    "Evaluate": ["runs/quickstart/evals/0000000002/results.json", "runs/suites/results.json"],
+    "Benchmark": ["looped.png", "runs/benchmark_prefill/benchmark_prefill.png"],
+}
+SECTIONS: dict[str, list[Command]] = {}
+for command in readme_commands():
+    SECTIONS.setdefault(command.section, []).append(command)
+
+
+def exception(command: Command) -> str | None:
+    """Why this command is not run."""
+    return next((why for start, why in EXCEPTIONS.items() if command.text.startswith(start)), None)
+
+
+def as_run(command: Command) -> str:
+    """The command with what stands for the reader's own, and with smaller sizes behind it."""
+    text = " ".join(re.sub(r"(^|\s)#.*", "", command.text).split())
+    starts = [start for start in SMALLER if text.startswith(start)]
+    if starts and not text.endswith("--help"):
+        text = f"{text} {SMALLER[max(starts, key=len)]}"
+    for placeholder, value in PLACEHOLDERS.items():
+        text = text.replace(placeholder, value)
+    return text
+
+
+class Shell:
+    """A bash in a copy of this repository, with a quick `python` and a cluster of one script."""
+
+    def __init__(self, folder: Path, quick: QuickPython):
+        self.folder = folder
+        self.env = quick.env | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
+        self.env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+    def run(self, text: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", text],
+            cwd=self.folder,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        said = f"$ {text}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+        assert done.returncode == 0, f"{said}\nexit status {done.returncode}"
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    """In a clone after setup/quickstart.sh, in small: its corpus, and its run of two steps."""
+    folder = tmp_path_factory.mktemp("clone") / "LT2"
+    for name in ("apps", "lingua", "setup", "tokenizer"):
+        shutil.copytree(ROOT / name, folder / name)
+    write_small_corpus(folder)
+    with QuickPython(folder.parent) as quick:
+        sbatch = quick.bin / "sbatch"
+        sbatch.write_text(SBATCH)
+        sbatch.chmod(0o755)
+        shell = Shell(folder, quick)
+        train = "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml"
+        shell.run(f"{train} {TINY_RUN} dump_dir=runs/quickstart")
+        llama = "model.mixer=full model.attention_pattern=null model.loop_count=1 "
+        llama += "model.gated_attn=false model.use_residual=false eval.validation=null"
+        shell.run(f"{train} {TINY_RUN} {llama} dump_dir=runs/llama")
+        yield shell
+
+
+def write_small_corpus(folder: Path) -> None:
+    """data/local as setup/prepare_local_data.py makes it, of a few modules of Python's library."""
+    file = folder / "setup/prepare_local_data.py"
+    spec = importlib.util.spec_from_file_location("prepare_for_readme", file)
+    assert spec is not None and spec.loader is not None
+    prepare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    library = folder.parent / "library"
+    library.mkdir()
+    for name in ("argparse", "logging", "subprocess", "textwrap", "random", "heapq", "typing"):
+        source = importlib.util.find_spec(name)
+        assert source is not None and source.origin is not None
+        shutil.copy(source.origin, library / f"{name}.py")
+    prepare.main(["--out", str(folder / "data/local"), "--vocab-size", "300"], stdlib=library)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_s_commands_run(section, request):
+    commands = [command for command in SECTIONS[section] if exception(command) is None]
+    if not commands:
+        pytest.skip("; ".join(sorted({str(exception(c)) for c in SECTIONS[section]})))
+    if "lt2_local" in "".join(command.text for command in commands):
+        pytest.importorskip("lm_eval")
+    shell = request.getfixturevalue("shell")
+    for command in commands:
+        said = shell.run(as_run(command))
+        if command.text.startswith("python -m apps.LT2.benchmark_prefill"):
+            rows = json.loads(said.splitlines()[-1])["rows"]
+            assert rows and all(row["decode"]["ms"] > 0 for row in rows)
+    for file in LEAVES[section]:
+        assert (shell.folder / file).exists(), f"{file} is missing after section {section}"
+
+
+@pytest.mark.parametrize("start", [*EXCEPTIONS, *SMALLER, *PLACEHOLDERS])
+def test_what_is_said_of_commands_holds_for_some_command(start):
+    assert any(start in command.text for command in readme_commands())
