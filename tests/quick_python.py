@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PRELOAD = ("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.run")
+PRELOAD = (
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.run",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.onnx",
+    "omegaconf",
+)
 OPTIONAL = ("tokenizers", "safetensors.torch", "lm_eval.tasks", "lm_eval.evaluator", "matplotlib")
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
@@ -50,9 +58,7 @@ class QuickPython:
         self.bin.mkdir(parents=True)
         for name, before in (("python", []), ("torchrun", ["-m", "torch.distributed.run"])):
             client = self.bin / name
-            client.write_text(
-                CLIENT.format(python=sys.executable, address=address, before=before)
-            )
+            client.write_text(CLIENT.format(python=sys.executable, address=address, before=before))
             client.chmod(0o755)
         self.env = os.environ | {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
