@@ -104,6 +104,8 @@ def resolve(args: EvalArgs) -> EvalArgs:
         folder = run / "evals" / step_folder.name
     make_writable("dump_dir", folder)
     make_writable("metric_log_dir", Path(log_folder))
+    if args.harness is not None and args.harness.use_cache is not None:
+        make_writable("harness.use_cache", Path(args.harness.use_cache).parent)
     return replace(
         args,
         ckpt_dir=str(source),

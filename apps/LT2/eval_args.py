@@ -65,6 +65,17 @@ class LMHarnessArgs:
             raise UserError(f"harness.stride={self.stride} must be at least 1 token, or null")
         if self.bootstrap_iters < 0:
             raise UserError(f"harness.bootstrap_iters={self.bootstrap_iters} must be 0 or more")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UserError(f"harness.num_fewshot={self.num_fewshot} must be 0 or more, or null")
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise UserError(
+                "harness.fewshot_as_multiturn=true needs harness.apply_chat_template=true: only a "
+                "conversation has turns"
+            )
+        for name in ("random", "numpy_random", "torch_random", "fewshot_random"):
+            seed = getattr(self, f"{name}_seed")
+            if not 0 <= seed < 2**32:  # the narrowest of them, NumPy's
+                raise UserError(f"harness.{name}_seed={seed} must be from 0 to 2**32 - 1")
         if self.verbosity not in VERBOSITIES:
             raise UserError(
                 f"harness.verbosity={self.verbosity} must be one of {', '.join(VERBOSITIES)}"

@@ -69,6 +69,11 @@ class EvalHarnessLM(LM):
         self.model, self._tokenizer, config = loaded
         self.cfg, self.stride, self.should_stop = cfg, stride, should_stop
         self.max_len = cfg.max_prompt_len or self.model.args.max_seqlen
+        if stride is not None and stride > self.max_len:
+            raise UserError(
+                f"stride={stride} is more than the {self.max_len} tokens of a window: a smaller "
+                "one, or null for windows side by side"
+            )
         self._device = self.model.tok_embeddings.weight.device
         data = config["data"]
         self.add_bos = data.get("add_bos", True) and self._tokenizer.bos_id >= 0
@@ -219,6 +224,8 @@ def generation_settings(
     lengths = [value for name in MAX_GEN_NAMES if (value := rest.pop(name, None)) is not None]
     max_gen_len = int(lengths[0]) if lengths else cfg.max_gen_len
     do_sample, temperature = rest.pop("do_sample", None), rest.pop("temperature", None)
+    if temperature is not None:
+        replace(cfg, temperature=float(temperature))  # refuses what is none, used or not
     if do_sample is False:
         temperature = 0.0
     elif temperature is None:

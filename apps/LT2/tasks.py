@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,37 @@ def load_tasks(args: LMHarnessArgs) -> Any:
             ) from error
         for kind, entries in part.items():
             loaded[kind].update(entries)
+    check_documents(args, loaded["tasks"])
     manager.load = lambda task_list: loaded
     return manager
+
+
+def check_documents(args: LMHarnessArgs, loaded: Mapping[str, Any]) -> None:
+    """Refuse questions and examples that the tasks have not; the harness would stop half-way."""
+    for name, numbers in (args.samples or {}).items():
+        if name not in loaded:
+            raise UserError(
+                f"harness.samples.{name}: no task of that name is evaluated, but "
+                f"{', '.join(sorted(loaded))}"
+            )
+        size = len(loaded[name].eval_docs)
+        wrong = [number for number in numbers if not 0 <= number < size]
+        if wrong:
+            raise UserError(
+                f"harness.samples.{name}: no question {wrong[0]}; the task has {size}, from 0 on"
+            )
+    if not args.num_fewshot:
+        return
+    for name, task in loaded.items():
+        size = len(list(task.fewshot_docs() or ()))
+        config = task.config
+        # the harness draws one more where the question itself may be among them
+        spare = int(config.fewshot_split is not None and config.fewshot_split == config.test_split)
+        if args.num_fewshot + spare > size:
+            raise UserError(
+                f"harness.num_fewshot={args.num_fewshot}: {name} has {size} examples to draw from; "
+                "ask for fewer, or evaluate that task by itself"
+            )
 
 
 def find_tasks(args: LMHarnessArgs) -> Any:

@@ -203,6 +203,7 @@ def shrink_vocabulary(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
 
+CHOICE = [*LOCAL, "harness.tasks=[lt2_local_choice]", "validation=null"]
 MISTAKES = {
     "ckpt_dir is empty": [],
     "ckpt_dir=nowhere: no such file": ["ckpt_dir=nowhere"],
@@ -218,6 +219,31 @@ MISTAKES = {
         *LOCAL,
         "harness.tasks=[lt2_local_choice]",
         "harness.metadata={folder: /nowhere}",
+    ],
+    "harness.num_fewshot=-1 must be 0 or more": [*CHOICE, "harness.num_fewshot=-1"],
+    "harness.num_fewshot=13: lt2_local_choice has 12 examples": [
+        *CHOICE,
+        "harness.num_fewshot=13",
+    ],
+    "harness.samples.lt2_local_choice: no question 12; the task has 12": [
+        *CHOICE,
+        "harness.samples={lt2_local_choice: [0, 12]}",
+    ],
+    "harness.samples.other: no task of that name": [*CHOICE, "harness.samples={other: [0]}"],
+    "harness.numpy_random_seed=-1 must be from 0": [*CHOICE, "harness.numpy_random_seed=-1"],
+    "harness.torch_random_seed=10+[0-9]* must be from 0": [
+        *CHOICE,
+        "harness.torch_random_seed=1e30",
+    ],
+    "harness.fewshot_as_multiturn=true needs": [*CHOICE, "harness.fewshot_as_multiturn=true"],
+    "harness.use_cache=/proc/none: cannot write": [*CHOICE, "harness.use_cache=/proc/none/x"],
+    "stride=1000 is more than the 256 tokens": [*CHOICE, "harness.stride=1000"],
+    "temperature=-1.0 must be": [
+        *LOCAL,
+        "harness.tasks=[lt2_local_copy]",
+        "harness.limit=1",
+        "validation=null",
+        "harness.gen_kwargs={temperature: -1}",
     ],
     "validation: no .*val.jsonl with text in data.root_dir=data": [
         "ckpt_dir=runs/demo",
