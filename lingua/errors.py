@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+MAX_LENGTH = 2000  # characters of a message
+
 
 class UserError(ValueError):
     """A mistake that the user can mend, shown as one line without a traceback.
@@ -23,11 +25,21 @@ def run_cli(main: Callable[[list[str]], Any]) -> None:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         who = "" if rank == "0" else f"rank {rank}: "
-        print(f"error: {who}{' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
+        print(f"error: {who}{one_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None  # 128 + SIGINT, as shells say it
+
+
+def one_line(error: UserError) -> str:
+    """The message as it is shown: a value in it may have lines, and be as long as it likes."""
+    text = " ".join(str(error).splitlines())
+    return (
+        text
+        if len(text) <= MAX_LENGTH
+        else f"{text[: MAX_LENGTH // 2]} ... {text[-MAX_LENGTH // 2 :]}"
+    )
 
 
 def import_optional(module: str, *, extra: str, needed_by: str) -> Any:

@@ -109,15 +109,24 @@ def own_lines(
 
 def parse_line(line: bytes, file_path: str, end: int) -> dict[str, Any]:
     try:
-        document = json.loads(line.decode("utf-8"))
+        document = json.loads(line.decode("utf-8"), object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets without end
         raise line_error(file_path, end, f"not JSON in UTF-8: {error}") from None
     if not isinstance(document, dict):
         kind = type(document).__name__
         raise line_error(file_path, end, f"a line must be a JSON object, got {kind}")
     if not isinstance(document.get("text", document.get("content")), str):
-        found = ", ".join(sorted(document)) or "no key"
+        # quoted and cut: a key may hold anything, and as much as it likes
+        found = ", ".join(json.dumps(key[:30]) for key in sorted(document)[:10]) or "no key"
         raise line_error(file_path, end, f'no string under "text" or "content" (found: {found})')
+    return document
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two texts under one key, Python's reader would drop one in silence."""
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError("a key is given twice in an object")
     return document
 
 

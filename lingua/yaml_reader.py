@@ -25,6 +25,9 @@ FLOAT = re.compile(
 )
 
 
+MAX_NESTING = 100  # brackets; options need three
+
+
 def read_yaml_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     """The mapping in a file, and "file:line" of each of its options."""
     yaml = _yaml()
@@ -34,6 +37,8 @@ def read_yaml_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, s
         raise UserError(f"config={path}: no such file (seen from {os.getcwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config={path}: not readable: {error}") from None
+    if _nesting(text) > MAX_NESTING:
+        raise UserError(f"{path}: not YAML for options: {MAX_NESTING} brackets within each other")
     loader = None
     try:
         loader = _loader_class()(text)
@@ -48,11 +53,25 @@ def read_yaml_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, s
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         raise UserError(f"{path}:{line}: not YAML: {_problem(error)}") from None
+    except ValueError as error:  # an integer with more digits than Python reads
+        raise UserError(f"{path}: not readable: {str(error).partition(';')[0]}") from None
     except RecursionError:
         raise UserError(f"{path}:1: not YAML for options: an anchor contains itself") from None
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def _nesting(text: str) -> int:
+    """How deep brackets lie within each other, quotes or not; thousands take PyYAML minutes."""
+    depth = deepest = 0
+    for character in text:
+        if character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth = max(depth - 1, 0)
+    return deepest
 
 
 def yaml_value(text: str) -> Any:

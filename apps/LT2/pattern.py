@@ -41,6 +41,8 @@ class LayerSpec:
 Loop = tuple[LayerSpec, ...]
 Layout = tuple[Loop, ...]  # layout[loop][layer]
 
+MAX_DEPTH = 10_000  # layers, and loops
+
 # One module serves these, so that a layer may change from one to the other at any time.
 SOFTMAX_MIXERS = ("full", "window")
 
@@ -113,6 +115,9 @@ class PatternParser:
         for field in ("n_layers", "loop_count", "default_sliding_window"):
             if getattr(self, field) < 1:
                 raise UserError(f"model.{field}={getattr(self, field)} must be at least 1")
+        for field in ("n_layers", "loop_count"):
+            if getattr(self, field) > MAX_DEPTH:  # building it would take hours, and all memory
+                raise UserError(f"model.{field}={getattr(self, field)} must be at most {MAX_DEPTH}")
 
     def _spec(self, name: str) -> LayerSpec:
         return LayerSpec(name, self.default_sliding_window if name == "window" else None)
@@ -176,7 +181,7 @@ class PatternParser:
 
     def _item(self, item: str, where: str) -> list[LayerSpec]:
         name, star, count = (part.strip() for part in item.partition("*"))
-        if star and not (count.isdigit() and int(count)):
+        if star and not re.fullmatch(r"0*[1-9]\d{0,8}", count):
             raise UserError(f"{where}: {item!r} repeats {count!r} times; write NAME*COUNT")
         if width := re.fullmatch(r"(?:swa\s*=\s*)?(\d+)", name):
             if int(width[1]) < 1:
@@ -189,4 +194,5 @@ class PatternParser:
                 f"{where}: {item!r} is neither N:M, random:N:M, bookend:K, a window width nor a "
                 f"mixer ({', '.join(self.known_mixers)})"
             )
-        return [spec] * (int(count) if star else 1)
+        # more than n_layers of them fit no model; a list of so many might fit no memory
+        return [spec] * (min(int(count), self.n_layers + 1) if star else 1)

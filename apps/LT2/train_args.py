@@ -12,6 +12,7 @@ from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.train_eval import check_eval_args
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
+from apps.LT2.unused_options import check_unused_options
 from apps.LT2.validation import check_validation_sources
 from lingua.args import UserError
 from lingua.checkpoint import CheckpointArgs
@@ -78,6 +79,11 @@ def validate_train_args(
         raise UserError(
             f"model.vocab_size={args.model.vocab_size} must be positive, or -1 for the tokenizer's"
         )
+    if args.model.max_seqlen not in (LoopedTransformerArgs.max_seqlen, args.data.seq_len):
+        raise UserError(
+            f"model.max_seqlen={args.model.max_seqlen} is data.seq_len={args.data.seq_len} in "
+            "training: set data.seq_len, and leave model.max_seqlen out"
+        )
     if args.probe_freq is not None and args.probe_freq < 1:
         raise UserError(f"probe_freq={args.probe_freq} must be at least 1, or null for no probes")
     if args.data.n_views != 2:
@@ -107,8 +113,8 @@ def validate_train_args(
         )
     data = replace(args.data, seed=args.seed if args.data.seed is None else args.data.seed)
     validate_data_args(data, distributed.dp_replicate * distributed.dp_shard)
-    with torch.device("meta"):
-        LoopedTransformer(model)  # refuses impossible shapes, patterns and backends
+    check_model(model)
+    check_unused_options(model)
     if world_size is None:
         check_device(model, distributed)
     check_logging_packages(args.logging)
@@ -121,6 +127,18 @@ def validate_train_args(
     if checkpoint.path is None:
         checkpoint = replace(checkpoint, path=str(Path(args.dump_dir, "checkpoints")))
     return replace(args, distributed=distributed, model=model, data=data, checkpoint=checkpoint)
+
+
+def check_model(model: LoopedTransformerArgs) -> None:
+    """Refuse impossible shapes, patterns and backends, by building the model without memory."""
+    try:
+        with torch.device("meta"):
+            LoopedTransformer(model)
+    except (RuntimeError, TypeError) as error:
+        if "verflow" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model: its sizes are beyond any memory ({reason})") from None
 
 
 def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> None:

@@ -106,7 +106,7 @@ def test_text_is_utf8_and_broken_surrogates_are_replaced(tmp_path):
 BAD_LINES = {
     b'{"text": "cut off': "not JSON",
     b'["a list"]': "must be a JSON object, got list",
-    b'{"title": "x", "id": 1}': r"found: id, title",
+    b'{"title": "x", "id": 1}': r'found: "id", "title"',
     b'{"text": null}': 'no string under "text"',
     b'{"text": "\xff\xfe"}': "not JSON in UTF-8",
     b"[" * 100_000: "not JSON",
