@@ -29,7 +29,14 @@ from apps.LT2.flops import count_parameters
 from apps.LT2.inference_cost import Cost, Plan, Ratio, Row, measure_point
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.load import cast_for_inference, check_kernels, join_projections, resolve_device
-from apps.LT2.measure import Ceilings, Spread, environment, measure_ceilings, release_memory
+from apps.LT2.measure import (
+    Ceilings,
+    Spread,
+    environment,
+    is_out_of_memory,
+    measure_ceilings,
+    release_memory,
+)
 from apps.LT2.scripts.plot_benchmark import check_can_draw, draw
 from apps.LT2.train_args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
@@ -136,7 +143,12 @@ def build(
     check_attention_device(args.attn_impl, device_type=device.type, dtype=dtype)
     with torch.device("meta"):
         model = LoopedTransformer(args)
-    model.to_empty(device=device)
+    try:
+        model.to_empty(device=device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{subject.name}: no memory on {device} for the weights alone") from None
     torch.manual_seed(0)
     model.init_weights()
     cast_for_inference(model, dtype)

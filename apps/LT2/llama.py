@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from apps.LT2.transformer import LoopedTransformerArgs
-from lingua.args import UserError
+from lingua.args import UserError, dataclass_from_dict
 from lingua.tokenizer import Tokenizer
 from lingua.transformer import resolve_heads
 
@@ -92,6 +92,8 @@ def read_llama_config(config: Mapping[str, Any], where: str) -> LoopedTransforme
     """The model that a config.json describes; UserError, which begins with `where`, if ours has
     no such thing."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{where}: rope_parameters={rope} is not a mapping")
     kind = rope.get("rope_type", rope.get("type", "default"))
     wanted = {  # option: (its value, those that ours has)
         "model_type": (config.get("model_type"), ("llama",)),
@@ -109,24 +111,34 @@ def read_llama_config(config: Mapping[str, Any], where: str) -> LoopedTransforme
         if value not in known:
             choices = " or ".join(map(str, known))
             raise UserError(f"{where}: {option}={value} is not supported, only {choices}")
+    dim, n_heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
+    options = {
+        "dim": dim,
+        "n_layers": _size(config, "num_hidden_layers", where),
+        "n_heads": n_heads,
+        "n_kv_heads": config.get("num_key_value_heads") or n_heads,
+        "head_dim": config.get("head_dim") or dim // n_heads,
+        "vocab_size": _size(config, "vocab_size", where),
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_theta": config.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+        "max_seqlen": config.get("max_position_embeddings", 2048),
+        "weight_tying": config.get("tie_word_embeddings", False),
+        "use_residual": False,
+        **_ffn_options(dim, _size(config, "intermediate_size", where)),
+    }
     try:
-        dim, n_heads = config["hidden_size"], config["num_attention_heads"]
-        return LoopedTransformerArgs(
-            dim=dim,
-            n_layers=config["num_hidden_layers"],
-            n_heads=n_heads,
-            n_kv_heads=config.get("num_key_value_heads") or n_heads,
-            head_dim=config.get("head_dim") or dim // n_heads,
-            vocab_size=config["vocab_size"],
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            max_seqlen=config.get("max_position_embeddings", 2048),
-            weight_tying=config.get("tie_word_embeddings", False),
-            use_residual=False,
-            **_ffn_options(dim, config["intermediate_size"]),
-        )
-    except KeyError as error:
-        raise UserError(f"{where} does not say {error.args[0]}") from None
+        return dataclass_from_dict(LoopedTransformerArgs, options)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _size(config: Mapping[str, Any], option: str, where: str) -> int:
+    if option not in config:
+        raise UserError(f"{where} does not say {option}")
+    value = config[option]
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where}: {option}={value} must be a number of 1 or more")
+    return value
 
 
 def _ffn_options(dim: int, width: int) -> dict[str, Any]:

@@ -11,8 +11,16 @@ from __future__ import annotations
 import logging
 import os
 
-from lingua.args import import_optional, run_cli
+from lingua.args import UserError, import_optional, run_cli
 from lingua.launch import get_is_master
+
+# How the harness begins its complaints about what it was told on the command line.
+MISTAKES = ("Tasks not found", "Attempted to load model", "Indices for islice", "Sample larger")
+ADVICE = (
+    "names: python -m apps.LT2.lm_eval ls tasks; the model is lt2; --limit and --num_fewshot fit "
+    "the task; data that cannot be downloaded here may lie where HF_HOME says, or use local tasks "
+    "by --include_path"
+)
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +32,15 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     if not get_is_master():
         logging.disable(logging.INFO)  # every rank would print the same lines
-    command_line.cli_evaluate()
+    try:
+        command_line.cli_evaluate()
+    except UserError:
+        raise
+    except (ValueError, ConnectionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if not isinstance(error, ConnectionError) and not reason.startswith(MISTAKES):
+            raise
+        raise UserError(f"{reason}; {ADVICE}") from None
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def resolve_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         chosen = None
-    if chosen is None or chosen.type not in ("cpu", "cuda"):
+    if chosen is None or (chosen.type != "cuda" and device != "cpu"):
         raise UserError(f"device={device} must be auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda":
         count = torch.cuda.device_count()

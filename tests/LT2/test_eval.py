@@ -310,6 +310,32 @@ def test_the_registered_model_under_the_harness_s_own_command_line(here, monkeyp
         assert results[task]["acc,none"] == scores["evals"][task]["acc,none"]
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tasks", "lt2_local_choise"], "Tasks not found: lt2_local_choise; .* ls tasks"),
+        (["--tasks", "lt2_local_choice", "--model", "lt3"], "Attempted to load model 'lt3'"),
+        (["--tasks", "lt2_local_choice", "--limit", "-5"], "islice.*--limit"),
+        (["--tasks", "lt2_local_choice", "--model_args", "ckpt=nowhere"], "ckpt=nowhere: no such"),
+    ],
+)
+def test_mistakes_under_the_harness_s_own_command_line(here, monkeypatch, capsys, options, message):
+    import lm_eval.tasks
+
+    from apps.LT2.lm_eval import main
+
+    manager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+    command = ["run", "--model", "lt2", "--model_args", "ckpt=runs/demo,device=cpu"]
+    command += ["--include_path", str(ROOT / "apps/LT2/local_tasks"), *options]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *command])
+    with pytest.raises(SystemExit) as stopped, clean_process():
+        run_cli(main)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search(message, lines[0])
+
+
 # ---- local tasks
 
 

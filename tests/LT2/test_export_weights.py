@@ -286,6 +286,15 @@ def config(**changes):
     return spoil
 
 
+def index(weight_map):
+    def spoil(folder):
+        (folder / "model.safetensors").unlink()
+        content = json.dumps({"weight_map": weight_map})
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return spoil
+
+
 def without_a_tensor(folder):
     tensors = safetensors.load_file(folder / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
@@ -305,6 +314,13 @@ def without_a_tensor(folder):
         (config(vocab_size=100), "tokenizer.name=bytes has 258 pieces .* 100"),
         (config(num_hidden_layers=2), "9 tensors are not a Llama's, such as model.layers.2"),
         (config(intermediate_size=64), "does not fit the model: .*feed_forward"),
+        (config(hidden_size="x"), "config.json: hidden_size=x must be a number of 1 or more"),
+        (config(hidden_size=0), "hidden_size=0 must be"),
+        (config(num_hidden_layers=None), "num_hidden_layers=None must be"),
+        (config(rms_norm_eps="x"), "config.json: norm_eps=x: expected float"),
+        (config(rope_parameters=[1]), "rope_parameters=.* is not a mapping"),
+        (index([1]), "index.json has no weight_map of file names"),
+        (index({"a": 3}), "index.json has no weight_map of file names"),
         (without_a_tensor, "1 tensors are not there, such as model.layers.2.mlp.up_proj"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not readable"),
         (lambda folder: (folder / "config.json").write_text("{}"), "model_type=None"),

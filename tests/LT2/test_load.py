@@ -193,7 +193,7 @@ def test_fewer_layers_than_were_saved_is_no_silent_success(copy):
             load(folder)
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:99", "nonsense"])
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu:9", "nonsense"])
 def test_devices_that_are_not_here(run, device):
     with pytest.raises(UserError, match=f"device={device}"):
         load_model_and_tokenizer(str(run), device=device)

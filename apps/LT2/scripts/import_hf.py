@@ -85,7 +85,10 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             f"hf={folder}: no {SAFETENSORS_NAME} and no {INDEX_NAME} there; weights in another "
             "form become one with transformers' save_pretrained"
         )
-    names = sorted(set(read_json(folder / INDEX_NAME).get("weight_map", {}).values()))
+    files = read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(f"hf={folder}: {INDEX_NAME} has no weight_map of file names")
+    names = sorted(set(files.values()))
     weights: dict[str, Tensor] = {}
     for name in names:
         weights |= read_weights(folder / name, "hf")
