@@ -20,6 +20,12 @@ class Command(NamedTuple):
         return shlex.split(self.text, comments=True)
 
 
+def readme_programs(section: str) -> list[str]:
+    """The Python programs of a section."""
+    body = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", body, re.S)
+
+
 def readme_commands() -> list[Command]:
     """Every command of every ```bash block, in the order of the page; comments are left out."""
     commands = []

@@ -1,4 +1,5 @@
-"""README's commands run as they stand: every one of its shell blocks, in order, in a bash.
+"""README's commands run as they stand: every one of its shell blocks, in order, in a bash, and
+its Python programs after those of their section.
 
 What cannot be so is said here. SMALLER and PLACEHOLDERS change a command where it would take a GPU,
 a cluster, a network or minutes; EXCEPTIONS are not run at all, each with its reason. A command that
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.quick_python import QuickPython
-from tests.readme import ROOT, Command, readme_commands
+from tests.readme import ROOT, Command, readme_commands, readme_programs
 
 EXCEPTIONS = {
     "git clone": "needs the network",
@@ -182,7 +183,10 @@ def test_a_section_s_commands_run(section, request):
         if command.text.startswith("python -m apps.LT2.benchmark_prefill"):
             rows = json.loads(said.splitlines()[-1])["rows"]
             assert rows and all(row["decode"]["ms"] > 0 for row in rows)
-    for file in LEAVES[section]:
+    for program in readme_programs(section):
+        (shell.folder / "program.py").write_text(program)
+        shell.run("python program.py")
+    for file in LEAVES.get(section, []):
         assert (shell.folder / file).exists(), f"{file} is missing after section {section}"
 
 
