@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -30,22 +31,32 @@ def compile_prefill(model: LoopedTransformer) -> None:
 
 
 @contextmanager
-def compiled_prefill(model: LoopedTransformer) -> Iterator[None]:
-    """Inside, the prefill of every layer is compiled for packed prompts of any lengths.
+def compiled_for_generation(
+    model: LoopedTransformer, *, prefill: bool = False, step: bool = False
+) -> Iterator[None]:
+    """Inside, what is asked for of every layer is compiled for sequences of any lengths.
 
-    Numbers of tokens and of prompts are variables of the code; a single one has its own. The model
-    is afterwards as it was, but what was compiled is found again by the next one to come here.
+    prefill: numbers of tokens and of prompts are variables of the code; a single one has its own.
+    step: the first cache's shape is a constant of the code, which is the faster one; from the
+    second on, what differs is a variable. The model is afterwards as it was, but what was compiled
+    is found again by the next one to come here.
     """
     _allow_variants()
+    options: dict[str, dict[str, Any]] = {}
+    if prefill:
+        options["prefill"] = {"dynamic": True}
+    if step:
+        options["step"] = {"dynamic": None, "fullgraph": True}
     for block in model.layers:
-        assert isinstance(block, Block)
-        assert "prefill" not in vars(block), "the prefill is compiled already"
-        block.prefill = torch.compile(block.prefill, dynamic=True)
+        for name, how in options.items():
+            assert name not in vars(block), f"the {name} is compiled already"
+            setattr(block, name, torch.compile(getattr(block, name), **how))
     try:
         yield
     finally:
         for block in model.layers:
-            del block.prefill
+            for name in options:
+                delattr(block, name)
 
 
 def compile_step(model: LoopedTransformer) -> None:

@@ -13,14 +13,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from apps.LT2.cache import ModelCache
-from apps.LT2.compiled import compiled_prefill
+from apps.LT2.compiled import compiled_for_generation
 from apps.LT2.continuous_batching import ContinuousBatch, Step, group_by_length
 from apps.LT2.decode_graph import DecodeGraph
 from apps.LT2.load import check_dtype
@@ -52,6 +52,8 @@ class PackedCausalTransformerGeneratorArgs:
     )  # texts that end an answer, which ends before them
     # compile the prefill for any length: pays off over many prompts; rounding may differ
     compile_prefilling: bool = False
+    # compile the decode step: pays off over long answers; rounding may differ
+    compile_decoding: bool = False
     # decode by a CUDA graph, which gives the same tokens sooner; null = on a GPU
     reduce_generation_overhead: bool | None = None
     show_progress: bool = False  # count answers and tokens on stderr
@@ -217,7 +219,9 @@ class PackedCausalTransformerGenerator:
         cfg, model = self.cfg, self.model
         needs = [sequence.n_slots for sequence in sequences]
         with (
-            compiled_prefill(model) if cfg.compile_prefilling else nullcontext(),
+            compiled_for_generation(
+                model, prefill=cfg.compile_prefilling, step=cfg.compile_decoding
+            ),
             _out_of_memory_names(f"max_tokens={cfg.max_tokens}"),
         ):
             for group in group_by_length(needs, cfg.max_tokens):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from apps.LT2.compiled import compiled_prefill
+from apps.LT2.compiled import compiled_for_generation
 from apps.LT2.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
@@ -290,7 +290,8 @@ def test_memory_that_runs_out_names_the_option(monkeypatch):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_a_compiled_prefill_gives_the_same_tokens_and_is_compiled_for_all_lengths(monkeypatch):
+@pytest.mark.parametrize("part", ["prefill", "step"])
+def test_compiled_layers_give_the_same_tokens_at_all_lengths(part, monkeypatch):
     pieces = []
 
     def backend(graph, _):
@@ -300,22 +301,23 @@ def test_a_compiled_prefill_gives_the_same_tokens_and_is_compiled_for_all_length
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     model = tiny_model("full", 2, n_layers=1)
     plain = make(model)
-    compiled = make(model, compile_prefilling=True)
+    option = {"prefill": "compile_prefilling", "step": "compile_decoding"}[part]
+    compiled = make(model, **{option: True})
     n_pieces = []
-    for lengths in ([5, 9, 3], [7, 2], [20, 4, 8, 11]):
+    for lengths in ([5, 9, 3], [7, 2], [20, 4, 8, 11], [6, 13, 3]):
         prompts = texts_of_lengths(lengths)
         want = [c.tokens for c in plain.complete(prompts)]
         assert [c.tokens for c in compiled.complete(prompts)] == want
         n_pieces.append(len(pieces))
-    assert n_pieces[0] > 0 and n_pieces[1] == n_pieces[2], "compiled anew for other lengths"
-    assert not any("prefill" in vars(block) for block in model.layers), "the model is changed"
+    assert n_pieces[0] > 0 and n_pieces[-2] == n_pieces[-1], "compiled anew for other lengths"
+    assert not any(part in vars(block) for block in model.layers), "the model is changed"
 
 
-def test_a_prefill_that_fails_leaves_the_model_as_it_was():
+def test_what_fails_compiled_leaves_the_model_as_it_was():
     model = tiny_model("full", 1)
-    with pytest.raises(KeyError), compiled_prefill(model):
+    with pytest.raises(KeyError), compiled_for_generation(model, prefill=True, step=True):
         raise KeyError
-    assert not any("prefill" in vars(block) for block in model.layers)
+    assert not any({"prefill", "step"} & vars(block).keys() for block in model.layers)
 
 
 # ---- options
