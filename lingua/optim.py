@@ -1,4 +1,4 @@
-"""AdamW and its learning rate: which parameters decay, how the rate moves, when a step is skipped.
+"""Optimizer and learning rate: which parameters decay, how the rate moves, when a step is skipped.
 
 Learning rate schedules are functions of s, the number of the optimizer step counted from 1, and
 return a factor for `optim.lr`. They rise to 1 over `warmup` steps, have no jump but the restarts
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,14 +20,30 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lingua.args import UserError
+from lingua.muon import Muon
 
 logger = logging.getLogger()
 
+OPTIMIZERS = ("adamw", "muon")
 ANNEALING_STEP = 1000  # kept so that Lingua's YAML files load; it never had an effect
 
 
 @dataclass
+class MuonArgs:
+    momentum: float = 0.95  # of the gradient, Nesterov's
+    newton_schulz_steps: int = 5  # iterations that orthogonalize an update
+
+    def __post_init__(self):
+        _require(0 <= self.momentum < 1, "muon.momentum", self.momentum, "from 0 to below 1")
+        steps = self.newton_schulz_steps
+        _require(1 <= steps <= 20, "muon.newton_schulz_steps", steps, "from 1 to 20")
+
+
+@dataclass
 class OptimArgs:
+    # adamw; or muon for the weight matrices of the layers, and AdamW for all else (see muon.py)
+    name: str = "adamw"
+    muon: MuonArgs = field(default_factory=MuonArgs)
     lr: float = 3e-4  # peak learning rate
     weight_decay: float = (
         0.1  # decay of weight matrices; norms, gates, biases, convolutions have none
@@ -50,6 +66,9 @@ class OptimArgs:
     skip_nonfinite: int = 0
 
     def __post_init__(self):
+        _require(self.name in OPTIMIZERS, "name", self.name, " or ".join(OPTIMIZERS))
+        if self.name != "muon":
+            _require(self.muon == MuonArgs(), "muon", self.muon, "left out without optim.name=muon")
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _require(self.epsilon > 0, "epsilon", self.epsilon, "above 0")
@@ -215,6 +234,7 @@ class ScheduledLR(LambdaLR):
 # ---- parameters
 
 
+EMBEDDING_NAMES = ("tok_embeddings", "output")  # of the vocabulary
 VECTOR_NAMES = ("rho", "A_log", "D", "dt_bias", "bias")
 
 
@@ -231,28 +251,49 @@ def is_matrix(name: str, param: Tensor) -> bool:
     return not any(leaf == v or leaf.endswith(f"_{v}") for v in VECTOR_NAMES)
 
 
-def build_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, vectors do not; DTensors and plain tensors never share a group."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+def is_hidden_matrix(name: str, param: Tensor) -> bool:
+    """Whether a parameter is a matrix of a layer, and so one that Muon is for."""
+    return is_matrix(name, param) and name.split(".")[0] not in EMBEDDING_NAMES
+
+
+def build_param_groups(
+    model: nn.Module, weight_decay: float, *, muon: bool = False
+) -> list[dict[str, Any]]:
+    """Matrices decay, vectors do not; DTensors and plain tensors never share a group.
+
+    `muon` puts the matrices of the layers into groups of their own.
+    """
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
-            key = (is_matrix(name, param), isinstance(param, DTensor))
+            by_muon = muon and is_hidden_matrix(name, param)
+            key = (by_muon, is_matrix(name, param), isinstance(param, DTensor))
             groups.setdefault(key, []).append(param)
     return [
-        {"params": params, "weight_decay": weight_decay if matrix else 0.0}
-        for (matrix, _), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        {"params": params, "weight_decay": weight_decay if matrix else 0.0, "muon": by_muon}
+        for (by_muon, matrix, _), params in sorted(
+            groups.items(), key=lambda item: item[0], reverse=True
+        )
     ]
 
 
 def build_optimizer(
     model: nn.Module, args: OptimArgs, n_steps: int
 ) -> tuple[Optimizer, ScheduledLR]:
-    """AdamW and its schedule. Build it after the model was parallelized and materialized."""
-    groups = build_param_groups(model, args.weight_decay)
+    """The optimizer and its schedule. Build them after the model was parallelized and
+    materialized."""
+    groups = build_param_groups(model, args.weight_decay, muon=args.name == "muon")
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    optimizer = AdamW(
-        groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=args.epsilon, fused=fused
-    )
+    options = {
+        "lr": args.lr,
+        "betas": (args.beta1, args.beta2),
+        "eps": args.epsilon,
+        "fused": fused,
+    }
+    if args.name == "muon":
+        optimizer = Muon(groups, **options, **asdict(args.muon))
+    else:
+        optimizer = AdamW(groups, **options)
     lr_fn = build_lr_fn(args, n_steps)
     # The scheduler counts steps done: the step that it sets the rate for is the next one.
     return optimizer, ScheduledLR(optimizer, lambda done: lr_fn(done + 1))

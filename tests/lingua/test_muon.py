@@ -1,0 +1,183 @@
+"""Muon: orthogonal updates at AdamW's size, for the layers' matrices alone, sharded or not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lingua.args import UserError, dataclass_from_dict
+from lingua.muon import COEFFICIENTS, orthogonalize
+from lingua.optim import MuonArgs, OptimArgs, build_optimizer
+from lingua.tensor_store import load_from_checkpoint, save_tensors
+from tests.lingua.dist_utils import run_ranks
+from tests.lingua.toy import LAYERS, make_batches, make_model, whole
+from tests.tolerances import FP32, assert_same
+
+STEPS = 3
+
+
+def constant(**options) -> OptimArgs:
+    return OptimArgs(**({"name": "muon", "scheduler": "constant", "lr": 0.01} | options))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8), (1, 5)])
+def test_singular_values_become_about_one(shape):
+    torch.manual_seed(0)
+    X = orthogonalize(torch.randn(shape), 5)
+    assert X.shape == shape
+    values = torch.linalg.svdvals(X)
+    assert values.min() > 0.6 and values.max() < 1.25
+
+
+def test_singular_vectors_stay():
+    """Newton-Schulz is an odd polynomial of the singular values."""
+    torch.manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(6, 9, dtype=torch.float64), full_matrices=False)
+    S = torch.tensor([1.0, 0.8, 0.5, 0.3, 0.1, 0.02], dtype=torch.float64)
+    want = S / S.norm()
+    for _ in range(5):
+        a, b, c = COEFFICIENTS
+        want = a * want + b * want**3 + c * want**5
+    assert_same(orthogonalize(U * S @ Vh, 5), U * want @ Vh, FP32)
+
+
+def test_a_gradient_of_zero_moves_nothing():
+    assert torch.equal(orthogonalize(torch.zeros(3, 4), 5), torch.zeros(3, 4))
+
+
+def one_matrix(shape: tuple[int, int]) -> nn.Sequential:
+    """A matrix for Muon, and a vector for AdamW."""
+    return nn.Sequential(nn.Linear(*shape[::-1], bias=False), nn.RMSNorm(shape[0]))
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_steps_match_the_formula(shape):
+    torch.manual_seed(0)
+    model = one_matrix(shape)
+    weight = model[0].weight
+    args = constant(lr=0.1, weight_decay=0.5, muon=MuonArgs(momentum=0.8))
+    optimizer, scheduler = build_optimizer(model, args, 10)
+    W, M = weight.detach().clone(), torch.zeros(shape)
+    for _ in range(STEPS):
+        G = torch.randn(shape)
+        weight.grad = G.clone()
+        optimizer.step()
+        scheduler.step()
+        M = 0.8 * M + G
+        W = W * (1 - 0.1 * 0.5)
+        W = W - 0.1 * 0.2 * math.sqrt(10) * orthogonalize(G + 0.8 * M, 5)
+        assert_same(weight.detach(), W, FP32)
+
+
+def test_updates_are_as_large_as_adamws():
+    """The RMS of an update is about 0.2 times the rate, whatever the shape and the gradient."""
+    for shape in ((32, 64), (64, 32)):
+        model = one_matrix(shape)
+        weight = model[0].weight
+        optimizer, _ = build_optimizer(model, constant(weight_decay=0.0), 10)
+        before = weight.detach().clone()
+        weight.grad = 1e-3 * torch.randn(shape)
+        optimizer.step()
+        rms = (weight.detach() - before).square().mean().sqrt()
+        assert 0.15 * 0.01 < rms < 0.25 * 0.01
+
+
+def test_only_the_layers_matrices_are_muons():
+    model = make_model()
+    optimizer, _ = build_optimizer(model, constant(), 10)
+    names = {p: name for name, p in model.named_parameters()}
+    muons = {names[p] for g in optimizer.param_groups if g["muon"] for p in g["params"]}
+    assert muons == {f"layers.{i}.w{k}.weight" for i in range(LAYERS) for k in (1, 2)}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(names)
+    decays = {names[p]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decays["rho"] == 0 and decays["layers.0.w1.weight"] == decays["output.weight"] == 0.1
+
+
+def test_all_groups_follow_the_schedule():
+    args = OptimArgs(name="muon", warmup=4, lr=0.1)
+    optimizer, scheduler = build_optimizer(make_model(), args, 10)
+    for step in range(1, 5):
+        for group in (*optimizer.param_groups, *optimizer.adamw.param_groups):  # pyright: ignore
+            assert group["lr"] == pytest.approx(0.1 * step / 4)
+        optimizer.step()
+        scheduler.step()
+
+
+def train(model, optimizer, scheduler, batches) -> None:
+    for micro_batches in batches:
+        for tokens, target in micro_batches:
+            (model(tokens, target) / len(micro_batches)).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
+    batches = make_batches(2 * STEPS, 1)
+    model = make_model()
+    optimizer, scheduler = build_optimizer(model, constant(), 10)
+    train(model, optimizer, scheduler, batches[:STEPS])
+    save_tensors(tmp_path, model, optimizer)
+    train(model, optimizer, scheduler, batches[STEPS:])
+
+    resumed = make_model()
+    again, schedule = build_optimizer(resumed, constant(), 10)
+    load_from_checkpoint(tmp_path, resumed, again)
+    schedule.load_state_dict({"last_epoch": STEPS})
+    train(resumed, again, schedule, batches[STEPS:])
+    for (name, a), b in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def train_sharded(rank, world_size, folder):
+    """Weights after the steps, saved in the middle and loaded by the same ranks.
+
+    All ranks have the whole batch, so that averages over them change nothing.
+    """
+    mesh = init_device_mesh("cpu", (world_size,))
+    batches = make_batches(2 * STEPS, 1)
+
+    def make():
+        model = make_model()
+        vectors = {p for p in model.parameters() if p.ndim < 2} | {model.rho}
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh, ignored_params=vectors)
+        fully_shard(model, mesh=mesh, ignored_params=vectors)
+        return model, *build_optimizer(model, constant(), 10)
+
+    model, optimizer, scheduler = make()
+    train(model, optimizer, scheduler, batches[:STEPS])
+    save_tensors(folder, model, optimizer)
+    model, optimizer, scheduler = make()
+    load_from_checkpoint(folder, model, optimizer)
+    scheduler.load_state_dict({"last_epoch": STEPS})
+    train(model, optimizer, scheduler, batches[STEPS:])
+    return {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def test_sharded_matrices_move_as_whole_ones(tmp_path):
+    model = make_model()
+    optimizer, scheduler = build_optimizer(model, constant(), 10)
+    train(model, optimizer, scheduler, make_batches(2 * STEPS, 1))
+    for weights in run_ranks(2, train_sharded, tmp_path):
+        for name, param in model.named_parameters():
+            assert_same(weights[name], param.detach(), FP32, name)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"name": "lion"}, "optim.name=lion: must be adamw or muon"),
+        ({"name": "adamw", "muon": {"momentum": 0.9}}, "optim.muon=.*without optim.name=muon"),
+        ({"muon": {"momentum": 1.0}}, "optim.muon.momentum=1.0"),
+        ({"muon": {"newton_schulz_steps": 0}}, "optim.muon.newton_schulz_steps=0"),
+    ],
+)
+def test_bad_values_name_their_option(options, message):
+    with pytest.raises(UserError, match=message):
+        dataclass_from_dict(OptimArgs, options)
