@@ -80,6 +80,9 @@ class DistributedArgs:
     # dtype of matrices in the forward and backward pass: fp32, fp16, bf16, or auto (bf16 on CUDA,
     # fp32 on CPU); weights, gradient reduction and optimizer are fp32 at any setting
     model_dtype: str = "bf16"
+    # full_shard: free a layer's gathered weights after each of its runs; saves their memory, and
+    # gathers them twice for every loop and micro-batch where once a step would do
+    reshard_between_loops: bool = False
     float8_recipe: str | None = None  # not implemented: null only
     float8_filter: str = FLOAT8_FILTER  # not implemented: the default only
     matmul_allow_tf32: bool = False  # fp32 matmuls on CUDA use TF32: faster, 10 bits of mantissa
@@ -106,6 +109,11 @@ class DistributedArgs:
             raise UserError(
                 "distributed.float8_recipe, distributed.float8_filter: float8 is not implemented; "
                 "leave both out"
+            )
+        if self.reshard_between_loops and self.fsdp_type != "full_shard":
+            raise UserError(
+                f"distributed.reshard_between_loops=true with distributed.fsdp_type="
+                f"{self.fsdp_type}: nothing is sharded; use full_shard, or leave it out"
             )
         if self.selective_activation_checkpointing:
             if self.activation_checkpointing not in ("none", "selective"):

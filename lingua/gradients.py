@@ -18,13 +18,17 @@ from torch.distributed.tensor import DTensor
 from lingua.optim import is_matrix
 
 
-def set_gradient_sync(model: nn.Module, sync: bool) -> None:
-    """Whether the next backward averages gradients over ranks, or only adds to local ones.
+def set_gradient_sync(model: nn.Module, sync: bool, *, reshard: bool = True) -> None:
+    """Whether backward averages gradients over ranks, or only adds to local ones; and whether it
+    frees a unit's gathered weights once it is through with the unit.
 
-    False for all micro-batches of an optimizer step but the last.
+    `sync` is False for all micro-batches of an optimizer step but the last. Weights do not change
+    between them, so without `reshard` they need not be gathered again. Takes effect at once, in the
+    middle of a backward too.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(sync)
+        model.set_reshard_after_backward(reshard)
 
 
 @torch.no_grad()

@@ -212,7 +212,8 @@ def apply_fsdp(
     }
     for path, reshard in plan:
         fully_shard(get_module(model, path), reshard_after_forward=reshard, **options)
-    fully_shard(model, reshard_after_forward=True, **options)
+    # The root's backward begins where its forward ends: freed, it would be gathered again at once.
+    fully_shard(model, reshard_after_forward=False, **options)
 
 
 def fsdp_mesh(device_mesh: DeviceMesh, args: DistributedArgs) -> DeviceMesh:

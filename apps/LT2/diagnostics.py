@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from apps.LT2.mixers import MIXERS
+from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.trainer import Batch
 from apps.LT2.transformer import LoopedTransformer
 from lingua.distributed import (
     clip_grad_norm_,
     dist_mean_dict,
-    set_gradient_sync,
     sync_replicated_grads,
 )
 from lingua.probe import Probe

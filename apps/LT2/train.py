@@ -30,6 +30,7 @@ from apps.LT2.parallel import (
     count_block_kinds,
     get_no_recompute_ops,
     set_activation_checkpointing,
+    set_resharding,
     tp_parallelize,
 )
 from apps.LT2.progress import Progress
@@ -199,12 +200,15 @@ def build_model(
     with torch.device("meta"):
         model = LoopedTransformer(args.model)
     set_activation_checkpointing(model, args.distributed.activation_checkpointing)
+    set_resharding(model, args.distributed.reshard_between_loops)
     parallelize_model(
         model,
         mesh,
         args.model,
         args.distributed,
-        fsdp_grouping_plan=build_fsdp_grouping_plan(args.model),
+        fsdp_grouping_plan=build_fsdp_grouping_plan(
+            args.model, reshard_between_loops=args.distributed.reshard_between_loops
+        ),
         tp_parallelize=tp_parallelize,
         no_recompute_ops=get_no_recompute_ops(),
         n_block_kinds=count_block_kinds(model),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.train_args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer
 from lingua.data import PrefetchState, document_offsets
@@ -23,7 +24,6 @@ from lingua.distributed import (
     get_device,
     get_global_rank,
     run_together,
-    set_gradient_sync,
     sync_replicated_grads,
 )
 from lingua.optim import NonfiniteGuard, ScheduledLR

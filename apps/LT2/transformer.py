@@ -15,6 +15,7 @@ width, V vocabulary.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +129,10 @@ class LoopedTransformer(nn.Module):
         )
         # Activation checkpointing of whole loops, which only the model can see; set by the trainer.
         self.checkpoint_loops = False
+        # Whether sharded layers are gathered for each loop anew, and what the backward calls when
+        # it enters loop 0 and meets every layer for the last time; both are apps.LT2.parallel's.
+        self.reshard_between_loops = False
+        self.before_last_backward: Callable[[], None] | None = None
         # Of the last forward with a target: mean over (loop, layer) of the mixers' own losses.
         self.mixer_losses: dict[str, Tensor] = {}
 
@@ -154,6 +159,8 @@ class LoopedTransformer(nn.Module):
                 h, losses = self._run_loop(h, loop, cu_seqlens, with_loss)
             for name, loss in losses:
                 mixer_losses.setdefault(name, []).append(loss)
+            if loop == 0 and h.requires_grad:
+                h.register_hook(self._enter_last_backward)
         h = self.norm(h)
         if target is None:
             return self._logits(h)
@@ -180,6 +187,10 @@ class LoopedTransformer(nn.Module):
             self.mixer_losses[name] = mean.detach()
             loss = loss + (mean - mean.detach())
         return loss
+
+    def _enter_last_backward(self, grad: Tensor) -> None:
+        if self.before_last_backward is not None:
+            self.before_last_backward()
 
     def begin_step(self, step: int | None) -> None:
         """Set what depends on the training: `step` optimizer steps are done, None is inference.

@@ -14,6 +14,7 @@ import multiprocessing as mp
 import os
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "numpy", "pytest"]
 TIMEOUT = 90.0  # seconds; starting a rank takes a few on a busy machine
@@ -53,6 +55,18 @@ def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = TIMEOU
                 process.kill()
                 process.join()
     return results
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts the operators inside it by name, those of backward and of collectives too."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _collect(pipes: list[Connection], timeout: float) -> list[Any]:

@@ -7,20 +7,18 @@ import os
 import signal
 import time
 import traceback
-from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from lingua import distributed as ld
 from lingua.args import UserError
 from lingua.optim import OptimArgs, build_optimizer
-from tests.lingua.dist_utils import run_ranks
+from tests.lingua.dist_utils import OpCounter, run_ranks
 from tests.lingua.toy import LAYERS, LOOPS, PLAN, ROWS, make_batches, make_model, whole
 
 # fp32: ranks add up in another order than one process does
@@ -211,16 +209,16 @@ def check_clip(rank, world_size):
     ld.parallelize_model(model, mesh, None, args, PLAN)
     tokens, target = make_batches(1, 1)[0, 0]
     ld.set_gradient_sync(model, False)
-    with OpCounter(Counter()) as accumulating:
+    with OpCounter() as accumulating:
         model(tokens, target).backward()
     assert reductions(accumulating) == 0, "a micro-batch before the last one only adds up"
     ld.set_gradient_sync(model, True)
     model(tokens, target).backward()
     model.zero_grad()
-    with OpCounter(Counter()) as last:
+    with OpCounter() as last:
         model(tokens[rank::2], target[rank::2]).backward()
     assert reductions(last) > 0
-    with OpCounter(Counter()) as bucket:
+    with OpCounter() as bucket:
         ld.sync_replicated_grads(model, mesh)
     assert reductions(bucket) == 1, "one bucket for all vectors"
     before = {n: whole(p.grad).clone() for n, p in model.named_parameters()}
@@ -309,13 +307,12 @@ def test_what_the_backward_computes_again(mode):
     """Counts matmuls and tanh: selective keeps the former, full nothing; loop is the app's."""
     model = make_model()
     ld.parallelize_model(model, None, None, args_of(mode), PLAN)
-    counts = Counter()
     tokens, target = make_batches(1, 1)[0, 0]
-    with OpCounter(counts):
+    with OpCounter() as ops:
         loss = model(tokens, target)
-        forward = Counter(counts)
+        forward = ops.counts.copy()
         loss.backward()
-    again = {name: counts[name] - forward[name] for name in ("tanh", "addmm")}
+    again = {name: ops.counts[name] - forward[name] for name in ("tanh", "addmm")}
     calls = LAYERS * LOOPS
     assert forward["tanh"] == forward["addmm"] == calls
     assert (
@@ -331,16 +328,6 @@ def test_what_the_backward_computes_again(mode):
 
 def args_of(mode: str) -> ld.DistributedArgs:
     return ld.DistributedArgs(activation_checkpointing=mode, model_dtype="fp32")
-
-
-class OpCounter(TorchDispatchMode):
-    def __init__(self, counts):
-        super().__init__()
-        self.counts = counts
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_an_apps_own_ops_are_kept_beside_the_defaults():

@@ -1,0 +1,128 @@
+"""Looping costs no communication: weights are gathered and gradients reduced once a step.
+
+Counted on two ranks, with every kind of recomputation, and the gradients are those of one process.
+"""
+
+from __future__ import annotations
+
+import traceback
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from apps.LT2.parallel import (
+    build_fsdp_grouping_plan,
+    get_no_recompute_ops,
+    set_activation_checkpointing,
+    set_gradient_sync,
+    set_resharding,
+)
+from apps.LT2.transformer import LoopedTransformer
+from lingua.distributed import (
+    ACTIVATION_CHECKPOINTING,
+    DistributedArgs,
+    get_device_mesh,
+    parallelize_model,
+    sync_replicated_grads,
+)
+from tests.lingua.dist_utils import OpCounter, run_ranks
+from tests.lingua.toy import whole
+from tests.LT2.tiny import tiny_model
+from tests.tolerances import FP32_MODEL, assert_same
+
+N_LAYERS, WORLD = 2, 2
+# In the second a layer's full attention runs in late loops only: its gradient is complete early.
+PATTERNS = {1: "gdn,full", 4: "gdn->full->gdn->full"}
+N_UNITS = N_LAYERS + 1  # and the root: embedding and head
+
+FULL_SHARD = {"fsdp_type": "full_shard", "dp_replicate": WORLD}
+RESHARD = {**FULL_SHARD, "reshard_between_loops": True}
+
+# (loops, micro-batches, distributed options) and collectives of a step
+CASES = {
+    f"{mode} T={loops} micro-batches={n_micro}": (
+        loops,
+        n_micro,
+        {**FULL_SHARD, "activation_checkpointing": mode},
+        {"_allgather_base_": N_UNITS, "_reduce_scatter_base_": N_UNITS},
+    )
+    for mode, loops, n_micro in product(ACTIVATION_CHECKPOINTING, (1, 4), (1, 3))
+}
+CASES["no_shard"] = (4, 3, {"dp_replicate": WORLD}, {"allreduce_": N_UNITS})
+# Gathered for every loop of the forward and of the backward; reduced once all the same.
+for n_micro in (1, 3):
+    n_gathered = n_micro * (2 * 4 * N_LAYERS + 1)
+    counts = {"_allgather_base_": n_gathered, "_reduce_scatter_base_": N_UNITS}
+    CASES[f"reshard_between_loops micro-batches={n_micro}"] = (4, n_micro, RESHARD, counts)
+COLLECTIVES = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_")
+
+
+def make(loops: int) -> LoopedTransformer:
+    options = {"n_layers": N_LAYERS, "attention_pattern": PATTERNS[loops]}
+    return tiny_model("hybrid", loops, **options).requires_grad_(True)
+
+
+def parallel_model(loops: int, options: dict) -> tuple[LoopedTransformer, object]:
+    args = DistributedArgs(model_dtype="fp32", **options)
+    mesh, model = get_device_mesh(args), make(loops)
+    set_activation_checkpointing(model, args.activation_checkpointing)
+    set_resharding(model, args.reshard_between_loops)
+    plan = build_fsdp_grouping_plan(model.args, reshard_between_loops=args.reshard_between_loops)
+    parallelize_model(model, mesh, model.args, args, plan, no_recompute_ops=get_no_recompute_ops())
+    return model, mesh
+
+
+def batches(n_micro: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(258, (n_micro, WORLD, 16), generator=generator)
+
+
+def backward(model: LoopedTransformer, micro_batches: Tensor) -> None:
+    for i, tokens in enumerate(micro_batches):
+        set_gradient_sync(model, i == len(micro_batches) - 1)
+        (model(tokens, tokens) / len(micro_batches)).backward()
+
+
+@cache
+def wanted(loops: int, n_micro: int) -> dict[str, Tensor]:
+    model = make(loops)
+    backward(model, batches(n_micro))
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def count_cases(rank: int, world_size: int) -> dict[str, tuple[dict[str, int], str]]:
+    """For each case the collectives of a step, and what is wrong with its gradients."""
+    outcome = {}
+    for name, (loops, n_micro, options, _) in CASES.items():
+        model, mesh = parallel_model(loops, options)
+        with OpCounter() as ops:
+            backward(model, batches(n_micro)[:, rank : rank + 1])
+        counts = {c: ops.counts[c] for c in COLLECTIVES if ops.counts[c]}
+        sync_replicated_grads(model, mesh)
+        got = {key: whole(p.grad) for key, p in model.named_parameters()}
+        outcome[name] = counts, differences(got, wanted(loops, n_micro))
+    return outcome
+
+
+def differences(got: dict[str, Tensor], want: dict[str, Tensor]) -> str:
+    try:
+        assert got.keys() == want.keys()
+        for name, tensor in want.items():
+            assert_same(got[name], tensor, FP32_MODEL, name)
+    except AssertionError:
+        return traceback.format_exc()
+    return ""
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    return run_ranks(WORLD, count_cases)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_collectives_of_a_step(two_ranks, case):
+    want = CASES[case][-1]
+    assert [outcome[case] for outcome in two_ranks] == [(want, "")] * WORLD
