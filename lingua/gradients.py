@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lingua.optim import is_matrix
+from lingua.tensor_parallel import partial_parameters
 
 
 def set_gradient_sync(model: nn.Module, sync: bool, *, reshard: bool = True) -> None:
@@ -35,7 +36,8 @@ def set_gradient_sync(model: nn.Module, sync: bool, *, reshard: bool = True) -> 
 def sync_replicated_grads(model: nn.Module, mesh: DeviceMesh | None) -> None:
     """Average the gradients of vectors over the data-parallel ranks; call it once, before clipping.
 
-    A vector without a gradient here counts as zero, so that all ranks send the same numbers.
+    Tensor-parallel ranks have the same gradient, or each a part of it (see tensor_parallel). A
+    vector without a gradient here counts as zero, so that all ranks send the same numbers.
     """
     if mesh is None or dist.get_world_size() == 1:
         return
@@ -49,20 +51,16 @@ def sync_replicated_grads(model: nn.Module, mesh: DeviceMesh | None) -> None:
             p.grad = torch.zeros_like(p)
     grads = [_local(p.grad) for p in vectors if p.grad is not None]
     bucket = torch.cat([g.flatten().float() for g in grads])
-    degree = 1
-    for group in _dp_groups(mesh):
-        dist.all_reduce(bucket, group=group)
-        degree *= dist.get_world_size(group)
-    bucket /= degree
-    for grad, mean in zip(grads, bucket.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
+    dist.all_reduce(bucket)
+    parts = set(partial_parameters(model))
+    n_ranks, n_replicas = mesh.size(), mesh.size() // _tp_size(mesh)
+    sums = bucket.split([g.numel() for g in grads])
+    for vector, grad, total in zip(vectors, grads, sums, strict=True):
+        grad.copy_(total.view_as(grad) / (n_replicas if vector in parts else n_ranks))
 
 
-def _dp_groups(mesh: DeviceMesh) -> list[dist.ProcessGroup | None]:
-    names = mesh.mesh_dim_names or ()
-    if "tp" not in names:
-        return [dist.group.WORLD]
-    return [mesh.get_group(name) for name in names if name != "tp"]
+def _tp_size(mesh: DeviceMesh) -> int:
+    return mesh["tp"].size() if "tp" in (mesh.mesh_dim_names or ()) else 1
 
 
 def _local(tensor: Tensor) -> Tensor:

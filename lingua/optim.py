@@ -259,15 +259,16 @@ def is_hidden_matrix(name: str, param: Tensor) -> bool:
 def build_param_groups(
     model: nn.Module, weight_decay: float, *, muon: bool = False
 ) -> list[dict[str, Any]]:
-    """Matrices decay, vectors do not; DTensors and plain tensors never share a group.
+    """Matrices decay, vectors do not; DTensors share a group only with those of their mesh.
 
     `muon` puts the matrices of the layers into groups of their own.
     """
-    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
             by_muon = muon and is_hidden_matrix(name, param)
-            key = (by_muon, is_matrix(name, param), isinstance(param, DTensor))
+            n_mesh_dims = param.device_mesh.ndim if isinstance(param, DTensor) else 0
+            key = (by_muon, is_matrix(name, param), n_mesh_dims)
             groups.setdefault(key, []).append(param)
     return [
         {"params": params, "weight_decay": weight_decay if matrix else 0.0, "muon": by_muon}

@@ -133,7 +133,8 @@ def trunc_normal_(tensor: Tensor, std: float) -> Tensor:
 
 def init_linear(linear: nn.Linear, base_std: float | None, factor: float = 1.0) -> None:
     """The one rule for projections: spread base_std, else fan_in ** -0.5, divided by `factor`."""
-    std = base_std if base_std is not None else linear.in_features**-0.5
+    fan_in = linear.weight.shape[1]  # of the whole matrix, where tensor parallelism splits it
+    std = base_std if base_std is not None else fan_in**-0.5
     trunc_normal_(linear.weight, std / factor)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from apps.LT2.mixers import Mixer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua import gradients
 from lingua.args import UserError
 from lingua.distributed import DistributedArgs
+from lingua.tensor_parallel import TensorParallel, check_divides, split_linears
+from lingua.transformer import FeedForward
 
 
 def build_fsdp_grouping_plan(
@@ -65,14 +68,41 @@ def count_block_kinds(model: LoopedTransformer) -> int:
     return len({spec for loop in model.layout for spec in loop})
 
 
+def check_tensor_parallel(model: nn.Module, tp_size: int) -> None:
+    """UserError where `tp_size` ranks cannot share the heads and channels of every layer."""
+    if tp_size == 1:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, Mixer):
+            counts = module.split_counts()
+            if counts is None:
+                raise UserError(
+                    f"distributed.tp_size={tp_size}: {module.module_name} ({name}) does not split "
+                    "by heads; use 1, with distributed.fsdp_type=full_shard for memory"
+                )
+            for what, count in counts.items():
+                check_divides(tp_size, count, f"{what} of {module.module_name}")
+        elif isinstance(module, FeedForward):
+            check_divides(tp_size, module.hidden_dim, "the feed-forward width (model.multiple_of)")
+
+
 def tp_parallelize(
-    model: nn.Module, tp_mesh: DeviceMesh, args: LoopedTransformerArgs, dist_args: DistributedArgs
+    model: nn.Module,
+    tp_mesh: DeviceMesh,
+    args: LoopedTransformerArgs,
+    dist_args: DistributedArgs,
 ) -> None:
-    """Split every layer's heads and feed-forward over `tp_mesh`."""
-    raise UserError(
-        f"distributed.tp_size={dist_args.tp_size}: looped models are not split by tensor "
-        "parallelism yet; use tp_size=1, with distributed.fsdp_type=full_shard for memory"
-    )
+    """Share every layer's heads and feed-forward channels out over `tp_mesh`, in place.
+
+    Embedding and head stay whole on every rank of it; FSDP shards them over the others.
+    """
+    check_tensor_parallel(model, tp_mesh.size())
+    tp = TensorParallel(tp_mesh)
+    for module in list(model.modules()):
+        if isinstance(module, Mixer):
+            module.split(tp)
+        elif isinstance(module, FeedForward):
+            split_linears(module, tp, outputs=("w1", "w3"), inputs=("w2",))
 
 
 def set_resharding(model: LoopedTransformer, between_loops: bool) -> None:

@@ -278,10 +278,12 @@ def describe(model: LoopedTransformer, args: TrainArgs) -> None:
 
 def build_progress(args: TrainArgs, model: LoopedTransformer, device: torch.device) -> Progress:
     rows = args.data.batch_size * args.grad_acc_steps
+    with torch.device("meta"):
+        whole = LoopedTransformer(args.model)  # a tensor-parallel one has this rank's heads alone
     return Progress(
         steps=args.steps,
         tokens_per_step=rows * args.data.seq_len * data_parallel_degree(args),
-        flops_per_token=train_flops_per_token(model, args.data.seq_len),
+        flops_per_token=train_flops_per_token(whole, args.data.seq_len),
         world_size=get_world_size(),
         device=device,
         dtype=resolve_dtype(args.distributed.model_dtype, device.type),

@@ -10,6 +10,7 @@ import torch
 from apps.LT2.eval_args import EvalArgs as EvalArgs
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
+from apps.LT2.parallel import check_tensor_parallel
 from apps.LT2.train_eval import check_eval_args
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from apps.LT2.unused_options import check_unused_options
@@ -93,11 +94,6 @@ def validate_train_args(
     distributed = fit_to_world(
         args.distributed, get_world_size() if world_size is None else world_size
     )
-    if distributed.tp_size > 1:
-        raise UserError(
-            f"distributed.tp_size={distributed.tp_size}: looped models are not split by tensor "
-            "parallelism yet; use 1, with distributed.fsdp_type=full_shard to save memory"
-        )
     if output_size is None:
         output_size = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words
     model = replace(
@@ -113,7 +109,7 @@ def validate_train_args(
         )
     data = replace(args.data, seed=args.seed if args.data.seed is None else args.data.seed)
     validate_data_args(data, distributed.dp_replicate * distributed.dp_shard)
-    check_model(model)
+    check_model(model, distributed.tp_size)
     check_unused_options(model)
     if world_size is None:
         check_device(model, distributed)
@@ -129,16 +125,17 @@ def validate_train_args(
     return replace(args, distributed=distributed, model=model, data=data, checkpoint=checkpoint)
 
 
-def check_model(model: LoopedTransformerArgs) -> None:
+def check_model(model: LoopedTransformerArgs, tp_size: int) -> None:
     """Refuse impossible shapes, patterns and backends, by building the model without memory."""
     try:
         with torch.device("meta"):
-            LoopedTransformer(model)
+            whole = LoopedTransformer(model)
     except (RuntimeError, TypeError) as error:
         if "verflow" not in str(error):
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"model: its sizes are beyond any memory ({reason})") from None
+    check_tensor_parallel(whole, tp_size)
 
 
 def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import traceback
 from functools import cache
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def make(loops: int) -> LoopedTransformer:
     return tiny_model("hybrid", loops, **options).requires_grad_(True)
 
 
-def parallel_model(loops: int, options: dict) -> tuple[LoopedTransformer, object]:
+def parallel_model(loops: int, options: dict) -> tuple[LoopedTransformer, Any]:
     args = DistributedArgs(model_dtype="fp32", **options)
     mesh, model = get_device_mesh(args), make(loops)
     set_activation_checkpointing(model, args.activation_checkpointing)
@@ -90,7 +91,11 @@ def backward(model: LoopedTransformer, micro_batches: Tensor) -> None:
 def wanted(loops: int, n_micro: int) -> dict[str, Tensor]:
     model = make(loops)
     backward(model, batches(n_micro))
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return gradients(model)
+
+
+def gradients(model: LoopedTransformer) -> dict[str, Tensor]:
+    return {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
 
 
 def count_cases(rank: int, world_size: int) -> dict[str, tuple[dict[str, int], str]]:
@@ -102,8 +107,7 @@ def count_cases(rank: int, world_size: int) -> dict[str, tuple[dict[str, int], s
             backward(model, batches(n_micro)[:, rank : rank + 1])
         counts = {c: ops.counts[c] for c in COLLECTIVES if ops.counts[c]}
         sync_replicated_grads(model, mesh)
-        got = {key: whole(p.grad) for key, p in model.named_parameters()}
-        outcome[name] = counts, differences(got, wanted(loops, n_micro))
+        outcome[name] = counts, differences(gradients(model), wanted(loops, n_micro))
     return outcome
 
 

@@ -21,6 +21,7 @@ from apps.LT2.kernel.documents import local_positions
 from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
 from lingua.joint_linear import joint_linear
 from lingua.probe import is_probing, log_stats
+from lingua.tensor_parallel import TensorParallel
 from lingua.transformer import (
     check_rotary_width,
     init_linear,
@@ -44,6 +45,8 @@ class AttentionCache(MixerCache):
 
 class Attention(Mixer):
     module_name = "attention"
+    by_outputs = ("wq", "wk", "wv", "wg")
+    by_inputs = ("wo",)
 
     def __init__(self, args: LoopedTransformerArgs):
         super().__init__()
@@ -60,6 +63,16 @@ class Attention(Mixer):
             if args.gated_attn
             else None
         )
+
+    def split_counts(self) -> dict[str, int] | None:
+        return {
+            "the query heads (model.n_heads)": self.n_heads,
+            "the key/value heads (model.n_kv_heads)": self.n_kv_heads,
+        }
+
+    def split(self, tp: TensorParallel) -> None:
+        super().split(tp)
+        self.n_kv_heads //= tp.size
 
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lingua.tensor_parallel import ALONE, TensorParallel, split_linears
+
 
 @dataclass
 class MixerCache:
@@ -62,6 +64,13 @@ class Mixer(nn.Module, ABC):
     module_name: ClassVar[str]  # attribute of the block that holds it, part of checkpoint keys
     # The metric of a loss of the mixer's own, e.g. "dsa_indexer"; None where it has none.
     loss_name: ClassVar[str | None] = None
+    # Linear layers by attribute that tensor parallelism splits: those with a head's outputs, and
+    # those with its inputs. A mixer with heads that need more than these overrides `split`.
+    by_outputs: ClassVar[tuple[str, ...]] = ()
+    by_inputs: ClassVar[tuple[str, ...]] = ()
+
+    n_heads: int  # of this rank
+    tp: TensorParallel = ALONE
 
     @abstractmethod
     def forward(
@@ -86,6 +95,17 @@ class Mixer(nn.Module, ABC):
 
     def begin_step(self, step: int | None) -> None:  # noqa: B027, most mixers do not care
         """Told before each optimizer step how many are done; None is inference, the default."""
+
+    def split_counts(self) -> dict[str, int] | None:
+        """What tensor parallelism has to divide, by what it is and the option that sets it; None
+        where the mixer does not split by heads."""
+        return None
+
+    def split(self, tp: TensorParallel) -> None:
+        """Become the part of it that computes this rank's heads, in place; vectors stay whole."""
+        self.tp = tp
+        self.n_heads //= tp.size
+        split_linears(self, tp, outputs=self.by_outputs, inputs=self.by_inputs)
 
     @abstractmethod
     def init_cache(

@@ -34,6 +34,7 @@ class DeltaNetArgs:
 
 class DeltaNet(LinearMixer):
     module_name = "deltanet"
+    by_outputs = ("wq", "wk", "wv", "wb")
     conv: ShortConv
 
     def __init__(self, args: LoopedTransformerArgs):

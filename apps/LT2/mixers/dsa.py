@@ -109,6 +109,10 @@ class SparseAttention(Attention):
         self.indexer = LightningIndexer(args)
         self.dense = False  # in warm-up
 
+    def split_counts(self) -> None:
+        """Not split: all heads share one choice of keys, and the indexer's loss sums over them."""
+        return None
+
     def begin_step(self, step: int | None) -> None:
         self.dense = step is not None and step < self.warmup_steps
 

@@ -43,6 +43,7 @@ class GatedDeltaNetArgs:
 
 class GatedDeltaNet(LinearMixer):
     module_name = "gdn"
+    by_outputs = ("wq", "wk", "wv", "wg", "wa", "wb")
     conv: ShortConv
 
     def __init__(self, args: LoopedTransformerArgs):
@@ -72,7 +73,7 @@ class GatedDeltaNet(LinearMixer):
         q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
         _, a, b = rest
         beta = write_strength(b, self.allow_neg_eigval)
-        g = log_decay(a, self.A_log, self.dt_bias)
+        g = log_decay(a, self.tp.own(self.A_log), self.tp.own(self.dt_bias))
         return l2_normalize(q), l2_normalize(k), v, g, beta
 
     def recurrence(

@@ -38,6 +38,7 @@ class GLAArgs:
 
 class GatedLinearAttention(LinearMixer):
     module_name = "gla"
+    by_outputs = ("wq", "wk", "wv", "wg", "wa_down", "wa_up")
     conv = None
 
     def __init__(self, args: LoopedTransformerArgs):
@@ -56,19 +57,24 @@ class GatedLinearAttention(LinearMixer):
         self.wo = nn.Linear(values, args.dim, bias=False)
         self.norm = GatedRMSNorm(self.value_dim, args.norm_eps)
 
+    def split_counts(self) -> dict[str, int]:
+        rank = "the rank of its decay (model.gla.gate_rank)"
+        return {**super().split_counts(), rank: self.wa_down.out_features}
+
     def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
         return (self.wq, self.wk, self.wv), (self.wg, self.wa_down)
 
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
         streams, (gate, a) = super().project(x)
-        return streams, (gate, self.wa_up(a))
+        # Under tensor parallelism a rank has a part of a, and reads all of it.
+        return streams, (gate, self.wa_up(self.tp.gather(a)))
 
     def inputs(
         self, streams: Tensor, rest: Rest, positions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, v, g) by head; g is fp32."""
         q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
-        g = F.logsigmoid(rest[1].float() + self.decay_bias.float()) / TEMPERATURE
+        g = F.logsigmoid(rest[1].float() + self.tp.own(self.decay_bias).float()) / TEMPERATURE
         return q, k, v, self.split_heads(g, self.key_dim)
 
     def recurrence(

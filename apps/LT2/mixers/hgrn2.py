@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.gla import gla, gla_step
 from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape
+from apps.LT2.mixers.parts import GroupedRMSNorm
 from lingua.args import UserError
-from lingua.transformer import RMSNorm, init_linear
+from lingua.tensor_parallel import TensorParallel
+from lingua.transformer import init_linear
 
 if TYPE_CHECKING:
     from apps.LT2.transformer import LoopedTransformerArgs
@@ -46,6 +48,7 @@ class HGRN2Args:
 
 class HGRN2(LinearMixer):
     module_name = "hgrn2"
+    by_outputs = ("wq", "wv", "wf")
     conv = None
 
     def __init__(self, args: LoopedTransformerArgs):
@@ -57,7 +60,11 @@ class HGRN2(LinearMixer):
         self.wv = nn.Linear(args.dim, values, bias=False)  # the paper's input gate i
         self.wf = nn.Linear(args.dim, keys, bias=False)  # forget gate
         self.wo = nn.Linear(values, args.dim, bias=False)
-        self.norm = RMSNorm(values, args.norm_eps)
+        self.norm = GroupedRMSNorm(values, 1, args.norm_eps)
+
+    def split(self, tp: TensorParallel) -> None:
+        super().split(tp)
+        self.norm.split(tp)
 
     def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
         return (self.wq, self.wv), (self.wf,)
@@ -80,7 +87,7 @@ class HGRN2(LinearMixer):
         return gla_step(*inputs, state_BHKV=state_BHKV)
 
     def output(self, o: Tensor, rest: Rest) -> Tensor:
-        return self.wo(self.norm(o.flatten(-2)))
+        return self.wo(self.norm(o.flatten(-2)).type_as(o))
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         for linear in (self.wq, self.wv, self.wf):

@@ -44,6 +44,7 @@ class KDAArgs:
 
 class KimiDeltaAttention(LinearMixer):
     module_name = "kda"
+    by_outputs = ("wq", "wk", "wv", "wa_down", "wa_up", "wg_down", "wg_up", "wb")
     conv: ShortConv
 
     def __init__(self, args: LoopedTransformerArgs):
@@ -68,11 +69,17 @@ class KimiDeltaAttention(LinearMixer):
         self.dt_bias = nn.Parameter(torch.empty(keys))
         self.norm = GatedRMSNorm(self.value_dim, args.norm_eps, activation="sigmoid")
 
+    def split_counts(self) -> dict[str, int]:
+        rank = "the rank of its decay, a head's value width (model.kda.head_dim * expand_v)"
+        return {**super().split_counts(), rank: self.value_dim}
+
     def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
         return (self.wq, self.wk, self.wv), (self.wa_down, self.wg_down, self.wb)
 
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
         streams, (a, gate, b) = super().project(x)
+        # Under tensor parallelism a rank has a part of the two narrow vectors, and reads all.
+        a, gate = self.tp.gather(a), self.tp.gather(gate)
         return streams, (self.wa_up(a), self.wg_up(gate), b)
 
     def inputs(
@@ -83,8 +90,8 @@ class KimiDeltaAttention(LinearMixer):
         a, _, b = rest
         g = log_decay(
             self.split_heads(a, self.key_dim),
-            self.A_log[:, None],
-            self.split_heads(self.dt_bias, self.key_dim),
+            self.tp.own(self.A_log)[:, None],
+            self.split_heads(self.tp.own(self.dt_bias), self.key_dim),
         )
         return l2_normalize(q), l2_normalize(k), v, g, write_strength(b, self.allow_neg_eigval)
 
@@ -97,7 +104,7 @@ class KimiDeltaAttention(LinearMixer):
         return kda_step(*inputs, state_BHKV=state_BHKV)
 
     def output(self, o: Tensor, rest: Rest) -> Tensor:
-        gate = rest[1].float() + self.gate_bias.float()
+        gate = rest[1].float() + self.tp.own(self.gate_bias).float()
         return self.wo(self.norm(o, self.split_heads(gate, self.value_dim)).flatten(-2))
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:

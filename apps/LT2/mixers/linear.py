@@ -27,6 +27,7 @@ from apps.LT2.mixers.parts import ShortConv
 from lingua.args import UserError
 from lingua.joint_linear import joint_weight
 from lingua.probe import is_probing
+from lingua.tensor_parallel import TensorParallel, local
 from lingua.transformer import check_sizes
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ class LinearMixer(Mixer):
     """
 
     uses_positions: ClassVar[bool] = False
+    by_inputs = ("wo",)
 
-    n_heads: int
     key_dim: int
     value_dim: int
     conv: ShortConv | None
@@ -98,6 +99,19 @@ class LinearMixer(Mixer):
     @abstractmethod
     def recurrence_flops(self) -> int:
         """FLOPs of the recurrence per token, all heads."""
+
+    def split_counts(self) -> dict[str, int]:
+        return {f"the heads (model.{self.module_name}.n_heads or model.n_heads)": self.n_heads}
+
+    def stream_widths(self) -> list[tuple[int, bool]]:
+        """(channels, whether heads share them out) of what the streams hold side by side."""
+        keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
+        return [(keys, True), (keys, True), (values, True)]
+
+    def split(self, tp: TensorParallel) -> None:
+        if self.conv is not None:
+            self.conv.split(tp, self.stream_widths())
+        super().split(tp)
 
     def recur(
         self,
@@ -265,7 +279,7 @@ def project_streams(
         outputs = [linear(x) for linear in linears]
         return torch.cat(outputs[: len(streams)], dim=-1), tuple(outputs[len(streams) :])
     if weight is None:
-        weight = torch.cat([linear.weight for linear in linears])
+        weight = torch.cat([local(linear.weight) for linear in linears])
     widths = [sum(linear.out_features for linear in streams)]
     widths += [linear.out_features for linear in rest]
     first, *others = F.linear(x, weight).split(widths, dim=-1)

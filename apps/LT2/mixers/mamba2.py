@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.simple_gla import simple_gla, simple_gla_step
 from apps.LT2.mixers.linear import LinearMixer, Rest
-from apps.LT2.mixers.parts import ShortConv, init_decay
+from apps.LT2.mixers.parts import GroupedRMSNorm, ShortConv, init_decay
 from lingua.args import UserError
+from lingua.tensor_parallel import TensorParallel
 from lingua.transformer import check_sizes, init_linear
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Mamba2Args:
 
 class Mamba2(LinearMixer):
     module_name = "mamba2"
+    by_outputs = ("wx", "wB", "wC", "wz", "wdt")
     conv: ShortConv
 
     def __init__(self, args: LoopedTransformerArgs):
@@ -58,9 +60,35 @@ class Mamba2(LinearMixer):
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
         self.norm = GroupedRMSNorm(inner, self.n_groups, args.norm_eps)
+        self.gathers_group = False  # whether ranks of tensor parallelism share the one group
+
+    def split_counts(self) -> dict[str, int]:
+        counts = {"the heads (model.mamba2.expand * model.dim / head_dim)": self.n_heads}
+        if self.n_groups == 1:
+            return counts | {"the width of B and C (model.mamba2.state_dim)": self.key_dim}
+        return counts | {"the groups (model.mamba2.n_groups, if not 1)": self.n_groups}
+
+    def stream_widths(self) -> list[tuple[int, bool]]:
+        shared, splits = self.n_groups * self.key_dim, self.n_groups > 1
+        return [(self.n_heads * self.value_dim, True), (shared, splits), (shared, splits)]
+
+    def split(self, tp: TensorParallel) -> None:
+        super().split(tp)
+        self.norm.split(tp)
+        if self.n_groups == 1:
+            self.gathers_group = True
+        else:
+            self.n_groups //= tp.size
 
     def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
         return (self.wx, self.wB, self.wC), (self.wz, self.wdt)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
+        streams, rest = super().project(x)
+        if self.gathers_group:
+            x, B, C = streams.split([m.out_features for m in (self.wx, self.wB, self.wC)], dim=-1)
+            streams = torch.cat((x, self.tp.gather(B), self.tp.gather(C)), dim=-1)
+        return streams, rest
 
     def inputs(
         self, streams: Tensor, rest: Rest, positions: Tensor | None
@@ -68,8 +96,8 @@ class Mamba2(LinearMixer):
         """q (..., G, K), k (..., G, K), v (..., H, V) and g (..., H), which is fp32."""
         x, B, C = self._split(streams)
         B, C = (y.unflatten(-1, (self.n_groups, self.key_dim)) for y in (B, C))
-        dt = F.softplus(rest[1].float() + self.dt_bias.float())
-        g = -self.A_log.float().exp() * dt
+        dt = F.softplus(rest[1].float() + self.tp.own(self.dt_bias).float())
+        g = -self.tp.own(self.A_log).float().exp() * dt
         v = (x.float() * dt[..., None]).type_as(x)
         return C, B, v, g
 
@@ -108,30 +136,13 @@ class Mamba2(LinearMixer):
     def _skip(self, o: Tensor, streams: Tensor) -> Tensor:
         """o + D x, by head."""
         x, _, _ = self._split(streams)
-        return (o + x.float() * self.D.float()[:, None]).type_as(o)
+        return (o + x.float() * self.tp.own(self.D).float()[:, None]).type_as(o)
 
     def _split(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., H, V), B and C (..., G * K)"""
-        widths = [self.wx.out_features, self.wB.out_features, self.wC.out_features]
-        x, B, C = streams.split(widths, dim=-1)
+        inner, shared = self.n_heads * self.value_dim, self.n_groups * self.key_dim
+        x, B, C = streams.split([inner, shared, shared], dim=-1)
         return self.split_heads(x, self.value_dim), B, C
-
-
-class GroupedRMSNorm(nn.Module):
-    """RMSNorm of each group of channels, with a weight for every channel; fp32 inside and out."""
-
-    def __init__(self, channels: int, n_groups: int, eps: float):
-        super().__init__()
-        self.n_groups, self.eps = n_groups, eps
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        groups = x.float().unflatten(-1, (self.n_groups, -1))
-        scale = torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
-        return (groups * scale).flatten(-2) * self.weight.float()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
 
 
 def head_counts(args: LoopedTransformerArgs) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.short_conv import conv_tail, short_conv, short_conv_step
 from lingua.args import UserError
+from lingua.tensor_parallel import ALONE, TensorParallel
 
 
 class ShortConv(nn.Module):
@@ -23,6 +24,7 @@ class ShortConv(nn.Module):
         if size != 0 and not 2 <= size <= 8:
             raise UserError(f"{option}={size} must be 2 to 8 taps, or 0 for no convolution")
         self.channels, self.size = channels, size
+        self.own: list[slice] | None = None  # a rank's channels under tensor parallelism
         self.weight = nn.Parameter(torch.empty(channels, size)) if size else None
         self.bias = nn.Parameter(torch.empty(channels)) if size and bias else None
 
@@ -37,7 +39,8 @@ class ShortConv(nn.Module):
         """`tail` (N, size - 1, C): the inputs before x of each sequence, else zeros."""
         if self.weight is None:
             return F.silu(x_BTC)
-        return short_conv(x_BTC, self.weight, self.bias, tail=tail, cu_seqlens=cu_seqlens)
+        weight, bias = self._own_taps()
+        return short_conv(x_BTC, weight, bias, tail=tail, cu_seqlens=cu_seqlens)
 
     def next_tail(
         self, x_BTC: Tensor, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -51,7 +54,28 @@ class ShortConv(nn.Module):
         """One token a row; `tail_BKC` is moved on in place."""
         if self.weight is None:
             return F.silu(x_BC)
-        return short_conv_step(x_BC, self.weight, tail_BKC, self.bias)
+        weight, bias = self._own_taps()
+        return short_conv_step(x_BC, weight, tail_BKC, bias)
+
+    def split(self, tp: TensorParallel, widths: list[tuple[int, bool]]) -> None:
+        """Convolve this rank's channels alone: of parts that lie side by side, each (channels,
+        whether the ranks share them out), its share or all."""
+        assert sum(width for width, _ in widths) == self.channels
+        self.own, start = [], 0
+        for width, shared_out in widths:
+            n_own = width // tp.size if shared_out else width
+            first = start + (tp.rank * n_own if shared_out else 0)
+            self.own.append(slice(first, first + n_own))
+            start += width
+        self.channels = sum(part.stop - part.start for part in self.own)
+
+    def _own_taps(self) -> tuple[Tensor, Tensor | None]:
+        assert self.weight is not None
+        if self.own is None:
+            return self.weight, self.bias
+        weight, bias = self.weight, self.bias
+        own_bias = None if bias is None else torch.cat([bias[part] for part in self.own])
+        return torch.cat([weight[part] for part in self.own]), own_bias
 
     def reset_parameters(self) -> None:
         """nn.Conv1d's uniform range, for one input channel and `size` taps."""
@@ -79,6 +103,35 @@ class HeadRMSNorm(nn.Module):
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return wide * scale * self.weight.float()
+
+
+class GroupedRMSNorm(nn.Module):
+    """RMSNorm of each group of channels, with a weight for every channel; fp32 inside and out."""
+
+    def __init__(self, channels: int, n_groups: int, eps: float):
+        super().__init__()
+        self.n_groups, self.eps = n_groups, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.tp, self.shared_by = ALONE, 1  # ranks that each hold a part of the one group
+
+    def split(self, tp: TensorParallel) -> None:
+        """Take this rank's groups, or its part of the one group."""
+        self.tp = tp
+        if self.n_groups == 1:
+            self.shared_by = tp.size
+        else:
+            self.n_groups //= tp.size
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.float().unflatten(-1, (self.n_groups, -1))
+        mean_square = groups.square().mean(-1, keepdim=True)
+        if self.shared_by > 1:
+            mean_square = self.tp.sum(mean_square) / self.shared_by
+        scale = torch.rsqrt(mean_square + self.eps)
+        return (groups * scale).flatten(-2) * self.tp.own(self.weight).float()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
 
 GATE_ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}

@@ -33,6 +33,7 @@ class RetNetArgs:
 
 class RetNet(LinearMixer):
     module_name = "retnet"
+    by_outputs = ("wq", "wk", "wv", "wg")
     uses_positions = True
     conv = None
 
@@ -60,7 +61,8 @@ class RetNet(LinearMixer):
         q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
         cos, sin = rotary_angles(positions[..., None], self.key_dim, self.rope_theta)
         q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
-        return q, k, v, log_decays(self.n_heads, v.device)
+        # A rank of tensor parallelism has the decays of its own heads, not those of the first.
+        return q, k, v, self.tp.own(log_decays(self.n_heads * self.tp.size, v.device))
 
     def recurrence(
         self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None

@@ -1,0 +1,232 @@
+"""A model whose heads are shared out over ranks learns what one process does, with every mixer."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from apps.LT2.mixers import MIXERS
+from apps.LT2.mixers.kda import KDAArgs
+from apps.LT2.mixers.mamba2 import Mamba2Args
+from apps.LT2.parallel import (
+    build_fsdp_grouping_plan,
+    check_tensor_parallel,
+    get_no_recompute_ops,
+    set_activation_checkpointing,
+    set_gradient_sync,
+    tp_parallelize,
+)
+from apps.LT2.transformer import LoopedTransformer
+from lingua.args import UserError
+from lingua.checkpoint import FOLDER_NAME, CheckpointArgs, CheckpointManager, load_from_checkpoint
+from lingua.distributed import (
+    DistributedArgs,
+    clip_grad_norm_,
+    dist_mean,
+    get_device_mesh,
+    get_dp_rank_and_degree,
+    parallelize_model,
+    sync_replicated_grads,
+)
+from lingua.optim import OptimArgs, build_optimizer
+from tests.lingua.dist_utils import run_ranks
+from tests.lingua.toy import whole
+from tests.LT2.tiny import AtStep, tiny_model
+from tests.tolerances import FP32_MODEL, assert_same
+
+Options = dict[str, Any]
+
+LOOPS, ROWS, SEQLEN, N_MICRO = 2, 2, 16, 2
+STEP_1 = FOLDER_NAME.format(1)
+# (kind of tests.LT2.tiny, options of the model, options of distributed)
+TWO = {"tp_size": 2, "fsdp_type": "full_shard"}
+GROUPS = Mamba2Args(head_dim=16, state_dim=8, n_groups=2)
+TWO_RANKS: dict[str, tuple[str, Options, Options]] = {
+    "full": ("full", {"n_heads": 4, "n_kv_heads": 2, "gated_attn": True, "n_layers": 2}, TWO),
+    "window": ("window", {"n_layers": 1}, TWO),
+    "gdn": ("gdn", {"n_layers": 1}, TWO),
+    "kda": ("kda", {"n_layers": 1, "kda": KDAArgs(expand_v=2)}, TWO),
+    "deltanet": ("deltanet", {"n_layers": 1}, TWO),
+    "retnet": ("retnet", {"n_layers": 1}, TWO),
+    "hgrn2": ("hgrn2", {"n_layers": 1}, TWO),
+    "mamba2": ("mamba2", {"n_layers": 1}, TWO),
+    "mamba2, groups": ("mamba2", {"n_layers": 1, "mamba2": GROUPS}, TWO),
+    "gla": ("hybrid", {"mixer": "gla"}, TWO),
+    "no_shard": ("hybrid", {}, {"tp_size": 2}),
+}
+FOUR = {**TWO, "dp_replicate": 2}
+FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
+    "dp_replicate": ("hybrid", {}, FOUR),
+    "dp_shard": ("mamba2", {"n_layers": 1}, {**TWO, "dp_shard": 2}),
+    "no_shard": ("kda", {"n_layers": 1}, {"tp_size": 2, "dp_replicate": 2}),
+    "tp_size=4": ("retnet", {"n_heads": 4, "n_layers": 1}, {**TWO, "tp_size": 4}),
+    **{
+        f"{mode} recomputation": ("hybrid", {}, {**FOUR, "activation_checkpointing": mode})
+        for mode in ("selective", "full", "loop")
+    },
+}
+
+
+# ---- one step
+
+
+def make(kind: str, options: Options) -> LoopedTransformer:
+    """A model none of whose vectors is the same for all heads."""
+    model = tiny_model(kind, LOOPS, **options).requires_grad_(True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p += 0.2 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def make_parallel(kind: str, options: Options, distributed: Options) -> tuple[Any, Any]:
+    args = DistributedArgs(model_dtype="fp32", **distributed)
+    model, mesh = make(kind, options), get_device_mesh(args)
+    set_activation_checkpointing(model, args.activation_checkpointing)
+    plan = build_fsdp_grouping_plan(model.args)
+    ops = get_no_recompute_ops()
+    parallelize_model(model, mesh, model.args, args, plan, tp_parallelize, ops)
+    return model, mesh
+
+
+def optimizer_of(model: nn.Module) -> Optimizer:
+    # A large epsilon: else AdamW takes a whole step for the rounding of a gradient that is zero.
+    args = OptimArgs(lr=0.01, warmup=0, scheduler="constant", epsilon=1e-2)
+    return build_optimizer(model, args, 1)[0]
+
+
+def learn(model: LoopedTransformer, optimizer: Optimizer, mesh: Any) -> dict[str, Any]:
+    """A clipped step: its loss, gradients, their norm, and the weights after it, by name."""
+    rank, degree = get_dp_rank_and_degree(mesh)
+    generator = torch.Generator().manual_seed(2)
+    loss_sum = torch.zeros(())
+    for i, rows in enumerate(torch.randint(258, (N_MICRO, ROWS, SEQLEN), generator=generator)):
+        mine = rows[rank * ROWS // degree : (rank + 1) * ROWS // degree]
+        set_gradient_sync(model, i == N_MICRO - 1)
+        loss = model(mine, mine) / N_MICRO
+        loss.backward()
+        loss_sum += loss.detach()
+    sync_replicated_grads(model, mesh)
+    seen = {"loss": dist_mean(loss_sum)}
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        seen[f"{name}.grad"] = whole(p.grad).clone()
+    seen["norm"] = clip_grad_norm_(model, 0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+    return seen | {n: whole(p).detach() for n, p in model.named_parameters()}
+
+
+def differences(got: dict[str, Any], want: dict[str, Any]) -> str:
+    try:
+        assert got.keys() == want.keys()
+        for name, tensor in want.items():
+            assert_same(got[name], tensor, FP32_MODEL, name)
+    except AssertionError:
+        return traceback.format_exc()
+    return ""
+
+
+def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[str, str]:
+    """For each case what differs from one process, and for the first what its checkpoint says."""
+    outcome = {}
+    for name, (kind, options, distributed) in cases.items():
+        model, mesh = make_parallel(kind, options, distributed)
+        optimizer = optimizer_of(model)
+        got = learn(model, optimizer, mesh)
+        single = make(kind, options)
+        outcome[name] = differences(got, learn(single, optimizer_of(single), None))
+        if name == next(iter(cases)):
+            manager(folder / "by_ranks").save(model, optimizer, AtStep(1), {}, mesh)
+            fresh, mesh = make_parallel(kind, {**options, "seed": 5}, distributed)
+            optimizer = optimizer_of(fresh)
+            load_from_checkpoint(str(folder / "by_one" / STEP_1), fresh, optimizer)
+            outcome["loaded"] = differences(
+                learn(fresh, optimizer, mesh), second_step(kind, options)
+            )
+    return outcome
+
+
+def second_step(kind: str, options: Options, save_to: Path | None = None) -> dict[str, Any]:
+    """What one process does in its second step; with `save_to`, the first one is saved there."""
+    model = make(kind, options)
+    optimizer = optimizer_of(model)
+    learn(model, optimizer, None)
+    if save_to is not None:
+        manager(save_to).save(model, optimizer, AtStep(1), {})
+    return learn(model, optimizer, None)
+
+
+def manager(folder: Path) -> CheckpointManager:
+    return CheckpointManager.instantiate_and_make_dir(CheckpointArgs(path=str(folder)))
+
+
+def run_cases(world_size: int, cases: dict, folder: Path) -> list[dict[str, str]]:
+    """Also: a checkpoint goes to the ranks and back, weights and optimizer."""
+    kind, options, _ = next(iter(cases.values()))
+    want = second_step(kind, options, folder / "by_one")
+    outcomes = run_ranks(world_size, learn_cases, cases, folder)
+    model = make(kind, {**options, "seed": 5})
+    optimizer = optimizer_of(model)
+    load_from_checkpoint(str(folder / "by_ranks" / STEP_1), model, optimizer)
+    outcomes.append({"saved": differences(learn(model, optimizer, None), want)})
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return run_cases(2, TWO_RANKS, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    return run_cases(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("case", [*TWO_RANKS, "loaded", "saved"])
+def test_two_ranks_learn_what_one_process_does(two_ranks, case):
+    told = [outcome[case] for outcome in two_ranks if case in outcome]
+    assert told and not any(told), max(told)
+
+
+@pytest.mark.parametrize("case", [*FOUR_RANKS, "loaded", "saved"])
+def test_heads_and_data_are_shared_out_together(four_ranks, case):
+    told = [outcome[case] for outcome in four_ranks if case in outcome]
+    assert told and not any(told), max(told)
+
+
+# ---- what does not split
+
+
+@pytest.mark.parametrize(
+    "kind, options, tp_size, told",
+    [
+        ("nsa", {}, 2, "nsa .layers.0.nsa. does not split by heads"),
+        ("dsa", {}, 2, "dsa .layers.0.dsa. does not split by heads"),
+        ("gdn+dsa", {}, 2, "dsa .layers.2.dsa. does not split by heads"),
+        ("full", {"n_heads": 4, "n_kv_heads": 1}, 2, r"key/value heads \(model.n_kv_heads\).* 1;"),
+        ("full", {}, 4, r"query heads \(model.n_heads\).* 2;"),
+        ("gdn", {}, 4, r"heads \(model.gdn.n_heads or model.n_heads\).* 2;"),
+        ("kda", {"dim": 28, "n_heads": 4}, 2, "the rank of its decay.* 7;"),
+        ("mamba2", {"mamba2": Mamba2Args(head_dim=16, n_groups=2)}, 4, "n_groups.* 2;"),
+        ("full", {"n_heads": 3, "head_dim": 4, "multiple_of": 5}, 3, "feed-forward width.* 85;"),
+    ],
+)
+def test_what_does_not_split_is_refused_by_name(kind, options, tp_size, told):
+    with torch.device("meta"):
+        model = LoopedTransformer(tiny_model(kind, 1, **options).args)
+    with pytest.raises(UserError, match=f"^distributed.tp_size={tp_size}.*{told}"):
+        check_tensor_parallel(model, tp_size)
+
+
+def test_every_mixer_is_either_tested_or_refused():
+    names = {options.get("mixer", kind) for kind, options, _ in TWO_RANKS.values()}
+    assert set(MIXERS) - names == {"nsa", "dsa"}
