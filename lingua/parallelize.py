@@ -28,6 +28,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from lingua import tensor_parallel
 from lingua.args import UserError
 from lingua.optim import is_matrix
 
@@ -148,8 +149,7 @@ def default_no_recompute_ops() -> set[Any]:
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.higher_order.flex_attention,
         torch.ops._c10d_functional.reduce_scatter_tensor.default,
-        torch.ops._c10d_functional.all_gather_into_tensor.default,
-        torch.ops._c10d_functional.all_reduce.default,
+        *tensor_parallel.collectives(),
     }
 
 
@@ -173,11 +173,12 @@ def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) ->
     )
     config.fail_on_recompile_limit_hit = True
 
-    def compiled(forward: Callable) -> Callable:
+    def compiled(block: nn.Module) -> Callable:
         # dynamic=False: else a second window size makes the window a variable of every kernel.
-        fast = torch.compile(forward, dynamic=False)
+        fast = torch.compile(block.forward, dynamic=False)
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            tensor_parallel.hold_parts(block)
             try:
                 return fast(*args, **kwargs)
             except FailOnRecompileLimitHit:
@@ -191,7 +192,7 @@ def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) ->
 
     for block in blocks:
         # The forward alone, so that FSDP's hooks run around the compiled code.
-        block.forward = compiled(block.forward)
+        block.forward = compiled(block)
 
 
 # ---- FSDP

@@ -15,11 +15,14 @@ rank, which reads its part of them (`own`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lingua.args import UserError
 
@@ -30,9 +33,11 @@ class TensorParallel:
     """This rank's place in a 1-D mesh, and the sums over it; without a mesh it is alone."""
 
     def __init__(self, mesh: DeviceMesh | None = None):
-        self.mesh = mesh
-        self.size = 1 if mesh is None else mesh.size()
-        self.rank = 0 if mesh is None else mesh.get_local_rank()
+        self.mesh, self.size, self.rank, self.group = mesh, 1, 0, ""
+        if mesh is not None:
+            group = mesh.get_group()
+            self.size, self.rank, self.group = mesh.size(), mesh.get_local_rank(), group.group_name
+            _groups[self.group] = group
 
     def own(self, whole: Tensor) -> Tensor:
         """This rank's part of a tensor along its first dimension."""
@@ -40,17 +45,11 @@ class TensorParallel:
 
     def enter(self, x: Tensor) -> Tensor:
         """x; backward, the sum of all ranks' gradients."""
-        if self.mesh is None:
-            return x
-        return _from_local(x, self.mesh, Replicate()).to_local(grad_placements=[Partial()])
+        return x if self.size == 1 else _Enter.apply(x, self.group)  # pyright: ignore
 
     def leave(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x; backward, the gradient as it is: it is the same on all."""
-        if self.mesh is None:
-            return x
-        return (
-            _from_local(x, self.mesh, Partial()).redistribute(placements=[Replicate()]).to_local()
-        )
+        return x if self.size == 1 else _Leave.apply(x, self.group)  # pyright: ignore
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, for each to go on with by itself; backward, that sum, too."""
@@ -59,15 +58,81 @@ class TensorParallel:
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' x, joined along the last dimension, for each to go on with by itself;
         backward, this rank's part of the sum of all gradients."""
-        if self.mesh is None:
+        if self.size == 1:
             return x
-        joined = _from_local(x, self.mesh, Shard(x.ndim - 1)).redistribute(placements=[Replicate()])
-        return joined.to_local(grad_placements=[Partial()])
+        return _Gather.apply(x, self.group, self.size, self.rank)  # pyright: ignore
 
 
-def _from_local(x: Tensor, mesh: DeviceMesh, placement: Replicate | Partial | Shard) -> DTensor:
-    return DTensor.from_local(x, mesh, [placement], run_check=False)
+# ---- collectives. Operators of our own, since a compiled block can hold a name and no mesh or
+# group, and selective recomputation has to know them.
 
+_groups: dict[str, dist.ProcessGroup] = {}
+
+
+@torch.library.custom_op("lingua::all_reduce", mutates_args=())
+def _all_reduce(x: Tensor, group: str) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=_groups[group])
+    return total
+
+
+@_all_reduce.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("lingua::all_gather", mutates_args=())
+def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
+    """Joined along the last dimension."""
+    stacked = x.new_empty(size * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(stacked, x.contiguous(), group=_groups[group])
+    return torch.cat(stacked.chunk(size), dim=-1)
+
+
+@_all_gather.register_fake
+def _(x: Tensor, group: str, size: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], size * x.shape[-1])
+
+
+def collectives() -> set[Any]:
+    """What recomputation should not repeat."""
+    return {torch.ops.lingua.all_reduce.default, torch.ops.lingua.all_gather.default}
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grads[0], ctx.group), None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str, size: int, rank: int) -> Tensor:
+        ctx.group, ctx.size, ctx.rank = group, size, rank
+        return _all_gather(x, group, size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        total = _all_reduce(grads[0], ctx.group)  # of a narrow tensor: a second operator saves less
+        return total.chunk(ctx.size, dim=-1)[ctx.rank], None, None, None
+
+
+# ---- layers
 
 ALONE = TensorParallel()
 
@@ -88,15 +153,31 @@ class SplitLinear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=whole.weight.requires_grad)
         self.register_parameter("bias", None)
         self.out_features, self.in_features = weight.to_local().shape
+        self.part: Tensor | None = None  # of the weight, for compiled code
 
     def forward(self, input: Tensor) -> Tensor:
-        y = F.linear(input, local(self.weight))
+        y = F.linear(input, own_weight(self))
         return self.tp.leave(y) if self.dim == INPUTS else y
 
 
-def local(weight: Tensor) -> Tensor:
+def own_weight(linear: nn.Linear) -> Tensor:
     """What this rank computes with: its part of a split weight, else the weight."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+    if not isinstance(linear, SplitLinear):
+        return linear.weight
+    if torch.compiler.is_compiling():
+        assert linear.part is not None, "hold_parts comes before compiled code"
+        return linear.part
+    assert isinstance(linear.weight, DTensor)
+    return linear.weight.to_local()
+
+
+def hold_parts(module: nn.Module) -> None:
+    """To be called before compiled code: torch 2.13 cannot compile the backward of `to_local`."""
+    for child in module.modules():
+        if isinstance(child, SplitLinear):
+            assert isinstance(child.weight, DTensor)
+            # Past nn.Module's own, which would take it for a parameter.
+            object.__setattr__(child, "part", child.weight.to_local())
 
 
 def split_linears(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
     check_tensor_parallel,
+    count_block_kinds,
     get_no_recompute_ops,
     set_activation_checkpointing,
     set_gradient_sync,
@@ -71,6 +73,12 @@ FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
         for mode in ("selective", "full", "loop")
     },
 }
+# Every recomputation compiles in tests/LT2/test_compile.py; here with what ranks add to a block.
+TWO_KINDS = {"attention_pattern": "hgrn2->full", "mixer": "hgrn2", "n_layers": 1}
+COMPILED: dict[str, tuple[str, Options, Options]] = {
+    "heads": ("hybrid", TWO_KINDS, {**TWO, "activation_checkpointing": "selective"}),
+    "data": ("hybrid", TWO_KINDS, {**FOUR, "tp_size": 1, "activation_checkpointing": "loop"}),
+}
 
 
 # ---- one step
@@ -93,7 +101,8 @@ def make_parallel(kind: str, options: Options, distributed: Options) -> tuple[An
     set_activation_checkpointing(model, args.activation_checkpointing)
     plan = build_fsdp_grouping_plan(model.args)
     ops = get_no_recompute_ops()
-    parallelize_model(model, mesh, model.args, args, plan, tp_parallelize, ops)
+    kinds = count_block_kinds(model)
+    parallelize_model(model, mesh, model.args, args, plan, tp_parallelize, ops, kinds)
     return model, mesh
 
 
@@ -201,6 +210,30 @@ def test_two_ranks_learn_what_one_process_does(two_ranks, case):
 def test_heads_and_data_are_shared_out_together(four_ranks, case):
     told = [outcome[case] for outcome in four_ranks if case in outcome]
     assert told and not any(told), max(told)
+
+
+def learn_compiled(rank: int, world_size: int) -> dict[str, str]:
+    # Inductor would take minutes; what it is given is all that a wrapper could spoil.
+    torch.compile = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    outcome = {}
+    for name, (kind, options, distributed) in COMPILED.items():
+        torch._dynamo.reset()
+        model, mesh = make_parallel(kind, options, {**distributed, "compile": True})
+        single = make(kind, options)
+        want = learn(single, optimizer_of(single), None)
+        outcome[name] = differences(learn(model, optimizer_of(model), mesh), want)
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return run_ranks(2, learn_compiled)
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_blocks_compile_whole_on_ranks(compiled, case):
+    told = [outcome[case] for outcome in compiled]
+    assert not any(told), max(told)
 
 
 # ---- what does not split

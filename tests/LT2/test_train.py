@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -223,11 +224,40 @@ def train_cases(rank, world_size, data, tmp_path):
         train(data, tmp_path / case, **options)
 
 
+# Ranks that share the heads read the same data, so this is the run of one process as it stands.
+TENSOR_PARALLEL = {**FULL, "distributed.tp_size": 2, "probe_freq": 3}
+
+
+def train_on_two_ranks(rank, world_size, data, tmp_path):
+    train_cases(rank, world_size, data, tmp_path)
+    train(data, tmp_path / "tensor parallel", **TENSOR_PARALLEL)
+    with stopped_after(2):
+        train(data, tmp_path / "tensor parallel, resumed", **TENSOR_PARALLEL)
+    train(data, tmp_path / "tensor parallel, resumed", **TENSOR_PARALLEL)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    run_ranks(2, train_cases, data, folder)
+    run_ranks(2, train_on_two_ranks, data, folder)
     return folder
+
+
+def test_ranks_that_share_the_heads_train_as_one_process_does(data, two_ranks, tmp_path):
+    train(data, tmp_path, **SLOW, probe_freq=3)
+    got = two_ranks / "tensor parallel"
+    assert_near(got, tmp_path)
+    assert_same_run(two_ranks / "tensor parallel, resumed", got, N)
+    assert len(train_states(got, N)) == 1, "they have one place in the data"
+    for key in ("loops/first_token_mass/1", "loops/update_norm/1", "layers/grad_norm/2"):
+        assert column(got, key) == pytest.approx(column(tmp_path, key), rel=FP32_MODEL), key
+    assert flops_per_token(got) == pytest.approx(flops_per_token(tmp_path))
+
+
+def flops_per_token(dump_dir: Path) -> float:
+    lines = (dump_dir / "metrics.jsonl").read_text().splitlines()
+    record = next(r for r in map(json.loads, lines) if "speed/wps" in r)
+    return record["speed/FLOPS"] / record["speed/wps"]
 
 
 @pytest.mark.parametrize("case", RANK_CASES)

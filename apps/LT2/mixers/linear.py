@@ -27,7 +27,7 @@ from apps.LT2.mixers.parts import ShortConv
 from lingua.args import UserError
 from lingua.joint_linear import joint_weight
 from lingua.probe import is_probing
-from lingua.tensor_parallel import TensorParallel, local
+from lingua.tensor_parallel import TensorParallel, own_weight
 from lingua.transformer import check_sizes
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def project_streams(
         outputs = [linear(x) for linear in linears]
         return torch.cat(outputs[: len(streams)], dim=-1), tuple(outputs[len(streams) :])
     if weight is None:
-        weight = torch.cat([local(linear.weight) for linear in linears])
+        weight = torch.cat([own_weight(linear) for linear in linears])
     widths = [sum(linear.out_features for linear in streams)]
     widths += [linear.out_features for linear in rest]
     first, *others = F.linear(x, weight).split(widths, dim=-1)
