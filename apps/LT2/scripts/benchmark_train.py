@@ -2,21 +2,27 @@
 
     python -m apps.LT2.scripts.benchmark_train apps/LT2/configs/600M/*.yaml --steps 20 \\
         data.root_dir=data "data.sources={local: 1.0}" grad_acc_steps=1
+    torchrun --nproc-per-node 2 -m apps.LT2.scripts.benchmark_train RECIPE.yaml --profile \\
+        --vary distributed.activation_checkpointing=none,loop --vary model.loop_count=1,4 \\
+        distributed.fsdp_type=full_shard
 
 The recipes run one after the other in one process, on the data of their configs and with the given
 overrides. Tuning and compilation happen in the warm-up, which is not timed but whose steps count
 for the loss. What runs out of memory is a row, not an end. With --profile one more step of each is
-traced, and its time on the device told by kind of kernel. The last line is all of it as JSON.
+traced, its time on the device told by kind of kernel, and its collectives counted. Memory is that
+of the rank that needs most. The last line is all of it as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,12 +30,23 @@ from torch._dynamo.utils import counters
 
 from apps.LT2.flops import count_parameters, train_flops_per_token
 from apps.LT2.measure import environment, release_memory, synchronize
+from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.train import build_model
 from apps.LT2.train_args import TrainArgs, validate_train_args
-from apps.LT2.trainer import Trainer, TrainState
+from apps.LT2.trainer import Trainer, TrainState, to_device
+from apps.LT2.transformer import LoopedTransformer
 from lingua.args import UserError, parse_args, run_cli
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
-from lingua.distributed import get_device, get_device_mesh, setup_env, setup_torch_distributed
+from lingua.distributed import (
+    dist_max,
+    get_device,
+    get_device_mesh,
+    get_dp_rank_and_degree,
+    get_is_master,
+    get_world_size,
+    setup_env,
+    setup_torch_distributed,
+)
 from lingua.metrics import GIB, peak_flops
 from lingua.optim import build_optimizer
 from lingua.parallelize import resolve_dtype
@@ -37,6 +54,7 @@ from lingua.rng import seed_everything
 
 # What stands in a kernel's name -> what it is, the first that fits.
 KERNEL_KINDS = (
+    ("communication", ("nccl", "c10d", "gloo")),
     ("compiled norms, gates, convolutions", ("triton_",)),  # Inductor's; their names hold anything
     ("softmax attention", ("flash", "fmha", "cudnn", "attention", "attn", "parallel_nsa")),
     ("selected attention", ("_attend_kernel", "_mean_kernel", "_dq_kernel", "_dkv_kernel")),
@@ -56,6 +74,9 @@ class Row:
     quartiles: tuple[float, float] = (0.0, 0.0)
     mfu: float | None = None
     peak_gib: float = 0.0
+    # what a forward keeps for its backward, gathered weights left out
+    activations_gib: float = 0.0
+    n_ranks: int = 1
     graph_breaks: int = 0  # in compiled blocks
     compiled: bool = False
     first_loss: float = 0.0
@@ -64,6 +85,7 @@ class Row:
     problem: str = ""
     kernel_ms: dict[str, float] = field(default_factory=dict)
     top_kernels_ms: dict[str, float] = field(default_factory=dict)
+    collectives: dict[str, int] = field(default_factory=dict)  # of the traced step
 
 
 def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -> None:
@@ -74,9 +96,13 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     mesh = get_device_mesh(args.distributed)
     model = build_model(args, mesh, device)
     optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
-    state = TrainState(0, 0, init_dataloader_state_from_args(args.data, 0, 1), scheduler)
+    dp_rank, dp_degree = get_dp_rank_and_degree(mesh)
+    loader_state = init_dataloader_state_from_args(args.data, dp_rank, dp_degree)
+    state = TrainState(0, 0, loader_state, scheduler)
+    row.n_ranks = get_world_size()
     row.body_parameters = count_parameters(model).body
-    row.tokens_per_step = args.data.batch_size * args.data.seq_len * args.grad_acc_steps
+    rows_per_step = args.data.batch_size * args.grad_acc_steps * dp_degree
+    row.tokens_per_step = rows_per_step * args.data.seq_len
     row.compiled = args.distributed.compile
     with build_dataloader_from_args(args.data, state.data_loader_state) as batches:
         trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
@@ -88,23 +114,47 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
             row.grad_norm = trainer.step().grad_norm  # reading it waits for the backward
             synchronize(device)
             seconds.append(time.perf_counter() - began)
+        # Zero on a CPU, as all that torch.cuda counts there.
+        row.peak_gib = dist_max(torch.cuda.max_memory_allocated() / GIB).item()
+        row.activations_gib = dist_max(activation_gib(trainer)).item()
         if profile:
-            row.kernel_ms, row.top_kernels_ms = profile_step(trainer)
+            row.kernel_ms, row.top_kernels_ms, row.collectives = profile_step(trainer)
     rates = [row.tokens_per_step / s for s in seconds[warmup:]]
     low, row.tokens_per_s, high = statistics.quantiles(rates, n=4)
     row.quartiles = (low, high)
     dtype = resolve_dtype(args.distributed.model_dtype, device.type)
     if device.type == "cuda":
-        row.peak_gib = torch.cuda.max_memory_allocated() / GIB
         peak = peak_flops(torch.cuda.get_device_name(), dtype)
-        flops = train_flops_per_token(model, args.data.seq_len) * row.tokens_per_s
+        with torch.device("meta"):
+            whole = LoopedTransformer(args.model)  # a tensor-parallel one has this rank's heads
+        flops = train_flops_per_token(whole, args.data.seq_len) * row.tokens_per_s / row.n_ranks
         row.mfu = None if peak is None else flops / peak
     row.graph_breaks = sum(counters["graph_break"].values())
     row.first_loss, row.last_loss = (state.losses[i].item() for i in (0, steps - 1))
 
 
-def profile_step(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds on the device of one step, by kind of kernel and for the ten longest kernels."""
+def activation_gib(trainer: Trainer) -> float:
+    """What the forward of a micro-batch leaves on the device for its backward."""
+    views, trainer.state.data_loader_state = next(trainer.batches)
+    batch = to_device(views, trainer.args.data.doc_mask, trainer.device)
+    set_gradient_sync(trainer.model, True)
+    with torch.no_grad():
+        trainer.model(*batch)  # gathers the weights
+    before = torch.cuda.memory_allocated()
+    loss = trainer.model(*batch)
+    kept = torch.cuda.memory_allocated() - before
+    loss.backward()
+    trainer.optimizer.zero_grad()
+    return kept / GIB
+
+
+# NCCL's kernels, and what gloo's collectives are called on a CPU.
+COLLECTIVE = re.compile(r"ncclDevKernel_([A-Za-z]+)|c10d::_?([a-z_]+?)_?$")
+
+
+def profile_step(trainer: Trainer) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+    """Milliseconds on the device of one step, by kind of kernel and for the ten longest kernels;
+    and how many collectives it had."""
     on_cuda = trainer.device.type == "cuda"
     kinds = torch.profiler.ProfilerActivity
     activity = kinds.CUDA if on_cuda else kinds.CPU
@@ -113,13 +163,16 @@ def profile_step(trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
         synchronize(trainer.device)
     by_kind: Counter[str] = Counter()
     by_name: Counter[str] = Counter()
+    collectives: Counter[str] = Counter()
     for event in profiler.key_averages():
+        if found := COLLECTIVE.match(event.key):
+            collectives[found[1] or found[2]] += event.count
         ms = (event.self_device_time_total if on_cuda else event.self_cpu_time_total) / 1000
         if not ms:
             continue
         by_kind[kernel_kind(event.key)] += ms
         by_name[event.key[:80]] += ms
-    return dict(by_kind.most_common()), dict(by_name.most_common(10))
+    return dict(by_kind.most_common()), dict(by_name.most_common(10)), dict(collectives)
 
 
 def kernel_kind(name: str) -> str:
@@ -135,6 +188,22 @@ def read_recipe(path: str, overrides: list[str]) -> TrainArgs:
     return validate_train_args(parse_args(TrainArgs, options))
 
 
+def variants(varied: list[str]) -> list[list[str]]:
+    """Overrides of every run: all combinations of the values in "key=a,b" options."""
+    choices = []
+    for option in varied:
+        key, equals, values = option.partition("=")
+        if not equals or not values:
+            raise UserError(f"--vary {option}: must be key=value,value")
+        choices.append([f"{key}={value}" for value in values.split(",")])
+    return [list(combination) for combination in product(*choices)]
+
+
+def tell(line: str) -> None:
+    if get_is_master():
+        print(line, flush=True)
+
+
 def format_row(row: Row) -> str:
     if row.problem:
         return f"{row.recipe:42s} {row.problem}"
@@ -143,7 +212,8 @@ def format_row(row: Row) -> str:
     return (
         f"{row.recipe:42s} {row.body_parameters / 1e6:7.1f}M {row.tokens_per_s:9.0f} "
         f"({row.quartiles[0]:.0f}-{row.quartiles[1]:.0f}) {mfu:>6s} {row.peak_gib:6.1f} GiB "
-        f"{breaks:>6s} {row.first_loss:8.3f} {row.last_loss:8.3f} {row.grad_norm:8.3f}"
+        f"{row.activations_gib:6.2f} GiB {breaks:>6s} {row.first_loss:8.3f} {row.last_loss:8.3f} "
+        f"{row.grad_norm:8.3f}"
     )
 
 
@@ -156,21 +226,26 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps, warm-up included")
     parser.add_argument("--warmup", type=int, default=5, help="steps that are not timed")
     parser.add_argument("--profile", action="store_true", help="trace one more step of each")
+    parser.add_argument(
+        "--vary", action="append", default=[], metavar="key=a,b", help="one run for each value"
+    )
     given = parser.parse_intermixed_args(argv)
     if given.warmup < 1 or given.steps < given.warmup + 2:
         raise UserError(f"--steps {given.steps} leaves fewer than 2 after --warmup {given.warmup}")
     overrides = [arg for arg in given.recipes if "=" in arg]
     paths = [arg for arg in given.recipes if "=" not in arg]
-    runs = [(Path(path).stem, read_recipe(path, overrides)) for path in paths]  # all, before any
+    runs = [  # all are read before any is run
+        (" ".join([Path(path).stem, *changes]), read_recipe(path, [*overrides, *changes]))
+        for path, changes in product(paths, variants(given.vary))
+    ]
     if not runs:
         raise UserError("no recipe is named: give one or more CONFIG.yaml")
 
     setup_env(runs[0][1].env)
     setup_torch_distributed(runs[0][1].distributed)
-    print(
-        f"{'recipe':42s} {'body':>8s} {'tokens/s':>9s} (quartiles)    MFU   memory breaks "
-        f"first and last loss, gradient norm",
-        flush=True,
+    tell(
+        f"{'recipe':42s} {'body':>8s} {'tokens/s':>9s} (quartiles)    MFU   memory, activations "
+        "breaks first and last loss, gradient norm"
     )
     rows = []
     for name, args in runs:
@@ -183,10 +258,12 @@ def main(argv: list[str]) -> None:
             row.problem = str(error)
         torch.compiler.reset()
         release_memory()
-        print(format_row(row), flush=True)
+        tell(format_row(row))
         for kind, ms in row.kernel_ms.items():
-            print(f"    {ms:9.2f} ms  {kind}", flush=True)
-    print(json.dumps(environment(get_device()) | {"rows": [asdict(row) for row in rows]}))
+            tell(f"    {ms:9.2f} ms  {kind}")
+        for name, count in row.collectives.items():
+            tell(f"    {count:9d}     {name}")
+    tell(json.dumps(environment(get_device()) | {"rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":

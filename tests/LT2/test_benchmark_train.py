@@ -1,0 +1,57 @@
+"""The training benchmark on two ranks: a row for every combination, and collectives counted."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from apps.LT2.scripts.benchmark_train import main, variants
+from lingua.args import UserError
+from tests.lingua.dist_utils import run_ranks
+from tests.LT2.tiny_run import OPTIONS, clean_process, write_corpus
+
+RECIPE = "apps/LT2/configs/600M/debug.yaml"
+N_LAYERS, SEQLEN = 2, 32
+
+
+def measure(rank: int, world_size: int, data: Path) -> str:
+    model = {k: v for k, v in OPTIONS.items() if k.startswith(("model.", "data.", "distributed."))}
+    model |= {"model.n_layers": N_LAYERS, "model.attention_pattern": "gdn,full"}
+    shared = {"data.root_dir": data, "data.sources": "{text: 1.0}", "data.seq_len": SEQLEN}
+    options = model | shared | {"distributed.fsdp_type": "full_shard", "grad_acc_steps": 2}
+    argv = [RECIPE, *(f"{k}={v}" for k, v in options.items()), "distributed.compile=false"]
+    argv += ["--vary", "distributed.tp_size=1,2", "--vary", "model.loop_count=2,4"]
+    with clean_process(), redirect_stdout(io.StringIO()) as out:
+        main([*argv, "--steps", "3", "--warmup", "1", "--profile"])
+    return out.getvalue()
+
+
+def test_ranks_are_measured_together(tmp_path):
+    first, second = run_ranks(2, measure, write_corpus(tmp_path / "data"))
+    assert second == "", "one rank tells"
+    rows = json.loads(first.splitlines()[-1])["rows"]
+    assert [row["problem"] for row in rows] == [""] * 4
+    assert [row["recipe"].split()[1:] for row in rows] == [
+        [f"distributed.tp_size={tp}", f"model.loop_count={loops}"]
+        for tp in (1, 2)
+        for loops in (2, 4)
+    ]
+    tokens = 2 * 2 * SEQLEN  # rows, micro-batches
+    assert [row["tokens_per_step"] for row in rows] == [2 * tokens, 2 * tokens, tokens, tokens]
+    for row in rows[:2]:
+        assert row["collectives"]["allgather_base"] == N_LAYERS + 1
+        assert row["collectives"]["reduce_scatter_base"] == N_LAYERS + 1
+    # Sharing heads costs all-reduces in every loop.
+    n_reduced = [row["collectives"]["allreduce"] for row in rows]
+    assert n_reduced[0] == n_reduced[1] < n_reduced[2] < n_reduced[3]
+
+
+def test_variants_are_all_combinations():
+    assert variants([]) == [[]]
+    assert variants(["a=1,2", "b=x"]) == [["a=1", "b=x"], ["a=2", "b=x"]]
+    with pytest.raises(UserError, match="--vary a: must be key=value,value"):
+        variants(["a"])
