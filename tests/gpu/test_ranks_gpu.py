@@ -1,0 +1,64 @@
+"""Two GPUs train a compiled hybrid as one does: data and heads shared out, weights sharded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.LT2.tiny_run import write_corpus
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+ROOT = Path(__file__).parents[2]
+LOSS = 1e-2  # relative: bf16 activations, whose sums over heads are rounded once a rank
+
+
+def rows(n_ranks: int, data: Path, *options: str) -> list[dict]:
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
+    arguments = [
+        "apps/LT2/configs/600M/debug.yaml",
+        *(f"data.root_dir={data}", "data.sources={text: 1.0}", "data.tokenizer.name=bytes"),
+        *("model.dim=256", "model.n_heads=2", "model.n_layers=5", "model.loop_count=2"),
+        *("distributed.model_dtype=bf16", "distributed.compile=true", "data.seq_len=256"),
+        *("--steps", "4", "--warmup", "1", "--profile"),
+        *options,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "apps.LT2.scripts.benchmark_train", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["problem"] for row in found] == [""] * len(found)
+    return found
+
+
+def test_two_gpus_share_heads_or_data(tmp_path):
+    data = write_corpus(tmp_path / "data", n_lines=200)
+    (alone,) = rows(1, data, "data.batch_size=4")
+    (heads,) = rows(
+        2, data, "data.batch_size=4", "distributed.tp_size=2", "distributed.fsdp_type=full_shard"
+    )
+    assert heads["first_loss"] == pytest.approx(alone["first_loss"], rel=LOSS)
+    assert heads["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.1)
+    sharded = rows(
+        *(2, data, "data.batch_size=2", "distributed.fsdp_type=full_shard"),
+        *("--vary", "distributed.activation_checkpointing=none,selective,full,loop"),
+    )
+    for row in sharded:
+        # Another half of the text goes to each rank, and a new model is near log(vocabulary).
+        assert row["first_loss"] == pytest.approx(alone["first_loss"], rel=0.1)
+        assert row["collectives"]["AllGather"] == row["collectives"]["ReduceScatter"] == 5 + 1
+    kept = [row["activations_gib"] for row in sharded]
+    assert kept[0] > kept[1] > kept[2] > kept[3]
