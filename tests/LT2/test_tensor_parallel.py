@@ -46,7 +46,7 @@ Options = dict[str, Any]
 
 LOOPS, ROWS, SEQLEN, N_MICRO = 2, 2, 16, 2
 STEP_1 = FOLDER_NAME.format(1)
-# (kind of tests.LT2.tiny, options of the model, options of distributed)
+# (kind of tests.LT2.tiny, options of the model, options of distributed, and `optim` for its name)
 TWO = {"tp_size": 2, "fsdp_type": "full_shard"}
 GROUPS = Mamba2Args(head_dim=16, state_dim=8, n_groups=2)
 TWO_RANKS: dict[str, tuple[str, Options, Options]] = {
@@ -61,12 +61,14 @@ TWO_RANKS: dict[str, tuple[str, Options, Options]] = {
     "mamba2, groups": ("mamba2", {"n_layers": 1, "mamba2": GROUPS}, TWO),
     "gla": ("hybrid", {"mixer": "gla"}, TWO),
     "no_shard": ("hybrid", {}, {"tp_size": 2}),
+    "muon": ("hybrid", {}, {**TWO, "optim": "muon"}),
 }
 FOUR = {**TWO, "dp_replicate": 2}
 FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
     "dp_replicate": ("hybrid", {}, FOUR),
     "dp_shard": ("mamba2", {"n_layers": 1}, {**TWO, "dp_shard": 2}),
     "no_shard": ("kda", {"n_layers": 1}, {"tp_size": 2, "dp_replicate": 2}),
+    "muon": ("hybrid", {}, {**TWO, "dp_shard": 2, "optim": "muon"}),
     "tp_size=4": ("retnet", {"n_heads": 4, "n_layers": 1}, {**TWO, "tp_size": 4}),
     **{
         f"{mode} recomputation": ("hybrid", {}, {**FOUR, "activation_checkpointing": mode})
@@ -106,9 +108,9 @@ def make_parallel(kind: str, options: Options, distributed: Options) -> tuple[An
     return model, mesh
 
 
-def optimizer_of(model: nn.Module) -> Optimizer:
+def optimizer_of(model: nn.Module, name: str = "adamw") -> Optimizer:
     # A large epsilon: else AdamW takes a whole step for the rounding of a gradient that is zero.
-    args = OptimArgs(lr=0.01, warmup=0, scheduler="constant", epsilon=1e-2)
+    args = OptimArgs(name=name, lr=0.01, warmup=0, scheduler="constant", epsilon=1e-2)
     return build_optimizer(model, args, 1)[0]
 
 
@@ -148,11 +150,13 @@ def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[s
     """For each case what differs from one process, and for the first what its checkpoint says."""
     outcome = {}
     for name, (kind, options, distributed) in cases.items():
+        distributed = dict(distributed)
+        optim = distributed.pop("optim", "adamw")
         model, mesh = make_parallel(kind, options, distributed)
-        optimizer = optimizer_of(model)
+        optimizer = optimizer_of(model, optim)
         got = learn(model, optimizer, mesh)
         single = make(kind, options)
-        outcome[name] = differences(got, learn(single, optimizer_of(single), None))
+        outcome[name] = differences(got, learn(single, optimizer_of(single, optim), None))
         if name == next(iter(cases)):
             manager(folder / "by_ranks").save(model, optimizer, AtStep(1), {}, mesh)
             fresh, mesh = make_parallel(kind, {**options, "seed": 5}, distributed)
