@@ -27,6 +27,7 @@ EXCEPTIONS = {
     "bash setup/create_env.sh": "installs packages",
     "sbatch setup/create_env.sh": "installs packages",
     "conda activate": "goes with create_env.sh",
+    "python setup/download_tokenizer.py": "needs the network; tests/setup/test_download.py",
 }
 
 # What stands for something of the reader's own; more processes than CPU cores add nothing.
@@ -50,6 +51,9 @@ SMALLER = {
     "python -m apps.LT2.train config=": f"{TINY_RUN} dump_dir=runs/train",
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml model.": TINY_RUN,
     "torchrun --nproc-per-node 8 -m apps.LT2.train": f"{TINY_RUN} dump_dir=runs/torchrun",
+    "python setup/download_prepare_hf_data.py": (
+        "--source_dir data/local --validation_documents 5 --nchunks 2"
+    ),
     "python -m lingua.stool": "ngpu=1",
     "python -m apps.LT2.generate": "max_gen_len=8",
     # four questions of a task instead of all
@@ -83,6 +87,7 @@ echo "Submitted batch job 1"
 
 # Files that a section's commands leave, beside their exit status of 0.
 LEAVES = {
+    "Data": ["data/fineweb_edu_shuffled/fineweb_edu.val.jsonl"],
     "Train": ["runs/train/metrics.jsonl", "runs/my_run/checkpoints", "runs/torchrun/checkpoints"],
     "Generate": [],
     "Weights": ["runs/weights/model.safetensors", "runs/hf/config.json", "runs/imported"],

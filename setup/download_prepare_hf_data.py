@@ -1,0 +1,121 @@
+"""Download a corpus from Hugging Face, shuffle it, and deal it into chunks to train on.
+
+    python setup/download_prepare_hf_data.py fineweb_edu 64 --data_dir ./data --seed 42 --nchunks 32
+
+makes ./data/fineweb_edu_shuffled, a folder for `data.sources`, within 64 GB of memory:
+
+    fineweb_edu.chunk.00.jsonl ...   training documents, one JSON object a line
+    fineweb_edu.val.jsonl            documents that no chunk has
+    manifest.json                    documents, bytes and sha256 of each file
+
+Killed at any moment, the same command goes on where it was and ends with the same bytes. With
+--source_dir the documents come from files on disk (parquet, or JSON lines as they are or in .gz or
+.zst), and nothing is downloaded. Downloads stay in <data_dir>/<dataset>. The disk must hold them,
+and the text twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from lingua.args import UserError, run_cli
+from lingua.document_files import find_document_files
+from lingua.errors import import_optional
+from lingua.shuffle_documents import ShufflePlan, shuffle_documents
+
+GB = 10**9
+MIN_MEMORY = 0.01  # GB
+
+
+@dataclass(frozen=True)
+class Corpus:
+    repo_id: str  # on Hugging Face
+    patterns: tuple[str, ...]  # of the files in it
+
+
+CORPORA = {
+    "fineweb_edu": Corpus("HuggingFaceFW/fineweb-edu", ("data/*/*.parquet",)),
+    "fineweb_edu_10bt": Corpus("HuggingFaceFW/fineweb-edu", ("sample/10BT/*.parquet",)),
+    "dclm_baseline_1.0": Corpus("mlfoundations/dclm-baseline-1.0", ("*.jsonl.zst",)),
+    "dclm_baseline_1.0_10prct": Corpus(
+        "mlfoundations/dclm-baseline-1.0", ("global-shard_01_of_10/*.jsonl.zst",)
+    ),
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all options)")
+
+
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("dataset", choices=sorted(CORPORA), help="what to download; names the files, too")
+    add("memory", type=float, help="GB of memory to shuffle in; the order depends on it")
+    add("--data_dir", type=Path, default=Path("data"), help="where all of it goes")
+    add("--seed", type=int, default=42, help="of the shuffle")
+    add("--nchunks", type=int, default=32, help="training files: 1, or the number of GPUs")
+    add("--validation_documents", type=int, default=10_000, help="documents held out, once")
+    add("--source_dir", type=Path, help="read the files of this folder; download nothing")
+    given = parser.parse_args(argv)
+    if not MIN_MEMORY <= given.memory < float("inf"):
+        raise UserError(f"memory={given.memory}: give {MIN_MEMORY} GB at least")
+    for name in ("nchunks", "validation_documents"):
+        if getattr(given, name) < 1:
+            raise UserError(f"--{name} {getattr(given, name)} must be 1 or more")
+    return given
+
+
+def download(dataset: str, folder: Path) -> None:
+    """All files of the corpus into `folder`; those that are there are not fetched again."""
+    corpus = CORPORA[dataset]
+    hub = import_optional("huggingface_hub", extra="data", needed_by=f"downloading {dataset}")
+    try:
+        hub.snapshot_download(
+            corpus.repo_id,
+            repo_type="dataset",
+            local_dir=folder,
+            allow_patterns=list(corpus.patterns),
+        )
+    except (OSError, ValueError) as error:  # requests' and the hub's errors are OSErrors
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{dataset} could not be downloaded from {corpus.repo_id}: {reason}; run the same "
+            "command again to go on, or give --source_dir"
+        ) from None
+
+
+def main(argv: Sequence[str]) -> None:
+    given = parse_options(argv)
+    root = given.source_dir
+    if root is None:
+        root = given.data_dir / given.dataset
+        download(given.dataset, root)
+    plan = ShufflePlan(
+        name=given.dataset,
+        seed=given.seed,
+        n_chunks=given.nchunks,
+        n_validation=given.validation_documents,
+        memory=int(given.memory * GB),
+    )
+    out = given.data_dir / f"{given.dataset}_shuffled"
+    try:
+        manifest = shuffle_documents(find_document_files(root), root, out, plan)
+    except OSError as error:
+        raise UserError(f"{error}; mend it and run the same command again, which goes on") from None
+    n_bytes = sum(facts["bytes"] for facts in manifest["files"].values())
+    left_out = manifest["without_text"]
+    print(
+        f"{out}: {manifest['documents']:,} documents, {n_bytes / GB:.3f} GB, in {given.nchunks} "
+        f"chunks and a validation file of {given.validation_documents:,} documents"
+        + (f"; {left_out:,} without text were left out" if left_out else "")
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)

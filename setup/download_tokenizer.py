@@ -1,0 +1,106 @@
+"""Download a tokenizer's file, for `data.tokenizer.path`.
+
+    python setup/download_tokenizer.py llama3 tokenizer --api_key <HUGGINGFACE_TOKEN>
+
+puts the file where the repository has it (tokenizer/original/tokenizer.model for llama3) and prints
+the lines for a recipe. Llama and Gemma are licensed: accept the terms on their pages first. Without
+--api_key the token is that of HF_TOKEN or of `hf auth login`. A name of tiktoken's own encodings
+(cl100k_base, o200k_base, ...) makes a file of the same kind and needs no token.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from lingua.args import UserError, run_cli, write_atomic
+from lingua.errors import import_optional
+
+
+@dataclass(frozen=True)
+class HubFile:
+    repo_id: str
+    file: str
+    kind: str  # data.tokenizer.name
+
+
+TOKENIZERS = {
+    "llama2": HubFile("meta-llama/Llama-2-7b", "tokenizer.model", "sp"),
+    "llama3": HubFile("meta-llama/Meta-Llama-3-8B", "original/tokenizer.model", "tiktoken"),
+    "gemma": HubFile("google/gemma-2b", "tokenizer.model", "sp"),
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all options)")
+
+
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("name", help=f"{', '.join(TOKENIZERS)}, or an encoding of tiktoken such as cl100k_base")
+    add("path_to_save", type=Path, help="folder that the file goes into")
+    add("--api_key", help="token of Hugging Face; never shown or stored")
+    return parser.parse_args(argv)
+
+
+def download_from_hub(wanted: HubFile, folder: Path, api_key: str | None) -> Path:
+    hub = import_optional("huggingface_hub", extra="data", needed_by="downloading a tokenizer")
+    try:
+        path = hub.hf_hub_download(
+            wanted.repo_id, filename=wanted.file, local_dir=folder, token=api_key
+        )
+    except (OSError, ValueError) as error:  # requests' and the hub's errors are OSErrors
+        reason = str(error).strip().splitlines()[0]
+        if api_key:
+            reason = reason.replace(api_key, "<api_key>")
+        raise UserError(
+            f"{wanted.file} of {wanted.repo_id} could not be downloaded: {reason}; accept its "
+            f"terms at https://huggingface.co/{wanted.repo_id} and give --api_key"
+        ) from None
+    return Path(path)
+
+
+def save_tiktoken(name: str, folder: Path) -> Path:
+    """The pieces of an encoding in tiktoken's own format: base64 and number, one a line."""
+    import base64
+
+    import tiktoken
+
+    if name not in tiktoken.list_encoding_names():
+        known = ", ".join([*TOKENIZERS, *tiktoken.list_encoding_names()])
+        raise UserError(f"name={name} is none of {known}")
+    try:
+        ranks = tiktoken.get_encoding(name)._mergeable_ranks
+    except OSError as error:  # requests' errors are OSErrors
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name} could not be downloaded: {reason}") from None
+    lines = (
+        base64.b64encode(piece) + f" {rank}\n".encode()
+        for piece, rank in sorted(ranks.items(), key=lambda item: item[1])
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.tiktoken"
+    write_atomic(path, b"".join(lines))
+    return path
+
+
+def main(argv: Sequence[str]) -> None:
+    given = parse_options(argv)
+    if given.path_to_save.exists() and not given.path_to_save.is_dir():
+        raise UserError(f"path_to_save={given.path_to_save} is a file: give a folder")
+    wanted = TOKENIZERS.get(given.name)
+    if wanted is None:
+        path, kind = save_tiktoken(given.name, given.path_to_save), "tiktoken"
+    else:
+        path = download_from_hub(wanted, given.path_to_save, given.api_key)
+        kind = wanted.kind
+    print(f"data.tokenizer.name={kind} data.tokenizer.path={path}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

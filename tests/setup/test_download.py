@@ -1,0 +1,223 @@
+"""The download scripts: what they ask the hub for, what they make, and what they refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lingua.args import UserError
+from lingua.data import DataArgs, build_dataloader_from_args, init_dataloader_state_from_args
+from lingua.tokenizer import TokenizerArgs, build_tokenizer
+
+SETUP = Path(__file__).parents[2] / "setup"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SETUP / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+data = load_script("download_prepare_hf_data")
+tokenizers = load_script("download_tokenizer")
+
+
+def write_lines(folder: Path, n: int) -> Path:
+    folder.mkdir(parents=True)
+    lines = (json.dumps({"text": f"text {i}"}) + "\n" for i in range(n))
+    (folder / "a.jsonl").write_text("".join(lines))
+    return folder
+
+
+def prepare(tmp_path: Path, *options: str) -> Path:
+    out = tmp_path / "data"
+    data.main(["fineweb_edu_10bt", "1", "--data_dir", str(out), "--nchunks", "2", *options])
+    return out / "fineweb_edu_10bt_shuffled"
+
+
+class Hub:
+    """Stands in for huggingface_hub: notes what it is asked for, and fetches a file of lines."""
+
+    def __init__(self, failure: Exception | None = None):
+        self.calls: list[tuple[str, dict]] = []
+        self.failure = failure
+
+    def snapshot_download(self, repo_id, **options):
+        self.calls.append((repo_id, options))
+        if self.failure:
+            raise self.failure
+        write_lines(Path(options["local_dir"]) / "sample" / "10BT", 50)
+
+    def hf_hub_download(self, repo_id, **options):
+        self.calls.append((repo_id, options))
+        if self.failure:
+            raise self.failure
+        path = Path(options["local_dir"]) / options["filename"]
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"pieces")
+        return str(path)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    def install(failure: Exception | None = None) -> Hub:
+        stand_in = Hub(failure)
+        for script in (data, tokenizers):
+            monkeypatch.setattr(script, "import_optional", lambda *_, **__: stand_in)
+        return stand_in
+
+    return install
+
+
+# ---- data
+
+
+def test_a_local_folder_becomes_a_source_that_training_reads(tmp_path, capsys):
+    source = write_lines(tmp_path / "some texts", 60)
+    out = prepare(tmp_path, "--source_dir", str(source), "--validation_documents", "10")
+    assert "60 documents" in capsys.readouterr().out
+    args = DataArgs(
+        root_dir=str(out.parent),
+        sources={out.name: 1.0},
+        batch_size=2,
+        seq_len=16,
+        prefetch_size=2,
+        load_async=False,
+        seed=1,
+        tokenizer=TokenizerArgs(name="bytes"),
+    )
+    state = init_dataloader_state_from_args(args, rank=1, world_size=2)
+    with build_dataloader_from_args(args, state) as batches:
+        assert next(batches)[0].shape == (2, 16, 2)
+
+
+@pytest.mark.parametrize(
+    "dataset, repo_id, pattern",
+    [
+        ("fineweb_edu", "HuggingFaceFW/fineweb-edu", "data/*/*.parquet"),
+        ("fineweb_edu_10bt", "HuggingFaceFW/fineweb-edu", "sample/10BT/*.parquet"),
+        ("dclm_baseline_1.0", "mlfoundations/dclm-baseline-1.0", "*.jsonl.zst"),
+        (
+            "dclm_baseline_1.0_10prct",
+            "mlfoundations/dclm-baseline-1.0",
+            "global-shard_01_of_10/*.jsonl.zst",
+        ),
+    ],
+)
+def test_what_is_asked_of_the_hub(tmp_path, hub, dataset, repo_id, pattern):
+    stand_in = hub()
+    argv = [dataset, "0.5", "--data_dir", str(tmp_path), "--nchunks", "3"]
+    data.main([*argv, "--validation_documents", "5"])
+    [(asked, options)] = stand_in.calls
+    assert asked == repo_id and options["allow_patterns"] == [pattern]
+    assert options["repo_type"] == "dataset"
+    assert len(list((tmp_path / f"{dataset}_shuffled").glob(f"{dataset}.chunk.*.jsonl"))) == 3
+
+
+def test_the_hubs_function_takes_what_it_is_given():
+    """A stand-in takes anything; the package in use may not."""
+    import inspect
+
+    hub = pytest.importorskip("huggingface_hub")
+    for function, options in (
+        (hub.snapshot_download, {"repo_type", "local_dir", "allow_patterns"}),
+        (hub.hf_hub_download, {"filename", "local_dir", "token"}),
+    ):
+        assert options <= inspect.signature(function).parameters.keys()
+
+
+def test_a_download_that_fails_says_how_to_go_on(tmp_path, hub):
+    hub(ConnectionError("no route\nto host"))
+    with pytest.raises(UserError, match="no route; run the same command again"):
+        prepare(tmp_path)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    source = write_lines(tmp_path / "texts", 60)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    options = ("--source_dir", str(source), "--validation_documents", "10")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left.*goes on"):
+        patch.setattr("lingua.shuffle_documents.os.fsync", full)
+        prepare(tmp_path, *options)
+    assert (prepare(tmp_path, *options) / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["fineweb", "64"], "fineweb"),
+        (["fineweb_edu"], "memory"),
+        (["fineweb_edu", "lots"], "lots"),
+        (["fineweb_edu", "0"], "memory=0.0: give"),
+        (["fineweb_edu", "nan"], "memory=nan: give"),
+        (["fineweb_edu", "64", "--nchunks", "0"], "--nchunks 0 must be 1 or more"),
+        (["fineweb_edu", "64", "--source_dir", "/no/such"], "/no/such: no such folder"),
+    ],
+)
+def test_wrong_options_are_one_line(tmp_path, argv, message):
+    with pytest.raises(UserError, match=message):
+        data.main([*argv, "--data_dir", str(tmp_path)] if len(argv) > 1 else argv)
+
+
+def test_a_mistake_ends_the_script_with_status_2(tmp_path):
+    script = str(SETUP / "download_prepare_hf_data.py")
+    done = subprocess.run(
+        [sys.executable, script, "fineweb_edu", "-1"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+# ---- tokenizers
+
+
+def test_llama3_lies_where_the_recipes_look_for_it(tmp_path, hub, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stand_in = hub()
+    tokenizers.main(["llama3", "tokenizer", "--api_key", "hf_secret"])
+    [(asked, options)] = stand_in.calls
+    assert asked == "meta-llama/Meta-Llama-3-8B" and options["token"] == "hf_secret"
+    said = capsys.readouterr().out
+    assert "data.tokenizer.path=tokenizer/original/tokenizer.model" in said
+    assert "data.tokenizer.name=tiktoken" in said and "secret" not in said
+
+
+def test_without_a_key_the_hub_looks_for_its_own(tmp_path, hub):
+    stand_in = hub()
+    tokenizers.main(["gemma", str(tmp_path / "t")])
+    assert stand_in.calls[0][1]["token"] is None
+
+
+def test_a_key_is_not_shown_when_the_download_fails(tmp_path, hub):
+    hub(OSError("401 for token hf_secret"))
+    with pytest.raises(UserError) as raised:
+        tokenizers.main(["llama2", str(tmp_path), "--api_key", "hf_secret"])
+    assert "secret" not in str(raised.value) and "accept its terms" in str(raised.value)
+
+
+def test_an_encoding_of_tiktoken_becomes_a_file_that_loads(tmp_path, monkeypatch):
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256}
+    small = tiktoken.Encoding("small", pat_str=r"\S+|\s", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: small)
+    tokenizers.main(["cl100k_base", str(tmp_path)])
+    tokenizer = build_tokenizer("tiktoken", str(tmp_path / "cl100k_base.tiktoken"))
+    assert tokenizer.encode("th", add_bos=False, add_eos=False) == [256]
+
+
+def test_unknown_names_list_the_known_ones(tmp_path):
+    with pytest.raises(UserError, match="name=llama9 is none of llama2, llama3, gemma, .*cl100k"):
+        tokenizers.main(["llama9", str(tmp_path)])
