@@ -1,0 +1,172 @@
+"""A run that is killed again and again: its lives, the moments of death, and what it read.
+
+A life is a process for each rank, forked from a server that has imported everything, so that it
+costs a second. It trains with the real loop, and dies by SIGKILL: of its own hand at an event that
+was counted out beforehand (a step of the loop, or a touch of the disk, most of which belong to
+saves), or of its parent's, after some time. As under torchrun the other ranks are killed, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import apps.LT2.train as app
+from apps.LT2.trainer import Trainer
+from tests.LT2.tiny_run import train
+
+DISK = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")
+READ = "read.jsonl"  # what every rank trained on: {life, step, rank, world, micro, batch}
+LIFE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Death:
+    """SIGKILL at the event number `event` of `rank`, or `seconds` after the ranks have met."""
+
+    rank: int = 0
+    event: int | None = None
+    seconds: float | None = None
+
+    @staticmethod
+    def draw(rng: random.Random, world_size: int, n_events: int, max_seconds: float) -> Death:
+        if rng.random() < 0.7:
+            return Death(rng.randrange(world_size), event=rng.randint(1, n_events))
+        return Death(seconds=rng.uniform(0, max_seconds))
+
+
+NEVER = Death()
+
+
+def live(
+    folder: Path, data: Path, options: dict[str, Any], life: int, world_size: int, death: Death
+) -> bool:
+    """One life of the run in `folder`; whether it came to the run's end."""
+    context = multiprocessing.get_context("forkserver")
+    store = folder.with_name(f"{folder.name}.store.{life}")
+    started = context.Barrier(world_size + 1)
+    processes = [
+        context.Process(
+            target=_rank_main,
+            args=(rank, world_size, store, folder, data, options, life, death, started),
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        started.wait(LIFE_SECONDS)
+        if death.seconds is not None:
+            time.sleep(death.seconds)
+        else:
+            wait([p.sentinel for p in processes], LIFE_SECONDS)
+            _join_if_well(processes, death)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    codes = [process.exitcode for process in processes]
+    # A rank whose neighbour was killed may have failed of it before it was killed itself.
+    assert death != NEVER or codes == [0] * world_size, f"life {life} ended by itself: {codes}"
+    return codes == [0] * world_size
+
+
+def _join_if_well(processes: list, death: Death) -> None:
+    if all(p.exitcode in (None, 0) for p in processes):
+        for process in processes:
+            process.join(LIFE_SECONDS)
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    store: Path,
+    folder: Path,
+    data: Path,
+    options: dict[str, Any],
+    life: int,
+    death: Death,
+    started: Any,
+) -> None:
+    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    os.environ |= {"WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=LIFE_SECONDS),
+        )
+    _record_what_is_read(folder, life, rank, world_size)
+    if death.event is not None and rank == death.rank:
+        _die_at(death.event)
+    started.wait(LIFE_SECONDS)
+    train(data, folder, **options)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _die_at(event: int) -> None:
+    n_events = 0
+
+    def mortal(real: Callable) -> Callable:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal n_events
+            n_events += 1
+            if n_events == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return wrapper
+
+    for name in DISK:
+        setattr(os, name, mortal(getattr(os, name)))
+    Trainer.step = mortal(Trainer.step)
+    Trainer._clip = mortal(Trainer._clip)
+    app.agree_any = mortal(app.agree_any)
+
+
+def _record_what_is_read(folder: Path, life: int, rank: int, world_size: int) -> None:
+    inner = Trainer._read_micro_batches
+
+    def read(self: Trainer) -> list[Any]:
+        batches = inner(self)
+        with open(folder.with_name(f"{folder.name}.{READ}"), "a") as file:
+            for micro, batch in enumerate(batches):
+                record = {"life": life, "step": self.state.step, "rank": rank, "micro": micro}
+                record |= {"world": world_size, "batch": batch_id(batch)}
+                file.write(json.dumps(record) + "\n")
+        return batches
+
+    Trainer._read_micro_batches = read
+
+
+def batch_id(batch: Any) -> str:
+    return hashlib.sha256(batch.tobytes()).hexdigest()[:16]
+
+
+def batches_read(folder: Path) -> list[str]:
+    """Those that the final weights have seen: of each step what the last life that took it read."""
+    lines = folder.with_name(f"{folder.name}.{READ}").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    last_life: dict[int, int] = {}
+    for record in records:
+        last_life[record["step"]] = max(record["life"], last_life.get(record["step"], -1))
+    kept = [r for r in records if r["life"] == last_life[r["step"]]]
+    return [r["batch"] for r in sorted(kept, key=lambda r: (r["step"], r["micro"], r["rank"]))]
