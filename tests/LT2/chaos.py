@@ -32,21 +32,25 @@ from tests.LT2.tiny_run import train
 DISK = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")
 READ = "read.jsonl"  # what every rank trained on: {life, step, rank, world, micro, batch}
 LIFE_SECONDS = 60.0
+# A save is about 25 events of rank 0 and 4 changes of names: a life lasts for a few steps at most.
+MAX_EVENTS, MAX_CHANGES = 60, 8
 
 
 @dataclass(frozen=True)
 class Death:
-    """SIGKILL at the event number `event` of `rank`, or `seconds` after the ranks have met."""
+    """SIGKILL at the event number `event` of `rank`, or of all ranks at once from outside:
+    `seconds` after the `change`-th change among the names in the folder of checkpoints."""
 
     rank: int = 0
     event: int | None = None
-    seconds: float | None = None
+    change: int | None = None
+    seconds: float = 0.0
 
     @staticmethod
-    def draw(rng: random.Random, world_size: int, n_events: int, max_seconds: float) -> Death:
+    def draw(rng: random.Random, world_size: int) -> Death:
         if rng.random() < 0.7:
-            return Death(rng.randrange(world_size), event=rng.randint(1, n_events))
-        return Death(seconds=rng.uniform(0, max_seconds))
+            return Death(rng.randrange(world_size), event=rng.randint(1, MAX_EVENTS))
+        return Death(change=rng.randint(0, MAX_CHANGES), seconds=rng.uniform(0, 0.1))
 
 
 NEVER = Death()
@@ -70,11 +74,14 @@ def live(
         for process in processes:
             process.start()
         started.wait(LIFE_SECONDS)
-        if death.seconds is not None:
+        if death.change is not None:
+            _wait_for_changes(folder / "checkpoints", death.change, processes)
             time.sleep(death.seconds)
         else:
             wait([p.sentinel for p in processes], LIFE_SECONDS)
-            _join_if_well(processes, death)
+            if all(p.exitcode in (None, 0) for p in processes):
+                for process in processes:
+                    process.join(LIFE_SECONDS)
     finally:
         for process in processes:
             process.kill()
@@ -85,10 +92,15 @@ def live(
     return codes == [0] * world_size
 
 
-def _join_if_well(processes: list, death: Death) -> None:
-    if all(p.exitcode in (None, 0) for p in processes):
-        for process in processes:
-            process.join(LIFE_SECONDS)
+def _wait_for_changes(folder: Path, n: int, processes: list) -> None:
+    def names() -> set[str]:
+        return set(os.listdir(folder)) if folder.exists() else set()
+
+    before = names()
+    while n and all(p.is_alive() for p in processes):
+        time.sleep(0.0005)
+        if (now := names()) != before:
+            n, before = n - 1, now
 
 
 def _rank_main(
