@@ -30,19 +30,15 @@ from lingua.args import UserError, dataclass_to_dict, diff_configs
 from lingua.checkpoint_folder import FOLDER_NAME as FOLDER_NAME
 from lingua.checkpoint_folder import TRAIN_STATE_NAME as TRAIN_STATE_NAME
 from lingua.checkpoint_folder import (
-    UNFINISHED,
     clear_leftovers,
     find_problem,
     is_checkpoint,
     is_own,
-    make_empty,
-    publish,
     remove_checkpoint,
-    write_train_state,
 )
+from lingua.checkpoint_save import Save
 from lingua.distributed import (
     RanksFailed,
-    gather_objects,
     get_dp_rank_and_degree,
     run_on_rank_0,
     run_together,
@@ -51,7 +47,7 @@ from lingua.rng import get_rng_state, set_rng_state
 from lingua.tensor_store import CONFIG_NAME as CONFIG_NAME
 from lingua.tensor_store import CONSOLIDATE_FOLDER as CONSOLIDATE_FOLDER
 from lingua.tensor_store import CONSOLIDATE_NAME as CONSOLIDATE_NAME
-from lingua.tensor_store import METADATA_NAME, save_tensors
+from lingua.tensor_store import METADATA_NAME
 from lingua.tensor_store import consolidate_checkpoints as consolidate_checkpoints
 from lingua.tensor_store import load_from_checkpoint as load_from_checkpoint
 
@@ -75,6 +71,9 @@ class CheckpointArgs:
     # newer one is there, unless keep is 0
     dump: SaveEvery = field(default_factory=SaveEvery)
     eval: SaveEvery = field(default_factory=SaveEvery)  # checkpoints that are evaluated
+    # write in the background while training goes on; takes CPU memory for a copy of what a rank
+    # saves. What is evaluated, and the last save of a run, is waited for all the same
+    async_save: bool = False
     path: str | None = None  # folder of all checkpoints; null is <dump_dir>/checkpoints
     # step folder, or file of weights alone, that a new run starts from
     init_ckpt_path: str | None = None
@@ -111,6 +110,7 @@ class CheckpointManager:
         assert args.path, "checkpoint.path must be resolved before the manager is built"
         self.args = args
         self.path = Path(args.path)
+        self._save: Save | None = None  # under way
 
     @classmethod
     def instantiate_and_make_dir(cls, args: CheckpointArgs) -> CheckpointManager:
@@ -141,24 +141,47 @@ class CheckpointManager:
     ) -> bool:
         """Write a checkpoint of `train_state`'s step, then delete those that need not be kept.
 
-        A collective. When it returns, the checkpoint is complete on disk.
+        A collective. When it returns, the checkpoint is complete on disk; with
+        checkpoint.async_save after the next `finish`, or a `poll` that finds it written.
         """
+        self.finish()
         state = train_state.state_dict()
         assert RNG_KEY not in state, f"{RNG_KEY!r} is the manager's own key in the train state"
-        final = self.path / FOLDER_NAME.format(state["step"])
-        unfinished = final.with_name(final.name + UNFINISHED)
-        run_on_rank_0(lambda: make_empty(unfinished))
-        save_tensors(unfinished, model, optimizer)
-
-        dp_rank, _ = get_dp_rank_and_degree(device_mesh)
         state[RNG_KEY] = get_rng_state()
+        dp_rank, _ = get_dp_rank_and_degree(device_mesh)
         name = None if _is_tp_copy(device_mesh) else TRAIN_STATE_NAME.format(dp_rank)
-        written = run_together(lambda: write_train_state(unfinished, name, state))
-        files = {k: v for rank_files in gather_objects(written) for k, v in rank_files.items()}
-        run_on_rank_0(lambda: publish(unfinished, final, state["step"], files, _as_dict(config)))
-        run_on_rank_0(self.clean_up)
-        logger.info(f"saved checkpoint {final}")
+        in_background = self.args.async_save
+        self._save = Save(
+            *(self.path, model, optimizer, state, name, _as_dict(config)),
+            in_background=in_background,
+        )
+        if not in_background:
+            self.finish()
         return True
+
+    def poll(self) -> None:
+        """Publish the save under way if all ranks have written it. A collective."""
+        if self._save is not None and self._save.is_written():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save under way, if any, and publish it. A collective."""
+        save, self._save = self._save, None
+        if save is None:
+            return
+        logger.info(f"saved checkpoint {save.publish()}")
+        run_on_rank_0(self.clean_up)
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        """Publish the save under way; after an error, which others may not share, drop it."""
+        if exc_type is None:
+            self.finish()
+        elif self._save is not None:
+            self._save.wait()
+            self._save = None
 
     def clean_up(self) -> None:
         """Delete checkpoints that no rule keeps, and leftovers of saves that were cut off.

@@ -35,12 +35,12 @@ def make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def write_train_state(folder: Path, name: str | None, state: dict[str, Any]) -> dict[str, Any]:
+def write_train_state(folder: Path, name: str | None, text: str) -> dict[str, Any]:
     """Write this rank's file; returns what the manifest says about all files of this rank."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     files = {p.name: _entry(p, digest=False) for p in folder.glob(f"__{rank}_*.distcp")}
     if name is not None:
-        write_atomic(folder / name, json.dumps(state))
+        write_atomic(folder / name, text)
         files[name] = _entry(folder / name, digest=True)
     return files
 
@@ -60,6 +60,9 @@ def publish(
     for name in (METADATA_NAME, CONFIG_NAME):
         files[name] = _entry(unfinished / name, digest=True)
     write_atomic(unfinished / MANIFEST_NAME, json.dumps({"step": step, "files": files}, indent=2))
+    problem = find_problem(unfinished)  # before anything older makes room for it
+    if problem is not None:
+        raise RuntimeError(f"{unfinished} was not written as it should be: {problem}")
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
         os.rename(final, replaced)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,25 +35,6 @@ CONSOLIDATE_FOLDER = "consolidated"
 CONSOLIDATE_NAME = "consolidated.pth"
 
 Metadata = dict[str, Any]  # DCP key -> what is stored there
-
-
-def save_tensors(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
-    """Write all ranks' tensors and fsync them. A collective."""
-    # First the weights: state_dict makes FSDP register those parameters that the optimizer knows,
-    # even if a forward without backward (validation) left gathered ones in their place.
-    state: dict[str, Any] = {MODEL_KEY: model.state_dict()}
-    if optimizer is not None:
-        state[OPTIM_KEY] = {"state": optimizer_state(model, optimizer)}
-    try:
-        with _dcp():
-            dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except (RuntimeError, OSError) as error:
-        # torch's own writer hides the reason, most often a full disk, behind a wrong file position
-        free = shutil.disk_usage(folder).free / 2**30
-        raise RuntimeError(
-            f"could not write {folder} ({free:.2f} GiB free there); checkpoints before it are "
-            f"whole: {error}"
-        ) from error
 
 
 def load_from_checkpoint(

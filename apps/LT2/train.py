@@ -118,7 +118,9 @@ def train(given: TrainArgs) -> None:
         validator = build_validator(args)
         model = build_model(args, mesh, device)
         optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
-        checkpoints = CheckpointManager.instantiate_and_make_dir(args.checkpoint)
+        checkpoints = resources.enter_context(
+            CheckpointManager.instantiate_and_make_dir(args.checkpoint)
+        )
         state = new_or_resumed_state(args, model, optimizer, scheduler, checkpoints, mesh)
         loader = run_together(
             lambda: build_dataloader_from_args(args.data, state.data_loader_state)
@@ -151,12 +153,15 @@ def train(given: TrainArgs) -> None:
             if every_n_steps(state, args.gc_collect_freq):
                 gc.collect()
             with progress.paused():
+                checkpoints.poll()
                 if is_eval or leaving or args.checkpoint.dump.fires(state.step):
                     checkpoints.save(model, optimizer, state, args, mesh)
                 if is_eval and not (leaving and not is_last):
                     validate(validator, trainer, metrics)
+                    checkpoints.finish()
                     evaluate(state.step)
             if leaving and not is_last:
+                checkpoints.finish()
                 logger.warning("left after step %d of %d, saved", state.step, args.steps)
                 requeue_slurm_job()
                 return

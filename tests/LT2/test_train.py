@@ -70,6 +70,7 @@ STOPS = [
     *((stop, {}) for stop in (1, 2, 3, 5)),
     *((stop, {"grad_acc_steps": 2, "data.load_async": True}) for stop in (1, 2, 3, 5)),
     (3, {"logging.freq": 4}),
+    (3, {"checkpoint.async_save": True}),
     (3, {"data.doc_mask": True}),
     (3, RANDOM_LAYOUT),
 ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,8 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import lingua.checkpoint_folder
+import lingua.checkpoint_save
+import lingua.tensor_save
 import lingua.tensor_store
 from lingua import distributed as ld
 from lingua.args import UserError
@@ -102,14 +107,14 @@ def seed_all(seed):
     np.random.seed(seed)
 
 
-def check_resume(rank, world_size, folder, kwargs):
+def check_resume(rank, world_size, folder, kwargs, async_save=False):
     """Train STEPS; train STOP, save, come back in a fresh model, go on: all must be equal."""
     args = kwargs and ld.DistributedArgs(model_dtype="fp32", **kwargs)
     mesh = ld.get_device_mesh(args) if args else None
     seed_all(rank)
     model, optimizer, state = build(mesh, args)
     seed_all(rank)
-    manager = manager_at(folder)
+    manager = manager_at(folder, async_save=async_save)
     log = train(STOP, model, optimizer, state, mesh)
     with torch.no_grad():  # a validation pass leaves FSDP's weights gathered
         model(*make_batches(1, 1)[0, 0])
@@ -117,6 +122,7 @@ def check_resume(rank, world_size, folder, kwargs):
     saved = tensors(model, optimizer)
     log += train(STEPS, model, optimizer, state, mesh)
     want = tensors(model, optimizer)
+    manager.finish()
 
     seed_all(99)
     model, optimizer, state = build(mesh, args)
@@ -141,6 +147,7 @@ def check_two_ranks(rank, world_size, folder):
     check_resume(rank, world_size, folder / "no_shard", NO_SHARD)
     saved = check_resume(rank, world_size, folder / "full_shard", FULL_SHARD)
     check_other_world_size(folder / "one")
+    check_resume(rank, world_size, folder / "async", FULL_SHARD, async_save=True)
     check_failure_is_everyones(rank, folder / "full_shard")
     return saved
 
@@ -316,6 +323,104 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run):
         truncate_tensors(folder)
     with pytest.raises(UserError, match="none of the 2 checkpoints"):
         manager.load(*fresh)
+
+
+# ---- saving in the background
+
+
+@pytest.fixture
+def held_disk(monkeypatch):
+    """Tensors are written only after `.set()`."""
+    gate = threading.Event()
+    real = lingua.tensor_save.FileSystemWriter.write_data
+
+    def write_data(self, plan, planner):
+        assert gate.wait(30)
+        return real(self, plan, planner)
+
+    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", write_data)
+    yield gate
+    gate.set()
+
+
+def test_training_goes_on_while_a_save_is_written(tmp_path, held_disk):
+    manager = manager_at(tmp_path, async_save=True)
+    model, optimizer, state = build()
+    train(2, model, optimizer, state)
+    want, state_then = tensors(model, optimizer), state.state_dict()
+    manager.save(model, optimizer, state, CONFIG)
+    train(4, model, optimizer, state)  # in place: the save must hold copies
+    manager.poll()
+    assert manager.existing_saves == [], "published before it was written"
+
+    held_disk.set()
+    manager.finish()
+    assert [p.name for p in manager.existing_saves] == ["0000000002"]
+    assert not any(p.suffix for p in tmp_path.iterdir())
+    fresh = build()
+    assert manager.load(*fresh) is not None
+    assert fresh[2].state_dict() == state_then
+    assert_same_bits(tensors(*fresh[:2]), want)
+
+
+def test_a_poll_publishes_what_is_written_and_a_save_waits_for_the_one_before(tmp_path):
+    manager = manager_at(tmp_path, async_save=True)
+    model, optimizer, state = build()
+    for step in (1, 2):
+        train(step, model, optimizer, state)
+        manager.save(model, optimizer, state, CONFIG)
+    assert [p.name for p in manager.existing_saves] == ["0000000001"]
+    assert manager._save is not None
+    manager._save.wait()
+    manager.poll()
+    assert [int(p.name) for p in manager.existing_saves] == [1, 2]
+
+
+def test_a_background_save_that_fails_is_told_and_leaves_the_one_before(run, monkeypatch):
+    manager, model, optimizer, state = run
+    manager.args.async_save = True
+
+    def full_disk(self, plan, planner):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", full_disk)
+    train(3, model, optimizer, state)
+    manager.save(model, optimizer, state, CONFIG)
+    with pytest.raises(ld.RanksFailed, match=r"could not write .*GiB free.*No space left"):
+        manager.finish()
+    loaded = manager.load(*build())
+    assert loaded is not None and loaded.step == 2
+    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
+
+
+@pytest.mark.parametrize("error", [None, FloatingPointError])
+def test_leaving_publishes_the_save_under_way_and_an_error_drops_it(tmp_path, error):
+    model, optimizer, state = build()
+    train(1, model, optimizer, state)
+    with suppress(FloatingPointError), manager_at(tmp_path, async_save=True) as manager:
+        manager.save(model, optimizer, state, CONFIG)
+        if error:
+            raise error
+    assert len(manager.existing_saves) == (error is None)
+    assert (manager.load(*build()) is None) == (error is not None)
+    assert not any(p.suffix for p in tmp_path.iterdir())
+
+
+def test_a_save_that_was_not_written_as_it_should_be_replaces_nothing(run, monkeypatch):
+    manager, model, optimizer, state = run
+    manager.args.dump = SaveEvery(every=1, keep=1)
+    real = lingua.checkpoint_save.write_train_state
+
+    def lose_bytes(folder, name, text):
+        files = real(folder, name, text)
+        truncate_tensors(folder)
+        return files
+
+    monkeypatch.setattr(lingua.checkpoint_save, "write_train_state", lose_bytes)
+    train(3, model, optimizer, state)
+    with pytest.raises(ld.RanksFailed, match=r"__0_0.distcp is not what was written"):
+        manager.save(model, optimizer, state, CONFIG)
+    assert [int(p.name) for p in manager.existing_saves] == [1, 2]
 
 
 # ---- what is loaded
