@@ -54,6 +54,7 @@ from lingua.tensor_store import load_from_checkpoint as load_from_checkpoint
 logger = logging.getLogger()
 
 RNG_KEY = "rng"
+TRAIN_STATE_GLOB = "train_state_[0-9][0-9][0-9][0-9][0-9].json"
 
 
 @dataclass
@@ -95,6 +96,10 @@ class TrainState(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    def load_state_dicts(self, states: list[dict[str, Any]], rank: int, n_ranks: int) -> None:
+        """Go on, as data-parallel rank `rank` of `n_ranks`, from what other many ranks saved."""
+        ...
 
 
 @dataclass
@@ -231,7 +236,7 @@ class CheckpointManager:
                 path = folder = Path(self.args.init_ckpt_path or "")
             if folder is None:
                 return None
-            run_on_rank_0(lambda f=folder: _check_ranks(f, device_mesh))
+            run_on_rank_0(lambda f=folder: _check_is_checkpoint(f))
             try:
                 run_together(lambda f=folder: load_from_checkpoint(f, model, optimizer))
                 break
@@ -243,20 +248,34 @@ class CheckpointManager:
                 logger.warning(f"cannot load checkpoint {folder}, trying the one before: {error}")
                 unreadable[folder] = str(error)
 
-        dp_rank, _ = get_dp_rank_and_degree(device_mesh)
-        state, saved_config = run_together(
-            lambda: (
-                json.loads((folder / TRAIN_STATE_NAME.format(dp_rank)).read_text()),
-                json.loads((folder / CONFIG_NAME).read_text()),
-            )
-        )
-        rng = state.pop(RNG_KEY, None)
-        run_together(lambda: train_state.load_state_dict(state))
-        if rng is not None:
-            set_rng_state(rng)
+        saved_config = run_on_rank_0(lambda: json.loads((folder / CONFIG_NAME).read_text()))
+        self._load_train_state(folder, train_state, *get_dp_rank_and_degree(device_mesh))
         differences = [] if config is None else diff_configs(saved_config, _as_dict(config))
         logger.info(f"loaded checkpoint {folder}")
-        return Loaded(folder, state["step"], saved_config, differences)
+        return Loaded(folder, train_state.state_dict()["step"], saved_config, differences)
+
+    def _load_train_state(
+        self, folder: Path, train_state: TrainState, rank: int, n_ranks: int
+    ) -> None:
+        n_saved = run_on_rank_0(lambda: len(list(folder.glob(TRAIN_STATE_GLOB))))
+        mine = rank % n_saved
+        # Only where their number has changed does a rank need what the others saved.
+        ranks = [mine] if n_saved == n_ranks else list(range(n_saved))
+        states = run_together(lambda: [_read_train_state(folder, i) for i in ranks])
+        generators = [state.pop(RNG_KEY, None) for state in states]
+        if n_saved == n_ranks:
+            run_together(lambda: train_state.load_state_dict(states[0]))
+        else:
+            logger.warning(
+                f"{folder} was written by {n_saved} data-parallel ranks and this run has "
+                f"{n_ranks}: the batches that those would have read next are dealt to these, a "
+                f"step is {n_ranks / n_saved:g} times as many tokens (see grad_acc_steps), and "
+                "random generators go on from a rank's state or a copy of it"
+            )
+            run_together(lambda: train_state.load_state_dicts(states, rank, n_ranks))
+        generator = generators[ranks.index(mine)]
+        if generator is not None:
+            set_rng_state(generator)
 
     def _newest_readable(self, unreadable: dict[Path, str]) -> Path | None:
         for folder in reversed(self.existing_saves):
@@ -301,14 +320,11 @@ def _is_tp_copy(device_mesh: DeviceMesh | None) -> bool:
     return device_mesh is not None and "tp" in names and device_mesh.get_local_rank("tp") != 0
 
 
-def _check_ranks(folder: Path, device_mesh: DeviceMesh | None) -> None:
-    """A run is continued by as many ranks as wrote it: each owns a part of the data."""
-    if not (folder / METADATA_NAME).is_file():
-        raise UserError(f"{folder} is no checkpoint folder: it has no {METADATA_NAME} file")
-    saved = len(list(folder.glob("train_state_[0-9][0-9][0-9][0-9][0-9].json")))
-    _, now = get_dp_rank_and_degree(device_mesh)
-    if saved != now:
-        raise UserError(
-            f"{folder} was written by {saved} data-parallel ranks and this run has {now}: start "
-            f"it with {saved}, or start anew from its weights (checkpoint.init_ckpt_path)"
-        )
+def _check_is_checkpoint(folder: Path) -> None:
+    for name in (METADATA_NAME, CONFIG_NAME, TRAIN_STATE_NAME.format(0)):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is no checkpoint folder: it has no {name} file")
+
+
+def _read_train_state(folder: Path, rank: int) -> dict[str, Any]:
+    return json.loads((folder / TRAIN_STATE_NAME.format(rank)).read_text())

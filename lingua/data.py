@@ -28,9 +28,10 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from lingua.args import UserError
+from lingua.data_deal import DataState, is_dealt, open_dealt
 from lingua.data_resume import check_state_matches, fit_state_to_args
 from lingua.jsonl import (
     TRAIN_PATTERN,
@@ -202,8 +203,15 @@ def setup_sources(multi_state: MultiChoiceState) -> dict[str, Iterator[Any]]:
     }
 
 
+def build_dataloader(state: DataState) -> AbstractContextManager[Iterator[tuple[Any, DataState]]]:
+    """The loader that goes on from `state`, of this rank's own stream or of several dealt ones."""
+    if is_dealt(state):
+        return open_dealt(state, open_stream)
+    return open_stream(cast(PrefetchState, state))
+
+
 @contextmanager
-def build_dataloader(state: PrefetchState) -> Iterator[Iterator[tuple[Any, PrefetchState]]]:
+def open_stream(state: PrefetchState) -> Iterator[Iterator[tuple[Any, PrefetchState]]]:
     """The chain of generators that goes on from `state`; their files are closed at the end."""
     pack_state: PackTokensState = state["it_state"]
     tokenizer_state: TokenizerState = pack_state["it_state"]
@@ -317,8 +325,8 @@ def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) 
 
 
 def build_dataloader_from_args(
-    args: DataArgs, state: PrefetchState | None = None
-) -> AbstractContextManager[Iterator[tuple[Any, PrefetchState]]]:
+    args: DataArgs, state: DataState | None = None
+) -> AbstractContextManager[Iterator[tuple[Any, DataState]]]:
     """A context manager that opens an endless iterator of `(batch, state)`.
 
     `state` comes from `init_dataloader_state_from_args`, or came with a batch: then the iterator

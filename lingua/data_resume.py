@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lingua.args import UserError
+from lingua.data_deal import DataState, DealtState, StreamState, is_dealt
 from lingua.jsonl import ChunksState, JSONLState, distribute_data_to_rank
 from lingua.packing import PrefetchState
 
@@ -50,8 +51,18 @@ def check_state_matches(
     ]
 
 
-def fit_state_to_args(args: DataArgs, state: PrefetchState) -> PrefetchState:
+def fit_state_to_args(args: DataArgs, state: DataState) -> DataState:
     """`state` with the paths that `args` gives; refused if anything else is not as it was."""
+    if not is_dealt(state):
+        return _fit_stream(args, cast(PrefetchState, state))
+    streams = {
+        key: StreamState(state=_fit_stream(args, stream["state"]), n_taken=stream["n_taken"])
+        for key, stream in state["streams"].items()
+    }
+    return DealtState(**{**state, "streams": streams})
+
+
+def _fit_stream(args: DataArgs, state: PrefetchState) -> PrefetchState:
     differences = check_state_matches(args, state)
     if differences:
         raise UserError(

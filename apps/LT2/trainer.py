@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch.optim import Optimizer
 from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.train_args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer
-from lingua.data import PrefetchState, document_offsets
+from lingua.data import document_offsets
+from lingua.data_deal import DataState, deal_streams
 from lingua.distributed import (
     clip_grad_norm_,
     first_nonfinite,
@@ -39,7 +41,7 @@ class TrainState:
 
     step: int  # optimizer steps done
     acc_step: int  # micro-batches done of the next step; 0 in every checkpoint
-    data_loader_state: PrefetchState
+    data_loader_state: DataState
     scheduler: ScheduledLR
     # of the steps since the last log record, on the device; means over this rank's micro-batches
     losses: list[Tensor] = field(default_factory=list)
@@ -63,6 +65,23 @@ class TrainState:
         self.losses = _to_tensors(state_dict["losses"])
         mixer_losses = state_dict.get("mixer_losses", {})  # older checkpoints have none
         self.mixer_losses = {name: _to_tensors(numbers) for name, numbers in mixer_losses.items()}
+
+    def load_state_dicts(self, states: list[dict[str, Any]], rank: int, n_ranks: int) -> None:
+        """Go on from what another number of ranks saved: with all of their data and losses."""
+        loaders = [state["data_loader_state"] for state in states]
+        losses = zip(*(state["losses"] for state in states), strict=True)
+        mixer_losses = {
+            name: zip(*(state["mixer_losses"][name] for state in states), strict=True)
+            for name in states[0].get("mixer_losses", {})
+        }
+        self.load_state_dict(
+            {
+                **states[rank % len(states)],
+                "data_loader_state": deal_streams(loaders, rank, n_ranks),
+                "losses": [fmean(of_ranks) for of_ranks in losses],
+                "mixer_losses": {n: [fmean(l) for l in ls] for n, ls in mixer_losses.items()},
+            }
+        )
 
     def add_losses(self, loss: Tensor, mixer_losses: dict[str, Tensor]) -> None:
         """Those of a step."""
