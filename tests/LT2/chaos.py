@@ -173,12 +173,12 @@ def batch_id(batch: Any) -> str:
     return hashlib.sha256(batch.tobytes()).hexdigest()[:16]
 
 
-def batches_read(folder: Path) -> list[str]:
-    """Those that the final weights have seen: of each step what the last life that took it read."""
+def records_that_count(folder: Path) -> list[dict[str, Any]]:
+    """What the final weights have seen, in order: of each step, the last life that took it."""
     lines = folder.with_name(f"{folder.name}.{READ}").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     last_life: dict[int, int] = {}
     for record in records:
         last_life[record["step"]] = max(record["life"], last_life.get(record["step"], -1))
     kept = [r for r in records if r["life"] == last_life[r["step"]]]
-    return [r["batch"] for r in sorted(kept, key=lambda r: (r["step"], r["micro"], r["rank"]))]
+    return sorted(kept, key=lambda r: (r["step"], r["micro"], r["rank"]))

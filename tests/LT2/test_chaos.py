@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.LT2.chaos import NEVER, Death, batches_read, live
-from tests.LT2.tiny_run import assert_same_run, write_corpus
+from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
+from tests.LT2.chaos import NEVER, Death, batch_id, live, records_that_count
+from tests.LT2.tiny_run import assert_same_run, train_args, write_corpus
 
 N_KILLS = 20
 STEPS = 60
@@ -50,4 +53,36 @@ def test_twenty_kills_change_no_bit(data, undisturbed, tmp_path):
         assert not live(folder, data, OPTIONS, life, world_size=2, death=death), "not killed"
     assert live(folder, data, OPTIONS, N_KILLS, world_size=2, death=NEVER)
     assert_same_run(folder, undisturbed, STEPS)
-    assert batches_read(folder) == batches_read(undisturbed)
+    assert batches(folder) == batches(undisturbed)
+
+
+def test_kills_and_changes_of_ranks_skip_and_repeat_no_document(data, tmp_path):
+    rng = random.Random(1)
+    folder = tmp_path / "run"
+    options = {**OPTIONS, "checkpoint.async_save": True, "grad_acc_steps": 2}
+    for life in range(N_KILLS):
+        world_size = rng.choice([1, 2])
+        death = Death.draw(rng, world_size)
+        assert not live(folder, data, options, life, world_size, death), "not killed"
+    assert live(folder, data, options, N_KILLS, world_size=1, death=NEVER)
+
+    read = records_that_count(folder)
+    assert {r["step"] for r in read} == set(range(STEPS))
+    assert {r["world"] for r in read} == {1, 2}, "the number of ranks never changed"
+    want = whole_streams(data, options, n_streams=read[0]["world"], n_batches=len(read))
+    assert [r["batch"] for r in read] == want
+
+
+def batches(folder: Path) -> list[str]:
+    return [record["batch"] for record in records_that_count(folder)]
+
+
+def whole_streams(data: Path, options: dict, n_streams: int, n_batches: int) -> list[str]:
+    """The first batches of a run that always had `n_streams` ranks."""
+    args = train_args(data, data / "unused", **options)
+    args = replace(args.data, seed=args.seed)
+    with ExitStack() as stack:
+        states = [init_dataloader_state_from_args(args, i, n_streams) for i in range(n_streams)]
+        loaders = [build_dataloader_from_args(args, state) for state in states]
+        streams = [stack.enter_context(loader) for loader in loaders]
+        return [batch_id(next(streams[i % n_streams])[0]) for i in range(n_batches)]

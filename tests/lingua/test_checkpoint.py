@@ -224,7 +224,7 @@ def run(tmp_path):
     return manager, model, optimizer, state
 
 
-def die_at_call(n, model, optimizer, state, folder, rule):
+def die_at_call(n, model, optimizer, state, folder, rule, async_save):
     """Save step 3 over step 2's rule, and SIGKILL this process at the n-th touch of the disk."""
     calls = 0
 
@@ -240,13 +240,17 @@ def die_at_call(n, model, optimizer, state, folder, rule):
 
     for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir"):
         setattr(os, name, mortal(getattr(os, name)))
-    CheckpointManager(CheckpointArgs(path=str(folder), dump=rule)).save(
-        model, optimizer, state, CONFIG
-    )
+    args = CheckpointArgs(path=str(folder), dump=rule, async_save=async_save)
+    with CheckpointManager(args) as manager:
+        manager.save(model, optimizer, state, CONFIG)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["next step", "same step"])
-def test_a_kill_at_any_moment_of_save_leaves_a_checkpoint(run, tmp_path, again):
+@pytest.mark.parametrize(
+    "again, async_save",
+    [(False, False), (True, False), (False, True)],
+    ids=["next step", "same step", "in the background"],
+)
+def test_a_kill_at_any_moment_of_save_leaves_a_checkpoint(run, tmp_path, again, async_save):
     manager, model, optimizer, state = run
     shutil.copytree(manager.path, tmp_path / "before")
     if not again:
@@ -255,7 +259,8 @@ def test_a_kill_at_any_moment_of_save_leaves_a_checkpoint(run, tmp_path, again):
     for n in range(1, 100):
         shutil.rmtree(manager.path)
         shutil.copytree(tmp_path / "before", manager.path)
-        args = (n, model, optimizer, state, manager.path, SaveEvery(every=1, keep=1))
+        rule = SaveEvery(every=1, keep=1)
+        args = (n, model, optimizer, state, manager.path, rule, async_save)
         child = fork.Process(target=die_at_call, args=args)
         child.start()
         child.join(30)
