@@ -175,7 +175,7 @@ class CheckpointManager:
         if save is None:
             return
         logger.info(f"saved checkpoint {save.publish()}")
-        run_on_rank_0(self.clean_up)
+        run_on_rank_0(lambda: self.clean_up(save.step))
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -188,13 +188,14 @@ class CheckpointManager:
             self._save.wait()
             self._save = None
 
-    def clean_up(self) -> None:
+    def clean_up(self, step: int | None = None) -> None:
         """Delete checkpoints that no rule keeps, and leftovers of saves that were cut off.
 
         The newest checkpoint always stays, and so does every folder that this class did not write
-        or that somebody put a file into.
+        or that somebody put a file into. Those after `step`, which the run has just saved, are
+        neither counted nor deleted: it came from before them, so they could not be read.
         """
-        saves = self.existing_saves
+        saves = [p for p in self.existing_saves if step is None or int(p.name) <= step]
         rules = (self.args.dump, self.args.eval)
         kept = set(saves[-1:])
         for rule in rules:

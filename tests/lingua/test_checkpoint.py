@@ -318,6 +318,22 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(run, damage):
     assert_same_bits(tensors(model, optimizer), tensors(want, first_optimizer))
 
 
+def test_a_damaged_checkpoint_does_not_crowd_out_those_that_can_be_read(run):
+    manager, model, optimizer, state = run
+    train(4, model, optimizer, state)
+    manager.save(model, optimizer, state, CONFIG)
+    truncate_tensors(manager.existing_saves[-1])
+    fresh = build()
+    loaded = manager.load(*fresh)
+    assert loaded is not None and loaded.step == 2
+    manager.args.dump = SaveEvery(every=1, keep=1)
+    train(3, *fresh)
+    manager.save(*fresh, CONFIG)
+    assert [int(p.name) for p in manager.existing_saves] == [3, 4]
+    loaded = manager.load(*build())
+    assert loaded is not None and loaded.step == 3
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run):
     manager, *fresh = run
     for folder in manager.existing_saves:
