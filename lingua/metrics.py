@@ -170,7 +170,8 @@ def _jsonable(value: Any) -> Any:
 def mend_jsonl(path: Path, resume_step: int | None) -> None:
     """Drop a half-written last line (the process was killed), and the records after `resume_step`.
 
-    A record inside the next step (acc_step > 0) comes after the checkpoint as well.
+    A record inside the next step (acc_step > 0) comes after the checkpoint as well. A probe's
+    record has its step under "meta".
     """
     if not path.exists():
         return
@@ -188,9 +189,12 @@ def _keep(line: bytes, is_last: bool, resume_step: int | None) -> bool:
         record = json.loads(line)
     except ValueError:
         return not is_last  # elsewhere it is nothing that we wrote: leave it alone
-    if resume_step is None or not isinstance(record, dict) or record.get("global_step") is None:
+    if resume_step is None or not isinstance(record, dict):
         return True
-    return (record["global_step"], record.get("acc_step") or 0) <= (resume_step, 0)
+    place = record.get("meta", record)
+    if not isinstance(place, dict) or place.get("global_step") is None:
+        return True
+    return (place["global_step"], place.get("acc_step") or 0) <= (resume_step, 0)
 
 
 def read_jsonl_records(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ from lingua.distributed import (
     setup_torch_distributed,
 )
 from lingua.logger import init_logger
-from lingua.metrics import MetricLogger, read_jsonl_records
+from lingua.metrics import MetricLogger, mend_jsonl, read_jsonl_records
 from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallelize import resolve_dtype
 from lingua.probe import Probe
@@ -363,12 +363,14 @@ def probe_now_and_then(trainer: Trainer, metrics: MetricLogger) -> None:
         return
     rank, _ = get_dp_rank_and_degree(trainer.mesh)
     # One rank in 128 writes; the others take part, since a sharded model needs them.
-    folder = Path(trainer.args.dump_dir, "probe")
-    probe = Probe(trainer.model, folder / f"probe.{rank}.jsonl" if rank % 128 == 0 else None)
+    file = Path(trainer.args.dump_dir, "probe", f"probe.{rank}.jsonl") if rank % 128 == 0 else None
+    probe = Probe(trainer.model, file)
     # The run that saved the step that this one goes on from may have probed the next already.
     first_key = "layers/grad_norm/0"
     is_done = run_on_rank_0(lambda: is_recorded(metrics.path, state.step, first_key))
     done_step = state.step if is_done else None
+    if file is not None:
+        mend_jsonl(file, state.step if is_done else state.step - 1)
 
     def look(batch: Batch) -> None:
         if not every_n_steps(state, freq, acc_step=0) or state.step == done_step:

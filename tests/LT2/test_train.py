@@ -119,7 +119,8 @@ def train_and_be_killed(data: Path, dump_dir: Path, place: str, call: int, optio
     "place, call, newest",
     [
         ("apps.LT2.trainer:Trainer.step", 6, 4),
-        ("lingua.checkpoint:publish", 2, 2),
+        ("lingua.metrics:MetricLogger.log", 8, 4),  # the probe of step 4 is in its own file only
+        ("lingua.checkpoint_save:publish", 2, 2),
         ("apps.LT2.validation:Validator.__call__", 1, 3),
     ],
 )
@@ -137,6 +138,8 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(
     assert [int(name) for name in found[-1:]] == [newest]
     train(data, tmp_path, **options)
     assert_same_run(tmp_path, uninterrupted(**options), N)
+    want, got = (run / "probe" / "probe.0.jsonl" for run in (uninterrupted(**options), tmp_path))
+    assert got.read_text() == want.read_text()
 
 
 RANK_STREAMS = ({}, {"grad_acc_steps": 2, "data.load_async": True})
