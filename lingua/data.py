@@ -6,7 +6,7 @@ travel together, through a worker process too. Building the chain from a state i
 
     loop_on_jsonl      documents of one source, without end               (lingua/jsonl.py)
     choose_source      mixes the sources by weight, document by document
-    tokenize           document -> token ids
+    tokenize           document -> token ids; or read as such           (lingua/token_files.py)
     pack_tokens        token ids -> rows of seq_len, no padding           (lingua/packing.py)
     batch_and_shuffle_prefetched_sequences      rows -> shuffled batches  (lingua/packing.py)
     async_iterator     all of it in a process of its own, ahead of time   (lingua/prefetch.py)
@@ -37,6 +37,7 @@ from lingua.jsonl import (
     TRAIN_PATTERN,
     ChunksState,
     JSONLState,
+    ReadFile,
     distribute_data_to_rank,
     document_text,
     find_and_sanitize_chunks,
@@ -54,6 +55,7 @@ from lingua.packing import (
     pack_tokens,
 )
 from lingua.prefetch import async_iterator, consume_buffer, feed_buffer
+from lingua.token_files import TokenRecipe, check_token_files, read_tokens
 from lingua.tokenizer import TokenizerArgs, build_tokenizer, find_tokenizer_file
 
 __all__ = [
@@ -108,6 +110,8 @@ class DataArgs:
     # true: nothing passes from a document to the next one in its row; false: rows are plain text
     doc_mask: bool = False
     load_async: bool = True  # read and tokenize in a process of its own; the stream is the same
+    # read the tokens that setup/tokenize_data.py wrote beside the chunks; the stream is the same
+    pretokenized: bool = False
     prefetch_size: int = 64  # batches that are shuffled together; filled before the first step
     tokenizer: TokenizerArgs = field(default_factory=TokenizerArgs)
 
@@ -197,37 +201,54 @@ def tokenize(
         )
 
 
-def setup_sources(multi_state: MultiChoiceState) -> dict[str, Iterator[Any]]:
+def already_tokenized(
+    iterator: Iterator[tuple[Any, Any]], state: TokenizerState
+) -> Iterator[tuple[Any, TokenizerState]]:
+    """What `tokenize` would yield, of documents that are token ids."""
+    for tokens, it_state in iterator:
+        yield tokens, TokenizerState(**{**state, "it_state": it_state})
+
+
+def setup_sources(
+    multi_state: MultiChoiceState, read: ReadFile = read_jsonl
+) -> dict[str, Iterator[Any]]:
     return {
-        source: loop_on_jsonl(**state) for source, state in multi_state["source_to_state"].items()
+        source: loop_on_jsonl(**state, read=read)
+        for source, state in multi_state["source_to_state"].items()
     }
 
 
-def build_dataloader(state: DataState) -> AbstractContextManager[Iterator[tuple[Any, DataState]]]:
+def build_dataloader(
+    state: DataState, pretokenized: bool = False
+) -> AbstractContextManager[Iterator[tuple[Any, DataState]]]:
     """The loader that goes on from `state`, of this rank's own stream or of several dealt ones."""
-    if is_dealt(state):
-        return open_dealt(state, open_stream)
-    return open_stream(cast(PrefetchState, state))
+    build = partial(open_stream, pretokenized=pretokenized)
+    return open_dealt(state, build) if is_dealt(state) else build(cast(PrefetchState, state))
 
 
 @contextmanager
-def open_stream(state: PrefetchState) -> Iterator[Iterator[tuple[Any, PrefetchState]]]:
+def open_stream(
+    state: PrefetchState, pretokenized: bool = False
+) -> Iterator[Iterator[tuple[Any, PrefetchState]]]:
     """The chain of generators that goes on from `state`; their files are closed at the end."""
     pack_state: PackTokensState = state["it_state"]
     tokenizer_state: TokenizerState = pack_state["it_state"]
     multi_state: MultiChoiceState = tokenizer_state["it_state"]
     with ExitStack() as stack:
-        documents = setup_sources(multi_state)
+        documents = setup_sources(multi_state, read_tokens if pretokenized else read_jsonl)
         for iterator in documents.values():
             stack.enter_context(closing(iterator))  # type: ignore[type-var]
         mixed = choose_source(documents, **multi_state)
-        tokens = tokenize(
-            mixed,
-            tokenizer_state["add_bos"],
-            tokenizer_state["add_eos"],
-            tokenizer_state["name"],
-            tokenizer_state["path"],
-        )
+        if pretokenized:
+            tokens = already_tokenized(mixed, tokenizer_state)
+        else:
+            tokens = tokenize(
+                mixed,
+                tokenizer_state["add_bos"],
+                tokenizer_state["add_eos"],
+                tokenizer_state["name"],
+                tokenizer_state["path"],
+            )
         rows = pack_tokens(tokens, pack_state)
         yield batch_and_shuffle_prefetched_sequences(
             rows,
@@ -338,10 +359,12 @@ def build_dataloader_from_args(
         require_root_dir(args)
         find_tokenizer_file(args.tokenizer.name, args.tokenizer.path)
         state = fit_state_to_args(args, state)
+    if args.pretokenized:
+        require_token_files(args, 1)
     if args.load_async:
         ahead = min(args.prefetch_size, MAX_BATCHES_AHEAD)
-        return async_iterator(ahead, partial(build_dataloader, state))
-    return build_dataloader(state)
+        return async_iterator(ahead, partial(build_dataloader, state, args.pretokenized))
+    return build_dataloader(state, args.pretokenized)
 
 
 def validate_data_args(args: DataArgs, world_size: int) -> None:
@@ -353,6 +376,15 @@ def validate_data_args(args: DataArgs, world_size: int) -> None:
     root_dir = require_root_dir(args)
     for source in args.sources:
         find_and_sanitize_chunks(str(Path(root_dir, source)), world_size)
+    if args.pretokenized:
+        require_token_files(args, world_size)
+
+
+def require_token_files(args: DataArgs, world_size: int) -> None:
+    recipe = TokenRecipe.of(args.tokenizer.name, args.tokenizer.path, args.add_bos, args.add_eos)
+    for source in args.sources:
+        folder = str(Path(require_root_dir(args), source))
+        check_token_files(find_and_sanitize_chunks(folder, world_size), recipe)
 
 
 def require_root_dir(args: DataArgs) -> str:

@@ -2,7 +2,7 @@
 
 The state, not the YAML, says where the stream goes on. So where the two disagree the run is
 refused: going on either way would ignore something. Only places may change: `data.root_dir`,
-`data.tokenizer.path`, and `data.load_async`, which does not show in the stream.
+`data.tokenizer.path`, and what does not show in the stream: `data.load_async`, `data.pretokenized`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
@@ -61,6 +61,9 @@ def read_jsonl(
         )
 
 
+ReadFile = Callable[..., Iterator[tuple[Any, JSONLState]]]  # called with the keys of a JSONLState
+
+
 def loop_on_jsonl(
     file_path: str,
     position: int,
@@ -68,8 +71,12 @@ def loop_on_jsonl(
     offset: int,
     current_iter: int,
     waiting: list[JSONLState] | None = None,
-) -> Iterator[tuple[dict[str, Any], ChunksState]]:
-    """This rank's documents without end: a file read to its end goes behind the waiting ones."""
+    read: ReadFile = read_jsonl,
+) -> Iterator[tuple[Any, ChunksState]]:
+    """This rank's documents without end: a file read to its end goes behind the waiting ones.
+
+    `read` gives the documents of one file, as texts or as tokens (see token_files.py).
+    """
     share = JSONLState(
         file_path=file_path,
         position=position,
@@ -80,7 +87,7 @@ def loop_on_jsonl(
     queue = list(waiting or [])
     while True:
         found = share["position"] > 0
-        for document, state in read_jsonl(**share):
+        for document, state in read(**share):
             found = True
             # the queue is never changed in place, so states may share it
             yield document, ChunksState(**state, waiting=queue)

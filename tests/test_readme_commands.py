@@ -54,6 +54,8 @@ SMALLER = {
     "python setup/download_prepare_hf_data.py": (
         "--source_dir data/local --validation_documents 5 --nchunks 2"
     ),
+    "python setup/tokenize_data.py": "--workers 2",
+    "python -m apps.LT2.scripts.benchmark_loader": "--batches 2 --repeats 2 data.prefetch_size=2",
     "python -m lingua.stool": "ngpu=1",
     "python -m apps.LT2.generate": "max_gen_len=8",
     # four questions of a task instead of all
@@ -87,7 +89,10 @@ echo "Submitted batch job 1"
 
 # Files that a section's commands leave, beside their exit status of 0.
 LEAVES = {
-    "Data": ["data/fineweb_edu_shuffled/fineweb_edu.val.jsonl"],
+    "Data": [
+        "data/fineweb_edu_shuffled/fineweb_edu.val.jsonl",
+        "data/local/stdlib.chunk.00.tokens.json",
+    ],
     "Train": ["runs/train/metrics.jsonl", "runs/my_run/checkpoints", "runs/torchrun/checkpoints"],
     "Generate": [],
     "Weights": ["runs/weights/model.safetensors", "runs/hf/config.json", "runs/imported"],

@@ -1,0 +1,99 @@
+"""Tokens a second that the data loader gives, from lines and from tokens made ahead of time.
+
+    python -m apps.LT2.scripts.benchmark_loader config=apps/LT2/configs/600M/debug.yaml
+
+The two take turns, repeat by repeat; a row is the median of the repeats with their quartiles, and
+the last line of stdout is all of it as JSON. Token files are those of setup/tokenize_data.py; where
+there are none, only lines are measured. The first block of `data.prefetch_size` batches is read
+before the clock starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import NoReturn
+
+import torch
+
+from apps.LT2.measure import Spread, device_name
+from apps.LT2.train_args import TrainArgs
+from lingua.args import UserError, parse_args, run_cli
+from lingua.data import (
+    DataArgs,
+    build_dataloader_from_args,
+    init_dataloader_state_from_args,
+    require_token_files,
+)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all options)")
+
+
+def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, DataArgs]:
+    parser = OneLineParser(
+        prog="python -m apps.LT2.scripts.benchmark_loader",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="key=value: the run's options, as for apps.LT2.train: config=FILE.yaml, data.*",
+    )
+    parser.add_argument("--batches", type=int, default=100, metavar="N", help="of a repeat")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each kind")
+    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
+    given = parser.parse_args([arg for arg in argv if arg not in overrides])
+    for name in ("batches", "repeats"):
+        if getattr(given, name) < 1:
+            raise UserError(f"--{name} {getattr(given, name)} must be at least 1")
+    args = parse_args(TrainArgs, overrides)
+    data = replace(args.data, seed=args.data.seed if args.data.seed is not None else args.seed)
+    return given, data
+
+
+def kinds_of(data: DataArgs) -> dict[str, DataArgs]:
+    kinds = {"lines": replace(data, pretokenized=False)}
+    try:
+        require_token_files(data, 1)
+    except UserError as error:
+        print(f"not measured: {error}")
+    else:
+        kinds["token files"] = replace(data, pretokenized=True)
+    return kinds
+
+
+def measure(kinds: dict[str, DataArgs], n_batches: int, n_repeats: int) -> dict[str, Spread]:
+    rates: dict[str, list[float]] = {name: [] for name in kinds}
+    with ExitStack() as stack:
+        loaders = {
+            name: stack.enter_context(
+                build_dataloader_from_args(args, init_dataloader_state_from_args(args, 0, 1))
+            )
+            for name, args in kinds.items()
+        }
+        for loader in loaders.values():
+            next(loader)
+        for _ in range(n_repeats):
+            for name, loader in loaders.items():
+                began = time.perf_counter()
+                n_tokens = sum(next(loader)[0][..., 0].size for _ in range(n_batches))
+                rates[name].append(n_tokens / (time.perf_counter() - began))
+    return {name: Spread.of(values) for name, values in rates.items()}
+
+
+def main(argv: Sequence[str]) -> None:
+    given, data = parse_options(argv)
+    if data.load_async:  # a process that runs ahead between the repeats would flatter
+        data = replace(data, load_async=False)
+    found = measure(kinds_of(data), given.batches, given.repeats)
+    for name, rate in found.items():
+        print(f"{name:12s} {rate.median:12,.0f} tokens/s ({rate.low:,.0f}-{rate.high:,.0f})")
+    result = {"device": device_name(torch.device("cpu")), "batches": given.batches}
+    print(json.dumps({**result, "repeats": given.repeats, "tokens_per_s": found}))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,82 @@
+"""Tokenize a run's data ahead of time, for `data.pretokenized: true`.
+
+    python setup/tokenize_data.py config=apps/LT2/configs/600M/debug.yaml --workers 8
+
+takes the run's options, so that tokenizer, BOS and EOS are those of the run, and writes files
+beside each chunk of its sources (see lingua/token_files.py). Chunks whose files are whole and right
+are left alone, so the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from apps.LT2.train_args import TrainArgs
+from lingua.args import UserError, parse_args, run_cli
+from lingua.data import DataArgs, require_root_dir
+from lingua.jsonl import find_and_sanitize_chunks
+from lingua.token_files import TokenFiles, TokenRecipe, write_token_files
+from lingua.tokenizer import TokenizerArgs, build_tokenizer
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all options)")
+
+
+def parse_options(argv: Sequence[str]) -> tuple[DataArgs, int]:
+    parser = OneLineParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="key=value: the run's options, as for apps.LT2.train: config=FILE.yaml, data.*",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="chunks that are read at a time")
+    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
+    given = parser.parse_args([arg for arg in argv if arg not in overrides])
+    if given.workers < 1:
+        raise UserError(f"--workers {given.workers} must be 1 or more")
+    return parse_args(TrainArgs, overrides).data, given.workers
+
+
+def tokenize_chunk(chunk: Path, tokenizer: TokenizerArgs, recipe: TokenRecipe) -> dict[str, Any]:
+    return write_token_files(chunk, build_tokenizer(tokenizer.name, tokenizer.path), recipe)
+
+
+def main(argv: Sequence[str]) -> None:
+    args, n_workers = parse_options(argv)
+    recipe = TokenRecipe.of(args.tokenizer.name, args.tokenizer.path, args.add_bos, args.add_eos)
+    root = Path(require_root_dir(args))
+    chunks = [
+        Path(chunk)
+        for source in args.sources
+        for chunk in find_and_sanitize_chunks(str(root / source), 1)
+    ]
+    todo = [chunk for chunk in chunks if TokenFiles(chunk).find_problem(recipe) is not None]
+    print(f"{len(chunks)} chunks, {len(todo)} to tokenize")
+    tokenize = partial(tokenize_chunk, tokenizer=args.tokenizer, recipe=recipe)
+    began, n_tokens = time.perf_counter(), 0
+    try:
+        with ProcessPoolExecutor(n_workers) as pool:
+            running = {pool.submit(tokenize, chunk): chunk for chunk in todo}
+            try:
+                for done in as_completed(running):
+                    facts = done.result()
+                    n_tokens += facts["tokens"]
+                    rate = n_tokens / (time.perf_counter() - began)
+                    print(
+                        f"{running[done]}: {facts['tokens']:,} tokens; {rate:,.0f} a second in all"
+                    )
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    except OSError as error:
+        raise UserError(f"{error}; mend it and run the same command again, which goes on") from None
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,198 @@
+"""Chunks tokenized ahead of time give the stream and the states of reading and tokenizing lines."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lingua.args import UserError
+from lingua.data import (
+    DataArgs,
+    build_dataloader_from_args,
+    init_dataloader_state_from_args,
+    validate_data_args,
+)
+from lingua.data_deal import deal_streams
+from lingua.token_files import TokenFiles
+from lingua.tokenizer import TokenizerArgs
+
+SCRIPT = Path(__file__).parents[2] / "setup" / "tokenize_data.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("tokenize_data", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tokenize_data"] = module  # workers look for its functions there
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+def write_chunk(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": text}) for text in texts]
+    lines.insert(2, "   ")  # blank lines do not count
+    path.write_text("\n".join(lines))  # and the last line need not end
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> DataArgs:
+    for i in range(3):
+        texts = [f"{i}/{j} " + "aé" * (j % 9) for j in range(20)]
+        write_chunk(tmp_path / "web" / f"web.chunk.{i:02d}.jsonl", ["", *texts])
+    write_chunk(tmp_path / "code" / "code.chunk.00.jsonl", ["def f(): pass", "x" * 100, "y", "z"])
+    return DataArgs(
+        root_dir=str(tmp_path),
+        sources={"web": 3.0, "code": 1.0},
+        batch_size=2,
+        seq_len=16,
+        prefetch_size=3,
+        load_async=False,
+        seed=5,
+        tokenizer=TokenizerArgs(name="bytes"),
+    )
+
+
+def tokenize(args: DataArgs, *options: str) -> None:
+    script.main(
+        [
+            f"data.root_dir={args.root_dir}",
+            "data.sources={web: 1, code: 1}",
+            f"data.add_bos={args.add_bos}",
+            f"data.tokenizer.name={args.tokenizer.name}",
+            *options,
+        ]
+    )
+
+
+def batches_of(args: DataArgs, state, n: int) -> list[tuple[np.ndarray, dict]]:
+    with build_dataloader_from_args(args, state) as batches:
+        return [next(batches) for _ in range(n)]
+
+
+def assert_same_stream(got, want) -> None:
+    for (a, after_a), (b, after_b) in zip(got, want, strict=True):
+        assert np.array_equal(a, b)
+        assert after_a == after_b, "the states are those of reading lines"
+
+
+@pytest.mark.parametrize("rank, world_size", [(0, 1), (0, 2), (1, 2), (3, 4)])
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_stream_and_states_are_those_of_lines(args, rank, world_size, add_bos):
+    args = replace(args, add_bos=add_bos)
+    tokenize(args)
+    state = init_dataloader_state_from_args(args, rank, world_size)
+    want = batches_of(args, state, 100)
+    got = batches_of(replace(args, pretokenized=True), state, 100)
+    assert_same_stream(got, want)
+    web = want[-1][1]["it_state"]["it_state"]["it_state"]["source_to_state"]["web"]
+    assert web["current_iter"] > 0, "the test does not reach the end of a chunk"
+
+
+def test_a_run_goes_on_with_or_without_the_files(args):
+    tokenize(args)
+    ahead = replace(args, pretokenized=True)
+    want = batches_of(args, init_dataloader_state_from_args(args, 1, 2), 24)
+    for n in (1, 2, 5, 12, 23):
+        state = json.loads(json.dumps(want[n - 1][1]))  # as a checkpoint holds it
+        assert_same_stream(batches_of(ahead, state, 24 - n), want[n:])
+        assert_same_stream(batches_of(args, state, 24 - n), want[n:])
+
+
+def test_another_number_of_ranks_reads_the_same(args):
+    tokenize(args)
+    saved = [
+        batches_of(args, init_dataloader_state_from_args(args, rank, 2), 3)[-1][1]
+        for rank in range(2)
+    ]
+    state = deal_streams(saved, 0, 1)
+    assert_same_stream(
+        batches_of(replace(args, pretokenized=True), state, 9), batches_of(args, state, 9)
+    )
+
+
+def test_a_process_of_its_own_reads_the_same(args):
+    tokenize(args)
+    state = init_dataloader_state_from_args(args, 0, 1)
+    ahead = replace(args, pretokenized=True, load_async=True)
+    assert_same_stream(batches_of(ahead, state, 4), batches_of(args, state, 4))
+
+
+def test_files_that_are_right_are_left_alone_and_others_made_anew(args, capsys):
+    tokenize(args)
+    chunks = sorted(Path(args.root_dir or "").glob("*/*.jsonl"))
+    before = {c: TokenFiles(c).facts.stat().st_mtime_ns for c in chunks}
+    TokenFiles(chunks[1]).tokens.write_bytes(b"")
+    capsys.readouterr()
+    tokenize(args, "--workers", "2")
+    assert "4 chunks, 1 to tokenize" in capsys.readouterr().out
+    changed = [c for c in chunks if TokenFiles(c).facts.stat().st_mtime_ns != before[c]]
+    assert changed == [chunks[1]]
+    validate_data_args(replace(args, pretokenized=True), 1)
+
+
+def test_small_vocabularies_take_two_bytes_a_token(args):
+    tokenize(args)
+    files = TokenFiles(Path(args.root_dir or "") / "code" / "code.chunk.00.jsonl")
+    facts = json.loads(files.facts.read_text())
+    assert facts["dtype"] == "uint16" and files.tokens.stat().st_size == 2 * facts["tokens"]
+    assert facts["documents"] == 4
+
+
+@pytest.mark.parametrize(
+    "spoil, problem",
+    [
+        (lambda files, args: files.facts.unlink(), "tokens.json is missing"),
+        (lambda files, args: files.facts.write_text("{"), "tokens.json is damaged"),
+        (lambda files, args: files.index.write_bytes(b"12345678"), "index is missing or cut off"),
+        (
+            lambda files, args: write_chunk(files.chunk, ["other", "text", "now", "here"]),
+            "made with chunk_bytes=",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_before_any_work(args, spoil, problem):
+    tokenize(args)
+    spoil(TokenFiles(Path(args.root_dir or "") / "code" / "code.chunk.00.jsonl"), args)
+    with pytest.raises(UserError, match=f"^data.pretokenized=true: .*{problem}.*tokenize_data"):
+        validate_data_args(replace(args, pretokenized=True), 1)
+
+
+def test_files_of_other_options_are_refused(args):
+    tokenize(args)
+    other = replace(args, pretokenized=True, add_bos=False)
+    with pytest.raises(UserError, match="made with add_bos=True, and it is False now"):
+        build_dataloader_from_args(other, init_dataloader_state_from_args(other, 0, 1))
+
+
+def test_a_chunk_that_changed_under_a_checkpoint_is_refused(args):
+    tokenize(args)
+    state = batches_of(args, init_dataloader_state_from_args(args, 0, 1), 2)[-1][1]
+    share = state["it_state"]["it_state"]["it_state"]["source_to_state"]["code"]
+    share["position"] = 3
+    with pytest.raises(UserError, match="cannot resume the data"):
+        batches_of(replace(args, pretokenized=True), state, 1)
+
+
+def test_a_chunk_without_a_token_is_refused(args, tmp_path):
+    write_chunk(tmp_path / "web" / "web.chunk.00.jsonl", ["", "", ""])
+    with pytest.raises(UserError, match="no document with a token"):
+        tokenize(args, "data.add_bos=false", "data.add_eos=false")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [(["--workers", "0"], "--workers 0"), (["data.rot_dir=x"], "data.rot_dir"), ([], "root_dir")],
+)
+def test_wrong_options_are_one_line(argv, message):
+    with pytest.raises(UserError, match=message):
+        script.main(argv)
