@@ -4,7 +4,7 @@
         .metadata, __R_0.distcp      model and optimizer tensors of rank R (see tensor_store.py)
         train_state_00000.json       one for every data-parallel rank: step, data, scheduler, rng
         params.json                  the whole config
-        manifest.json                every file above, its bytes, and a sha256 for the small ones
+        manifest.json                every file above, its bytes and its checksum
         consolidated/                weights in one file, made on demand
 
 A checkpoint is written into `0000001000.tmp`, made durable and then renamed: a folder whose name is
@@ -30,16 +30,20 @@ from lingua.args import UserError, dataclass_to_dict, diff_configs
 from lingua.checkpoint_folder import FOLDER_NAME as FOLDER_NAME
 from lingua.checkpoint_folder import TRAIN_STATE_NAME as TRAIN_STATE_NAME
 from lingua.checkpoint_folder import (
+    check_tensor_files,
     clear_leftovers,
     find_problem,
     is_checkpoint,
     is_own,
+    is_published,
     remove_checkpoint,
 )
 from lingua.checkpoint_save import Save
 from lingua.distributed import (
     RanksFailed,
     get_dp_rank_and_degree,
+    get_global_rank,
+    get_world_size,
     run_on_rank_0,
     run_together,
 )
@@ -195,7 +199,11 @@ class CheckpointManager:
         or that somebody put a file into. Those after `step`, which the run has just saved, are
         neither counted nor deleted: it came from before them, so they could not be read.
         """
-        saves = [p for p in self.existing_saves if step is None or int(p.name) <= step]
+        saves = [
+            p
+            for p in self.existing_saves
+            if is_published(p) and (step is None or int(p.name) <= step)
+        ]
         rules = (self.args.dump, self.args.eval)
         kept = set(saves[-1:])
         for rule in rules:
@@ -239,6 +247,8 @@ class CheckpointManager:
                 return None
             run_on_rank_0(lambda f=folder: _check_is_checkpoint(f))
             try:
+                share = (get_global_rank(), get_world_size())
+                run_together(lambda f=folder, s=share: check_tensor_files(f, *s))
                 run_together(lambda f=folder: load_from_checkpoint(f, model, optimizer))
                 break
             except UserError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from lingua.checkpoint_folder import (
     publish,
     write_train_state,
 )
-from lingua.distributed import agree_any, gather_objects, run_on_rank_0, run_together
+from lingua.distributed import (
+    agree_any,
+    gather_objects,
+    get_is_master,
+    run_on_rank_0,
+    run_together,
+)
 from lingua.tensor_save import TensorSave
 
 
@@ -74,10 +81,19 @@ class Save:
     def publish(self) -> Path:
         """Wait, complete the folder and give it its name; what failed on any rank is raised."""
         self.wait()
-        run_together(self._raise_error)
-        self._tensors.finish()
-        files = {k: v for rank_files in gather_objects(self._files) for k, v in rank_files.items()}
-        run_on_rank_0(lambda: publish(self._unfinished, self.final, self.step, files, self._config))
+        try:
+            run_together(self._raise_error)
+            self._tensors.finish()
+            by_rank = gather_objects(self._files)
+            files = {name: entry for of_rank in by_rank for name, entry in of_rank.items()}
+            run_on_rank_0(
+                lambda: publish(self._unfinished, self.final, self.step, files, self._config)
+            )
+        except Exception:
+            # On a disk that is full, half a checkpoint would be in the way of everything.
+            if get_is_master():
+                shutil.rmtree(self._unfinished, ignore_errors=True)
+            raise
         return self.final
 
     def _raise_error(self) -> None:

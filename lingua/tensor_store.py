@@ -37,6 +37,16 @@ CONSOLIDATE_NAME = "consolidated.pth"
 Metadata = dict[str, Any]  # DCP key -> what is stored there
 
 
+def find_missing_tensors(folder: Path) -> str | None:
+    """What the index names and the files are too short for."""
+    metadata = FileSystemReader(folder).read_metadata()
+    for key, place in (metadata.storage_data or {}).items():
+        file = folder / place.relative_path
+        if not file.is_file() or file.stat().st_size < place.offset + place.length:
+            return f"{file.name} has no {key.fqn}"
+    return None
+
+
 def load_from_checkpoint(
     ckpt_dir: str | os.PathLike,
     model: nn.Module,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import threading
@@ -18,6 +20,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import lingua.checkpoint_folder
@@ -301,7 +304,27 @@ def drop_manifest(folder):
     (folder / "manifest.json").unlink()
 
 
-DAMAGES = [truncate_tensors, scramble_tensors, edit_train_state, drop_config, drop_manifest]
+def flip_a_bit(folder):
+    """Of a weight: such a file still loads."""
+    file, weight = folder / "__0_0.distcp", "model.output.weight"
+    metadata = FileSystemReader(folder).read_metadata()
+    (place,) = [p for key, p in metadata.storage_data.items() if key.fqn == weight]
+    data = bytearray(file.read_bytes())
+    stored = torch.load(io.BytesIO(data[place.offset : place.offset + place.length]))
+    at = data.find(stored.numpy().tobytes(), place.offset)
+    assert at > 0
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = [
+    truncate_tensors,
+    scramble_tensors,
+    flip_a_bit,
+    edit_train_state,
+    drop_config,
+    drop_manifest,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -405,6 +428,7 @@ def test_a_background_save_that_fails_is_told_and_leaves_the_one_before(run, mon
     manager.save(model, optimizer, state, CONFIG)
     with pytest.raises(ld.RanksFailed, match=r"could not write .*GiB free.*No space left"):
         manager.finish()
+    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
     loaded = manager.load(*build())
     assert loaded is not None and loaded.step == 2
     assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
@@ -520,10 +544,12 @@ def test_keep_rules(tmp_path, dump, eval, want):
 
 def test_what_others_wrote_is_never_deleted(tmp_path):
     foreign = ["0000000001_backup", "00000000001", "0000000003", "0000000001.old", "notes"]
+    foreign += ["0000000008.tmp", "0000000009.replaced", "0000000010"]
     for name in foreign:
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("mine")
     (tmp_path / "0000000002.tmp").mkdir()
+    (tmp_path / "0000000002.tmp" / "__0_0.distcp").write_text("half")
     manager = manager_at(tmp_path, dump=SaveEvery(1, keep=1), eval=SaveEvery(1, keep=1))
     save_steps(manager, [4])
     consolidate_checkpoints(tmp_path / "0000000004")
@@ -533,6 +559,41 @@ def test_what_others_wrote_is_never_deleted(tmp_path):
     want = {*foreign, "0000000005", "0000000006"}
     assert {p.name for p in tmp_path.iterdir()} == want
     assert all((tmp_path / name / "precious").exists() for name in foreign)
+
+
+def test_a_save_does_not_make_room_for_itself_among_the_files_of_others(run):
+    manager, model, optimizer, state = run
+    (manager.existing_saves[-1] / "my_plots").mkdir()
+    manager.save(model, optimizer, state, CONFIG)  # the same step again
+    names = ["0000000001", "0000000002", "0000000002.replaced"]
+    assert sorted(p.name for p in manager.path.iterdir()) == names
+    assert (manager.path / names[-1] / "my_plots").is_dir()
+
+    (manager.path / "0000000003.tmp").mkdir()
+    (manager.path / "0000000003.tmp" / "precious").write_text("mine")
+    train(3, model, optimizer, state)
+    with pytest.raises(UserError, match="0000000003.tmp is in the way of a checkpoint"):
+        manager.save(model, optimizer, state, CONFIG)
+    assert (manager.path / "0000000003.tmp" / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_real_limit_on_the_disk_costs_nothing_that_was_there(run, async_save):
+    manager, model, optimizer, state = run
+    manager.args.async_save = async_save
+    train(3, model, optimizer, state)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(RuntimeError, match="could not write .*GiB free.*are whole"):
+            manager.save(model, optimizer, state, CONFIG)
+            manager.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
+    manager.save(model, optimizer, state, CONFIG)
+    manager.finish()
+    assert [int(p.name) for p in manager.existing_saves] == [1, 2, 3]
 
 
 # ---- one file for inference
