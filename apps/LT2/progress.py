@@ -70,7 +70,7 @@ class Progress:
             "optim/grad_norm": results[-1].grad_norm,
             **{f"optim/grad_norm_{name}": norm for name, norm in mixer_norms.items()},
             "optim/lr": results[-1].lr,
-            "optim/total_tokens": step * self.tokens_per_step,
+            "optim/total_tokens": state.n_tokens,
             **self.memory.metrics(),
         }
         if self.peak_flops is not None:

@@ -130,7 +130,7 @@ def train(given: TrainArgs) -> None:
 
         batches = resources.enter_context(loader)
         trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
-        progress = build_progress(args, model, device)
+        progress = build_progress(args, trainer.tokens_per_step, device)
         metrics_file = Path(args.dump_dir, "metrics.jsonl")
         metrics = resources.enter_context(MetricLogger(metrics_file, args, resume_step=state.step))
         profiler = resources.enter_context(maybe_run_profiler(args.dump_dir, model, args.profiling))
@@ -281,22 +281,17 @@ def describe(model: LoopedTransformer, args: TrainArgs) -> None:
     tell("%d layers x %d loops:\n%s", n_layers, n_loops, table)
 
 
-def build_progress(args: TrainArgs, model: LoopedTransformer, device: torch.device) -> Progress:
-    rows = args.data.batch_size * args.grad_acc_steps
+def build_progress(args: TrainArgs, tokens_per_step: int, device: torch.device) -> Progress:
     with torch.device("meta"):
         whole = LoopedTransformer(args.model)  # a tensor-parallel one has this rank's heads alone
     return Progress(
         steps=args.steps,
-        tokens_per_step=rows * args.data.seq_len * data_parallel_degree(args),
+        tokens_per_step=tokens_per_step,
         flops_per_token=train_flops_per_token(whole, args.data.seq_len),
         world_size=get_world_size(),
         device=device,
         dtype=resolve_dtype(args.distributed.model_dtype, device.type),
     )
-
-
-def data_parallel_degree(args: TrainArgs) -> int:
-    return args.distributed.dp_replicate * args.distributed.dp_shard
 
 
 # ---- validation and observation

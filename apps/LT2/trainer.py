@@ -24,6 +24,7 @@ from lingua.distributed import (
     clip_grad_norm_,
     first_nonfinite,
     get_device,
+    get_dp_rank_and_degree,
     get_global_rank,
     run_together,
     sync_replicated_grads,
@@ -43,6 +44,7 @@ class TrainState:
     acc_step: int  # micro-batches done of the next step; 0 in every checkpoint
     data_loader_state: DataState
     scheduler: ScheduledLR
+    n_tokens: int | None = 0  # read by all ranks in these steps; None: an older checkpoint
     # of the steps since the last log record, on the device; means over this rank's micro-batches
     losses: list[Tensor] = field(default_factory=list)
     mixer_losses: dict[str, list[Tensor]] = field(default_factory=dict)  # likewise, by name
@@ -53,6 +55,7 @@ class TrainState:
             "acc_step": self.acc_step,
             "data_loader_state": self.data_loader_state,
             "scheduler": self.scheduler.state_dict(),
+            "n_tokens": self.n_tokens,
             "losses": _to_numbers(self.losses),
             "mixer_losses": {name: _to_numbers(ls) for name, ls in self.mixer_losses.items()},
         }
@@ -62,6 +65,7 @@ class TrainState:
         self.acc_step = state_dict["acc_step"]
         self.data_loader_state = state_dict["data_loader_state"]
         self.scheduler.load_state_dict(state_dict["scheduler"])
+        self.n_tokens = state_dict.get("n_tokens")
         self.losses = _to_tensors(state_dict["losses"])
         mixer_losses = state_dict.get("mixer_losses", {})  # older checkpoints have none
         self.mixer_losses = {name: _to_tensors(numbers) for name, numbers in mixer_losses.items()}
@@ -124,6 +128,10 @@ class Trainer:
     ):
         self.args, self.model, self.optimizer, self.state = args, model, optimizer, state
         self.batches, self.mesh, self.device = batches, mesh, device
+        data, (_, degree) = args.data, get_dp_rank_and_degree(mesh)
+        self.tokens_per_step = data.batch_size * data.seq_len * args.grad_acc_steps * degree
+        if state.n_tokens is None:
+            state.n_tokens = state.step * self.tokens_per_step
         self.guard = NonfiniteGuard(args.optim.skip_nonfinite)
         # Called with a micro-batch, before its forward; and with its loss, after its backward.
         self.before_micro_batch: Callable[[Batch], None] | None = None
@@ -159,6 +167,7 @@ class Trainer:
         self.state.scheduler.step()
         self.optimizer.zero_grad()
         self.state.step += 1
+        self.state.n_tokens = (self.state.n_tokens or 0) + self.tokens_per_step
         mixer_means = {name: loss / n_micro for name, loss in mixer_totals.items()}
         self.state.add_losses(total / n_micro, mixer_means)
         return StepResult(grad_norm, mixer_grad_norms, lr, data_seconds)

@@ -107,8 +107,14 @@ def check_two_ranks(rank, world_size, data, tmp_path):
 
 def test_what_one_rank_meets_stops_all(data, tmp_path):
     run_ranks(2, check_two_ranks, data, tmp_path)
-    with pytest.raises(UserError, match="written by 2 data-parallel ranks and this run has 1"):
-        train(data, tmp_path / "data")
+
+    train(data, tmp_path / "data")  # of two ranks, and now one goes on
+    log = (tmp_path / "data" / "train.log").read_text()
+    assert "was written by 2 data-parallel ranks and this run has 1" in log
+    assert "config changed since the checkpoint: distributed.dp_replicate: 2 -> 1" in log
+    batch = OPTIONS["data.batch_size"] * OPTIONS["data.seq_len"]
+    n_tokens = column(tmp_path / "data", "optim/total_tokens")
+    assert n_tokens == [batch * n for n in (2, 4, 5, 6, 7, 8)]
 
 
 # ---- records
@@ -197,6 +203,14 @@ def test_looking_at_a_run_does_not_change_it(data, tmp_path):
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert not (tmp_path / "alone" / "probe").exists()
     assert not (tmp_path / "alone" / "profiling").exists()
+
+
+def test_tokens_are_counted_as_they_were_read(data, tmp_path):
+    with stopped_after(3):
+        train(data, tmp_path, grad_acc_steps=2)
+    train(data, tmp_path)
+    batch = OPTIONS["data.batch_size"] * OPTIONS["data.seq_len"]
+    assert column(tmp_path, "optim/total_tokens") == [batch * n for n in (2, 4, 6, 7, 8, 9)]
 
 
 # ---- other options at the resume
