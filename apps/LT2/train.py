@@ -71,6 +71,7 @@ from lingua.probe import Probe
 from lingua.profiling import maybe_run_profiler
 from lingua.rng import seed_everything
 from lingua.run_folder import own_folders
+from lingua.stall import StallWatch
 from lingua.tokenizer import build_tokenizer
 from lingua.weight_file import load_initial_weights
 
@@ -141,7 +142,9 @@ def train(given: TrainArgs) -> None:
         if run_on_rank_0(lambda: is_validation_owed(args, metrics_file, state.step)):
             validate(validator, trainer, metrics)
         evaluate.resume(state.step)
+        stalls = resources.enter_context(StallWatch(args.distributed.timeout_minutes))
         while state.step < args.steps:
+            stalls.beat(state.step)
             progress.add(trainer.step())
             profiler.step()
             is_last, leaving = state.step == args.steps, agree_any(preemption_flag["flag"])
