@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import AdamW, Optimizer
 
+MOMENTUM_BUFFER = "momentum_buffer"  # a matrix's only state
 ADAMW_RMS = 0.2  # of AdamW's updates, as Moonlight measured it
 # The quintic a x + b x^3 + c x^5, five times, takes singular values of 0.01 to 1 to 0.7 to 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -80,9 +81,9 @@ class Muon(Optimizer):
     def _move(self, param: Tensor, lr: float, weight_decay: float) -> None:
         grad, state = param.grad, self.state[param]
         assert grad is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
-        momentum = state["momentum_buffer"].mul_(self.momentum).add_(grad)
+        if MOMENTUM_BUFFER not in state:
+            state[MOMENTUM_BUFFER] = torch.zeros_like(grad)
+        momentum = state[MOMENTUM_BUFFER].mul_(self.momentum).add_(grad)
         update = _on_whole_matrix(
             lambda u: orthogonalize(u, self.newton_schulz_steps),
             grad.add(momentum, alpha=self.momentum),

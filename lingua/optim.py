@@ -20,7 +20,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lingua.args import UserError
-from lingua.muon import Muon
+from lingua.muon import MOMENTUM_BUFFER, Muon
 
 logger = logging.getLogger()
 
@@ -298,6 +298,15 @@ def build_optimizer(
     lr_fn = build_lr_fn(args, n_steps)
     # The scheduler counts steps done: the step that it sets the rate for is the next one.
     return optimizer, ScheduledLR(optimizer, lambda done: lr_fn(done + 1))
+
+
+def state_fields(optimizer: Optimizer) -> dict[nn.Parameter, set[str]]:
+    """Names of the tensors that the optimizer keeps for a parameter once it has moved it."""
+    return {
+        param: {MOMENTUM_BUFFER} if group.get("muon") else {"step", "exp_avg", "exp_avg_sq"}
+        for group in optimizer.param_groups
+        for param in group["params"]
+    }
 
 
 class NonfiniteGuard:

@@ -1,8 +1,9 @@
 """Model and optimizer tensors in a folder, written by all ranks, readable by any number of them.
 
 The format is torch's distributed checkpoint (DCP): keys are `model.<parameter>` and
-`optim.state.<parameter>.<exp_avg | exp_avg_sq | step>`. Learning rates and other hyperparameters
-are not in it: they come from the config of the run that loads.
+`optim.state.<parameter>.<exp_avg | exp_avg_sq | step>`, or `momentum_buffer` for a matrix that Muon
+moves. Learning rates and other hyperparameters are not in it: they come from the config of the run
+that loads.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from lingua.args import UserError, open_atomic, write_atomic
+from lingua.optim import state_fields
 
 logger = logging.getLogger()
 
@@ -81,6 +83,7 @@ def load_from_checkpoint(
     filled: dict[str, dict[str, Tensor]] = {}
     if optimizer is not None:
         filled = _empty_optimizer_state(model, optimizer, metadata, f"{optim_key}.state.")
+        check_same_optimizer(folder, model, optimizer, filled)
         state[optim_key] = {"state": filled}
     with _dcp():
         dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=not dist.is_initialized())
@@ -135,6 +138,24 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[st
         for name, param in _optimized(model, optimizer).items()
         if optimizer.state.get(param)
     }
+
+
+def check_same_optimizer(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    stored: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """UserError where what is stored for a parameter is another optimizer's."""
+    wanted = state_fields(optimizer)
+    for name, param in _optimized(model, optimizer).items():
+        found = stored.get(name, {}).keys()
+        if found and found != wanted[param]:
+            raise UserError(
+                f"optim.name: the checkpoint {folder} has {', '.join(sorted(found))} of {name}, "
+                f"where this optimizer keeps {', '.join(sorted(wanted[param]))}; leave optim.name "
+                "as it was, or start a new run from the weights by checkpoint.init_ckpt_path"
+            )
 
 
 def _empty_optimizer_state(

@@ -134,6 +134,17 @@ def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("first, then", [("muon", "adamw"), ("adamw", "muon")])
+def test_another_optimizers_state_is_refused(first, then, tmp_path):
+    model = make_model()
+    optimizer, scheduler = build_optimizer(model, constant(name=first), 10)
+    train(model, optimizer, scheduler, make_batches(1, 1))
+    save_tensors(tmp_path, model, optimizer)
+    optimizer, _ = build_optimizer(model, constant(name=then), 10)
+    with pytest.raises(UserError, match="optim.name: the checkpoint .* momentum_buffer"):
+        load_from_checkpoint(tmp_path, model, optimizer)
+
+
 def train_sharded(rank, world_size, folder):
     """Weights after the steps, saved in the middle and loaded by the same ranks.
 
