@@ -64,18 +64,20 @@ def parse_args(
     prog: str = "python -m ...",
     description: str = "",
     examples: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> T:
     """Read `[config=FILE.yaml] [a.b=c ...]` into a `cls`; `--help` prints every option and exits.
 
-    Where `cls` has a field `config` of its own, `config=` sets that field and no file is read.
+    Where `cls` has a field `config` of its own, `config=` sets that field and no file is read. The
+    argument `config` is a mapping in a file's place.
     """
     if "-h" in argv or "--help" in argv:
         _print_help(format_help(cls, prog=prog, description=description, examples=examples))
         raise SystemExit(0)
     options = [_split_option(arg) for arg in argv]
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = _plain(config or {})
     origins: dict[str, str] = {}
-    if "config" not in field_types(cls):
+    if config is None and "config" not in field_types(cls):
         files = [value for name, value in options if name == "config"]
         options = [(name, value) for name, value in options if name != "config"]
         if len(files) > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -22,106 +21,11 @@ from lingua.stool import (
     read_run_args,
     render_submit,
 )
+from tests.lingua.stool_utils import git, said
 from tests.LT2.tiny_run import write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "submit.slurm"
-
-# A training script in little: it says where it ran and what it was told.
-SCRIPT = """
-from __future__ import annotations
-import json, os, sys
-from dataclasses import asdict, dataclass, field
-from lingua.args import UserError, parse_args, run_cli
-from project.{name}.helper import WORD
-
-@dataclass
-class Optim:
-    lr: float = 1.0
-
-@dataclass
-class TrainArgs:
-    name: str = "tiny"
-    dump_dir: str = ""
-    steps: int = 1
-    optim: Optim = field(default_factory=Optim)
-
-def validate_before_submit(args, world_size):
-    if world_size > 64:
-        raise UserError(f"nodes: {{world_size}} processes are too many")
-
-def main(argv):
-    args = parse_args(TrainArgs, argv, prog="tiny")
-    seen = dict(args=asdict(args), word=WORD, file=__file__, cwd=os.getcwd(),
-                rank=os.environ.get("RANK"), dump=os.environ["DUMP_DIR"])
-    print(json.dumps(seen), flush=True)
-    print("to stderr", file=sys.stderr)
-
-if __name__ == "__main__":
-    run_cli(main)
-"""
-
-
-def git(folder: Path, *command: str) -> str:
-    identity = ["-c", "user.name=T", "-c", "user.email=t@example.org"]
-    done = subprocess.run(
-        ["git", *identity, *command], cwd=folder, check=True, capture_output=True, text=True
-    )
-    return done.stdout
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch, request) -> Path:
-    """A repository with a script `project.<name>.train`, as a working folder with a space in it."""
-    name = f"p{abs(hash(request.node.name))}"  # modules stay imported: each test has its own
-    root = tmp_path / "my project"
-    package = root / "project" / name
-    package.mkdir(parents=True)
-    (package / "train.py").write_text(SCRIPT.format(name=name))
-    (package / "helper.py").write_text("WORD = 'first'\n")
-    (root / "run.yaml").write_text("# a comment\nname: try\ndump_dir: runs/a b\nsteps: 3\n")
-    (root / ".gitignore").write_text("runs/\nsecret.py\n")
-    (root / "secret.py").write_text("KEY = 1\n")
-    git(root, "init", "-q")
-    git(root, "add", ".")
-    git(root, "commit", "-qm", "one")
-    monkeypatch.chdir(root)
-    monkeypatch.syspath_prepend(str(root))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for lingua, in the jobs
-    for variable in [v for v in os.environ if v.startswith("SLURM_")]:
-        monkeypatch.delenv(variable)
-    return root
-
-
-@pytest.fixture
-def args(project) -> StoolArgs:
-    script = f"project.{next((project / 'project').iterdir()).name}.train"
-    return StoolArgs(config="run.yaml", script=script, launcher="bash", nodes=1, ngpu=1)
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch) -> Path:
-    """A cluster made of shell scripts: sbatch runs the job, srun runs two of its ranks."""
-    bin_ = tmp_path / "bin"
-    bin_.mkdir()
-    programs = {
-        # Like SLURM it needs the folder of its log file to be there.
-        "sbatch": 'test -d "$(dirname "$1")/logs" || exit 1\n'
-        f'echo "$@" >>{tmp_path}/sbatch.log; SLURM_JOB_ID=7 bash "$1"',
-        "sinfo": 'case "$*" in *typo*) ;; *) echo 2-00:00:00;; esac',
-        "srun": f'printf "%s\\n" "$*" >>{tmp_path}/srun.log\n'
-        'while [ "$1" != -N ]; do shift; done; shift 2\n'
-        'for RANK in 0 1; do export RANK; "$@"; done',
-    }
-    for name, text in programs.items():
-        (bin_ / name).write_text(f"#!/bin/sh\n{text}\n")
-        (bin_ / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{bin_}{os.pathsep}{os.environ['PATH']}")
-    return tmp_path
-
-
-def said(text: str) -> list[dict]:
-    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
 def files_below(folder: Path) -> set[str]:

@@ -1,0 +1,200 @@
+"""From what stool is asked for to a run's folder: all is checked before anything is written."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lingua.args import (
+    UserError,
+    dump_config,
+    parse_args,
+    write_atomic,
+)
+from lingua.code_snapshot import snapshot_code, write_code_version
+from lingua.run_folder import make_writable
+from lingua.slurm_script import Job, StoolArgs, render_submit
+
+RUN_MARKS = ("base_config.yaml", "config.yaml", "submit.slurm")  # what tells a run's folder
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run that may be written."""
+
+    job: Job
+    config: str | Mapping[str, Any]  # as it was given: the text of a YAML file, or a mapping
+    root: Path  # of the code
+
+
+def plan_run(args: StoolArgs) -> RunPlan:
+    """Check all that can be checked; a mistake is a UserError, and nothing was written."""
+    if args.nodes < 1:
+        raise UserError(f"nodes={args.nodes}: say on how many machines to run, e.g. nodes=1")
+    check_launcher(args)
+    module = import_script(args.script)
+    job = plan_job(args, module, read_run_args(args, module))
+    check_dump_dir(job)
+    # Read now: the folder that is deleted may hold it.
+    config = args.config if isinstance(args.config, Mapping) else Path(args.config).read_text()
+    return RunPlan(job, config, code_root(args.script, module))
+
+
+# ---- checks
+
+
+def check_launcher(args: StoolArgs) -> None:
+    if args.launcher == "sbatch" and shutil.which("sbatch") is None:
+        raise UserError(
+            "launcher=sbatch: there is no sbatch on this machine; log in to the cluster, or use "
+            "launcher=bash to run here"
+        )
+    if args.launcher == "bash" and args.nodes > 1 and "SLURM_JOB_ID" not in os.environ:
+        raise UserError(
+            f"launcher=bash nodes={args.nodes}: without SLURM only this machine is there; use "
+            "nodes=1, or call stool inside an allocation (salloc)"
+        )
+
+
+def import_script(script: str) -> ModuleType:
+    try:
+        return importlib.import_module(script)
+    except ModuleNotFoundError as error:
+        if error.name and (script == error.name or script.startswith(error.name + ".")):
+            raise UserError(
+                f"script={script}: no such module (seen from {os.getcwd()}); name it as python -m "
+                "does, e.g. script=apps.LT2.train"
+            ) from None
+        raise
+
+
+def read_run_args(args: StoolArgs, module: ModuleType) -> Any:
+    """The script's options, checked as the script itself will check them."""
+    run_args = parse_run_args(args, module)
+    check = getattr(module, "validate_before_submit", None)
+    if check is not None:
+        check(run_args, args.nodes * args.ngpu)
+    return run_args
+
+
+def parse_run_args(args: StoolArgs, module: ModuleType) -> Any:
+    # An evaluation script may import TrainArgs, too: what it defines itself goes first.
+    named = [c for c in (getattr(module, n, None) for n in ("TrainArgs", "EvalArgs")) if c]
+    named.sort(key=lambda c: c.__module__ != module.__name__)
+    options_class = named[0] if named else None
+    if options_class is None:
+        raise UserError(f"script={args.script}: has no TrainArgs or EvalArgs to check a config by")
+    if not args.config:
+        raise UserError("config is not set: name a YAML file, e.g. config=run.yaml")
+    if isinstance(args.config, Mapping):
+        run_args = parse_args(options_class, args.overrides, config=args.config)
+    else:
+        run_args = parse_args(options_class, [f"config={args.config}", *args.overrides])
+    if not getattr(run_args, "dump_dir", None):
+        raise UserError("dump_dir is empty: set it in the config, or behind `--`")
+    return run_args
+
+
+def code_root(script: str, module: ModuleType) -> Path:
+    """The folder that `python -m script` is called from."""
+    assert module.__file__, f"{script} has no file"
+    return Path(module.__file__).resolve().parents[script.count(".")]
+
+
+def plan_job(args: StoolArgs, module: ModuleType, run_args: Any) -> Job:
+    dump_dir = Path(run_args.dump_dir).absolute()
+    return Job(
+        args=args,
+        name=getattr(run_args, "name", "") or dump_dir.name,
+        dump_dir=dump_dir,
+        workdir=Path.cwd(),
+        code=dump_dir / "code" if args.copy_code else code_root(args.script, module),
+        python=find_environment_python(args.anaconda),
+        time_limit=time_limit(args),
+    )
+
+
+def find_environment_python(anaconda: str) -> Path:
+    if anaconda == "default":
+        return Path(sys.executable)
+    python = Path(anaconda).expanduser().absolute() / "bin" / "python"
+    if not python.is_file():
+        raise UserError(
+            f"anaconda={anaconda}: no {python}; give the folder of a conda or virtual environment"
+        )
+    return python
+
+
+def time_limit(args: StoolArgs) -> str:
+    if args.time != -1:
+        return str(args.time)
+    if args.launcher != "sbatch" or shutil.which("sinfo") is None:
+        return ""  # SLURM then gives the partition's default
+    asked = ["sinfo", "--noheader", "--format=%l", f"--partition={args.partition}"]
+    answer = subprocess.run(asked, capture_output=True, text=True)
+    limits = answer.stdout.split()
+    if answer.returncode == 0 and not limits:
+        raise UserError(f"partition={args.partition}: SLURM has no such partition; see sinfo -s")
+    return {"infinite": "UNLIMITED"}.get(limits[0], limits[0]) if limits else ""
+
+
+def check_dump_dir(job: Job) -> None:
+    """Refuse a dump_dir that holds something, unless it may be used as it is, or deleted."""
+    folder = job.dump_dir
+    if is_free(folder):
+        return
+    if not folder.is_dir():
+        raise UserError(f"dump_dir={folder}: is a file; name a folder")
+    if job.args.override:
+        in_use = [job.workdir, Path.home(), Path(__file__).resolve()]
+        if any(path.is_relative_to(folder.resolve()) for path in in_use):
+            raise UserError(f"override=true dump_dir={folder}: holds more than a run; not deleted")
+        if not any((folder / mark).exists() for mark in RUN_MARKS):
+            raise UserError(
+                f"override=true dump_dir={folder}: does not look like a run (none of "
+                f"{', '.join(RUN_MARKS)} in it); delete it yourself or name another"
+            )
+    elif not job.args.dirs_exists_ok:
+        raise UserError(
+            f"dump_dir={folder}: exists; name another, go on with it by dirs_exists_ok=true, "
+            "or delete it by override=true"
+        )
+
+
+def is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+# ---- what is written
+
+
+def write_run(plan: RunPlan, without: Path | None = None) -> Path:
+    """The run's folder; the path of its submit.slurm. `without` is no part of the code, nor is the
+    folder itself."""
+    job, root = plan.job, plan.root
+    if job.args.override and not is_free(job.dump_dir):
+        shutil.rmtree(job.dump_dir)
+    make_writable("dump_dir", job.dump_dir)
+    (job.dump_dir / "logs").mkdir(exist_ok=True)  # SLURM does not make it
+    version = write_code_version(root, job.dump_dir / "code_version.json")
+    if job.args.copy_code:
+        copied = snapshot_code(root, job.code, without=without or job.dump_dir)
+        changed = ", with changes" if version.dirty else ""
+        commit = f"commit {version.commit[:10]}{changed}" if version.commit else "not in git"
+        print(f"stool: {copied} files of code copied ({commit})")
+    base_config = job.dump_dir / "base_config.yaml"
+    if isinstance(plan.config, str):
+        write_atomic(base_config, plan.config)  # as it was given, comments included
+    else:
+        dump_config(plan.config, base_config, log_config=False)
+    submit = job.dump_dir / "submit.slurm"
+    write_atomic(submit, render_submit(job))
+    return submit

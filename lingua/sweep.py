@@ -1,0 +1,137 @@
+"""A sweep: one run for every combination of values, and a table of what came of them.
+
+    python -m lingua.sweep dump_dir=runs/tune         prints the table of a sweep, as it stands
+
+The folder of a sweep is the config's dump_dir; in it are
+
+    lr=0.0001,loop_count=4/   a run of its own, as any other: it is relaunched by its submit.slurm
+    sweep.json                the options of each run
+    submitit/                 logs of the jobs
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lingua.args import UserError, parse_args, run_cli, write_atomic
+from lingua.fields import format_value
+from lingua.metrics import read_jsonl_records
+
+RECORD = "sweep.json"
+MAX_LABEL = 150  # characters; a name of a folder may have 255 bytes
+FILLED_IN = ("dump_dir", "name")  # options that each run has its own of
+
+Options = dict[str, Any]  # dotted option -> value
+
+COLUMNS = {  # of the table: title -> key in metrics.jsonl
+    "step": "global_step",
+    "loss": "loss/out",
+    "val": "loss/val",
+    "tokens/s": "speed/tokens_per_s",
+}
+
+
+def combinations(sweep: Mapping[str, list[Any]]) -> dict[str, Options]:
+    """Label -> options of every run; the last option changes fastest."""
+    for option, values in sweep.items():
+        if option in FILLED_IN:
+            raise UserError(f"sweep.{option}: each run of a sweep has its own; leave it out")
+        if not values:
+            raise UserError(f"sweep.{option}=[]: name the values to try, e.g. [1, 2]")
+    runs: dict[str, Options] = {}
+    for values in itertools.product(*sweep.values()):
+        options = dict(zip(sweep, values, strict=True))
+        label = label_of(options)
+        if label in runs:
+            raise UserError(f"sweep: a value is there twice: {' '.join(as_arguments(options))}")
+        runs[label] = options
+    return runs
+
+
+def as_arguments(options: Options) -> list[str]:
+    return [f"{option}={format_value(value)}" for option, value in options.items()]
+
+
+def label_of(options: Options) -> str:
+    """A name for a folder that says which run it is; different for different options."""
+    short = [option.rpartition(".")[2] for option in options]
+    names = short if len(set(short)) == len(short) else list(options)
+    values = map(format_value, options.values())
+    text = ",".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+    label = re.sub(r"[^\w.,=+-]+", "_", text)[:MAX_LABEL]
+    return label if label == text else f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def write_record(folder: Path, runs: dict[str, Options]) -> None:
+    """Add runs to those of the sweep in `folder`."""
+    write_atomic(folder / RECORD, json.dumps({**read_record(folder), **runs}, indent=2) + "\n")
+
+
+def read_record(folder: Path) -> dict[str, Options]:
+    file = folder / RECORD
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def format_table(folder: Path) -> str:
+    """A line for each run of a sweep: its options, and the newest numbers of its metrics.jsonl."""
+    runs = read_record(folder)
+    if not runs:
+        raise UserError(f"dump_dir={folder}: holds no sweep (no {RECORD})")
+    options = list(dict.fromkeys(option for run in runs.values() for option in run))
+    rows = [[*options, *COLUMNS]]
+    for label, run in runs.items():
+        newest = newest_metrics(folder / label)
+        shown = [format_value(run[option]) if option in run else "" for option in options]
+        rows.append(shown + [_number(newest.get(key)) for key in COLUMNS.values()])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(_line(row, widths, n_options=len(options)) for row in rows)
+
+
+def _line(row: list[str], widths: list[int], n_options: int) -> str:
+    cells: Iterator[str] = (
+        text.ljust(width) if i < n_options else text.rjust(width)
+        for i, (text, width) in enumerate(zip(row, widths, strict=True))
+    )
+    return "  ".join(cells).rstrip()
+
+
+def newest_metrics(run: Path) -> dict[str, Any]:
+    """The newest value of every key."""
+    file = run / "metrics.jsonl"
+    newest: dict[str, Any] = {}
+    for record in read_jsonl_records(file) if file.exists() else []:
+        newest.update(record)
+    return newest
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.5g}"
+
+
+@dataclass
+class TableArgs:
+    dump_dir: str = ""  # folder of the sweep
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(
+        TableArgs,
+        argv,
+        prog="python -m lingua.sweep",
+        description="Print the table of a sweep that stool launched.",
+        examples=["python -m lingua.sweep dump_dir=runs/tune"],
+    )
+    print(format_table(Path(args.dump_dir)))
+
+
+if __name__ == "__main__":
+    run_cli(main)

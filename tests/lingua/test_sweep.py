@@ -1,0 +1,250 @@
+"""Sweeps through submitit: its local executor runs them, a SLURM of scripts is asked for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import lingua.background as background
+from lingua.args import UserError, parse_args
+from lingua.stool import StoolArgs, launch_job, main
+from lingua.sweep import combinations, format_table, label_of
+from lingua.sweep import main as print_table
+from tests.lingua.stool_utils import said
+from tests.lingua.test_stool import some_job
+from tests.LT2.tiny_run import OPTIONS, write_corpus
+
+pytest.importorskip("submitit")
+
+
+def folders(sweep: Path) -> list[str]:
+    return sorted(path.name for path in sweep.iterdir() if (path / "submit.slurm").exists())
+
+
+def seen(run: Path) -> list[dict]:
+    return said((run / "logs" / "local" / "run.out").read_text())
+
+
+# ---- which runs
+
+
+def test_every_combination_is_a_run():
+    runs = combinations({"optim.lr": [1e-4, 3e-4], "model.loop_count": [1, 4]})
+    assert list(runs) == [
+        "lr=0.0001,loop_count=1",
+        "lr=0.0001,loop_count=4",
+        "lr=0.0003,loop_count=1",
+        "lr=0.0003,loop_count=4",
+    ]
+    assert runs["lr=0.0003,loop_count=1"] == {"optim.lr": 3e-4, "model.loop_count": 1}
+
+
+def test_names_of_folders_differ_where_options_do():
+    values = [
+        "4:1",
+        "4 1",
+        "4/1",
+        "a/../../b",
+        "w" * 300,
+        "w" * 301,
+        "128->full",
+        None,
+        True,
+        [1, 2],
+    ]
+    labels = [label_of({"model.attention_pattern": value}) for value in values]
+    assert len(set(labels)) == len(values)
+    assert all(re.fullmatch(r"[\w.,=+-]{1,200}", label) for label in labels), labels
+    # two options whose last names are the same go by their whole names
+    assert label_of({"a.every": 1, "b.every": 2}) == "a.every=1,b.every=2"
+
+
+def test_the_command_line_names_options_and_values():
+    args = parse_args(StoolArgs, ["sweep.optim.lr=[1e-4, 3e-4]", "sweep.name=[a]", "array=2"])
+    assert args.sweep == {"optim.lr": [1e-4, 3e-4], "name": ["a"]} and args.array == 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(sweep={"dump_dir": ["a"]}), "sweep.dump_dir: each run"),
+        (dict(sweep={"steps": []}), r"sweep.steps=\[\]: name the values"),
+        (dict(sweep={"steps": [2, 3, 2]}), "a value is there twice: steps=2"),
+        (dict(sweep={"stepss": [2]}), "unknown option stepss"),
+        (dict(sweep={"optim.lr": [0.1, "high"]}), "optim.lr"),
+        (dict(sweep={"steps": [2]}, ngpu=65), "65 processes are too many"),
+        (dict(sweep={"steps": [2]}, stdout=True), "stdout=true: runs of a sweep"),
+        (dict(sweep={"steps": [2]}, nodes=-1), "nodes=-1"),
+        (dict(sweep={"steps": [2]}, launcher="sbatch"), "no sbatch"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_written(
+    project, args, monkeypatch, change, message
+):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=message):
+        launch_job(replace(args, **change))
+    assert not (project / "runs").exists()
+
+
+@pytest.mark.parametrize("change", [dict(array=0, sweep={"steps": [1]}), dict(array=2)])
+def test_array_is_of_a_sweep_and_at_least_one(change):
+    with pytest.raises(UserError, match="array="):
+        StoolArgs(**change)
+
+
+def test_without_submitit_the_extra_is_named(project, args, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "submitit", None)
+    with pytest.raises(UserError, match=r"a sweep needs the package submitit.*\[slurm\]"):
+        launch_job(replace(args, sweep={"steps": [2]}))
+    assert not (project / "runs").exists()
+
+
+# ---- on this machine
+
+
+def test_a_run_that_fails_leaves_the_others_alone(project, args, capfd):
+    options = ["nodes=1", "ngpu=1", "launcher=bash", "array=3", "sweep.steps=[12,13,14]"]
+    with pytest.raises(UserError, match=r"1 of 3 runs failed: steps=13 \(see .*log.err"):
+        main(["config=run.yaml", f"script={args.script}", *options, "--", "optim.lr=0.5"])
+    sweep = project / "runs" / "a b"
+    assert folders(sweep) == ["steps=12", "steps=13", "steps=14"]
+    for n, run in ((n, sweep / f"steps={n}") for n in (12, 13, 14)):
+        (said_once,) = seen(run)
+        assert said_once["args"]["steps"] == n and said_once["args"]["optim"] == {"lr": 0.5}
+        assert said_once["args"]["name"] == f"try_steps={n}"
+        assert said_once["args"]["dump_dir"] == said_once["dump"] == str(run)
+        assert Path(said_once["file"]).is_relative_to(run / "code")
+        assert not any("runs" in path.parts for path in (run / "code").relative_to(run).rglob("*"))
+    table = capfd.readouterr().out.splitlines()[-4:]
+    assert [line.split()[0] for line in table] == ["steps", "12", "13", "14"]
+
+    # each is a run like any other
+    submit = sweep / "steps=12" / "submit.slurm"
+    subprocess.run(["bash", str(submit)], check=True, cwd="/")
+    assert len(seen(sweep / "steps=12")) == 2
+
+
+def test_a_sweep_can_be_added_to(project, args, capfd, monkeypatch):
+    monkeypatch.setattr("lingua.stool.run_sweep_here", lambda *args: [])
+    config = {"dump_dir": "runs/s", "optim": {"lr": 0.5}}  # from Python, a mapping
+    swept = replace(args, config=config, sweep={"steps": [2]})
+    launch_job(swept)
+    with pytest.raises(UserError, match="exists"):
+        launch_job(replace(swept, sweep={"steps": [2, 3]}))
+    launch_job(replace(swept, sweep={"steps": [2, 3]}, dirs_exists_ok=True))
+    assert folders(project / "runs" / "s") == ["steps=2", "steps=3"]
+    assert list(json.loads((project / "runs/s/sweep.json").read_text())) == ["steps=2", "steps=3"]
+
+
+class Handle:
+    """A job that takes two looks to be done."""
+
+    running: set[str | None] = set()
+
+    def __init__(self, gpus):
+        assert gpus not in self.running, "two runs on the same GPUs"
+        self.gpus, self.looks = gpus, 0
+        self.running.add(gpus)
+
+    def done(self):
+        self.looks += 1
+        if self.looks > 2:
+            self.running.discard(self.gpus)
+        return self.looks > 2
+
+
+def test_runs_at_the_same_time_have_gpus_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(background, "visible_gpus", lambda: ["3", "5", "6", "7", "9"])
+    monkeypatch.setattr(background, "POLL_SECONDS", 0)
+    started, most, done = [], [0], []
+
+    def start(job, folder, *, gpus):
+        handle = Handle(gpus)
+        started.append(gpus)
+        most[0] = max(most[0], len(Handle.running))
+        return handle
+
+    monkeypatch.setattr(background, "start_here", start)
+    jobs = [replace(some_job(ngpu=2), name=str(i)) for i in range(5)]
+    background.run_here(jobs, tmp_path, at_once=2, when_done=lambda job, _: done.append(job.name))
+    assert set(started) == {"3,5", "6,7"} and len(started) == 5
+    assert most == [2] and sorted(done) == ["0", "1", "2", "3", "4"]
+    with pytest.raises(UserError, match="array=3 ngpu=2: this machine has 5 GPUs.* use array=2"):
+        background.gpu_slots(2, 3)
+    assert background.gpu_slots(8, 1) == [None]
+
+
+@pytest.mark.slow
+def test_three_runs_train_and_end_in_a_table(tmp_path, monkeypatch, capfd):
+    write_corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    options = {**OPTIONS, "steps": 2, "model.n_layers": 1, "model.mixer": "full"}
+    del options["model.attention_pattern"], options["optim.lr"]
+    options |= {"data.root_dir": tmp_path, "data.sources.text": 1}
+    (tmp_path / "tune.yaml").write_text("name: tune\ndump_dir: runs/tune\n")
+    asked = ["config=tune.yaml", "nodes=1", "ngpu=1", "launcher=bash", "copy_code=false"]
+    asked += ["sweep.optim.lr=[0.001, 0.003, 0.01]", "array=3"]
+    main([*asked, "--", *(f"{k}={v}" for k, v in options.items())])
+    table = capfd.readouterr().out
+    print_table(["dump_dir=runs/tune"])  # as it stands, at any time
+    assert table.endswith(capfd.readouterr().out)
+
+    header, *rows = [line.split() for line in table.splitlines()[-4:]]
+    assert header == ["optim.lr", "step", "loss", "val", "tokens/s"]
+    assert [row[:2] for row in rows] == [["0.001", "2"], ["0.003", "2"], ["0.01", "2"]]
+    losses = [float(loss) for row in rows for loss in row[2:4]]
+    assert len(set(losses)) == 6 and all(4 < loss < 7 for loss in losses)
+    for lr in (0.001, 0.003, 0.01):
+        assert (tmp_path / "runs/tune" / f"lr={lr}" / "checkpoints" / f"{2:010d}").is_dir()
+
+
+def test_a_folder_without_a_sweep_has_no_table(tmp_path):
+    with pytest.raises(UserError, match=f"dump_dir={tmp_path}: holds no sweep"):
+        format_table(tmp_path)
+
+
+# ---- in SLURM
+
+
+def test_slurm_gets_one_array_whose_tasks_run_each_runs_script(project, args, slurm, capfd):
+    log = slurm / "submissions"
+    sbatch = slurm / "bin" / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\ncp "$1" {log}\necho "Submitted batch job 7"\n')
+    asked = replace(args, launcher="sbatch", nodes=2, ngpu=4, partition="gpu", account="lab")
+    launch_job(replace(asked, sweep={"steps": [2, 3, 4]}, array=2))
+    text = log.read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.M))
+    assert options["array"] == "0-2%2" and options["job-name"] == "try"
+    plain = (project / "runs/a b/steps=2/submit.slurm").read_text()
+    of_one_run = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", plain, re.M))
+    for option in of_one_run.keys() - {"job-name", "output", "error"}:
+        assert options.pop(option) == of_one_run[option], option
+    assert options.keys() == {"array", "job-name", "output", "error"}
+    assert "job 7, 3 runs" in capfd.readouterr().out
+
+    task = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    subprocess.run(["bash", str(log)], check=True, env={**os.environ, **task}, capture_output=True)
+    (asked_srun,) = (slurm / "srun.log").read_text().splitlines()
+    assert "-n 8 -N 2" in asked_srun and "steps=3" in asked_srun
+    assert (project / "runs/a b/steps=3/logs/9").is_dir()
+
+
+def test_a_refused_submission_is_one_line(project, args, slurm):
+    sbatch = slurm / "bin" / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid account' >&2\nexit 3\n")
+    with pytest.raises(UserError, match="invalid account"):
+        launch_job(replace(args, launcher="sbatch", sweep={"steps": [2]}))
+
+
+def test_a_time_limit_must_be_known(project, args, slurm):
+    (slurm / "bin" / "sinfo").unlink()
+    with pytest.raises(UserError, match="time=-1: sinfo does not tell"):
+        launch_job(replace(args, launcher="sbatch", sweep={"steps": [2]}))
