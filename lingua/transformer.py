@@ -50,10 +50,15 @@ class BaseTransformerArgs:
         for name in ("norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise UserError(f"model.{name}={getattr(self, name)} must be above 0")
-        if self.init_base_std is not None and not self.init_base_std >= 0:
+        if self.init_base_std is not None and not self.init_base_std > 0:
             raise UserError(
-                f"model.init_base_std={self.init_base_std} must be 0 or more, or null for "
+                f"model.init_base_std={self.init_base_std} must be above 0, or null for "
                 "fan_in ** -0.5"
+            )
+        factors = [factor.value for factor in InitStdFactor]
+        if self.init_std_factor not in factors:
+            raise UserError(
+                f"model.init_std_factor={self.init_std_factor!r} is none of {', '.join(factors)}"
             )
 
 
@@ -145,17 +150,12 @@ def depth_factor(kind: str, *, dim: int, layer: int, n_layers: int, loop_count: 
 
     Depth is effective depth: a shared layer is charged for the deepest place where it is used.
     """
-    try:
-        factor = InitStdFactor(kind)
-    except ValueError:
-        names = ", ".join(f.value for f in InitStdFactor)
-        raise UserError(f"model.init_std_factor={kind!r} is none of {names}") from None
     return {
         InitStdFactor.DISABLED: 1.0,
         InitStdFactor.GLOBAL_DEPTH: math.sqrt(2 * n_layers * loop_count),
         InitStdFactor.CURRENT_DEPTH: math.sqrt(2 * ((loop_count - 1) * n_layers + layer + 1)),
         InitStdFactor.DIM_RATIO: dim / 4096,
-    }[factor]
+    }[InitStdFactor(kind)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -319,6 +319,11 @@ class FeedForward(nn.Module):
             )
         hidden = int((ffn_dim_multiplier or 1.0) * int(2 * hidden_dim / 3))
         hidden = multiple_of * math.ceil(hidden / multiple_of)
+        if hidden < 1:
+            raise UserError(
+                f"model.ffn_dim_multiplier={ffn_dim_multiplier} leaves the feed-forward network no "
+                f"channel: it scales 8/3 * model.dim = {2 * hidden_dim // 3}; use 1, or null"
+            )
         assert hidden % mp_size == 0, f"FFN width {hidden} is not a multiple of mp_size {mp_size}"
         self.dim, self.hidden_dim = dim, hidden
         self.w1 = nn.Linear(dim, hidden, bias=False)

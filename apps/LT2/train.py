@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from apps.LT2.diagnostics import probed_pass
 from apps.LT2.flops import count_parameters, train_flops_per_token
 from apps.LT2.layout_table import format_layout
+from apps.LT2.mixers import MIXERS
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
     count_block_kinds,
@@ -38,6 +39,7 @@ from apps.LT2.train_args import EvalArgs, TrainArgs, validate_train_args
 from apps.LT2.train_eval import CheckpointEvaluator
 from apps.LT2.trainer import Batch, Trainer, TrainState
 from apps.LT2.transformer import LoopedTransformer
+from apps.LT2.unused_options import warnings_of_options
 from apps.LT2.validation import Validator
 from lingua.args import dump_config, parse_args, run_cli
 from lingua.checkpoint import CheckpointManager
@@ -77,10 +79,8 @@ from lingua.weight_file import load_initial_weights
 
 logger = logging.getLogger(__name__)
 
-# Weights beyond these were most likely never filled; those below start at zero on purpose.
+# Weights beyond these were most likely never filled.
 SANE_RANGE, SANE_STD = 20.0, 5.0
-ZERO_AT_START = ("rho", "wg.weight", "gate_bias")
-
 
 preemption_flag = {"flag": False}
 
@@ -228,8 +228,14 @@ def build_model(
         model.init_weights()
     if args.checkpoint.init_ckpt_path:
         load_initial_weights(args.checkpoint.init_ckpt_path, model)
-    check_model_value_range(model, range=SANE_RANGE, std=SANE_STD, zero_init=ZERO_AT_START)
+    check_model_value_range(model, range=SANE_RANGE, std=SANE_STD, zero_init=zero_at_start())
     return model
+
+
+def zero_at_start() -> list[str]:
+    """How the names of weights end that start at zero on purpose."""
+    mixers = set(MIXERS.values())
+    return ["rho", *(f"{m.module_name}.{name}" for m in mixers for name in m.zero_at_start)]
 
 
 def new_or_resumed_state(
@@ -279,6 +285,8 @@ def describe(model: LoopedTransformer, args: TrainArgs) -> None:
         "%s parameters: %s in layers, %s in embeddings, %s in residual gates",
         *(f"{n:,}" for n in (count.total, count.body, count.embedding, count.gates)),
     )
+    for warning in warnings_of_options(args.model) if get_is_master() else []:
+        logger.warning(warning)
     n_layers, n_loops = args.model.n_layers, args.model.loop_count
     table = format_layout(model.inference_layout, model.layout_plan.random_loops)
     tell("%d layers x %d loops:\n%s", n_layers, n_loops, table)

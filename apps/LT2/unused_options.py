@@ -6,7 +6,7 @@ taken for a gated model. What differs from its default counts as set.
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -15,27 +15,16 @@ from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import UserError
 from lingua.fields import format_value
 
-logger = logging.getLogger(__name__)
-
-SOFTMAX = frozenset({"full", "window", "nsa", "dsa"})
-READERS: dict[str, frozenset[str]] = {
-    "n_heads": frozenset(MIXERS) - {"mamba2"},  # its heads come from expand and head_dim
-    "head_dim": SOFTMAX,
-    "n_kv_heads": SOFTMAX,
-    "rope_theta": SOFTMAX | {"retnet"},
-    "gated_attn": SOFTMAX - {"nsa"},  # whose branches have gates of their own
-}
-
 
 def check_unused_options(args: LoopedTransformerArgs) -> None:
-    """UserError for an option of `model:` that changes nothing; a log line for a whole section.
+    """UserError for an option of `model:` that changes nothing.
 
     A section (`gdn:`) may stay where a recipe is tried with another mixer. So may
     default_sliding_window, which recipes give whether or not they have a window.
     """
     used = _mixers(args)
-    for name, readers in READERS.items():
-        if not used & readers:
+    for name in sorted(frozenset().union(*(mixer.reads for mixer in MIXERS.values()))):
+        if not used & (readers := _readers(name)):
             _refuse_if_set(args, name, f"only {_names(readers)} layers read it", used)
     before_narrowing = _mixers(replace(args, sliding_window=None))
     if "full" not in before_narrowing:
@@ -43,13 +32,33 @@ def check_unused_options(args: LoopedTransformerArgs) -> None:
     for name in ("mixer", "hybrid_mixer"):
         if getattr(args, name) not in before_narrowing:
             _refuse_if_set(args, name, "attention_pattern gives it no layer", used)
-    dense_warmup = "dsa" in used and args.dsa.warmup_steps > 0
-    if not used & {"full", "window", "nsa"} and not dense_warmup:
-        why = "only full, window and nsa layers read it, and dsa layers in their warm-up"
+    if used & _readers("attn_impl") == {"dsa"} and args.dsa.warmup_steps == 0:
+        why = "dsa layers read it only in their warm-up, model.dsa.warmup_steps"
         _refuse_if_set(args, "attn_impl", why, used)
+
+
+def warnings_of_options(args: LoopedTransformerArgs) -> Iterator[str]:
+    """What may be meant so and may be an oversight, a line each; model.max_seqlen is known."""
+    used = _mixers(args)
     for name in sorted(MIXERS.keys() - used):
         if is_dataclass(getattr(args, name, None)) and _is_set(args, name):
-            logger.warning("model.%s is set, and no layer is %s", name, name)
+            yield f"model.{name} is set, and no layer is {name}"
+    windows = {spec.window for loop in args.layout() for spec in loop if spec.window is not None}
+    for window in sorted(w for w in windows if w >= args.max_seqlen):
+        yield (
+            f"a window of {window} keys hides nothing in sequences of {args.max_seqlen} tokens: "
+            "its layers are full attention; make model.default_sliding_window, or the width in "
+            "model.attention_pattern, smaller"
+        )
+    if "dsa" in used and args.dsa.top_k >= args.max_seqlen:
+        yield (
+            f"model.dsa.top_k={args.dsa.top_k} leaves nothing to choose in sequences of "
+            f"{args.max_seqlen} tokens: dsa layers are full attention; make it smaller"
+        )
+
+
+def _readers(option: str) -> set[str]:
+    return {name for name, mixer in MIXERS.items() if option in mixer.reads}
 
 
 def _refuse_if_set(args: LoopedTransformerArgs, name: str, why: str, used: set[str]) -> None:

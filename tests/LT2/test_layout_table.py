@@ -96,3 +96,9 @@ def test_training_starts_with_the_table(caplog):
     title, _, *rows = caplog.messages[-1].splitlines()
     assert title == "3 layers x 2 loops:"
     assert rows[0].startswith("loop 0*") and "drawn anew" in rows[-1]
+
+
+def test_what_may_be_an_oversight_is_said_beside_the_layout(caplog):
+    model = tiny_model("window", loop_count=1, max_seqlen=5)
+    describe(model, TrainArgs(model=model.args))
+    assert "a window of 5 keys hides nothing in sequences of 5 tokens" in caplog.text

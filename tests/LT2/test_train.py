@@ -21,9 +21,12 @@ import torch
 import torch.distributed as dist
 
 import apps.LT2.train as app
+from apps.LT2.transformer import LoopedTransformer
 from lingua.args import UserError
 from lingua.data import init_dataloader_state_from_args
+from lingua.distributed import check_model_value_range
 from tests.lingua.dist_utils import run_ranks
+from tests.LT2.tiny import KINDS, tiny_args
 from tests.LT2.tiny_run import (
     OPTIONS,
     assert_same_run,
@@ -389,3 +392,13 @@ def train_and_be_terminated(data: Path, dump_dir: Path, pipe, options: dict) -> 
     torch.set_num_threads(1)
     train(data, dump_dir, **options)
     pipe.send("left")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_is_said_to_be_zero_at_the_start_is(kind):
+    model = LoopedTransformer(tiny_args(kind, 2, gated_attn=True))
+    model.init_weights()
+    assert check_model_value_range(model, zero_init=app.zero_at_start()) == []
+    names = [name for name, _ in model.named_parameters()]
+    said = [name for name in names if name.endswith(tuple(app.zero_at_start()))]
+    assert said == [name for name, weight in model.named_parameters() if not weight.any()]

@@ -434,11 +434,6 @@ def test_current_depth_charges_the_deepest_use_of_a_layer():
         assert spread(wo.weight) == close(32**-0.5 / (2 * depth) ** 0.5)
 
 
-def test_unknown_init_factor_is_refused():
-    with pytest.raises(UserError, match="model.init_std_factor='deep' is none of disabled"):
-        make(init_std_factor="deep")
-
-
 @pytest.mark.parametrize("mixer", ["full", "gdn"])
 def test_init_base_std_reaches_every_matrix(mixer):
     model = make(jitter=0, mixer=mixer, init_base_std=0.5)
@@ -514,8 +509,10 @@ def test_families_of_different_loops_have_their_own_weights():
         ({"multiple_of": 0}, "model.multiple_of=0"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0"),
         ({"rope_theta": -1.0}, "model.rope_theta=-1.0"),
-        ({"init_base_std": -0.1}, "model.init_base_std=-0.1"),
+        ({"init_base_std": 0.0}, "model.init_base_std=0.0 must be above 0"),
+        ({"init_std_factor": "deep"}, "model.init_std_factor='deep' is none of disabled"),
         ({"ffn_dim_multiplier": -1.0}, "model.ffn_dim_multiplier=-1.0"),
+        ({"ffn_dim_multiplier": 0.001}, "model.ffn_dim_multiplier=0.001 leaves .* no channel"),
         ({"sliding_window": 0}, "model.sliding_window=0"),
         ({"attn_impl": "flash"}, "model.attn_impl='flash'"),
         ({"attn_impl": "sdpa", "mixer": "window"}, "model.attn_impl=sdpa has no sliding window"),

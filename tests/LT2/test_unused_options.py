@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.transformer import LoopedTransformerArgs
-from apps.LT2.unused_options import check_unused_options
+from apps.LT2.unused_options import check_unused_options, warnings_of_options
 from lingua.args import UserError
 from tests.LT2.tiny import KINDS
 
@@ -46,7 +47,37 @@ def test_a_full_layer_that_is_narrowed_is_a_full_layer():
     check_unused_options(LoopedTransformerArgs(n_layers=4, sliding_window=8, **options))
 
 
-def test_a_section_that_no_layer_reads_is_reported(caplog):
-    args = LoopedTransformerArgs(mixer="kda", gdn=GatedDeltaNetArgs(expand_v=1.0))
-    check_unused_options(args)
-    assert "model.gdn is set, and no layer is gdn" in caplog.text
+def warnings(**options: Any) -> list[str]:
+    return list(warnings_of_options(LoopedTransformerArgs(max_seqlen=64, **options)))
+
+
+def test_a_section_that_no_layer_reads_is_reported():
+    section = GatedDeltaNetArgs(expand_v=1.0)
+    assert warnings(mixer="kda", gdn=section) == ["model.gdn is set, and no layer is gdn"]
+    assert warnings(mixer="gdn", gdn=section) == []
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"mixer": "window", "default_sliding_window": 64}, "a window of 64 keys hides nothing"),
+        ({"attention_pattern": "8->99->full", "loop_count": 3}, "a window of 99 keys hides"),
+        ({"sliding_window": 100}, "a window of 100 keys hides nothing in sequences of 64 tokens"),
+        ({"mixer": "dsa", "dsa": DSAArgs(top_k=64)}, "model.dsa.top_k=64 leaves nothing to choose"),
+    ],
+)
+def test_a_limit_beyond_the_sequence_is_reported(options, told):
+    (warning,) = warnings(**options)
+    assert warning.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"default_sliding_window": 64},  # no layer has it
+        {"mixer": "window", "default_sliding_window": 63},
+        {"mixer": "dsa", "dsa": DSAArgs(top_k=63)},
+    ],
+)
+def test_a_limit_within_the_sequence_is_not(options):
+    assert warnings(**options) == []

@@ -45,6 +45,10 @@ class AttentionCache(MixerCache):
 
 class Attention(Mixer):
     module_name = "attention"
+    reads = frozenset(
+        {"n_heads", "head_dim", "n_kv_heads", "rope_theta", "gated_attn", "attn_impl"}
+    )
+    zero_at_start = ("wg.weight",)
     by_outputs = ("wq", "wk", "wv", "wg")
     by_inputs = ("wo",)
 

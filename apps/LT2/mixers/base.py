@@ -64,6 +64,9 @@ class Mixer(nn.Module, ABC):
     module_name: ClassVar[str]  # attribute of the block that holds it, part of checkpoint keys
     # The metric of a loss of the mixer's own, e.g. "dsa_indexer"; None where it has none.
     loss_name: ClassVar[str | None] = None
+    # Fields of `model:` that it reads, beside those of its own section and those of every model.
+    reads: ClassVar[frozenset[str]] = frozenset({"n_heads"})
+    zero_at_start: ClassVar[tuple[str, ...]] = ()  # parameters that start at zero on purpose
     # Linear layers by attribute that tensor parallelism splits: those with a head's outputs, and
     # those with its inputs. A mixer with heads that need more than these overrides `split`.
     by_outputs: ClassVar[tuple[str, ...]] = ()

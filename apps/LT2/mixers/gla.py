@@ -38,6 +38,7 @@ class GLAArgs:
 
 class GatedLinearAttention(LinearMixer):
     module_name = "gla"
+    zero_at_start = ("decay_bias",)
     by_outputs = ("wq", "wk", "wv", "wg", "wa_down", "wa_up")
     conv = None
 

@@ -44,6 +44,7 @@ class KDAArgs:
 
 class KimiDeltaAttention(LinearMixer):
     module_name = "kda"
+    zero_at_start = ("gate_bias",)
     by_outputs = ("wq", "wk", "wv", "wa_down", "wa_up", "wg_down", "wg_up", "wb")
     conv: ShortConv
 

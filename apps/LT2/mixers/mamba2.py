@@ -39,6 +39,7 @@ class Mamba2Args:
 
 class Mamba2(LinearMixer):
     module_name = "mamba2"
+    reads = frozenset()  # its heads come from expand and head_dim
     by_outputs = ("wx", "wB", "wC", "wz", "wdt")
     conv: ShortConv
 

@@ -33,7 +33,7 @@ from apps.LT2.kernel.nsa import (
     native_sparse_attention,
     native_sparse_attention_step,
 )
-from apps.LT2.mixers.attention import AttentionCache, append, rotate_heads, visible_pairs
+from apps.LT2.mixers.attention import Attention, AttentionCache, append, rotate_heads, visible_pairs
 from apps.LT2.mixers.base import Mixer, cache_rows
 from lingua.args import UserError
 from lingua.joint_linear import joint_linear
@@ -62,6 +62,8 @@ class NSACache(AttentionCache):
 
 class NativeSparseAttention(Mixer):
     module_name = "nsa"
+    reads = Attention.reads - {"gated_attn"}  # its branches have gates of their own
+    zero_at_start = ("wg.weight",)
 
     def __init__(self, args: LoopedTransformerArgs):
         super().__init__()

@@ -33,6 +33,7 @@ class RetNetArgs:
 
 class RetNet(LinearMixer):
     module_name = "retnet"
+    reads = frozenset({"n_heads", "rope_theta"})
     by_outputs = ("wq", "wk", "wv", "wg")
     uses_positions = True
     conv = None
