@@ -20,9 +20,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from lingua.args import UserError, run_cli
+from lingua.command_line import OneLineParser
 from lingua.document_files import find_document_files
 from lingua.errors import import_optional
 from lingua.shuffle_documents import ShufflePlan, shuffle_documents
@@ -47,11 +47,6 @@ CORPORA = {
 }
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists all options)")
-
-
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
@@ -65,9 +60,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(argv)
     if not MIN_MEMORY <= given.memory < float("inf"):
         raise UserError(f"memory={given.memory}: give {MIN_MEMORY} GB at least")
-    for name in ("nchunks", "validation_documents"):
-        if getattr(given, name) < 1:
-            raise UserError(f"--{name} {getattr(given, name)} must be 1 or more")
+    parser.require_positive(given, "nchunks", "validation_documents")
     return given
 
 

@@ -14,9 +14,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from lingua.args import UserError, run_cli, write_atomic
+from lingua.command_line import OneLineParser
 from lingua.errors import import_optional
 
 
@@ -32,11 +32,6 @@ TOKENIZERS = {
     "llama3": HubFile("meta-llama/Meta-Llama-3-8B", "original/tokenizer.model", "tiktoken"),
     "gemma": HubFile("google/gemma-2b", "tokenizer.model", "sp"),
 }
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists all options)")
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:

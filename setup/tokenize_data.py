@@ -9,25 +9,20 @@ are left alone, so the same command goes on after an interruption.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from apps.LT2.train_args import TrainArgs
 from lingua.args import UserError, parse_args, run_cli
+from lingua.command_line import OneLineParser
 from lingua.data import DataArgs, require_root_dir
 from lingua.jsonl import find_and_sanitize_chunks
 from lingua.token_files import TokenFiles, TokenRecipe, write_token_files
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists all options)")
 
 
 def parse_options(argv: Sequence[str]) -> tuple[DataArgs, int]:
@@ -36,10 +31,8 @@ def parse_options(argv: Sequence[str]) -> tuple[DataArgs, int]:
         epilog="key=value: the run's options, as for apps.LT2.train: config=FILE.yaml, data.*",
     )
     parser.add_argument("--workers", type=int, default=1, help="chunks that are read at a time")
-    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
-    given = parser.parse_args([arg for arg in argv if arg not in overrides])
-    if given.workers < 1:
-        raise UserError(f"--workers {given.workers} must be 1 or more")
+    given, overrides = parser.parse_with_overrides(argv)
+    parser.require_positive(given, "workers")
     return parse_args(TrainArgs, overrides).data, given.workers
 
 

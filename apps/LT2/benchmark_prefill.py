@@ -20,7 +20,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -41,10 +41,12 @@ from apps.LT2.scripts.plot_benchmark import check_can_draw, draw
 from apps.LT2.train_args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.args import UserError, parse_args, run_cli
+from lingua.command_line import OneLineParser
 from lingua.parallelize import DTYPES, resolve_dtype
 from lingua.tokenizer import build_tokenizer, find_tokenizer_file
 
 LLAMA3_VOCAB = 128_256  # of the tokenizer that the recipes are written for
+AT_LEAST_ONE = ("seq_len", "batch_size", "decode_tokens", "repeats", "warmup", "prefill_chunk")
 READ_OPTIONS = ("model.", "data.tokenizer.")  # what of a config matters here
 
 
@@ -57,11 +59,6 @@ class Subject:
 
 
 # ---- what is to be measured
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists all options)")
 
 
 def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -88,23 +85,12 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--no-compile", action="store_true", help="on a GPU; on a CPU nothing is compiled")
     add("--no-cuda-graph", action="store_true", help="start each kernel of a step by itself")
     add("--plot", type=Path, metavar="PNG", help="draw tokens/s against the length")
-    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
-    given = parser.parse_args([arg for arg in argv if arg not in overrides])
+    given, overrides = parser.parse_with_overrides(argv)
     given.config += [arg.removeprefix("config=") for arg in overrides if arg.startswith("config=")]
-    check_options(given)
-    return given, [arg for arg in overrides if not arg.startswith("config=")]
-
-
-def check_options(given: argparse.Namespace) -> None:
-    least_of = {"seq_len": 1, "batch_size": 1, "decode_tokens": 1, "repeats": 1, "warmup": 1}
-    for name, least in {**least_of, "prefill_chunk": 1}.items():
-        values = getattr(given, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and value < least:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option} {value} must be at least {least}")
+    parser.require_positive(given, *AT_LEAST_ONE)
     if bool(given.config) == bool(given.compare):
         raise UserError("name what to measure: --config X.yaml [Y.yaml ...] or --compare A B")
+    return given, [arg for arg in overrides if not arg.startswith("config=")]
 
 
 def read_subjects(paths: Sequence[str], overrides: Sequence[str]) -> list[Subject]:

@@ -162,7 +162,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         (["fineweb_edu", "lots"], "lots"),
         (["fineweb_edu", "0"], "memory=0.0: give"),
         (["fineweb_edu", "nan"], "memory=nan: give"),
-        (["fineweb_edu", "64", "--nchunks", "0"], "--nchunks 0 must be 1 or more"),
+        (["fineweb_edu", "64", "--nchunks", "0"], "--nchunks 0 must be at least 1"),
         (["fineweb_edu", "64", "--source_dir", "/no/such"], "/no/such: no such folder"),
     ],
 )

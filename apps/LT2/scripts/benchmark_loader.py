@@ -16,24 +16,19 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import NoReturn
 
 import torch
 
 from apps.LT2.measure import Spread, device_name
 from apps.LT2.train_args import TrainArgs
 from lingua.args import UserError, parse_args, run_cli
+from lingua.command_line import OneLineParser
 from lingua.data import (
     DataArgs,
     build_dataloader_from_args,
     init_dataloader_state_from_args,
     require_token_files,
 )
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists all options)")
 
 
 def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, DataArgs]:
@@ -44,11 +39,8 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, DataArgs]:
     )
     parser.add_argument("--batches", type=int, default=100, metavar="N", help="of a repeat")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each kind")
-    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
-    given = parser.parse_args([arg for arg in argv if arg not in overrides])
-    for name in ("batches", "repeats"):
-        if getattr(given, name) < 1:
-            raise UserError(f"--{name} {getattr(given, name)} must be at least 1")
+    given, overrides = parser.parse_with_overrides(argv)
+    parser.require_positive(given, "batches", "repeats")
     args = parse_args(TrainArgs, overrides)
     data = replace(args.data, seed=args.data.seed if args.data.seed is not None else args.seed)
     return given, data
