@@ -80,6 +80,13 @@ def get_world_size() -> int:
     return _rank_variable("WORLD_SIZE", "SLURM_NTASKS", 1)
 
 
+def get_local_world_size() -> int:
+    """Processes of this job on this machine; SLURM, asked for equal shares, does not count them."""
+    if get_is_slurm_job():
+        return get_world_size() // int(os.environ["SLURM_NNODES"])
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if get_is_torch_run() else 1
+
+
 def get_is_master() -> bool:
     return get_global_rank() == 0
 

@@ -50,7 +50,8 @@ class TrainArgs:
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
     profiling: ProfilerArgs = field(default_factory=ProfilerArgs)
     logging: LoggingArgs = field(default_factory=LoggingArgs)
-    # GPUs of a SLURM job of its own for each evaluation by the harness; null = inside training
+    # GPUs of a job of its own for each evaluation by the harness, in SLURM, or, without it, on this
+    # machine beside training's; null = inside training
     async_eval_gpus: int | None = None
     # at checkpoint.eval.every and at the end; null = validation with its defaults, no harness
     eval: EvalArgs | None = None

@@ -1,5 +1,6 @@
 """Evaluation of a run's own checkpoints by the harness: inside training, or in a job of its own.
 
+A job goes through submitit: to SLURM, or to GPUs of this machine that training does not use.
 Inside, the checkpoint that was just saved is loaded again as a whole model on each rank: the model
 in training is sharded, in fp32, and compiled for other shapes. An evaluation that fails is told of
 in the log and training goes on; mistakes in `eval:` are refused at the start. The validation loss
@@ -12,7 +13,6 @@ import gc
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,9 @@ import torch
 from apps.LT2.eval_args import EvalArgs
 from apps.LT2.tasks import find_tasks, import_lm_eval
 from lingua.args import UserError, dataclass_to_dict
+from lingua.background import failure, has_slurm, import_submitit, visible_gpus
 from lingua.distributed import clean_env, get_is_master, run_on_rank_0, run_together
+from lingua.launch import get_local_world_size
 from lingua.metrics import MetricLogger, mend_jsonl, read_jsonl_records
 from lingua.rng import get_rng_state, set_rng_state
 
@@ -72,11 +74,9 @@ def check_job(args: TrainArgs, given: EvalArgs, n_gpus: int) -> None:
             "in training: there is nothing for a job to do. Set eval.harness.tasks, or leave "
             "async_eval_gpus null"
         )
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            f"async_eval_gpus={n_gpus}: there is no sbatch on this machine to submit a job with; "
-            "leave it null, and evaluation runs inside training"
-        )
+    import_submitit(f"async_eval_gpus={n_gpus}")
+    if not has_slurm():
+        free_gpus(n_gpus)
     keep = args.checkpoint.eval.keep
     if keep > 0 and get_is_master():
         logger.warning(
@@ -84,6 +84,20 @@ def check_job(args: TrainArgs, given: EvalArgs, n_gpus: int) -> None:
             "evaluations finds its checkpoint deleted",
             *(keep, keep),
         )
+
+
+def free_gpus(n_gpus: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES of a job on this machine beside its training; None without GPUs."""
+    visible, n_training = visible_gpus(), get_local_world_size()
+    if not visible:
+        return None
+    if len(visible) < n_training + n_gpus:
+        raise UserError(
+            f"async_eval_gpus={n_gpus}: there is no SLURM on this machine to submit a job to, and "
+            f"training takes {n_training} of its {len(visible)} GPUs; use fewer processes, or "
+            "leave it null, and evaluation runs inside training"
+        )
+    return ",".join(visible[n_training : n_training + n_gpus])
 
 
 # ---- in training
@@ -95,6 +109,7 @@ class CheckpointEvaluator:
     def __init__(self, args: TrainArgs, metrics: MetricLogger, should_stop: Callable[[], bool]):
         self.args, self.metrics, self.should_stop = args, metrics, should_stop
         self.eval = args.eval or EvalArgs()
+        self.jobs: dict[int, Any] = {}  # submitit's handle, by step, of those not known to be done
 
     def resume(self, step: int) -> None:
         """Forget scores of steps that are trained again; make up for an evaluation that is owed."""
@@ -112,7 +127,7 @@ class CheckpointEvaluator:
         args = eval_args_of_step(self.args, step)
         try:
             if self.args.async_eval_gpus is not None:
-                run_on_rank_0(lambda: submit_evaluation(self.args, args))
+                run_on_rank_0(lambda: self._submit(step, args))
             else:
                 self._evaluate(args)
         except Exception as error:
@@ -122,6 +137,14 @@ class CheckpointEvaluator:
                 *(step, again, error),
                 exc_info=not isinstance(error, UserError),
             )
+
+    def _submit(self, step: int, args: EvalArgs) -> None:
+        """A job for this step, and a word about those before that have failed."""
+        for before in [before for before, job in self.jobs.items() if job.done()]:
+            problem = failure(self.jobs.pop(before))
+            if problem:
+                logger.error("the evaluation job of step %d failed: %s", before, problem)
+        self.jobs[step] = submit_evaluation(self.args, args)
 
     def _evaluate(self, args: EvalArgs) -> None:
         from apps.LT2.eval import evaluate, numbers
@@ -179,17 +202,21 @@ def eval_args_of_step(args: TrainArgs, step: int) -> EvalArgs:
     )
 
 
-def submit_evaluation(train_args: TrainArgs, args: EvalArgs) -> None:
-    """Submit a job with stool, to the partition that this one runs in. On rank 0 alone."""
-    from lingua.stool import StoolArgs, launch_job
+def submit_evaluation(train_args: TrainArgs, args: EvalArgs) -> Any:
+    """Submit a job to the partition that this one runs in, or, without SLURM, start one on GPUs of
+    this machine that training does not use; submitit's handle. On rank 0 alone."""
+    from lingua.stool import StoolArgs, launch_in_background
 
     n_gpus = train_args.async_eval_gpus
     assert n_gpus is not None
-    nodes = n_nodes(n_gpus)
     logging_wandb = train_args.logging.wandb
     if args.wandb is None and logging_wandb is not None:
         args = replace(args, wandb=replace(logging_wandb, id=None, resume=None, name=args.name))
-    slurm: dict[str, Any] = {
+    slurm, gpus = has_slurm(), None
+    if not slurm:
+        gpus = free_gpus(n_gpus)  # counts training's processes: before they are hidden
+    nodes = n_nodes(n_gpus) if slurm else 1
+    where: dict[str, Any] = {
         option: os.environ[name]
         for option, name in (
             ("partition", "SLURM_JOB_PARTITION"),
@@ -198,18 +225,18 @@ def submit_evaluation(train_args: TrainArgs, args: EvalArgs) -> None:
         )
         if os.environ.get(name)
     }
+    given = StoolArgs(
+        config=dataclass_to_dict(args),
+        launcher="sbatch" if slurm else "bash",
+        script="apps.LT2.eval",
+        copy_code=False,
+        dirs_exists_ok=True,
+        nodes=nodes,
+        ngpu=n_gpus // nodes,
+        **where,
+    )
     with clean_env():
-        launch_job(
-            StoolArgs(
-                config=dataclass_to_dict(args),
-                script="apps.LT2.eval",
-                copy_code=False,
-                dirs_exists_ok=True,
-                nodes=nodes,
-                ngpu=n_gpus // nodes,
-                **slurm,
-            )
-        )
+        return launch_in_background(given, gpus=gpus)
 
 
 def n_nodes(n_gpus: int) -> int:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import apps.LT2.train as app
 from apps.LT2.eval import EvalArgs, launch_eval
 from apps.LT2.train_args import validate_train_args
-from apps.LT2.train_eval import n_nodes
+from apps.LT2.train_eval import free_gpus, n_nodes
 from lingua.args import UserError, parse_args
 from lingua.metrics import read_jsonl_records
 from tests.lingua.dist_utils import run_ranks
@@ -23,6 +24,7 @@ from tests.LT2.test_eval import write_documents
 from tests.LT2.tiny_run import assert_same_run, checkpoint, clean_process, train, train_args
 
 pytest.importorskip("lm_eval")
+pytest.importorskip("submitit")
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,34 +136,73 @@ def sbatch(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
     log = tmp_path / "sbatch.log"
-    script = f'#!/bin/sh\necho "$1 ${{SLURM_JOB_ID-no}} ${{RANK-no}}" >>{log}\nexit ${{FAIL-0}}\n'
-    (folder / "sbatch").write_text(script)
-    (folder / "sbatch").chmod(0o755)
+    programs = {
+        "sbatch": f'echo "$1 ${{SLURM_JOB_ID-no}} ${{RANK-no}}" >>{log}\n'
+        'echo "Submitted batch job 5"; exit ${FAIL-0}',
+        "srun": "",
+        "sinfo": "echo 60",
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return log
 
 
-def test_a_job_for_each_evaluation(data, run, tmp_path, sbatch, monkeypatch):
+def test_a_job_for_each_evaluation(data, tmp_path, sbatch, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_PARTITION", "fast")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     dump_dir = tmp_path / "r"
     (dump_dir / "evals" / "0000000003").mkdir(parents=True)  # the folder may be there
     train(data, dump_dir, **harness(data), async_eval_gpus=1)
-    folders = [dump_dir / "evals" / f"{step:010d}" for step in (3, 6)]
-    lines = sbatch.read_text().splitlines()
-    assert lines == [f"{folder / 'submit.slurm'} no no" for folder in folders]
     assert not (dump_dir / "metrics.eval.jsonl").exists()
-    submit = (folders[0] / "submit.slurm").read_text()
-    assert "--partition=fast" in submit and "--gres=gpu:1" in submit and "--nodes=1" in submit
-    assert "-m apps.LT2.eval config=" in submit
+    lines = sbatch.read_text().splitlines()
+    assert len(lines) == 2
+    for line, step in zip(lines, (3, 6), strict=True):
+        folder = dump_dir / "evals" / f"{step:010d}"
+        script, *variables = line.split()
+        assert Path(script).is_relative_to(folder) and variables == ["no", "no"]
+        (submitted,) = folder.glob("submitit/*_submission.sh")
+        text = submitted.read_text()
+        for option in ("partition=fast", "gres=gpu:1", "nodes=1", "time=60"):
+            assert f"#SBATCH --{option}\n" in text
+        assert "-m apps.LT2.eval config=" in (folder / "submit.slurm").read_text()
 
-    # what the job runs, here without SLURM
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    command = ["bash", str(folders[0] / "submit.slurm")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    logs = folders[0] / "logs" / "local"
-    assert done.returncode == 0, done.stderr + (logs / "run.err").read_text()
-    assert scores_by_step(dump_dir) == {3: scores_by_step(run)[3]}
+
+def test_a_job_on_this_machine_scores_while_training_goes_on(data, run, tmp_path):
+    dump_dir = tmp_path / "r"
+    train(data, dump_dir, **harness(data), async_eval_gpus=1, **{"checkpoint.eval.every": 6})
+    folder = dump_dir / "evals" / "0000000006"
+    until = time.monotonic() + 240
+    while not list(folder.glob("submitit/*_result.pkl")) and time.monotonic() < until:
+        time.sleep(0.2)
+    logs = [file.read_text() for file in (folder / "logs").rglob("run.err")]
+    assert scores_by_step(dump_dir) == {6: scores_by_step(run)[6]}, logs
+
+
+class FailedJob:
+    paths = SimpleNamespace(stderr="job.err")
+
+    def done(self):
+        return True
+
+    def exception(self):
+        return RuntimeError("out of memory")
+
+
+def test_a_job_that_failed_is_told_of_with_the_next_one(data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("lingua.stool.launch_in_background", lambda args, gpus: FailedJob())
+    train(data, tmp_path / "r", **harness(data), async_eval_gpus=1)
+    assert "the evaluation job of step 3 failed: see job.err" in capfd.readouterr().err
+
+
+def test_jobs_here_take_gpus_that_training_leaves(monkeypatch):
+    monkeypatch.setattr("apps.LT2.train_eval.visible_gpus", lambda: ["0", "2", "4", "6"])
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_gpus(2) == "4,6" and free_gpus(1) == "4"
+    with pytest.raises(UserError, match="async_eval_gpus=3.* training takes 2 of its 4 GPUs"):
+        free_gpus(3)
 
 
 def test_a_job_that_cannot_be_submitted_does_not_end_the_run(
@@ -201,7 +242,7 @@ def test_a_mistake_under_eval_is_told_at_the_start(data, tmp_path, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_jobs_need_sbatch(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-    with pytest.raises(UserError, match="async_eval_gpus=8: there is no sbatch on this machine"):
+def test_jobs_need_submitit(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"async_eval_gpus=8 needs the package submitit.*\[slurm"):
         validate_train_args(train_args(data, tmp_path, **harness(data), async_eval_gpus=8))
