@@ -33,6 +33,7 @@ from lingua.fields import (
     union_members,
 )
 from lingua.reader import Reader, unknown_option
+from lingua.redact import redact_all
 from lingua.yaml_reader import read_yaml_file, yaml_value
 
 __all__ = [
@@ -112,9 +113,10 @@ def load_config_file(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def dump_config(config: Any, path: str | os.PathLike, log_config: bool = True) -> None:
-    """Write a config dataclass (or mapping) as YAML, whole or not at all."""
+    """Write a config dataclass (or mapping) as YAML, whole or not at all, without its secrets."""
     omegaconf = import_optional("omegaconf", extra="", needed_by="writing YAML")
     plain = _plain(config) if isinstance(config, Mapping) else dataclass_to_dict(config)
+    plain = redact_all(plain)
     text = omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(plain))
     write_atomic(path, text)
     if log_config:

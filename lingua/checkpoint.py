@@ -47,6 +47,7 @@ from lingua.distributed import (
     run_on_rank_0,
     run_together,
 )
+from lingua.redact import redact_all
 from lingua.rng import get_rng_state, set_rng_state
 from lingua.tensor_store import CONFIG_NAME as CONFIG_NAME
 from lingua.tensor_store import CONSOLIDATE_FOLDER as CONSOLIDATE_FOLDER
@@ -307,7 +308,9 @@ class CheckpointManager:
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
-    return dict(config) if isinstance(config, Mapping) else dataclass_to_dict(config)
+    """As it is saved and compared: plain, and without secrets."""
+    plain = dict(config) if isinstance(config, Mapping) else dataclass_to_dict(config)
+    return redact_all(plain)
 
 
 def _what_changed(folder: Path, config: Any) -> str:

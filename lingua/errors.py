@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
+
+from lingua.redact import redact
 
 MAX_LENGTH = 2000  # characters of a message
 
@@ -19,7 +22,11 @@ class UserError(ValueError):
 
 
 def run_cli(main: Callable[[list[str]], Any]) -> None:
-    """Run `main(argv)`; a UserError becomes one line on stderr and exit status 2, Ctrl-C 130."""
+    """Run `main(argv)`; a UserError becomes one line on stderr and exit status 2, Ctrl-C 130.
+
+    Any other error ends the process with its traceback.
+    """
+    sys.excepthook = print_traceback
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -34,12 +41,18 @@ def run_cli(main: Callable[[list[str]], Any]) -> None:
 
 def one_line(error: UserError) -> str:
     """The message as it is shown: a value in it may have lines, and be as long as it likes."""
-    text = " ".join(str(error).splitlines())
+    text = redact(" ".join(str(error).splitlines()))
     return (
         text
         if len(text) <= MAX_LENGTH
         else f"{text[: MAX_LENGTH // 2]} ... {text[-MAX_LENGTH // 2 :]}"
     )
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, tb: Any) -> None:
+    """Python's own excepthook, less the secrets that an error's text may have got hold of."""
+    text = "".join(traceback.format_exception(kind, error, tb))
+    print(redact(text), file=sys.stderr, end="", flush=True)
 
 
 def import_optional(module: str, *, extra: str, needed_by: str) -> Any:

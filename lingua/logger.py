@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from lingua.launch import get_global_rank, get_is_master, get_is_slurm_job
+from lingua.redact import redact as redact
 
 HANDLER_NAME = "lingua"
 OWN_LOGGERS = ("root", "lingua", "apps", "setup", "__main__")
-SECRET_NAME = re.compile(
-    r"(^|_)(API_?KEY|ACCESS_KEY|SECRET_KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I
-)
-SECRET_SHAPE = re.compile(r"\b(?:hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}")
-MIN_SECRET_CHARS = 8  # shorter values would blot out ordinary words
 
 
 def init_logger(
@@ -75,14 +70,6 @@ class LogFormatter(logging.Formatter):
         if record.stack_info:
             text += "\n" + self.formatStack(record.stack_info)
         return redact(prefix + text.replace("\n", "\n" + " " * len(prefix)))
-
-
-def redact(text: str) -> str:
-    """`text` without the values of secret environment variables and without known token shapes."""
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_CHARS and value in text:
-            text = text.replace(value, f"<{name} hidden>")
-    return SECRET_SHAPE.sub("<token hidden>", text)
 
 
 def _is_ours_or_no_debug(record: logging.LogRecord) -> bool:

@@ -35,6 +35,7 @@ from lingua.args import (
     write_atomic,
 )
 from lingua.launch import get_is_master
+from lingua.redact import redact_all
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +233,7 @@ def start_wandb(options: WandbArgs, config: Any, dump_dir: Path) -> Any:
     if not {"fork_from", "resume_from"} & given.keys():  # wandb takes these without `resume` only
         given.setdefault("id", uuid.uuid4().hex[:8])
         given.setdefault("resume", "allow")
-    run = _init_wandb(wandb, config=dataclass_to_dict(config), **given)
+    run = _init_wandb(wandb, config=redact_all(dataclass_to_dict(config)), **given)
     write_atomic(id_file, run.id)
     return run
 

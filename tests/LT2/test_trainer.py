@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 from pathlib import Path
+from secrets import token_hex
 
 import pytest
 import torch
@@ -211,6 +212,28 @@ def test_tokens_are_counted_as_they_were_read(data, tmp_path):
     train(data, tmp_path)
     batch = OPTIONS["data.batch_size"] * OPTIONS["data.seq_len"]
     assert column(tmp_path, "optim/total_tokens") == [batch * n for n in (2, 4, 6, 7, 8, 9)]
+
+
+def test_no_secret_reaches_what_a_run_writes(data, tmp_path, monkeypatch, capfd):
+    # made up now: the run keeps a copy of the code, and so of this file
+    secrets = {name: token_hex(16) for name in ("WANDB_API_KEY", "MY_TOKEN")}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    options = {"name": "run ${oc.env:WANDB_API_KEY}", "steps": 2}
+    options["checkpoint.eval.every"] = 1
+    with stopped_after(1):
+        train(data, tmp_path, **options)
+    train(data, tmp_path, **options, **{"profiling.trace_folder": "${oc.env:MY_TOKEN}"})
+
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    out, err = capfd.readouterr()
+    written = {**files, Path("output"): (out + err).encode()}
+    for secret in secrets.values():
+        assert [file for file, text in written.items() if secret.encode() in text] == []
+    assert b"run <WANDB_API_KEY hidden>" in files[tmp_path / "config.yaml"]
+    log = files[tmp_path / "train.log"]
+    assert b"changed since the checkpoint: profiling.trace_folder" in log
+    assert b"changed since the checkpoint: name" not in log
 
 
 # ---- other options at the resume

@@ -436,6 +436,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_run_cli_prints_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which it replaces
     monkeypatch.delenv("RANK", raising=False)
 
     def mistaken(argv):
@@ -469,3 +470,18 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="its_own_missing_need"):
         import_optional("broken_package_here", extra="x", needed_by="y")
+
+
+def test_a_traceback_shows_no_secret(monkeypatch, capsys):
+    monkeypatch.setenv("MY_API_KEY", "swordfish-1")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def fail(argv):
+        raise RuntimeError(f"refused: {os.environ['MY_API_KEY']}")
+
+    with pytest.raises(RuntimeError) as left:
+        run_cli(fail)
+    sys.excepthook(left.type, left.value, left.tb)
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "in fail" in err
+    assert "swordfish" not in err and "refused: <MY_API_KEY hidden>" in err
