@@ -186,9 +186,14 @@ class CheckpointManager:
         return self
 
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
-        """Publish the save under way; after an error, which others may not share, drop it."""
+        """Publish the save under way, also after an error that all ranks share; else drop it."""
         if exc_type is None:
             self.finish()
+        elif self._save is not None and issubclass(exc_type, (FloatingPointError, RanksFailed)):
+            try:
+                self.finish()
+            except Exception as error:  # that of the run is the one to raise
+                logger.error(f"the checkpoint that was being written is lost: {error}")
         elif self._save is not None:
             self._save.wait()
             self._save = None

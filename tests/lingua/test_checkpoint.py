@@ -434,16 +434,17 @@ def test_a_background_save_that_fails_is_told_and_leaves_the_one_before(run, mon
     assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
 
 
-@pytest.mark.parametrize("error", [None, FloatingPointError])
-def test_leaving_publishes_the_save_under_way_and_an_error_drops_it(tmp_path, error):
+@pytest.mark.parametrize("error", [None, FloatingPointError, KeyError])
+def test_leaving_publishes_the_save_under_way_and_an_error_of_one_rank_drops_it(tmp_path, error):
     model, optimizer, state = build()
     train(1, model, optimizer, state)
-    with suppress(FloatingPointError), manager_at(tmp_path, async_save=True) as manager:
+    with suppress(FloatingPointError, KeyError), manager_at(tmp_path, async_save=True) as manager:
         manager.save(model, optimizer, state, CONFIG)
         if error:
             raise error
-    assert len(manager.existing_saves) == (error is None)
-    assert (manager.load(*build()) is None) == (error is not None)
+    is_shared = error in (None, FloatingPointError)  # a NaN is in every rank's gradient norm
+    assert len(manager.existing_saves) == is_shared
+    assert (manager.load(*build()) is not None) == is_shared
     assert not any(p.suffix for p in tmp_path.iterdir())
 
 

@@ -1,0 +1,242 @@
+"""What a cluster does to a run: signals, full disks, dead workers, damaged files, NaN."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import apps.LT2.mixers.attention
+import apps.LT2.train as app
+import lingua.tensor_save
+from apps.LT2.load import load_model_and_tokenizer
+from apps.LT2.trainer import Trainer
+from lingua.checkpoint_folder import find_problem
+from lingua.distributed import RanksFailed
+from tests.lingua.dist_utils import run_ranks
+from tests.LT2.tiny_run import (
+    OPTIONS,
+    assert_same_run,
+    checkpoint,
+    stopped_after,
+    train,
+    write_corpus,
+)
+from tests.tolerances import BF16_LAYER, FP32_MODEL, assert_same
+
+N = OPTIONS["steps"]
+SMALL = {"model.n_layers": 1, "model.mixer": "full", "model.attention_pattern": None}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> Path:
+    return train(data, tmp_path_factory.mktemp("undisturbed"), **SMALL)
+
+
+@contextmanager
+def before_step(step: int, act: Callable[[Trainer], Any]) -> Iterator[None]:
+    """Runs inside call `act` when they begin the step number `step`, counted from 1."""
+    inner = Trainer._read_micro_batches
+
+    def read(self: Trainer) -> Any:
+        if self.state.step == step - 1:
+            act(self)
+        return inner(self)
+
+    Trainer._read_micro_batches = read
+    try:
+        yield
+    finally:
+        Trainer._read_micro_batches = inner
+
+
+# ---- signals
+
+
+def test_a_signal_in_any_micro_batch_leaves_after_the_whole_step(data, tmp_path, monkeypatch):
+    options = {**SMALL, "grad_acc_steps": 3, "steps": 3, "checkpoint.eval.every": 0}
+    whole = train(data, tmp_path / "whole", **options)
+    forward, n_calls = app.LoopedTransformer.forward, 0
+
+    def interrupted(self, *args):
+        nonlocal n_calls
+        n_calls += self.training
+        if n_calls == at:
+            signal.raise_signal(signal.SIGTERM if at % 2 else signal.SIGUSR2)
+        return forward(self, *args)
+
+    monkeypatch.setattr(app.LoopedTransformer, "forward", interrupted)
+    for at in (4, 5, 6):
+        folder, n_calls = tmp_path / str(at), 0
+        train(data, folder, **options)
+        assert checkpoint(folder, 2).exists() and not checkpoint(folder, 3).exists()
+        train(data, folder, **options)
+        assert_same_run(folder, whole, 3)
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_preempted_run_is_requeued_once_it_is_saved(data, tmp_path, monkeypatch, async_save):
+    """`scontrol requeue` ends the job at once: a save that is under way would be lost."""
+    asked = tmp_path / "asked"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" $(ls {tmp_path}/run/checkpoints) >> {asked}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    options = {**SMALL, "checkpoint.async_save": async_save}
+    with stopped_after(3):
+        train(data, tmp_path / "run", **options)
+    assert asked.read_text() == "requeue 7 0000000002 0000000003\n"
+    train(data, tmp_path / "run", **options)
+    assert len(asked.read_text().splitlines()) == 1, "a finished job was requeued"
+
+
+# ---- disks
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_run_that_filled_the_disk_goes_on_to_the_bit(data, undisturbed, tmp_path, async_save):
+    options = {**SMALL, "checkpoint.async_save": async_save}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = (30_000, before[1])
+    try:
+        with (
+            before_step(4, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, limits)),
+            pytest.raises(RuntimeError, match="could not write .*0000000004.* are whole"),
+        ):
+            train(data, tmp_path, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    names = {p.name for p in (tmp_path / "checkpoints").glob("0*")}
+    assert names == {"0000000002", "0000000003"}, "half a checkpoint is in the way"
+    train(data, tmp_path, **options)
+    assert_same_run(tmp_path, undisturbed, N)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_to_the_bit(data, undisturbed, tmp_path):
+    with stopped_after(5):
+        train(data, tmp_path, **SMALL)
+    (file,) = checkpoint(tmp_path, 5).glob("__0_0.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    train(data, tmp_path, **SMALL)
+    log = (tmp_path / "train.log").read_text()
+    assert "trying the one before" in log and "0000000005" in log and "step 4" in log
+    assert_same_run(tmp_path, undisturbed, N)
+
+
+# ---- errors while a save is under way
+
+
+def test_a_nan_does_not_cost_the_save_that_is_under_way(data, tmp_path, monkeypatch):
+    gate = threading.Event()
+    write_data = lingua.tensor_save.FileSystemWriter.write_data
+
+    def held(self, plan, planner):
+        assert gate.wait(30)
+        return write_data(self, plan, planner)
+
+    def poison(trainer: Trainer) -> None:
+        threading.Timer(0.2, gate.set).start()
+        with torch.no_grad():
+            next(trainer.model.parameters()).fill_(math.nan)
+
+    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", held)
+    with before_step(3, poison), pytest.raises(FloatingPointError, match="step 3"):
+        train(data, tmp_path, **SMALL, **{"checkpoint.async_save": True})
+    assert find_problem(checkpoint(tmp_path, 2)) is None
+
+
+# ---- ranks
+
+FULL = {**SMALL, "distributed.fsdp_type": "full_shard"}
+
+
+def lose_worker_of_rank_1(rank, data, folder):
+    # More micro-batches than the worker can have sent ahead.
+    options = {**FULL, "data.load_async": True, "data.prefetch_size": 1, "grad_acc_steps": 20}
+    train(data, folder / "whole", **options)
+
+    def kill_worker(_: Trainer) -> None:
+        for worker in multiprocessing.active_children():
+            if rank == 1 and worker.name == "data worker":
+                os.kill(worker.pid or 0, signal.SIGKILL)
+
+    with before_step(3, kill_worker), pytest.raises(RanksFailed) as caught:
+        train(data, folder / "lost", **options)
+    assert "rank 1: RuntimeError: the data worker (pid" in str(caught.value)
+    assert "killed, most often because memory ran out" in str(caught.value)
+    assert not multiprocessing.active_children(), "a worker outlives its run"
+    train(data, folder / "lost", **options)
+
+
+@contextmanager
+def rotary_dtypes() -> Iterator[set[torch.dtype]]:
+    module: Any = apps.LT2.mixers.attention
+    inner, seen = module.rotary_angles, set()
+
+    def record(*args: Any) -> Any:
+        angles = inner(*args)
+        seen.update(angle.dtype for angle in angles)
+        return angles
+
+    module.rotary_angles = record
+    try:
+        yield seen
+    finally:
+        module.rotary_angles = inner
+
+
+TOKENS = torch.arange(24).view(2, 12) * 7 % 256
+
+
+def sharded_logits_are_those_of_the_checkpoint(rank, data, folder, dtype, bound):
+    logits = {}
+    step = Trainer.step
+
+    def keep_logits(self: Trainer) -> Any:
+        result = step(self)
+        if self.state.step == N:
+            with torch.no_grad():
+                logits["training"] = self.model(TOKENS).float()
+        return result
+
+    Trainer.step = keep_logits
+    try:
+        with rotary_dtypes() as in_training:
+            train(data, folder, **{**FULL, "distributed.model_dtype": dtype})
+    finally:
+        Trainer.step = step
+    with rotary_dtypes() as in_inference, torch.no_grad():
+        model = load_model_and_tokenizer(str(folder), dtype=dtype, device="cpu").model
+        logits["inference"] = model(TOKENS).float()
+    assert in_training == in_inference == {torch.float32}
+    assert_same(logits["training"], logits["inference"], bound)
+
+
+def check_two_ranks(rank, world_size, data, folder):
+    lose_worker_of_rank_1(rank, data, folder)
+    for dtype, bound in (("fp32", FP32_MODEL), ("bf16", BF16_LAYER)):
+        sharded_logits_are_those_of_the_checkpoint(rank, data, folder / dtype, dtype, bound)
+
+
+def test_two_ranks_meet_faults_together_and_save_what_they_compute(data, tmp_path):
+    run_ranks(2, check_two_ranks, data, tmp_path)
+    assert_same_run(tmp_path / "lost", tmp_path / "whole", N)
