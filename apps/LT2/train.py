@@ -177,7 +177,11 @@ def is_finished(args: TrainArgs) -> bool:
     if newest is None or int(newest.name) < args.steps:
         return False
     if get_is_master():
-        print(f"{newest}: all {args.steps} steps are done, nothing to do", flush=True)
+        print(
+            f"{newest}: all {args.steps} steps are done, nothing to do; another "
+            "run needs another dump_dir",
+            flush=True,
+        )
     return True
 
 

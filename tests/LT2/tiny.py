@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apps.LT2.mixers import MIXERS
 from apps.LT2.mixers.dsa import DSAArgs, LightningIndexer
 from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.nsa import NSAArgs
@@ -17,15 +18,9 @@ from lingua.checkpoint import CheckpointArgs, CheckpointManager
 
 DSA = DSAArgs(top_k=4, n_index_heads=1, index_head_dim=8)
 KINDS: dict[str, dict[str, Any]] = {
-    "full": {"mixer": "full"},
+    **{mixer: {"mixer": mixer} for mixer in MIXERS},
     "window": {"mixer": "window", "default_sliding_window": 5},
-    "gdn": {"mixer": "gdn"},
-    "kda": {"mixer": "kda"},
     "mamba2": {"mixer": "mamba2", "mamba2": Mamba2Args(head_dim=16, state_dim=8)},
-    "hgrn2": {"mixer": "hgrn2"},
-    "deltanet": {"mixer": "deltanet"},
-    "retnet": {"mixer": "retnet"},
-    "gla": {"mixer": "gla"},
     "nsa": {
         "mixer": "nsa",
         "n_heads": 16,

@@ -37,7 +37,7 @@ def gla_fla(
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `gla`, for 16-bit q, k, v on CUDA."""
     check_fla_inputs("gla", q_BTHK, k_BTHK, v_BTHV)
-    check_even_widths("gla", "model.hgrn2", k_BTHK, v_BTHV)
+    check_even_widths("gla", "model.gla, model.hgrn2", k_BTHK, v_BTHV)
     K, V = k_BTHK.shape[-1], v_BTHV.shape[-1]
     o_BTHV, final_NHKV, _, _ = _forward(
         widen(q_BTHK),
