@@ -120,15 +120,20 @@ def read_subject(name: str, path: str, overrides: Sequence[str]) -> Subject:
     return Subject(name, path, replace(args, vocab_size=size), origin)
 
 
-def build(
-    subject: Subject, device: torch.device, dtype: torch.dtype, plan: Plan
-) -> LoopedTransformer:
-    """Random weights: matrices in `dtype`, vectors in fp32, as a checkpoint is loaded."""
+def build_on_meta(subject: Subject, device: torch.device, dtype: torch.dtype) -> LoopedTransformer:
+    """The model without memory; UserError where it cannot be, or not on this device."""
     args = subject.args
     check_kernels(args, device.type)
     check_attention_device(args.attn_impl, device_type=device.type, dtype=dtype)
     with torch.device("meta"):
-        model = LoopedTransformer(args)
+        return LoopedTransformer(args)
+
+
+def build(
+    subject: Subject, device: torch.device, dtype: torch.dtype, plan: Plan
+) -> LoopedTransformer:
+    """Random weights: matrices in `dtype`, vectors in fp32, as a checkpoint is loaded."""
+    model = build_on_meta(subject, device, dtype)
     try:
         model.to_empty(device=device)
     except RuntimeError as error:
@@ -261,6 +266,10 @@ def main(argv: list[str]) -> None:
     if given.plot is not None:
         check_can_draw(given.plot)
     subjects = read_subjects(given.compare or given.config, overrides)
+    groups = [subjects] if given.compare else [[subject] for subject in subjects]
+    if len(groups) == 1:  # among several, one that cannot run is a row
+        for subject in subjects:
+            build_on_meta(subject, device, dtype)
     plan = make_plan(given, device)
     result = environment(device) | {
         "dtype": str(dtype).removeprefix("torch."),
@@ -286,7 +295,6 @@ def main(argv: list[str]) -> None:
 
     report = Report(width=max(len(subject.name) for subject in subjects))
     report.print_header()
-    groups = [subjects] if given.compare else [[subject] for subject in subjects]
     measure_all(groups, given, plan, device, dtype, ceilings, report)
     result |= {
         "configs": configs,

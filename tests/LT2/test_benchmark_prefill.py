@@ -289,18 +289,21 @@ def test_the_vocabulary_is_the_tokenizers_or_llamas(recipe, tmp_path):
         (["--device", "cuda:99"], "device=cuda:99"),
         (["optim.lr=1"], "optim.lr=1"),
         (["model.lop_count=1"], "lop_count"),
+        (["model.attention_pattern=9:9"], "model.attention_pattern='9:9'"),
+        (["model.attn_impl=fmha", "--device", "cpu"], "model.attn_impl=fmha runs on CUDA"),
         (["--config", "no.yaml"], "no.yaml"),
         (["--compare", "a.yaml", "b.yaml"], "--config X.yaml"),
         (["--plot", "no/such/folder.png"], "no folder"),
         (["--plot", "picture.docx"], "picture.png"),
     ],
 )
-def test_mistakes_are_one_line_before_any_work(recipe, argv, words):
+def test_mistakes_are_one_line_before_any_work(capsys, recipe, argv, words):
     if "--plot" in argv:
         pytest.importorskip("matplotlib")
     with pytest.raises(UserError) as caught:
         main(["--config", str(recipe), *argv])
     assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
 
 
 def test_nothing_to_measure_is_a_mistake():
