@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
 
 import pytest
 
@@ -16,6 +17,7 @@ from apps.LT2.train_args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import describe_fields, parse_args
 from lingua.stool import StoolArgs
+from lingua.sweep import TableArgs
 from tests.readme import README, ROOT, readme_commands
 
 CONFIGS = ROOT / "apps/LT2/configs"
@@ -28,7 +30,13 @@ PROGRAMS = {
     "apps.LT2.scripts.export_weights": ExportArgs,
     "apps.LT2.scripts.import_hf": ImportArgs,
     "lingua.stool": StoolArgs,
+    "lingua.sweep": TableArgs,
 }
+
+
+def names_of(options: Iterable[str]) -> set[str]:
+    names = {option.partition("=")[0] for option in options}
+    return {"sweep" if name.startswith("sweep.") else name for name in names}
 
 
 def fields_of(cls: type) -> set[str]:
@@ -42,9 +50,12 @@ def test_commands_name_what_exists(command):
         words = words[words.index("-m") - 1 :]
     if "-m" in words and words[words.index("-m") + 1] in PROGRAMS:
         at = words.index("-m") + 1
-        options = [w for w in words[at + 1 :] if not w.startswith("-")]
-        known = fields_of(PROGRAMS[words[at]]) | {"config"}
-        assert {w.partition("=")[0] for w in options} <= known
+        end = words.index("--") if "--" in words else len(words)
+        options = [w for w in words[at + 1 : end] if not w.startswith("-")]
+        assert names_of(options) <= fields_of(PROGRAMS[words[at]]) | {"config"}
+        assert names_of(words[end + 1 :]) <= fields_of(TrainArgs)  # stool passes them on
+        swept = {w.removeprefix("sweep.") for w in options if w.startswith("sweep.")}
+        assert names_of(swept) <= fields_of(TrainArgs)
         for value in (w.partition("=")[2] for w in options if w.startswith("config=")):
             assert (ROOT / value).is_file()
     for word in words:

@@ -56,7 +56,7 @@ SMALLER = {
     ),
     "python setup/tokenize_data.py": "--workers 2",
     "python -m apps.LT2.scripts.benchmark_loader": "--batches 2 --repeats 2 data.prefetch_size=2",
-    "python -m lingua.stool": "ngpu=1",
+    "python -m lingua.stool script=": "ngpu=1",
     "python -m apps.LT2.generate": "max_gen_len=8",
     # four questions of a task instead of all
     "python -m apps.LT2.eval": "harness.limit=4 harness.bootstrap_iters=0",
@@ -76,12 +76,13 @@ ENVIRONMENT = {
     "OPTIONS": f"{TINY_BENCHMARK} {TINY_RECIPE}",
 }
 
-# An sbatch that starts a job array's first task here, and keeps any other job for later.
+# An sbatch that starts a job array's first task here, and keeps any other job for later; so does it
+# with submitit's arrays, whose tasks wait for sbatch to return.
 SBATCH = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 [[ -f $1 ]] || { echo "sbatch: error: no batch script $1" >&2; exit 1; }
 size=$(sed -n 's/^#SBATCH --array=0-//p' "$1")
-if [[ -n $size ]]; then
+if [[ -n $size ]] && ! grep -q submitit "$1"; then
     SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT=$((size + 1)) bash "$1" || exit
 fi
 echo "Submitted batch job 1"
@@ -93,7 +94,12 @@ LEAVES = {
         "data/fineweb_edu_shuffled/fineweb_edu.val.jsonl",
         "data/local/stdlib.chunk.00.tokens.json",
     ],
-    "Train": ["runs/train/metrics.jsonl", "runs/my_run/checkpoints", "runs/torchrun/checkpoints"],
+    "Train": [
+        "runs/tune/lr=0.001,loop_count=1/submit.slurm",
+        "runs/train/metrics.jsonl",
+        "runs/my_run/checkpoints",
+        "runs/torchrun/checkpoints",
+    ],
     "Generate": [],
     "Weights": ["runs/weights/model.safetensors", "runs/hf/config.json", "runs/imported"],
     "Evaluate": ["runs/quickstart/evals/0000000002/results.json", "runs/suites/results.json"],
@@ -121,7 +127,7 @@ def as_run(command: Command) -> str:
 
 
 class Shell:
-    """A bash in a copy of this repository, with a quick `python` and a cluster of one script."""
+    """A bash in a copy of this repository, with a quick `python` and a cluster of scripts."""
 
     def __init__(self, folder: Path, quick: QuickPython):
         self.folder = folder
@@ -151,9 +157,10 @@ def shell(tmp_path_factory):
         shutil.copytree(ROOT / name, folder / name)
     write_small_corpus(folder)
     with QuickPython(folder.parent) as quick:
-        sbatch = quick.bin / "sbatch"
-        sbatch.write_text(SBATCH)
-        sbatch.chmod(0o755)
+        sinfo = "#!/bin/bash\necho 60\n"  # minutes
+        for name, text in {"sbatch": SBATCH, "srun": "#!/bin/bash\n", "sinfo": sinfo}.items():
+            (quick.bin / name).write_text(text)
+            (quick.bin / name).chmod(0o755)
         shell = Shell(folder, quick)
         train = "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml"
         shell.run(f"{train} {TINY_RUN} dump_dir=runs/quickstart")
