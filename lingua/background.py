@@ -48,6 +48,7 @@ def submit_to_slurm(
         job_name=name,
         nodes=options.pop("nodes"),
         array_parallelism=at_once or len(jobs),
+        dependency=jobs[0].args.dependency or None,
         use_srun=False,  # submit.slurm has its own
         wckey=None,  # submitit's name, which a cluster may not know
         additional_parameters=options,

@@ -57,6 +57,10 @@ def check_launcher(args: StoolArgs) -> None:
             "launcher=sbatch: there is no sbatch on this machine; log in to the cluster, or use "
             "launcher=bash to run here"
         )
+    if args.launcher == "bash" and args.dependency:
+        raise UserError(
+            f"dependency={args.dependency}: launcher=bash runs at once; leave it out, or use sbatch"
+        )
     if args.launcher == "bash" and args.nodes > 1 and "SLURM_JOB_ID" not in os.environ:
         raise UserError(
             f"launcher=bash nodes={args.nodes}: without SLURM only this machine is there; use "

@@ -31,6 +31,7 @@ class StoolArgs:
     account: str = ""  # SLURM account to charge
     qos: str = ""  # SLURM quality of service
     partition: str = "learn"  # SLURM partition
+    dependency: str = ""  # jobs to wait for, as SLURM writes it (afterok:1234); not for relaunches
     # values to try of the script's options, sweep.optim.lr=[1e-4,3e-4]: every combination is a run,
     # in a folder of its own below dump_dir
     sweep: dict[str, list[Any]] = field(default_factory=dict)

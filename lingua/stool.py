@@ -132,12 +132,15 @@ def run_sweep_here(jobs: list[Job], folder: Path, at_once: int) -> list[str]:
 
 
 def submit(job: Job) -> None:
-    script = job.dump_dir / "submit.slurm"
-    print(f"stool: {job.args.launcher} {shlex.quote(str(script))}", flush=True)
-    done = subprocess.run([job.args.launcher, str(script)])
+    args, script = job.args, str(job.dump_dir / "submit.slurm")
+    # On the command line alone: a relaunch does not wait for jobs that are long gone.
+    wait_for = [f"--dependency={args.dependency}"] if args.dependency else []
+    command = [args.launcher, *wait_for, script]
+    print(f"stool: {shlex.join(command)}", flush=True)
+    done = subprocess.run(command)
     if done.returncode != 0:
         raise UserError(
-            f"{job.args.launcher} {script}: ended with status {done.returncode}; its messages are "
+            f"{args.launcher} {script}: ended with status {done.returncode}; its messages are "
             f"above or in {job.dump_dir / 'logs'}"
         )
 

@@ -131,6 +131,14 @@ def test_sbatch_gets_the_script_and_srun_starts_every_rank(project, args, slurm,
     assert (dump_dir / "logs" / "7").is_dir()  # SLURM itself makes no folder for the logs
 
 
+def test_a_dependency_is_of_this_launch_alone(project, args, slurm):
+    sbatch = slurm / "bin" / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$1" >{slurm}/sbatch.log\n')
+    submit = launch_job(replace(args, launcher="sbatch", dependency="afterok:12:13"))
+    assert (slurm / "sbatch.log").read_text() == "--dependency=afterok:12:13\n"
+    assert "--dependency" not in submit.read_text()
+
+
 def test_launching_twice_writes_the_same_script(project, args, slurm):
     again = replace(args, launcher="sbatch", qos="x", dirs_exists_ok=True, partition="gpu")
     before = asdict(again)
@@ -209,6 +217,7 @@ def test_without_a_copy_the_code_runs_as_it_is(project, args):
         (dict(nodes=2), "launcher=bash nodes=2"),
         (dict(ngpu=65), "65 processes are too many"),
         (dict(launcher="sbatch", partition="typo"), "partition=typo"),
+        (dict(dependency="afterok:1"), "dependency=afterok:1: launcher=bash"),
         (dict(anaconda="/absent"), "anaconda=/absent"),
         (dict(overrides=["dump_dir=/proc/x"]), "dump_dir=/proc/x: cannot write there"),
     ],

@@ -219,10 +219,12 @@ def test_slurm_gets_one_array_whose_tasks_run_each_runs_script(project, args, sl
     sbatch = slurm / "bin" / "sbatch"
     sbatch.write_text(f'#!/bin/sh\ncp "$1" {log}\necho "Submitted batch job 7"\n')
     asked = replace(args, launcher="sbatch", nodes=2, ngpu=4, partition="gpu", account="lab")
-    launch_job(replace(asked, sweep={"steps": [2, 3, 4]}, array=2))
+    asked = replace(asked, sweep={"steps": [2, 3, 4]}, array=2, dependency="afterok:5")
+    launch_job(asked)
     text = log.read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.M))
     assert options["array"] == "0-2%2" and options["job-name"] == "try"
+    assert options.pop("dependency") == "afterok:5"
     plain = (project / "runs/a b/steps=2/submit.slurm").read_text()
     of_one_run = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", plain, re.M))
     for option in of_one_run.keys() - {"job-name", "output", "error"}:
