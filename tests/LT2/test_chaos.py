@@ -1,4 +1,4 @@
-"""Runs of two ranks that are killed at twenty moments each, and what is left of them."""
+"""Runs that are killed at twenty moments, and what is left of them."""
 
 from __future__ import annotations
 
@@ -56,20 +56,23 @@ def test_twenty_kills_change_no_bit(data, undisturbed, tmp_path):
     assert batches(folder) == batches(undisturbed)
 
 
-def test_kills_and_changes_of_ranks_skip_and_repeat_no_document(data, tmp_path):
-    rng = random.Random(1)
+@pytest.mark.parametrize("n_streams", [1, 2])  # of data: the ranks that the run begins with
+def test_kills_and_changes_of_ranks_skip_and_repeat_no_document(data, tmp_path, n_streams):
+    rng = random.Random(n_streams)
     folder = tmp_path / "run"
-    options = {**OPTIONS, "checkpoint.async_save": True, "grad_acc_steps": 2}
-    for life in range(N_KILLS):
-        world_size = rng.choice([1, 2])
+    steps, n_kills = STEPS // 2, N_KILLS // 2
+    options = {**OPTIONS, "steps": steps, "checkpoint.async_save": True, "grad_acc_steps": 2}
+    for life in range(n_kills):
+        has_begun = any((folder / "checkpoints").glob("[0-9]" * 10))
+        world_size = rng.choice([1, 2]) if has_begun else n_streams
         death = Death.draw(rng, world_size)
         assert not live(folder, data, options, life, world_size, death), "not killed"
-    assert live(folder, data, options, N_KILLS, world_size=1, death=NEVER)
+    assert live(folder, data, options, n_kills, world_size=1, death=NEVER)
 
     read = records_that_count(folder)
-    assert {r["step"] for r in read} == set(range(STEPS))
+    assert {r["step"] for r in read} == set(range(steps))
     assert {r["world"] for r in read} == {1, 2}, "the number of ranks never changed"
-    want = whole_streams(data, options, n_streams=read[0]["world"], n_batches=len(read))
+    want = whole_streams(data, options, n_streams, n_batches=len(read))
     assert [r["batch"] for r in read] == want
 
 
