@@ -91,7 +91,7 @@ class StallWatch:
             if store.check([str(other)])
         }
         if words and rank == min(words):
-            logger.error(
+            logger.warning(  # a long evaluation is no stall
                 "no step has ended for %.0f s, after step %d\n%s",
                 *(self._patience, self._step, "\n".join(describe(words, world_size))),
             )
