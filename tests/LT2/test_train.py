@@ -189,6 +189,29 @@ def test_more_steps_go_on_from_a_finished_run(data, tmp_path):
     assert_tensors_same(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_a_run_that_starts_from_weights_is_new_but_for_them(data, uninterrupted, tmp_path):
+    """A learning rate that moves nothing shows what the run began with."""
+    start = checkpoint(uninterrupted(), 4)
+    options = {"checkpoint.init_ckpt_path": start, "steps": 2, "optim.lr": 1e-30}
+    train(data, tmp_path, **options)
+    got, want = tensors(tmp_path, 2)["model"], tensors(uninterrupted(), 4)["model"]
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    (new,), (first,) = train_states(tmp_path, 2), train_states(uninterrupted(), 2)
+    assert new["data_loader_state"] == first["data_loader_state"]
+    assert column(tmp_path, "optim/lr") == pytest.approx([5e-31, 1e-30]), "a warmup of its own"
+
+
+def test_a_run_that_continues_another_ends_as_that_one(data, uninterrupted, tmp_path):
+    options: dict = {"checkpoint.init_ckpt_path": checkpoint(uninterrupted(), 2)}
+    options["checkpoint.continue_training_from_init"] = True
+    with stopped_after(4):
+        train(data, tmp_path, **options)
+    train(data, tmp_path, **options)  # from its own checkpoint, not from the other's again
+    assert "resumed from " + str(checkpoint(tmp_path, 4)) in (tmp_path / "train.log").read_text()
+    assert_tensors_same(tmp_path, uninterrupted())
+    assert train_states(tmp_path, N) == train_states(uninterrupted(), N)
+
+
 def assert_tensors_same(got: Path, want: Path) -> None:
     torch.testing.assert_close(tensors(got, N), tensors(want, N), rtol=0, atol=0)
 
