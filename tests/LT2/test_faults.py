@@ -166,12 +166,14 @@ def test_a_nan_does_not_cost_the_save_that_is_under_way(data, tmp_path, monkeypa
 
 # ---- ranks
 
-FULL = {**SMALL, "distributed.fsdp_type": "full_shard"}
+# fork: no server of their own for data workers.
+FULL = {**SMALL, "distributed.fsdp_type": "full_shard", "distributed.spawn_method": "fork"}
 
 
 def lose_worker_of_rank_1(rank, data, folder):
-    # More micro-batches than the worker can have sent ahead.
-    options = {**FULL, "data.load_async": True, "data.prefetch_size": 1, "grad_acc_steps": 20}
+    # Two steps read more than the worker can have sent ahead.
+    options = {**FULL, "model.dim": 16, "data.seq_len": 128, "grad_acc_steps": 8}
+    options |= {"data.load_async": True, "data.prefetch_size": 1, "checkpoint.eval.every": 0}
     train(data, folder / "whole", **options)
 
     def kill_worker(_: Trainer) -> None:
