@@ -252,6 +252,8 @@ RANK_CASES = {
 def train_cases(rank, world_size, data, tmp_path):
     for case, options in RANK_CASES.items():
         train(data, tmp_path / case, **options)
+    with stopped_after(3):
+        train(data, tmp_path / "half by one", **FULL)
 
 
 # Ranks that share the heads read the same data, so this is the run of one process as it stands.
@@ -296,6 +298,12 @@ def test_two_ranks_train_as_one_process_does(data, two_ranks, tmp_path, monkeypa
     alone = {k: v for k, v in RANK_CASES[case].items() if not k.startswith("distributed.")}
     train(data, tmp_path, **alone, **{"data.batch_size": 2 * OPTIONS["data.batch_size"]})
     assert_near(two_ranks / case, tmp_path)
+
+
+def test_half_the_ranks_with_twice_the_micro_batches_go_on_with_the_same_steps(data, two_ranks):
+    """The batches that two ranks would have read in a step, one reads one after the other."""
+    train(data, two_ranks / "half by one", grad_acc_steps=2, **SLOW)
+    assert_near(two_ranks / "half by one", two_ranks / "full_shard")
 
 
 def assert_near(got: Path, want: Path) -> None:
