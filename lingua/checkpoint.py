@@ -55,6 +55,7 @@ from lingua.tensor_store import CONSOLIDATE_NAME as CONSOLIDATE_NAME
 from lingua.tensor_store import METADATA_NAME
 from lingua.tensor_store import consolidate_checkpoints as consolidate_checkpoints
 from lingua.tensor_store import load_from_checkpoint as load_from_checkpoint
+from lingua.weight_file import check_init_path
 
 logger = logging.getLogger()
 
@@ -81,7 +82,8 @@ class CheckpointArgs:
     # saves. What is evaluated, and the last save of a run, is waited for all the same
     async_save: bool = False
     path: str | None = None  # folder of all checkpoints; null is <dump_dir>/checkpoints
-    # step folder, or file of weights alone, that a new run starts from
+    # step folder, or file of weights alone, that a new run starts from; a run that has checkpoints
+    # of its own goes on from those, and this may be gone
     init_ckpt_path: str | None = None
     # take optimizer, step and data position from init_ckpt_path, too
     continue_training_from_init: bool = False
@@ -93,6 +95,20 @@ class CheckpointArgs:
         if self.continue_training_from_init and self.init_ckpt_path is None:
             raise UserError(
                 "checkpoint.continue_training_from_init=true needs checkpoint.init_ckpt_path"
+            )
+
+
+def check_init(args: CheckpointArgs) -> None:
+    """Refuse, before any work, what a run without a checkpoint of its own could not start from."""
+    check_init_path(args.init_ckpt_path)
+    if not args.continue_training_from_init:
+        return
+    for name in (METADATA_NAME, CONFIG_NAME, TRAIN_STATE_NAME.format(0)):
+        if not Path(args.init_ckpt_path or "", name).is_file():
+            raise UserError(
+                f"checkpoint.init_ckpt_path={args.init_ckpt_path} has no {name}: "
+                "checkpoint.continue_training_from_init=true goes on from a step folder that a run "
+                "has saved; name one, or leave it false to take the weights alone"
             )
 
 

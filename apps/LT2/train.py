@@ -117,11 +117,11 @@ def train(given: TrainArgs) -> None:
         resources.enter_context(manual_garbage_collection())
         mesh, device = get_device_mesh(args.distributed), get_device()
         validator = build_validator(args)
-        model = build_model(args, mesh, device)
-        optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
         checkpoints = resources.enter_context(
             CheckpointManager.instantiate_and_make_dir(args.checkpoint)
         )
+        model = build_model(args, mesh, device, initial_weights(args, checkpoints))
+        optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
         state = new_or_resumed_state(args, model, optimizer, scheduler, checkpoints, mesh)
         loader = run_together(
             lambda: build_dataloader_from_args(args.data, state.data_loader_state)
@@ -205,10 +205,18 @@ def manual_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
+def initial_weights(args: TrainArgs, checkpoints: CheckpointManager) -> str | None:
+    """checkpoint.init_ckpt_path, where the run starts with its weights and with nothing else."""
+    if args.checkpoint.continue_training_from_init:
+        return None
+    is_new = run_on_rank_0(lambda: checkpoints.get_last_step_path() is None)
+    return args.checkpoint.init_ckpt_path if is_new else None
+
+
 def build_model(
-    args: TrainArgs, mesh: DeviceMesh | None, device: torch.device
+    args: TrainArgs, mesh: DeviceMesh | None, device: torch.device, weights: str | None = None
 ) -> LoopedTransformer:
-    """The parallel model with its initial weights, or those of checkpoint.init_ckpt_path."""
+    """The parallel model with the usual initial weights, or those of the checkpoint `weights`."""
     with torch.device("meta"):
         model = LoopedTransformer(args.model)
     set_activation_checkpointing(model, args.distributed.activation_checkpointing)
@@ -230,8 +238,8 @@ def build_model(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(args.model.seed)
         model.init_weights()
-    if args.checkpoint.init_ckpt_path:
-        load_initial_weights(args.checkpoint.init_ckpt_path, model)
+    if weights is not None:
+        load_initial_weights(weights, model)
     check_model_value_range(model, range=SANE_RANGE, std=SANE_STD, zero_init=zero_at_start())
     return model
 

@@ -16,7 +16,7 @@ from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from apps.LT2.unused_options import check_unused_options
 from apps.LT2.validation import check_validation_sources
 from lingua.args import UserError
-from lingua.checkpoint import CheckpointArgs
+from lingua.checkpoint import CheckpointArgs, CheckpointManager, check_init
 from lingua.data import DataArgs, validate_data_args
 from lingua.distributed import (
     DistributedArgs,
@@ -30,7 +30,6 @@ from lingua.optim import OptimArgs
 from lingua.parallelize import resolve_dtype
 from lingua.profiling import ProfilerArgs
 from lingua.tokenizer import build_tokenizer
-from lingua.weight_file import check_init_path
 
 
 @dataclass
@@ -115,7 +114,6 @@ def validate_train_args(
     if world_size is None:
         check_device(model, distributed)
     check_logging_packages(args.logging)
-    check_init_path(args.checkpoint.init_ckpt_path)
     validation = (args.eval or EvalArgs()).validation
     if validation is not None:
         check_validation_sources(validation)
@@ -123,6 +121,8 @@ def validate_train_args(
     checkpoint = args.checkpoint
     if checkpoint.path is None:
         checkpoint = replace(checkpoint, path=str(Path(args.dump_dir, "checkpoints")))
+    if not CheckpointManager(checkpoint).existing_saves:
+        check_init(checkpoint)
     return replace(args, distributed=distributed, model=model, data=data, checkpoint=checkpoint)
 
 

@@ -350,7 +350,7 @@ def test_a_training_run_starts_from_exported_weights(tmp_path):
     trained = train(write_corpus(tmp_path / "data"), tmp_path / "run", steps=2)
     out = export(trained, tmp_path / "out", "safetensors")
     args = train_args(tmp_path / "data", tmp_path / "new", **{"checkpoint.init_ckpt_path": out})
-    model = build_model(validate_train_args(args), None, torch.device("cpu"))
+    model = build_model(validate_train_args(args), None, torch.device("cpu"), str(out))
     got = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     want = safetensors.load_file(out / "model.safetensors")
     torch.testing.assert_close(got, want, rtol=0, atol=0)

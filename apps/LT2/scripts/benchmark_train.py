@@ -94,7 +94,7 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     counters.clear()
     seed_everything(args.seed)
     mesh = get_device_mesh(args.distributed)
-    model = build_model(args, mesh, device)
+    model = build_model(args, mesh, device, args.checkpoint.init_ckpt_path)
     optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
     dp_rank, dp_degree = get_dp_rank_and_degree(mesh)
     loader_state = init_dataloader_state_from_args(args.data, dp_rank, dp_degree)

@@ -1,0 +1,81 @@
+"""Runs that start from the checkpoint of another one, and outlive it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lingua.args import UserError
+from lingua.checkpoint import consolidate_checkpoints
+from tests.LT2.tiny_run import (
+    OPTIONS,
+    assert_same_run,
+    checkpoint,
+    column,
+    records,
+    stopped_after,
+    tensors,
+    train,
+    train_states,
+    write_corpus,
+)
+
+N = OPTIONS["steps"]
+SMALL = {"model.n_layers": 1, "model.mixer": "full", "model.attention_pattern": None}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def other(data, tmp_path_factory) -> Path:
+    return train(data, tmp_path_factory.mktemp("other"), **SMALL, seed=11)
+
+
+@pytest.mark.parametrize("form", ["step folder", "file"])
+def test_weights_begin_a_new_run_and_are_not_needed_again(data, other, tmp_path, form):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint(other, N), source)
+    if form == "file":
+        source = consolidate_checkpoints(source)
+    options = {**SMALL, "checkpoint.init_ckpt_path": source}
+    train(data, tmp_path / "whole", **options)
+    assert column(tmp_path / "whole", "optim/total_tokens")[0] < 100, "a step of its own, from 1"
+    assert column(tmp_path / "whole", "loss/out")[0] < column(other, "loss/out")[0] - 0.5
+
+    with stopped_after(3):
+        train(data, tmp_path / "parts", **options)
+    shutil.rmtree(tmp_path / "source")
+    train(data, tmp_path / "parts", **options)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", N)
+
+
+def test_a_run_goes_on_in_another_folder(data, tmp_path):
+    """Optimizer, step, data and random state as well: to the bit what it would have become."""
+    with stopped_after(4):
+        train(data, tmp_path / "old", **SMALL)
+    source = checkpoint(tmp_path / "old", 4)
+    options = {"checkpoint.init_ckpt_path": source, "checkpoint.continue_training_from_init": True}
+    with stopped_after(5):
+        train(data, tmp_path / "new", **SMALL, **options)
+    shutil.move(source, tmp_path / "moved")
+    train(data, tmp_path / "new", **SMALL, **options)
+    shutil.move(tmp_path / "moved", source)
+    train(data, tmp_path / "old", **SMALL)
+    got, want = tmp_path / "new", tmp_path / "old"
+    torch.testing.assert_close(tensors(got, N), tensors(want, N), rtol=0, atol=0)
+    assert train_states(got, N) == train_states(want, N)
+    assert records(got) == [r for r in records(want) if r["global_step"] > 4]
+
+
+def test_weights_alone_are_nothing_to_go_on_from(data, other, tmp_path):
+    file = consolidate_checkpoints(checkpoint(other, N)) / "consolidated.pth"
+    options = {"checkpoint.init_ckpt_path": file, "checkpoint.continue_training_from_init": True}
+    with pytest.raises(UserError, match=f"{file} has no .metadata: .*leave it false"):
+        train(data, tmp_path / "run", **SMALL, **options)
+    assert not (tmp_path / "run").exists()
