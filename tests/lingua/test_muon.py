@@ -9,11 +9,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from lingua import muon
 from lingua.args import UserError, dataclass_from_dict
 from lingua.muon import COEFFICIENTS, orthogonalize
 from lingua.optim import MuonArgs, OptimArgs, build_optimizer
-from lingua.tensor_store import load_from_checkpoint, save_tensors
+from lingua.tensor_save import TensorSave
+from lingua.tensor_store import load_from_checkpoint
 from tests.lingua.dist_utils import run_ranks
 from tests.lingua.toy import LAYERS, make_batches, make_model, whole
 from tests.tolerances import FP32, assert_same
@@ -108,6 +111,12 @@ def test_all_groups_follow_the_schedule():
         scheduler.step()
 
 
+def save_tensors(folder, model, optimizer) -> None:
+    save = TensorSave(folder, model, optimizer, copy=False)
+    save.write()
+    save.finish()
+
+
 def train(model, optimizer, scheduler, batches) -> None:
     for micro_batches in batches:
         for tokens, target in micro_batches:
@@ -143,6 +152,64 @@ def test_another_optimizers_state_is_refused(first, then, tmp_path):
     optimizer, _ = build_optimizer(model, constant(name=then), 10)
     with pytest.raises(UserError, match="optim.name: the checkpoint .* momentum_buffer"):
         load_from_checkpoint(tmp_path, model, optimizer)
+
+
+SHAPES = [(7, 5), (6, 12), (1, 3), (5, 5), (2, 9)]  # for four ranks: uneven and empty parts
+LAYOUTS = {
+    "rows": ((4,), [Shard(0)]),
+    "columns": ((4,), [Shard(1)]),
+    "replicated": ((4,), [Replicate()]),
+    "replicated and sharded": ((2, 2), [Replicate(), Shard(0)]),
+    "sharded twice": ((2, 2), [Shard(0), Shard(1)]),
+}
+
+
+def orthogonalize_in_parts(rank, world_size):
+    """The whole result for each layout, and the number of elements this rank made orthogonal."""
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape) for shape in SHAPES]
+    results, work = {}, {}
+    original = muon.orthogonalize
+    for name, (size, placements) in LAYOUTS.items():
+        mesh = init_device_mesh("cpu", size)
+        params = [
+            nn.Parameter(distribute_tensor(m, mesh, placements, src_data_rank=None))
+            for m in matrices
+        ]
+        made: list[int] = []
+
+        def count(matrix, n_steps, made=made):
+            made.append(matrix.numel())
+            return original(matrix, n_steps)
+
+        muon.orthogonalize = count
+        parts = {}
+        for batch in muon._batches(params):
+            own = [p.detach().to_local() for p in batch]  # pyright: ignore
+            parts |= zip(batch, muon._orthogonalize_parts(batch, own, 5), strict=True)
+        muon.orthogonalize = original
+        results[name] = [
+            DTensor.from_local(
+                parts[p], mesh, placements, shape=p.shape, stride=p.stride()
+            ).full_tensor()
+            for p in params
+        ]
+        work[name] = sum(made)
+    return results, work
+
+
+def test_matrices_in_parts_become_what_whole_ones_do():
+    """And ranks that share matrices make each of them orthogonal once."""
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape) for shape in SHAPES]
+    ranks = run_ranks(4, orthogonalize_in_parts)
+    for results, _ in ranks:
+        for name in LAYOUTS:
+            for got, matrix in zip(results[name], matrices, strict=True):
+                assert_same(got, orthogonalize(matrix, 5), FP32, name)
+    size = sum(matrix.numel() for matrix in matrices)
+    for name, times in {"rows": 1, "columns": 1, "replicated and sharded": 2}.items():
+        assert sum(work[name] for _, work in ranks) == times * size, name
 
 
 def train_sharded(rank, world_size, folder):
