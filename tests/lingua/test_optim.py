@@ -90,6 +90,37 @@ def test_warmup_longer_than_the_run_only_rises(scheduler):
     assert curve(n_steps=4, upto=4, warmup=8, scheduler=scheduler) == [0.125, 0.25, 0.375, 0.5]
 
 
+# Steepest fall from one step to the next, after warmup, in units of 1 / steps of the fall.
+STEEPEST = {
+    "linear": 1.0,
+    "cosine": math.pi / 2 * 1.7,
+    "wsd": 9.0,  # 1 / lr grows linearly from 1 to 10
+}
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 20, N - 25, N - 1, N, N + 5])
+@pytest.mark.parametrize("kind", [*ENDING[:4], {"scheduler": "inv_sqrt"}], ids=str)
+def test_nothing_jumps_at_joints_nor_before_the_first_nor_beyond_the_last_step(kind, warmup):
+    fn = build_lr_fn(OptimArgs(warmup=warmup, lr_min_ratio=0.1, **kind), N)
+    at = [fn(step) for step in range(3 * N)]
+    assert all(0 <= x <= 1 for x in at), "NaN fails, too"
+    if warmup:
+        rise = at[: min(warmup, N) + 1]
+        assert rise == [pytest.approx(step / warmup) for step in range(len(rise))]
+    name = kind["scheduler"]
+    if warmup >= N:
+        return
+    fall = at[max(warmup, 1) :]
+    drops = [a - b for a, b in zip(fall, fall[1:], strict=False)]
+    if name == "inv_sqrt":
+        assert drops[0] <= 1 - math.sqrt(max(warmup, 1) / (max(warmup, 1) + 1)) + 1e-12
+        assert drops == sorted(drops, reverse=True), "the fall itself slows down, and never turns"
+    else:
+        length = min(20, N - warmup) if name == "wsd" else N - warmup
+        assert min(drops) >= -1e-12 and max(drops) <= STEEPEST[name] / length + 1e-12
+        assert at[N:] == [pytest.approx(0.1)] * (2 * N)
+
+
 class Toy(nn.Module):
     def __init__(self):
         super().__init__()
