@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from apps.LT2 import transformer
 from apps.LT2.flops import cache_bytes
 from apps.LT2.kernel import linear_cross_entropy
+from apps.LT2.parallel import get_no_recompute_ops, set_activation_checkpointing
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, fit_loop_gates
 from lingua.args import UserError
+from lingua.parallelize import apply_activation_checkpointing
 from tests.LT2.tiny import DSA, make_choices_clear
 from tests.tolerances import FP32_MODEL, assert_same
 
@@ -377,6 +379,22 @@ def test_checkpointing_whole_loops_changes_nothing(hybrid_mixer):
     assert len(runs) == 3
     assert_same_gradients(model, checkpointed, plain)
     assert len(runs) == 6, "loops are run again in the backward"
+
+
+def test_the_more_is_computed_again_the_less_is_kept_for_the_backward():
+    kept = {}
+    for mode in ("none", "selective", "full", "loop"):
+        model = make(loop_count=4)
+        set_activation_checkpointing(model, mode)
+        for block in model.layers:
+            apply_activation_checkpointing(block, mode, get_no_recompute_ops())
+        tokens, targets = prompt(2, 63), prompt(2, 64)[:, 1:]
+        with torch.profiler.profile(profile_memory=True) as profile:
+            loss = model(tokens, target=targets)
+        kept[mode] = sum(event.self_cpu_memory_usage for event in profile.key_averages())
+        del loss
+    assert kept["none"] > 1.2 * kept["selective"] > 1.2 * kept["full"] > 0, kept
+    assert kept["full"] > 1.1 * kept["loop"] > 0, kept
 
 
 # --------------------------------------------------------------------------------------- init
