@@ -47,6 +47,7 @@ from lingua.distributed import (
     run_on_rank_0,
     run_together,
 )
+from lingua.logger import tell
 from lingua.redact import redact_all
 from lingua.rng import get_rng_state, set_rng_state
 from lingua.tensor_store import CONFIG_NAME as CONFIG_NAME
@@ -195,7 +196,7 @@ class CheckpointManager:
         save, self._save = self._save, None
         if save is None:
             return
-        logger.info(f"saved checkpoint {save.publish()}")
+        tell("saved checkpoint %s", save.publish())
         run_on_rank_0(lambda: self.clean_up(save.step))
 
     def __enter__(self) -> CheckpointManager:
@@ -278,13 +279,14 @@ class CheckpointManager:
             except RanksFailed as error:
                 if path:
                     raise
-                logger.warning(f"cannot load checkpoint {folder}, trying the one before: {error}")
+                told = "cannot load checkpoint %s, trying the one before: %s"
+                tell(told, folder, error, level=logging.WARNING)
                 unreadable[folder] = str(error)
 
         saved_config = run_on_rank_0(lambda: json.loads((folder / CONFIG_NAME).read_text()))
         self._load_train_state(folder, train_state, *get_dp_rank_and_degree(device_mesh))
         differences = [] if config is None else diff_configs(saved_config, _as_dict(config))
-        logger.info(f"loaded checkpoint {folder}")
+        tell("loaded checkpoint %s", folder)
         return Loaded(folder, train_state.state_dict()["step"], saved_config, differences)
 
     def _load_train_state(
@@ -299,11 +301,12 @@ class CheckpointManager:
         if n_saved == n_ranks:
             run_together(lambda: train_state.load_state_dict(states[0]))
         else:
-            logger.warning(
+            tell(
                 f"{folder} was written by {n_saved} data-parallel ranks and this run has "
                 f"{n_ranks}: the batches that those would have read next are dealt to these, a "
                 f"step is {n_ranks / n_saved:g} times as many tokens (see grad_acc_steps), and "
-                "random generators go on from a rank's state or a copy of it"
+                "random generators go on from a rank's state or a copy of it",
+                level=logging.WARNING,
             )
             run_together(lambda: train_state.load_state_dicts(states, rank, n_ranks))
         generator = generators[ranks.index(mine)]

@@ -14,6 +14,7 @@ import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from lingua.launch import get_global_rank, get_is_master, get_is_slurm_job
 from lingua.redact import redact as redact
@@ -50,6 +51,12 @@ def init_logger(
         handler.setFormatter(formatter)
         handler.addFilter(_is_ours_or_no_debug)
         logger.addHandler(handler)
+
+
+def tell(message: str, *args: Any, level: int = logging.INFO) -> None:
+    """Log what is the same on all ranks, once."""
+    if get_is_master():
+        logging.getLogger().log(level, message, *args)
 
 
 class LogFormatter(logging.Formatter):

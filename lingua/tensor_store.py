@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from lingua.args import UserError, open_atomic, write_atomic
+from lingua.logger import tell
 from lingua.optim import state_fields
 
 logger = logging.getLogger()
@@ -118,7 +119,8 @@ def check_fits(
             f"the checkpoint {source} does not fit the model: {'; '.join(wrong[:3])}{more}"
         )
     if unused:
-        logger.warning(f"not loaded from {source}, the model has no such tensors: {unused}")
+        told = "not loaded from %s, the model has no such tensors: %s"
+        tell(told, source, unused, level=logging.WARNING)
 
 
 # ---- optimizer state by parameter name

@@ -90,3 +90,9 @@ def test_every_module_imports_with_torch_alone():
 def test_other_packages_are_out_of_reach_here():
     """Else the test above would say nothing: numpy is installed wherever the tests run."""
     assert "No module named 'numpy'" in failures(["numpy"])["numpy"]
+
+
+def test_data_workers_start_without_torch():
+    """Importing it takes seconds and hundreds of MiB, in a worker of every rank."""
+    code = "import sys, lingua.data; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -13,9 +13,9 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from logging import WARNING
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ from lingua.distributed import (
     setup_env,
     setup_torch_distributed,
 )
-from lingua.logger import init_logger
+from lingua.logger import init_logger, tell
 from lingua.metrics import MetricLogger, mend_jsonl, read_jsonl_records
 from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallelize import resolve_dtype
@@ -165,7 +165,7 @@ def train(given: TrainArgs) -> None:
                     evaluate(state.step)
             if leaving and not is_last:
                 checkpoints.finish()
-                logger.warning("left after step %d of %d, saved", state.step, args.steps)
+                tell("left after step %d of %d, saved", state.step, args.steps, level=WARNING)
                 requeue_slurm_job()
                 return
 
@@ -265,7 +265,7 @@ def new_or_resumed_state(
     if loaded is not None:
         tell("resumed from %s, step %d", loaded.path, loaded.step)
         for difference in loaded.differences:
-            logger.warning("config changed since the checkpoint: %s", difference)
+            tell("config changed since the checkpoint: %s", difference, level=WARNING)
     return state
 
 
@@ -282,12 +282,6 @@ def write_record_of_run(args: TrainArgs, given: TrainArgs, step: int) -> None:
     root = Path(__file__).resolve().parents[2]
     if not (folder / "code").exists() and (root / "pyproject.toml").exists():
         snapshot_code(root, folder / "code", folder.resolve())
-
-
-def tell(message: str, *args: Any) -> None:
-    """Log what is the same on all ranks, once."""
-    if get_is_master():
-        logger.info(message, *args)
 
 
 def describe(model: LoopedTransformer, args: TrainArgs) -> None:
