@@ -35,14 +35,21 @@ def has_slurm() -> bool:
 # ---- in SLURM
 
 
+def check_slurm(job: Job) -> None:
+    """Refuse what submitit could not submit, before anything is written."""
+    if not has_slurm():
+        raise UserError("launcher=sbatch: there is no srun on this machine; use launcher=bash")
+    if not job.time_limit:  # submitit would write a limit of five minutes
+        raise UserError("time=-1: sinfo does not tell the partition's limit; set time=MINUTES")
+
+
 def submit_to_slurm(
     jobs: Sequence[Job], folder: Path, *, name: str, at_once: int | None = None
 ) -> list[Any]:
     """Submit jobs of equal resources, as a job array if they are several; submitit's handles."""
     submitit = import_submitit("submitting to SLURM in the background")
     options = resources(jobs[0])
-    if "time" not in options:  # submitit would write a limit of five minutes
-        raise UserError("time=-1: sinfo does not tell the partition's limit; set time=MINUTES")
+    assert "time" in options, "check_slurm comes before"
     executor = submitit.SlurmExecutor(folder)
     executor.update_parameters(
         job_name=name,

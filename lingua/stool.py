@@ -30,6 +30,7 @@ from typing import Any
 from lingua.args import UserError, parse_args, run_cli
 from lingua.background import (
     FOLDER,
+    check_slurm,
     failure,
     gpu_slots,
     import_submitit,
@@ -37,7 +38,7 @@ from lingua.background import (
     start_here,
     submit_to_slurm,
 )
-from lingua.run_plan import import_script, parse_run_args, plan_run, write_run
+from lingua.run_plan import RunPlan, import_script, parse_run_args, plan_run, write_run
 from lingua.run_plan import read_run_args as read_run_args
 from lingua.slurm_script import Job as Job
 from lingua.slurm_script import StoolArgs as StoolArgs
@@ -62,6 +63,8 @@ def launch_in_background(args: StoolArgs, *, gpus: str | None = None) -> Any:
     """As launch_job, and returns at once with submitit's handle of the job: in SLURM where
     `args.launcher` is sbatch, else in a process of this machine, on `gpus`."""
     plan = plan_run(args)
+    if args.launcher == "sbatch":
+        check_slurm(plan.job)
     write_run(plan)
     folder = plan.job.dump_dir / FOLDER
     if args.launcher == "sbatch":
@@ -77,31 +80,21 @@ def launch_sweep(args: StoolArgs) -> Path:
     import_submitit("a sweep")
     if args.stdout:
         raise UserError("stdout=true: runs of a sweep write to files, in the logs/ of each")
-    at_once = args.array
-    if args.launcher == "bash":
-        at_once = args.array or 1
-        gpu_slots(args.ngpu, at_once)  # refuses more than the machine has
+    at_once = args.array if args.launcher == "sbatch" else args.array or 1
     runs = combinations(args.sweep)
-    alone = replace(args, sweep={}, array=None)
-    whole = parse_run_args(alone, import_script(args.script))
-    folder = Path(whole.dump_dir).absolute()
-    name = getattr(whole, "name", "") or folder.name
-    plans = []
-    for label, options in runs.items():
-        own = {"dump_dir": str(folder / label)}
-        if hasattr(whole, "name"):
-            own["name"] = f"{name}_{label}"
-        plans.append(plan_run(one_run(alone, options, own)))
+    name, folder, plans = plan_sweep(args, runs)
+    jobs = [plan.job for plan in plans]
+    if args.launcher == "sbatch":
+        check_slurm(jobs[0])
+    else:
+        gpu_slots(args.ngpu, at_once or 1)  # refuses more than the machine has
     for plan in plans:
         write_run(plan, without=folder)
     write_record(folder, runs)
-    jobs = [plan.job for plan in plans]
     if args.launcher == "sbatch":
         handles = submit_to_slurm(jobs, folder / FOLDER, name=name, at_once=at_once)
         print(f"stool: job {handles[0].job_id.partition('_')[0]}, {len(jobs)} runs in {folder}")
-        print(
-            f"stool: how far they are: python -m lingua.sweep dump_dir={shlex.quote(str(folder))}"
-        )
+        print(f"stool: their table: python -m lingua.sweep dump_dir={shlex.quote(str(folder))}")
     else:
         failed = run_sweep_here(jobs, folder / FOLDER, at_once or 1)
         print(format_table(folder), flush=True)
@@ -110,8 +103,20 @@ def launch_sweep(args: StoolArgs) -> Path:
     return folder / RECORD
 
 
-def one_run(args: StoolArgs, options: Options, own: Options) -> StoolArgs:
-    return replace(args, overrides=[*args.overrides, *as_arguments({**options, **own})])
+def plan_sweep(args: StoolArgs, runs: dict[str, Options]) -> tuple[str, Path, list[RunPlan]]:
+    """Name and folder of the sweep, and its runs: each in a folder, and with a name, of its own."""
+    args = replace(args, sweep={}, array=None)
+    whole = parse_run_args(args, import_script(args.script))
+    folder = Path(whole.dump_dir).absolute()
+    name = getattr(whole, "name", "") or folder.name
+    plans = []
+    for label, options in runs.items():
+        own = {"dump_dir": str(folder / label)}
+        if hasattr(whole, "name"):
+            own["name"] = f"{name}_{label}"
+        overrides = [*args.overrides, *as_arguments({**options, **own})]
+        plans.append(plan_run(replace(args, overrides=overrides)))
+    return name, folder, plans
 
 
 def run_sweep_here(jobs: list[Job], folder: Path, at_once: int) -> list[str]:

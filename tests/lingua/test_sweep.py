@@ -246,7 +246,11 @@ def test_a_refused_submission_is_one_line(project, args, slurm):
         launch_job(replace(args, launcher="sbatch", sweep={"steps": [2]}))
 
 
-def test_a_time_limit_must_be_known(project, args, slurm):
-    (slurm / "bin" / "sinfo").unlink()
-    with pytest.raises(UserError, match="time=-1: sinfo does not tell"):
+@pytest.mark.parametrize(
+    "missing, message", [("sinfo", "time=-1: sinfo does not tell"), ("srun", "there is no srun")]
+)
+def test_what_submitit_needs_of_slurm_is_asked_for_first(project, args, slurm, missing, message):
+    (slurm / "bin" / missing).unlink()
+    with pytest.raises(UserError, match=message):
         launch_job(replace(args, launcher="sbatch", sweep={"steps": [2]}))
+    assert not (project / "runs").exists()
