@@ -203,6 +203,12 @@ def test_jobs_here_take_gpus_that_training_leaves(monkeypatch):
     assert free_gpus(2) == "4,6" and free_gpus(1) == "4"
     with pytest.raises(UserError, match="async_eval_gpus=3.* training takes 2 of its 4 GPUs"):
         free_gpus(3)
+    # by srun in place of torchrun: six processes on two machines
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    for name, value in {"JOB_ID": 1, "PROCID": 0, "NTASKS": 6, "NNODES": 2}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert free_gpus(1) == "6"
 
 
 def test_a_job_that_cannot_be_submitted_does_not_end_the_run(
