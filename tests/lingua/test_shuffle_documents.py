@@ -212,10 +212,11 @@ def test_one_document_larger_than_memory_is_dealt_all_the_same(tmp_path):
     [
         ("a.parquet", b"PAR1 this is not one"),
         ("a.parquet", b""),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-20]),
         ("a.jsonl.gz", b"plain"),
         ("a.jsonl.zst", b"plain"),
     ],
+    ids=["parquet", "empty parquet", "half a gz", "no gz", "no zst"],
 )
 def test_a_broken_file_is_named(tmp_path, name, content):
     pytest.importorskip("pyarrow")
