@@ -137,12 +137,18 @@ def train(given: TrainArgs) -> None:
         profiler = resources.enter_context(maybe_run_profiler(args.dump_dir, model, args.profiling))
         log_micro_batches(trainer, metrics, args.logging.acc_freq)
         probe_now_and_then(trainer, metrics)
-        evaluate = CheckpointEvaluator(args, metrics, should_stop=lambda: preemption_flag["flag"])
+        stalls = resources.enter_context(StallWatch(args.distributed.timeout_minutes))
+
+        def should_stop_evaluating() -> bool:
+            """Asked after each batch of an evaluation, which may take hours and is no stall."""
+            stalls.beat(state.step)
+            return preemption_flag["flag"]
+
+        evaluate = CheckpointEvaluator(args, metrics, should_stop_evaluating)
 
         if run_on_rank_0(lambda: is_validation_owed(args, metrics_file, state.step)):
             validate(validator, trainer, metrics)
         evaluate.resume(state.step)
-        stalls = resources.enter_context(StallWatch(args.distributed.timeout_minutes))
         while state.step < args.steps:
             stalls.beat(state.step)
             progress.add(trainer.step())
