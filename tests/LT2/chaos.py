@@ -9,6 +9,7 @@ saves), or of its parent's, after some time. As under torchrun the other ranks a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -173,10 +174,23 @@ def batch_id(batch: Any) -> str:
     return hashlib.sha256(batch.tobytes()).hexdigest()[:16]
 
 
+def _records(folder: Path) -> list[dict[str, Any]]:
+    lines = folder.with_name(f"{folder.name}.{READ}").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def steps_taken_again(folder: Path) -> list[int]:
+    """How many steps before the one that a life died in the next one began."""
+    begun: dict[int, list[int]] = {}
+    for record in _records(folder):
+        begun.setdefault(record["life"], []).append(record["step"])
+    lives = [begun[life] for life in sorted(begun)]
+    return [max(life) - min(after) for life, after in itertools.pairwise(lives)]
+
+
 def records_that_count(folder: Path) -> list[dict[str, Any]]:
     """What the final weights have seen, in order: of each step, the last life that took it."""
-    lines = folder.with_name(f"{folder.name}.{READ}").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = _records(folder)
     last_life: dict[int, int] = {}
     for record in records:
         last_life[record["step"]] = max(record["life"], last_life.get(record["step"], -1))

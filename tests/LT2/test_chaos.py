@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
-from tests.LT2.chaos import NEVER, Death, batch_id, live, records_that_count
+from tests.LT2.chaos import NEVER, Death, batch_id, live, records_that_count, steps_taken_again
 from tests.LT2.tiny_run import assert_same_run, train_args, write_corpus
 
 N_KILLS = 20
 STEPS = 60
+EVERY = 2  # steps between checkpoints
 OPTIONS = {
     "steps": STEPS,
     "model.dim": 16,
@@ -23,7 +24,7 @@ OPTIONS = {
     "model.attention_pattern": None,
     "data.seq_len": 16,
     "data.prefetch_size": 3,
-    "checkpoint.dump.every": 2,
+    "checkpoint.dump.every": EVERY,
     "checkpoint.dump.keep": 2,
     "checkpoint.eval.every": 5,
     "checkpoint.eval.keep": 1,
@@ -52,6 +53,7 @@ def test_twenty_kills_change_no_bit(data, undisturbed, tmp_path):
         death = Death.draw(rng, world_size=2)
         assert not live(folder, data, OPTIONS, life, world_size=2, death=death), "not killed"
     assert live(folder, data, OPTIONS, N_KILLS, world_size=2, death=NEVER)
+    assert max(steps_taken_again(folder)) == EVERY - 1, "a checkpoint that was complete is lost"
     assert_same_run(folder, undisturbed, STEPS)
     assert batches(folder) == batches(undisturbed)
 
@@ -69,6 +71,8 @@ def test_kills_and_changes_of_ranks_skip_and_repeat_no_document(data, tmp_path, 
         assert not live(folder, data, options, life, world_size, death), "not killed"
     assert live(folder, data, options, n_kills, world_size=1, death=NEVER)
 
+    # One save may be under way when the next is due, and it is finished first.
+    assert max(steps_taken_again(folder)) <= 2 * EVERY - 1
     read = records_that_count(folder)
     assert {r["step"] for r in read} == set(range(steps))
     assert {r["world"] for r in read} == {1, 2}, "the number of ranks never changed"
