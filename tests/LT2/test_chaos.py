@@ -49,9 +49,12 @@ def undisturbed(data, tmp_path_factory) -> Path:
 def test_twenty_kills_change_no_bit(data, undisturbed, tmp_path):
     rng = random.Random(0)
     folder = tmp_path / "run"
+    n_inside_a_save = 0
     for life in range(N_KILLS):
         death = Death.draw(rng, world_size=2)
         assert not live(folder, data, OPTIONS, life, world_size=2, death=death), "not killed"
+        n_inside_a_save += is_inside_a_save(folder)
+    assert n_inside_a_save >= N_KILLS // 5
     assert live(folder, data, OPTIONS, N_KILLS, world_size=2, death=NEVER)
     assert max(steps_taken_again(folder)) == EVERY - 1, "a checkpoint that was complete is lost"
     assert_same_run(folder, undisturbed, STEPS)
@@ -64,11 +67,14 @@ def test_kills_and_changes_of_ranks_skip_and_repeat_no_document(data, tmp_path, 
     folder = tmp_path / "run"
     steps, n_kills = STEPS // 2, N_KILLS // 2
     options = {**OPTIONS, "steps": steps, "checkpoint.async_save": True, "grad_acc_steps": 2}
+    n_inside_a_save = 0
     for life in range(n_kills):
         has_begun = any((folder / "checkpoints").glob("[0-9]" * 10))
         world_size = rng.choice([1, 2]) if has_begun else n_streams
         death = Death.draw(rng, world_size)
         assert not live(folder, data, options, life, world_size, death), "not killed"
+        n_inside_a_save += is_inside_a_save(folder)
+    assert n_inside_a_save >= n_kills // 5
     assert live(folder, data, options, n_kills, world_size=1, death=NEVER)
 
     # One save may be under way when the next is due, and it is finished first.
@@ -78,6 +84,11 @@ def test_kills_and_changes_of_ranks_skip_and_repeat_no_document(data, tmp_path, 
     assert {r["world"] for r in read} == {1, 2}, "the number of ranks never changed"
     want = whole_streams(data, options, n_streams, n_batches=len(read))
     assert [r["batch"] for r in read] == want
+
+
+def is_inside_a_save(folder: Path) -> bool:
+    """Whether the kill has left a folder that was being written, replaced or deleted."""
+    return any((folder / "checkpoints").glob("0*.*"))
 
 
 def batches(folder: Path) -> list[str]:
