@@ -41,12 +41,15 @@ def compiled_for_generation(
     second on, what differs is a variable. The model is afterwards as it was, but what was compiled
     is found again by the next one to come here.
     """
-    _allow_variants()
     options: dict[str, dict[str, Any]] = {}
     if prefill:
         options["prefill"] = {"dynamic": True}
     if step:
         options["step"] = {"dynamic": None, "fullgraph": True}
+    if not options:
+        yield
+        return
+    _allow_variants()
     for block in model.layers:
         for name, how in options.items():
             assert name not in vars(block), f"the {name} is compiled already"
