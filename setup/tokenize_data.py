@@ -9,6 +9,7 @@ are left alone, so the same command goes on after an interruption.
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> None:
     tokenize = partial(tokenize_chunk, tokenizer=args.tokenizer, recipe=recipe)
     began, n_tokens = time.perf_counter(), 0
     try:
-        with ProcessPoolExecutor(n_workers) as pool:
+        # Forked, so that no worker imports torch anew, whatever the default is by now.
+        with ProcessPoolExecutor(n_workers, multiprocessing.get_context("fork")) as pool:
             running = {pool.submit(tokenize, chunk): chunk for chunk in todo}
             try:
                 for done in as_completed(running):
