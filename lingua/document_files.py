@@ -8,15 +8,20 @@ one. All else is left behind: training reads the text alone.
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lingua.args import UserError
 from lingua.errors import import_optional
-from lingua.jsonl import parse_line
+from lingua.jsonl import name_keys, parse_object
 from lingua.tokenizer import well_formed
 
+TEXT_KEYS = ("text", "content")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
 BATCH_ROWS = 1024  # of a parquet file at a time
@@ -44,8 +49,15 @@ def estimate_text_bytes(file: Path) -> int:
     return int(file.stat().st_size * EXPANSION.get(file.suffix, 1.0))
 
 
+def check_document_file(file: Path) -> None:
+    """Refuse what shows without reading all: a parquet file without an end, or without text."""
+    if file.suffix == ".parquet":
+        with _naming_broken(file), _open_parquet(file) as table:
+            _text_column(file, table.schema_arrow)
+
+
 def read_documents(file: Path) -> Iterator[dict[str, str]]:
-    """Documents in their order; "" is the text of one that has none.
+    """Documents in their order; "" is the text of one that has none, or only blanks.
 
     A file that cannot be read to its end is a UserError that names it.
     """
@@ -53,34 +65,49 @@ def read_documents(file: Path) -> Iterator[dict[str, str]]:
 
 
 def _read_parquet(file: Path) -> Iterator[dict[str, str]]:
+    with _naming_broken(file), _open_parquet(file) as table:
+        text = _text_column(file, table.schema_arrow)
+        columns = [text, "id"] if "id" in table.schema_arrow.names else [text]
+        for batch in table.iter_batches(BATCH_ROWS, columns=columns):
+            for row in batch.to_pylist():
+                yield _document(row[text], row.get("id"))
+
+
+def _open_parquet(file: Path) -> Any:
     parquet = import_optional("pyarrow.parquet", extra="data", needed_by=f"reading {file.name}")
-    try:
-        with parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            text = next((name for name in ("text", "content") if name in names), None)
-            if text is None:
-                raise UserError(f"{file} has no column text or content, but {', '.join(names)}")
-            columns = [text, "id"] if "id" in names else [text]
-            for batch in table.iter_batches(BATCH_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    yield _document(row[text], row.get("id"))
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
-        if isinstance(error, UserError):
-            raise
-        raise _unreadable(file, error) from None
+    return parquet.ParquetFile(file)
+
+
+def _text_column(file: Path, schema: Any) -> str:
+    text = next((name for name in TEXT_KEYS if name in schema.names), None)
+    if text is None:
+        raise UserError(f"{file} has no column text or content, but {', '.join(schema.names)}")
+    kind = str(schema.field(text).type)
+    if kind not in ("string", "large_string", "string_view"):
+        raise UserError(f"{file}: the column {text} holds {kind}, not text")
+    return text
 
 
 def _read_lines(file: Path) -> Iterator[dict[str, str]]:
-    end = 0
-    try:
-        with _open(file) as lines:
-            for line in lines:
-                end += len(line)
-                if line.strip():
-                    row = parse_line(line, str(file), end)
-                    yield _document(row.get("text", row.get("content")), row.get("id"))
-    except (OSError, EOFError) as error:
-        raise _unreadable(file, error) from None
+    with _naming_broken(file), _open(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = parse_object(line)
+                text = _text_of(row)
+            except ValueError as error:
+                raise UserError(f"{file}:{number}: {error}") from None
+            yield _document(text, row.get("id"))
+
+
+def _text_of(row: dict[str, Any]) -> str | None:
+    for key in TEXT_KEYS:
+        if key in row:
+            if row[key] is None or isinstance(row[key], str):
+                return row[key]
+            raise ValueError(f'"{key}" is {json.dumps(row[key])[:40]}, not text')
+    raise ValueError(f'no "text" or "content" (found: {name_keys(row)})')
 
 
 def _open(file: Path) -> BinaryIO:
@@ -88,24 +115,29 @@ def _open(file: Path) -> BinaryIO:
     if compression is None:
         return open(file, "rb")
     if compression == "gzip":
-        import gzip
-
         return gzip.open(file)  # pyright: ignore[reportReturnType]
-    import io
-
     pyarrow = import_optional("pyarrow", extra="data", needed_by=f"reading {file.name}")
     return io.BufferedReader(pyarrow.input_stream(str(file), compression=compression), 2**20)
 
 
 def _document(text: str | None, identity: Any) -> dict[str, str]:
-    document = {"text": well_formed(text or "")}
+    document = {"text": "" if not text or text.isspace() else well_formed(text)}
     if identity is not None:
         document["id"] = well_formed(str(identity))
     return document
 
 
-def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{file} is broken ({error}): remove it and run the same command again, which downloads "
-        "what is missing"
-    )
+@contextmanager
+def _naming_broken(file: Path) -> Iterator[None]:
+    """What a decoder says about a broken file becomes a UserError that names the file."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # pyarrow, gzip and zlib all have their own kinds
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk, not of the file
+        raise UserError(
+            f"{file} is broken ({(str(error) or repr(error)).splitlines()[0]}): remove it and run "
+            "the same command again, which downloads what is missing"
+        ) from None

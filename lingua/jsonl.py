@@ -116,17 +116,28 @@ def own_lines(
 
 def parse_line(line: bytes, file_path: str, end: int) -> dict[str, Any]:
     try:
+        document = parse_object(line)
+        if not isinstance(document.get("text", document.get("content")), str):
+            raise ValueError(f'no string under "text" or "content" (found: {name_keys(document)})')
+    except ValueError as error:
+        raise line_error(file_path, end, str(error)) from None
+    return document
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; a ValueError says what else it is."""
+    try:
         document = json.loads(line.decode("utf-8"), object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets without end
-        raise line_error(file_path, end, f"not JSON in UTF-8: {error}") from None
+        raise ValueError(f"not JSON in UTF-8: {error}") from None
     if not isinstance(document, dict):
-        kind = type(document).__name__
-        raise line_error(file_path, end, f"a line must be a JSON object, got {kind}")
-    if not isinstance(document.get("text", document.get("content")), str):
-        # quoted and cut: a key may hold anything, and as much as it likes
-        found = ", ".join(json.dumps(key[:30]) for key in sorted(document)[:10]) or "no key"
-        raise line_error(file_path, end, f'no string under "text" or "content" (found: {found})')
+        raise ValueError(f"a line must be a JSON object, got {type(document).__name__}")
     return document
+
+
+def name_keys(document: dict[str, Any]) -> str:
+    # quoted and cut: a key may hold anything, and as much as it likes
+    return ", ".join(json.dumps(key[:30]) for key in sorted(document)[:10]) or "no key"
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

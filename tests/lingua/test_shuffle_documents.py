@@ -14,7 +14,7 @@ import pytest
 
 from lingua import shuffle_documents as shuffling
 from lingua.args import UserError
-from lingua.document_files import find_document_files, read_documents
+from lingua.document_files import check_document_file, find_document_files, read_documents
 from lingua.shuffle_documents import ShufflePlan, shuffle_documents
 
 N_DOCUMENTS = 400
@@ -225,18 +225,58 @@ def test_a_broken_file_is_named(tmp_path, name, content):
         list(read_documents(tmp_path / name))
 
 
-def test_a_parquet_file_without_text_says_what_it_has(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+def test_damage_in_the_middle_of_a_file_is_named(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.table({"url": ["x"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="no column text or content, but url, n"):
-        list(read_documents(tmp_path / "a.parquet"))
+    table = {"text": [f"{i * 7919}" * 50 for i in range(500)]}
+    parquet.write_table(pytest.importorskip("pyarrow").table(table), tmp_path / "a.parquet")
+    rows = [json.dumps({"text": hashlib.sha256(b"%d" % i).hexdigest()}) for i in range(500)]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode(), mtime=0))
+    for file in tmp_path.iterdir():
+        content = bytearray(file.read_bytes())
+        content[1000:3000] = bytes(2000)
+        file.write_bytes(content)
+        check_document_file(file)  # the end is whole
+        with pytest.raises(UserError, match=f"{file.name} is broken"):
+            list(read_documents(file))
 
 
-def test_a_line_that_is_no_document_is_named(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"title": "y"}\n')
-    with pytest.raises(UserError, match="a.jsonl"):
-        list(read_documents(tmp_path / "a.jsonl"))
+@pytest.mark.parametrize(
+    "table, problem",
+    [
+        ({"url": ["x"], "n": [1]}, " has no column text or content, but url, n"),
+        ({"text": [3]}, ": the column text holds int64, not text"),
+    ],
+)
+def test_a_parquet_file_without_text_says_what_it_has(tmp_path, table, problem):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").table(table), tmp_path / "a.parquet")
+    for read in (lambda file: list(read_documents(file)), check_document_file):
+        with pytest.raises(UserError, match=f"a.parquet{problem}"):
+            read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        (b'{"text": "a"', "not JSON"),
+        (b'{"text": "\xff"}', "not JSON in UTF-8"),
+        (b"[1]", "a line must be a JSON object, got list"),
+        (b'{"title": "y"}', r'no "text" or "content" \(found: "title"\)'),
+        (b'{"text": 3}', '"text" is 3, not text'),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+def test_a_line_that_is_no_document_is_named(tmp_path, kind, line, problem):
+    content = b'{"text": "x"}\n' * 999 + b"\n" + line + b"\n"
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
+    with pytest.raises(UserError, match=f"a.{kind}:1001: {problem}"):
+        list(read_documents(file))
+
+
+def test_documents_without_text_are_told_apart(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": " \\n"}\n{"text": "x"}\n')
+    assert [d["text"] for d in read_documents(tmp_path / "a.jsonl")] == ["", "", "x"]
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path):
