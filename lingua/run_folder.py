@@ -2,73 +2,27 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import logging
 import os
-import socket
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-from lingua.errors import UserError
+from lingua.folder_lock import hold_folders, make_writable
 from lingua.launch import get_is_master
 
-logger = logging.getLogger(__name__)
-
-LOCK_NAME = ".lock"
+__all__ = ["make_writable", "own_folders"]
 
 
 @contextmanager
 def own_folders(folders: Mapping[str, str | os.PathLike]) -> Iterator[None]:
     """Make the folders (option -> path), and hold them on rank 0: two runs would mix their files.
 
-    No collective: it comes before the process group, which a refused rank 0 never joins. The lock
-    is the kernel's, so it goes when the process does, however it ends.
+    No collective: it comes before the process group, which a refused rank 0 never joins.
     """
     for option, folder in folders.items():
         make_writable(option, Path(folder))
     if not get_is_master():
         yield
         return
-    files = []
-    try:
-        for option, folder in folders.items():
-            files.append(open(Path(folder, LOCK_NAME), "a+", encoding="utf-8"))  # noqa: SIM115
-            _lock(files[-1], option, folder)
+    with hold_folders(folders):
         yield
-    finally:
-        for file in files:
-            file.close()
-
-
-def make_writable(option: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
-    except OSError as error:
-        raise UserError(
-            f"{option}={folder}: cannot write there ({error.strerror}); name a folder that this "
-            "process may make and write to"
-        ) from None
-
-
-def _lock(file: IO[str], option: str, folder: str | os.PathLike) -> None:
-    try:
-        # A POSIX lock: a forked worker does not inherit it, and network file systems know it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            logger.warning("%s=%s: cannot be locked (%s)", option, folder, error.strerror)
-            return
-        file.seek(0)
-        raise UserError(
-            f"{option}={folder}: another run writes there ({file.read().strip() or 'unknown'}); "
-            "wait for it, stop it, or name another folder"
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()

@@ -1,15 +1,17 @@
 """Shuffle more documents than memory holds, and deal them into a source of training data.
 
-    sources  ->  piles on disk      each document to a random one
-    piles    ->  one order          each pile is shuffled in memory, and they follow each other
+    sources  ->  piles on disk      each document by its key, pile i of n from i/n of the keys on
+    piles    ->  one order          each pile is sorted in memory, and they follow each other
     order    ->  <name>.val.jsonl   the first `n_validation` documents,
                  <name>.chunk.*     and the others in turn: chunks differ by a document at most
 
-That is a shuffle of all documents in which every order is as likely as any other (Rao 1961,
-Sandelius 1962). It follows from the seed and the names of the source files alone.
+A key is 64 random bits that follow from the seed, the name of the source file and the place in it.
+So every order is as likely as any other, and which one it is does not depend on the memory, on the
+number of piles, or on an interruption.
 
-What is done is written down after each source file and each pile, with the lengths that the files
-had then. A run that was killed cuts its files back to them and goes on, to the same bytes.
+What is done is written down now and then between source files, and after each pile, with the
+lengths that the files had then. A run that was killed cuts its files back to them and goes on, to
+the same bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +28,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lingua.args import UserError, fsync_path, write_atomic
-from lingua.document_files import estimate_text_bytes, read_documents
+from lingua.document_files import check_document_file, estimate_text_bytes, read_documents
+from lingua.folder_lock import LOCK_NAME, hold_folders, make_writable
 
 PROGRESS_NAME = "progress.json"
 MANIFEST_NAME = "manifest.json"
 MAX_PILES = 256  # files that are open at a time
-MEMORY_SHARE = 0.5  # of the memory that is given, for the lines of a pile; the rest is overhead
+MEMORY_SHARE = 0.7  # of the memory that is given, for the lines of a pile; the rest is overhead
+LINE_OVERHEAD = 64  # bytes in memory that a line takes beside its own
+KEY_BITS = 64
+KEY_DIGITS = KEY_BITS // 4
 TELL_EVERY = 10.0  # seconds
+SAVE_EVERY = 30.0  # seconds, between source files: hundreds of piles must reach the disk
 
 Tell = Callable[[str], None]
 
@@ -46,15 +52,14 @@ class ShufflePlan:
     n_validation: int  # documents
     memory: int  # bytes
 
-    def request(self, sources: Sequence[Path], root: Path) -> dict[str, Any]:
-        """What the result follows from; `memory` decides on the piles, and so on the order."""
+    @property
+    def request(self) -> dict[str, Any]:
+        """What the result follows from, beside the sources."""
         return {
             "name": self.name,
             "seed": self.seed,
             "nchunks": self.n_chunks,
             "validation_documents": self.n_validation,
-            "memory": self.memory,
-            "sources": {str(file.relative_to(root)): file.stat().st_size for file in sources},
         }
 
 
@@ -63,95 +68,155 @@ def shuffle_documents(
 ) -> dict[str, Any]:
     """Make the folder `out`, a source for `data.sources`, of files below `root`; its manifest.
 
-    `out` appears when all of it is there; until then the work lies in `<out>.unfinished`. A folder
-    that is complete is left alone, and one that was made of something else is a UserError.
+    `out` appears when all of it is there; until then the work lies in `<out>.unfinished`, which one
+    process holds at a time. A folder that is complete is left alone, and one that was made of
+    something else is a UserError.
     """
-    request = plan.request(sources, root)
-    finished = _read_json(out / MANIFEST_NAME)
+    finished = find_finished(out, plan)
     if finished is not None:
-        if finished["request"] == request:
-            tell(f"{out}: complete, nothing to do")
-            return finished
-        raise UserError(
-            f"{out} was made with {_differences(finished['request'], request)}; move it away"
-        )
-    if out.exists():
-        raise UserError(f"{out} exists and has no {MANIFEST_NAME}: move it away")
+        if finished["sources"] != _sizes(sources, root):
+            raise UserError(f"{out} was made with other source files; move it away")
+        tell(f"{out}: complete, nothing to do")
+        return finished
     work = out.with_name(f"{out.name}.unfinished")
-    manifest = _read_json(work / MANIFEST_NAME)
-    if manifest is None or manifest["request"] != request:
-        shuffle = _Shuffle(work, plan, request, tell)
-        shuffle.scatter(sources, root)
-        shuffle.deal()
-        manifest = shuffle.finish()
-    os.replace(work, out)
-    fsync_path(out.parent)
+    make_writable("--data_dir", work)
+    with hold_folders({"--data_dir": work}):
+        manifest = _read_json(work / MANIFEST_NAME)
+        if manifest is not None:  # killed before it was renamed
+            _refuse_other(work, manifest["request"], plan.request)
+        else:
+            shuffle = _Shuffle(work, plan, tell)
+            shuffle.scatter(sources, root)
+            shuffle.deal()
+            manifest = shuffle.finish()
+        for left in [work / PROGRESS_NAME, work / LOCK_NAME, *work.glob(".*.tmp-*")]:
+            left.unlink(missing_ok=True)
+        fsync_path(work)
+        os.replace(work, out)
+        fsync_path(out.parent)
     return manifest
+
+
+def find_finished(out: Path, plan: ShufflePlan) -> dict[str, Any] | None:
+    """The manifest of a complete folder; refused where it was not made by `plan`, or is damaged.
+
+    That it is whole is seen by the lengths of its files.
+    """
+    if not out.exists():
+        return None
+    manifest = _read_json(out / MANIFEST_NAME)
+    if manifest is None:
+        raise UserError(f"{out} exists and has no {MANIFEST_NAME}: move it away")
+    if manifest["request"] != plan.request:
+        made_with = _differences(manifest["request"], plan.request)
+        raise UserError(f"{out} was made with {made_with}; move it away")
+    for name, facts in manifest["files"].items():
+        length = (out / name).stat().st_size if (out / name).is_file() else None
+        if length != facts["bytes"]:
+            found = "missing" if length is None else f"{length} bytes long"
+            raise UserError(
+                f"{out / name} is {found} and was made with {facts['bytes']} bytes: restore it, or "
+                f"move {out} away and run again"
+            )
+    return manifest
+
+
+def _refuse_other(work: Path, begun_with: dict[str, Any], now: dict[str, Any]) -> None:
+    if begun_with != now:
+        told = _differences(begun_with, now)
+        raise UserError(f"{work} was begun with {told}: remove it to begin anew")
+
+
+def _sizes(sources: Sequence[Path], root: Path) -> dict[str, int]:
+    return {file.relative_to(root).as_posix(): file.stat().st_size for file in sources}
 
 
 class _Shuffle:
     """The work in a folder, as far as `progress` says."""
 
-    def __init__(self, work: Path, plan: ShufflePlan, request: dict[str, Any], tell: Tell):
-        self.work, self.plan, self.request, self.tell = work, plan, request, tell
-        self.told = time.monotonic()
-        work.mkdir(parents=True, exist_ok=True)
-        saved = _read_json(work / PROGRESS_NAME)
-        if saved is not None and saved["request"] != request:
-            raise UserError(
-                f"{work} was begun with {_differences(saved['request'], request)}: remove it to "
-                "begin anew"
-            )
-        self.progress: dict[str, Any] = saved or {
-            "request": request,
+    def __init__(self, work: Path, plan: ShufflePlan, tell: Tell):
+        self.work, self.plan, self.tell = work, plan, tell
+        self.told = self.saved = time.monotonic()
+        # what the piles follow from; the rest of the request counts when they are dealt
+        piled = {"name": plan.name, "seed": plan.seed}
+        self.progress: dict[str, Any] = _read_json(work / PROGRESS_NAME) or {
+            "piled": piled,
             "n_piles": None,
-            "scattered": 0,  # source files
-            "documents": 0,  # of these
+            "sources": {},  # those that are in the piles, with their sizes
+            "is_piled": False,
+            "documents": 0,
             "without_text": 0,
+            "dealing": None,  # the request, once that has begun
             "dealt": 0,  # piles
             "dealt_documents": 0,
             "lengths": {},  # of files, when this was written
         }
+        _refuse_other(work, self.progress["piled"], piled)
 
     def scatter(self, sources: Sequence[Path], root: Path) -> None:
         """Every source file into the piles."""
         progress = self.progress
+        if progress["is_piled"]:
+            self._check_sources(_sizes(sources, root))
+            return
+        # the ends of all parquet files first: a broken one is told before hours of work
+        for source in sources:
+            check_document_file(source)
+        self._check_sources(_sizes(sources[: len(progress["sources"])], root))
         if progress["n_piles"] is None:
             expected = sum(map(estimate_text_bytes, sources))
             progress["n_piles"] = min(_n_piles(expected, self._budget), MAX_PILES)
         piles = [self._pile(i) for i in range(progress["n_piles"])]
-        if progress["scattered"] == len(sources):
-            return
         with _Appended(piles, progress["lengths"]) as files:
-            for number, source in enumerate(
-                sources[progress["scattered"] :], progress["scattered"]
-            ):
-                name = str(source.relative_to(root))
-                draw = random.Random(f"{self.plan.seed}/{name}").randrange
-                for document in read_documents(source):
+            for source in sources[len(progress["sources"]) :]:
+                name = source.relative_to(root).as_posix()
+                for place, document in enumerate(read_documents(source)):
                     if not document["text"]:
                         progress["without_text"] += 1
                         continue
-                    files.write(draw(len(piles)), _to_line(document))
+                    key = _key(f"{self.plan.seed}/{name}/{place}")
+                    files.write(key * len(piles) >> KEY_BITS, _keyed(key, _to_line(document)))
                     progress["documents"] += 1
                     self._tell("{:,} documents read, now {}", progress["documents"], name)
-                progress["scattered"] = number + 1
-                self._save(files.lengths())
-        if progress["documents"] < self.plan.n_validation + self.plan.n_chunks:
+                progress["sources"][name] = source.stat().st_size
+                if time.monotonic() - self.saved >= SAVE_EVERY:
+                    self._save(files.lengths())
+            progress["is_piled"] = True
+            self._save(files.lengths())
+
+    def _check_sources(self, now: dict[str, int]) -> None:
+        """Files that are in the piles must be as they were; those to come may have been mended."""
+        for name, size in self.progress["sources"].items():
+            if now.get(name) != size:
+                raise UserError(
+                    f"{self.work} was begun with other source files: {name} had {size} bytes; "
+                    "restore it, or remove the folder to begin anew"
+                )
+        if len(now) != len(self.progress["sources"]):
             raise UserError(
-                f"there are {progress['documents']} documents with text, too few for "
-                f"{self.plan.n_validation} of validation and one in each of {self.plan.n_chunks} "
-                "chunks; lower --nchunks or --validation_documents"
+                f"{self.work} was begun with fewer source files: remove it to begin anew"
             )
 
     def deal(self) -> None:
-        """The piles, each shuffled, into validation and chunks."""
+        """The piles, each sorted by its keys, into validation and chunks."""
         progress, plan = self.progress, self.plan
+        if progress["documents"] < plan.n_validation + plan.n_chunks:
+            raise UserError(
+                f"there are {progress['documents']} documents with text, too few for "
+                f"{plan.n_validation} of validation and one in each of {plan.n_chunks} chunks; "
+                "lower --nchunks or --validation_documents"
+            )
+        _refuse_other(self.work, progress["dealing"] or plan.request, plan.request)
+        if progress["dealing"] is None:
+            progress["dealing"] = plan.request
+            self._save(progress["lengths"])
         outputs = [self.work / name for name in self._output_names()]
+        for i in range(progress["dealt"]):  # killed before it could remove them
+            self._pile(i).unlink(missing_ok=True)
         with _Appended(outputs, progress["lengths"]) as files:
             for i in range(progress["dealt"], progress["n_piles"]):
                 n_dealt = progress["dealt_documents"]
-                for line in _shuffled_lines(self._pile(i), f"{plan.seed}/pile {i}", self._budget):
+                for line in _sorted_lines(self._pile(i), self._budget, progress["n_piles"]):
                     after_validation = n_dealt - plan.n_validation
                     place = 0 if after_validation < 0 else 1 + after_validation % plan.n_chunks
                     files.write(place, line)
@@ -173,15 +238,14 @@ class _Shuffle:
             n = self._n_documents(number)
             files[name] = {"documents": n, "bytes": path.stat().st_size, "sha256": digest}
         manifest = {
-            "request": self.request,
+            "request": self.plan.request,
             "documents": progress["documents"],
             "without_text": progress["without_text"],
             "files": files,
+            "sources": progress["sources"],
         }
         shutil.rmtree(self.work / "piles", ignore_errors=True)
         write_atomic(self.work / MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
-        (self.work / PROGRESS_NAME).unlink()
-        fsync_path(self.work)
         return manifest
 
     @property
@@ -207,6 +271,7 @@ class _Shuffle:
     def _save(self, lengths: dict[str, int]) -> None:
         self.progress["lengths"] = lengths
         write_atomic(self.work / PROGRESS_NAME, json.dumps(self.progress))
+        self.saved = time.monotonic()
 
     def _tell(self, message: str, *values: Any) -> None:
         now = time.monotonic()
@@ -256,34 +321,44 @@ def _n_piles(n_bytes: int, budget: int) -> int:
     return max(-(-n_bytes // budget), 1)
 
 
-def _shuffled_lines(pile: Path, seed: str, budget: int) -> Iterator[bytes]:
-    """The lines of a pile in random order. One that is larger than `budget` is piled again."""
-    size = pile.stat().st_size
-    if size <= budget or _has_one_line(pile):
-        with open(pile, "rb") as file:
-            lines = list(file)
-        random.Random(seed).shuffle(lines)
-        yield from lines
-        return
-    parts = [
-        pile.with_suffix(f".{i:03d}.jsonl")
-        for i in range(min(_n_piles(size, budget) + 1, MAX_PILES))
-    ]
-    for part in parts:
-        part.unlink(missing_ok=True)  # of a run that was killed
-    draw = random.Random(f"{seed}/piled").randrange
+def _key(name: str) -> int:
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=KEY_BITS // 8)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _keyed(key: int, line: bytes) -> bytes:
+    """A line of a pile: the key in KEY_DIGITS hexadecimal digits, then the line."""
+    return b"%016x" % key + line
+
+
+def _sorted_lines(pile: Path, budget: int, scale: int) -> Iterator[bytes]:
+    """The lines of a pile by their keys, and without them; at most `budget` bytes are held.
+
+    What is larger is piled again. `scale` is the product of the numbers of piles: the keys here lie
+    in one part in `scale` of all.
+    """
+    lines: list[bytes] = []
+    held = 0
+    with open(pile, "rb") as file:
+        for line in file:
+            held += len(line) + LINE_OVERHEAD
+            if held > budget and lines:  # one line is held, however long it is
+                break
+            lines.append(line)
+        else:
+            lines.sort()
+            yield from (line[KEY_DIGITS:] for line in lines)
+            return
+    del lines, line
+    n_parts = min(_n_piles(pile.stat().st_size, budget) + 1, MAX_PILES)
+    parts = [pile.with_suffix(f".{i:03d}.jsonl") for i in range(n_parts)]
     with _Appended(parts, {}) as files, open(pile, "rb") as file:
         for line in file:
-            files.write(draw(len(parts)), line)
-    for i, part in enumerate(parts):
-        yield from _shuffled_lines(part, f"{seed}/{i}", budget)
+            rest = int(line[:KEY_DIGITS], 16) * scale % 2**KEY_BITS  # as a part of this pile's keys
+            files.write(rest * n_parts >> KEY_BITS, line)
+    for part in parts:
+        yield from _sorted_lines(part, budget, scale * n_parts)
         part.unlink()
-
-
-def _has_one_line(file: Path) -> bool:
-    with open(file, "rb") as lines:
-        next(lines, None)
-        return next(lines, None) is None
 
 
 def _to_line(document: dict[str, str]) -> bytes:
@@ -301,9 +376,4 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What the old request asks for where the new one does not."""
-    told = [
-        f"{key}={old.get(key)}" if key != "sources" else "other source files"
-        for key in new
-        if old.get(key) != new[key]
-    ]
-    return ", ".join(told)
+    return ", ".join(f"{key}={old.get(key)}" for key in new if old.get(key) != new[key])

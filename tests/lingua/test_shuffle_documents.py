@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -122,6 +123,7 @@ def test_another_seed_is_another_order(root, tmp_path):
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
     """Killed for good: what lies in buffers is lost, and some of what does not count is there."""
+    monkeypatch.setattr(shuffling, "SAVE_EVERY", 0)
     shuffle(root, tmp_path / "undisturbed")
     want = files_of(tmp_path / "undisturbed")
     rng = random.Random(0)
@@ -168,31 +170,124 @@ def test_a_finished_folder_is_left_alone(root, tmp_path):
     assert "complete" in told[0]
 
 
-@pytest.mark.parametrize("change", [{"seed": 2}, {"n_chunks": 3}, {"memory": 5000}])
+@pytest.mark.parametrize("change", [{"seed": 2}, {"n_chunks": 3}, {"n_validation": 9}])
 def test_a_folder_made_of_something_else_is_not_touched(root, tmp_path, change):
     out = tmp_path / "out"
     shuffle(root, out)
     before = files_of(out)
-    name = {"n_chunks": "nchunks"}.get(next(iter(change)), next(iter(change)))
+    names = {"n_chunks": "nchunks", "n_validation": "validation_documents", "seed": "seed"}
+    name = names[next(iter(change))]
     with pytest.raises(UserError, match=f"was made with {name}=.*move it away"):
         shuffle(root, out, **change)
     assert files_of(out) == before
 
 
-def test_work_that_was_begun_otherwise_is_not_gone_on_with(root, tmp_path, monkeypatch):
+def test_order_does_not_depend_on_memory(root, tmp_path):
+    shuffle(root, tmp_path / "want", memory=10**9)
+    want = files_of(tmp_path / "want")
+    for memory in (700, 4000):
+        shuffle(root, tmp_path / str(memory), memory=memory)
+        assert files_of(tmp_path / str(memory)) == want
+
+
+def test_no_more_than_memory_is_held(tmp_path):
+    root, memory = tmp_path / "sources", 2_000_000
+    root.mkdir()
+    (root / "a.jsonl").write_text((json.dumps({"text": "x" * 1000}) + "\n") * 6000)
+    tracemalloc.start()
+    shuffle(root, tmp_path / "out", memory=memory)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert memory / 2 < peak < memory
+
+
+def interrupted(root, tmp_path, monkeypatch, at: str, **changes) -> None:
+    """The work as it lies when `at`, a stage of it, cannot be begun."""
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(shuffling, "_to_line", lambda _: (_ for _ in ()).throw(RuntimeError))
-        shuffle(root, tmp_path / "out")
-    (tmp_path / "out.unfinished" / "progress.json").write_text(
-        json.dumps({"request": {"seed": 7, "name": "x"}})
-    )
-    with pytest.raises(UserError, match="was begun with seed=7.*remove it"):
+        patch.setattr(shuffling._Shuffle, at, lambda *_: (_ for _ in ()).throw(RuntimeError))
+        shuffle(root, tmp_path / "out", **changes)
+
+
+@pytest.mark.parametrize(
+    "at, change, message",
+    [
+        ("deal", {"seed": 7}, "seed=1"),
+        ("finish", {"seed": 7}, "seed=1"),
+        ("finish", {"n_chunks": 3}, "nchunks=7"),
+    ],
+)
+def test_work_that_was_begun_otherwise_is_not_gone_on_with(
+    root, tmp_path, monkeypatch, at, change, message
+):
+    interrupted(root, tmp_path, monkeypatch, at)
+    with pytest.raises(UserError, match=f"was begun with {message}.*remove it"):
+        shuffle(root, tmp_path / "out", **change)
+
+
+def test_memory_and_chunks_may_change_before_documents_are_dealt(root, tmp_path, monkeypatch):
+    shuffle(root, tmp_path / "want", n_chunks=3)
+    interrupted(root, tmp_path, monkeypatch, "deal", memory=9000)
+    shuffle(root, tmp_path / "out", n_chunks=3)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "want")
+
+
+def test_two_processes_do_not_mix(root, tmp_path, monkeypatch):
+    def second(_):
+        child = os.fork()
+        if child == 0:
+            try:
+                shuffle(root, tmp_path / "out")
+            except UserError as error:
+                os._exit(7 if "another run writes there" in str(error) else 1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        raise RuntimeError
+
+    monkeypatch.setattr(shuffling._Shuffle, "deal", second)
+    with pytest.raises(RuntimeError):
         shuffle(root, tmp_path / "out")
 
 
-def test_too_few_documents_are_refused(root, tmp_path):
+@pytest.mark.parametrize("at", ["last", "first"])
+def test_a_broken_file_can_be_mended_and_the_work_goes_on(root, tmp_path, monkeypatch, at):
+    monkeypatch.setattr(shuffling, "SAVE_EVERY", 0)
+    shuffle(root, tmp_path / "want")
+    file = root / ("a b/000.parquet" if at == "first" else "plain.jsonl")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] if at == "first" else whole + b"\n{")
+    with pytest.raises(UserError, match=file.name):
+        shuffle(root, tmp_path / "out")
+    assert (tmp_path / "out.unfinished/progress.json").exists() == (at == "last")
+    file.write_bytes(whole)
+    shuffle(root, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "want")
+
+
+def test_sources_that_changed_after_they_were_read_are_refused(root, tmp_path, monkeypatch):
+    interrupted(root, tmp_path, monkeypatch, "deal")
+    (root / "plain.jsonl").write_text('{"text": "other"}\n')
+    with pytest.raises(UserError, match="other source files: plain.jsonl had .* bytes"):
+        shuffle(root, tmp_path / "out")
+    shuffle(root, tmp_path / "new", n_validation=1)
+    (root / "more.jsonl").write_text('{"text": "other"}\n')
+    with pytest.raises(UserError, match="made with other source files; move it away"):
+        shuffle(root, tmp_path / "new", n_validation=1)
+
+
+def test_a_finished_folder_that_lost_some_of_it_is_refused(root, tmp_path):
+    shuffle(root, tmp_path / "out")
+    (tmp_path / "out/x.chunk.03.jsonl").write_bytes(b"{}\n")
+    with pytest.raises(UserError, match="03.jsonl is 3 bytes long and was made with"):
+        shuffle(root, tmp_path / "out")
+    (tmp_path / "out/x.chunk.03.jsonl").unlink()
+    with pytest.raises(UserError, match="03.jsonl is missing"):
+        shuffle(root, tmp_path / "out")
+
+
+def test_too_few_documents_are_refused_and_the_next_try_goes_on(root, tmp_path):
     with pytest.raises(UserError, match="400 documents with text, too few for 398 of validation"):
         shuffle(root, tmp_path / "out", n_validation=398)
+    assert shuffle(root, tmp_path / "out")["documents"] == N_DOCUMENTS
 
 
 def test_one_document_larger_than_memory_is_dealt_all_the_same(tmp_path):
