@@ -8,24 +8,31 @@ makes ./data/fineweb_edu_shuffled, a folder for `data.sources`, within 64 GB of 
     fineweb_edu.val.jsonl            documents that no chunk has
     manifest.json                    documents, bytes and sha256 of each file
 
-Killed at any moment, the same command goes on where it was and ends with the same bytes. With
---source_dir the documents come from files on disk (parquet, or JSON lines as they are or in .gz or
-.zst), and nothing is downloaded. Downloads stay in <data_dir>/<dataset>. The disk must hold them,
-and the text twice.
+Killed at any moment, the same command goes on where it was and ends with the same bytes, which
+depend on the seed and not on the memory. With --source_dir the documents come from files on disk
+(parquet, or JSON lines as they are or in .gz or .zst), and nothing is downloaded. Downloads stay in
+<data_dir>/<dataset> and may be removed when all is done. The disk must hold them, and the text
+twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
-from lingua.args import UserError, run_cli
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
+
+from lingua.args import UserError, run_cli, write_atomic
 from lingua.command_line import OneLineParser
 from lingua.document_files import find_document_files
 from lingua.errors import import_optional
-from lingua.shuffle_documents import ShufflePlan, shuffle_documents
+from lingua.shuffle_documents import ShufflePlan, find_finished, shuffle_documents
 
 GB = 10**9
 MIN_MEMORY = 0.01  # GB
@@ -51,7 +58,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("dataset", choices=sorted(CORPORA), help="what to download; names the files, too")
-    add("memory", type=float, help="GB of memory to shuffle in; the order depends on it")
+    add("memory", type=float, help="GB of memory to shuffle in")
     add("--data_dir", type=Path, default=Path("data"), help="where all of it goes")
     add("--seed", type=int, default=42, help="of the shuffle")
     add("--nchunks", type=int, default=32, help="training files: 1, or the number of GPUs")
@@ -65,30 +72,59 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def download(dataset: str, folder: Path) -> None:
-    """All files of the corpus into `folder`; those that are there are not fetched again."""
-    corpus = CORPORA[dataset]
+    """All files of the corpus into `folder`; those that are there are not fetched again.
+
+    They are of one commit, chosen at the start and kept in `download.json`, whatever happens to the
+    corpus in the days that it takes. When all have arrived the hub is not asked again.
+    """
+    corpus, record_file = CORPORA[dataset], folder / "download.json"
+    record = json.loads(record_file.read_text()) if record_file.exists() else {}
+    if record.get("complete"):
+        return
     hub = import_optional("huggingface_hub", extra="data", needed_by=f"downloading {dataset}")
     try:
+        info = hub.HfApi().dataset_info(
+            corpus.repo_id, revision=record.get("revision"), files_metadata=True
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"repo_id": corpus.repo_id, "revision": info.sha}
+        write_atomic(record_file, json.dumps(record))
         hub.snapshot_download(
             corpus.repo_id,
             repo_type="dataset",
+            revision=info.sha,
             local_dir=folder,
             allow_patterns=list(corpus.patterns),
         )
-    except (OSError, ValueError) as error:  # requests' and the hub's errors are OSErrors
-        reason = str(error).strip().splitlines()[0]
+        require_all(corpus, info.siblings, folder)
+    except UserError:
+        raise
+    except Exception as error:  # of the hub, of its HTTP library, of the network, of the disk
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
             f"{dataset} could not be downloaded from {corpus.repo_id}: {reason}; run the same "
             "command again to go on, or give --source_dir"
         ) from None
+    write_atomic(record_file, json.dumps({**record, "complete": True}))
+
+
+def require_all(corpus: Corpus, files: Sequence[Any], folder: Path) -> None:
+    """That all is there: without a network the client returns in peace if the folder has files."""
+    wanted = [f for f in files if any(fnmatchcase(f.rfilename, p) for p in corpus.patterns)]
+    if not wanted:
+        raise UserError(f"{corpus.repo_id} has no file named {', '.join(corpus.patterns)}")
+    for file in wanted:
+        path = folder / file.rfilename
+        found = path.stat().st_size if path.is_file() else 0
+        if found != file.size:
+            raise UserError(
+                f"{path} is not whole: {found} of {file.size} bytes; run the same command again to "
+                "go on (a file that is too long must be removed first)"
+            )
 
 
 def main(argv: Sequence[str]) -> None:
     given = parse_options(argv)
-    root = given.source_dir
-    if root is None:
-        root = given.data_dir / given.dataset
-        download(given.dataset, root)
     plan = ShufflePlan(
         name=given.dataset,
         seed=given.seed,
@@ -98,7 +134,12 @@ def main(argv: Sequence[str]) -> None:
     )
     out = given.data_dir / f"{given.dataset}_shuffled"
     try:
-        manifest = shuffle_documents(find_document_files(root), root, out, plan)
+        manifest = None if given.source_dir else find_finished(out, plan)
+        if manifest is None:
+            root = given.source_dir or given.data_dir / given.dataset
+            if given.source_dir is None:
+                download(given.dataset, root)
+            manifest = shuffle_documents(find_document_files(root), root, out, plan)
     except OSError as error:
         raise UserError(f"{error}; mend it and run the same command again, which goes on") from None
     n_bytes = sum(facts["bytes"] for facts in manifest["files"].values())

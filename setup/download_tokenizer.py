@@ -11,9 +11,12 @@ the lines for a recipe. Llama and Gemma are licensed: accept the terms on their 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
 
 from lingua.args import UserError, run_cli, write_atomic
 from lingua.command_line import OneLineParser

@@ -10,12 +10,15 @@ are left alone, so the same command goes on after an interruption.
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
 
 from apps.LT2.train_args import TrainArgs
 from lingua.args import UserError, parse_args, run_cli

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lingua.args import UserError
@@ -50,12 +54,37 @@ class Hub:
     def __init__(self, failure: Exception | None = None):
         self.calls: list[tuple[str, dict]] = []
         self.failure = failure
+        self.commit = "abc"
+        self.missing = 0  # files that do not arrive
+        names = [
+            "sample/10BT/{}.parquet",
+            "data/CC/{}.parquet",
+            "global-shard_01_of_10/{}.jsonl.zst",
+        ]
+        self.names = [name.format(i) for name in names for i in range(2)]
+
+    def HfApi(self):
+        return self
+
+    def dataset_info(self, repo_id, *, revision, files_metadata):
+        assert files_metadata
+        size = len(self.content())
+        files = [SimpleNamespace(rfilename=name, size=size) for name in [*self.names, "README.md"]]
+        return SimpleNamespace(sha=revision or self.commit, siblings=files)
+
+    def content(self) -> bytes:
+        return b"".join(b'{"text": "text %d"}\n' % i for i in range(50))
 
     def snapshot_download(self, repo_id, **options):
         self.calls.append((repo_id, options))
-        if self.failure:
-            raise self.failure
-        write_lines(Path(options["local_dir"]) / "sample" / "10BT", 50)
+        [pattern] = options["allow_patterns"]
+        wanted = [name for name in self.names if fnmatchcase(name, pattern)]
+        for name in wanted[self.missing :]:
+            file = Path(options["local_dir"], name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(self.content())
+            if self.failure:
+                raise self.failure
 
     def hf_hub_download(self, repo_id, **options):
         self.calls.append((repo_id, options))
@@ -113,8 +142,12 @@ def test_a_local_folder_becomes_a_source_that_training_reads(tmp_path, capsys):
         ),
     ],
 )
-def test_what_is_asked_of_the_hub(tmp_path, hub, dataset, repo_id, pattern):
+def test_what_is_asked_of_the_hub(tmp_path, hub, dataset, repo_id, pattern, monkeypatch):
     stand_in = hub()
+    # lines, whatever the names say
+    monkeypatch.setattr(
+        data, "find_document_files", lambda root: [write_lines(root / "lines", 99) / "a.jsonl"]
+    )
     argv = [dataset, "0.5", "--data_dir", str(tmp_path), "--nchunks", "3"]
     data.main([*argv, "--validation_documents", "5"])
     [(asked, options)] = stand_in.calls
@@ -129,16 +162,46 @@ def test_the_hubs_function_takes_what_it_is_given():
 
     hub = pytest.importorskip("huggingface_hub")
     for function, options in (
-        (hub.snapshot_download, {"repo_type", "local_dir", "allow_patterns"}),
+        (hub.HfApi.dataset_info, {"revision", "files_metadata"}),
+        (hub.snapshot_download, {"repo_type", "revision", "local_dir", "allow_patterns"}),
         (hub.hf_hub_download, {"filename", "local_dir", "token"}),
     ):
         assert options <= inspect.signature(function).parameters.keys()
 
 
-def test_a_download_that_fails_says_how_to_go_on(tmp_path, hub):
-    hub(ConnectionError("no route\nto host"))
+@pytest.fixture
+def parquet_hub(hub):
+    stand_in = hub()
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"text {i}" for i in range(50)]}), sink)
+    stand_in.content = lambda: sink.getvalue().to_pybytes()
+    return stand_in
+
+
+def test_a_download_goes_on_with_the_commit_that_it_began_with(tmp_path, parquet_hub):
+    few = ("--validation_documents", "5")
+    parquet_hub.failure = RuntimeError("no route\nto host")  # HTTP libraries have their own kinds
     with pytest.raises(UserError, match="no route; run the same command again"):
+        prepare(tmp_path, *few)
+    parquet_hub.failure, parquet_hub.commit = None, "def"
+    out = prepare(tmp_path, *few)
+    assert [options["revision"] for _, options in parquet_hub.calls] == ["abc", "abc"]
+    assert json.loads((out / "manifest.json").read_text())["documents"] == 100
+    parquet_hub.dataset_info = None  # from here on the hub is not asked
+    prepare(tmp_path, *few)
+    out.rename(tmp_path / "away")
+    prepare(tmp_path, *few)
+    shutil.rmtree(tmp_path / "data/fineweb_edu_10bt")
+    prepare(tmp_path, *few)
+
+
+def test_a_download_that_lacks_a_file_is_not_taken_for_whole(tmp_path, parquet_hub):
+    """The client returns in peace when it has no network and the folder is not empty."""
+    parquet_hub.missing = 1
+    with pytest.raises(UserError, match=r"10BT/0.parquet is not whole: 0 of \d+ bytes; run"):
         prepare(tmp_path)
+    parquet_hub.missing = 0
+    prepare(tmp_path, "--validation_documents", "5")
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
