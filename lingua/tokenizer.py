@@ -214,12 +214,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self.model.no_truncation()
         vocab = self.model.get_vocab(with_added_tokens=True)
         self.n_words = max(vocab.values()) + 1  # not its length: ids may have holes
-        declared = self._declared_specials(path.with_name("tokenizer_config.json"))
+        declared = self.declared_specials(path.with_name("tokenizer_config.json"))
         self.bos_id = self._special(path, vocab, "bos", declared, self.BOS_NAMES)
         self.eos_id = self._special(path, vocab, "eos", declared, self.EOS_NAMES)
 
     @staticmethod
-    def _declared_specials(path: Path) -> dict[str, str]:
+    def declared_specials(path: Path) -> dict[str, str]:
         """What tokenizer_config.json, if it lies beside the tokenizer, calls bos and eos."""
         if not path.is_file():
             return {}
@@ -296,6 +296,13 @@ def find_tokenizer_file(name: str, path: str | None) -> Path | None:
             f"tokenizer's file, or a folder with {file_name}"
         )
     return file
+
+
+def declared_specials(name: str, file: Path | None) -> dict[str, str] | None:
+    """What a file beside the tokenizer's calls bos and eos; None where no such file counts."""
+    if name != "hf" or file is None:
+        return None
+    return HuggingFaceTokenizer.declared_specials(file.with_name("tokenizer_config.json")) or None
 
 
 def read_mergeable_ranks(path: Path) -> dict[bytes, int]:

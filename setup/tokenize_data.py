@@ -4,13 +4,14 @@
 
 takes the run's options, so that tokenizer, BOS and EOS are those of the run, and writes files
 beside each chunk of its sources (see lingua/token_files.py). Chunks whose files are whole and right
-are left alone, so the same command goes on after an interruption.
+are left alone, and half-made ones gone on with, so the same command goes on after an interruption.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,6 +26,7 @@ from lingua.args import UserError, parse_args, run_cli
 from lingua.command_line import OneLineParser
 from lingua.data import DataArgs, require_root_dir
 from lingua.jsonl import find_and_sanitize_chunks
+from lingua.prefetch import exit_with_parent
 from lingua.token_files import TokenFiles, TokenRecipe, write_token_files
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 
@@ -44,6 +46,11 @@ def tokenize_chunk(chunk: Path, tokenizer: TokenizerArgs, recipe: TokenRecipe) -
     return write_token_files(chunk, build_tokenizer(tokenizer.name, tokenizer.path), recipe)
 
 
+def end_with_parent() -> None:
+    """A worker whose program was killed writes no more: the next run goes on with its files."""
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
 def main(argv: Sequence[str]) -> None:
     args, n_workers = parse_options(argv)
     recipe = TokenRecipe.of(args.tokenizer.name, args.tokenizer.path, args.add_bos, args.add_eos)
@@ -59,7 +66,8 @@ def main(argv: Sequence[str]) -> None:
     began, n_tokens = time.perf_counter(), 0
     try:
         # Forked, so that no worker imports torch anew, whatever the default is by now.
-        with ProcessPoolExecutor(n_workers, multiprocessing.get_context("fork")) as pool:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(n_workers, context, initializer=end_with_parent) as pool:
             running = {pool.submit(tokenize, chunk): chunk for chunk in todo}
             try:
                 for done in as_completed(running):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
+from lingua import token_files
 from lingua.args import UserError
 from lingua.data import (
     DataArgs,
@@ -19,8 +23,8 @@ from lingua.data import (
     validate_data_args,
 )
 from lingua.data_deal import deal_streams
-from lingua.token_files import TokenFiles
-from lingua.tokenizer import TokenizerArgs
+from lingua.token_files import TokenFiles, TokenRecipe, write_token_files
+from lingua.tokenizer import TokenizerArgs, build_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "setup" / "tokenize_data.py"
 
@@ -172,6 +176,110 @@ def test_files_of_other_options_are_refused(args):
     other = replace(args, pretokenized=True, add_bos=False)
     with pytest.raises(UserError, match="made with add_bos=True, and it is False now"):
         build_dataloader_from_args(other, init_dataloader_state_from_args(other, 0, 1))
+
+
+def test_files_of_other_special_tokens_are_refused(args, tmp_path):
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<s>": 1, "</s>": 2}, "a"))
+    model.save(str(tmp_path / "tokenizer.json"))
+    args = replace(args, tokenizer=TokenizerArgs("hf", str(tmp_path)))
+    tokenize(args, f"data.tokenizer.path={tmp_path}")
+    validate_data_args(replace(args, pretokenized=True), 1)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "</s>"}')
+    with pytest.raises(UserError, match="made with specials=None, and it is {'bos': '</s>'} now"):
+        validate_data_args(replace(args, pretokenized=True), 1)
+
+
+def files_beside(chunk: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in chunk.parent.glob(f"{chunk.stem}.*")}
+
+
+def write(args: DataArgs, chunk: Path) -> None:
+    recipe = TokenRecipe.of(args.tokenizer.name, None, args.add_bos, args.add_eos)
+    write_token_files(chunk, build_tokenizer(args.tokenizer.name), recipe)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except UserError:
+            code = 7
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_killed_anywhere_the_next_run_ends_with_the_same_files(args, monkeypatch):
+    monkeypatch.setattr(token_files, "COMMIT_BYTES", 200)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a kill loses nothing that was written
+    chunk = Path(args.root_dir or "") / "web/web.chunk.01.jsonl"
+    write(replace(args, add_bos=False), chunk)
+    other = files_beside(chunk)
+    write(args, chunk)
+    want = files_beside(chunk)
+
+    def killed(n: int) -> None:
+        """The process ends at the n-th document, wait for the disk or rename."""
+        left = n
+
+        def counted(function):
+            def call(*arguments, **options):
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+                return function(*arguments, **options)
+
+            return call
+
+        writer = token_files._TokenWriter
+        for owner, name in ((writer, "add"), (os, "fsync"), (os, "replace"), (Path, "unlink")):
+            setattr(owner, name, counted(getattr(owner, name)))
+        write(args, chunk)
+
+    n_killed = 0
+    for n in range(1, 100, 3):
+        for name, content in other.items():  # made with another recipe
+            (chunk.parent / name).write_bytes(content)
+        code = in_child(lambda n=n: killed(n))
+        assert code in (0, 9)
+        n_killed += code == 9
+        assert in_child(lambda: write(args, chunk)) == 0
+        assert {k: v for k, v in files_beside(chunk).items() if k in want} == want
+        assert not TokenFiles(chunk).begun.exists()
+    assert 10 < n_killed < 33
+
+
+def test_what_was_done_is_not_done_again(args, monkeypatch):
+    monkeypatch.setattr(token_files, "COMMIT_BYTES", 100)
+    chunk = Path(args.root_dir or "") / "web/web.chunk.01.jsonl"
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-3] + b"}}}")  # of the same length
+    with pytest.raises(UserError, match="chunk.01.jsonl:22: not JSON"):
+        write(args, chunk)
+    chunk.write_bytes(whole)
+    encoded = []
+    monkeypatch.setattr(token_files, "document_text", lambda d: encoded.append(d) or d["text"])
+    write(args, chunk)
+    assert 0 < len(encoded) < 10  # of 21 documents
+    validate_data_args(replace(args, sources={"web": 1.0}), 1)
+
+
+def test_two_processes_do_not_write_one_file(args, monkeypatch):
+    chunk = Path(args.root_dir or "") / "web/web.chunk.01.jsonl"
+    codes = []
+    commit = token_files._TokenWriter.commit
+
+    def second(writer):
+        codes.append(in_child(lambda: write(args, chunk)))
+        commit(writer)
+
+    monkeypatch.setattr(token_files._TokenWriter, "commit", second)
+    write(args, chunk)
+    assert codes == [7]
 
 
 def test_a_chunk_that_changed_under_a_checkpoint_is_refused(args):
