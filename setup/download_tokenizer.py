@@ -4,8 +4,8 @@
 
 puts the file where the repository has it (tokenizer/original/tokenizer.model for llama3) and prints
 the lines for a recipe. Llama and Gemma are licensed: accept the terms on their pages first. Without
---api_key the token is that of HF_TOKEN or of `hf auth login`. A name of tiktoken's own encodings
-(cl100k_base, o200k_base, ...) makes a file of the same kind and needs no token.
+--api_key the token is that of HF_TOKEN or of `hf auth login`. cl100k_base, of tiktoken's own
+encodings the one that cuts text as Llama 3 does, makes a file of the same kind and needs no token.
 """
 
 from __future__ import annotations
@@ -37,10 +37,15 @@ TOKENIZERS = {
 }
 
 
+# data.tokenizer.name=tiktoken cuts text into words by Llama 3's rule, which is this encoding's.
+# With the pieces of another one it would give, without a word, other tokens than that one does.
+CL100K = "cl100k_base"
+
+
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("name", help=f"{', '.join(TOKENIZERS)}, or an encoding of tiktoken such as cl100k_base")
+    add("name", help=f"{', '.join(TOKENIZERS)} or {CL100K}")
     add("path_to_save", type=Path, help="folder that the file goes into")
     add("--api_key", help="token of Hugging Face; never shown or stored")
     return parser.parse_args(argv)
@@ -52,8 +57,8 @@ def download_from_hub(wanted: HubFile, folder: Path, api_key: str | None) -> Pat
         path = hub.hf_hub_download(
             wanted.repo_id, filename=wanted.file, local_dir=folder, token=api_key
         )
-    except (OSError, ValueError) as error:  # requests' and the hub's errors are OSErrors
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of the hub, of its HTTP library, of the network, of the disk
+        reason = first_line(error)
         if api_key:
             reason = reason.replace(api_key, "<api_key>")
         raise UserError(
@@ -63,20 +68,25 @@ def download_from_hub(wanted: HubFile, folder: Path, api_key: str | None) -> Pat
     return Path(path)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def save_tiktoken(name: str, folder: Path) -> Path:
     """The pieces of an encoding in tiktoken's own format: base64 and number, one a line."""
     import base64
 
     import tiktoken
 
-    if name not in tiktoken.list_encoding_names():
-        known = ", ".join([*TOKENIZERS, *tiktoken.list_encoding_names()])
-        raise UserError(f"name={name} is none of {known}")
+    if name != CL100K:
+        raise UserError(
+            f"name={name} is none of {', '.join([*TOKENIZERS, CL100K])}; for other tokenizers give "
+            "their tokenizer.json with data.tokenizer.name=hf"
+        )
     try:
         ranks = tiktoken.get_encoding(name)._mergeable_ranks
-    except OSError as error:  # requests' errors are OSErrors
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name} could not be downloaded: {reason}") from None
+    except Exception as error:  # of its HTTP library, of the network
+        raise UserError(f"{name} could not be downloaded: {first_line(error)}") from None
     lines = (
         base64.b64encode(piece) + f" {rank}\n".encode()
         for piece, rank in sorted(ranks.items(), key=lambda item: item[1])

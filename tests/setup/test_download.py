@@ -263,8 +263,9 @@ def test_without_a_key_the_hub_looks_for_its_own(tmp_path, hub):
     assert stand_in.calls[0][1]["token"] is None
 
 
-def test_a_key_is_not_shown_when_the_download_fails(tmp_path, hub):
-    hub(OSError("401 for token hf_secret"))
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # HTTP libraries have their own
+def test_a_key_is_not_shown_when_the_download_fails(tmp_path, hub, kind):
+    hub(kind("401 for token hf_secret"))
     with pytest.raises(UserError) as raised:
         tokenizers.main(["llama2", str(tmp_path), "--api_key", "hf_secret"])
     assert "secret" not in str(raised.value) and "accept its terms" in str(raised.value)
@@ -282,5 +283,6 @@ def test_an_encoding_of_tiktoken_becomes_a_file_that_loads(tmp_path, monkeypatch
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):
-    with pytest.raises(UserError, match="name=llama9 is none of llama2, llama3, gemma, .*cl100k"):
-        tokenizers.main(["llama9", str(tmp_path)])
+    for name in ("llama9", "o200k_base"):  # the latter cuts text by another rule
+        with pytest.raises(UserError, match=f"name={name} is none of llama2, llama3, gemma, cl"):
+            tokenizers.main([name, str(tmp_path)])
