@@ -8,6 +8,8 @@ test that fails is to be understood, not given a wider bound.
 from __future__ import annotations
 
 import os
+import traceback
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -54,3 +56,14 @@ def assert_same(got: Tensor, want: Tensor, bound: float, name: str = "tensor") -
     error = relative_error(got, want)
     measured.append((os.environ.get("PYTEST_CURRENT_TEST", ""), name, error, bound))
     assert error <= bound, f"{name}: relative error {error:.2e} > {bound:.0e}"  # NaN fails too
+
+
+def differences(got: Mapping[str, Tensor], want: Mapping[str, Tensor], bound: float) -> str:
+    """What is not the same by name, as a traceback for a process to send; "" where all is."""
+    try:
+        assert got.keys() == want.keys()
+        for name, tensor in want.items():
+            assert_same(got[name], tensor, bound, name)
+    except AssertionError:
+        return traceback.format_exc()
+    return ""

@@ -26,21 +26,15 @@ from lingua.distributed import RanksFailed
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny_run import (
     OPTIONS,
+    SMALL,
     assert_same_run,
     checkpoint,
     stopped_after,
     train,
-    write_corpus,
 )
 from tests.tolerances import BF16_LAYER, FP32_MODEL, assert_same
 
 N = OPTIONS["steps"]
-SMALL = {"model.n_layers": 1, "model.mixer": "full", "model.attention_pattern": None}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

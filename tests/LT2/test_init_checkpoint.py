@@ -11,21 +11,15 @@ from lingua.args import UserError
 from lingua.checkpoint import consolidate_checkpoints
 from tests.LT2.tiny_run import (
     OPTIONS,
+    SMALL,
     assert_same_run,
     checkpoint,
     column,
     stopped_after,
     train,
-    write_corpus,
 )
 
 N = OPTIONS["steps"]
-SMALL = {"model.n_layers": 1, "model.mixer": "full", "model.attention_pattern": None}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

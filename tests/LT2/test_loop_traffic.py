@@ -5,7 +5,6 @@ Counted on two ranks, with every kind of recomputation, and the gradients are th
 
 from __future__ import annotations
 
-import traceback
 from functools import cache
 from itertools import product
 from typing import Any
@@ -32,7 +31,7 @@ from lingua.distributed import (
 from tests.lingua.dist_utils import OpCounter, run_ranks
 from tests.lingua.toy import whole
 from tests.LT2.tiny import tiny_model
-from tests.tolerances import FP32_MODEL, assert_same
+from tests.tolerances import FP32_MODEL, differences
 
 N_LAYERS, WORLD = 2, 2
 # In the second a layer's full attention runs in late loops only: its gradient is complete early.
@@ -107,18 +106,8 @@ def count_cases(rank: int, world_size: int) -> dict[str, tuple[dict[str, int], s
             backward(model, batches(n_micro)[:, rank : rank + 1])
         counts = {c: ops.counts[c] for c in COLLECTIVES if ops.counts[c]}
         sync_replicated_grads(model, mesh)
-        outcome[name] = counts, differences(gradients(model), wanted(loops, n_micro))
+        outcome[name] = counts, differences(gradients(model), wanted(loops, n_micro), FP32_MODEL)
     return outcome
-
-
-def differences(got: dict[str, Tensor], want: dict[str, Tensor]) -> str:
-    try:
-        assert got.keys() == want.keys()
-        for name, tensor in want.items():
-            assert_same(got[name], tensor, FP32_MODEL, name)
-    except AssertionError:
-        return traceback.format_exc()
-    return ""
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from lingua.optim import OptimArgs, build_optimizer
 from tests.lingua.dist_utils import run_ranks
 from tests.lingua.toy import whole
 from tests.LT2.tiny import AtStep, tiny_model
-from tests.tolerances import FP32_MODEL, assert_same
+from tests.tolerances import FP32_MODEL, differences
 
 Options = dict[str, Any]
 
@@ -132,16 +131,6 @@ def learn(model: LoopedTransformer, optimizer: Optimizer, mesh: Any) -> dict[str
     return seen | {n: whole(p).detach() for n, p in model.named_parameters()}
 
 
-def differences(got: dict[str, Any], want: dict[str, Any]) -> str:
-    try:
-        assert got.keys() == want.keys()
-        for name, tensor in want.items():
-            assert_same(got[name], tensor, FP32_MODEL, name)
-    except AssertionError:
-        return traceback.format_exc()
-    return ""
-
-
 def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[str, str]:
     """For each case what differs from one process, and for the first what its checkpoint says."""
     outcome = {}
@@ -152,14 +141,16 @@ def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[s
         optimizer = optimizer_of(model, optim)
         got = learn(model, optimizer, mesh)
         single = make(kind, options)
-        outcome[name] = differences(got, learn(single, optimizer_of(single, optim), None))
+        outcome[name] = differences(
+            got, learn(single, optimizer_of(single, optim), None), FP32_MODEL
+        )
         if name == next(iter(cases)):
             manager(folder / "by_ranks").save(model, optimizer, AtStep(1), {}, mesh)
             fresh, mesh = make_parallel(kind, {**options, "seed": 5}, distributed)
             optimizer = optimizer_of(fresh)
             load_from_checkpoint(str(folder / "by_one" / STEP_1), fresh, optimizer)
             outcome["loaded"] = differences(
-                learn(fresh, optimizer, mesh), second_step(kind, options)
+                learn(fresh, optimizer, mesh), second_step(kind, options), FP32_MODEL
             )
     return outcome
 
@@ -186,7 +177,7 @@ def run_cases(world_size: int, cases: dict, folder: Path) -> list[dict[str, str]
     model = make(kind, {**options, "seed": 5})
     optimizer = optimizer_of(model)
     load_from_checkpoint(str(folder / "by_ranks" / STEP_1), model, optimizer)
-    outcomes.append({"saved": differences(learn(model, optimizer, None), want)})
+    outcomes.append({"saved": differences(learn(model, optimizer, None), want, FP32_MODEL)})
     return outcomes
 
 
@@ -221,7 +212,7 @@ def learn_compiled(rank: int, world_size: int) -> dict[str, str]:
         model, mesh = make_parallel(kind, options, {**distributed, "compile": True})
         single = make(kind, options)
         want = learn(single, optimizer_of(single), None)
-        outcome[name] = differences(learn(model, optimizer_of(model), mesh), want)
+        outcome[name] = differences(learn(model, optimizer_of(model), mesh), want, FP32_MODEL)
     return outcome
 
 

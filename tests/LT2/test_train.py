@@ -46,11 +46,6 @@ N = OPTIONS["steps"]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
     """Runs that nothing stops, one for each set of options."""
 

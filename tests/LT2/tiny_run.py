@@ -56,6 +56,9 @@ OPTIONS: dict[str, Any] = {
     "logging.freq": 1,
 }
 
+# The least that trains; a run with it takes a fraction of a second.
+SMALL = {"model.n_layers": 1, "model.mixer": "full", "model.attention_pattern": None}
+
 
 def write_corpus(root: Path, *, n_chunks: int = 2, n_lines: int = 12, n_val: int = 3) -> Path:
     """A data folder with one source, `text`; the same text at every call."""

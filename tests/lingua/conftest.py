@@ -1,4 +1,5 @@
-"""A project that stool can launch, and a cluster that it can launch on."""
+"""What several files start from: a run with checkpoints, and a project that stool can launch on a
+cluster."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lingua.stool import StoolArgs
+from tests.lingua.checkpoint_runs import CONFIG, build, manager_at, train
 from tests.lingua.stool_utils import git
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,6 +49,17 @@ def main(argv):
 if __name__ == "__main__":
     run_cli(main)
 """
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run in one process with checkpoints of steps 1 and 2."""
+    model, optimizer, state = build()
+    manager = manager_at(tmp_path / "checkpoints")
+    for step in (1, 2):
+        train(step, model, optimizer, state)
+        manager.save(model, optimizer, state, CONFIG)
+    return manager, model, optimizer, state
 
 
 @pytest.fixture

@@ -1,27 +1,18 @@
-"""Checkpoints: exact resume, survival of kills and damage, and what is deleted."""
+"""Checkpoints: exact resume, survival of kills and damage, and what is refused."""
 
 from __future__ import annotations
 
-import errno
 import io
-import json
 import multiprocessing
 import os
-import random
-import resource
 import shutil
 import signal
-import threading
-from contextlib import suppress
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import lingua.checkpoint_folder
 import lingua.checkpoint_save
@@ -33,85 +24,24 @@ from lingua.checkpoint import (
     CheckpointArgs,
     CheckpointManager,
     SaveEvery,
-    consolidate_checkpoints,
     load_from_checkpoint,
 )
 from lingua.checkpoint_folder import find_problem
 from lingua.optim import OptimArgs, build_optimizer
-from lingua.weight_file import load_initial_weights, write_weights
+from tests.lingua.checkpoint_runs import (
+    CONFIG,
+    STEPS,
+    STOP,
+    assert_same_bits,
+    build,
+    manager_at,
+    seed_all,
+    tensors,
+    train,
+    truncate_tensors,
+)
 from tests.lingua.dist_utils import run_ranks
-from tests.lingua.toy import PLAN, ROWS, Looped, make_batches, make_model, whole
-
-STEPS, STOP = 6, 3
-CONFIG = {"optim": {"lr": 0.05, "clip": 1.0}, "steps": STEPS}
-
-
-class TrainState:
-    def __init__(self, scheduler=None):
-        self.step = 0
-        self.scheduler = scheduler
-
-    def state_dict(self):
-        return {"step": self.step, "scheduler": self.scheduler and self.scheduler.state_dict()}
-
-    def load_state_dict(self, state_dict):
-        self.step = state_dict["step"]
-        if self.scheduler:
-            self.scheduler.load_state_dict(state_dict["scheduler"])
-
-    def load_state_dicts(self, states, rank, n_ranks):
-        self.load_state_dict(states[rank % len(states)])
-        self.from_ranks = len(states)
-
-
-def manager_at(folder: Path, **kwargs) -> CheckpointManager:
-    return CheckpointManager.instantiate_and_make_dir(CheckpointArgs(path=str(folder), **kwargs))
-
-
-def build(mesh=None, args=None):
-    model = make_model()
-    if args is not None:
-        ld.parallelize_model(model, mesh, None, args, PLAN)
-    optimizer, scheduler = build_optimizer(model, OptimArgs(lr=0.05, warmup=4), STEPS)
-    return model, optimizer, TrainState(scheduler)
-
-
-def train(upto, model, optimizer, state, mesh=None):
-    """Train with noise from every generator, so that a resume must restore them all."""
-    rank, degree = ld.get_dp_rank_and_degree(mesh)
-    mine = slice(rank * ROWS // degree, (rank + 1) * ROWS // degree)
-    log = []
-    for tokens, target in make_batches(STEPS, 1)[state.step : upto, 0]:
-        lr = optimizer.param_groups[0]["lr"]
-        noise = 1 + 0.1 * (torch.rand(()).item() + random.random() + np.random.rand())
-        loss = model(tokens[mine], target[mine]) * noise
-        loss.backward()
-        ld.sync_replicated_grads(model, mesh)
-        norm = ld.clip_grad_norm_(model, 1.0)
-        optimizer.step()
-        state.scheduler.step()
-        optimizer.zero_grad()
-        state.step += 1
-        log.append((state.step, lr, loss.item(), norm.item()))
-    return log
-
-
-def tensors(model, optimizer):
-    moments = lingua.tensor_store.optimizer_state(model, optimizer)
-    return {
-        "model": {n: whole(p).detach().clone() for n, p in model.named_parameters()},
-        "optim": {n: {k: whole(t).clone() for k, t in s.items()} for n, s in moments.items()},
-    }
-
-
-def assert_same_bits(got, want):
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
-
-
-def seed_all(seed):
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
+from tests.lingua.toy import Looped, make_batches, make_model
 
 
 def check_resume(rank, world_size, folder, kwargs, async_save=False):
@@ -216,17 +146,6 @@ def test_two_ranks_resume_exactly_and_fail_together(tmp_path):
 # ---- kills and damage
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run in one process with checkpoints of steps 1 and 2."""
-    model, optimizer, state = build()
-    manager = manager_at(tmp_path / "checkpoints")
-    for step in (1, 2):
-        train(step, model, optimizer, state)
-        manager.save(model, optimizer, state, CONFIG)
-    return manager, model, optimizer, state
-
-
 def die_at_call(n, model, optimizer, state, folder, rule, async_save):
     """Save step 3 over step 2's rule, and SIGKILL this process at the n-th touch of the disk."""
     calls = 0
@@ -279,11 +198,6 @@ def test_a_kill_at_any_moment_of_save_leaves_a_checkpoint(run, tmp_path, again, 
             break
     assert child.exitcode == 0 and n > 10, "the kills must have covered the whole save"
     assert names == {f"{state.step:010d}"}
-
-
-def truncate_tensors(folder):
-    file = folder / "__0_0.distcp"
-    file.write_bytes(file.read_bytes()[:-10])
 
 
 def scramble_tensors(folder):
@@ -365,106 +279,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run):
         manager.load(*fresh)
 
 
-# ---- saving in the background
-
-
-@pytest.fixture
-def held_disk(monkeypatch):
-    """Tensors are written only after `.set()`."""
-    gate = threading.Event()
-    real = lingua.tensor_save.FileSystemWriter.write_data
-
-    def write_data(self, plan, planner):
-        assert gate.wait(30)
-        return real(self, plan, planner)
-
-    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", write_data)
-    yield gate
-    gate.set()
-
-
-def test_training_goes_on_while_a_save_is_written(tmp_path, held_disk):
-    manager = manager_at(tmp_path, async_save=True)
-    model, optimizer, state = build()
-    train(2, model, optimizer, state)
-    want, state_then = tensors(model, optimizer), state.state_dict()
-    manager.save(model, optimizer, state, CONFIG)
-    train(4, model, optimizer, state)  # in place: the save must hold copies
-    manager.poll()
-    assert manager.existing_saves == [], "published before it was written"
-
-    held_disk.set()
-    manager.finish()
-    assert [p.name for p in manager.existing_saves] == ["0000000002"]
-    assert not any(p.suffix for p in tmp_path.iterdir())
-    fresh = build()
-    assert manager.load(*fresh) is not None
-    assert fresh[2].state_dict() == state_then
-    assert_same_bits(tensors(*fresh[:2]), want)
-
-
-def test_a_poll_publishes_what_is_written_and_a_save_waits_for_the_one_before(tmp_path):
-    manager = manager_at(tmp_path, async_save=True)
-    model, optimizer, state = build()
-    for step in (1, 2):
-        train(step, model, optimizer, state)
-        manager.save(model, optimizer, state, CONFIG)
-    assert [p.name for p in manager.existing_saves] == ["0000000001"]
-    assert manager._save is not None
-    manager._save.wait()
-    manager.poll()
-    assert [int(p.name) for p in manager.existing_saves] == [1, 2]
-
-
-def test_a_background_save_that_fails_is_told_and_leaves_the_one_before(run, monkeypatch):
-    manager, model, optimizer, state = run
-    manager.args.async_save = True
-
-    def full_disk(self, plan, planner):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", full_disk)
-    train(3, model, optimizer, state)
-    manager.save(model, optimizer, state, CONFIG)
-    with pytest.raises(ld.RanksFailed, match=r"could not write .*GiB free.*No space left"):
-        manager.finish()
-    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
-    loaded = manager.load(*build())
-    assert loaded is not None and loaded.step == 2
-    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
-
-
-@pytest.mark.parametrize("error", [None, FloatingPointError, KeyError])
-def test_leaving_publishes_the_save_under_way_and_an_error_of_one_rank_drops_it(tmp_path, error):
-    model, optimizer, state = build()
-    train(1, model, optimizer, state)
-    with suppress(FloatingPointError, KeyError), manager_at(tmp_path, async_save=True) as manager:
-        manager.save(model, optimizer, state, CONFIG)
-        if error:
-            raise error
-    is_shared = error in (None, FloatingPointError)  # a NaN is in every rank's gradient norm
-    assert len(manager.existing_saves) == is_shared
-    assert (manager.load(*build()) is not None) == is_shared
-    assert not any(p.suffix for p in tmp_path.iterdir())
-
-
-def test_a_save_that_was_not_written_as_it_should_be_replaces_nothing(run, monkeypatch):
-    manager, model, optimizer, state = run
-    manager.args.dump = SaveEvery(every=1, keep=1)
-    real = lingua.checkpoint_save.write_train_state
-
-    def lose_bytes(folder, name, text):
-        files = real(folder, name, text)
-        truncate_tensors(folder)
-        return files
-
-    monkeypatch.setattr(lingua.checkpoint_save, "write_train_state", lose_bytes)
-    train(3, model, optimizer, state)
-    with pytest.raises(ld.RanksFailed, match=r"__0_0.distcp is not what was written"):
-        manager.save(model, optimizer, state, CONFIG)
-    assert [int(p.name) for p in manager.existing_saves] == [1, 2]
-
-
 # ---- what is loaded
 
 
@@ -516,185 +330,6 @@ def test_parameters_without_optimizer_state_stay_so(tmp_path):
     fresh_model, fresh, _ = build()
     load_from_checkpoint(manager.existing_saves[-1], fresh_model, fresh)
     assert not fresh.state[fresh_model.rho] and fresh.state[fresh_model.output.weight]
-
-
-# ---- what is deleted
-
-
-def save_steps(manager, steps):
-    model, optimizer, state = build()
-    for state.step in steps:
-        manager.save(model, None, state, CONFIG)
-
-
-@pytest.mark.parametrize(
-    "dump, eval, want",
-    [
-        ((2, 0), (3, 0), [1, 2, 3, 4, 6, 7]),
-        ((2, 2), (3, 1), [4, 6, 7]),
-        ((2, 1), (3, 0), [3, 6, 7]),
-        ((0, 1), (0, 1), [7]),
-        ((1, 3), (5, 1), [4, 6, 7]),
-    ],
-)
-def test_keep_rules(tmp_path, dump, eval, want):
-    manager = manager_at(tmp_path, dump=SaveEvery(*dump), eval=SaveEvery(*eval))
-    save_steps(manager, [1, 2, 3, 4, 6, 7])
-    assert [int(p.name) for p in manager.existing_saves] == want
-
-
-def test_what_others_wrote_is_never_deleted(tmp_path):
-    foreign = ["0000000001_backup", "00000000001", "0000000003", "0000000001.old", "notes"]
-    foreign += ["0000000008.tmp", "0000000009.replaced", "0000000010"]
-    for name in foreign:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "precious").write_text("mine")
-    (tmp_path / "0000000002.tmp").mkdir()
-    (tmp_path / "0000000002.tmp" / "__0_0.distcp").write_text("half")
-    manager = manager_at(tmp_path, dump=SaveEvery(1, keep=1), eval=SaveEvery(1, keep=1))
-    save_steps(manager, [4])
-    consolidate_checkpoints(tmp_path / "0000000004")
-    save_steps(manager, [5])
-    (tmp_path / "0000000005" / "my_plots").mkdir()
-    save_steps(manager, [6])
-    want = {*foreign, "0000000005", "0000000006"}
-    assert {p.name for p in tmp_path.iterdir()} == want
-    assert all((tmp_path / name / "precious").exists() for name in foreign)
-
-
-def test_a_save_does_not_make_room_for_itself_among_the_files_of_others(run):
-    manager, model, optimizer, state = run
-    (manager.existing_saves[-1] / "my_plots").mkdir()
-    manager.save(model, optimizer, state, CONFIG)  # the same step again
-    names = ["0000000001", "0000000002", "0000000002.replaced"]
-    assert sorted(p.name for p in manager.path.iterdir()) == names
-    assert (manager.path / names[-1] / "my_plots").is_dir()
-
-    (manager.path / "0000000003.tmp").mkdir()
-    (manager.path / "0000000003.tmp" / "precious").write_text("mine")
-    train(3, model, optimizer, state)
-    with pytest.raises(UserError, match="0000000003.tmp is in the way of a checkpoint"):
-        manager.save(model, optimizer, state, CONFIG)
-    assert (manager.path / "0000000003.tmp" / "precious").read_text() == "mine"
-
-
-@pytest.mark.parametrize("async_save", [False, True])
-def test_a_real_limit_on_the_disk_costs_nothing_that_was_there(run, async_save):
-    manager, model, optimizer, state = run
-    manager.args.async_save = async_save
-    train(3, model, optimizer, state)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(RuntimeError, match="could not write .*GiB free.*are whole"):
-            manager.save(model, optimizer, state, CONFIG)
-            manager.finish()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
-    manager.save(model, optimizer, state, CONFIG)
-    manager.finish()
-    assert [int(p.name) for p in manager.existing_saves] == [1, 2, 3]
-
-
-# ---- one file for inference
-
-
-def test_consolidated_holds_the_weights_alone(run, tmp_path):
-    manager, model, *_ = run
-    folder = manager.existing_saves[-1]
-    (folder / "consolidated").mkdir()  # as a killed consolidation leaves it
-    (folder / "consolidated" / "params.json").write_text("half")
-
-    consolidated = consolidate_checkpoints(folder)
-
-    assert {p.name for p in consolidated.iterdir()} == {"consolidated.pth", "params.json"}
-    assert json.loads((consolidated / "params.json").read_text()) == CONFIG
-    content = torch.load(consolidated / "consolidated.pth", weights_only=True)
-    assert content.keys() == {"model"}
-    assert_same_bits(content["model"], dict(model.state_dict()))
-
-    dcp_to_torch_save(folder, tmp_path / "all.pth")
-    everything = torch.load(tmp_path / "all.pth")
-    assert_same_bits(everything["model"], dict(model.state_dict()))
-    assert everything["optim"]["state"].keys() == dict(model.named_parameters()).keys()
-
-
-def test_what_is_half_of_a_consolidation_is_made_anew(run):
-    manager, model, *_ = run
-    folder = manager.existing_saves[-1]
-    consolidated = consolidate_checkpoints(folder)
-    (consolidated / "params.json").unlink()
-    (consolidated / "consolidated.pth").write_bytes(b"of another program")
-    consolidate_checkpoints(folder)
-    content = torch.load(consolidated / "consolidated.pth", weights_only=True)
-    assert_same_bits(content["model"], dict(model.state_dict()))
-    assert json.loads((consolidated / "params.json").read_text()) == CONFIG
-
-
-def test_a_consolidation_that_fails_leaves_no_file(run, monkeypatch):
-    folder = run[0].existing_saves[-1]
-
-    def full_disk(content, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(lingua.tensor_store.torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        consolidate_checkpoints(folder)
-    assert [p.name for p in (folder / "consolidated").iterdir()] == ["params.json"]
-
-
-def test_consolidating_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint folder: it has no .metadata"):
-        consolidate_checkpoints(tmp_path)
-
-
-# ---- a run that starts from a file of weights
-
-FILES = pytest.mark.parametrize("name", ["consolidated.pth", "model.safetensors"])
-
-
-def weights_of(seed):
-    state = make_model().state_dict()
-    torch.manual_seed(seed)
-    return {name: torch.randn_like(tensor) for name, tensor in state.items()}
-
-
-def check_initial_weights(rank, world_size, file):
-    args = ld.DistributedArgs(model_dtype="fp32", fsdp_type="full_shard", dp_shard=world_size)
-    mesh = ld.get_device_mesh(args)
-    model, *_ = build(mesh, args)
-    load_initial_weights(str(file), model)
-    assert_same_bits({n: whole(p).detach() for n, p in model.named_parameters()}, weights_of(1))
-
-
-@FILES
-def test_a_sharded_model_starts_from_one_file(name, tmp_path):
-    pytest.importorskip("safetensors")
-    write_weights(tmp_path / name, weights_of(1), metadata={})
-    run_ranks(2, check_initial_weights, tmp_path / name)
-
-
-@FILES
-def test_a_model_starts_from_a_file_or_its_folder(name, tmp_path):
-    pytest.importorskip("safetensors")
-    write_weights(tmp_path / name, weights_of(1), metadata={})
-    for path in (tmp_path, tmp_path / name):
-        model, *_ = build()
-        load_initial_weights(str(path), model)
-        assert_same_bits(dict(model.state_dict()), weights_of(1))
-
-
-def test_a_file_of_another_model_is_refused(tmp_path):
-    weights = weights_of(1)
-    del weights["rho"]
-    write_weights(tmp_path / "consolidated.pth", weights, metadata={})
-    model, *_ = build()
-    with pytest.raises(UserError, match="consolidated.pth does not fit the model: rho is not"):
-        load_initial_weights(str(tmp_path), model)
-    with pytest.raises(UserError, match="checkpoint.init_ckpt_path=nowhere: no checkpoint there"):
-        load_initial_weights("nowhere", model)
 
 
 def test_a_model_that_changed_is_refused_with_what_changed(tmp_path):

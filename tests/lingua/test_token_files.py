@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,20 +23,9 @@ from lingua.data import (
 from lingua.data_deal import deal_streams
 from lingua.token_files import TokenFiles, TokenRecipe, write_token_files
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
+from tests.setup_scripts import load_script
 
-SCRIPT = Path(__file__).parents[2] / "setup" / "tokenize_data.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("tokenize_data", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tokenize_data"] = module  # workers look for its functions there
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("tokenize_data")
 
 
 def write_chunk(path: Path, texts: list[str]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -18,18 +17,7 @@ import pytest
 from lingua.args import UserError
 from lingua.data import DataArgs, build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
-
-SETUP = Path(__file__).parents[2] / "setup"
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SETUP / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look
-    spec.loader.exec_module(module)
-    return module
-
+from tests.setup_scripts import SETUP, load_script
 
 data = load_script("download_prepare_hf_data")
 tokenizers = load_script("download_tokenizer")

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "setup" / "prepare_local_data.py"
+from tests.setup_scripts import load_script
 
 SENTENCE = (
     "The {} is read from the file that was given, and it is then kept for the other {} users."
 )
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_local_data", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-prepare = load_script()
+prepare = load_script("prepare_local_data")
 
 
 @pytest.fixture

@@ -1,0 +1,208 @@
+"""Saves in the background, and what a save deletes."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import threading
+from contextlib import suppress
+
+import pytest
+
+import lingua.checkpoint_folder
+import lingua.checkpoint_save
+import lingua.tensor_save
+import lingua.tensor_store
+from lingua import distributed as ld
+from lingua.args import UserError
+from lingua.checkpoint import (
+    SaveEvery,
+    consolidate_checkpoints,
+)
+from tests.lingua.checkpoint_runs import (
+    CONFIG,
+    assert_same_bits,
+    build,
+    manager_at,
+    tensors,
+    train,
+    truncate_tensors,
+)
+
+# ---- saving in the background
+
+
+@pytest.fixture
+def held_disk(monkeypatch):
+    """Tensors are written only after `.set()`."""
+    gate = threading.Event()
+    real = lingua.tensor_save.FileSystemWriter.write_data
+
+    def write_data(self, plan, planner):
+        assert gate.wait(30)
+        return real(self, plan, planner)
+
+    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", write_data)
+    yield gate
+    gate.set()
+
+
+def test_training_goes_on_while_a_save_is_written(tmp_path, held_disk):
+    manager = manager_at(tmp_path, async_save=True)
+    model, optimizer, state = build()
+    train(2, model, optimizer, state)
+    want, state_then = tensors(model, optimizer), state.state_dict()
+    manager.save(model, optimizer, state, CONFIG)
+    train(4, model, optimizer, state)  # in place: the save must hold copies
+    manager.poll()
+    assert manager.existing_saves == [], "published before it was written"
+
+    held_disk.set()
+    manager.finish()
+    assert [p.name for p in manager.existing_saves] == ["0000000002"]
+    assert not any(p.suffix for p in tmp_path.iterdir())
+    fresh = build()
+    assert manager.load(*fresh) is not None
+    assert fresh[2].state_dict() == state_then
+    assert_same_bits(tensors(*fresh[:2]), want)
+
+
+def test_a_poll_publishes_what_is_written_and_a_save_waits_for_the_one_before(tmp_path):
+    manager = manager_at(tmp_path, async_save=True)
+    model, optimizer, state = build()
+    for step in (1, 2):
+        train(step, model, optimizer, state)
+        manager.save(model, optimizer, state, CONFIG)
+    assert [p.name for p in manager.existing_saves] == ["0000000001"]
+    assert manager._save is not None
+    manager._save.wait()
+    manager.poll()
+    assert [int(p.name) for p in manager.existing_saves] == [1, 2]
+
+
+def test_a_background_save_that_fails_is_told_and_leaves_the_one_before(run, monkeypatch):
+    manager, model, optimizer, state = run
+    manager.args.async_save = True
+
+    def full_disk(self, plan, planner):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", full_disk)
+    train(3, model, optimizer, state)
+    manager.save(model, optimizer, state, CONFIG)
+    with pytest.raises(ld.RanksFailed, match=r"could not write .*GiB free.*No space left"):
+        manager.finish()
+    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
+    loaded = manager.load(*build())
+    assert loaded is not None and loaded.step == 2
+    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
+
+
+@pytest.mark.parametrize("error", [None, FloatingPointError, KeyError])
+def test_leaving_publishes_the_save_under_way_and_an_error_of_one_rank_drops_it(tmp_path, error):
+    model, optimizer, state = build()
+    train(1, model, optimizer, state)
+    with suppress(FloatingPointError, KeyError), manager_at(tmp_path, async_save=True) as manager:
+        manager.save(model, optimizer, state, CONFIG)
+        if error:
+            raise error
+    is_shared = error in (None, FloatingPointError)  # a NaN is in every rank's gradient norm
+    assert len(manager.existing_saves) == is_shared
+    assert (manager.load(*build()) is not None) == is_shared
+    assert not any(p.suffix for p in tmp_path.iterdir())
+
+
+def test_a_save_that_was_not_written_as_it_should_be_replaces_nothing(run, monkeypatch):
+    manager, model, optimizer, state = run
+    manager.args.dump = SaveEvery(every=1, keep=1)
+    real = lingua.checkpoint_save.write_train_state
+
+    def lose_bytes(folder, name, text):
+        files = real(folder, name, text)
+        truncate_tensors(folder)
+        return files
+
+    monkeypatch.setattr(lingua.checkpoint_save, "write_train_state", lose_bytes)
+    train(3, model, optimizer, state)
+    with pytest.raises(ld.RanksFailed, match=r"__0_0.distcp is not what was written"):
+        manager.save(model, optimizer, state, CONFIG)
+    assert [int(p.name) for p in manager.existing_saves] == [1, 2]
+
+
+# ---- what is deleted
+
+
+def save_steps(manager, steps):
+    model, optimizer, state = build()
+    for state.step in steps:
+        manager.save(model, None, state, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "dump, eval, want",
+    [
+        ((2, 0), (3, 0), [1, 2, 3, 4, 6, 7]),
+        ((2, 2), (3, 1), [4, 6, 7]),
+        ((2, 1), (3, 0), [3, 6, 7]),
+        ((0, 1), (0, 1), [7]),
+        ((1, 3), (5, 1), [4, 6, 7]),
+    ],
+)
+def test_keep_rules(tmp_path, dump, eval, want):
+    manager = manager_at(tmp_path, dump=SaveEvery(*dump), eval=SaveEvery(*eval))
+    save_steps(manager, [1, 2, 3, 4, 6, 7])
+    assert [int(p.name) for p in manager.existing_saves] == want
+
+
+def test_what_others_wrote_is_never_deleted(tmp_path):
+    foreign = ["0000000001_backup", "00000000001", "0000000003", "0000000001.old", "notes"]
+    foreign += ["0000000008.tmp", "0000000009.replaced", "0000000010"]
+    for name in foreign:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("mine")
+    (tmp_path / "0000000002.tmp").mkdir()
+    (tmp_path / "0000000002.tmp" / "__0_0.distcp").write_text("half")
+    manager = manager_at(tmp_path, dump=SaveEvery(1, keep=1), eval=SaveEvery(1, keep=1))
+    save_steps(manager, [4])
+    consolidate_checkpoints(tmp_path / "0000000004")
+    save_steps(manager, [5])
+    (tmp_path / "0000000005" / "my_plots").mkdir()
+    save_steps(manager, [6])
+    want = {*foreign, "0000000005", "0000000006"}
+    assert {p.name for p in tmp_path.iterdir()} == want
+    assert all((tmp_path / name / "precious").exists() for name in foreign)
+
+
+def test_a_save_does_not_make_room_for_itself_among_the_files_of_others(run):
+    manager, model, optimizer, state = run
+    (manager.existing_saves[-1] / "my_plots").mkdir()
+    manager.save(model, optimizer, state, CONFIG)  # the same step again
+    names = ["0000000001", "0000000002", "0000000002.replaced"]
+    assert sorted(p.name for p in manager.path.iterdir()) == names
+    assert (manager.path / names[-1] / "my_plots").is_dir()
+
+    (manager.path / "0000000003.tmp").mkdir()
+    (manager.path / "0000000003.tmp" / "precious").write_text("mine")
+    train(3, model, optimizer, state)
+    with pytest.raises(UserError, match="0000000003.tmp is in the way of a checkpoint"):
+        manager.save(model, optimizer, state, CONFIG)
+    assert (manager.path / "0000000003.tmp" / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_real_limit_on_the_disk_costs_nothing_that_was_there(run, async_save):
+    manager, model, optimizer, state = run
+    manager.args.async_save = async_save
+    train(3, model, optimizer, state)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(RuntimeError, match="could not write .*GiB free.*are whole"):
+            manager.save(model, optimizer, state, CONFIG)
+            manager.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
+    manager.save(model, optimizer, state, CONFIG)
+    manager.finish()
+    assert [int(p.name) for p in manager.existing_saves] == [1, 2, 3]

@@ -1,0 +1,19 @@
+"""The programs in setup/, which is no package, as modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+SETUP = Path(__file__).parents[1] / "setup"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SETUP / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look, and worker processes for its functions
+    spec.loader.exec_module(module)
+    return module
