@@ -176,9 +176,10 @@ def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) ->
     def compiled(block: nn.Module) -> Callable:
         # dynamic=False: else a second window size makes the window a variable of every kernel.
         fast = torch.compile(block.forward, dynamic=False)
+        split_linears = tensor_parallel.find_split_linears(block)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensor_parallel.hold_parts(block)
+            tensor_parallel.hold_parts(split_linears)
             try:
                 return fast(*args, **kwargs)
             except FailOnRecompileLimitHit:

@@ -171,13 +171,16 @@ def own_weight(linear: nn.Linear) -> Tensor:
     return linear.weight.to_local()
 
 
-def hold_parts(module: nn.Module) -> None:
+def find_split_linears(module: nn.Module) -> list[SplitLinear]:
+    return [child for child in module.modules() if isinstance(child, SplitLinear)]
+
+
+def hold_parts(linears: list[SplitLinear]) -> None:
     """To be called before compiled code: torch 2.13 cannot compile the backward of `to_local`."""
-    for child in module.modules():
-        if isinstance(child, SplitLinear):
-            assert isinstance(child.weight, DTensor)
-            # Past nn.Module's own, which would take it for a parameter.
-            object.__setattr__(child, "part", child.weight.to_local())
+    for linear in linears:
+        assert isinstance(linear.weight, DTensor)
+        # Past nn.Module's own, which would take it for a parameter.
+        object.__setattr__(linear, "part", linear.weight.to_local())
 
 
 def split_linears(
