@@ -28,6 +28,7 @@ from lingua.data import (
     build_dataloader_from_args,
     init_dataloader_state_from_args,
     require_token_files,
+    validate_data_args,
 )
 
 
@@ -48,6 +49,7 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, DataArgs]:
 
 def kinds_of(data: DataArgs) -> dict[str, DataArgs]:
     kinds = {"lines": replace(data, pretokenized=False)}
+    validate_data_args(kinds["lines"], 1)
     try:
         require_token_files(data, 1)
     except UserError as error:
