@@ -37,7 +37,11 @@ FAMILIES += [f"looped_hybrid_{f}" for f in HYBRID]
 EXPERIMENTS = [path for path in RECIPES if path.stem != "debug"]
 # Further than 3% from looped_pure_full of their scale; the first comment says why.
 UNMATCHED = {f"looped_hybrid_{name}_1B" for name in ("gdn_4to1", "bookend", "gdn_dsa")}
-SMALLER_MICRO_BATCHES = {"looped_pure_kda_600M"}  # the first comment says why
+# Of four instead of six: the first comment says why.
+SMALLER_MICRO_BATCHES = {
+    *("looped_pure_hgrn2_600M", "looped_pure_kda_600M", "looped_pure_nsa_600M"),
+    *("looped_pure_dsa_600M", "looped_hybrid_gdn_dsa_600M"),
+}
 MODEL_ORDER = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "weight_tying", "loop_count"),
     *("mixer", "hybrid_mixer", "attention_pattern", "default_sliding_window"),
@@ -213,11 +217,13 @@ def test_settings_agree_across_recipes(recipe):
     reference = asdict(read_recipe(recipe_named(f"looped_pure_full_{scale}")))
     layout = ("mixer", "hybrid_mixer", "attention_pattern", "n_layers", "n_heads", "n_kv_heads")
     own = (*layout, "gated_attn", "dsa")
-    if "transformer" in recipe.stem:
+    not_looped = "transformer" in recipe.stem  # which keeps a quarter of the activations
+    if not_looped:
         own += ("loop_count", "use_residual")
     assert without(got["model"], *own) == without(reference["model"], *own)
-    assert got["distributed"] == reference["distributed"]
-    if recipe.stem not in SMALLER_MICRO_BATCHES:
+    if not not_looped:
+        assert got["distributed"] == reference["distributed"]
+    if not not_looped and recipe.stem not in SMALLER_MICRO_BATCHES:
         assert got["data"]["batch_size"] == reference["data"]["batch_size"]
 
 
