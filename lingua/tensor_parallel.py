@@ -6,7 +6,8 @@ Outside, activations are whole and the same on all ranks. Inside, a rank has its
 channels, so the gradient of what they all read is a sum over ranks: `enter` takes it for x, and
 `gradients.sync_replicated_grads` for the vectors of modules with a `tp` (`partial_parameters`). A
 pair of matrices costs one all-reduce forward and one backward, as in Megatron-LM
-(https://arxiv.org/abs/1909.08053).
+(https://arxiv.org/abs/1909.08053). So does the vocabulary, of which a rank has its own pieces:
+forward for the embedding, backward for what the head reads.
 
 Split matrices are DTensors, whole to a checkpoint and to an optimizer. Vectors stay whole on every
 rank, which reads its part of them (`own`).
@@ -55,12 +56,17 @@ class TensorParallel:
         """The sum of all ranks' x, for each to go on with by itself; backward, that sum, too."""
         return self.enter(self.leave(x))
 
-    def gather(self, x: Tensor) -> Tensor:
-        """All ranks' x, joined along the last dimension, for each to go on with by itself;
-        backward, this rank's part of the sum of all gradients."""
+    def join(self, x: Tensor) -> Tensor:
+        """All ranks' x, one after the other along the last dimension; backward, this rank's part
+        of the gradient as it is: it is the same on all."""
         if self.size == 1:
             return x
-        return _Gather.apply(x, self.group, self.size, self.rank)  # pyright: ignore
+        return _Join.apply(x, self.group, self.size, self.rank)  # pyright: ignore
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All ranks' x, joined, for each to go on with by itself; backward, this rank's part of
+        the sum of all gradients."""
+        return self.enter(self.join(x))  # of a narrow tensor: a reduce-scatter would save little
 
 
 # ---- collectives. Operators of our own, since a compiled block can hold a name and no mesh or
@@ -120,16 +126,15 @@ class _Leave(torch.autograd.Function):
         return grads[0], None
 
 
-class _Gather(torch.autograd.Function):
+class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, size: int, rank: int) -> Tensor:
-        ctx.group, ctx.size, ctx.rank = group, size, rank
+        ctx.size, ctx.rank = size, rank
         return _all_gather(x, group, size)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        total = _all_reduce(grads[0], ctx.group)  # of a narrow tensor: a second operator saves less
-        return total.chunk(ctx.size, dim=-1)[ctx.rank], None, None, None
+        return grads[0].chunk(ctx.size, dim=-1)[ctx.rank], None, None, None
 
 
 # ---- layers
@@ -145,14 +150,11 @@ class SplitLinear(nn.Linear):
 
     def __init__(self, whole: nn.Linear, tp: TensorParallel, dim: int):
         nn.Module.__init__(self)
-        assert tp.mesh is not None and whole.bias is None
-        assert whole.weight.shape[dim] % tp.size == 0, "check_divides comes before the split"
+        assert whole.bias is None
         self.tp, self.dim = tp, dim
-        # src_data_rank=None: every rank cuts its own copy, nothing is sent.
-        weight = distribute_tensor(whole.weight, tp.mesh, [Shard(dim)], src_data_rank=None)
-        self.weight = nn.Parameter(weight, requires_grad=whole.weight.requires_grad)
+        self.weight = _split_weight(whole.weight, tp, dim)
         self.register_parameter("bias", None)
-        self.out_features, self.in_features = weight.to_local().shape
+        self.out_features, self.in_features = own_weight(self).shape
         self.part: Tensor | None = None  # of the weight, for compiled code
 
     def forward(self, input: Tensor) -> Tensor:
@@ -160,15 +162,52 @@ class SplitLinear(nn.Linear):
         return self.tp.leave(y) if self.dim == INPUTS else y
 
 
-def own_weight(linear: nn.Linear) -> Tensor:
+class SplitEmbedding(nn.Embedding):
+    """A rank's pieces of an embedding: the rows of `weight`, a DTensor of the whole matrix, that
+    the ranks before it do not have.
+
+    `num_embeddings` is this rank's.
+    """
+
+    def __init__(self, whole: nn.Embedding, tp: TensorParallel):
+        nn.Module.__init__(self)
+        assert whole.padding_idx is None and whole.max_norm is None
+        self.tp = tp
+        self.weight = _split_weight(whole.weight, tp, OUTPUTS)
+        self.num_embeddings, self.embedding_dim = own_weight(self).shape
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.num_embeddings
+        # A piece of another rank looks up any row, and what it found there is dropped.
+        found = F.embedding(input % rows, own_weight(self))
+        is_own = input.div(rows, rounding_mode="floor") == self.tp.rank
+        return self.tp.leave(found.masked_fill(~is_own[..., None], 0))
+
+
+def _split_weight(whole: Tensor, tp: TensorParallel, dim: int) -> nn.Parameter:
+    assert tp.mesh is not None
+    assert whole.shape[dim] % tp.size == 0, "whether it divides is checked before the split"
+    # src_data_rank=None: every rank cuts its own copy, nothing is sent.
+    weight = distribute_tensor(whole, tp.mesh, [Shard(dim)], src_data_rank=None)
+    return nn.Parameter(weight, requires_grad=whole.requires_grad)
+
+
+def own_weight(module: nn.Linear | nn.Embedding) -> Tensor:
     """What this rank computes with: its part of a split weight, else the weight."""
-    if not isinstance(linear, SplitLinear):
-        return linear.weight
+    if not isinstance(module, (SplitLinear, SplitEmbedding)):
+        return module.weight
     if torch.compiler.is_compiling():
-        assert linear.part is not None, "hold_parts comes before compiled code"
-        return linear.part
-    assert isinstance(linear.weight, DTensor)
-    return linear.weight.to_local()
+        assert isinstance(module, SplitLinear) and module.part is not None, (
+            "hold_parts comes before compiled code"
+        )
+        return module.part
+    assert isinstance(module.weight, DTensor)
+    return module.weight.to_local()
+
+
+def parallel_of(module: nn.Module) -> TensorParallel:
+    """The ranks that share a layer."""
+    return getattr(module, "tp", ALONE)
 
 
 def find_split_linears(module: nn.Module) -> list[SplitLinear]:
@@ -209,6 +248,5 @@ def partial_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Those of modules with a `tp`. Each rank reads its own part of their vectors, or uses them for
     its own heads, so that the gradients are parts of a sum over the ranks."""
     for module in model.modules():
-        tp = getattr(module, "tp", ALONE)
-        if isinstance(tp, TensorParallel) and tp.size > 1:
+        if parallel_of(module).size > 1:
             yield from module.parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,15 @@ from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua import gradients
 from lingua.args import UserError
 from lingua.distributed import DistributedArgs
-from lingua.tensor_parallel import TensorParallel, check_divides, split_linears
+from lingua.logger import tell
+from lingua.tensor_parallel import (
+    OUTPUTS,
+    SplitEmbedding,
+    SplitLinear,
+    TensorParallel,
+    check_divides,
+    split_linears,
+)
 from lingua.transformer import FeedForward
 
 
@@ -92,17 +101,35 @@ def tp_parallelize(
     args: LoopedTransformerArgs,
     dist_args: DistributedArgs,
 ) -> None:
-    """Share every layer's heads and feed-forward channels out over `tp_mesh`, in place.
+    """Share every layer's heads and feed-forward channels out over `tp_mesh`, in place, and the
+    pieces of the vocabulary.
 
-    Embedding and head stay whole on every rank of it; FSDP shards them over the others.
+    Where its ranks do not divide the vocabulary, embedding and head stay whole on each of them.
     """
     check_tensor_parallel(model, tp_mesh.size())
     tp = TensorParallel(tp_mesh)
+    if args.vocab_size % tp.size == 0:
+        split_vocabulary(model, tp)
+    else:
+        tell(
+            "distributed.tp_size=%d does not divide the %d pieces of the vocabulary: every rank "
+            "holds all of the embedding and computes the whole loss; model.vocab_size=%d splits",
+            *(tp.size, args.vocab_size, args.vocab_size + -args.vocab_size % tp.size),
+            level=logging.WARNING,
+        )
     for module in list(model.modules()):
         if isinstance(module, Mixer):
             module.split(tp)
         elif isinstance(module, FeedForward):
             split_linears(module, tp, outputs=("w1", "w3"), inputs=("w2",))
+
+
+def split_vocabulary(model: nn.Module, tp: TensorParallel) -> None:
+    """Embedding and, where it is not tied, head: each rank has the rows of its own pieces."""
+    assert isinstance(model, LoopedTransformer)
+    model.tok_embeddings = SplitEmbedding(model.tok_embeddings, tp)
+    if not model.args.weight_tying:
+        model.output = SplitLinear(model.output, tp, OUTPUTS)
 
 
 def set_resharding(model: LoopedTransformer, between_loops: bool) -> None:

@@ -40,6 +40,7 @@ from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.pattern import LayerSpec, Layout, LayoutPlan, PatternParser
 from lingua.args import UserError
+from lingua.tensor_parallel import own_weight, parallel_of
 from lingua.transformer import (
     BaseTransformerArgs,
     RMSNorm,
@@ -164,7 +165,9 @@ class LoopedTransformer(nn.Module):
         h = self.norm(h)
         if target is None:
             return self._logits(h)
-        loss = linear_cross_entropy(h.flatten(0, 1), self.head_weight, target.flatten())
+        loss = linear_cross_entropy(
+            h.flatten(0, 1), self.head_weight, target.flatten(), tp=parallel_of(self.head)
+        )
         return self._add_mixer_losses(loss, mixer_losses)
 
     @torch.no_grad()
@@ -212,8 +215,14 @@ class LoopedTransformer(nn.Module):
         return weights
 
     @property
+    def head(self) -> nn.Embedding | nn.Linear:
+        """The module whose weight makes the logits."""
+        return self.tok_embeddings if self.args.weight_tying else self.output
+
+    @property
     def head_weight(self) -> Tensor:
-        return self.tok_embeddings.weight if self.args.weight_tying else self.output.weight
+        """(V, D); under tensor parallelism the rows of this rank's pieces."""
+        return own_weight(self.head)
 
     def init_cache(
         self,
@@ -322,7 +331,8 @@ class LoopedTransformer(nn.Module):
         return (h.float() + self.rho[loop].float() * u.float()).type_as(h)
 
     def _logits(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.head_weight).float()
+        tp = parallel_of(self.head)
+        return tp.join(F.linear(tp.enter(h), self.head_weight)).float()
 
 
 def fit_loop_gates(rho_TD: Tensor, loop_count: int) -> Tensor:
