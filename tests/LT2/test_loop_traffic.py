@@ -1,6 +1,7 @@
 """Looping costs no communication: weights are gathered and gradients reduced once a step.
 
 Counted on two ranks, with every kind of recomputation, and the gradients are those of one process.
+Tensor parallelism sums activations, and so for every loop, and no more often than it has to.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from apps.LT2.parallel import (
     set_activation_checkpointing,
     set_gradient_sync,
     set_resharding,
+    tp_parallelize,
 )
 from apps.LT2.transformer import LoopedTransformer
 from lingua.distributed import (
     ACTIVATION_CHECKPOINTING,
     DistributedArgs,
     get_device_mesh,
+    get_dp_rank_and_degree,
     parallelize_model,
     sync_replicated_grads,
 )
@@ -57,7 +60,17 @@ for n_micro in (1, 3):
     n_gathered = n_micro * (2 * 4 * N_LAYERS + 1)
     counts = {"_allgather_base_": n_gathered, "_reduce_scatter_base_": N_UNITS}
     CASES[f"reshard_between_loops micro-batches={n_micro}"] = (4, n_micro, RESHARD, counts)
-COLLECTIVES = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_")
+# A sum behind mixer and feed-forward of each layer, forward, and before them, backward; one behind
+# the embedding and one of what the head reads. For a chunk of the loss, two numbers a token.
+for mode, loops, n_micro in product(("none", "selective"), (1, 4), (1, 3)):
+    n_sums = n_micro * (2 * 2 * loops * N_LAYERS + 2)
+    options = {"fsdp_type": "full_shard", "tp_size": WORLD, "activation_checkpointing": mode}
+    counts = {"all_reduce": n_sums, "all_gather": n_micro}
+    CASES[f"tp_size {mode} T={loops} micro-batches={n_micro}"] = (loops, n_micro, options, counts)
+COLLECTIVES = (
+    *("_allgather_base_", "_reduce_scatter_base_", "allreduce_"),
+    *("all_reduce", "all_gather"),  # of lingua.tensor_parallel
+)
 
 
 def make(loops: int) -> LoopedTransformer:
@@ -71,7 +84,8 @@ def parallel_model(loops: int, options: dict) -> tuple[LoopedTransformer, Any]:
     set_activation_checkpointing(model, args.activation_checkpointing)
     set_resharding(model, args.reshard_between_loops)
     plan = build_fsdp_grouping_plan(model.args, reshard_between_loops=args.reshard_between_loops)
-    parallelize_model(model, mesh, model.args, args, plan, no_recompute_ops=get_no_recompute_ops())
+    ops = get_no_recompute_ops()
+    parallelize_model(model, mesh, model.args, args, plan, tp_parallelize, ops)
     return model, mesh
 
 
@@ -102,8 +116,9 @@ def count_cases(rank: int, world_size: int) -> dict[str, tuple[dict[str, int], s
     outcome = {}
     for name, (loops, n_micro, options, _) in CASES.items():
         model, mesh = parallel_model(loops, options)
+        dp_rank, degree = get_dp_rank_and_degree(mesh)
         with OpCounter() as ops:
-            backward(model, batches(n_micro)[:, rank : rank + 1])
+            backward(model, batches(n_micro).chunk(degree, dim=1)[dp_rank])
         counts = {c: ops.counts[c] for c in COLLECTIVES if ops.counts[c]}
         sync_replicated_grads(model, mesh)
         outcome[name] = counts, differences(gradients(model), wanted(loops, n_micro), FP32_MODEL)

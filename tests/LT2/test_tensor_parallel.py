@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from apps.LT2.kernel import linear_cross_entropy as door
 from apps.LT2.mixers import MIXERS
 from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.mamba2 import Mamba2Args
@@ -57,6 +58,8 @@ TWO_RANKS: dict[str, tuple[str, Options, Options]] = {
     "gla": ("hybrid", {"mixer": "gla"}, TWO),
     "no_shard": ("hybrid", {}, {"tp_size": 2}),
     "muon": ("hybrid", {}, {**TWO, "optim": "muon"}),
+    "tied": ("full", {"n_layers": 1, "weight_tying": True}, TWO),
+    "odd vocabulary": ("full", {"n_layers": 1, "vocab_size": 259}, TWO),
 }
 FOUR = {**TWO, "dp_replicate": 2}
 FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
@@ -64,11 +67,25 @@ FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
     "dp_shard": ("mamba2", {"n_layers": 1}, {**TWO, "dp_shard": 2}),
     "no_shard": ("kda", {"n_layers": 1}, {"tp_size": 2, "dp_replicate": 2}),
     "muon": ("hybrid", {}, {**TWO, "dp_shard": 2, "optim": "muon"}),
+    "tied": ("full", {"n_layers": 1, "weight_tying": True}, {**TWO, "dp_shard": 2}),
+    # 258 pieces stay whole on each of four ranks.
     "tp_size=4": ("retnet", {"n_heads": 4, "n_layers": 1}, {**TWO, "tp_size": 4}),
+    **{
+        f"tp_size=4, vocabulary, tied={tied}": (
+            "full",
+            {"n_heads": 4, "n_layers": 1, "vocab_size": 260, "weight_tying": tied},
+            {**TWO, "tp_size": 4},
+        )
+        for tied in (False, True)
+    },
     **{
         f"{mode} recomputation": ("hybrid", {}, {**FOUR, "activation_checkpointing": mode})
         for mode in ("selective", "full", "loop")
     },
+}
+# Replicas of shards of the ranks that share the heads.
+EIGHT_RANKS: dict[str, tuple[str, Options, Options]] = {
+    "hsdp": ("full", {"n_layers": 1}, {**FOUR, "dp_shard": 2}),
 }
 # Every recomputation compiles in tests/LT2/test_compile.py; here with what ranks add to a block.
 TWO_KINDS = {"attention_pattern": "hgrn2->full", "mixer": "hgrn2", "n_layers": 1}
@@ -109,15 +126,19 @@ def optimizer_of(model: nn.Module, name: str = "adamw") -> Optimizer:
     return build_optimizer(model, args, 1)[0]
 
 
-def learn(model: LoopedTransformer, optimizer: Optimizer, mesh: Any) -> dict[str, Any]:
+def learn(
+    model: LoopedTransformer, optimizer: Optimizer, mesh: Any, n_rows: int = ROWS
+) -> dict[str, Any]:
     """A clipped step: its loss, gradients, their norm, and the weights after it, by name."""
     rank, degree = get_dp_rank_and_degree(mesh)
     generator = torch.Generator().manual_seed(2)
     loss_sum = torch.zeros(())
-    for i, rows in enumerate(torch.randint(258, (N_MICRO, ROWS, SEQLEN), generator=generator)):
-        mine = rows[rank * ROWS // degree : (rank + 1) * ROWS // degree]
+    for i, rows in enumerate(torch.randint(258, (N_MICRO, n_rows, SEQLEN), generator=generator)):
+        mine = rows.chunk(degree)[rank]
+        target = mine.clone()
+        target[:, ::5] = -100
         set_gradient_sync(model, i == N_MICRO - 1)
-        loss = model(mine, mine) / N_MICRO
+        loss = model(mine, target) / N_MICRO
         loss.backward()
         loss_sum += loss.detach()
     sync_replicated_grads(model, mesh)
@@ -133,36 +154,42 @@ def learn(model: LoopedTransformer, optimizer: Optimizer, mesh: Any) -> dict[str
 
 def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[str, str]:
     """For each case what differs from one process, and for the first what its checkpoint says."""
-    outcome = {}
+    door.CHUNK_TOKENS = 12  # the loss in several chunks
+    outcome, n_rows = {}, rows_of(world_size)
     for name, (kind, options, distributed) in cases.items():
         distributed = dict(distributed)
         optim = distributed.pop("optim", "adamw")
         model, mesh = make_parallel(kind, options, distributed)
         optimizer = optimizer_of(model, optim)
-        got = learn(model, optimizer, mesh)
+        got = learn(model, optimizer, mesh, n_rows)
         single = make(kind, options)
-        outcome[name] = differences(
-            got, learn(single, optimizer_of(single, optim), None), FP32_MODEL
-        )
+        want = learn(single, optimizer_of(single, optim), None, n_rows)
+        outcome[name] = differences(got, want, FP32_MODEL)
         if name == next(iter(cases)):
             manager(folder / "by_ranks").save(model, optimizer, AtStep(1), {}, mesh)
             fresh, mesh = make_parallel(kind, {**options, "seed": 5}, distributed)
             optimizer = optimizer_of(fresh)
             load_from_checkpoint(str(folder / "by_one" / STEP_1), fresh, optimizer)
-            outcome["loaded"] = differences(
-                learn(fresh, optimizer, mesh), second_step(kind, options), FP32_MODEL
-            )
+            want = second_step(kind, options, n_rows)
+            outcome["loaded"] = differences(learn(fresh, optimizer, mesh, n_rows), want, FP32_MODEL)
     return outcome
 
 
-def second_step(kind: str, options: Options, save_to: Path | None = None) -> dict[str, Any]:
+def rows_of(world_size: int) -> int:
+    """Of a batch: one at least for each rank that reads data."""
+    return max(ROWS, world_size // 2)
+
+
+def second_step(
+    kind: str, options: Options, n_rows: int, save_to: Path | None = None
+) -> dict[str, Any]:
     """What one process does in its second step; with `save_to`, the first one is saved there."""
     model = make(kind, options)
     optimizer = optimizer_of(model)
-    learn(model, optimizer, None)
+    learn(model, optimizer, None, n_rows)
     if save_to is not None:
         manager(save_to).save(model, optimizer, AtStep(1), {})
-    return learn(model, optimizer, None)
+    return learn(model, optimizer, None, n_rows)
 
 
 def manager(folder: Path) -> CheckpointManager:
@@ -171,13 +198,14 @@ def manager(folder: Path) -> CheckpointManager:
 
 def run_cases(world_size: int, cases: dict, folder: Path) -> list[dict[str, str]]:
     """Also: a checkpoint goes to the ranks and back, weights and optimizer."""
-    kind, options, _ = next(iter(cases.values()))
-    want = second_step(kind, options, folder / "by_one")
+    (kind, options, _), n_rows = next(iter(cases.values())), rows_of(world_size)
+    want = second_step(kind, options, n_rows, folder / "by_one")
     outcomes = run_ranks(world_size, learn_cases, cases, folder)
     model = make(kind, {**options, "seed": 5})
     optimizer = optimizer_of(model)
     load_from_checkpoint(str(folder / "by_ranks" / STEP_1), model, optimizer)
-    outcomes.append({"saved": differences(learn(model, optimizer, None), want, FP32_MODEL)})
+    got = learn(model, optimizer, None, n_rows)
+    outcomes.append({"saved": differences(got, want, FP32_MODEL)})
     return outcomes
 
 
@@ -191,6 +219,11 @@ def four_ranks(tmp_path_factory):
     return run_cases(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
 
 
+@pytest.fixture(scope="module")
+def eight_ranks(tmp_path_factory):
+    return run_cases(8, EIGHT_RANKS, tmp_path_factory.mktemp("eight"))
+
+
 @pytest.mark.parametrize("case", [*TWO_RANKS, "loaded", "saved"])
 def test_two_ranks_learn_what_one_process_does(two_ranks, case):
     told = [outcome[case] for outcome in two_ranks if case in outcome]
@@ -200,6 +233,12 @@ def test_two_ranks_learn_what_one_process_does(two_ranks, case):
 @pytest.mark.parametrize("case", [*FOUR_RANKS, "loaded", "saved"])
 def test_heads_and_data_are_shared_out_together(four_ranks, case):
     told = [outcome[case] for outcome in four_ranks if case in outcome]
+    assert told and not any(told), max(told)
+
+
+@pytest.mark.parametrize("case", [*EIGHT_RANKS, "loaded", "saved"])
+def test_replicas_of_shards_of_heads_learn_what_one_process_does(eight_ranks, case):
+    told = [outcome[case] for outcome in eight_ranks if case in outcome]
     assert told and not any(told), max(told)
 
 
