@@ -70,7 +70,9 @@ class DistributedArgs:
     dp_shard: int = 1
     # ranks that each see other data; filled from the number of processes where it does not fit
     dp_replicate: int = 1
-    tp_size: int = 1  # ranks over which each matrix product is split
+    # ranks over which each matrix product is split; embedding and head, too, where it divides the
+    # vocabulary
+    tp_size: int = 1
     # what is recomputed in the backward pass: none; selective (all but matmuls and attention); full
     # (every block); loop (every loop of a looped model)
     activation_checkpointing: str = "none"

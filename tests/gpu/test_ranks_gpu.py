@@ -1,4 +1,5 @@
-"""Two GPUs train a compiled hybrid as one does: data and heads shared out, weights sharded."""
+"""Two GPUs train a compiled hybrid as one does: data, heads and vocabulary shared out, weights
+sharded."""
 
 from __future__ import annotations
 
@@ -62,3 +63,19 @@ def test_two_gpus_share_heads_or_data(tmp_path):
         assert row["collectives"]["AllGather"] == row["collectives"]["ReduceScatter"] == 5 + 1
     kept = [row["activations_gib"] for row in sharded]
     assert kept[0] > kept[1] > kept[2] > kept[3]
+
+
+def test_two_gpus_share_the_vocabulary(tmp_path):
+    """A large one, which takes most of the memory, in two chunks of tokens; tied and not."""
+    data = write_corpus(tmp_path / "data", n_lines=800)
+    options = ("data.batch_size=16", "model.vocab_size=131072")
+    varied = ("--vary", "model.weight_tying=false,true")
+    alone = rows(1, data, *options, *varied)
+    tp = ("distributed.tp_size=2", "distributed.fsdp_type=full_shard")
+    shared = rows(2, data, *options, *tp, *varied)
+    for whole, half in zip(alone, shared, strict=True):
+        for loss in ("first_loss", "last_loss"):
+            assert half[loss] == pytest.approx(whole[loss], rel=LOSS), loss
+        assert half["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.1)
+        # With all of the vocabulary on each GPU it would be above 0.9.
+        assert half["peak_gib"] < 0.7 * whole["peak_gib"]
