@@ -163,10 +163,9 @@ class SplitLinear(nn.Linear):
 
 
 class SplitEmbedding(nn.Embedding):
-    """A rank's pieces of an embedding: the rows of `weight`, a DTensor of the whole matrix, that
-    the ranks before it do not have.
+    """A rank's own pieces of an embedding: as many rows for each rank, one rank after the other.
 
-    `num_embeddings` is this rank's.
+    `num_embeddings` is this rank's; `weight` is a DTensor of the whole matrix.
     """
 
     def __init__(self, whole: nn.Embedding, tp: TensorParallel):
