@@ -74,8 +74,10 @@ class Row:
     quartiles: tuple[float, float] = (0.0, 0.0)
     mfu: float | None = None
     peak_gib: float = 0.0
-    # what a forward keeps for its backward, gathered weights left out
+    # of a micro-batch, gathered weights left out: what its forward keeps for its backward, and the
+    # most that both need, what is computed again and gradients with it
     activations_gib: float = 0.0
+    peak_activations_gib: float = 0.0
     n_ranks: int = 1
     graph_breaks: int = 0  # in compiled blocks
     compiled: bool = False
@@ -114,9 +116,11 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
             row.grad_norm = trainer.step().grad_norm  # reading it waits for the backward
             synchronize(device)
             seconds.append(time.perf_counter() - began)
-        # Zero on a CPU, as all that torch.cuda counts there.
-        row.peak_gib = dist_max(torch.cuda.max_memory_allocated() / GIB).item()
-        row.activations_gib = dist_max(activation_gib(trainer)).item()
+        if device.type == "cuda":  # the only kind that counts its memory
+            row.peak_gib = dist_max(torch.cuda.max_memory_allocated() / GIB).item()
+            kept, peak = activation_gib(trainer)
+            row.activations_gib = dist_max(kept).item()
+            row.peak_activations_gib = dist_max(peak).item()
         if profile:
             row.kernel_ms, row.top_kernels_ms, row.collectives = profile_step(trainer)
     rates = [row.tokens_per_step / s for s in seconds[warmup:]]
@@ -133,19 +137,22 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     row.first_loss, row.last_loss = (state.losses[i].item() for i in (0, steps - 1))
 
 
-def activation_gib(trainer: Trainer) -> float:
-    """What the forward of a micro-batch leaves on the device for its backward."""
+def activation_gib(trainer: Trainer) -> tuple[float, float]:
+    """What the forward of a micro-batch leaves on the device for its backward, and the most that
+    the two need; each above what lies there anyway."""
     views, trainer.state.data_loader_state = next(trainer.batches)
     batch = to_device(views, trainer.args.data.doc_mask, trainer.device)
     set_gradient_sync(trainer.model, True)
     with torch.no_grad():
         trainer.model(*batch)  # gathers the weights
     before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     loss = trainer.model(*batch)
     kept = torch.cuda.memory_allocated() - before
     loss.backward()
+    peak = torch.cuda.max_memory_allocated() - before
     trainer.optimizer.zero_grad()
-    return kept / GIB
+    return kept / GIB, peak / GIB
 
 
 # NCCL's kernels, and what gloo's collectives are called on a CPU.
@@ -212,7 +219,8 @@ def format_row(row: Row) -> str:
     return (
         f"{row.recipe:42s} {row.body_parameters / 1e6:7.1f}M {row.tokens_per_s:9.0f} "
         f"({row.quartiles[0]:.0f}-{row.quartiles[1]:.0f}) {mfu:>6s} {row.peak_gib:6.1f} GiB "
-        f"{row.activations_gib:6.2f} GiB {breaks:>6s} {row.first_loss:8.3f} {row.last_loss:8.3f} "
+        f"{row.activations_gib:6.2f} {row.peak_activations_gib:6.2f} GiB {breaks:>6s} "
+        f"{row.first_loss:8.3f} {row.last_loss:8.3f} "
         f"{row.grad_norm:8.3f}"
     )
 
@@ -244,8 +252,8 @@ def main(argv: list[str]) -> None:
     setup_env(runs[0][1].env)
     setup_torch_distributed(runs[0][1].distributed)
     tell(
-        f"{'recipe':42s} {'body':>8s} {'tokens/s':>9s} (quartiles)    MFU   memory, activations "
-        "breaks first and last loss, gradient norm"
+        f"{'recipe':42s} {'body':>8s} {'tokens/s':>9s} (quartiles)    MFU   memory, activations: "
+        "kept, peak  breaks first and last loss, gradient norm"
     )
     rows = []
     for name, args in runs:
