@@ -8,6 +8,7 @@ under SLURM the rank is left out. Debug output of other libraries stays off at e
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -44,7 +45,7 @@ def init_logger(
     handlers: list[logging.Handler] = [out, err]
     if log_file is not None and get_is_master():
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file, mode="a", encoding="utf-8"))
+        handlers.append(PatientFileHandler(log_file, mode="a", encoding="utf-8"))
     formatter = LogFormatter()
     for handler in handlers:
         handler.set_name(HANDLER_NAME)
@@ -57,6 +58,25 @@ def tell(message: str, *args: Any, level: int = logging.INFO) -> None:
     """Log what is the same on all ranks, once."""
     if get_is_master():
         logging.getLogger().log(level, message, *args)
+
+
+class PatientFileHandler(logging.FileHandler):
+    """On a full disk logging itself would print a traceback for every line."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            told = f"{self.baseFilename} cannot be written ({error.strerror}): lines may be missing"
+            print(told, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of the lines that it told of
+            super().close()
 
 
 class LogFormatter(logging.Formatter):

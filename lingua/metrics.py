@@ -4,15 +4,13 @@
         metric_logger.log({"global_step": 10, "loss": {"out": 2.3}})  # -> "loss/out"
 
 The file tells one story: when a run is resumed from step s, what was written after s goes, because
-those steps are trained again. Every line is strict JSON; NaN and infinity are null.
+those steps are trained again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import math
 import os
 import re
 import uuid
@@ -21,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +33,7 @@ from lingua.args import (
     write_atomic,
 )
 from lingua.launch import get_is_master
+from lingua.record_file import RecordFile, json_line, mend_jsonl, read_jsonl_records
 from lingua.redact import redact_all
 
 logger = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ class MetricLogger:
         self.path = Path(path)
         self.args = args
         self.resume_step = resume_step
-        self.file: IO[str] | None = None
+        self.file: RecordFile | None = None
         self.wandb_run: Any = None
         self.tensorboard: Any = None
 
@@ -113,7 +112,8 @@ class MetricLogger:
             self.wandb_run = start_wandb(options.wandb, self.args, self.path.parent)
         if options.tensorboard:
             self.tensorboard = _start_tensorboard(self.path.parent, self.resume_step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
+        self.path.touch()  # others read it before the first record
+        self.file = RecordFile(self.path)
         return self
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -122,9 +122,7 @@ class MetricLogger:
             return
         assert self.file is not None, "MetricLogger.log outside of its `with`"
         record = flatten_dict(metrics, sep="/")
-        line = json_line({"created_at": datetime.now(UTC).isoformat(), **record})
-        self.file.write(line)
-        self.file.flush()
+        self.file.append({"created_at": datetime.now(UTC).isoformat(), **record})
         self.send(record)
 
     def send(self, record: Mapping[str, Any]) -> None:
@@ -134,77 +132,33 @@ class MetricLogger:
         step = record.get("global_step")
         if self.wandb_run is not None:
             self.wandb_run.log(dict(record), step=step)
-        if self.tensorboard is not None:
+        if self.tensorboard is None:
+            return
+        try:
             for name, value in json.loads(json_line(record)).items():
                 if isinstance(value, int | float) and name != "global_step":
                     self.tensorboard.add_scalar(name, value, step)
+        except OSError as error:
+            self._give_up_tensorboard(error)
+
+    def _give_up_tensorboard(self, error: OSError) -> None:
+        """Its thread has died of the error and no other writer takes up its file."""
+        self.tensorboard = None
+        logger.warning(
+            "%s/tensorboard cannot be written (%s): it gets no more of this run, %s gets all",
+            *(self.path.parent, error.strerror or error, self.path.name),
+        )
 
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
         if self.file is not None:
             self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        try:
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+        except OSError as error:
+            self._give_up_tensorboard(error)
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=0 if exc_type is None else 1)
-
-
-# ---- the file
-
-
-def json_line(record: Mapping[str, Any]) -> str:
-    """A record as one line of strict JSON, newline included; tensors of one number are numbers."""
-    return json.dumps(_jsonable(record), allow_nan=False) + "\n"
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _jsonable(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
-    if hasattr(value, "item"):  # tensors and numpy numbers
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def mend_jsonl(path: Path, resume_step: int | None) -> None:
-    """Drop a half-written last line (the process was killed), and the records after `resume_step`.
-
-    A record inside the next step (acc_step > 0) comes after the checkpoint as well. A probe's
-    record has its step under "meta".
-    """
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    lines = data.splitlines()
-    kept = [line for i, line in enumerate(lines) if _keep(line, i + 1 == len(lines), resume_step)]
-    mended = b"".join(line + b"\n" for line in kept)
-    if mended != data:
-        logger.info("%s: %d of %d records kept", path, len(kept), len(lines))
-        write_atomic(path, mended)
-
-
-def _keep(line: bytes, is_last: bool, resume_step: int | None) -> bool:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return not is_last  # elsewhere it is nothing that we wrote: leave it alone
-    if resume_step is None or not isinstance(record, dict):
-        return True
-    place = record.get("meta", record)
-    if not isinstance(place, dict) or place.get("global_step") is None:
-        return True
-    return (place["global_step"], place.get("acc_step") or 0) <= (resume_step, 0)
-
-
-def read_jsonl_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All records of a metrics file; a half-written line, as of a run that goes on, is none."""
-    records = []
-    for line in Path(path).read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
 
 
 # ---- wandb and tensorboard

@@ -20,14 +20,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lingua.metrics import json_line
+from lingua.record_file import RecordFile
 
 VERSION = 2
 QUANTILES = [round(0.05 * i, 2) for i in range(1, 20)]
@@ -53,7 +52,9 @@ class Probe:
 
     def __init__(self, module: nn.Module, write_file: str | os.PathLike | None = None):
         self.module = module
-        self.write_file = None if write_file is None else Path(write_file)
+        self.file = None if write_file is None else RecordFile(write_file)
+        if self.file is not None:
+            self.file.path.parent.mkdir(parents=True, exist_ok=True)
         self.metadata: dict[str, Any] = {}
         self.results: dict[str, dict[str, Any]] = {}
         self._handles: list[Any] = []
@@ -87,8 +88,8 @@ class Probe:
             return
         self.results = self._named_records()
         self._records.clear()
-        if self.write_file is not None:
-            self._write(self.write_file)
+        if self.file is not None:
+            self._write(self.file)
 
     def see(self, x: Tensor, name: str) -> Tensor:
         """Record one call of log_stats."""
@@ -169,16 +170,14 @@ class Probe:
         suffix = f"[{call}]" if call is not None and several else ""
         return f"{path}{suffix}::{name}"
 
-    def _write(self, path: Path) -> None:
+    def _write(self, file: RecordFile) -> None:
         record: Mapping[str, Any] = {
             "data": self.results,
             "meta": self.metadata,
             "version": VERSION,
             "quantiles": QUANTILES,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json_line(record))
+        file.append(record)
 
 
 class _Stats:

@@ -124,9 +124,15 @@ class Window:
         self.is_open = True
 
     def close(self) -> None:
+        """Write the file; a disk that is full costs the file, not the run."""
         self.is_open = False
-        self.finish()
-        logger.info("profiling: wrote %s", self.path)
+        try:
+            self.finish()
+        except OSError as error:
+            self.path.unlink(missing_ok=True)
+            logger.warning("profiling: could not write %s (%s)", self.path, error.strerror)
+        else:
+            logger.info("profiling: wrote %s", self.path)
 
     def begin(self) -> None:
         raise NotImplementedError

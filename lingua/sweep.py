@@ -22,7 +22,7 @@ from typing import Any
 
 from lingua.args import UserError, parse_args, run_cli, write_atomic
 from lingua.fields import format_value
-from lingua.metrics import read_jsonl_records
+from lingua.record_file import read_jsonl_records
 
 RECORD = "sweep.json"
 MAX_LABEL = 150  # characters; a name of a folder may have 255 bytes

@@ -57,7 +57,8 @@ from lingua.distributed import (
     setup_torch_distributed,
 )
 from lingua.logger import init_logger
-from lingua.metrics import json_line, mend_jsonl, start_wandb
+from lingua.metrics import start_wandb
+from lingua.record_file import append_whole, json_line, mend_jsonl
 from lingua.run_folder import make_writable
 from lingua.tokenizer import Tokenizer
 
@@ -290,8 +291,7 @@ def append_record(args: EvalArgs, name: str, scores: Scores) -> None:
         record["global_step"] = args.global_step
     file = Path(args.metric_log_dir, name)
     mend_jsonl(file, None)
-    with open(file, "a", encoding="utf-8") as out:
-        out.write(json_line(record | scores))
+    append_whole(file, json_line(record | scores).encode())
 
 
 def numbers(scores: dict[str, Scores]) -> dict[str, float]:

@@ -66,11 +66,12 @@ from lingua.distributed import (
     setup_torch_distributed,
 )
 from lingua.logger import init_logger, tell
-from lingua.metrics import MetricLogger, mend_jsonl, read_jsonl_records
+from lingua.metrics import MetricLogger
 from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallelize import resolve_dtype
 from lingua.probe import Probe
 from lingua.profiling import maybe_run_profiler
+from lingua.record_file import mend_jsonl, read_jsonl_records
 from lingua.rng import seed_everything
 from lingua.run_folder import own_folders
 from lingua.stall import StallWatch
@@ -133,7 +134,8 @@ def train(given: TrainArgs) -> None:
         trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
         progress = build_progress(args, trainer.tokens_per_step, device)
         metrics_file = Path(args.dump_dir, "metrics.jsonl")
-        metrics = resources.enter_context(MetricLogger(metrics_file, args, resume_step=state.step))
+        metric_logger = MetricLogger(metrics_file, args, resume_step=state.step)
+        metrics = run_together(lambda: resources.enter_context(metric_logger))
         profiler = resources.enter_context(maybe_run_profiler(args.dump_dir, model, args.profiling))
         log_micro_batches(trainer, metrics, args.logging.acc_freq)
         probe_now_and_then(trainer, metrics)

@@ -26,7 +26,8 @@ from lingua.args import UserError, dataclass_to_dict
 from lingua.background import failure, has_slurm, import_submitit, visible_gpus
 from lingua.distributed import clean_env, get_is_master, run_on_rank_0, run_together
 from lingua.launch import get_local_world_size
-from lingua.metrics import MetricLogger, mend_jsonl, read_jsonl_records
+from lingua.metrics import MetricLogger
+from lingua.record_file import mend_jsonl, read_jsonl_records
 from lingua.rng import get_rng_state, set_rng_state
 
 if TYPE_CHECKING:

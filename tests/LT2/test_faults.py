@@ -123,6 +123,19 @@ def test_a_run_that_filled_the_disk_goes_on_to_the_bit(data, undisturbed, tmp_pa
     assert_same_run(tmp_path, undisturbed, N)
 
 
+def test_a_log_that_cannot_be_written_for_a_while_misses_nothing(data, undisturbed, tmp_path):
+    file, aside = tmp_path / "metrics.jsonl", tmp_path / "aside"
+
+    def fill(_: Trainer) -> None:
+        file.rename(aside)
+        file.symlink_to("/dev/full")
+
+    with before_step(3, fill), before_step(5, lambda _: aside.replace(file)):
+        train(data, tmp_path, **SMALL)
+    assert "metrics.jsonl cannot be written (No space left" in (tmp_path / "train.log").read_text()
+    assert_same_run(tmp_path, undisturbed, N)
+
+
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_to_the_bit(data, undisturbed, tmp_path):
     with stopped_after(5):
         train(data, tmp_path, **SMALL)

@@ -17,7 +17,7 @@ from apps.LT2.eval import EvalArgs, launch_eval
 from apps.LT2.train_args import validate_train_args
 from apps.LT2.train_eval import free_gpus, n_nodes
 from lingua.args import UserError, parse_args
-from lingua.metrics import read_jsonl_records
+from lingua.record_file import read_jsonl_records
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2 import tiny_run
 from tests.LT2.test_eval import write_documents

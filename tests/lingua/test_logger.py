@@ -107,3 +107,13 @@ def test_secrets_are_hidden(capsys, monkeypatch, tmp_path):
         assert "0123456789abcdef" not in text and "swordfish" not in text and "A1b2" not in text
         assert "<WANDB_API_KEY hidden>" in text and "disabled-anyway" in text
     assert redact("max_tokens=123456789 seed 42") == "max_tokens=123456789 seed 42"
+
+
+def test_a_log_file_on_a_full_disk_is_told_of_once(tmp_path, capfd):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    init_logger(tmp_path / "train.log")
+    for _ in range(3):
+        logging.getLogger().info("a line")
+    out, err = capfd.readouterr()
+    assert out.count("a line") == 3
+    assert err.count("cannot be written (No space left on device)") == 1 and "Traceback" not in err

@@ -238,6 +238,18 @@ def test_tensorboard_gets_every_number(path):
     assert [(e.step, e.value) for e in events.Scalars("loss/out")] == [(1, 1.0), (2, 2.0)]
 
 
+def test_a_full_disk_under_tensorboard_costs_its_curves_alone(path, caplog):
+    pytest.importorskip("tensorboard")
+    args = Args(logging=LoggingArgs(tensorboard=True))
+    with MetricLogger(path, args) as metric_logger:
+        metric_logger.tensorboard.file_writer.event_writer.close()  # writes raise OSError now
+        for step in (1, 2):
+            metric_logger.log({"global_step": step, "loss/out": 1.0})
+    assert steps_in(path) == [1, 2]
+    (told,) = (m for m in caplog.messages if "tensorboard" in m)
+    assert "tensorboard cannot be written" in told
+
+
 # ---- options and numbers
 
 
