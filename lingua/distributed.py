@@ -112,6 +112,12 @@ class DistributedArgs:
                 "distributed.float8_recipe, distributed.float8_filter: float8 is not implemented; "
                 "leave both out"
             )
+        limit = DistributedArgs.compile_cache_size_limit
+        if self.compile_cache_size_limit != limit and not self.compile:
+            raise UserError(
+                f"distributed.compile_cache_size_limit={self.compile_cache_size_limit} with "
+                f"distributed.compile=false: nothing is compiled; leave it at {limit}"
+            )
         if self.reshard_between_loops and self.fsdp_type != "full_shard":
             raise UserError(
                 f"distributed.reshard_between_loops=true with distributed.fsdp_type="

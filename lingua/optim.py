@@ -88,6 +88,11 @@ class OptimArgs:
             self.annealing_step,
             f"left out (it has no effect; only {ANNEALING_STEP} is accepted)",
         )
+        for name, readers in READ_BY.items():
+            if self.scheduler not in readers:
+                wanted = f"left out: only optim.scheduler={' and '.join(readers)} read it"
+                value = getattr(self, name)
+                _require(value == getattr(OptimArgs, name), name, value, wanted)
         if self.scheduler == "wsd":
             _require(self.cycle_length <= 1, "cycle_length", self.cycle_length, "at most 1 for wsd")
             _require(
@@ -178,6 +183,14 @@ SCHEDULERS: dict[str, Callable[..., float]] = {
     "inv_sqrt": lr_inv_sqrt,
     "cosine": lr_cosine,
     "wsd": lr_wsd,
+}
+
+
+READ_BY = {  # options that not every schedule reads
+    "cycle_length": ("cosine", "wsd"),
+    "cosine_theta": ("cosine",),
+    "decay_fraction": ("wsd",),
+    "exp_factor": ("inv_sqrt",),
 }
 
 

@@ -40,6 +40,7 @@ from apps.LT2.measure import (
 from apps.LT2.scripts.plot_benchmark import check_can_draw, draw
 from apps.LT2.train_args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
+from apps.LT2.unused_options import check_unused_options
 from lingua.args import UserError, parse_args, run_cli
 from lingua.command_line import OneLineParser
 from lingua.parallelize import DTYPES, resolve_dtype
@@ -123,6 +124,7 @@ def read_subject(name: str, path: str, overrides: Sequence[str]) -> Subject:
 def build_on_meta(subject: Subject, device: torch.device, dtype: torch.dtype) -> LoopedTransformer:
     """The model without memory; UserError where it cannot be, or not on this device."""
     args = subject.args
+    check_unused_options(args)
     check_kernels(args, device.type)
     check_attention_device(args.attn_impl, device_type=device.type, dtype=dtype)
     with torch.device("meta"):

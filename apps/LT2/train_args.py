@@ -87,6 +87,12 @@ def validate_train_args(
         )
     if args.probe_freq is not None and args.probe_freq < 1:
         raise UserError(f"probe_freq={args.probe_freq} must be at least 1, or null for no probes")
+    acc_freq = args.logging.acc_freq
+    if acc_freq is not None and acc_freq >= args.grad_acc_steps:
+        raise UserError(
+            f"logging.acc_freq={acc_freq} with grad_acc_steps={args.grad_acc_steps}: no record "
+            "would come inside a step; make it smaller, or null"
+        )
     if args.data.n_views != 2:
         raise UserError(
             f"data.n_views={args.data.n_views}: this trainer predicts one next token; use 2"

@@ -26,6 +26,8 @@ def check_unused_options(args: LoopedTransformerArgs) -> None:
     for name in sorted(frozenset().union(*(mixer.reads for mixer in MIXERS.values()))):
         if not used & (readers := _readers(name)):
             _refuse_if_set(args, name, f"only {_names(readers)} layers read it", used)
+    if all(_own_heads(args, name) for name in used):
+        _refuse_if_set(args, "n_heads", "these layers have a number of their own", used)
     before_narrowing = _mixers(replace(args, sliding_window=None))
     if "full" not in before_narrowing:
         _refuse_if_set(args, "sliding_window", "it narrows full layers", used)
@@ -59,6 +61,11 @@ def warnings_of_options(args: LoopedTransformerArgs) -> Iterator[str]:
 
 def _readers(option: str) -> set[str]:
     return {name for name, mixer in MIXERS.items() if option in mixer.reads}
+
+
+def _own_heads(args: LoopedTransformerArgs, mixer: str) -> int | None:
+    """model.<mixer>.n_heads, where there is one: it wins over model.n_heads."""
+    return getattr(getattr(args, mixer, None), "n_heads", None)
 
 
 def _refuse_if_set(args: LoopedTransformerArgs, name: str, why: str, used: set[str]) -> None:

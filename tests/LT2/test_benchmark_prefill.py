@@ -290,7 +290,11 @@ def test_the_vocabulary_is_the_tokenizers_or_llamas(recipe, tmp_path):
         (["optim.lr=1"], "optim.lr=1"),
         (["model.lop_count=1"], "lop_count"),
         (["model.attention_pattern=9:9"], "model.attention_pattern='9:9'"),
-        (["model.attn_impl=fmha", "--device", "cpu"], "model.attn_impl=fmha runs on CUDA"),
+        (["model.n_kv_heads=1"], "model.n_kv_heads=1 would change nothing"),
+        (
+            ["model.mixer=full", "model.attn_impl=fmha", "--device=cpu"],
+            "model.attn_impl=fmha runs on CUDA",
+        ),
         (["--config", "no.yaml"], "no.yaml"),
         (["--compare", "a.yaml", "b.yaml"], "--config X.yaml"),
         (["--plot", "no/such/folder.png"], "no folder"),

@@ -21,6 +21,7 @@ def data(tmp_path_factory):
         ("grad_acc_steps", 0),
         ("gc_collect_freq", -1),
         ("probe_freq", 0),
+        ("logging.acc_freq", 1),  # grad_acc_steps is 1
         ("seed", -1),
         ("seed", 2**64),
         ("model.seed", -1),

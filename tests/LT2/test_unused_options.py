@@ -13,11 +13,15 @@ from apps.LT2.unused_options import check_unused_options, warnings_of_options
 from lingua.args import UserError
 from tests.LT2.tiny import KINDS
 
+OWN_HEADS = GatedDeltaNetArgs(n_heads=2)
+
 
 @pytest.mark.parametrize(
     "options, read_by",
     [
         ({"mixer": "gdn", "n_heads": 2, "gated_attn": True}, {"attention_pattern": "3:1"}),
+        ({"mixer": "gdn", "n_heads": 4, "gdn": OWN_HEADS}, {"attention_pattern": "3:1"}),
+        ({"mixer": "gdn", "n_heads": 4, "gdn": OWN_HEADS}, {"gdn": GatedDeltaNetArgs()}),
         ({"mixer": "nsa", "n_heads": 16, "gated_attn": True}, {"mixer": "dsa"}),
         ({"mixer": "mamba2", "n_heads": 2}, {"mixer": "kda"}),
         ({"mixer": "hgrn2", "n_kv_heads": 2}, {"mixer": "window"}),

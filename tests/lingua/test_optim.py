@@ -227,6 +227,8 @@ def test_nonfinite_guard_skips_up_to_its_limit_in_a_row():
         ({"lr_min_ratio": 2.0}, "optim.lr_min_ratio=2.0"),
         ({"scheduler": "wsd", "decay_fraction": 0.6, "cycle_length": 0.5}, "optim.decay_fraction"),
         ({"beta2": 1.0}, "optim.beta2=1.0"),
+        ({"exp_factor": 0.7}, "exp_factor=0.7: .*only optim.scheduler=inv_sqrt"),
+        ({"scheduler": "linear", "cycle_length": 0.5}, "optim.cycle_length=0.5"),
     ],
 )
 def test_bad_values_name_their_option(kwargs, message):
