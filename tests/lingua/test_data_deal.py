@@ -1,17 +1,19 @@
-"""Streams of batches dealt to changing numbers of ranks: each batch once, in the streams' order."""
+"""Streams of batches dealt to changing numbers of ranks: each batch once, in its stream's order."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
-from lingua.data_deal import deal_streams, open_dealt
+from lingua.data_deal import Deal, deal_streams, open_dealt
 from tests.lingua.test_data import make_args, make_source
 
 
@@ -45,17 +47,47 @@ def test_each_batch_is_read_once_however_often_the_ranks_change(n_streams, seed)
         for _ in range(2):  # stops and goes on with as many ranks, then with others
             read_now, states = read(states, rng.randint(0, 4))
             got += read_now
-    want = itertools.zip_longest(
-        *([(i, 10 * i + k) for k in range(len(got))] for i in range(n_streams))
-    )
-    assert got == list(itertools.chain.from_iterable(want))[: len(got)] and got
+    assert got
+    for stream in range(n_streams):  # in its order, without a gap
+        numbers = [n for name, n in got if name == stream]
+        assert numbers == [10 * stream + k for k in range(len(numbers))]
+
+
+@pytest.mark.parametrize("n_streams, n_ranks", [(3, 2), (2, 3), (5, 3), (4, 6), (8, 7), (2, 1)])
+def test_streams_go_on_evenly(n_streams, n_ranks):
+    states = [{"name": i, "n": 0} for i in range(n_streams)]
+    states = [deal_streams(states, rank, n_ranks) for rank in range(n_ranks)]
+    rounds = 3
+    got, _ = read(states, rounds * Deal(n_streams, n_ranks).of_rank)
+    assert len(set(got)) == len(got)
+    assert set(Counter(name for name, _ in got).values()) == {len(got) // n_streams}
 
 
 def test_a_rank_opens_no_stream_that_it_does_not_read():
-    states = [{"name": i, "n": 0} for i in range(4)]
-    for n_ranks, n_opened in ((2, 2), (4, 1), (8, 1), (6, 2), (3, 4)):
+    for n_streams, n_ranks, most in (
+        *((4, 2, 2), (4, 4, 1), (4, 8, 1), (4, 6, 2), (4, 3, 2), (8, 7, 2)),
+        *((64, 63, 2), (63, 64, 2), (64, 24, 4), (5, 13, 2), (1, 7, 1)),
+    ):
+        states = [{"name": i, "n": 0} for i in range(n_streams)]
         dealt = [deal_streams(states, rank, n_ranks) for rank in range(n_ranks)]
-        assert {len(state["streams"]) for state in dealt} == {n_opened}
+        assert max(len(state["streams"]) for state in dealt) == most
+        assert most <= math.ceil(n_streams / n_ranks) + 1
+
+
+@pytest.mark.parametrize("n_streams, n_ranks", [(64, 63), (63, 64), (8, 3), (8, 12), (5, 13)])
+def test_what_ranks_pass_over_is_bounded(n_streams, n_ranks):
+    n_opened = Counter()
+
+    @contextmanager
+    def count(state):
+        yield ((n_opened.update([rank]), {**state}) for _ in itertools.count())
+
+    n = 2 * Deal(n_streams, n_ranks).of_rank
+    for rank in range(n_ranks):
+        state = deal_streams([{"name": i, "n": 0} for i in range(n_streams)], rank, n_ranks)
+        with open_dealt(state, count) as batches:
+            list(itertools.islice(batches, n))
+    assert max(n_opened.values()) < (1 + 2 * n_ranks / n_streams) * n
 
 
 def test_ranks_that_stopped_at_several_steps_are_no_run():
