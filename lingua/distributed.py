@@ -43,6 +43,7 @@ from lingua.launch import get_master_addr as get_master_addr
 from lingua.launch import get_master_port as get_master_port
 from lingua.launch import get_world_size as get_world_size
 from lingua.launch import init_signal_handler as init_signal_handler
+from lingua.launch import leave_with_torchrun
 from lingua.launch import requeue_slurm_job as requeue_slurm_job
 from lingua.launch import setup_env as setup_env
 from lingua.parallelize import ACTIVATION_CHECKPOINTING, DTYPES, needs_fsdp
@@ -158,6 +159,7 @@ def fit_to_world(args: DistributedArgs, world_size: int) -> DistributedArgs:
 
 def setup_torch_distributed(args: DistributedArgs) -> None:
     """Set torch's switches and join the process group, if there is any use for one."""
+    leave_with_torchrun()
     multiprocessing.set_start_method(args.spawn_method, force=True)
     if args.spawn_method == "forkserver":
         # Started now, the server is a copy of a process without CUDA and threads.

@@ -7,11 +7,13 @@ single process. Nothing here needs a process group.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import random
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from types import FrameType
@@ -138,6 +140,19 @@ def init_signal_handler(handler: Callable[[int, FrameType | None], None]) -> Non
     signal.signal(signal.SIGTERM, on_sigterm)
     # A process inherits its parent's mask, and a blocked signal would never arrive.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
+
+
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+def leave_with_torchrun() -> None:
+    """Get SIGUSR2 when torchrun is gone: killed by SIGKILL it can end none of its ranks, and these
+    would go on unseen, holding their GPUs. Under other launchers, and off Linux, nothing changes.
+
+    Not SIGTERM: the signal comes once for each of torchrun's threads.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR2, 0, 0, 0)
 
 
 def requeue_slurm_job() -> bool:
