@@ -140,7 +140,16 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST_NAME).read_text())
     except (OSError, ValueError):
         return None
-    return manifest if manifest.keys() == {"step", "files"} else None
+    is_ours = (
+        isinstance(manifest, dict)
+        and manifest.keys() == {"step", "files"}
+        and isinstance(manifest["step"], int)
+        and isinstance(manifest["files"], dict)
+        and all(
+            isinstance(entry, dict) and "bytes" in entry for entry in manifest["files"].values()
+        )
+    )
+    return manifest if is_ours else None
 
 
 def find_problem(folder: Path) -> str | None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lingua.args import UserError
+from lingua.errors import MachineFault, is_machine_fault
 from lingua.gradients import clip_grad_norm_ as clip_grad_norm_
 from lingua.gradients import set_gradient_sync as set_gradient_sync
 from lingua.gradients import sync_replicated_grads as sync_replicated_grads
@@ -304,10 +305,15 @@ class RanksFailed(RuntimeError):
     """Work shared by all ranks failed on at least one; raised on every rank, naming the first."""
 
 
+class RankMetFault(RanksFailed, MachineFault):
+    """The same, where what failed was the machine."""
+
+
 def run_together(work: Callable[[], T]) -> T:
     """Do this rank's part of a shared piece of work; if any rank fails, all of them raise.
 
-    A UserError stays one, everything else becomes RanksFailed. A collective.
+    A UserError stays one, a full disk becomes RankMetFault, everything else RanksFailed. A
+    collective.
     """
     result, error = None, None
     try:
@@ -332,16 +338,16 @@ def run_on_rank_0(work: Callable[[], T]) -> T:
     return result
 
 
-def _describe(error: Exception) -> tuple[bool, str]:
+def _describe(error: Exception) -> tuple[type[Exception], str]:
+    """What to raise for it on all ranks."""
     if isinstance(error, UserError):
-        return True, str(error)
-    return False, f"{type(error).__name__}: {error}"
+        return UserError, str(error)
+    kind = RankMetFault if is_machine_fault(error) else RanksFailed
+    return kind, f"{type(error).__name__}: {error}"
 
 
-def _raise_first(outcomes: list[tuple[bool, str] | None], own: Exception | None) -> None:
+def _raise_first(outcomes: list[tuple[type[Exception], str] | None], own: Exception | None) -> None:
     for rank, outcome in enumerate(outcomes):
         if outcome is not None:
-            is_users, message = outcome
-            if is_users:
-                raise UserError(message) from own
-            raise RanksFailed(f"rank {rank}: {message}") from own
+            kind, message = outcome
+            raise kind(message if kind is UserError else f"rank {rank}: {message}") from own

@@ -1,7 +1,8 @@
-"""Mistakes that a user can mend: one line on stderr instead of a traceback."""
+"""Mistakes that a user can mend, and faults of a machine: one line on stderr, no traceback."""
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 from lingua.redact import redact
 
 MAX_LENGTH = 2000  # characters of a message
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG}
 
 
 class UserError(ValueError):
@@ -21,25 +23,38 @@ class UserError(ValueError):
     """
 
 
+class MachineFault(RuntimeError):
+    """What a machine does to a program, as a full disk: where in the code tells nothing."""
+
+
+def is_machine_fault(error: BaseException) -> bool:
+    """Whether it is a MachineFault, or an OSError of a disk that is full, read-only or broken."""
+    is_disk = isinstance(error, OSError) and error.errno in DISK_FAULTS
+    return is_disk or isinstance(error, MachineFault)
+
+
 def run_cli(main: Callable[[list[str]], Any]) -> None:
-    """Run `main(argv)`; a UserError becomes one line on stderr and exit status 2, Ctrl-C 130.
+    """Run `main(argv)`; a UserError becomes one line on stderr and exit status 2, a fault of the
+    machine one and status 1, Ctrl-C 130.
 
     Any other error ends the process with its traceback.
     """
     sys.excepthook = print_traceback
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, MachineFault, OSError) as error:
+        if not isinstance(error, UserError) and not is_machine_fault(error):
+            raise
         rank = os.environ.get("RANK", "0")
         who = "" if rank == "0" else f"rank {rank}: "
         print(f"error: {who}{one_line(error)}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None  # 128 + SIGINT, as shells say it
 
 
-def one_line(error: UserError) -> str:
+def one_line(error: Exception) -> str:
     """The message as it is shown: a value in it may have lines, and be as long as it likes."""
     text = redact(" ".join(str(error).splitlines()))
     return (

@@ -103,15 +103,18 @@ def own_lines(
     """This rank's lines that are not blank, each with the byte position after it."""
     # a position above 0 lies just after a line of ours
     number = offset + 1 if position > 0 else 0
-    with open(file_path, "rb") as file:
-        file.seek(position)
-        for line in file:
-            position += len(line)
-            if not line.strip():
-                continue
-            if number % block_size == offset:
-                yield line, position
-            number += 1
+    try:
+        with open(file_path, "rb") as file:
+            file.seek(position)
+            for line in file:
+                position += len(line)
+                if not line.strip():
+                    continue
+                if number % block_size == offset:
+                    yield line, position
+                number += 1
+    except OSError as error:
+        raise UserError(f"{file_path}: cannot be read ({error.strerror}); restore it") from None
 
 
 def parse_line(line: bytes, file_path: str, end: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
 from lingua.distributed import run_on_rank_0, run_together
+from lingua.errors import MachineFault
 from lingua.tensor_store import MODEL_KEY, OPTIM_KEY, optimizer_state
 
 
@@ -69,7 +70,7 @@ class TensorSave:
             # torch's own writer hides the reason, most often a full disk, behind a wrong file
             # position
             free = shutil.disk_usage(self.folder).free / 2**30
-            raise RuntimeError(
+            raise MachineFault(
                 f"could not write {self.folder} ({free:.2f} GiB free there); checkpoints before "
                 f"it are whole: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
             ) from error

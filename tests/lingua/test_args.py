@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import pytest
@@ -447,11 +448,21 @@ def test_run_cli_prints_one_line(capsys, monkeypatch):
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: steps=0 must be positive\n"
 
-    def broken(argv):
-        raise ValueError("a bug")
+    def on_a_full_disk(argv):
+        Path("/dev/full").write_text("x")
 
-    with pytest.raises(ValueError, match="a bug"):
-        run_cli(broken)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(on_a_full_disk)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+    for bug in (ValueError("a bug"), FileNotFoundError("a bug")):
+
+        def broken(argv, bug=bug):
+            raise bug
+
+        with pytest.raises(type(bug), match="a bug"):
+            run_cli(broken)
 
     def interrupted(argv):
         raise KeyboardInterrupt

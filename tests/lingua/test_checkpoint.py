@@ -218,6 +218,14 @@ def drop_manifest(folder):
     (folder / "manifest.json").unlink()
 
 
+def replace_manifest(folder):
+    (folder / "manifest.json").write_text("[]")
+
+
+def damage_manifest(folder):
+    (folder / "manifest.json").write_text('{"step": 2, "files": {"params.json": 3}}')
+
+
 def flip_a_bit(folder):
     """Of a weight: such a file still loads."""
     file, weight = folder / "__0_0.distcp", "model.output.weight"
@@ -238,6 +246,8 @@ DAMAGES = [
     edit_train_state,
     drop_config,
     drop_manifest,
+    replace_manifest,
+    damage_manifest,
 ]
 
 

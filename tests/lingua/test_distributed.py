@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from lingua import distributed as ld
 from lingua.args import UserError
+from lingua.errors import MachineFault
 from lingua.optim import OptimArgs, build_optimizer
 from tests.lingua.dist_utils import OpCounter, run_ranks
 from tests.lingua.toy import LAYERS, LOOPS, PLAN, ROWS, make_batches, make_model, whole
@@ -267,6 +269,10 @@ def check_reductions(rank, world_size):
     assert ld.run_together(lambda: fail(None) if rank == 0 else rank) == rank
     with pytest.raises(UserError, match="^too big$"):
         ld.run_together(lambda: fail(UserError("too big")))
+    full = OSError(errno.ENOSPC, "No space left")
+    with pytest.raises(MachineFault, match=r"rank 1: OSError: .*No space left") as caught:
+        ld.run_together(lambda: fail(full) if rank == 1 else rank)
+    assert isinstance(caught.value, ld.RanksFailed)
     with pytest.raises(ld.RanksFailed, match="rank 1: ZeroDivisionError: division"):
         ld.run_together(lambda: 1 / (1 - rank))
     with pytest.raises(ld.RanksFailed, match="rank 0: ZeroDivisionError"):

@@ -154,6 +154,16 @@ def test_whole_chunks_may_be_short(tmp_path):
     assert len(find_and_sanitize_chunks(str(tmp_path), 4)) == 4
 
 
+def test_a_chunk_that_goes_during_the_run_is_named(tmp_path):
+    make_chunks(tmp_path / "a", n_chunks=1, n_lines=2)
+    (chunk,) = (tmp_path / "a").glob("*.jsonl")
+    lines = loop_on_jsonl(**distribute_data_to_rank(str(tmp_path / "a"), 0, 1))
+    next(lines)
+    chunk.unlink()
+    with pytest.raises(UserError, match=rf"{chunk}: cannot be read \(No such file"):
+        list(islice(lines, 9))
+
+
 def test_a_chunk_emptied_during_the_run_does_not_spin(tmp_path):
     file = write(tmp_path / "x.chunk.0.jsonl", ["a"])
     stream = loop_on_jsonl(**distribute_data_to_rank(str(tmp_path), 0, 1))
