@@ -1,6 +1,7 @@
 """A copy of the code that a run starts from, and the commit it is.
 
-Copied is what git tracks and what it does not ignore; outside git, the Python and YAML files.
+Copied is what git tracks and what it does not ignore, submodules included; outside git, the Python
+and YAML files.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lingua.args import write_atomic
 logger = logging.getLogger()
 
 MAX_UNTRACKED_BYTES = 16 * 2**20  # an untracked file above this is data that .gitignore forgot
+NO_CODE = ("pyvenv.cfg", "base_config.yaml")  # what tells an environment, and a run's folder
 SUFFIXES = {".py", ".yaml", ".yml"}  # what is copied where there is no git
 
 
@@ -52,18 +54,25 @@ def list_code(root: Path) -> list[Path]:
     untracked = (git(root, "ls-files", "-z", "--others", "--exclude-standard") or "").split("\0")
     if not any(tracked) and not any(untracked):
         return sorted(_walk(root))
-    small = []
+    files = []
+    for name in filter(None, tracked):
+        if (root / name).is_dir() and not (root / name).is_symlink():  # a submodule
+            files += [Path(name) / file for file in list_code(root / name)]
+        else:
+            files.append(Path(name))
     for name in filter(None, untracked):
         size = os.lstat(root / name).st_size
-        if size <= MAX_UNTRACKED_BYTES:
-            small.append(name)
-        else:
+        if name.endswith("/"):
+            logger.warning("not copied with the code: %s (a git repository of its own)", name)
+        elif size > MAX_UNTRACKED_BYTES:
             logger.warning(
                 "not copied with the code: %s (%.0f MiB, not in git)", name, size / 2**20
             )
-    # A tracked file may be deleted on disk; a submodule is listed as a folder.
-    files = {Path(name) for name in [*tracked, *small] if name}
-    return sorted(file for file in files if (root / file).is_file())
+        else:
+            files.append(Path(name))
+    return sorted(
+        {file for file in files if (root / file).exists()}
+    )  # a deletion is not in git yet
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -72,7 +81,7 @@ def _walk(root: Path) -> Iterator[Path]:
             name
             for name in subfolders
             if not name.startswith((".", "__pycache__"))
-            and not (Path(folder, name) / "pyvenv.cfg").exists()
+            and not any(Path(folder, name, mark).exists() for mark in NO_CODE)
         ]
         for name in names:
             if Path(name).suffix in SUFFIXES:
@@ -89,12 +98,27 @@ def snapshot_code(root: Path, target: Path, without: Path) -> int:
     aside.mkdir()
     without = without.resolve()
     files = [file for file in list_code(root) if not (root / file).is_relative_to(without)]
-    for file in files:
-        (aside / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root / file, aside / file)
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+    try:
+        for file in files:
+            (aside / file).parent.mkdir(parents=True, exist_ok=True)
+            copy(root, file, aside / file)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     return len(files)
+
+
+def copy(root: Path, file: Path, target: Path) -> None:
+    """Copy `file` below `root`. A link to a folder below `root` is one to its copy."""
+    source = root / file
+    if not source.is_dir():
+        shutil.copy2(source, target)
+        return
+    folder = source.resolve()
+    is_inside = folder.is_relative_to(root.resolve())
+    target.symlink_to(os.path.relpath(folder, source.parent.resolve()) if is_inside else folder)
 
 
 def write_code_version(root: Path, path: Path) -> CodeVersion:

@@ -153,6 +153,9 @@ def time_limit(args: StoolArgs) -> str:
 def check_dump_dir(job: Job) -> None:
     """Refuse a dump_dir that holds something, unless it may be used as it is, or deleted."""
     folder = job.dump_dir
+    for option, text in (("dump_dir", str(folder)), ("name", job.name)):
+        if not text.isprintable():  # a line of submit.slurm would end in it
+            raise UserError(f"{option}={text!r}: has a line break, or such; use plain characters")
     if is_free(folder):
         return
     if not folder.is_dir():

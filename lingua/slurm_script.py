@@ -102,8 +102,12 @@ def directives(job: Job) -> list[str]:
 
 
 def quote_sbatch(value: Any) -> str:
+    """As sbatch reads an argument: quotes and backslashes as in a shell, and no variables."""
     text = str(value)
-    return f'"{text}"' if any(c.isspace() or c == "#" for c in text) else text
+    if not any(c.isspace() or c in "#'\"\\" for c in text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def render_submit(job: Job) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -12,6 +14,8 @@ from typing import Any
 import pytest
 
 from lingua.args import UserError
+from lingua.code_snapshot import snapshot_code
+from lingua.slurm_script import quote_sbatch
 from lingua.stool import (
     Job,
     StoolArgs,
@@ -168,6 +172,44 @@ def test_code_is_what_git_tracks_or_does_not_ignore(project, args, caplog):
     assert files_below(code) == want - {"new.txt"}
 
 
+def test_submodules_and_linked_folders_are_copied(project, args, tmp_path, caplog):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sub.py").write_text("")
+    git(other, "init", "-q")
+    git(other, "add", ".")
+    git(other, "commit", "-qm", "one")
+    git(project, "-c", "protocol.file.allow=always", "submodule", "-q", "add", str(other), "sub")
+    (project / "sub" / "new.py").write_text("not added yet")
+    git(project, "clone", "-q", str(other), "clone")
+    (project / "outside").symlink_to(other)
+    (project / "inside").symlink_to(project / "project")
+    git(project, "add", "outside", "inside")
+    launch_job(args)
+    code = project / "runs" / "a b" / "code"
+    assert {"sub/sub.py", "sub/new.py"} <= files_below(code)
+    assert (code / "outside").resolve() == other
+    assert (code / "inside").resolve() == code / "project"
+    assert not (code / "clone").exists() and "clone/ (a git repository of its own)" in caplog.text
+
+
+def test_a_copy_that_fails_leaves_nothing(project, monkeypatch):
+    (project / "runs").mkdir()
+
+    def full(*_):
+        raise OSError("full")
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(OSError, match="full"):
+        snapshot_code(project, project / "runs" / "code", project / "runs")
+    assert not list((project / "runs").iterdir())
+
+
+@pytest.mark.parametrize("value", ["it's", 'a "b" \\ c', "x#y"])
+def test_sbatch_reads_a_value_as_it_was(value):
+    assert shlex.split(quote_sbatch(value)) == [value]
+
+
 def test_without_git_python_and_yaml_files_are_copied(project, args):
     name = args.script.split(".")[1]
     subprocess.run(["rm", "-rf", ".git"], check=True)
@@ -175,6 +217,7 @@ def test_without_git_python_and_yaml_files_are_copied(project, args):
     (project / "env").mkdir()
     (project / "env" / "pyvenv.cfg").write_text("")
     (project / "env" / "lib.py").write_text("")
+    launch_job(replace(args, overrides=["dump_dir=runs/before"]))
     launch_job(args)
     launch_job(replace(args, dirs_exists_ok=True))  # the run itself is not copied into its code
     dump_dir = project / "runs" / "a b"
@@ -208,6 +251,7 @@ def test_without_a_copy_the_code_runs_as_it_is(project, args):
         (dict(overrides=["optim.lrr=1"]), "optim.lrr"),
         (dict(overrides=["steps=many"]), "steps"),
         (dict(overrides=["dump_dir="]), "dump_dir is empty"),
+        (dict(overrides=["dump_dir=runs/a\nb"]), "dump_dir=.*line break"),
         (dict(config="absent.yaml"), "absent.yaml"),
         (dict(config=None), "config is not set"),
         (dict(config={"dump_dir": "x", "stepss": 1}), "stepss"),
