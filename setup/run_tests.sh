@@ -28,11 +28,13 @@ check "ruff format" ruff format --check
 check "pyright" pyright --pythonpath "$VENV_PYTHON"
 
 # One process a core, at most 4: a test may start processes of its own. With a GPU one process, so
-# that tests do not compete for its memory. loadfile keeps the tests of a file together.
+# that tests do not compete for its memory. loadfile keeps the tests of a file together; files go in
+# the order of tests/conftest.py, those that take long first.
 workers=$("$VENV_PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
 if has_gpu; then workers=0; fi
 export OMP_NUM_THREADS=1
-check "pytest" pytest -n "$workers" --dist loadfile --durations=15 "$@"
+check "pytest" pytest -n "$workers" --dist loadfile --no-loadscope-reorder \
+    --durations=15 "$@"
 
 if ((${#failed[@]})); then
     printf '\nfailed: %s\n' "${failed[@]}" >&2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before torch is imported, here and in the processes that tests start: on the two cores of a CI
 # machine, two workers with one thread each beat two workers that both take two.
@@ -42,9 +44,18 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_files_in_order(items), reverse=True)  # stable: tests of a file keep their order
     if torch.cuda.is_available():
         return
     no_cuda = pytest.mark.skip(reason="needs CUDA")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(no_cuda)
+
+
+def _files_in_order(items: list[pytest.Item]) -> Callable[[pytest.Item], Any]:
+    """Files that take long go first, so that no core idles at the end while another one is at a
+    file that it began last: those with tests marked slow, and then those with most tests."""
+    n_tests = Counter(item.path for item in items)
+    n_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    return lambda item: (n_slow[item.path] > 0, n_tests[item.path], str(item.path))
