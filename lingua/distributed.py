@@ -17,6 +17,7 @@ import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -164,8 +165,17 @@ def setup_torch_distributed(args: DistributedArgs) -> None:
     multiprocessing.set_start_method(args.spawn_method, force=True)
     if args.spawn_method == "forkserver":
         # Started now, the server is a copy of a process without CUDA and threads.
-        with blocked_parent_signals():
-            multiprocessing.forkserver.ensure_running()
+        try:
+            with blocked_parent_signals():
+                multiprocessing.forkserver.ensure_running()
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            # "AF_UNIX path too long": the name of a socket has 107 characters at most
+            raise UserError(
+                f"TMPDIR={tempfile.gettempdir()}: {error}; set a shorter one, or "
+                "distributed.spawn_method=spawn"
+            ) from None
 
     torch.backends.cuda.matmul.allow_tf32 = args.matmul_allow_tf32
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (

@@ -38,9 +38,9 @@ def init_logger(
     if name is not None:
         logger.propagate = False  # the root's handlers would print the line again
 
-    out = logging.StreamHandler(sys.stdout)
+    out = PatientStreamHandler(sys.stdout)
     out.addFilter(lambda record: record.levelno < logging.WARNING)
-    err = logging.StreamHandler(sys.stderr)
+    err = PatientStreamHandler(sys.stderr)
     err.setLevel(logging.WARNING)
     handlers: list[logging.Handler] = [out, err]
     if log_file is not None and get_is_master():
@@ -60,8 +60,9 @@ def tell(message: str, *args: Any, level: int = logging.INFO) -> None:
         logging.getLogger().log(level, message, *args)
 
 
-class PatientFileHandler(logging.FileHandler):
-    """On a full disk logging itself would print a traceback for every line."""
+class Patient(logging.Handler):
+    """On a full disk, or a pipe that nobody reads, logging itself would print a traceback for every
+    line."""
 
     failed = False
 
@@ -71,12 +72,22 @@ class PatientFileHandler(logging.FileHandler):
             super().handleError(record)
         elif not self.failed:
             self.failed = True
-            told = f"{self.baseFilename} cannot be written ({error.strerror}): lines may be missing"
-            print(told, file=sys.stderr, flush=True)
+            where = getattr(self, "baseFilename", "stdout or stderr")
+            with contextlib.suppress(OSError):
+                told = f"{where} cannot be written ({error.strerror}): lines may be missing"
+                print(told, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of the lines that it told of
             super().close()
+
+
+class PatientStreamHandler(Patient, logging.StreamHandler):
+    pass
+
+
+class PatientFileHandler(Patient, logging.FileHandler):
+    pass
 
 
 class LogFormatter(logging.Formatter):

@@ -129,9 +129,12 @@ def _keep(line: bytes, is_last: bool, resume_step: int | None) -> bool:
     if resume_step is None or not isinstance(record, dict):
         return True
     place = record.get("meta", record)
-    if not isinstance(place, dict) or place.get("global_step") is None:
+    if not isinstance(place, dict):
         return True
-    return (place["global_step"], place.get("acc_step") or 0) <= (resume_step, 0)
+    step, acc_step = place.get("global_step"), place.get("acc_step") or 0
+    if not isinstance(step, int) or not isinstance(acc_step, int):  # no record of ours
+        return True
+    return (step, acc_step) <= (resume_step, 0)
 
 
 def read_jsonl_records(path: str | os.PathLike) -> list[dict[str, Any]]:

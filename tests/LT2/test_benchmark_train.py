@@ -14,6 +14,8 @@ from lingua.args import UserError
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny_run import OPTIONS, clean_process, write_corpus
 
+pytestmark = pytest.mark.slow
+
 RECIPE = "apps/LT2/configs/600M/debug.yaml"
 N_LAYERS, SEQLEN = 2, 32
 

@@ -36,6 +36,8 @@ from tests.lingua.toy import whole
 from tests.LT2.tiny import tiny_model
 from tests.tolerances import FP32_MODEL, differences
 
+pytestmark = pytest.mark.slow
+
 N_LAYERS, WORLD = 2, 2
 # In the second a layer's full attention runs in late loops only: its gradient is complete early.
 PATTERNS = {1: "gdn,full", 4: "gdn->full->gdn->full"}

@@ -27,6 +27,8 @@ from tests.LT2.tiny_run import (
     write_corpus,
 )
 
+pytestmark = pytest.mark.slow
+
 N = OPTIONS["steps"]
 BAD = "layers.1.ffn_norm.weight"
 

@@ -117,3 +117,17 @@ def test_a_log_file_on_a_full_disk_is_told_of_once(tmp_path, capfd):
     out, err = capfd.readouterr()
     assert out.count("a line") == 3
     assert err.count("cannot be written (No space left on device)") == 1 and "Traceback" not in err
+
+
+def test_a_stdout_that_nobody_reads_is_told_of_once(monkeypatch, capfd):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        init_logger()
+        for _ in range(3):
+            logging.getLogger().info("a line")
+        monkeypatch.undo()
+        err = capfd.readouterr().err
+        with pytest.raises(OSError):
+            full.close()
+    assert err.count("stdout or stderr cannot be written (No space left") == 1
+    assert "Traceback" not in err

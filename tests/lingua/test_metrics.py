@@ -104,10 +104,14 @@ def test_a_half_written_last_line_goes(path, tail, resume_step):
 
 def test_a_strange_line_before_the_last_is_left_alone(path):
     path.parent.mkdir()
-    path.write_text('a note\n{"global_step": 1}\n')
+    path.write_text('a note\n{"global_step": "x"}\n{"global_step": 1}\n')
     log_steps(path, [2], resume_step=1)
-    note, *lines = path.read_text().splitlines()
-    assert note == "a note" and [json.loads(line)["global_step"] for line in lines] == [1, 2]
+    note, odd, *lines = path.read_text().splitlines()
+    assert (
+        note == "a note"
+        and odd == '{"global_step": "x"}'
+        and [json.loads(line)["global_step"] for line in lines] == [1, 2]
+    )
 
 
 def test_a_whole_last_line_without_its_newline_stays(path):
