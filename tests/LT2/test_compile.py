@@ -23,7 +23,7 @@ from tests.LT2.tiny import KINDS, tiny_model
 N_TOKENS = 24
 
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 
 
 class CountGraphs:

@@ -97,6 +97,19 @@ def two_ranks():
     return run_ranks(2, check_two_ranks)
 
 
+def test_a_temporary_folder_with_too_long_a_name_is_named(monkeypatch):
+    def refuse():
+        raise OSError("AF_UNIX path too long")
+
+    before = multiprocessing.get_start_method(allow_none=True)
+    monkeypatch.setattr(multiprocessing.forkserver, "ensure_running", refuse)
+    try:
+        with pytest.raises(UserError, match="TMPDIR=.*too long; set a shorter one"):
+            ld.setup_torch_distributed(ld.DistributedArgs())
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
 @pytest.mark.parametrize("case", TWO_RANKS)
 def test_two_ranks_train_as_one_process_does(two_ranks, case):
     assert [outcomes[case] for outcomes, _ in two_ranks] == [None, None]
