@@ -157,7 +157,7 @@ def train(given: TrainArgs) -> None:
             profiler.step()
             is_last, leaving = state.step == args.steps, agree_any(preemption_flag["flag"])
             is_eval = is_last or args.checkpoint.eval.fires(state.step)
-            if every_n_steps(state, args.logging.freq):
+            if is_last or every_n_steps(state, args.logging.freq):
                 metrics.log(record := progress.record(state))
                 state.clear_losses()
                 tell(progress.line(record))
