@@ -186,13 +186,7 @@ def run_harness(
     for name in ("include_path", "metadata", "stride", "verbosity"):
         del options[name]  # used already
     if not get_is_master():
-        of_one_rank = (
-            "cache_requests",
-            "rewrite_requests_cache",
-            "delete_requests_cache",
-            "write_out",
-        )
-        options |= dict.fromkeys(of_one_rank, False)
+        options |= dict.fromkeys(OF_ONE_RANK, False)
         options["bootstrap_iters"] = 0
     assert args.dump_dir is not None
     tracker = trackers.EvaluationTracker(output_path=str(Path(args.dump_dir, "results.json")))

@@ -69,10 +69,10 @@ class EvalHarnessLM(LM):
         self.model, self._tokenizer, config = loaded
         self.cfg, self.stride, self.should_stop = cfg, stride, should_stop
         self.max_len = cfg.max_prompt_len or self.model.args.max_seqlen
-        if stride is not None and stride > self.max_len:
+        if stride is not None and not 1 <= stride <= self.max_len:
             raise UserError(
-                f"stride={stride} is more than the {self.max_len} tokens of a window: a smaller "
-                "one, or null for windows side by side"
+                f"stride={stride} must be 1 to the {self.max_len} tokens of a window, or null for "
+                "windows side by side"
             )
         self._device = self.model.tok_embeddings.weight.device
         data = config["data"]
@@ -320,9 +320,10 @@ class RegisteredLM(EvalHarnessLM):
             loop_count=args.loop_count,
             tokenizer_path=args.tokenizer_path,
         )
+        max_tokens = default_max_tokens(loaded) if args.max_tokens is None else args.max_tokens
         cfg = PackedCausalTransformerGeneratorArgs(
             max_gen_len=args.max_gen_len,
-            max_tokens=args.max_tokens or default_max_tokens(loaded),
+            max_tokens=max_tokens,
             max_prompt_len=args.max_prompt_len,
             dtype=args.dtype,
             device=args.device,

@@ -237,7 +237,7 @@ MISTAKES = {
     ],
     "harness.fewshot_as_multiturn=true needs": [*CHOICE, "harness.fewshot_as_multiturn=true"],
     "harness.use_cache=/proc/none: cannot write": [*CHOICE, "harness.use_cache=/proc/none/x"],
-    "stride=1000 is more than the 256 tokens": [*CHOICE, "harness.stride=1000"],
+    "stride=1000 must be 1 to the 256 tokens": [*CHOICE, "harness.stride=1000"],
     "temperature=-1.0 must be": [
         *LOCAL,
         "harness.tasks=[lt2_local_copy]",

@@ -237,3 +237,16 @@ def test_a_cache_of_answers_is_for_one_process(monkeypatch):
 def test_model_args_are_checked(options, message):
     with pytest.raises(UserError, match=message):
         RegisteredLM(**options)
+
+
+@pytest.mark.parametrize("stride", [0, -1, MAX_LEN + 1])
+def test_a_stride_that_leaves_tokens_out_or_never_ends_is_refused(stride):
+    with pytest.raises(UserError, match=f"stride={stride} must be 1 to the {MAX_LEN}"):
+        make_lm(stride=stride)
+
+
+def test_a_batch_of_no_tokens_is_refused_and_not_taken_for_the_default(monkeypatch):
+    loaded = LoadedModel(tiny_model("hybrid", 1), ByteTokenizer(), {})
+    monkeypatch.setattr("apps.LT2.harness.load_model_and_tokenizer", lambda *_, **__: loaded)
+    with pytest.raises(UserError, match="max_tokens=0"):
+        RegisteredLM(ckpt="somewhere", max_tokens=0)
