@@ -339,6 +339,14 @@ def test_mistakes_under_the_harness_s_own_command_line(here, monkeypatch, capsys
 # ---- local tasks
 
 
+def test_items_come_from_documents_as_validation_reads_them(tmp_path):
+    """A line separator inside a text ends no line of the file, and `content` may hold the text."""
+    lines = [{"text": "one\u2028two\x85three"}, {"content": "four"}]
+    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "a.val.jsonl").write_text(text, encoding="utf-8")
+    assert read_documents(str(tmp_path)) == ["one\u2028two\x85three", "four"]
+
+
 def test_items_are_what_they_say(place):
     texts = read_documents(str(place / "data" / "local"))
     whole = "\n\n".join(texts)

@@ -11,12 +11,13 @@ task's metadata: `harness.metadata.folder=/path`. The same documents give the sa
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from lingua.jsonl import find_val_files, iter_val_documents
 
 N_ITEMS = 200  # of each task, at most
 N_WRONG = 3  # endings beside the right one
@@ -48,14 +49,12 @@ def as_dataset(items: list[Item]) -> dict[str, Any]:
 
 
 def read_documents(folder: str) -> list[str]:
-    files = sorted(Path(folder).glob("*.val.jsonl"))
-    if not files:
+    if not find_val_files(folder, [""]):
         raise FileNotFoundError(
             f"no *.val.jsonl in {folder} (seen from {Path.cwd()}): run python "
             "setup/prepare_local_data.py --out data/local, or set harness.metadata.folder"
         )
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    return [json.loads(line)["text"] for line in lines if line.strip()]
+    return list(iter_val_documents(folder, [""]))
 
 
 def passages(texts: list[str]) -> Iterator[list[str]]:
