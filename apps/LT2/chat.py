@@ -20,25 +20,31 @@ logger = logging.getLogger(__name__)
 
 class ChatTemplate:
     def __init__(self, text: str, where: Path | str):
-        jinja2 = import_optional("jinja2", extra="eval", needed_by="apply_chat_template")
+        self._jinja2 = import_optional("jinja2", extra="eval", needed_by="apply_chat_template")
         sandbox = import_optional("jinja2.sandbox", extra="eval", needed_by="apply_chat_template")
         self.text, self.where = text, where
         environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
         try:
             self._template = environment.from_string(text)
-        except jinja2.TemplateError as error:
+        except self._jinja2.TemplateError as error:
             raise UserError(f"{where}: not a chat template: {error}") from None
         if "<|" in text or "[INST]" in text:
             logger.warning("%s: special tokens named in the template are read as text", where)
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return self._template.render(
-            messages=messages,
-            add_generation_prompt=add_generation_prompt,
-            bos_token="",  # the tokenizer adds it
-            eos_token="",
-        )
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                bos_token="",  # the tokenizer adds it
+                eos_token="",
+            )
+        except (self._jinja2.TemplateError, TypeError) as error:
+            raise UserError(
+                f"{self.where}: the chat template cannot write this conversation: {error}; put "
+                "another chat_template.jinja there, or leave apply_chat_template=false"
+            ) from None
 
 
 def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
@@ -49,7 +55,9 @@ def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
         if jinja.is_file():
             return ChatTemplate(jinja.read_text(encoding="utf-8"), jinja)
         config = file.with_name("tokenizer_config.json")
-        text = _read_json(config).get("chat_template") if config.is_file() else None
+        text = _read_mapping(config).get("chat_template") if config.is_file() else None
+        if isinstance(text, list):
+            text = _default_of(text)
         if isinstance(text, str):
             return ChatTemplate(text, config)
     place = file.parent if file is not None else f"the tokenizer {tokenizer.name} (it has no file)"
@@ -59,11 +67,20 @@ def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _default_of(named: list[Any]) -> str | None:
+    """The template called `default`, where a tokenizer has several by name."""
+    templates = (entry for entry in named if isinstance(entry, dict))
+    return next((t.get("template") for t in templates if t.get("name") == "default"), None)
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a mapping")
+    return content
 
 
 def _refuse(message: str) -> None:

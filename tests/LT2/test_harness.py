@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from apps.LT2.chat import ChatTemplate, find_chat_template
 from apps.LT2.generator import PackedCausalTransformerGeneratorArgs
 from apps.LT2.load import LoadedModel
 from lingua.args import UserError
-from lingua.tokenizer import ByteTokenizer
+from lingua.tokenizer import ByteTokenizer, TokenizerArgs
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny import tiny_model
 
@@ -215,6 +216,35 @@ def test_a_chat_template_beside_the_tokenizer(tmp_path):
     assert lm.apply_chat_template(history) == "user: hi\nassistant:"
     assert lm.apply_chat_template(history, add_generation_prompt=False) == "user: hi\n"
     assert lm.chat_template(True) == template
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{ messages[0].role.name.first }}", "cannot write this conversation"),
+        ("{{ messages[0].role + 1 }}", "cannot write this conversation"),
+        ("{{ raise_exception('no system prompt') }}", "refuses .*: no system prompt"),
+        ("{% for m in messages %}", "not a chat template"),
+    ],
+)
+def test_a_chat_template_that_fails_is_a_mistake_told_in_a_line(template, message):
+    with pytest.raises(UserError, match=message):
+        ChatTemplate(template, "here").render([{"role": "user", "content": "hi"}], True)
+
+
+def test_of_several_chat_templates_the_default_one_is_taken(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = tmp_path / "tokenizer_config.json"
+    tokenizer = TokenizerArgs(name="hf", path=str(tmp_path))
+    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert find_chat_template(tokenizer).text == "b"
+    config.write_text(json.dumps({"chat_template": named[:1]}))
+    with pytest.raises(UserError, match="no chat template beside"):
+        find_chat_template(tokenizer)
+    config.write_text("[]")
+    with pytest.raises(UserError, match="is not a mapping"):
+        find_chat_template(tokenizer)
 
 
 def test_a_cache_of_answers_is_for_one_process(monkeypatch):
