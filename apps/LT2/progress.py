@@ -103,8 +103,9 @@ def _mean(losses: list[Tensor]) -> float:
 
 
 def _si(x: float) -> str:
+    """Three digits and a unit."""
     for unit in ("", "k", "M"):
-        if x < 1000:
+        if x < 999.5:  # above, three digits are 1000
             return f"{x:.3g}{unit}" if unit else f"{x:.0f}"
         x /= 1000
     return f"{x:.3g}G"
