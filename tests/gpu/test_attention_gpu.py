@@ -59,6 +59,20 @@ def test_backend_equals_dense_attention(impl, case, n_kv_heads):
         assert_same(g, w, BF16_KERNEL, f"d{name}")
 
 
+@pytest.mark.parametrize("width", [20, 272])
+@pytest.mark.parametrize("case", CASES)
+def test_auto_takes_heads_of_a_width_without_flash_kernels(case, width):
+    options = dict(CASES[case])
+    if lengths := options.pop("lengths", None):
+        options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    qkv = make_qkv(2, K=width)
+    out = attention(*qkv, **options)
+    out.float().sum().backward()
+    wide = [t.detach().float() for t in qkv]
+    assert_same(out, naive_attention(*wide, **options), BF16_KERNEL, "o")
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in qkv)
+
+
 @pytest.mark.parametrize("impl", ["sdpa", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(

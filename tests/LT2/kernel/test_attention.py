@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apps.LT2.kernel.attention import (
     IMPLS,
@@ -70,6 +71,24 @@ def test_backends_agree_with_the_definition(impl, window, documents):
     for name, g, w in zip("qkv", got, want, strict=True):
         if w.norm() > 1e-5:  # q and k do not matter where a query sees one key
             assert_same(g, w, FP32, name)
+
+
+@pytest.mark.parametrize(
+    "width, backend", [(8, "flash"), (20, "sdpa"), (256, "flash"), (264, "sdpa")]
+)
+@pytest.mark.parametrize("case", ["window", "documents"])
+def test_auto_on_a_gpu_takes_flash_for_the_widths_that_it_knows(monkeypatch, width, backend, case):
+    """A width that its kernels refuse would stop a run at its first step."""
+    for name in ("flash", "sdpa"):
+        door = "_varlen_flash" if name == "flash" else "_sdpa"
+        monkeypatch.setattr(f"apps.LT2.kernel.attention.{door}", lambda *_, name=name: name)
+    with FakeTensorMode():
+        q, k, v = torch.empty(3, 1, 9, 2, width, dtype=torch.bfloat16, device="cuda")
+        if case == "window":
+            assert attention(q, k, v, window=4) == backend
+        else:
+            assert attention(q, k, v, cu_seqlens=boundaries(5, 4)) == backend
+        assert attention(q, k, v) == "sdpa"
 
 
 def test_half_precision_keeps_its_dtype():

@@ -7,7 +7,8 @@
          "naive"           dense fp32 reference
 
 `auto` on CUDA in half precision takes SDPA for plain causal attention and torch's variable-length
-flash attention for windows and documents. Anywhere else it takes SDPA, with a dense mask for them.
+flash attention for windows and documents, where that knows the head's width. Anywhere else it takes
+SDPA, with a dense mask for them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ __all__ = [
 
 IMPLS = ("auto", "sdpa", "flex_attention", "fmha", "naive")
 HALF = (torch.bfloat16, torch.float16)
+# Of a head, what flash attention has kernels for; SDPA pads heads to it and varlen_attn does not.
+FLASH_WIDTH_STEP, MAX_FLASH_WIDTH = 8, 256
 VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
 
 
@@ -91,8 +94,7 @@ def attention(
     args = (q_BTHK, k_BTHK, v_BTHK, window, cu_seqlens)
     if impl == "auto":
         plain = window is None and cu_seqlens is None
-        flash = q_BTHK.is_cuda and q_BTHK.dtype in HALF
-        return _varlen_flash(*args) if flash and not plain else _sdpa(*args)
+        return _sdpa(*args) if plain or not _varlen_flash_can(q_BTHK) else _varlen_flash(*args)
     if impl == "sdpa":
         return _sdpa(*args)
     if impl == "flex_attention":
@@ -125,6 +127,12 @@ def _row_boundaries(q: Tensor) -> Tensor:
     """cu_seqlens of a batch whose rows are laid one after the other."""
     batch, length = q.shape[:2]
     return torch.arange(0, (batch + 1) * length, length, device=q.device, dtype=torch.int32)
+
+
+def _varlen_flash_can(q: Tensor) -> bool:
+    width = q.shape[-1]
+    fits = width % FLASH_WIDTH_STEP == 0 and width <= MAX_FLASH_WIDTH
+    return q.is_cuda and q.dtype in HALF and fits
 
 
 def _varlen_flash(
