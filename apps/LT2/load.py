@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
-from apps.LT2.mixers import Mixer
+from apps.LT2.mixers import MIXERS, Mixer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, fit_loop_gates
 from lingua.args import UserError, dataclass_from_dict
 from lingua.checkpoint import (
@@ -215,8 +215,8 @@ def _fit_to_device(
 
 def check_kernels(args: LoopedTransformerArgs, device_type: str) -> None:
     """Refuse a GPU machine on which kernels of these mixers do not run."""
-    mixers = {spec.mixer for loop in args.layout() for spec in loop}
-    if device_type == "cuda" and mixers - {"full", "window"}:
+    mixers = {MIXERS[spec.mixer] for loop in args.layout() for spec in loop}
+    if device_type == "cuda" and any(mixer.uses_fla for mixer in mixers):
         check_gpu_stack()
 
 

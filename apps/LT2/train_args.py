@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from apps.LT2.eval_args import EvalArgs as EvalArgs
-from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
+from apps.LT2.load import check_kernels
 from apps.LT2.parallel import check_tensor_parallel
 from apps.LT2.train_eval import check_eval_args
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
@@ -150,6 +150,4 @@ def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> 
     device_type = get_device().type
     dtype = resolve_dtype(distributed.model_dtype, device_type)
     check_attention_device(model.attn_impl, device_type=device_type, dtype=dtype, training=True)
-    mixers = {spec.mixer for loop in model.layout() for spec in loop}
-    if device_type == "cuda" and mixers - {"full", "window", "dsa"}:
-        check_gpu_stack()
+    check_kernels(model, device_type)

@@ -27,8 +27,8 @@ def check_gpu_stack() -> None:
     for package in ("triton", "fla"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"training on CUDA needs the package {package}, which is not installed: "
-                "pip install -e '.[gpu]'"
+                f"model.mixer, model.attention_pattern: all but full, window and dsa need the "
+                f"package {package} on CUDA, which is not installed: pip install -e '.[gpu]'"
             )
     hopper = torch.cuda.get_device_capability()[0] == 9
     if hopper and _triton_version() < MIN_TRITON_HOPPER:

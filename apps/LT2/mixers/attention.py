@@ -48,6 +48,7 @@ class Attention(Mixer):
     reads = frozenset(
         {"n_heads", "head_dim", "n_kv_heads", "rope_theta", "gated_attn", "attn_impl"}
     )
+    uses_fla = False
     zero_at_start = ("wg.weight",)
     by_outputs = ("wq", "wk", "wv", "wg")
     by_inputs = ("wo",)

@@ -66,6 +66,7 @@ class Mixer(nn.Module, ABC):
     loss_name: ClassVar[str | None] = None
     # Fields of `model:` that it reads, beside those of its own section and those of every model.
     reads: ClassVar[frozenset[str]] = frozenset({"n_heads"})
+    uses_fla: ClassVar[bool] = True  # whether it runs on flash-linear-attention's kernels on CUDA
     zero_at_start: ClassVar[tuple[str, ...]] = ()  # parameters that start at zero on purpose
     # Linear layers by attribute that tensor parallelism splits: those with a head's outputs, and
     # those with its inputs. A mixer with heads that need more than these overrides `split`.

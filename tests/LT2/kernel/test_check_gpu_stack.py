@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from apps.LT2.kernel import check_gpu_stack
+from apps.LT2.load import check_kernels
+from apps.LT2.mixers import MIXERS
+from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import UserError
 
 
@@ -53,3 +56,16 @@ def test_missing_package_names_the_extra(machine, package):
     machine(missing=(package,))
     with pytest.raises(UserError, match=rf"{package}.*pip install -e '\.\[gpu\]'"):
         check_gpu_stack()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_only_models_that_need_fla_ask_for_it(machine, mixer):
+    """In training and in inference alike; MIXERS that run on torch and on our own Triton do not."""
+    machine(missing=("fla",))
+    args = LoopedTransformerArgs(mixer=mixer)
+    if mixer in ("full", "window", "dsa"):
+        check_kernels(args, "cuda")
+    else:
+        with pytest.raises(UserError, match="package fla"):
+            check_kernels(args, "cuda")
+    check_kernels(args, "cpu")
