@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from apps.LT2.kernel.attention import attention, check_attention_impl, decode_attention
 from apps.LT2.kernel.attention.first_token import first_token_mass
 from apps.LT2.kernel.documents import local_positions
-from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
+from apps.LT2.mixers.base import Mixer, MixerCache, cache_positions, cache_rows
 from lingua.joint_linear import joint_linear
 from lingua.probe import is_probing, log_stats
 from lingua.tensor_parallel import TensorParallel
@@ -117,9 +117,8 @@ class Attention(Mixer):
     ) -> Tensor:
         rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
         starts = cache.length_B[rows]
-        positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
-        offset = starts[:, None] if cu_seqlens is None else starts.repeat_interleave(lengths)[None]
-        q, k, v = self._qkv(x_BTD, positions + offset)
+        positions = cache_positions(x_BTD, cu_seqlens, starts, lengths)
+        q, k, v = self._qkv(x_BTD, positions)
         if bool(starts.any()):
             o = self._attend_past(q, k, v, cache, rows, lengths, window)
         else:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from apps.LT2.kernel.documents import local_positions
 from lingua.tensor_parallel import ALONE, TensorParallel, split_linears
 
 
@@ -180,3 +181,14 @@ def cache_rows(
         rows = torch.arange(n, device=x_BTD.device)
     assert rows.shape == (n,), f"{n} sequences need {n} rows, not {tuple(rows.shape)}"
     return rows, lengths
+
+
+def cache_positions(
+    x_BTD: Tensor, cu_seqlens: Tensor | None, starts: Tensor, lengths: Tensor
+) -> Tensor:
+    """(B, T) positions of the tokens of a prefill, whose sequences (n,) already hold `starts`
+    tokens each; `lengths` as of `cache_rows`."""
+    positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
+    if cu_seqlens is None:
+        return positions + starts[:, None]
+    return (positions + starts.repeat_interleave(lengths))[None]

@@ -25,7 +25,7 @@ from apps.LT2.kernel.attention import attention
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.kernel.dsa import Index, dsa, dsa_step
 from apps.LT2.mixers.attention import Attention, AttentionCache, append
-from apps.LT2.mixers.base import cache_rows
+from apps.LT2.mixers.base import cache_positions, cache_rows
 from lingua.args import UserError
 from lingua.transformer import RMSNorm, init_linear, rotary_angles, rotate_pairs
 
@@ -167,10 +167,9 @@ class SparseAttention(Attention):
         assert window is None, "sparse attention has no window"
         rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
         starts = cache.length_B[rows]
-        positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
-        offset = starts[:, None] if cu_seqlens is None else starts.repeat_interleave(lengths)[None]
-        q, k, v = self._qkv(x_BTD, positions + offset)
-        index = self.indexer(x_BTD, positions + offset)
+        positions = cache_positions(x_BTD, cu_seqlens, starts, lengths)
+        q, k, v = self._qkv(x_BTD, positions)
+        index = self.indexer(x_BTD, positions)
         if bool(starts.any()):
             o = self._continue(q, k, v, index, cache, rows, lengths)
         else:

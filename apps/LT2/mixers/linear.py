@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.LT2.kernel.documents import local_positions
-from apps.LT2.mixers.base import Mixer, MixerCache, cache_rows
+from apps.LT2.mixers.base import Mixer, MixerCache, cache_positions, cache_rows
 from apps.LT2.mixers.parts import ShortConv
 from lingua.args import UserError
 from lingua.joint_linear import joint_weight
@@ -181,12 +181,7 @@ class LinearMixer(Mixer):
             cache.tail_BTC[rows] = next_tail.to(tail.dtype)
         positions = None
         if cache.length_B is not None:
-            starts = cache.length_B[rows]
-            positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
-            if cu_seqlens is None:
-                positions = positions + starts[:, None]
-            else:
-                positions = (positions + starts.repeat_interleave(lengths))[None]
+            positions = cache_positions(x_BTD, cu_seqlens, cache.length_B[rows], lengths)
             cache.length_B[rows] += lengths
         state = cache.state_BHKV[rows]
         o, state = self.recur(

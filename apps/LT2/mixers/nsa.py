@@ -34,7 +34,7 @@ from apps.LT2.kernel.nsa import (
     native_sparse_attention_step,
 )
 from apps.LT2.mixers.attention import Attention, AttentionCache, append, rotate_heads, visible_pairs
-from apps.LT2.mixers.base import Mixer, cache_rows
+from apps.LT2.mixers.base import Mixer, cache_positions, cache_rows
 from lingua.args import UserError
 from lingua.joint_linear import joint_linear
 from lingua.transformer import check_rotary_width, check_sizes, init_linear, resolve_heads
@@ -120,9 +120,8 @@ class NativeSparseAttention(Mixer):
     ) -> Tensor:
         rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
         starts = cache.length_B[rows]
-        positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
-        offset = starts[:, None] if cu_seqlens is None else starts.repeat_interleave(lengths)[None]
-        q, k, v, gates = self._project(x_BTD, positions + offset)
+        positions = cache_positions(x_BTD, cu_seqlens, starts, lengths)
+        q, k, v, gates = self._project(x_BTD, positions)
         append([(k, cache.k_BSGK), (v, cache.v_BSGK)], cache.length_B, rows, lengths)
         cache.k_BCGK[rows] = block_means(cache.k_BSGK[rows], self.nsa.block_size)
         cache.v_BCGK[rows] = block_means(cache.v_BSGK[rows], self.nsa.block_size)
