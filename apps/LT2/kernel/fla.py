@@ -1,4 +1,4 @@
-"""What the operators on fla's kernels share: the import, packed documents, and what is refused.
+"""What the operators on fla's kernels share: import, packed documents, gradients, what is refused.
 
 fla is imported at the first call, which takes seconds.
 """
@@ -14,12 +14,14 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import CustomOpDef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lingua.args import UserError
 
 CHUNK = 64  # tokens that fla's kernels take at a time
 DTYPES = (torch.bfloat16, torch.float16)
+VALUES, DECAY = 2, 3  # places among the tensors of an operator
 MAX_KEY_WIDTH = 256  # of the state kernels
 # Below, fla 0.6.0 reads past its tensors on Hopper: wrong dq, dk and dg, and at times a crash.
 MIN_WIDTH = 64
@@ -121,6 +123,42 @@ def widen_state(state_NHKV: Tensor | None) -> Tensor | None:
     if min(K, V) < MIN_WIDTH:
         state = F.pad(state, (0, max(MIN_WIDTH - V, 0), 0, max(MIN_WIDTH - K, 0)))
     return state.contiguous()
+
+
+def register_gradient(forward: CustomOpDef, backward: CustomOpDef, *, sums_decay: bool) -> None:
+    """Make `backward` the gradient of `forward`, both operators of one recurrence:
+
+        forward(q, k, v, *rest, state, cu_seqlens, scale) -> o, final state, *kept
+        backward(q, k, v, *rest, *kept, state, cu_seqlens, scale, do, dfinal)
+            -> the gradients of q, k, v, *rest and state
+
+    sums_decay: `rest` begins with the decay and `kept` with what its sums are, which backward reads
+    in the decay's place. A decay with one axis is a constant and has no gradient.
+    """
+
+    def save(ctx, inputs, output) -> None:
+        *given, state, cu_seqlens, ctx.scale = inputs
+        _, _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # or zeros the size of `kept` are written for nothing
+        if sums_decay:
+            given[DECAY], *kept = kept
+        ctx.n_given = len(given)
+        ctx.save_for_backward(*given, *kept, state, cu_seqlens)
+
+    def differentiate(ctx, do, dfinal, *_) -> tuple[Tensor | None, ...]:
+        *saved, state, cu_seqlens = ctx.saved_tensors
+        given = saved[: ctx.n_given]
+        if do is None and dfinal is None:
+            return (None,) * (len(given) + 3)
+        if do is None:
+            do = torch.zeros_like(given[VALUES])
+        *grads, dstate = backward(*saved, state, cu_seqlens, ctx.scale, do, dfinal)
+        if given[DECAY].ndim == 1:
+            grads[DECAY] = None
+        return *grads, None if state is None else dstate, None, None
+
+    forward.register_autograd(differentiate, setup_context=save)
 
 
 # cu_seqlens -> (its version, our copy)

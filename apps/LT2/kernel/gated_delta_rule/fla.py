@@ -20,6 +20,7 @@ from apps.LT2.kernel.fla import (
     check_delta_rule_inputs,
     import_fla,
     packed_arguments,
+    register_gradient,
     sum_decay_gradient_in_fp32,
     widen,
     widen_state,
@@ -131,27 +132,7 @@ def _(q, k, v, g_sum, beta, solved, state, cu_seqlens, scale, do, dfinal):
     return *dqkv, torch.empty_like(g_sum), torch.empty_like(beta), dstate
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, _, beta, state, cu_seqlens, ctx.scale = inputs
-    _, _, g_sum, solved = output
-    ctx.save_for_backward(q, k, v, g_sum, beta, solved, state, cu_seqlens)
-    ctx.mark_non_differentiable(g_sum, solved)
-    ctx.set_materialize_grads(False)  # or zeros the size of `solved` are written for nothing
-
-
-def _differentiate(ctx, do, dfinal, _dg_sum, _dsolved):
-    q, k, v, g_sum, beta, solved, state, cu_seqlens = ctx.saved_tensors
-    if do is None and dfinal is None:
-        return (None,) * 8
-    if do is None:
-        do = torch.zeros_like(v)
-    dq, dk, dv, dg, dbeta, dstate = _backward(
-        q, k, v, g_sum, beta, solved, state, cu_seqlens, ctx.scale, do, dfinal
-    )
-    return dq, dk, dv, dg, dbeta, None if state is None else dstate, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradient(_forward, _backward, sums_decay=True)
 
 
 def _fla() -> ModuleType:

@@ -19,6 +19,7 @@ from apps.LT2.kernel.fla import (
     check_fla_inputs,
     import_fla,
     packed_arguments,
+    register_gradient,
     sum_decay,
     widen,
     widen_state,
@@ -129,27 +130,7 @@ def _(q, k, v, g_sum, scores, state, cu_seqlens, scale, do, dfinal):
     return *dqkv, torch.empty_like(g_sum), dstate
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, _, state, cu_seqlens, ctx.scale = inputs
-    _, _, g_sum, scores = output
-    ctx.save_for_backward(q, k, v, g_sum, scores, state, cu_seqlens)
-    ctx.mark_non_differentiable(g_sum, scores)
-    ctx.set_materialize_grads(False)  # or zeros the size of `g_sum` are written for nothing
-
-
-def _differentiate(ctx, do, dfinal, _dg_sum, _dscores):
-    q, k, v, g_sum, scores, state, cu_seqlens = ctx.saved_tensors
-    if do is None and dfinal is None:
-        return (None,) * 7
-    if do is None:
-        do = torch.zeros_like(v)
-    dq, dk, dv, dg, dstate = _backward(
-        q, k, v, g_sum, scores, state, cu_seqlens, ctx.scale, do, dfinal
-    )
-    return dq, dk, dv, dg, None if state is None else dstate, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradient(_forward, _backward, sums_decay=True)
 
 
 def _fla() -> ModuleType:

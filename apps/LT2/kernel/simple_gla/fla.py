@@ -20,6 +20,7 @@ from apps.LT2.kernel.fla import (
     check_fla_inputs,
     import_fla,
     packed_arguments,
+    register_gradient,
     sum_decay,
     sum_decay_gradient_in_fp32,
     widen,
@@ -133,26 +134,7 @@ def _(q, k, v, g_read, state, cu_seqlens, scale, do, dfinal):
     return *dqkv, dg, g_read.new_empty(0) if state is None else torch.empty_like(state)
 
 
-def _save(ctx, inputs, output) -> None:
-    q, k, v, _, state, cu_seqlens, ctx.scale = inputs
-    g_read = output[2]
-    ctx.save_for_backward(q, k, v, g_read, state, cu_seqlens)
-    ctx.mark_non_differentiable(g_read)
-    ctx.set_materialize_grads(False)  # or zeros the size of `g_read` are written for nothing
-
-
-def _differentiate(ctx, do, dfinal, _dg_read):
-    q, k, v, g_read, state, cu_seqlens = ctx.saved_tensors
-    if do is None and dfinal is None:
-        return (None,) * 7
-    if do is None:
-        do = torch.zeros_like(v)
-    dq, dk, dv, dg, dstate = _backward(q, k, v, g_read, state, cu_seqlens, ctx.scale, do, dfinal)
-    dg = None if g_read.ndim == 1 else dg
-    return dq, dk, dv, dg, None if state is None else dstate, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradient(_forward, _backward, sums_decay=True)
 
 
 def _decay_arguments(g_read: Tensor) -> dict[str, Tensor | None]:

@@ -1,0 +1,87 @@
+"""What the operators on fla's kernels share, on operators that run without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from apps.LT2.kernel.fla import register_gradient
+
+SCALE = 0.5
+
+
+def toy(q, k, v, g, state, scale):
+    """o (B, T, H, K) and the final state (B, H, K)."""
+    final = (k * v).sum(1)
+    return scale * q * k * v * g.exp()[..., None], final if state is None else final + 3 * state
+
+
+@torch.library.custom_op("lt2_test::toy", mutates_args=())
+def toy_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, final state, what is kept of the decay, and a product that is kept, too."""
+    return *toy(q, k, v, g, state, scale), g.exp(), q * k
+
+
+@torch.library.custom_op("lt2_test::toy_backward", mutates_args=())
+def toy_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    qk: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    do: Tensor,
+    dfinal: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    do = scale * do * decay[..., None]
+    dkv = torch.zeros_like(k) if dfinal is None else dfinal[:, None].expand_as(k)
+    dg = q.new_empty(0) if decay.ndim == 1 else (do * qk * v).sum(-1)
+    dstate = q.new_empty(0)
+    if state is not None:
+        dstate = torch.zeros_like(state) if dfinal is None else 3 * dfinal
+    return do * k * v, do * q * v + dkv * v, do * qk + dkv * k, dg, dstate
+
+
+register_gradient(toy_forward, toy_backward, sums_decay=True)
+
+
+@pytest.mark.parametrize("constant_decay", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("read", ["o", "final", "both"])
+def test_gradients_reach_every_input(read, with_state, constant_decay):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    q, k, v = (normal(2, 5, 3, 4) for _ in range(3))
+    g = normal(3).detach() if constant_decay else normal(2, 5, 3)
+    state = normal(2, 3, 4) if with_state else None
+    inputs = [x for x in (q, k, v, g, state) if x is not None and x.requires_grad]
+
+    def gradients(o, final):
+        loss = torch.zeros((), dtype=torch.float64)
+        if read != "final":
+            loss = loss + o.sin().sum()
+        if read != "o":
+            loss = loss + final.cos().sum()
+        # final does not depend on q and g, nor o on the state: no gradient, or one of zeros
+        found = torch.autograd.grad(loss, inputs, allow_unused=True)
+        return [torch.zeros_like(x) if d is None else d for x, d in zip(inputs, found, strict=True)]
+
+    o, final, decay, qk = toy_forward(q, k, v, g, state, None, SCALE)
+    assert not decay.requires_grad and not qk.requires_grad
+    got, want = gradients(o, final), gradients(*toy(q, k, v, g, state, SCALE))
+    for d, w in zip(got, want, strict=True):
+        torch.testing.assert_close(d, w)
