@@ -210,7 +210,8 @@ class Trainer:
 def to_device(views_BTN: Any, doc_mask: bool, device: torch.device) -> Batch:
     """The loader's int64 array (B, T, views) as tensors on the device, copied asynchronously.
 
-    With doc_mask the batch becomes one packed row, and the last token of a document has no target.
+    With doc_mask the batch becomes one packed row, and the last token of a document has no target;
+    but for one that ends with its row: nothing says there what its target belongs to.
     """
     views = torch.from_numpy(views_BTN)
     x, target = views[..., 0].contiguous(), views[..., 1].contiguous()

@@ -260,9 +260,11 @@ class LoopedTransformer(nn.Module):
         """Extend the cached sequences by prompts; logits (B, T, V) of every position, in fp32.
 
         rows (n,) int64 says which cache row each sequence (each document, when packed) goes on
-        with; by default sequence i is row i. last_only: (n, 1, V), each sequence's last position.
+        with; by default sequence i is row i. last_only: (n, 1, V), each sequence's last position,
+        of which an empty document has none.
         """
         lengths = packed_lengths(tokens_BT, cu_seqlens)
+        assert not last_only or min(lengths) > 0, f"no last position in sequences of {lengths}"
         cache.extend(range(len(lengths)) if rows is None else rows.tolist(), lengths)
         h = self.tok_embeddings(tokens_BT)
         for loop in range(self.args.loop_count):

@@ -227,6 +227,15 @@ def test_last_only_gives_each_sequences_last_logits(model):
     assert_same_fp32(model.prefill(tokens, cache, last_only=True), model(tokens)[:, -1:])
 
 
+def test_an_empty_document_has_no_last_logits():
+    """They would be those of the document before it."""
+    model = make()
+    cache, bounds = model.init_cache(3, 8), torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+    with pytest.raises(AssertionError, match=r"no last position in sequences of \[3, 0, 2\]"):
+        model.prefill(prompt(1, 5), cache, cu_seqlens=bounds, last_only=True)
+    assert cache.lengths == [0, 0, 0]
+
+
 def test_a_finished_row_is_refilled_while_the_others_go_on(model):
     streams, refill = prompt(3, 12), prompt(1, 15)[:, :9]
     want, want_refill = model(streams), model(refill)
