@@ -12,7 +12,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,7 +73,10 @@ class Reader:
                 values[name] = self.section(inner, {}, below)
             else:
                 values[name] = default
-        return cls(**values)
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(with_path(str(error), path, fields)) from None
 
     def _given(self, hint: Any, inner: type | None, value: Any, path: str, default: Any) -> Any:
         if inner is None:
@@ -153,6 +156,21 @@ class Reader:
     def _origin(self, path: str) -> str:
         place = self.origins.get(path) or self.origins.get(re.sub(r"\[\d+\].*| \(key\)", "", path))
         return f"{place}: " if place else ""
+
+
+def with_path(message: str, path: str, fields: Container[str]) -> str:
+    """A section's complaint that begins with one of its `fields`, under the option's whole name.
+
+    A section that stands in several programs knows its own options, and not where it stands.
+    """
+    named = re.match(r"[\w.]+", message)
+    if named is None or not path:
+        return message
+    option, own = named[0], named[0].rpartition(".")[2]
+    whole = f"{path}.{own}"
+    if own not in fields or f".{option}".endswith(f".{whole}"):
+        return message
+    return re.sub(rf"(?<![\w.]){re.escape(option)}(?![\w.])", whole, message)
 
 
 def _to_bool(value: Any) -> bool:

@@ -262,7 +262,7 @@ def build_validator(
     validation: ValidationArgs, config: dict[str, Any], tokenizer: Tokenizer
 ) -> Validator:
     """The run's data options with the text that is asked for; no text at all is a mistake."""
-    check_validation_sources(validation)
+    check_validation_sources(validation, "validation")
     data = dataclass_from_dict(DataArgs, config["data"], strict=False)
     validator = Validator(validation, data, tokenizer)
     if validator.rows() is None:

@@ -122,7 +122,7 @@ def validate_train_args(
     check_logging_packages(args.logging)
     validation = (args.eval or EvalArgs()).validation
     if validation is not None:
-        check_validation_sources(validation)
+        check_validation_sources(validation, "eval.validation")
     check_eval_args(args)
     checkpoint = args.checkpoint
     if checkpoint.path is None:

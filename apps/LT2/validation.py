@@ -42,21 +42,22 @@ class ValidationArgs:
     def __post_init__(self):
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(
-                f"eval.validation.max_steps={self.max_steps} must be at least 1, or null"
+                f"max_steps={self.max_steps} must be at least 1, or null for all documents"
             )
 
 
-def check_validation_sources(args: ValidationArgs) -> None:
-    """Refuse folders that are not there, also where max_steps would never reach them."""
+def check_validation_sources(args: ValidationArgs, section: str) -> None:
+    """Refuse folders that are not there, also where max_steps would never reach them. `section` is
+    what the program calls `args`."""
     if bool(args.root_dir) != bool(args.sources):
         raise UserError(
-            f"eval.validation.root_dir={args.root_dir!r} and eval.validation.sources="
-            f"{args.sources}: sources are sub-folders of root_dir; set both, or neither"
+            f"{section}.root_dir={args.root_dir!r} and {section}.sources={args.sources}: sources "
+            "are sub-folders of root_dir; set both, or neither"
         )
     for source in args.sources:
         if not find_val_files(args.root_dir, [source]):
             raise UserError(
-                f"eval.validation.sources: no *.val.jsonl in {Path(args.root_dir, source)} "
+                f"{section}.sources: no *.val.jsonl in {Path(args.root_dir, source)} "
                 f"(seen from {Path.cwd()})"
             )
 

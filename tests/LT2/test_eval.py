@@ -208,6 +208,8 @@ MISTAKES = {
     "ckpt_dir is empty": [],
     "ckpt_dir=nowhere: no such file": ["ckpt_dir=nowhere"],
     "harness=null validation=null: nothing to do": ["ckpt_dir=runs/demo", "validation=null"],
+    "error: validation.max_steps=0 must": ["validation.max_steps=0"],
+    "error: generator.max_gen_len=-1 must": [*LOCAL, "generator.max_gen_len=-1"],
     "harness.tasks is empty": ["ckpt_dir=runs/demo", "harness.limit=3"],
     "harness.include_path=nowhere: no": [
         *LOCAL,

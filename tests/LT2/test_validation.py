@@ -123,15 +123,15 @@ def test_the_first_documents_and_other_folders(root, tmp_path):
 @pytest.mark.parametrize(
     "options, named",
     [
-        ({"sources": ["x"]}, "eval.validation.root_dir"),
-        ({"root_dir": "somewhere"}, "eval.validation.root_dir"),
+        ({"sources": ["x"]}, "^eval.validation.root_dir"),
+        ({"root_dir": "somewhere"}, "^eval.validation.root_dir"),
         ({"sources": ["x"], "root_dir": "nowhere"}, "nowhere/x"),
     ],
 )
 def test_wrong_folders_are_refused(options, named):
     with pytest.raises(UserError, match=named):
-        check_validation_sources(ValidationArgs(**options))
-    with pytest.raises(UserError, match="eval.validation.max_steps=0"):
+        check_validation_sources(ValidationArgs(**options), "eval.validation")
+    with pytest.raises(UserError, match="max_steps=0"):
         ValidationArgs(max_steps=0)
 
 
