@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from apps.LT2.scripts.plot_loss import main, read_curve, smooth
 from lingua.args import UserError
+from lingua.metrics import json_line
 
 
 def write_run(folder: Path, records: list[dict], tail: str = "") -> Path:
@@ -35,6 +37,19 @@ def test_reads_train_and_validation_points(tmp_path):
         "run: training loss 5.000 at step 30, "
         "validation loss 5.500 (2.500 bits per byte) at step 30"
     )
+
+
+def test_a_loss_that_was_no_number_is_told_of_and_not_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    diverged = [
+        {"global_step": 40, "loss/out": math.nan},
+        {"global_step": 40, "loss/val": math.inf, "loss/val_bpb": math.inf},
+    ]
+    run = write_run(tmp_path / "run", RECORDS, tail="".join(map(json_line, diverged)))
+    main([str(run)])
+    out = capsys.readouterr().out
+    assert "validation loss 5.500 (2.500 bits per byte) at step 30, 2 losses were NaN" in out
+    assert read_curve(run).train == [(10, 7.0), (20, 6.0), (30, 5.0)]
 
 
 def test_smoothing_keeps_a_straight_line_and_calms_noise():

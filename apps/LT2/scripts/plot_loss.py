@@ -28,6 +28,7 @@ class Curve:
     train: list[tuple[int, float]] = field(default_factory=list)
     val: list[tuple[int, float]] = field(default_factory=list)
     val_bpb: float | None = None  # bits per byte of the last validation
+    n_not_finite: int = 0  # losses that were NaN or infinite, which are not drawn
 
     def summary(self) -> str:
         parts = []
@@ -38,6 +39,8 @@ class Curve:
             step, loss = self.val[-1]
             bits = "" if self.val_bpb is None else f" ({self.val_bpb:.3f} bits per byte)"
             parts.append(f"validation loss {loss:.3f}{bits} at step {step}")
+        if self.n_not_finite:
+            parts.append(f"{self.n_not_finite} losses were NaN or infinite and are not drawn")
         return f"{self.name}: {', '.join(parts)}"
 
 
@@ -56,10 +59,12 @@ def read_curve(run: Path) -> Curve:
                 break  # the run is going on and this line is half written
             raise UserError(f"{path}:{number}: not JSON") from None
         step = record.get("global_step")
-        if "loss/out" in record:
-            curve.train.append((step, record["loss/out"]))
-        if "loss/val" in record:
-            curve.val.append((step, record["loss/val"]))
+        for key, points in (("loss/out", curve.train), ("loss/val", curve.val)):
+            if record.get(key) is not None:
+                points.append((step, record[key]))
+            elif key in record:  # JSON has null for them
+                curve.n_not_finite += 1
+        if record.get("loss/val") is not None:
             curve.val_bpb = record.get("loss/val_bpb")
     if not curve.train and not curve.val:
         raise UserError(f"{path}: holds no loss yet")
