@@ -43,6 +43,18 @@ def group_by_length(n_slots: Sequence[int], max_slots: int) -> list[list[int]]:
     return sorted(sorted(group) for group in groups)
 
 
+def check_finite(logits_nV: Tensor, sequences: Sequence[GeneratedSequence | None]) -> None:
+    """UserError where a row with a sequence has none to choose from: its token would be any."""
+    if logits_nV.isfinite().all():
+        return
+    broken = logits_nV.isfinite().all(-1).logical_not().tolist()
+    if any(bad and sequence for bad, sequence in zip(broken, sequences, strict=True)):
+        raise UserError(
+            "the model's logits are NaN or infinite: the checkpoint is broken, or its numbers are "
+            "too large for this dtype; dtype=fp32 tells"
+        )
+
+
 class ContinuousBatch:
     """Runs sequences, in order, in the rows of one cache."""
 
@@ -103,8 +115,7 @@ class ContinuousBatch:
             logits_nV = logits[0, cu_seqlens[1:].long() - 1]
         else:
             logits_nV = logits[:, 0]
-        if not logits_nV.isfinite().all():
-            raise UserError("the model's logits are NaN or infinite: the checkpoint is broken")
+        check_finite(logits_nV, new)
         return logits_nV
 
     def _decode(self) -> list[GeneratedSequence]:
@@ -114,7 +125,9 @@ class ContinuousBatch:
             assert not any(self.rows[row] for row in full), "a sequence has outgrown its row"
             self.cache.reset(full)
         active = [sequence for sequence in self.rows if sequence is not None]
-        tokens_B = self.choose(self.step(self.tokens_B1)[:, 0], self.rows)
+        logits_BV = self.step(self.tokens_B1)[:, 0]
+        check_finite(logits_BV, self.rows)
+        tokens_B = self.choose(logits_BV, self.rows)
         self.tokens_B1 = tokens_B[:, None]
         self._push(range(len(self.rows)), tokens_B)
         return active

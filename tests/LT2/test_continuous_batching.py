@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from apps.LT2.continuous_batching import group_by_length
@@ -9,6 +11,7 @@ from apps.LT2.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
 )
+from lingua.args import UserError
 from lingua.tokenizer import ByteTokenizer
 from tests.LT2.scripted import Scripted
 from tests.LT2.tiny import KINDS, tiny_model
@@ -54,6 +57,35 @@ def test_answers_that_end_at_once_take_no_step():
     model = Scripted(*([EOS] for _ in range(7)))
     assert make(model, max_gen_len=6, max_tokens=16).generate(["1"] * 7)[0] == [""] * 7
     assert model.n_steps == 0 and len(model.prefilled) == 4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_break_down_while_decoding_are_refused(bad, temperature, monkeypatch):
+    """Any token would be made of them, one outside of the vocabulary, too."""
+    model = Scripted([*b"abc"])
+    said = model.step
+
+    def step(tokens, cache):
+        logits = said(tokens, cache)
+        return logits if model.n_steps < 2 else logits.fill_(bad)
+
+    monkeypatch.setattr(model, "step", step)
+    with pytest.raises(UserError, match="logits are NaN or infinite.*dtype=fp32"):
+        make(model, max_gen_len=5, temperature=temperature).generate(["1"])
+
+
+def test_nobody_looks_at_the_logits_of_a_free_row(monkeypatch):
+    model = Scripted([*b"abcd"], [EOS])
+    said = model.step
+
+    def step(tokens, cache):
+        logits = said(tokens, cache)
+        logits[1] = math.nan
+        return logits
+
+    monkeypatch.setattr(model, "step", step)
+    assert make(model, max_gen_len=4).generate(["1", "2"])[0] == ["abcd", ""]
 
 
 def test_one_token_takes_no_step():
