@@ -110,7 +110,8 @@ def resolve_device(device: str) -> torch.device:
     if chosen.type == "cuda":
         count = torch.cuda.device_count()
         if (chosen.index or 0) >= count:
-            raise UserError(f"device={device}: this machine shows {count} GPUs; use device=cpu")
+            there = f"cuda:0 to cuda:{count - 1}, or " if count else ""
+            raise UserError(f"device={device}: this machine shows {count} GPUs; use {there}cpu")
         return get_device() if chosen.index is None else chosen
     return chosen
 

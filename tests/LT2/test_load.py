@@ -14,7 +14,7 @@ from apps.LT2.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
 )
-from apps.LT2.load import load_model_and_tokenizer
+from apps.LT2.load import load_model_and_tokenizer, resolve_device
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import UserError
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, consolidate_checkpoints
@@ -197,6 +197,13 @@ def test_fewer_layers_than_were_saved_is_no_silent_success(copy):
 def test_devices_that_are_not_here(run, device):
     with pytest.raises(UserError, match=f"device={device}"):
         load_model_and_tokenizer(str(run), device=device)
+
+
+def test_a_gpu_that_is_not_there_is_told_with_those_that_are(monkeypatch):
+    for count, way_out in ((0, "use cpu"), (2, "use cuda:0 to cuda:1, or cpu")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        with pytest.raises(UserError, match=f"device=cuda:2: .* shows {count} GPUs; {way_out}$"):
+            resolve_device("cuda:2")
 
 
 def test_a_loop_count_that_a_pattern_by_loops_does_not_allow(tmp_path):
