@@ -7,10 +7,13 @@ given, overrides = parser.parse_with_overrides(argv)     overrides go to args.pa
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import NoReturn
 
 from lingua.errors import UserError
+
+OVERRIDE = re.compile(r"[^-/=][^/=]*=")  # a path may have "=" in it, but has a slash before
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -20,9 +23,17 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all options)")
 
     def parse_with_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The options, and every `key=value` wherever it stands."""
-        overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
-        return self.parse_args([arg for arg in argv if arg not in overrides]), overrides
+        """The options, and every `key=value` wherever it stands, save as the value of an option."""
+        overrides: list[str] = []
+        others: list[str] = []
+        for before, arg in zip(["", *argv], argv, strict=False):
+            is_override = OVERRIDE.match(arg) and not self._takes_value(before)
+            (overrides if is_override else others).append(arg)
+        return self.parse_args(others), overrides
+
+    def _takes_value(self, arg: str) -> bool:
+        action = self._option_string_actions.get(arg)
+        return action is not None and action.nargs != 0
 
     def require_positive(self, given: argparse.Namespace, *names: str) -> None:
         """UserError where an option, or one of its values, is below 1."""
