@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 
 from lingua.args import UserError, dataclass_to_dict, diff_configs
 from lingua.checkpoint_folder import FOLDER_NAME as FOLDER_NAME
-from lingua.checkpoint_folder import TRAIN_STATE_NAME as TRAIN_STATE_NAME
 from lingua.checkpoint_folder import (
+    MANIFEST_NAME,
     check_tensor_files,
     clear_leftovers,
     find_problem,
@@ -38,6 +38,7 @@ from lingua.checkpoint_folder import (
     is_published,
     remove_checkpoint,
 )
+from lingua.checkpoint_folder import TRAIN_STATE_NAME as TRAIN_STATE_NAME
 from lingua.checkpoint_save import Save
 from lingua.distributed import (
     RanksFailed,
@@ -362,6 +363,10 @@ def _check_is_checkpoint(folder: Path) -> None:
     for name in (METADATA_NAME, CONFIG_NAME, TRAIN_STATE_NAME.format(0)):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is no checkpoint folder: it has no {name} file")
+    # One that torch itself has made has no manifest, and nothing to hold its files to.
+    problem = find_problem(folder) if (folder / MANIFEST_NAME).exists() else None
+    if problem is not None:
+        raise UserError(f"the checkpoint {folder} is damaged: {problem}; name another one")
 
 
 def _read_train_state(folder: Path, rank: int) -> dict[str, Any]:

@@ -135,21 +135,23 @@ def clear_leftovers(parent: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """None where there is no manifest, or one that this class did not write."""
+    """None where there is no manifest, or none of the form that `publish` gives it: it may be
+    damaged, or of somebody else."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text())
     except (OSError, ValueError):
         return None
-    is_ours = (
-        isinstance(manifest, dict)
-        and manifest.keys() == {"step", "files"}
-        and isinstance(manifest["step"], int)
-        and isinstance(manifest["files"], dict)
-        and all(
-            isinstance(entry, dict) and "bytes" in entry for entry in manifest["files"].values()
-        )
-    )
-    return manifest if is_ours else None
+    if not isinstance(manifest, dict) or manifest.keys() != {"step", "files"}:
+        return None
+    files = manifest["files"]
+    if not isinstance(manifest["step"], int) or not isinstance(files, dict):
+        return None
+    return manifest if all(map(_is_entry, files.values())) else None
+
+
+def _is_entry(value: Any) -> bool:
+    digests = ({"bytes", "crc32"}, {"bytes", "sha256"})
+    return isinstance(value, dict) and value.keys() in digests
 
 
 def find_problem(folder: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 
@@ -207,7 +208,7 @@ def scramble_tensors(folder):
 
 def edit_train_state(folder):
     file = folder / "train_state_00000.json"
-    file.write_text(file.read_text().replace('"step": 2', '"step": 7'))
+    file.write_text(re.sub(r'"step": \d', '"step": 7', file.read_text()))
 
 
 def drop_config(folder):
@@ -224,6 +225,12 @@ def replace_manifest(folder):
 
 def damage_manifest(folder):
     (folder / "manifest.json").write_text('{"step": 2, "files": {"params.json": 3}}')
+
+
+def edit_manifest(folder):
+    """One letter of a key: nothing else holds the manifest itself to what was written."""
+    file = folder / "manifest.json"
+    file.write_text(file.read_text().replace('"bytes"', '"bites"', 1))
 
 
 def flip_a_bit(folder):
@@ -248,6 +255,7 @@ DAMAGES = [
     drop_manifest,
     replace_manifest,
     damage_manifest,
+    edit_manifest,
 ]
 
 
@@ -263,6 +271,24 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(run, damage):
 
     assert loaded is not None and loaded.step == state.step == 1
     assert_same_bits(tensors(model, optimizer), tensors(want, first_optimizer))
+
+
+@pytest.mark.parametrize("damage", [edit_train_state, truncate_tensors, flip_a_bit])
+def test_a_damaged_checkpoint_that_was_named_is_refused(run, damage, tmp_path):
+    manager, *_ = run
+    named = manager.existing_saves[0]
+    damage(named)
+    args = {"init_ckpt_path": str(named), "continue_training_from_init": True}
+    with pytest.raises((UserError, ld.RanksFailed), match="is not what was written"):
+        manager_at(tmp_path / "new", **args).load(*build())
+
+
+def test_clean_up_leaves_a_folder_with_the_manifest_of_others(run):
+    manager, *_ = run
+    replace_manifest(manager.existing_saves[0])
+    manager.args.dump = SaveEvery(every=1, keep=1)
+    manager.clean_up(2)
+    assert [int(p.name) for p in manager.existing_saves] == [1, 2]
 
 
 def test_a_damaged_checkpoint_does_not_crowd_out_those_that_can_be_read(run):
