@@ -157,12 +157,13 @@ def document_text(document: dict[str, Any]) -> str:
 
 def line_error(file_path: str, end: int, problem: str) -> UserError:
     """Names the line that ends at byte `end`; counting the lines may take time, but only once."""
+    number = position = 0
     with open(file_path, "rb") as file:
-        number = 0
-        while file.tell() < end:
-            file.readline()
-            number += 1
-    return UserError(f"{file_path}:{number}: {problem}")
+        for line in file:
+            number, position = number + 1, position + len(line)
+            if position >= end:
+                return UserError(f"{file_path}:{number}: {problem}")
+    return UserError(f"{file_path} has become shorter while it was read: {problem}")
 
 
 def find_and_sanitize_chunks(

@@ -195,3 +195,14 @@ def test_validation_errors_are_named_at_once(tmp_path):
     write(tmp_path / "a" / "x.val.jsonl", ["fine"], key="body")
     with pytest.raises(UserError, match=r"x\.val\.jsonl:1: "):
         list(iter_val_documents(str(tmp_path), ["a"]))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_hang(tmp_path):
+    path = write(tmp_path / "a.chunk.00.jsonl", ["one", "two"])
+    path.write_text(path.read_text() + "{broken\n")
+    documents = read_jsonl(str(path), 0, 1, 0, 0)
+    next(documents)
+    path.write_text("")  # the lines that follow are in the reader's buffer
+    next(documents)
+    with pytest.raises(UserError, match="a.chunk.00.jsonl has become shorter while it was read"):
+        next(documents)
