@@ -90,7 +90,6 @@ __all__ = [
     "validate_data_args",
 ]
 
-MAX_EMPTY = 30_000  # documents without a token in a row
 # Batches that the worker holds ready. They even out slow reads; the shuffling has its own buffer.
 MAX_BATCHES_AHEAD = 16
 
@@ -183,14 +182,9 @@ def tokenize(
 ) -> Iterator[tuple[list[int], TokenizerState]]:
     # built here, so in the worker where there is one
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_path)
-    n_empty = 0
     for document, state in iterator:
-        tokens = tokenizer.encode(document_text(document), add_bos, add_eos)
-        n_empty = 0 if tokens else n_empty + 1
-        if n_empty == MAX_EMPTY:  # else a run would wait for its first row for ever
-            raise UserError(f"data.sources: {n_empty} documents in a row have no text")
         yield (
-            tokens,
+            tokenizer.encode(document_text(document), add_bos, add_eos),
             TokenizerState(
                 it_state=state,
                 name=tokenizer_type,

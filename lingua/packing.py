@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+MAX_EMPTY = 30_000  # documents without a token in a row
+
 
 class PackTokensState(TypedDict):
     it_state: Any  # of the stage before, just before the document that fills the next row
@@ -75,9 +77,13 @@ def pack_tokens(
     row[:filled] = state["carry"]
     starts[:filled] = state["carry_starts"]
     before, used = state["it_state"], state["start_token"]
+    n_empty = 0
 
     for tokens, after in iterator:
         tokens = np.asarray(tokens, dtype=np.int64)
+        n_empty = 0 if len(tokens) else n_empty + 1
+        if n_empty == MAX_EMPTY:  # else a run would wait for a row for ever
+            raise UserError(f"data.sources: {n_empty} documents in a row have no text")
         if used > len(tokens):
             raise UserError(
                 f"the data has changed since the checkpoint: it was at token {used} of a document "

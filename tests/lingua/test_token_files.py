@@ -111,6 +111,22 @@ def test_another_number_of_ranks_reads_the_same(args):
     )
 
 
+@pytest.mark.parametrize("pretokenized", [False, True])
+def test_a_rank_whose_documents_have_no_token_ends(tmp_path, pretokenized):
+    texts = ["", "text"] * 20  # of two ranks that share the chunk, one gets all the empty ones
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "web.chunk.00.jsonl").write_text(lines)
+    bare = {"sources": {"web": 1.0}, "add_bos": False, "add_eos": False, "load_async": False}
+    args = DataArgs(root_dir=str(tmp_path), seed=0, pretokenized=pretokenized, **bare)
+    tokenizer = args.tokenizer
+    recipe = TokenRecipe.of(tokenizer.name, tokenizer.path, args.add_bos, args.add_eos)
+    write_token_files(tmp_path / "web" / "web.chunk.00.jsonl", build_tokenizer("bytes"), recipe)
+    state = init_dataloader_state_from_args(args, 0, 2)
+    with pytest.raises(UserError, match="documents in a row have no text"):
+        batches_of(args, state, 1)
+
+
 def test_a_process_of_its_own_reads_the_same(args):
     tokenize(args)
     state = init_dataloader_state_from_args(args, 0, 1)
