@@ -118,7 +118,8 @@ def render_submit(job: Job) -> str:
         *map(shlex.quote, args.overrides),
     ]
     run = "-m " + " ".join(command)
-    srun_files = "" if args.stdout else ' -o "$logs/%j_%t.out" -e "$logs/%j_%t.err"'
+    rank_file = '"${logs//\\%/%%}/%j_%t'  # srun has patterns of its own for a % in the folder
+    srun_files = "" if args.stdout else f' -o {rank_file}.out" -e {rank_file}.err"'
     files = "" if args.stdout else ' >>"$logs/run.out" 2>>"$logs/run.err"'
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {args.ngpu} "
     lines = [

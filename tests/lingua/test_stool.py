@@ -75,6 +75,13 @@ def test_unset_resources_leave_no_directive():
         assert f"--{option}=" not in text
 
 
+def test_a_percent_sign_in_a_folder_is_none_of_sruns_patterns(project, args, slurm):
+    overrides = ["dump_dir=runs/50%j"]
+    launch_job(replace(args, launcher="sbatch", partition="gpu", overrides=overrides))
+    logs = f"{project}/runs/50%%j/logs/7"
+    assert f"-o {logs}/%j_%t.out -e {logs}/%j_%t.err" in (slurm / "srun.log").read_text()
+
+
 def test_the_job_runs_the_copied_code_where_stool_was_called(project, args):
     submit = launch_job(args)
     dump_dir = project / "runs" / "a b"
@@ -252,6 +259,7 @@ def test_without_a_copy_the_code_runs_as_it_is(project, args):
         (dict(overrides=["steps=many"]), "steps"),
         (dict(overrides=["dump_dir="]), "dump_dir is empty"),
         (dict(overrides=["dump_dir=runs/a\nb"]), "dump_dir=.*line break"),
+        (dict(overrides=["name=a\nb"]), r"name='a\\nb': has a line break"),
         (dict(config="absent.yaml"), "absent.yaml"),
         (dict(config=None), "config is not set"),
         (dict(config={"dump_dir": "x", "stepss": 1}), "stepss"),
