@@ -11,6 +11,7 @@ The folder of a sweep is the config's dump_dir; in it are
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -23,9 +24,10 @@ from typing import Any
 from lingua.args import UserError, parse_args, run_cli, write_atomic
 from lingua.fields import format_value
 from lingua.record_file import read_jsonl_records
+from lingua.yaml_reader import yaml_value
 
 RECORD = "sweep.json"
-MAX_LABEL = 150  # characters; a name of a folder may have 255 bytes
+MAX_LABEL = 150  # bytes; a name of a folder may have 255
 FILLED_IN = ("dump_dir", "name")  # options that each run has its own of
 
 Options = dict[str, Any]  # dotted option -> value
@@ -56,7 +58,16 @@ def combinations(sweep: Mapping[str, list[Any]]) -> dict[str, Options]:
 
 
 def as_arguments(options: Options) -> list[str]:
-    return [f"{option}={format_value(value)}" for option, value in options.items()]
+    """As they are given on a command line, which reads the same values from them."""
+    return [f"{option}={_typed(value)}" for option, value in options.items()]
+
+
+def _typed(value: Any) -> str:
+    text = format_value(value)
+    with contextlib.suppress(ValueError):
+        if yaml_value(text) == value:
+            return text
+    return json.dumps(value, ensure_ascii=False)  # "null" as a text, a comma within an item
 
 
 def label_of(options: Options) -> str:
@@ -65,7 +76,7 @@ def label_of(options: Options) -> str:
     names = short if len(set(short)) == len(short) else list(options)
     values = map(format_value, options.values())
     text = ",".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
-    label = re.sub(r"[^\w.,=+-]+", "_", text)[:MAX_LABEL]
+    label = re.sub(r"[^\w.,=+-]+", "_", text, flags=re.ASCII)[:MAX_LABEL]
     return label if label == text else f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 

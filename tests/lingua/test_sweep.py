@@ -6,15 +6,16 @@ import json
 import os
 import re
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lingua.background as background
 from lingua.args import UserError, parse_args
 from lingua.stool import StoolArgs, launch_job, main
-from lingua.sweep import combinations, format_table, label_of
+from lingua.sweep import as_arguments, combinations, format_table, label_of
 from lingua.sweep import main as print_table
 from tests.lingua.stool_utils import said
 from tests.lingua.test_stool import some_job
@@ -57,12 +58,44 @@ def test_names_of_folders_differ_where_options_do():
         None,
         True,
         [1, 2],
+        "字" * 120,
     ]
     labels = [label_of({"model.attention_pattern": value}) for value in values]
     assert len(set(labels)) == len(values)
     assert all(re.fullmatch(r"[\w.,=+-]{1,200}", label) for label in labels), labels
+    assert all(len(os.fsencode(label)) < 256 for label in labels), "as file systems want names"
     # two options whose last names are the same go by their whole names
     assert label_of({"a.every": 1, "b.every": 2}) == "a.every=1,b.every=2"
+
+
+@dataclass
+class Options:
+    words: list[str] = field(default_factory=list)
+    word: str | None = "a"
+    anything: Any = None
+    shares: dict[str, float] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("words", ["a, b", "c: d", "", "null", "[x", "it's"]),
+        ("words", ["字"]),
+        ("word", "null"),
+        ("word", "~"),
+        ("word", ""),
+        ("word", '"quoted"'),
+        ("word", "4:1 -> full"),
+        ("word", "[a, b]"),
+        ("word", None),
+        ("anything", "1e-4"),
+        ("anything", 1e-4),
+        ("anything", {"a": ["1", 2]}),
+        ("shares", {"a, b": 1.0}),
+    ],
+)
+def test_a_run_gets_the_values_that_were_named(option, value):
+    assert getattr(parse_args(Options, as_arguments({option: value})), option) == value
 
 
 def test_the_command_line_names_options_and_values():
