@@ -80,14 +80,15 @@ def launch_sweep(args: StoolArgs) -> Path:
     import_submitit("a sweep")
     if args.stdout:
         raise UserError("stdout=true: runs of a sweep write to files, in the logs/ of each")
-    at_once = args.array if args.launcher == "sbatch" else args.array or 1
     runs = combinations(args.sweep)
+    default = len(runs) if args.launcher == "sbatch" else 1
+    at_once = min(args.array or default, len(runs))
     name, folder, plans = plan_sweep(args, runs)
     jobs = [plan.job for plan in plans]
     if args.launcher == "sbatch":
         check_slurm(jobs[0])
     else:
-        gpu_slots(args.ngpu, at_once or 1)  # refuses more than the machine has
+        gpu_slots(args.ngpu, at_once)  # refuses more than the machine has
     for plan in plans:
         write_run(plan, without=folder)
     write_record(folder, runs)
@@ -96,7 +97,7 @@ def launch_sweep(args: StoolArgs) -> Path:
         print(f"stool: job {handles[0].job_id.partition('_')[0]}, {len(jobs)} runs in {folder}")
         print(f"stool: their table: python -m lingua.sweep dump_dir={shlex.quote(str(folder))}")
     else:
-        failed = run_sweep_here(jobs, folder / FOLDER, at_once or 1)
+        failed = run_sweep_here(jobs, folder / FOLDER, at_once)
         print(format_table(folder), flush=True)
         if failed:
             raise UserError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}")

@@ -176,6 +176,16 @@ def test_a_sweep_can_be_added_to(project, args, capfd, monkeypatch):
     assert list(json.loads((project / "runs/s/sweep.json").read_text())) == ["steps=2", "steps=3"]
 
 
+def test_more_places_than_runs_take_no_more_gpus_than_the_runs(project, args, monkeypatch):
+    places = []
+    monkeypatch.setattr(
+        "lingua.stool.run_sweep_here", lambda jobs, folder, at_once: places.append(at_once) or []
+    )
+    monkeypatch.setattr(background, "visible_gpus", lambda: ["0", "1"])
+    launch_job(replace(args, sweep={"steps": [2, 3]}, array=8))
+    assert places == [2]
+
+
 class Handle:
     """A job that takes two looks to be done."""
 
