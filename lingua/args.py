@@ -88,7 +88,8 @@ def parse_args(
     overrides: dict[str, Any] = {}
     for name, text in options:
         keys, hint = _locate(cls, name)
-        _set(overrides, keys, _read_text(hint, text, name))
+        before = _get(overrides, keys)
+        _set(overrides, keys, _merge(hint, before, _read_text(hint, text, name)))
         path = ".".join(keys)
         origins = {p: o for p, o in origins.items() if p != path and not p.startswith(path + ".")}
     data = _merge(cls, data, overrides)
@@ -265,6 +266,12 @@ def _read_text(hint: Any, text: str, option: str) -> Any:
     )
     other = type(value) is not str and type(value) in members  # a number, for `int | str`
     return value if quoted or container or other else text
+
+
+def _get(tree: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:

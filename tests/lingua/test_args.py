@@ -283,6 +283,17 @@ def test_an_option_does_not_hide_a_section_that_is_none(yaml_file):
     assert parse(yaml_file("optim:\n"), "optim.lr=1").optim.lr == 1
 
 
+def test_a_section_on_the_command_line_drops_none_of_its_options_that_were_set_before(yaml_file):
+    args = parse("optim.lr=2", "optim={clip: 3.0}")
+    assert (args.optim.lr, args.optim.clip) == (2.0, 3.0)
+    config = yaml_file("eval: {limit: 1}")
+    args = parse(config, "eval.data.seq_len=5", "eval={data: {root_dir: x}}")
+    assert args.eval is not None
+    assert (args.eval.limit, args.eval.data.seq_len, args.eval.data.root_dir) == (1, 5, "x")
+    args = parse("data.sources.a=1", "data.sources={b: 2}")  # a mapping of values is set whole
+    assert args.data.sources == {"b": 2.0}
+
+
 def test_an_overridden_mistake_in_the_file_is_no_mistake(yaml_file):
     config = yaml_file("steps: many\n")
     assert parse(config, "steps=3").steps == 3
