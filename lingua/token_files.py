@@ -80,11 +80,10 @@ class TokenFiles:
 
     def find_problem(self, recipe: TokenRecipe) -> str | None:
         """Why these files are not this chunk's tokens by `recipe`."""
-        try:
-            facts = json.loads(self.facts.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not self.facts.exists():
             return f"{self.facts.name} is missing"
-        except ValueError:
+        facts = _read_json(self.facts)
+        if not isinstance(facts, dict):
             return f"{self.facts.name} is damaged"
         for key, value in self.made_with(recipe).items():
             if facts.get(key) != value:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,11 @@ def main(argv: Sequence[str]) -> None:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+    except BrokenProcessPool:
+        raise UserError(
+            f"--workers {n_workers}: one of them was killed, most often because memory ran out; "
+            "the same command with fewer of them, or with more memory, goes on"
+        ) from None
     except OSError as error:
         raise UserError(f"{error}; mend it and run the same command again, which goes on") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,16 @@ def test_files_that_are_right_are_left_alone_and_others_made_anew(args, capsys):
     validate_data_args(replace(args, pretokenized=True), 1)
 
 
+def be_killed(chunk, **_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_told_in_one_line(args, monkeypatch):
+    monkeypatch.setattr(script, "tokenize_chunk", be_killed)
+    with pytest.raises(UserError, match="--workers 2: one of them was killed.*goes on"):
+        tokenize(args, "--workers", "2")
+
+
 def test_small_vocabularies_take_two_bytes_a_token(args):
     tokenize(args)
     files = TokenFiles(Path(args.root_dir or "") / "code" / "code.chunk.00.jsonl")
@@ -160,6 +171,7 @@ def test_small_vocabularies_take_two_bytes_a_token(args):
     [
         (lambda files, args: files.facts.unlink(), "tokens.json is missing"),
         (lambda files, args: files.facts.write_text("{"), "tokens.json is damaged"),
+        (lambda files, args: files.facts.write_text("[]"), "tokens.json is damaged"),
         (lambda files, args: files.index.write_bytes(b"12345678"), "index is missing or cut off"),
         (
             lambda files, args: write_chunk(files.chunk, ["other", "text", "now", "here"]),
