@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lingua.args import UserError
-from lingua.errors import import_optional
+from lingua.errors import first_line, import_optional
 from lingua.jsonl import name_keys, parse_object
 from lingua.tokenizer import well_formed
 
@@ -138,6 +138,6 @@ def _naming_broken(file: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk, not of the file
         raise UserError(
-            f"{file} is broken ({(str(error) or repr(error)).splitlines()[0]}): remove it and run "
-            "the same command again, which downloads what is missing"
+            f"{file} is broken ({first_line(error)}): remove it and run the same command again, "
+            "which downloads what is missing"
         ) from None

@@ -64,6 +64,11 @@ def one_line(error: Exception) -> str:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, as a part of a message of one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def print_traceback(kind: type[BaseException], error: BaseException, tb: Any) -> None:
     """Python's own excepthook, less the secrets that an error's text may have got hold of."""
     text = "".join(traceback.format_exception(kind, error, tb))

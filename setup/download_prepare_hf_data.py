@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this check
 from lingua.args import UserError, run_cli, write_atomic
 from lingua.command_line import OneLineParser
 from lingua.document_files import find_document_files
-from lingua.errors import import_optional
+from lingua.errors import first_line, import_optional
 from lingua.shuffle_documents import ShufflePlan, find_finished, shuffle_documents
 
 GB = 10**9
@@ -100,10 +100,9 @@ def download(dataset: str, folder: Path) -> None:
     except UserError:
         raise
     except Exception as error:  # of the hub, of its HTTP library, of the network, of the disk
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
-            f"{dataset} could not be downloaded from {corpus.repo_id}: {reason}; run the same "
-            "command again to go on, or give --source_dir"
+            f"{dataset} could not be downloaded from {corpus.repo_id}: {first_line(error)}; run "
+            "the same command again to go on, or give --source_dir"
         ) from None
     write_atomic(record_file, json.dumps({**record, "complete": True}))
 

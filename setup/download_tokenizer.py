@@ -11,6 +11,7 @@ encodings the one that cuts text as Llama 3 does, makes a file of the same kind 
 from __future__ import annotations
 
 import argparse
+import base64
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this check
 
 from lingua.args import UserError, run_cli, write_atomic
 from lingua.command_line import OneLineParser
-from lingua.errors import import_optional
+from lingua.errors import first_line, import_optional
 
 
 @dataclass(frozen=True)
@@ -68,21 +69,14 @@ def download_from_hub(wanted: HubFile, folder: Path, api_key: str | None) -> Pat
     return Path(path)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
 def save_tiktoken(name: str, folder: Path) -> Path:
     """The pieces of an encoding in tiktoken's own format: base64 and number, one a line."""
-    import base64
-
-    import tiktoken
-
     if name != CL100K:
         raise UserError(
             f"name={name} is none of {', '.join([*TOKENIZERS, CL100K])}; for other tokenizers give "
             "their tokenizer.json with data.tokenizer.name=hf"
         )
+    tiktoken = import_optional("tiktoken", extra="", needed_by=name)
     try:
         ranks = tiktoken.get_encoding(name)._mergeable_ranks
     except Exception as error:  # of its HTTP library, of the network

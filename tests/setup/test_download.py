@@ -270,6 +270,14 @@ def test_an_encoding_of_tiktoken_becomes_a_file_that_loads(tmp_path, monkeypatch
     assert tokenizer.encode("th", add_bos=False, add_eos=False) == [256]
 
 
+def test_a_missing_tiktoken_is_named_only_where_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(UserError, match="cl100k_base needs the package tiktoken: pip install"):
+        tokenizers.main(["cl100k_base", str(tmp_path)])
+    with pytest.raises(UserError, match="name=llama9 is none of"):
+        tokenizers.main(["llama9", str(tmp_path)])
+
+
 def test_unknown_names_list_the_known_ones(tmp_path):
     for name in ("llama9", "o200k_base"):  # the latter cuts text by another rule
         with pytest.raises(UserError, match=f"name={name} is none of llama2, llama3, gemma, cl"):
