@@ -305,12 +305,6 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def all_agree(value: Any) -> bool:
-    """Whether all ranks hold an equal value. A collective."""
-    values = gather_objects(value)
-    return all(v == values[0] for v in values)
-
-
 class RanksFailed(RuntimeError):
     """Work shared by all ranks failed on at least one; raised on every rank, naming the first."""
 
