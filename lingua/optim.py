@@ -1,8 +1,10 @@
 """Optimizer and learning rate: which parameters decay, how the rate moves, when a step is skipped.
 
 Learning rate schedules are functions of s, the number of the optimizer step counted from 1, and
-return a factor for `optim.lr`. They rise to 1 over `warmup` steps, have no jump but the restarts
-that `cycle_length` asks for, reach `lr_min_ratio` at the last step and stay there.
+return a factor for `optim.lr`. All but `constant` rise to 1 over `warmup` steps. They have no jump
+but the restarts that `cycle_length` asks for, never go below `lr_min_ratio` after the warmup, and
+stay as they are after the last step, except that inv_sqrt goes on. linear, wsd, and a cosine of
+whole cycles end at `lr_min_ratio`.
 """
 
 from __future__ import annotations
