@@ -96,7 +96,7 @@ EOF
 # install_requirements FILE...: bring $VENV to these requirement files and to this repository, once.
 # A stamp remembers what was installed; while nothing it depends on has changed, nothing is done.
 install_requirements() {
-    local files="$*" stamp wanted file torch arguments=() options=()
+    local files="$*" stamp wanted file torch arguments=()
     for file in "$@"; do arguments+=(-r "$ROOT/$file"); done
     stamp=$VENV/.installed-${files//[^a-z]/-}
     wanted=$(cd "$ROOT" && {
@@ -110,8 +110,9 @@ print(hashlib.sha256(sys.version.encode() + sys.stdin.buffer.read()).hexdigest()
     if ! has_gpu && ! is_installed "$torch"; then
         # First and alone, so that the CPU wheel is there when other packages ask for torch.
         step "Installing $torch for the CPU: no GPU found (takes a minute or two)"
-        mapfile -t options < <(cpu_index_options)
-        quiet_pip install -q "${options[@]}" "$torch"
+        # No array: bash before 4.4, as on macOS and older clusters, takes an empty one for unset.
+        # shellcheck disable=SC2046 # no option, or two words
+        quiet_pip install -q $(cpu_index_options) "$torch"
     fi
     step "Installing $files"
     quiet_pip install -q "${arguments[@]}"
