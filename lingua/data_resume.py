@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger()
 
 
-def check_state_matches(
-    args: DataArgs, state: PrefetchState, world_size: int | None = None
-) -> list[str]:
+def check_state_matches(args: DataArgs, state: PrefetchState) -> list[str]:
     """How a saved state differs from what is asked for now, one line each; none: it can resume."""
     pack_state = state["it_state"]
     tokenizer_state = pack_state["it_state"]
@@ -42,8 +40,6 @@ def check_state_matches(
     }
     if args.seed is not None:
         pairs["data.seed"] = (args.seed, state["seed"])
-    if world_size is not None:
-        pairs["the number of data-parallel ranks"] = (world_size, state["world_size"])
     return [
         f"{name} is {now}, the checkpoint was made with {saved}"
         for name, (now, saved) in pairs.items()
