@@ -37,8 +37,8 @@ class PrefetchState(TypedDict):
     seq_idx: int  # batches of the block already yielded
     prefetch_size: int
     batch_size: int
-    seed: int  # these three only to compare a later run with
-    rank: int
+    seed: int  # only to compare a later run's with
+    rank: int  # whose share of the chunks it reads
     world_size: int
 
 
