@@ -22,7 +22,6 @@ import ast
 import hashlib
 import inspect
 import json
-import os
 import platform
 import random
 import re
@@ -30,9 +29,13 @@ import sys
 import sysconfig
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
+
+from lingua.args import UserError, import_optional, run_cli, write_atomic
+from lingua.command_line import OneLineParser
 
 FORMAT = 1  # raise it when the same input would give other bytes: older folders are then rebuilt
 SHUFFLE_SEED = 1234
@@ -225,16 +228,10 @@ def to_jsonl(documents: list[dict[str, str]]) -> bytes:
     return "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents).encode()
 
 
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def train_tokenizer(documents: list[dict[str, str]], vocab_size: int) -> bytes:
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError:
-        fail("tokenizers is not installed; run: pip install -r requirements.txt")
+    import_optional("tokenizers", extra="", needed_by="training a tokenizer")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -246,19 +243,6 @@ def train_tokenizer(documents: list[dict[str, str]], vocab_size: int) -> bytes:
     )
     tokenizer.train_from_iterator((document["text"] for document in documents), trainer)
     return (tokenizer.to_str(pretty=True) + "\n").encode()
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, never half of one.
-
-    A few lines of its own, so that this script also runs where `lingua` is not installed.
-    """
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def sha256(content: bytes) -> str:
@@ -311,57 +295,57 @@ def publish(out: Path, files: dict[str, bytes], manifest: dict) -> None:
     write_atomic(out / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/local"), help="folder to write to")
     parser.add_argument("--name", default="stdlib", help="start of the file names")
     parser.add_argument(
         "--nchunks", type=int, default=4, help="training files, 1 to 100: at least one a GPU"
     )
     parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer")
-    args = parser.parse_args(argv)
-    if not 1 <= args.nchunks <= 100:
-        parser.error(f"--nchunks must be 1 to 100, got {args.nchunks}")
-    if not 256 + len(SPECIAL_TOKENS) <= args.vocab_size <= MAX_VOCABULARY:
-        parser.error(
-            f"--vocab-size must be 258 (the bytes) to {MAX_VOCABULARY}, got {args.vocab_size}"
+    given = parser.parse_args(argv)
+    if not 1 <= given.nchunks <= 100:
+        raise UserError(f"--nchunks must be 1 to 100, got {given.nchunks}")
+    if not 256 + len(SPECIAL_TOKENS) <= given.vocab_size <= MAX_VOCABULARY:
+        raise UserError(
+            f"--vocab-size must be 258 (the bytes) to {MAX_VOCABULARY}, got {given.vocab_size}"
         )
-    if not re.fullmatch(r"[\w-]+", args.name):
-        parser.error(f"--name must be letters, digits, '_' or '-', got {args.name!r}")
-    return args
+    if not re.fullmatch(r"[\w-]+", given.name):
+        raise UserError(f"--name must be letters, digits, '_' or '-', got {given.name!r}")
+    return given
 
 
-def main(argv: list[str] | None = None, stdlib: Path | None = None) -> None:
-    args = parse_args(argv)
+def main(argv: Sequence[str], stdlib: Path | None = None) -> None:
+    given = parse_options(argv)
     request = {
         "format": FORMAT,
-        "name": args.name,
-        "nchunks": args.nchunks,
-        "vocab_size": args.vocab_size,
+        "name": given.name,
+        "nchunks": given.nchunks,
+        "vocab_size": given.vocab_size,
     }
-    if is_complete(args.out, request):
-        print(f"{args.out}: complete, nothing to do")
+    if is_complete(given.out, request):
+        print(f"{given.out}: complete, nothing to do")
         return
 
     started = time.perf_counter()
     stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])
     documents = collect_documents(stdlib)
-    if len(documents) <= args.nchunks:
-        fail(
+    if len(documents) <= given.nchunks:
+        raise UserError(
             f"{stdlib}: found prose for {len(documents)} documents, too few for --nchunks "
-            f"{args.nchunks}; this needs a Python that ships its library as .py files"
+            f"{given.nchunks}; this needs a Python that ships its library as .py files"
         )
     files, manifest = build(documents, request)
     try:
-        publish(args.out, files, manifest)
+        publish(given.out, files, manifest)
     except OSError as error:
-        fail(f"--out {args.out}: {error}")
+        raise UserError(f"--out {given.out}: {error}; name a folder that can be made") from None
     total = sum(len(content) for name, content in files.items() if name.endswith(".jsonl"))
     print(
-        f"{args.out}: {len(documents)} documents, {total / 1e6:.2f} MB of text in {args.nchunks} "
+        f"{given.out}: {len(documents)} documents, {total / 1e6:.2f} MB of text in {given.nchunks} "
         f"chunks and a validation file, {time.perf_counter() - started:.1f} s"
     )
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.setup_scripts import load_script
+from lingua.args import UserError
+from tests.setup_scripts import SETUP, load_script
 
 SENTENCE = (
     "The {} is read from the file that was given, and it is then kept for the other {} users."
@@ -196,20 +200,24 @@ def test_tokenizer_gives_any_text_back(tmp_path, stdlib):
         (["--name", "a/b"], "--name must be letters"),
     ],
 )
-def test_impossible_requests_end_in_one_line(tmp_path, stdlib, capsys, argv, message):
-    with pytest.raises(SystemExit) as stop:
+def test_impossible_requests_are_refused(tmp_path, stdlib, argv, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         prepare.main(["--out", str(tmp_path / "out"), *argv], stdlib)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_that_cannot_be_made_ends_in_one_line(tmp_path, stdlib, capsys):
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, stdlib):
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError, match=f"^--out {tmp_path / 'out'}: "):
         prepare.main(["--out", str(tmp_path / "out"), "--vocab-size", "300"], stdlib)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: --out {tmp_path / 'out'}: ")
+
+
+def test_a_mistake_is_one_line():
+    script = str(SETUP / "prepare_local_data.py")
+    for argv in (["--nchunks", "0"], ["--nonsense"]):
+        done = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ")
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_this_python_has_enough_english(tmp_path):
