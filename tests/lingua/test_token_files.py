@@ -283,6 +283,19 @@ def test_what_was_done_is_not_done_again(args, monkeypatch):
     validate_data_args(replace(args, sources={"web": 1.0}), 1)
 
 
+def test_an_index_that_tells_of_lost_tokens_is_not_gone_on_with(args, monkeypatch):
+    monkeypatch.setattr(token_files, "COMMIT_BYTES", 100)
+    chunk = Path(args.root_dir or "") / "web/web.chunk.01.jsonl"
+    write(args, chunk)
+    want, files = files_beside(chunk), TokenFiles(chunk)
+    recipe = TokenRecipe.of(args.tokenizer.name, None, args.add_bos, args.add_eos)
+    files.facts.unlink()
+    files.begun.write_text(json.dumps(files.made_with(recipe)))
+    os.truncate(files.tokens, files.tokens.stat().st_size - 2)
+    write(args, chunk)
+    assert files_beside(chunk) == want
+
+
 def test_two_processes_do_not_write_one_file(args, monkeypatch):
     chunk = Path(args.root_dir or "") / "web/web.chunk.01.jsonl"
     codes = []
@@ -304,6 +317,14 @@ def test_a_chunk_that_changed_under_a_checkpoint_is_refused(args):
     share["position"] = 3
     with pytest.raises(UserError, match="cannot resume the data"):
         batches_of(replace(args, pretokenized=True), state, 1)
+
+
+def test_a_position_behind_another_ranks_line_is_refused(args):
+    tokenize(args)
+    chunk = str(Path(args.root_dir or "") / "code" / "code.chunk.00.jsonl")
+    _, after_first = next(token_files.read_tokens(chunk, 0, 2, 0, 0))
+    with pytest.raises(UserError, match="has no line of this rank that ends at byte"):
+        next(token_files.read_tokens(**{**after_first, "offset": 1}))
 
 
 def test_a_chunk_without_a_token_is_refused(args, tmp_path):
