@@ -44,7 +44,8 @@ def plan_run(args: StoolArgs) -> RunPlan:
     job = plan_job(args, module, read_run_args(args, module))
     check_dump_dir(job)
     # Read now: the folder that is deleted may hold it.
-    config = args.config if isinstance(args.config, Mapping) else Path(args.config).read_text()
+    is_given = isinstance(args.config, Mapping)
+    config = args.config if is_given else Path(args.config).read_text(encoding="utf-8")
     return RunPlan(job, config, code_root(args.script, module))
 
 

@@ -120,6 +120,17 @@ def test_command_line(project, args, capfd):
     assert said(out)[0]["args"]["steps"] == 4
 
 
+def test_a_config_is_utf_8_whatever_the_locale(project, args, monkeypatch):
+    (project / "run.yaml").write_text("# für später\ndump_dir: runs/u\n", encoding="utf-8")
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    program = "import sys; from lingua.stool import main; main(sys.argv[1:])"
+    options = ["config=run.yaml", f"script={args.script}", "launcher=bash", "nodes=1", "ngpu=1"]
+    subprocess.run([sys.executable, "-c", program, *options], check=True)
+    kept = (project / "runs" / "u" / "base_config.yaml").read_text(encoding="utf-8")
+    assert kept == (project / "run.yaml").read_text(encoding="utf-8")
+
+
 def test_a_config_from_python_is_written_as_yaml(project, args):
     launch_job(replace(args, config={"dump_dir": "runs/m", "optim": {"lr": 0.5}}))
     (seen,) = said((project / "runs/m/logs/local/run.out").read_text())
