@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from logging import WARNING
 from pathlib import Path
@@ -40,7 +40,7 @@ from apps.LT2.train_eval import CheckpointEvaluator
 from apps.LT2.trainer import Batch, Trainer, TrainState
 from apps.LT2.transformer import LoopedTransformer
 from apps.LT2.unused_options import warnings_of_options
-from apps.LT2.validation import Validator
+from apps.LT2.validation import Validator, places_of_text
 from lingua.args import dump_config, parse_args, run_cli
 from lingua.checkpoint import CheckpointManager
 from lingua.code_snapshot import snapshot_code
@@ -133,8 +133,7 @@ def train(given: TrainArgs) -> None:
         batches = resources.enter_context(loader)
         trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
         progress = build_progress(args, trainer.tokens_per_step, device)
-        metrics_file = Path(args.dump_dir, "metrics.jsonl")
-        metric_logger = MetricLogger(metrics_file, args, resume_step=state.step)
+        metric_logger = MetricLogger(metrics_path(args), args, resume_step=state.step)
         metrics = run_together(lambda: resources.enter_context(metric_logger))
         profiler = resources.enter_context(maybe_run_profiler(args.dump_dir, model, args.profiling))
         log_micro_batches(trainer, metrics, args.logging.acc_freq)
@@ -148,8 +147,8 @@ def train(given: TrainArgs) -> None:
 
         evaluate = CheckpointEvaluator(args, metrics, should_stop_evaluating)
 
-        if run_on_rank_0(lambda: is_validation_owed(args, metrics_file, state.step)):
-            validate(validator, trainer, metrics)
+        if run_on_rank_0(lambda: is_validation_owed(args, state.step)):
+            validate(validator, trainer, metrics, should_stop_evaluating)
         evaluate.resume(state.step)
         while state.step < args.steps:
             stalls.beat(state.step)
@@ -167,11 +166,12 @@ def train(given: TrainArgs) -> None:
                 checkpoints.poll()
                 if is_eval or leaving or args.checkpoint.dump.fires(state.step):
                     checkpoints.save(model, optimizer, state, args, mesh)
-                if is_eval and not (leaving and not is_last):
-                    validate(validator, trainer, metrics)
+                if is_eval and not leaving:
+                    validate(validator, trainer, metrics, should_stop_evaluating)
                     checkpoints.finish()
                     evaluate(state.step)
-            if leaving and not is_last:
+                    leaving = agree_any(preemption_flag["flag"])
+            if leaving:
                 checkpoints.finish()
                 tell("left after step %d of %d, saved", state.step, args.steps, level=WARNING)
                 requeue_slurm_job()
@@ -184,10 +184,12 @@ def is_finished(args: TrainArgs) -> bool:
     newest = CheckpointManager(args.checkpoint).get_last_step_path()
     if newest is None or int(newest.name) < args.steps:
         return False
+    if is_validation_owed(args, int(newest.name)):
+        return False
     if get_is_master():
         print(
-            f"{newest}: all {args.steps} steps are done, nothing to do; another "
-            "run needs another dump_dir",
+            f"{newest}: {int(newest.name)} steps are done and steps={args.steps}: nothing to do; "
+            "another run needs another dump_dir",
             flush=True,
         )
     return True
@@ -332,23 +334,36 @@ def build_validator(args: TrainArgs) -> Validator | None:
     return validator
 
 
-def is_validation_owed(args: TrainArgs, metrics_file: Path, step: int) -> bool:
-    """Whether the run that saved this step had to leave before its validation."""
-    if step == 0 or not args.checkpoint.eval.fires(step):
+def metrics_path(args: TrainArgs) -> Path:
+    return Path(args.dump_dir, "metrics.jsonl")
+
+
+def is_validation_owed(args: TrainArgs, step: int) -> bool:
+    """Whether the run that saved this step left before the end of its validation."""
+    validation = (args.eval or EvalArgs()).validation
+    is_eval = step == args.steps or args.checkpoint.eval.fires(step)
+    if step == 0 or not is_eval or validation is None:
         return False
-    return not is_recorded(metrics_file, step, "loss/val")
+    has_text = bool(places_of_text(validation, args.data))
+    return has_text and not is_recorded(metrics_path(args), step, "loss/val")
 
 
 def is_recorded(metrics_file: Path, step: int, key: str) -> bool:
-    records = read_jsonl_records(metrics_file)
+    records = read_jsonl_records(metrics_file) if metrics_file.exists() else []
     return any(r.get("global_step") == step and key in r for r in records)
 
 
-def validate(validator: Validator | None, trainer: Trainer, metrics: MetricLogger) -> None:
+def validate(
+    validator: Validator | None,
+    trainer: Trainer,
+    metrics: MetricLogger,
+    should_stop: Callable[[], bool],
+) -> None:
     if validator is None:
         return
     rank, degree = get_dp_rank_and_degree(trainer.mesh)
-    scores = validator(trainer.model, device=trainer.device, rank=rank, world_size=degree)
+    place = {"device": trainer.device, "rank": rank, "world_size": degree}
+    scores = validator(trainer.model, **place, should_stop=should_stop)
     if scores:
         metrics.log({"global_step": trainer.state.step, "acc_step": 0, **scores})
         tell(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lingua.args import UserError
 from lingua.data import DataArgs, document_offsets, find_val_files, iter_val_documents
-from lingua.distributed import dist_sum
+from lingua.distributed import agree_any, dist_sum
+from lingua.logger import tell
 from lingua.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -104,6 +105,17 @@ def build_rows(documents: Iterable[tuple[list[int], int]], seq_len: int) -> Vali
     )
 
 
+def places_of_text(args: ValidationArgs, data: DataArgs) -> list[tuple[str, list[str]]]:
+    """(root, sources) of the folders that hold validation text."""
+    root, sources = data.root_dir, list(data.sources)
+    places = []
+    if args.use_val_from_train_src and root and find_val_files(root, sources):
+        places.append((root, sources))
+    if args.sources:
+        places.append((args.root_dir, args.sources))
+    return places
+
+
 class Validator:
     """Scores a model on validation text; reads and tokenises it once, at the first call."""
 
@@ -122,7 +134,7 @@ class Validator:
 
     def _documents(self) -> Iterator[tuple[list[int], int]]:
         n_read = 0
-        for root, sources in self._places():
+        for root, sources in places_of_text(self.args, self.data):
             for text in iter_val_documents(root, sources):
                 if n_read == self.args.max_steps:
                     return
@@ -130,33 +142,39 @@ class Validator:
                 tokens = self.tokenizer.encode(text, self.data.add_bos, self.data.add_eos)
                 yield tokens, len(text.encode("utf-8"))
 
-    def _places(self) -> Iterator[tuple[str, list[str]]]:
-        root, sources = self.data.root_dir, list(self.data.sources)
-        if self.args.use_val_from_train_src and root and find_val_files(root, sources):
-            yield root, sources
-        if self.args.sources:
-            yield self.args.root_dir, self.args.sources
-
     @torch.no_grad()
     def __call__(
-        self, model: LoopedTransformer, *, device: torch.device, rank: int, world_size: int
+        self,
+        model: LoopedTransformer,
+        *,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
-        """{"loss/val", "loss/val_bpb"}, the same on every rank; empty without validation text.
+        """{"loss/val", "loss/val_bpb"}, the same on every rank; empty without validation text, and
+        where `should_stop`, which every rank is asked after each batch, is true on one of them.
 
-        A collective where the model is sharded: every rank runs the same number of batches.
+        A collective: every rank runs the same number of batches.
         """
         rows = self.rows()
         if rows is None:
             return {}
+        tell("validation on %d rows of %d tokens", len(rows.tokens), self.data.seq_len)
         was_training = model.training
         model.eval()
         model.begin_step(None)
         nats_and_targets = torch.zeros(2, dtype=torch.float64, device=device)
+        stopped = False
         for x, target, cu_seqlens in self._batches(rows, device, rank, world_size):
             n_targets = (target != -100).sum()
             loss = model(x, target, cu_seqlens)
             nats_and_targets += torch.stack((loss.double() * n_targets, n_targets.double()))
+            if stopped := agree_any(should_stop()):
+                break
         model.train(was_training)
+        if stopped:
+            return {}
         # Ranks of tensor parallelism score the same rows.
         n_copies = round(dist_sum(1.0).item()) // world_size
         nats, n_targets = (dist_sum(nats_and_targets) / n_copies).tolist()

@@ -176,6 +176,28 @@ def test_a_finished_run_changes_nothing(data, tmp_path, capfd):
     assert "nothing to do" in capfd.readouterr().out
 
 
+def test_a_signal_ends_a_validation_and_the_next_start_makes_up_for_it(
+    data, uninterrupted, tmp_path, monkeypatch
+):
+    """The last one: all steps are done, and the run is not."""
+    validate = app.Validator.__call__
+
+    def signal_then_validate(self, model, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return validate(self, model, **options)
+
+    options = {"checkpoint.eval.every": 0, "steps": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(app.Validator, "__call__", signal_then_validate)
+        train(data, tmp_path / "parts", **options)
+    parts, whole = tmp_path / "parts", uninterrupted(**options)
+    assert "left after step 2 of 2" in (parts / "train.log").read_text()
+    assert column(parts, "loss/val") == []
+    train(data, parts, **options)
+    assert column(parts, "loss/val") == column(whole, "loss/val")
+    torch.testing.assert_close(tensors(parts, 2), tensors(whole, 2), rtol=0, atol=0)
+
+
 def test_more_steps_go_on_from_a_finished_run(data, tmp_path):
     options = {"optim.scheduler": "constant"}
     train(data, tmp_path / "parts", steps=4, **options)

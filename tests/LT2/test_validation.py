@@ -97,6 +97,22 @@ def test_two_ranks_agree_with_one(root):
             assert got == pytest.approx(expected, rel=1e-6)
 
 
+def stop_on_rank(rank, world_size, root):
+    """Rank 1 alone wants to leave, after the second of the batches."""
+    model, asked = tiny_model("hybrid", 2).train(), []
+
+    def should_stop() -> bool:
+        asked.append(rank)
+        return rank == 1 and len(asked) == 2
+
+    place = {"device": CPU, "rank": rank, "world_size": world_size}
+    return validator(root)(model, **place, should_stop=should_stop), len(asked), model.training
+
+
+def test_all_ranks_leave_with_the_one_that_has_to(root):
+    assert run_ranks(2, stop_on_rank, root) == [({}, 2, True)] * 2
+
+
 def test_no_text_has_no_loss(tmp_path):
     (tmp_path / "text").mkdir()
     assert score(tmp_path) == {}
