@@ -98,7 +98,8 @@ MAX_BATCHES_AHEAD = 16
 class DataArgs:
     root_dir: str | None = None  # folder that holds the sources
     # sub-folder of root_dir -> weight; weights need not sum to 1. They are shares of *documents*:
-    # of two sources of equal weight the one with longer documents gives more tokens
+    # of two sources of equal weight the one with longer documents gives more tokens. Sources on the
+    # command line replace those of the config
     sources: dict[str, float] = field(default_factory=dict)
     batch_size: int = 2  # rows a data-parallel rank reads per micro-batch
     seq_len: int = 2048  # tokens a row

@@ -1,6 +1,7 @@
 """A sweep: one run for every combination of values, and a table of what came of them.
 
     python -m lingua.sweep dump_dir=runs/tune         prints the table of a sweep, as it stands
+    python -m lingua.sweep dump_dir=runs              of other runs: the options that differ
 
 The folder of a sweep is the config's dump_dir; in it are
 
@@ -21,7 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lingua.args import UserError, parse_args, run_cli, write_atomic
+from lingua.args import (
+    UserError,
+    flatten_dict,
+    load_config_file,
+    parse_args,
+    run_cli,
+    write_atomic,
+)
 from lingua.fields import format_value
 from lingua.record_file import read_jsonl_records
 from lingua.yaml_reader import yaml_value
@@ -36,6 +44,7 @@ COLUMNS = {  # of the table: title -> key in metrics.jsonl
     "step": "global_step",
     "loss": "loss/out",
     "val": "loss/val",
+    "bpb": "loss/val_bpb",
     "tokens/s": "speed/tokens_per_s",
 }
 
@@ -90,11 +99,30 @@ def read_record(folder: Path) -> dict[str, Options]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
+def read_differences(folder: Path) -> dict[str, Options]:
+    """Label -> the options that are not the same in all runs of `folder`, which is no sweep's, and
+    the label as "run" among them."""
+    files = sorted(folder.glob("*/config.yaml"))
+    configs = {file.parent.name: flatten_dict(load_config_file(file), sep=".") for file in files}
+    options = dict.fromkeys(option for config in configs.values() for option in config)
+    differ = [
+        option
+        for option in options
+        if option not in (*FILLED_IN, "checkpoint.path")
+        and len({repr(config.get(option)) for config in configs.values()}) > 1
+    ]
+    return {
+        label: {"run": label} | {option: config[option] for option in differ if option in config}
+        for label, config in configs.items()
+    }
+
+
 def format_table(folder: Path) -> str:
-    """A line for each run of a sweep: its options, and the newest numbers of its metrics.jsonl."""
-    runs = read_record(folder)
+    """A line for each run of a sweep, or of any folder of runs: the options in which they differ,
+    and the newest numbers of its metrics.jsonl."""
+    runs = read_record(folder) or read_differences(folder)
     if not runs:
-        raise UserError(f"dump_dir={folder}: holds no sweep (no {RECORD})")
+        raise UserError(f"dump_dir={folder}: holds no sweep (no {RECORD}) and no folder of a run")
     options = list(dict.fromkeys(option for run in runs.values() for option in run))
     rows = [[*options, *COLUMNS]]
     for label, run in runs.items():
@@ -130,7 +158,7 @@ def _number(value: Any) -> str:
 
 @dataclass
 class TableArgs:
-    dump_dir: str = ""  # folder of the sweep
+    dump_dir: str = ""  # folder of the sweep, or of any runs
 
 
 def main(argv: list[str]) -> None:
@@ -138,8 +166,11 @@ def main(argv: list[str]) -> None:
         TableArgs,
         argv,
         prog="python -m lingua.sweep",
-        description="Print the table of a sweep that stool launched.",
-        examples=["python -m lingua.sweep dump_dir=runs/tune"],
+        description="Print the table of a sweep, or of the runs in a folder.",
+        examples=[
+            "python -m lingua.sweep dump_dir=runs/tune",
+            "python -m lingua.sweep dump_dir=runs",
+        ],
     )
     print(format_table(Path(args.dump_dir)))
 

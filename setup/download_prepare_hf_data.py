@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ CORPORA = {
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("dataset", choices=sorted(CORPORA), help="what to download; names the files, too")
+    corpora = ", ".join(sorted(CORPORA))
+    add("dataset", help=f"{corpora}, or any name with --source_dir; names the files, too")
     add("memory", type=float, help="GB of memory to shuffle in")
     add("--data_dir", type=Path, default=Path("data"), help="where all of it goes")
     add("--seed", type=int, default=42, help="of the shuffle")
@@ -68,6 +70,12 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     if not MIN_MEMORY <= given.memory < float("inf"):
         raise UserError(f"memory={given.memory}: give {MIN_MEMORY} GB at least")
     parser.require_positive(given, "nchunks", "validation_documents")
+    if given.source_dir is None and given.dataset not in CORPORA:
+        raise UserError(
+            f"dataset {given.dataset!r} is none of {corpora}; your own needs --source_dir FOLDER"
+        )
+    if not re.fullmatch(r"\w[\w.-]*", given.dataset):
+        raise UserError(f"dataset {given.dataset!r} names a folder: letters, digits, '_', '.', '-'")
     return given
 
 

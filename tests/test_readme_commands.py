@@ -56,6 +56,9 @@ SMALLER = {
     ),
     "python setup/tokenize_data.py": "--workers 2",
     "python -m apps.LT2.scripts.benchmark_loader": "--batches 2 --repeats 2 data.prefetch_size=2",
+    "python -m apps.LT2.scripts.benchmark_train": (
+        f"{TINY_MODEL} data.batch_size=1 data.seq_len=32 data.load_async=false"
+    ),
     "python -m lingua.stool script=": "ngpu=1",
     "python -m apps.LT2.generate": "max_gen_len=8",
     # four questions of a task instead of all

@@ -20,7 +20,7 @@ from apps.LT2.generator import (
     PackedCausalTransformerGeneratorArgs as PackedCausalTransformerGeneratorArgs,
 )
 from apps.LT2.generator import Prompt
-from apps.LT2.load import load_model_and_tokenizer, resolve_device
+from apps.LT2.load import find_checkpoint, load_model_and_tokenizer, resolve_device
 from lingua.args import UserError, parse_args, run_cli
 from lingua.tokenizer import well_formed
 
@@ -205,6 +205,7 @@ def main(argv: list[str]) -> None:
         ],
     )
     args.uses_graph(resolve_device(args.device))
+    find_checkpoint(args.ckpt)  # before prompts are asked for
     prompts = read_prompts(args)
     if prompts is not None and not args.skip_bad_prompts:
         refuse_bad_prompts(prompts, skip=False)

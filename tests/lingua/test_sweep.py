@@ -241,7 +241,7 @@ def test_three_runs_train_and_end_in_a_table(tmp_path, monkeypatch, capfd):
     assert table.endswith(capfd.readouterr().out)
 
     header, *rows = [line.split() for line in table.splitlines()[-4:]]
-    assert header == ["optim.lr", "step", "loss", "val", "tokens/s"]
+    assert header == ["optim.lr", "step", "loss", "val", "bpb", "tokens/s"]
     assert [row[:2] for row in rows] == [["0.001", "2"], ["0.003", "2"], ["0.01", "2"]]
     losses = [float(loss) for row in rows for loss in row[2:4]]
     assert len(set(losses)) == 6 and all(4 < loss < 7 for loss in losses)
@@ -252,6 +252,19 @@ def test_three_runs_train_and_end_in_a_table(tmp_path, monkeypatch, capfd):
 def test_a_folder_without_a_sweep_has_no_table(tmp_path):
     with pytest.raises(UserError, match=f"dump_dir={tmp_path}: holds no sweep"):
         format_table(tmp_path)
+
+
+def test_any_runs_have_a_table_of_what_differs(tmp_path):
+    for name, mixer, options in (("a", "gdn", {"lr": 0.1}), ("b", "full", {"lr": 0.1, "clip": 1})):
+        run = tmp_path / name
+        run.mkdir()
+        config = {"name": name, "dump_dir": str(run), "model": {"mixer": mixer}, "optim": options}
+        (run / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"global_step": 7, "loss/out": 2.5}\n')
+    (tmp_path / "no run").mkdir()
+    header, *rows = [line.split() for line in format_table(tmp_path).splitlines()]
+    assert header[:3] == ["run", "model.mixer", "optim.clip"] and "optim.lr" not in header
+    assert rows == [["a", "gdn", "7", "2.5", "-", "-", "-"], ["b", "full", "1", *"-----"]]
 
 
 # ---- in SLURM

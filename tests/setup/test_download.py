@@ -30,10 +30,10 @@ def write_lines(folder: Path, n: int) -> Path:
     return folder
 
 
-def prepare(tmp_path: Path, *options: str) -> Path:
+def prepare(tmp_path: Path, *options: str, name: str = "fineweb_edu_10bt") -> Path:
     out = tmp_path / "data"
-    data.main(["fineweb_edu_10bt", "1", "--data_dir", str(out), "--nchunks", "2", *options])
-    return out / "fineweb_edu_10bt_shuffled"
+    data.main([name, "1", "--data_dir", str(out), "--nchunks", "2", *options])
+    return out / f"{name}_shuffled"
 
 
 class Hub:
@@ -100,7 +100,8 @@ def hub(monkeypatch):
 
 def test_a_local_folder_becomes_a_source_that_training_reads(tmp_path, capsys):
     source = write_lines(tmp_path / "some texts", 60)
-    out = prepare(tmp_path, "--source_dir", str(source), "--validation_documents", "10")
+    options = ("--source_dir", str(source), "--validation_documents", "10")
+    out = prepare(tmp_path, *options, name="some_texts")
     assert "60 documents" in capsys.readouterr().out
     args = DataArgs(
         root_dir=str(out.parent),
@@ -208,7 +209,8 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["fineweb", "64"], "fineweb"),
+        (["fineweb", "64"], "'fineweb' is none of .*fineweb_edu_10bt.*--source_dir"),
+        (["a/b", "64", "--source_dir", "."], "'a/b' names a folder"),
         (["fineweb_edu"], "memory"),
         (["fineweb_edu", "lots"], "lots"),
         (["fineweb_edu", "0"], "memory=0.0: give"),

@@ -36,6 +36,7 @@ from apps.LT2.train_args import TrainArgs, validate_train_args
 from apps.LT2.trainer import Trainer, TrainState, to_device
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import UserError, parse_args, run_cli
+from lingua.command_line import OVERRIDE
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import (
     dist_max,
@@ -216,12 +217,13 @@ def format_row(row: Row) -> str:
         return f"{row.recipe:42s} {row.problem}"
     mfu = "" if row.mfu is None else f"{100 * row.mfu:.1f}%"
     breaks = str(row.graph_breaks) if row.compiled else "eager"
+    memory = (row.peak_gib, row.activations_gib, row.peak_activations_gib)
+    # Other kinds of device do not count theirs.
+    whole, kept, most = (f"{gib:.2f} GiB" if row.peak_gib else "-" for gib in memory)
     return (
         f"{row.recipe:42s} {row.body_parameters / 1e6:7.1f}M {row.tokens_per_s:9.0f} "
-        f"({row.quartiles[0]:.0f}-{row.quartiles[1]:.0f}) {mfu:>6s} {row.peak_gib:6.1f} GiB "
-        f"{row.activations_gib:6.2f} {row.peak_activations_gib:6.2f} GiB {breaks:>6s} "
-        f"{row.first_loss:8.3f} {row.last_loss:8.3f} "
-        f"{row.grad_norm:8.3f}"
+        f"({row.quartiles[0]:.0f}-{row.quartiles[1]:.0f}) {mfu:>6s} {whole:>9s} {kept:>9s} "
+        f"{most:>9s} {breaks:>6s} {row.first_loss:8.3f} {row.last_loss:8.3f} {row.grad_norm:8.3f}"
     )
 
 
@@ -240,8 +242,10 @@ def main(argv: list[str]) -> None:
     given = parser.parse_intermixed_args(argv)
     if given.warmup < 1 or given.steps < given.warmup + 2:
         raise UserError(f"--steps {given.steps} leaves fewer than 2 after --warmup {given.warmup}")
-    overrides = [arg for arg in given.recipes if "=" in arg]
-    paths = [arg for arg in given.recipes if "=" not in arg]
+    # config=FILE is how training names its recipe.
+    named = [arg.removeprefix("config=") for arg in given.recipes]
+    paths = [arg for arg in named if not OVERRIDE.match(arg)]
+    overrides = [arg for arg in named if OVERRIDE.match(arg)]
     runs = [  # all are read before any is run
         (" ".join([Path(path).stem, *changes]), read_recipe(path, [*overrides, *changes]))
         for path, changes in product(paths, variants(given.vary))
@@ -252,8 +256,8 @@ def main(argv: list[str]) -> None:
     setup_env(runs[0][1].env)
     setup_torch_distributed(runs[0][1].distributed)
     tell(
-        f"{'recipe':42s} {'body':>8s} {'tokens/s':>9s} (quartiles)    MFU   memory, activations: "
-        "kept, peak  breaks first and last loss, gradient norm"
+        f"{'recipe':42s} {'body':>8s} {'tokens/s':>9s} (quartiles)    MFU    memory, "
+        "activations kept, at most breaks first and last loss, gradient norm"
     )
     rows = []
     for name, args in runs:
