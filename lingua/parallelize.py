@@ -124,6 +124,8 @@ def apply_activation_checkpointing(
     if mode == "selective":
         policy = get_default_policy(no_recompute_ops)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+        # Compiled, each such block would be told to write nothing in place, which blocks do not.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     block.forward = partial(checkpoint, block.forward, **options)
 
 

@@ -73,6 +73,8 @@ class TensorParallel:
 # group, and selective recomputation has to know them.
 
 _groups: dict[str, dist.ProcessGroup] = {}
+# Torch 2.13 has another name for it, and warns of the old one.
+_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 @torch.library.custom_op("lingua::all_reduce", mutates_args=())
@@ -91,7 +93,7 @@ def _(x: Tensor, group: str) -> Tensor:
 def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
     """Joined along the last dimension."""
     stacked = x.new_empty(size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(stacked, x.contiguous(), group=_groups[group])
+    _gather_into(stacked, x.contiguous(), group=_groups[group])
     return torch.cat(stacked.chunk(size), dim=-1)
 
 

@@ -306,6 +306,8 @@ def describe(model: LoopedTransformer, args: TrainArgs) -> None:
     n_layers, n_loops = args.model.n_layers, args.model.loop_count
     table = format_layout(model.inference_layout, model.layout_plan.random_loops)
     tell("%d layers x %d loops:\n%s", n_layers, n_loops, table)
+    if args.distributed.compile:
+        tell("layers are compiled in the first step, which may take minutes")
 
 
 def build_progress(args: TrainArgs, tokens_per_step: int, device: torch.device) -> Progress:
