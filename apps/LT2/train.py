@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from logging import WARNING
 from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from apps.LT2.diagnostics import probed_pass
 from apps.LT2.flops import count_parameters, train_flops_per_token
 from apps.LT2.layout_table import format_layout
 from apps.LT2.mixers import MIXERS
+from apps.LT2.observation import log_micro_batches, probe_now_and_then
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
     count_block_kinds,
@@ -35,12 +34,18 @@ from apps.LT2.parallel import (
     tp_parallelize,
 )
 from apps.LT2.progress import Progress
-from apps.LT2.train_args import EvalArgs, TrainArgs, validate_train_args
+from apps.LT2.train_args import TrainArgs, validate_train_args
 from apps.LT2.train_eval import CheckpointEvaluator
-from apps.LT2.trainer import Batch, Trainer, TrainState
+from apps.LT2.train_validation import (
+    build_validator,
+    is_validation_owed,
+    metrics_path,
+    validate,
+)
+from apps.LT2.trainer import Trainer, TrainState
+from apps.LT2.trainer import every_n_steps as every_n_steps
 from apps.LT2.transformer import LoopedTransformer
 from apps.LT2.unused_options import warnings_of_options
-from apps.LT2.validation import Validator, places_of_text
 from lingua.args import dump_config, parse_args, run_cli
 from lingua.checkpoint import CheckpointManager
 from lingua.code_snapshot import snapshot_code
@@ -51,7 +56,6 @@ from lingua.data import (
 from lingua.distributed import (
     agree_any,
     check_model_value_range,
-    dist_mean,
     get_device,
     get_device_mesh,
     get_dp_rank_and_degree,
@@ -69,13 +73,10 @@ from lingua.logger import init_logger, tell
 from lingua.metrics import MetricLogger
 from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallelize import resolve_dtype
-from lingua.probe import Probe
 from lingua.profiling import maybe_run_profiler
-from lingua.record_file import mend_jsonl, read_jsonl_records
 from lingua.rng import seed_everything
 from lingua.run_folder import own_folders
 from lingua.stall import StallWatch
-from lingua.tokenizer import build_tokenizer
 from lingua.weight_file import load_initial_weights
 
 logger = logging.getLogger(__name__)
@@ -90,17 +91,6 @@ def set_preemption_flag(signum: int, frame: FrameType | None) -> None:
     """Signal handler: the run saves and leaves after the step that it is in."""
     logger.warning("signal %d: saving after this step, then leaving", signum)
     preemption_flag["flag"] = True
-
-
-def every_n_steps(
-    train_state: TrainState, freq: int, acc_step: int | None = None, acc_freq: int | None = None
-) -> bool:
-    """Whether `freq` divides the step (0: never), at micro-batch `acc_step` or each `acc_freq`."""
-    if freq < 1 or train_state.step % freq:
-        return False
-    if acc_step is not None:
-        return train_state.acc_step == acc_step
-    return acc_freq is None or train_state.acc_step % acc_freq == 0
 
 
 # ---- the run
@@ -321,107 +311,6 @@ def build_progress(args: TrainArgs, tokens_per_step: int, device: torch.device) 
         device=device,
         dtype=resolve_dtype(args.distributed.model_dtype, device.type),
     )
-
-
-# ---- validation and observation
-
-
-def build_validator(args: TrainArgs) -> Validator | None:
-    validation = (args.eval or EvalArgs()).validation
-    if validation is None:
-        return None
-    tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
-    validator = Validator(validation, args.data, tokenizer)
-    run_together(validator.rows)  # now: a mistake in its text should not show up hours later
-    return validator
-
-
-def metrics_path(args: TrainArgs) -> Path:
-    return Path(args.dump_dir, "metrics.jsonl")
-
-
-def is_validation_owed(args: TrainArgs, step: int) -> bool:
-    """Whether the run that saved this step left before the end of its validation."""
-    validation = (args.eval or EvalArgs()).validation
-    is_eval = step == args.steps or args.checkpoint.eval.fires(step)
-    if step == 0 or not is_eval or validation is None:
-        return False
-    has_text = bool(places_of_text(validation, args.data))
-    return has_text and not is_recorded(metrics_path(args), step, "loss/val")
-
-
-def is_recorded(metrics_file: Path, step: int, key: str) -> bool:
-    records = read_jsonl_records(metrics_file) if metrics_file.exists() else []
-    return any(r.get("global_step") == step and key in r for r in records)
-
-
-def validate(
-    validator: Validator | None,
-    trainer: Trainer,
-    metrics: MetricLogger,
-    should_stop: Callable[[], bool],
-) -> None:
-    if validator is None:
-        return
-    rank, degree = get_dp_rank_and_degree(trainer.mesh)
-    place = {"device": trainer.device, "rank": rank, "world_size": degree}
-    scores = validator(trainer.model, **place, should_stop=should_stop)
-    if scores:
-        metrics.log({"global_step": trainer.state.step, "acc_step": 0, **scores})
-        tell(
-            "step %d  validation loss %.4f nats per token, %.4f bits per byte",
-            trainer.state.step,
-            scores["loss/val"],
-            scores["loss/val_bpb"],
-        )
-
-
-def log_micro_batches(trainer: Trainer, metrics: MetricLogger, acc_freq: int | None) -> None:
-    """With logging.acc_freq, logged steps have a record each acc_freq micro-batches."""
-    if acc_freq is None:
-        return
-
-    def log(loss: Tensor) -> None:
-        state = trainer.state
-        is_logged = (state.step + 1) % trainer.args.logging.freq == 0
-        if is_logged and state.acc_step and state.acc_step % acc_freq == 0:
-            mean = dist_mean(loss).item()
-            record = {"global_step": state.step, "acc_step": state.acc_step, "loss/out": mean}
-            metrics.log(record)
-
-    trainer.after_micro_batch = log
-
-
-def probe_now_and_then(trainer: Trainer, metrics: MetricLogger) -> None:
-    """With probe_freq, one pass of its own before such a step: statistics of every linear layer,
-    and a record of what apps.LT2.diagnostics measures."""
-    freq, state = trainer.args.probe_freq, trainer.state
-    if freq is None:
-        return
-    rank, _ = get_dp_rank_and_degree(trainer.mesh)
-    # One rank in 128 writes; the others take part, since a sharded model needs them.
-    file = Path(trainer.args.dump_dir, "probe", f"probe.{rank}.jsonl") if rank % 128 == 0 else None
-    probe = Probe(trainer.model, file)
-    # The run that saved the step that this one goes on from may have probed the next already.
-    first_key = "layers/grad_norm/0"
-    is_done = run_on_rank_0(lambda: is_recorded(metrics.path, state.step, first_key))
-    done_step = state.step if is_done else None
-    if file is not None:
-        mend_jsonl(file, state.step if is_done else state.step - 1)
-
-    def look(batch: Batch) -> None:
-        if not every_n_steps(state, freq, acc_step=0) or state.step == done_step:
-            return
-        x, target, cu_seqlens = batch
-        if cu_seqlens is None:  # half the rows: a pass in eager mode takes more memory
-            n_rows = max(1, x.shape[0] // 2)
-            x, target = x[:n_rows], target[:n_rows]
-        probe.metadata = {"it": state.step, "global_step": state.step, "loop": "lt2"}
-        numbers = probed_pass(trainer.model, probe, (x, target, cu_seqlens), trainer.mesh)
-        trainer.optimizer.zero_grad()
-        metrics.log({"global_step": state.step, "acc_step": 0, **numbers})
-
-    trainer.before_micro_batch = look
 
 
 def validate_before_submit(args: TrainArgs, world_size: int) -> None:

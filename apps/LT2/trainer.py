@@ -107,6 +107,17 @@ def _to_tensors(numbers: list[float]) -> list[Tensor]:
     return [torch.tensor(number, device=get_device()) for number in numbers]
 
 
+def every_n_steps(
+    train_state: TrainState, freq: int, acc_step: int | None = None, acc_freq: int | None = None
+) -> bool:
+    """Whether `freq` divides the step (0: never), at micro-batch `acc_step` or each `acc_freq`."""
+    if freq < 1 or train_state.step % freq:
+        return False
+    if acc_step is not None:
+        return train_state.acc_step == acc_step
+    return acc_freq is None or train_state.acc_step % acc_freq == 0
+
+
 @dataclass(frozen=True)
 class StepResult:
     grad_norm: float  # of the language model's loss, by the weights that it trains; not clipped

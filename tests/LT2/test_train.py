@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 import apps.LT2.train as app
 from apps.LT2.transformer import LoopedTransformer
+from apps.LT2.validation import Validator
 from lingua.args import UserError
 from lingua.data import init_dataloader_state_from_args
 from lingua.distributed import check_model_value_range
@@ -180,7 +181,7 @@ def test_a_signal_ends_a_validation_and_the_next_start_makes_up_for_it(
     data, uninterrupted, tmp_path, monkeypatch
 ):
     """The last one: all steps are done, and the run is not."""
-    validate = app.Validator.__call__
+    validate = Validator.__call__
 
     def signal_then_validate(self, model, **options):
         signal.raise_signal(signal.SIGTERM)
@@ -188,7 +189,7 @@ def test_a_signal_ends_a_validation_and_the_next_start_makes_up_for_it(
 
     options = {"checkpoint.eval.every": 0, "steps": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(app.Validator, "__call__", signal_then_validate)
+        patch.setattr(Validator, "__call__", signal_then_validate)
         train(data, tmp_path / "parts", **options)
     parts, whole = tmp_path / "parts", uninterrupted(**options)
     assert "left after step 2 of 2" in (parts / "train.log").read_text()
