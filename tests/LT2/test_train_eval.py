@@ -114,7 +114,7 @@ def test_an_evaluation_that_is_cut_off_is_made_up_for(data, run, tmp_path, monke
         patch.setattr(app.CheckpointEvaluator, "__call__", leave_inside)
         dump_dir = train(data, tmp_path / "cut", **harness(data))
     assert not (dump_dir / "metrics.eval.jsonl").exists()
-    assert checkpoint(dump_dir, 4).exists() and not checkpoint(dump_dir, 5).exists()
+    assert checkpoint(dump_dir, 3).exists() and not checkpoint(dump_dir, 4).exists()
     train(data, dump_dir, **harness(data))
     assert scores_by_step(dump_dir) == scores_by_step(run)
     assert_same_run(dump_dir, run, 6)
