@@ -257,7 +257,7 @@ def loader_of_all_ranks(args, state, world_size=2):
 
 BUILD_LOADER = app.build_dataloader_from_args
 # A low learning rate: Adam makes a full step of the least gradient, so rounding grows by itself.
-SLOW = {"optim.lr": 3e-3}
+SLOW = {"optim.lr": 3e-4}
 FULL = {"distributed.fsdp_type": "full_shard", **SLOW}
 RANK_CASES = {
     "full_shard": FULL,
