@@ -56,10 +56,11 @@ def list_code(root: Path) -> list[Path]:
         return sorted(_walk(root))
     files = []
     for name in filter(None, tracked):
-        if (root / name).is_dir() and not (root / name).is_symlink():  # a submodule
-            files += [Path(name) / file for file in list_code(root / name)]
-        else:
+        path = root / name
+        if path.is_symlink() or not path.is_dir():
             files.append(Path(name))
+        elif (path / ".git").exists():  # a submodule; one that is not checked out is empty
+            files += [Path(name) / file for file in list_code(path)]
     for name in filter(None, untracked):
         size = os.lstat(root / name).st_size
         if name.endswith("/"):
@@ -70,9 +71,8 @@ def list_code(root: Path) -> list[Path]:
             )
         else:
             files.append(Path(name))
-    return sorted(
-        {file for file in files if (root / file).exists()}
-    )  # a deletion is not in git yet
+    # A file that git tracks may be deleted on disk.
+    return sorted({file for file in files if (root / file).exists()})
 
 
 def _walk(root: Path) -> Iterator[Path]:

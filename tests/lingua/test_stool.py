@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lingua.args import UserError
-from lingua.code_snapshot import snapshot_code
+from lingua.code_snapshot import list_code, snapshot_code
 from lingua.slurm_script import quote_sbatch
 from lingua.stool import (
     Job,
@@ -209,6 +209,20 @@ def test_submodules_and_linked_folders_are_copied(project, args, tmp_path, caplo
     assert (code / "outside").resolve() == other
     assert (code / "inside").resolve() == code / "project"
     assert not (code / "clone").exists() and "clone/ (a git repository of its own)" in caplog.text
+
+
+def test_a_submodule_that_is_not_checked_out_has_nothing_to_copy(project, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sub.py").write_text("")
+    git(other, "init", "-q")
+    git(other, "add", ".")
+    git(other, "commit", "-qm", "one")
+    git(project, "-c", "protocol.file.allow=always", "submodule", "-q", "add", str(other), "sub")
+    git(project, "commit", "-qm", "two")
+    git(tmp_path, "clone", "-q", str(project), "clone")
+    assert (tmp_path / "clone" / "sub").is_dir()
+    assert not any(file.parts[0] == "sub" for file in list_code(tmp_path / "clone"))
 
 
 def test_a_copy_that_fails_leaves_nothing(project, monkeypatch):
