@@ -138,6 +138,6 @@ def _naming_broken(file: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk, not of the file
         raise UserError(
-            f"{file} is broken ({first_line(error)}): remove it and run the same command again, "
-            "which downloads what is missing"
+            f"{file} is broken ({first_line(error)}): remove it and run the same command again (a "
+            "download fetches what is missing), or put a whole one in its place first"
         ) from None

@@ -21,7 +21,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -83,11 +83,11 @@ def download(dataset: str, folder: Path) -> None:
     """All files of the corpus into `folder`; those that are there are not fetched again.
 
     They are of one commit, chosen at the start and kept in `download.json`, whatever happens to the
-    corpus in the days that it takes. When all have arrived the hub is not asked again.
+    corpus in the days that it takes. While all that arrived is there the hub is not asked again.
     """
     corpus, record_file = CORPORA[dataset], folder / "download.json"
     record = json.loads(record_file.read_text()) if record_file.exists() else {}
-    if record.get("complete"):
+    if record.get("files") and find_incomplete(record["files"], folder) is None:
         return
     hub = import_optional("huggingface_hub", extra="data", needed_by=f"downloading {dataset}")
     try:
@@ -104,7 +104,12 @@ def download(dataset: str, folder: Path) -> None:
             local_dir=folder,
             allow_patterns=list(corpus.patterns),
         )
-        require_all(corpus, info.siblings, folder)
+        files = wanted_files(corpus, info.siblings)
+        if problem := find_incomplete(files, folder):
+            raise UserError(
+                f"{problem}; run the same command again to go on (a file that is too long must be "
+                "removed first)"
+            )
     except UserError:
         raise
     except Exception as error:  # of the hub, of its HTTP library, of the network, of the disk
@@ -112,22 +117,30 @@ def download(dataset: str, folder: Path) -> None:
             f"{dataset} could not be downloaded from {corpus.repo_id}: {first_line(error)}; run "
             "the same command again to go on, or give --source_dir"
         ) from None
-    write_atomic(record_file, json.dumps({**record, "complete": True}))
+    write_atomic(record_file, json.dumps({**record, "files": files}))
 
 
-def require_all(corpus: Corpus, files: Sequence[Any], folder: Path) -> None:
-    """That all is there: without a network the client returns in peace if the folder has files."""
-    wanted = [f for f in files if any(fnmatchcase(f.rfilename, p) for p in corpus.patterns)]
-    if not wanted:
+def wanted_files(corpus: Corpus, siblings: Sequence[Any]) -> dict[str, int]:
+    """Name -> bytes of the corpus's files in its repository."""
+    files = {
+        file.rfilename: file.size
+        for file in siblings
+        if any(fnmatchcase(file.rfilename, pattern) for pattern in corpus.patterns)
+    }
+    if not files:
         raise UserError(f"{corpus.repo_id} has no file named {', '.join(corpus.patterns)}")
-    for file in wanted:
-        path = folder / file.rfilename
+    return files
+
+
+def find_incomplete(files: Mapping[str, int], folder: Path) -> str | None:
+    """The first that is not whole. Without a network the hub's client returns in peace if the
+    folder has files, and one that was broken may have been removed."""
+    for name, size in files.items():
+        path = folder / name
         found = path.stat().st_size if path.is_file() else 0
-        if found != file.size:
-            raise UserError(
-                f"{path} is not whole: {found} of {file.size} bytes; run the same command again to "
-                "go on (a file that is too long must be removed first)"
-            )
+        if found != size:
+            return f"{path} is not whole: {found} of {size} bytes"
+    return None
 
 
 def main(argv: Sequence[str]) -> None:

@@ -193,6 +193,15 @@ def test_a_download_that_lacks_a_file_is_not_taken_for_whole(tmp_path, parquet_h
     prepare(tmp_path, "--validation_documents", "5")
 
 
+def test_a_file_that_was_removed_for_being_broken_is_fetched_again(tmp_path, parquet_hub):
+    few = ("--validation_documents", "5")
+    prepare(tmp_path, *few).rename(tmp_path / "away")
+    (tmp_path / "data/fineweb_edu_10bt/sample/10BT/1.parquet").unlink()
+    out = prepare(tmp_path, *few)
+    assert len(parquet_hub.calls) == 2
+    assert json.loads((out / "manifest.json").read_text())["documents"] == 100
+
+
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     source = write_lines(tmp_path / "texts", 60)
 
