@@ -162,10 +162,12 @@ def train(given: TrainArgs) -> None:
                     evaluate(state.step)
                     leaving = agree_any(preemption_flag["flag"])
             if leaving:
-                checkpoints.finish()
-                tell("left after step %d of %d, saved", state.step, args.steps, level=WARNING)
-                requeue_slurm_job()
-                return
+                break
+        checkpoints.finish()
+        # Without a step, too, since a validation after the last one may have been owed.
+        if agree_any(preemption_flag["flag"]):
+            tell("left after step %d of %d, saved", state.step, args.steps, level=WARNING)
+            requeue_slurm_job()
 
 
 def is_finished(args: TrainArgs) -> bool:
