@@ -1,4 +1,4 @@
-"""Short convolution on CUDA, compiled as the mixers compile it, in bf16, against the definition."""
+"""The kernels of the short convolution, alone and in compiled code, against the definition."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from apps.LT2.kernel.short_conv import short_conv, short_conv_step
+from apps.LT2.kernel.short_conv.fused import short_conv_fused
 from apps.LT2.kernel.short_conv.naive import short_conv_naive
 from apps.LT2.kernel.short_conv.step import short_conv_step_triton
 from tests.tolerances import BF16_KERNEL, FP32, assert_same
@@ -17,26 +18,64 @@ def packed(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).int().cuda()
 
 
+def inputs_of(x, weight, bias):
+    return [t for t in (x, weight, bias) if t is not None]
+
+
+def compare(conv, x, weight, bias, bound, **options):
+    """y and every gradient against the definition in fp32, with a gradient that has strides."""
+    torch.manual_seed(1)
+    weighting = torch.randn(*x.shape[:2], 2 * x.shape[2], device="cuda").to(x.dtype)[..., ::2]
+    y = conv(x, weight, bias, **options)
+    got = torch.autograd.grad((y * weighting).sum(), inputs_of(x, weight, bias))
+    exact = x.detach().float().requires_grad_()
+    want_y = short_conv_naive(exact, weight, bias, **options)
+    want = torch.autograd.grad((want_y * weighting.float()).sum(), inputs_of(exact, weight, bias))
+    assert y.dtype == x.dtype and got[0].dtype == x.dtype
+    names = ("y", "dx", "dweight", "dbias")
+    for name, a, b in zip(names, (y, *got), (want_y, *want), strict=False):
+        assert_same(a, b, bound, name)
+
+
+def make(B, T, C, k, *, with_bias=True, dtype=torch.float32):
+    """x lies in a wider tensor, as where one product makes the streams and the gates."""
+    torch.manual_seed(0)
+    x = torch.randn(B, T, C + 8, device="cuda").to(dtype)[..., 8:].requires_grad_()
+    weight = torch.randn(C, k, device="cuda").requires_grad_()
+    return x, weight, torch.randn(C, device="cuda").requires_grad_() if with_bias else None
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
+def test_sequences_equal_naive(k, with_bias, activation):
+    compare(short_conv, *make(2, 130, 300, k, with_bias=with_bias), FP32, activation=activation)
+
+
+@pytest.mark.parametrize("T", [1, 3, 63, 64, 65, 200])
+def test_lengths_that_fill_no_block(T):
+    compare(short_conv, *make(3, T, 70, 4), FP32)
+
+
+@pytest.mark.parametrize("lengths", [(1, 2, 0, 3, 60, 0, 134), (200,), (0, 64, 64, 72)], ids=str)
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_documents_do_not_leak(k, lengths):
+    compare(short_conv, *make(1, 200, 96, k), FP32, cu_seqlens=packed(lengths))
+
+
 @pytest.mark.parametrize("documents", [None, (1, 2, 0, 3, 94)], ids=["dense", "packed"])
 def test_compiled_equals_naive(documents):
     cu_seqlens = None if documents is None else packed(documents)
-    torch.manual_seed(0)
-    x = torch.randn(1, 100, 256, device="cuda").bfloat16().requires_grad_()
-    weight = torch.randn(256, 4, device="cuda").requires_grad_()
-    bias = torch.randn(256, device="cuda").requires_grad_()
-    weighting = torch.randn(1, 100, 256, device="cuda").bfloat16()
-
     compiled = torch.compile(short_conv, fullgraph=True)
-    y = compiled(x, weight, bias, cu_seqlens=cu_seqlens)
-    got = torch.autograd.grad((y * weighting).sum(), (x, weight, bias))
+    tensors = make(1, 100, 256, 4, dtype=torch.bfloat16)
+    compare(compiled, *tensors, BF16_KERNEL, cu_seqlens=cu_seqlens)
 
-    exact = x.detach().float().requires_grad_()
-    want_y = short_conv_naive(exact, weight, bias, cu_seqlens=cu_seqlens)
-    want = torch.autograd.grad((want_y * weighting.float()).sum(), (exact, weight, bias))
-    assert y.dtype == torch.bfloat16
-    names = ("y", "dx", "dweight", "dbias")
-    for name, a, b in zip(names, (y, *got), (want_y, *want), strict=True):
-        assert_same(a, b, BF16_KERNEL, name)
+
+def test_operator_is_registered_well():
+    x, weight, bias = make(2, 70, 64, 4)
+    torch.library.opcheck(short_conv_fused, (x, weight, bias, None, True))
+    position = torch.arange(70, dtype=torch.int32, device="cuda")
+    torch.library.opcheck(short_conv_fused, (x, weight, None, position, False))
 
 
 def test_step_in_a_cuda_graph_equals_naive():

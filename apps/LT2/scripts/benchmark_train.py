@@ -56,7 +56,8 @@ from lingua.rng import seed_everything
 # What stands in a kernel's name -> what it is, the first that fits.
 KERNEL_KINDS = (
     ("communication", ("nccl", "c10d", "gloo")),
-    ("compiled norms, gates, convolutions", ("triton_",)),  # Inductor's; their names hold anything
+    ("compiled norms and gates", ("triton_",)),  # Inductor's; their names hold anything
+    ("short convolutions", ("_conv_",)),
     ("softmax attention", ("flash", "fmha", "cudnn", "attention", "attn", "parallel_nsa")),
     ("selected attention", ("_attend_kernel", "_mean_kernel", "_dq_kernel", "_dkv_kernel")),
     ("matrix products", ("nvjet", "gemm", "cutlass", "splitk", "cublas", "xmma", "::mm", "::bmm")),

@@ -2,8 +2,8 @@
 
     y_t = silu( bias + sum_j weight[:, j] x_{t - (k-1) + j} )        the last tap weighs token t
 
-A sum of k shifted products in plain torch, which torch.compile fuses into one kernel with its
-neighbours. The step of decoding, which also moves the tail on, is one Triton kernel on CUDA.
+In plain torch a sum of k shifted products. On CUDA Triton kernels compute whole sequences, forward
+and backward, and the step of decoding, which also moves the tail on.
 
 Shapes: B batch, T tokens, N sequences, C channels, K taps (k-1 in a tail).
 """
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apps.LT2.kernel.documents import document_of_tokens
+from apps.LT2.kernel.documents import document_of_tokens, local_positions
+from apps.LT2.kernel.short_conv import fused
 from apps.LT2.kernel.short_conv.step import kernel_can, short_conv_step_triton
 
 ACTIVATIONS = ("silu", None)
@@ -35,8 +36,13 @@ def short_conv(
     cu_seqlens  (N + 1,)      int32 bounds of packed documents; then B is 1. None: N is B
     Returns y (B, T, C) in x's dtype, summed in fp32.
     """
-    _check(x_BTC, weight_CK, tail, cu_seqlens)
+    _check(x_BTC, weight_CK, tail, cu_seqlens, activation)
     T, k = x_BTC.shape[1], weight_CK.shape[1]
+    if tail is None and fused.kernel_can(x_BTC):
+        position_T = None
+        if cu_seqlens is not None:
+            position_T = local_positions(T, cu_seqlens, x_BTC.device).int()
+        return fused.short_conv_fused(x_BTC, weight_CK, bias_C, position_T, activation == "silu")
     dtype = torch.promote_types(x_BTC.dtype, torch.float32)
     weight_CK = weight_CK.to(dtype)
     if cu_seqlens is None:
@@ -116,14 +122,18 @@ def _packed_taps(x_1TC: Tensor, tail: Tensor | None, cu_seqlens: Tensor, k: int)
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
-    assert activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}"
     return F.silu(y) if activation == "silu" else y
 
 
 def _check(
-    x_BTC: Tensor, weight_CK: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None
+    x_BTC: Tensor,
+    weight_CK: Tensor,
+    tail: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: str | None,
 ) -> None:
     B, _, C = x_BTC.shape
+    assert activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}"
     assert weight_CK.shape[0] == C, f"{weight_CK.shape[0]} kernels for {C} channels"
     assert cu_seqlens is None or B == 1, f"cu_seqlens packs documents into one row, got B = {B}"
     if tail is not None:
