@@ -38,10 +38,7 @@ EXPERIMENTS = [path for path in RECIPES if path.stem != "debug"]
 # Further than 3% from looped_pure_full of their scale; the first comment says why.
 UNMATCHED = {f"looped_hybrid_{name}_1B" for name in ("gdn_4to1", "bookend", "gdn_dsa")}
 # Of four instead of six: the first comment says why.
-SMALLER_MICRO_BATCHES = {
-    *("looped_pure_hgrn2_600M", "looped_pure_kda_600M", "looped_pure_nsa_600M"),
-    *("looped_pure_dsa_600M", "looped_hybrid_gdn_dsa_600M"),
-}
+SMALLER_MICRO_BATCHES = {f"looped_pure_{name}_600M" for name in ("hgrn2", "kda", "nsa")}
 MODEL_ORDER = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "weight_tying", "loop_count"),
     *("mixer", "hybrid_mixer", "attention_pattern", "default_sliding_window"),

@@ -6,13 +6,15 @@ given the choice that was made in bf16; that the choice itself is right is a tes
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from apps.LT2.kernel.dsa import Index, blocks, dsa, dsa_step
+from apps.LT2.kernel.dsa import Index, blocks, dsa, dsa_step, triton_index
 from apps.LT2.kernel.dsa.naive import dsa_naive
 from apps.LT2.kernel.dsa.operator import _backward, _forward
-from apps.LT2.kernel.dsa.selection import unpack_bits
+from apps.LT2.kernel.dsa.selection import mask_bytes, select_top_k, unpack_bits
 from apps.LT2.mixers.dsa import DSAArgs, SparseAttention
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.optim import is_matrix
@@ -126,6 +128,53 @@ def test_bf16_equals_naive_on_packed_documents(top_k, impl):
     lengths = (1, 63, 0, 65, 200, 64, 0)
     inputs = make_inputs(1, sum(lengths))
     assert_equals_naive(inputs, impl, top_k=top_k, cu_seqlens=packed(lengths))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("documents", [None, (100, 233)], ids=["dense", "packed"])
+def test_rows_of_more_keys_than_a_program_holds(monkeypatch, documents):
+    """Blocks whose keys are few choose in the kernel, later ones in torch: all the same choice."""
+    cu_seqlens = None if documents is None else packed(documents)
+    inputs = make_inputs(1, 333)
+    want = run(inputs, "triton", top_k=50, cu_seqlens=cu_seqlens)
+    want_choice = choice_of(inputs, "triton", 50, cu_seqlens)
+    monkeypatch.setattr(triton_index, "MAX_CHOICE", 200)
+    assert torch.equal(choice_of(inputs, "triton", 50, cu_seqlens), want_choice)
+    got = run(inputs, "triton", top_k=50, cu_seqlens=cu_seqlens)
+    assert torch.equal(got[0], want[0])
+    assert_same(got[1], want[1], FP32)
+
+
+@pytest.mark.parametrize("special", [0.0, -0.0, float("inf"), float("-inf"), 1e-45, -1e-45])
+def test_scores_of_every_kind_are_in_order(special):
+    """A program finds the least selected score by its bits; ties, both zeros and infinities too."""
+    torch.manual_seed(0)
+    B, T, top_k = 2, 700, 100
+    scores = torch.randn(B, T, T, device="cuda").round(decimals=1)
+    scores[torch.rand_like(scores) < 0.3] = special
+    scores[torch.rand_like(scores) < 0.1] *= -1
+    visible = torch.ones(T, T, dtype=torch.bool, device="cuda").tril()
+    want = select_top_k(scores, visible, top_k)
+    bits = torch.zeros(B, T, mask_bytes(T), dtype=torch.uint8, device="cuda")
+    log_sum = torch.empty(B, T, device="cuda")
+    start = torch.zeros(T, dtype=torch.int32, device="cuda")
+    triton_index._select_kernel[T, B](
+        scores,
+        bits,
+        log_sum,
+        start,
+        0,
+        T,
+        T,
+        bits.shape[-1],
+        top_k,
+        BYTES=128,
+        KEYS_LOG2=10,
+        num_warps=1,
+    )
+    assert torch.equal(unpack_bits(bits, T), want)
+    if not math.isinf(special):
+        assert_same(log_sum, scores.masked_fill(~want, float("-inf")).logsumexp(-1), FP32)
 
 
 def test_fp32_equals_naive():

@@ -59,7 +59,8 @@ KERNEL_KINDS = (
     ("compiled norms and gates", ("triton_",)),  # Inductor's; their names hold anything
     ("short convolutions", ("_conv_",)),
     ("softmax attention", ("flash", "fmha", "cudnn", "attention", "attn", "parallel_nsa")),
-    ("selected attention", ("_attend_kernel", "_mean_kernel", "_dq_kernel", "_dkv_kernel")),
+    ("lightning indexer", ("_score_kernel", "_select_kernel", "_compare_kernel", "_index_d")),
+    ("selected attention", ("_attend_kernel", "_dq_kernel", "_dkv_kernel")),
     ("matrix products", ("nvjet", "gemm", "cutlass", "splitk", "cublas", "xmma", "::mm", "::bmm")),
     ("recurrences", ("chunk_", "recompute_w_u", "solve_tril", "_cumsum", "merge_16x16", "kkt")),
     ("optimizer and gradient norm", ("multi_tensor", "adam", "foreach", "norm")),

@@ -249,7 +249,6 @@ def test_no_tensor_of_all_queries_by_all_keys():
             100,
             with_loss=True,
             keep_selection=True,
-            use_kernels=False,
         )
     with Largest() as backward:
         plain.backward(q, k, v, out.bits_BTX, None, torch.ones_like(q))

@@ -65,9 +65,9 @@ def dsa(
     """
     _check_shapes(q_BTHK, k_BSGK, v_BSGK, index, top_k, cu_seqlens)
     if impl == "auto":
-        impl = "triton" if kernels_can(q_BTHK, k_BSGK) else "blocked"
+        impl = "triton" if kernels_can(q_BTHK, k_BSGK, index) else "blocked"
     assert impl in IMPLS, f"impl must be auto or one of {list(IMPLS)}, got {impl!r}"
-    able = impl != "triton" or kernels_can(q_BTHK, k_BSGK)
+    able = impl != "triton" or kernels_can(q_BTHK, k_BSGK, index)
     assert able, f"the kernels do not take {q_BTHK.dtype} on {q_BTHK.device}, or T is not S"
     return IMPLS[impl](
         q_BTHK,

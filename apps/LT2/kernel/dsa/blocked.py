@@ -1,8 +1,8 @@
 """DeepSeek sparse attention and the indexer's loss, in blocks of queries.
 
 No tensor of all queries by all keys is made but a mask of one bit each: a block of queries meets
-its keys, and what it leaves is its output, its part of the loss and its selection. The attention of
-a block is a Triton kernel's or plain torch's. Scores and loss are fp32 (fp64 for fp64 inputs).
+its keys, and what it leaves is its output, its part of the loss and its selection. Scores and loss
+are fp32 (fp64 for fp64 inputs). `fused` is the same with kernels.
 
 Shapes as in `dsa`; Q queries of a block.
 """
@@ -46,22 +46,16 @@ def forward(
     *,
     with_loss: bool,
     keep_selection: bool,
-    use_kernels: bool,
 ) -> Forward:
     (B, T, H, _), S, J = q_BTHK.shape, k_BSGK.shape[1], index.q_BTJC.shape[2]
     wide, device = wide_dtype(q_BTHK.dtype), q_BTHK.device
-    keep = use_kernels or (keep_selection and top_k < S)
+    keep = keep_selection and top_k < S
     bits_BTX = torch.zeros((B, T, -(-S // 8)) if keep else 0, dtype=torch.uint8, device=device)
-    if use_kernels:
-        from apps.LT2.kernel.dsa.triton import KernelAttention
-
-        attention = KernelAttention(q_BTHK, k_BSGK, v_BSGK, bits_BTX, cu_seqlens)
-    else:
-        attention = PlainAttention(q_BTHK, k_BSGK, v_BSGK)
+    attention = PlainAttention(q_BTHK, k_BSGK, v_BSGK)
     loss = torch.zeros((), dtype=wide, device=device)
     grads = [torch.zeros_like(x, dtype=wide) for x in index if with_loss]
 
-    widest = B * (J if use_kernels else max(H, J))
+    widest = B * max(H, J)
     for block in query_blocks(T, S, cu_seqlens, elements_per_pair=widest, device=device):
         queries, keys = block.queries, block.keys
         part = Index(index.q_BTJC[:, queries], index.k_BSC[:, keys], index.w_BTJ[:, queries])

@@ -44,6 +44,14 @@ class Block:
         return self.last - self.first
 
 
+def query_ranges(n_queries: int, *, elements_per_query: int) -> Iterator[tuple[int, int]]:
+    """begin, end of each block; `elements_per_query`: of the largest tensor of a block."""
+    size = BLOCK_ELEMENTS // elements_per_query
+    size = max(MIN_QUERIES, size // MIN_QUERIES * MIN_QUERIES)
+    for begin in range(0, n_queries, size):
+        yield begin, min(begin + size, n_queries)
+
+
 def query_blocks(
     n_queries: int,
     n_keys: int,
@@ -53,16 +61,13 @@ def query_blocks(
     device: torch.device,
 ) -> Iterator[Block]:
     """`elements_per_pair`: of the largest tensor, for each query and key of a block."""
-    size = BLOCK_ELEMENTS // (elements_per_pair * n_keys)
-    size = max(MIN_QUERIES, size // MIN_QUERIES * MIN_QUERIES)
     offset = n_keys - n_queries
     position = torch.arange(n_keys, device=device)
     document, starts = None, [0]
     if cu_seqlens is not None:
         document, _ = document_of_tokens(cu_seqlens, n_keys)
         starts = host_bounds(cu_seqlens)
-    for begin in range(0, n_queries, size):
-        end = min(begin + size, n_queries)
+    for begin, end in query_ranges(n_queries, elements_per_query=elements_per_pair * n_keys):
         first = starts[bisect_right(starts, begin + offset) - 1] // 8 * 8
         keys, queries = slice(first, end + offset), slice(begin + offset, end + offset)
         visible = position[queries, None] >= position[None, keys]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apps.LT2.kernel.dsa import blocked, plain
-from apps.LT2.kernel.dsa.selection import Index, wide_dtype
+from apps.LT2.kernel.dsa.selection import Index, mask_bytes, wide_dtype
 
 MAX_WIDTH = 256  # of a head: wider tiles do not fit in a multiprocessor
 
@@ -44,11 +44,12 @@ def dsa_blocked(
     return o_BTHK, loss / q_BTHK.shape[:2].numel() if with_loss else None
 
 
-def kernels_can(q_BTHK: Tensor, k_BSGK: Tensor) -> bool:
+def kernels_can(q_BTHK: Tensor, k_BSGK: Tensor, index: Index) -> bool:
     """Whether the Triton kernels serve these tensors."""
-    on_gpu = q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2 and k_BSGK.dtype == q_BTHK.dtype
-    whole = q_BTHK.shape[1] == k_BSGK.shape[1]
-    return on_gpu and whole and q_BTHK.shape[3] <= MAX_WIDTH
+    on_gpu = q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2
+    alike = q_BTHK.dtype == k_BSGK.dtype == index.q_BTJC.dtype == index.k_BSC.dtype
+    narrow = max(q_BTHK.shape[3], index.k_BSC.shape[2]) <= MAX_WIDTH
+    return on_gpu and alike and narrow and q_BTHK.shape[1] == k_BSGK.shape[1]
 
 
 @torch.library.custom_op("lt2::dsa", mutates_args=())
@@ -67,18 +68,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, the kernels' logarithms, the packed selection, the loss summed over queries, and its
     gradients by the indexer's q, k and w. What was not asked for is empty."""
-    with torch.cuda.device_of(q):
-        out = blocked.forward(
-            q,
-            k,
-            v,
-            Index(index_q, index_k, index_w),
-            cu_seqlens,
-            top_k,
-            with_loss=with_loss,
-            keep_selection=keep_selection,
-            use_kernels=use_kernels,
-        )
+    index = Index(index_q, index_k, index_w)
+    if use_kernels:
+        from apps.LT2.kernel.dsa import fused
+
+        with torch.cuda.device_of(q):
+            out = fused.forward(q, k, v, index, cu_seqlens, top_k, with_loss=with_loss)
+    else:
+        keep = {"with_loss": with_loss, "keep_selection": keep_selection}
+        out = blocked.forward(q, k, v, index, cu_seqlens, top_k, **keep)
     empty = [x.new_empty(0) for x in (index_q, index_k, index_w)]
     dq, dk, dw = out.index_grads or empty
     return out.o_BTHK, out.lse_BHT, out.bits_BTX, out.loss, dq, dk, dw
@@ -88,8 +86,12 @@ def _forward(
 def _(q, k, v, iq, ik, iw, cu_seqlens, top_k, with_loss, keep_selection, use_kernels):
     B, T, H, _ = q.shape
     grads = [x.new_empty(x.shape if with_loss else 0) for x in (iq, ik, iw)]
-    keep = use_kernels or (keep_selection and top_k < k.shape[1])
-    bits = q.new_empty((B, T, (k.shape[1] + 7) // 8) if keep else 0, dtype=torch.uint8)
+    n_keys = k.shape[1]
+    if use_kernels:
+        bits = q.new_empty(B, T, mask_bytes(n_keys), dtype=torch.uint8)
+    else:
+        keep = keep_selection and top_k < n_keys
+        bits = q.new_empty((B, T, (n_keys + 7) // 8) if keep else 0, dtype=torch.uint8)
     lse = q.new_empty((B, H, T) if use_kernels else 0, dtype=torch.float32)
     return q.new_empty(q.shape), lse, bits, q.new_empty((), dtype=wide_dtype(q.dtype)), *grads
 

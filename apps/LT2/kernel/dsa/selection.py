@@ -60,11 +60,11 @@ def select_top_k(scores_BTS: Tensor, visible: Tensor, top_k: int) -> Tensor:
         return visible.expand_as(scores_BTS)
     scores = scores_BTS.masked_fill(~visible, float("-inf"))
     last = scores.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    above, tied = scores > last, scores == last
+    above, tied = scores > last, (scores == last) & visible
     room = top_k - above.sum(-1, keepdim=True)
     # How many tied keys there are from each on: the later ones have the small numbers.
     place = tied.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
-    return (above | (tied & (place <= room))) & visible
+    return above | (tied & (place <= room))
 
 
 def selected_indices(selected_BS: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -94,3 +94,13 @@ def unpack_bits(bits: Tensor, size: int) -> Tensor:
     """The (..., size) bool mask that `pack_bits` was given."""
     powers = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[..., None] >> powers) & 1).flatten(-2)[..., :size].bool()
+
+
+def mask_bytes(n_keys: int) -> int:
+    """Bytes of a row of the kernels' mask: whole words for each tile of 32 or 64 keys."""
+    return -(-n_keys // 64) * 8
+
+
+def as_words(bits_BTX: Tensor) -> Tensor:
+    """The packed mask in int32, of which bit i is key i of 32: bytes lie in little-endian order."""
+    return bits_BTX.view(torch.int32)
