@@ -35,7 +35,9 @@ class EnvironmentArgs:
     MKL_SERVICE_FORCE_INTEL: str | None = "GNU"  # any value: MKL's Intel threading on all CPUs
     OMP_NUM_THREADS: str | None = "1"  # threads of processes started later (data loaders)
     MKL_NUM_THREADS: str | None = "1"  # the same for MKL
-    ENABLE_INTRA_NODE_COMM: str | None = "1"  # faster all-reduce of small tensors inside a node
+    # "1": faster all-reduce of small tensors inside a node. torch 2.11 ends every run of several
+    # GPUs with it ("Could not resolve the process group"; mended in 2.12, pytorch/pytorch#180663).
+    ENABLE_INTRA_NODE_COMM: str | None = None
     TORCH_NCCL_AVOID_RECORD_STREAMS: str | None = "1"  # less memory held by collectives
     NCCL_IB_TIMEOUT: str | None = "22"  # InfiniBand timeout, 4.096 us * 2 ** value
     NCCL_DEBUG: str | None = "WARN"  # INFO prints the topology at start
