@@ -30,7 +30,7 @@ def short_conv_step_triton(
     assert kernel_can(x, tail), "channels lie side by side, on CUDA"
     B, C = x.shape
     y = x.new_empty(B, C)
-    with torch.cuda.device(x.device):
+    with torch.cuda.device_of(x):
         _step_kernel[(B, triton.cdiv(C, BLOCK_C))](
             x,
             weight,

@@ -1,0 +1,58 @@
+"""The kernels of the short convolution against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from apps.LT2.kernel.documents import local_positions
+from apps.LT2.kernel.short_conv import step
+from apps.LT2.kernel.short_conv.fused import short_conv_fused
+from apps.LT2.kernel.short_conv.naive import short_conv_naive
+from tests.tolerances import FP32, assert_same
+
+
+@pytest.mark.parametrize(
+    "B, T, C, k, with_bias, lengths, silu",
+    [
+        (2, 66, 100, 4, True, None, True),
+        (3, 1, 65, 2, True, None, False),
+        (1, 70, 64, 4, False, (1, 2, 0, 3, 57, 7), True),
+        (1, 69, 30, 8, True, (60, 1, 8), True),
+    ],
+)
+def test_sequences_and_every_gradient(B, T, C, k, with_bias, lengths, silu):
+    """x lies in a wider tensor, as where one product makes the streams and the gates."""
+    torch.manual_seed(0)
+    wide = torch.randn(B, T, C + 5).requires_grad_()
+    weight = torch.randn(C, k).requires_grad_()
+    bias = torch.randn(C).requires_grad_() if with_bias else None
+    inputs = [wide, weight] if bias is None else [wide, weight, bias]
+    bounds = position = None
+    if lengths is not None:
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        position = local_positions(T, bounds, "cpu").int()
+    probe = torch.randn(B, T, C)
+    y = short_conv_fused(wide[..., 2 : C + 2], weight, bias, position, silu)
+    got = torch.autograd.grad((y * probe).sum(), inputs)
+    activation = "silu" if silu else None
+    exact = {"cu_seqlens": bounds, "activation": activation}
+    want_y = short_conv_naive(wide[..., 2 : C + 2], weight, bias, **exact)
+    want = torch.autograd.grad((want_y * probe).sum(), inputs)
+    assert_same(y, want_y, FP32, "y")
+    for name, a, b in zip(("dx", "dweight", "dbias"), got, want, strict=False):
+        assert_same(a, b, FP32, name)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("k", [2, 4])
+def test_steps(monkeypatch, k, silu):
+    monkeypatch.setattr(step, "kernel_can", lambda *_: True)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 9, 70), torch.randn(60, k), torch.randn(60)
+    x, tail = x[..., :60], torch.randn(2, k - 1, 60)
+    activation = "silu" if silu else None
+    want = short_conv_naive(x, weight, bias, tail=tail, activation=activation)
+    got = [step.short_conv_step_triton(x[:, t], weight, tail, bias, silu) for t in range(9)]
+    assert_same(torch.stack(got, dim=1), want, FP32, "y")
+    assert torch.equal(tail, x[:, 10 - k :])
