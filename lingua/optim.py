@@ -56,7 +56,7 @@ class OptimArgs:
     clip: float | None = 1.0  # largest norm of the whole gradient; 0 or null does not clip
     scheduler: str = "cosine"  # constant, linear, inv_sqrt, cosine or wsd
     warmup: int = 2000  # steps of linear rise to lr; 0 starts at lr; `constant` has no warmup
-    lr_min_ratio: float = 0.1  # final learning rate / lr, 0 to 1
+    lr_min_ratio: float = 0.1  # final learning rate / lr, 0 to 1; `constant` stays at lr
     # cosine, wsd: length of a cycle / steps; 0.5 restarts once, 1.0 never. A cosine over 1.0 ends
     # above lr_min_ratio
     cycle_length: float = 1.0
@@ -92,9 +92,14 @@ class OptimArgs:
         )
         for name, readers in READ_BY.items():
             if self.scheduler not in readers:
-                wanted = f"left out: only optim.scheduler={' and '.join(readers)} read it"
+                unset = getattr(OptimArgs, name)
+                allowed = (unset, *SAYS_CONSTANT.get(name, ()))
+                wanted = (
+                    f"left out, or {' or '.join(map(str, allowed))}, under optim.scheduler="
+                    f"{self.scheduler}: only optim.scheduler={' and '.join(readers)} read it"
+                )
                 value = getattr(self, name)
-                _require(value == getattr(OptimArgs, name), name, value, wanted)
+                _require(value in allowed, name, value, wanted)
         if self.scheduler == "wsd":
             _require(self.cycle_length <= 1, "cycle_length", self.cycle_length, "at most 1 for wsd")
             _require(
@@ -189,11 +194,14 @@ SCHEDULERS: dict[str, Callable[..., float]] = {
 
 
 READ_BY = {  # options that not every schedule reads
+    "warmup": ("linear", "inv_sqrt", "cosine", "wsd"),
+    "lr_min_ratio": ("linear", "inv_sqrt", "cosine", "wsd"),
     "cycle_length": ("cosine", "wsd"),
     "cosine_theta": ("cosine",),
     "decay_fraction": ("wsd",),
     "exp_factor": ("inv_sqrt",),
 }
+SAYS_CONSTANT = {"warmup": (0,), "lr_min_ratio": (1.0,)}  # values that mean what `constant` does
 
 
 def build_lr_fn(args: OptimArgs, n_steps: int) -> Callable[[int], float]:

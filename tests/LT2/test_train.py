@@ -201,7 +201,7 @@ def test_a_signal_ends_a_validation_and_the_next_start_makes_up_for_it(
 
 
 def test_more_steps_go_on_from_a_finished_run(data, tmp_path):
-    options = {"optim.scheduler": "constant"}
+    options = {"optim.scheduler": "constant", "optim.warmup": 0}
     train(data, tmp_path / "parts", steps=4, **options)
     train(data, tmp_path / "parts", **options)
     train(data, tmp_path / "whole", **options)

@@ -59,7 +59,8 @@ def test_midpoints_by_hand():
     inv = curve(scheduler="inv_sqrt", **base)
     assert inv[80 - 1] == pytest.approx(0.5)
     assert curve(scheduler="inv_sqrt", warmup=0, lr_min_ratio=0)[3] == pytest.approx(0.5)
-    assert curve(scheduler="constant", **base) == [1.0] * N
+    assert curve(scheduler="constant") == [1.0] * N
+    assert curve(scheduler="constant", warmup=0, lr_min_ratio=1) == [1.0] * N  # says the same
 
 
 @pytest.mark.parametrize("cycles", [2, 4, 5])
@@ -229,6 +230,11 @@ def test_nonfinite_guard_skips_up_to_its_limit_in_a_row():
         ({"beta2": 1.0}, "optim.beta2=1.0"),
         ({"exp_factor": 0.7}, "exp_factor=0.7: .*only optim.scheduler=inv_sqrt"),
         ({"scheduler": "linear", "cycle_length": 0.5}, "optim.cycle_length=0.5"),
+        (
+            {"scheduler": "constant", "warmup": 20},
+            "optim.warmup=20: must be left out, or 2000 or 0, under optim.scheduler=constant",
+        ),
+        ({"scheduler": "constant", "lr_min_ratio": 0.5}, "optim.lr_min_ratio=0.5.*or 0.1 or 1.0"),
     ],
 )
 def test_bad_values_name_their_option(kwargs, message):
