@@ -1,4 +1,8 @@
-"""A folder that one process writes to at a time: made, tried, and held while the process lives."""
+"""A folder that one process writes to at a time: made, tried, and held while the process lives.
+
+A POSIX lock belongs to the process: who opens and closes the lock file of a folder that this
+process holds gives it up.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -28,16 +33,51 @@ def hold_folders(folders: Mapping[str, str | os.PathLike]) -> Iterator[None]:
     """
     with ExitStack() as files:
         for option, folder in folders.items():
-            file = files.enter_context(open(Path(folder, LOCK_NAME), "a+", encoding="utf-8"))
-            _lock(file, option, folder)
+            with _told(option, folder):
+                file = files.enter_context(open(Path(folder, LOCK_NAME), "a+", encoding="utf-8"))
+            _hold(file, option, folder)
         yield
 
 
+@dataclass(frozen=True)
+class Holder:
+    folder: Path
+    who: str  # as it wrote itself into the folder: process and host
+    is_certain: bool  # False where locks cannot be asked for: it may have ended since
+
+
+def find_holder(folder: Path) -> Holder | None:
+    """Another process that holds the folder, or one below it; nothing is written.
+
+    What a process has left that ended holds nothing. Not for a folder that this process holds.
+    """
+    for parent, _, files in os.walk(folder):
+        if LOCK_NAME in files:
+            holder = _holder(Path(parent))
+            if holder is not None:
+                return holder
+    return None
+
+
 def make_writable(option: str, folder: Path) -> None:
-    try:
+    with _told(option, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"x")
+        _try(folder)
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """As make_writable would find it, and nothing is made."""
+    with _told(option, folder):
+        there = folder
+        while not there.exists() and not there.is_symlink():  # a dead link is in the way
+            there = there.parent
+        _try(there)
+
+
+@contextmanager
+def _told(option: str, folder: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{option}={folder}: cannot write there ({error.strerror}); name a folder that this "
@@ -45,19 +85,52 @@ def make_writable(option: str, folder: Path) -> None:
         ) from None
 
 
-def _lock(file: IO[str], option: str, folder: str | os.PathLike) -> None:
+def _try(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:  # has no name where the system can do without
+        file.write(b"x")
+
+
+def _holder(folder: Path) -> Holder | None:
+    who = "unknown"
+    try:
+        with open(folder / LOCK_NAME, encoding="utf-8") as file:
+            who = file.read().strip() or who
+        with open(folder / LOCK_NAME, "r+", encoding="utf-8") as file:
+            is_free = _lock(file)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return Holder(folder, who, is_certain=False)
+    return None if is_free else Holder(folder, who, is_certain=True)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether the file is locked now, and not by another process; OSError where locks fail."""
     try:
         # A POSIX lock: a forked worker does not inherit it, and network file systems know it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            logger.warning("%s=%s: cannot be locked (%s)", option, folder, error.strerror)
-            return
+            raise
+        return False
+    return True
+
+
+def _hold(file: IO[str], option: str, folder: str | os.PathLike) -> None:
+    try:
+        is_free = _lock(file)
+    except OSError as error:
+        logger.warning("%s=%s: cannot be locked (%s)", option, folder, error.strerror)
+        is_free = True
+    if not is_free:
         file.seek(0)
         raise UserError(
             f"{option}={folder}: another run writes there ({file.read().strip() or 'unknown'}); "
             "wait for it, stop it, or name another folder"
-        ) from None
+        )
+    job = os.environ.get("SLURM_JOB_ID")
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(
+        f"process {os.getpid()} on {socket.gethostname()}{f', SLURM job {job}' if job else ''}\n"
+    )
     file.flush()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ from lingua.args import (
     write_atomic,
 )
 from lingua.code_snapshot import snapshot_code, write_code_version
-from lingua.run_folder import make_writable
+from lingua.folder_lock import LOCK_NAME, check_writable, find_holder, hold_folders, make_writable
 from lingua.slurm_script import Job, StoolArgs, render_submit
 
 RUN_MARKS = ("base_config.yaml", "config.yaml", "submit.slurm")  # what tells a run's folder
@@ -152,24 +153,28 @@ def time_limit(args: StoolArgs) -> str:
 
 
 def check_dump_dir(job: Job) -> None:
-    """Refuse a dump_dir that holds something, unless it may be used as it is, or deleted."""
+    """Refuse a dump_dir that cannot be written or that a run holds, and see check_may_use."""
     folder = job.dump_dir
     for option, text in (("dump_dir", str(folder)), ("name", job.name)):
         if not text.isprintable():  # a line of submit.slurm would end in it
             raise UserError(f"{option}={text!r}: has a line break, or such; use plain characters")
+    try:
+        check_may_use(job)
+        check_writable("dump_dir", folder)
+        check_not_held(job)
+    except OSError as error:
+        raise UserError(f"dump_dir={folder}: cannot be looked into ({error.strerror})") from None
+
+
+def check_may_use(job: Job) -> None:
+    """Refuse a dump_dir that holds something, unless it may be used as it is, or deleted."""
+    folder = job.dump_dir
     if is_free(folder):
         return
     if not folder.is_dir():
         raise UserError(f"dump_dir={folder}: is a file; name a folder")
     if job.args.override:
-        in_use = [job.workdir, Path.home(), Path(__file__).resolve()]
-        if any(path.is_relative_to(folder.resolve()) for path in in_use):
-            raise UserError(f"override=true dump_dir={folder}: holds more than a run; not deleted")
-        if not any((folder / mark).exists() for mark in RUN_MARKS):
-            raise UserError(
-                f"override=true dump_dir={folder}: does not look like a run (none of "
-                f"{', '.join(RUN_MARKS)} in it); delete it yourself or name another"
-            )
+        check_may_delete(folder, [job.workdir, Path.home(), Path(__file__).resolve()])
     elif not job.args.dirs_exists_ok:
         raise UserError(
             f"dump_dir={folder}: exists; name another, go on with it by dirs_exists_ok=true, "
@@ -177,8 +182,47 @@ def check_dump_dir(job: Job) -> None:
         )
 
 
+def check_may_delete(folder: Path, in_use: Sequence[Path]) -> None:
+    option = f"override=true dump_dir={folder}"
+    if any(path.is_relative_to(folder.resolve()) for path in in_use):
+        raise UserError(f"{option}: holds more than a run; not deleted")
+    if not any((folder / mark).exists() for mark in RUN_MARKS):
+        raise UserError(
+            f"{option}: does not look like a run (none of {', '.join(RUN_MARKS)} in it); delete it "
+            "yourself or name another"
+        )
+    for below, _, _ in os.walk(folder):  # half a deletion helps nobody
+        if not os.access(below, os.R_OK | os.W_OK | os.X_OK):
+            raise UserError(f"{option}: {below} may not be written, and so not be deleted")
+
+
+def check_not_held(job: Job) -> None:
+    """Refuse to delete, or to put other code and another config under, a run that goes on."""
+    holder = find_holder(job.dump_dir)
+    if holder is None:
+        return
+    option = "override" if job.args.override else "dirs_exists_ok"
+    said = f"{option}=true dump_dir={job.dump_dir}:"
+    if holder.is_certain:
+        submit = shlex.quote(str(job.dump_dir / "submit.slurm"))
+        raise UserError(
+            f"{said} a run writes to {holder.folder} ({holder.who}); wait for it, stop it, or name "
+            f"another folder (a job that goes on after it: sbatch --dependency=afterany:<its id> "
+            f"{submit})"
+        )
+    if job.args.override:
+        raise UserError(
+            f"{said} there is no telling whether a run still writes to {holder.folder} (the last: "
+            f"{holder.who}), as its {LOCK_NAME} cannot be locked here; delete the folder yourself "
+            "or name another"
+        )
+
+
 def is_free(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    """Whether nothing is there, or nothing but what a process that held it has left."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.name == LOCK_NAME for path in folder.iterdir())
 
 
 # ---- what is written
@@ -187,14 +231,40 @@ def is_free(folder: Path) -> bool:
 def write_run(plan: RunPlan, without: Path | None = None) -> Path:
     """The run's folder; the path of its submit.slurm. `without` is no part of the code, nor is the
     folder itself."""
+    make_writable("dump_dir", plan.job.dump_dir)
+    with hold_folders({"dump_dir": plan.job.dump_dir}):
+        check_may_use(plan.job)  # another stool may have been faster
+        if plan.job.args.override:
+            empty_run_folder(plan.job.dump_dir)
+        return fill_run_folder(plan, without or plan.job.dump_dir)
+
+
+def empty_run_folder(folder: Path) -> None:
+    """Delete a run, but for its lock, which is held meanwhile.
+
+    What tells a run goes last: a deletion that is cut off can be asked for again.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in RUN_MARKS):
+        if path.name == LOCK_NAME:
+            continue
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError as error:
+            at = error.filename or path
+            raise UserError(
+                f"override=true dump_dir={folder}: {at} cannot be deleted ({error.strerror})"
+            ) from None
+
+
+def fill_run_folder(plan: RunPlan, without: Path) -> Path:
     job, root = plan.job, plan.root
-    if job.args.override and not is_free(job.dump_dir):
-        shutil.rmtree(job.dump_dir)
-    make_writable("dump_dir", job.dump_dir)
     (job.dump_dir / "logs").mkdir(exist_ok=True)  # SLURM does not make it
     version = write_code_version(root, job.dump_dir / "code_version.json")
     if job.args.copy_code:
-        copied = snapshot_code(root, job.code, without=without or job.dump_dir)
+        copied = snapshot_code(root, job.code, without=without)
         changed = ", with changes" if version.dirty else ""
         commit = f"commit {version.commit[:10]}{changed}" if version.commit else "not in git"
         print(f"stool: {copied} files of code copied ({commit})")

@@ -38,6 +38,7 @@ from lingua.background import (
     start_here,
     submit_to_slurm,
 )
+from lingua.folder_lock import hold_folders, make_writable
 from lingua.run_plan import RunPlan, import_script, parse_run_args, plan_run, write_run
 from lingua.run_plan import read_run_args as read_run_args
 from lingua.slurm_script import Job as Job
@@ -89,9 +90,11 @@ def launch_sweep(args: StoolArgs) -> Path:
         check_slurm(jobs[0])
     else:
         gpu_slots(args.ngpu, at_once)  # refuses more than the machine has
-    for plan in plans:
-        write_run(plan, without=folder)
-    write_record(folder, runs)
+    make_writable("dump_dir", folder)
+    with hold_folders({"dump_dir": folder}):
+        for plan in plans:
+            write_run(plan, without=folder)
+        write_record(folder, runs)
     if args.launcher == "sbatch":
         handles = submit_to_slurm(jobs, folder / FOLDER, name=name, at_once=at_once)
         print(f"stool: job {handles[0].job_id.partition('_')[0]}, {len(jobs)} runs in {folder}")

@@ -1,10 +1,35 @@
-"""What tests of stool look at: a repository, and what a job said."""
+"""What tests of stool look at: a repository, what a job said, and a run that holds its folder."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+HOLD = """
+import sys, time
+from lingua.folder_lock import hold_folders  # which comes without torch
+with hold_folders({"dump_dir": sys.argv[1]}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[int]:
+    """The id of another process, which writes to the folder as a run does, and is then killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
 
 
 def git(folder: Path, *command: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import shutil
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 
+import lingua.run_plan as run_plan
 from lingua.args import UserError
 from lingua.code_snapshot import list_code, snapshot_code
+from lingua.folder_lock import Holder
 from lingua.slurm_script import quote_sbatch
 from lingua.stool import (
     Job,
@@ -25,7 +28,7 @@ from lingua.stool import (
     read_run_args,
     render_submit,
 )
-from tests.lingua.stool_utils import git, said
+from tests.lingua.stool_utils import git, held, said
 from tests.LT2.tiny_run import write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
@@ -367,6 +370,67 @@ def test_a_dump_dir_that_exists_is_only_used_when_told_so(project, args):
     launch_job(replace(args, override=True, config=str(dump_dir / "base_config.yaml")))
     assert not (dump_dir / "metrics.jsonl").exists()
     assert (dump_dir / "base_config.yaml").read_text() == (project / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "option, held_below", [("override", ""), ("override", "checkpoints"), ("dirs_exists_ok", "")]
+)
+def test_a_run_that_goes_on_keeps_its_folder(project, args, option, held_below):
+    dump_dir = project / "runs" / "a b"
+    launch_job(args)
+    (dump_dir / "checkpoints").mkdir()
+    (dump_dir / "checkpoints" / "weights").write_text("kept")
+    (dump_dir / "code" / "edited").write_text("kept")
+    (project / "linked").symlink_to(dump_dir)
+    again = replace(args, **{option: True})
+    with held(dump_dir / held_below) as pid:
+        for name in ("runs/a b", "linked"):
+            said = rf"{option}=true dump_dir=.*{name}: a run writes to .*process {pid} on .*wait"
+            with pytest.raises(UserError, match=said):
+                launch_job(replace(again, overrides=[f"dump_dir={name}"]))
+        assert (dump_dir / "checkpoints" / "weights").exists()
+        assert (dump_dir / "code" / "edited").exists()
+    launch_job(replace(again, overrides=["dump_dir=linked"]))  # by its id, the lock is left over
+    assert (dump_dir / "checkpoints" / "weights").exists() == (option == "dirs_exists_ok")
+    assert (project / "linked").is_symlink() and not (dump_dir / "code" / "edited").exists()
+
+
+def test_what_may_be_in_use_is_not_deleted(project, args, monkeypatch):
+    launch_job(args)
+    dump_dir = project / "runs" / "a b"
+    (dump_dir / ".lock").write_text("process 1 on elsewhere\n")
+    unknown = Holder(dump_dir, "process 1 on elsewhere", is_certain=False)
+    monkeypatch.setattr(run_plan, "find_holder", lambda _: unknown)
+    with pytest.raises(UserError, match="no telling whether a run still writes .*on elsewhere"):
+        launch_job(replace(args, override=True))
+    assert (dump_dir / "submit.slurm").exists()
+    launch_job(replace(args, dirs_exists_ok=True))  # as a run goes on itself in such a folder
+
+
+def test_of_two_stools_at_once_one_gets_the_folder(project, args, monkeypatch):
+    plan = run_plan.plan_run(args)
+    launch_job(replace(args, overrides=["steps=5"]))  # faster, if later
+    with pytest.raises(UserError, match="dump_dir=.*: exists; name another"):
+        run_plan.write_run(plan)
+    dump_dir = project / "runs" / "a b"
+    assert "steps=5" in (dump_dir / "submit.slurm").read_text()
+    with held(dump_dir), pytest.raises(UserError, match="another run writes there"):
+        run_plan.write_run(replace(plan, job=replace(plan.job, args=replace(args, override=True))))
+    assert "steps=5" in (dump_dir / "submit.slurm").read_text()
+
+
+def test_a_deletion_that_was_cut_off_can_be_asked_for_again(project, args, monkeypatch):
+    launch_job(args)
+    dump_dir = project / "runs" / "a b"
+    with monkeypatch.context() as full, pytest.raises(UserError, match="code cannot be deleted"):
+
+        def rmtree(path):
+            raise OSError(errno.EBUSY, "busy", str(path))
+
+        full.setattr(run_plan.shutil, "rmtree", rmtree)
+        launch_job(replace(args, override=True))
+    launch_job(replace(args, override=True))
+    assert (dump_dir / "code").is_dir()
 
 
 @pytest.mark.parametrize("folder", [".", "..", "data"])

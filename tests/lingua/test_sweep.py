@@ -17,7 +17,7 @@ from lingua.args import UserError, parse_args
 from lingua.stool import StoolArgs, launch_job, main
 from lingua.sweep import as_arguments, combinations, format_table, label_of
 from lingua.sweep import main as print_table
-from tests.lingua.stool_utils import said
+from tests.lingua.stool_utils import held, said
 from tests.lingua.test_stool import some_job
 from tests.LT2.tiny_run import OPTIONS, write_corpus
 
@@ -174,6 +174,22 @@ def test_a_sweep_can_be_added_to(project, args, capfd, monkeypatch):
     launch_job(replace(swept, sweep={"steps": [2, 3]}, dirs_exists_ok=True))
     assert folders(project / "runs" / "s") == ["steps=2", "steps=3"]
     assert list(json.loads((project / "runs/s/sweep.json").read_text())) == ["steps=2", "steps=3"]
+
+
+def test_a_sweep_leaves_a_run_that_goes_on_alone(project, args, monkeypatch):
+    monkeypatch.setattr("lingua.stool.run_sweep_here", lambda *args: [])
+    swept = replace(args, sweep={"steps": [2, 3]})
+    launch_job(swept)
+    sweep = project / "runs" / "a b"
+    (sweep / "steps=2" / "mine").write_text("kept")
+    with held(sweep / "steps=3") as pid:
+        with pytest.raises(UserError, match=f"override=true .*steps=3.*process {pid} on"):
+            launch_job(replace(swept, override=True))
+        assert (sweep / "steps=2" / "mine").exists()  # all is checked before anything is deleted
+        launch_job(replace(args, sweep={"steps": [2]}, override=True))
+        assert not (sweep / "steps=2" / "mine").exists()
+    with held(sweep), pytest.raises(UserError, match="dump_dir=.*another run writes there"):
+        launch_job(replace(args, sweep={"steps": [4]}))  # its record would be written to
 
 
 def test_more_places_than_runs_take_no_more_gpus_than_the_runs(project, args, monkeypatch):
