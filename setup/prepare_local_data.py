@@ -267,6 +267,13 @@ def is_complete(out: Path, request: dict) -> bool:
     )
 
 
+def refuse_others(out: Path, request: dict) -> None:
+    """UserError for a folder that another program made: what its manifest names is not ours."""
+    manifest = read_manifest(out)
+    if manifest and manifest.get("request", {}).keys() != request.keys():
+        raise UserError(f"--out {out}: holds other data, by its manifest.json; name another folder")
+
+
 def build(documents: list[dict[str, str]], request: dict) -> tuple[dict[str, bytes], dict]:
     """The files to write and the manifest that describes them."""
     train, val = hold_out(documents)
@@ -326,6 +333,7 @@ def main(argv: Sequence[str], stdlib: Path | None = None) -> None:
     if is_complete(given.out, request):
         print(f"{given.out}: complete, nothing to do")
         return
+    refuse_others(given.out, request)
 
     started = time.perf_counter()
     stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])

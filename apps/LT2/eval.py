@@ -59,7 +59,7 @@ from lingua.distributed import (
 from lingua.logger import init_logger
 from lingua.metrics import start_wandb
 from lingua.record_file import append_whole, json_line, mend_jsonl
-from lingua.run_folder import make_writable
+from lingua.run_folder import make_writable, own_folders
 from lingua.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,12 @@ def launch_eval(given: EvalArgs) -> dict[str, Scores]:
     """Evaluate in processes of their own: alone, or all that torchrun or srun started."""
     args = resolve(given)
     assert args.dump_dir is not None
-    init_logger(Path(args.dump_dir, "eval.log"))
-    setup_torch_distributed(DistributedArgs(model_dtype="fp32"))  # no group in a single process
-    return evaluate(args)
+    # What the checkpoint lies in is the training run's to hold, which may go on.
+    is_of_training = Path(args.dump_dir).resolve() in Path(args.ckpt_dir).resolve().parents
+    with own_folders({} if is_of_training else {"dump_dir": args.dump_dir}):
+        init_logger(Path(args.dump_dir, "eval.log"))
+        setup_torch_distributed(DistributedArgs(model_dtype="fp32"))  # no group in one process
+        return evaluate(args)
 
 
 def resolve(args: EvalArgs) -> EvalArgs:

@@ -19,6 +19,7 @@ from apps.LT2.eval import EvalArgs, launch_eval, main, resolve, validate_before_
 from apps.LT2.local_tasks.items import choice_items, cloze_items, copy_items, read_documents
 from lingua.args import UserError, parse_args, run_cli
 from lingua.tokenizer import ByteTokenizer
+from tests.lingua.stool_utils import held
 from tests.LT2.tiny import save_run, tiny_model
 from tests.LT2.tiny_run import clean_process
 
@@ -111,6 +112,15 @@ def test_a_model_that_knows_the_text_is_far_above_chance(scores):
     assert tasks["lt2_local_choice"]["acc,none"] > chance + 0.4
     assert tasks["lt2_local_cloze"]["acc,none"] > 0.5
     assert tasks["lt2_local_cloze"]["perplexity,none"] < len(WORDS) / 4
+
+
+def test_results_are_of_one_evaluation_at_a_time(here):
+    """A training run's own folder is that run's to hold."""
+    for folder, message in (("evals/a", "another run writes there"), ("runs/demo", "no_data")):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with held(Path(folder)), pytest.raises(UserError, match=message):
+            options = ["harness=null", "validation.root_dir=no_data", "generator.device=cpu"]
+            run("ckpt_dir=runs/demo", *options, f"dump_dir={folder}")
 
 
 def test_what_is_left_on_disk(place, scores):

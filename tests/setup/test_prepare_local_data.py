@@ -180,6 +180,17 @@ def test_fewer_chunks_leave_no_chunk_of_before_and_no_file_of_the_user_is_touche
     assert chunks == ["mine.chunk.00.jsonl", "stdlib.chunk.00.jsonl", "stdlib.chunk.01.jsonl"]
 
 
+def test_a_corpus_of_another_program_is_not_taken_for_an_older_one(tmp_path, stdlib):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "fineweb.chunk.00.jsonl").write_text('{"text": "a"}\n')
+    manifest = {"request": {"seed": 42}, "files": {"fineweb.chunk.00.jsonl": {"bytes": 14}}}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"--out {out}: holds other data"):
+        run(out, stdlib)
+    assert {path.name for path in out.iterdir()} == {"fineweb.chunk.00.jsonl", "manifest.json"}
+
+
 def test_tokenizer_gives_any_text_back(tmp_path, stdlib):
     tokenizers = pytest.importorskip("tokenizers")
     run(tmp_path / "out", stdlib)
