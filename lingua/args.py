@@ -39,6 +39,7 @@ from lingua.yaml_reader import read_yaml_file, yaml_value
 __all__ = [
     "FieldDoc",
     "UserError",
+    "config_as_yaml",
     "dataclass_from_dict",
     "dataclass_to_dict",
     "describe_fields",
@@ -50,6 +51,7 @@ __all__ = [
     "load_config_file",
     "open_atomic",
     "parse_args",
+    "print_text",
     "run_cli",
     "write_atomic",
 ]
@@ -73,7 +75,7 @@ def parse_args(
     argument `config` is a mapping in a file's place.
     """
     if "-h" in argv or "--help" in argv:
-        _print_help(format_help(cls, prog=prog, description=description, examples=examples))
+        print_text(format_help(cls, prog=prog, description=description, examples=examples))
         raise SystemExit(0)
     options = [_split_option(arg) for arg in argv]
     data: dict[str, Any] = _plain(config or {})
@@ -108,6 +110,14 @@ def dataclass_to_dict(obj: Any) -> dict[str, Any]:
     return _plain(dataclasses.asdict(obj))
 
 
+def print_text(text: str) -> None:
+    """Print for a person, who may look at the head of it alone."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head`; Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def load_config_file(path: str | os.PathLike) -> dict[str, Any]:
     """The mapping in a YAML file; interpolations `${a.b}` are left for dataclass_from_dict."""
     return read_yaml_file(path)[0]
@@ -115,13 +125,17 @@ def load_config_file(path: str | os.PathLike) -> dict[str, Any]:
 
 def dump_config(config: Any, path: str | os.PathLike, log_config: bool = True) -> None:
     """Write a config dataclass (or mapping) as YAML, whole or not at all, without its secrets."""
-    omegaconf = import_optional("omegaconf", extra="", needed_by="writing YAML")
-    plain = _plain(config) if isinstance(config, Mapping) else dataclass_to_dict(config)
-    plain = redact_all(plain)
-    text = omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(plain))
+    text = config_as_yaml(config)
     write_atomic(path, text)
     if log_config:
         logger.info("Configuration of this run:\n%s", text)
+
+
+def config_as_yaml(config: Any) -> str:
+    """A config dataclass (or mapping) as a file has it, without its secrets."""
+    omegaconf = import_optional("omegaconf", extra="", needed_by="writing YAML")
+    plain = _plain(config) if isinstance(config, Mapping) else dataclass_to_dict(config)
+    return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(redact_all(plain)))
 
 
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
@@ -181,13 +195,6 @@ def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 # --- the command line ----------------------------------------------------------------------------
-
-
-def _print_help(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `--help | head`; Python would complain again when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _split_option(arg: str) -> tuple[str, str]:

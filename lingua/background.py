@@ -136,6 +136,4 @@ def failure(handle: Any) -> str | None:
 def _command(job: Job, *before: str) -> Any:
     # submitit's own class, since the job unpickles it where this package may not be on the path.
     submitit = import_submitit("a job in the background")
-    return submitit.helpers.CommandFunction(
-        [*before, "bash", str(job.dump_dir / "submit.slurm")], verbose=False
-    )
+    return submitit.helpers.CommandFunction([*before, "bash", str(job.script)], verbose=False)

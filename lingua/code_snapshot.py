@@ -6,16 +6,13 @@ and YAML files.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-
-from lingua.args import write_atomic
 
 logger = logging.getLogger()
 
@@ -28,6 +25,10 @@ SUFFIXES = {".py", ".yaml", ".yml"}  # what is copied where there is no git
 class CodeVersion:
     commit: str | None  # None outside git
     dirty: bool  # whether files differ from the commit
+
+    def __str__(self) -> str:
+        changed = ", with changes" if self.dirty else ""
+        return f"commit {self.commit[:10]}{changed}" if self.commit else "not in git"
 
 
 def git(root: Path, *command: str) -> str | None:
@@ -88,6 +89,12 @@ def _walk(root: Path) -> Iterator[Path]:
                 yield Path(folder, name).relative_to(root)
 
 
+def code_to_copy(root: Path, without: Path) -> list[Path]:
+    """The code below `root` but what lies in `without`, relative to `root`."""
+    without = without.resolve()
+    return [file for file in list_code(root) if not (root / file).is_relative_to(without)]
+
+
 def snapshot_code(root: Path, target: Path, without: Path) -> int:
     """Copy the code below `root` to `target`, except what lies in `without`; how many files.
 
@@ -96,8 +103,7 @@ def snapshot_code(root: Path, target: Path, without: Path) -> int:
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    without = without.resolve()
-    files = [file for file in list_code(root) if not (root / file).is_relative_to(without)]
+    files = code_to_copy(root, without)
     try:
         for file in files:
             (aside / file).parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +125,3 @@ def copy(root: Path, file: Path, target: Path) -> None:
     folder = source.resolve()
     is_inside = folder.is_relative_to(root.resolve())
     target.symlink_to(os.path.relpath(folder, source.parent.resolve()) if is_inside else folder)
-
-
-def write_code_version(root: Path, path: Path) -> CodeVersion:
-    version = code_version(root)
-    write_atomic(path, json.dumps({**asdict(version), "root": str(root)}, indent=2) + "\n")
-    return version

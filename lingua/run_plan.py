@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from lingua.args import (
     UserError,
-    dump_config,
+    config_as_yaml,
     parse_args,
     write_atomic,
 )
-from lingua.code_snapshot import snapshot_code, write_code_version
+from lingua.code_snapshot import code_version, snapshot_code
 from lingua.folder_lock import LOCK_NAME, check_writable, find_holder, hold_folders, make_writable
 from lingua.slurm_script import Job, StoolArgs, render_submit
 
 RUN_MARKS = ("base_config.yaml", "config.yaml", "submit.slurm")  # what tells a run's folder
+LOGS = "logs"
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def check_not_held(job: Job) -> None:
     option = "override" if job.args.override else "dirs_exists_ok"
     said = f"{option}=true dump_dir={job.dump_dir}:"
     if holder.is_certain:
-        submit = shlex.quote(str(job.dump_dir / "submit.slurm"))
+        submit = shlex.quote(str(job.script))
         raise UserError(
             f"{said} a run writes to {holder.folder} ({holder.who}); wait for it, stop it, or name "
             f"another folder (a job that goes on after it: sbatch --dependency=afterany:<its id> "
@@ -260,19 +262,22 @@ def empty_run_folder(folder: Path) -> None:
 
 
 def fill_run_folder(plan: RunPlan, without: Path) -> Path:
-    job, root = plan.job, plan.root
-    (job.dump_dir / "logs").mkdir(exist_ok=True)  # SLURM does not make it
-    version = write_code_version(root, job.dump_dir / "code_version.json")
+    job = plan.job
+    (job.dump_dir / LOGS).mkdir(exist_ok=True)  # SLURM does not make it
     if job.args.copy_code:
-        copied = snapshot_code(root, job.code, without=without)
-        changed = ", with changes" if version.dirty else ""
-        commit = f"commit {version.commit[:10]}{changed}" if version.commit else "not in git"
-        print(f"stool: {copied} files of code copied ({commit})")
-    base_config = job.dump_dir / "base_config.yaml"
-    if isinstance(plan.config, str):
-        write_atomic(base_config, plan.config)  # as it was given, comments included
-    else:
-        dump_config(plan.config, base_config, log_config=False)
-    submit = job.dump_dir / "submit.slurm"
-    write_atomic(submit, render_submit(job))
-    return submit
+        copied = snapshot_code(plan.root, job.code, without=without)
+        print(f"stool: {copied} files of code copied ({code_version(plan.root)})")
+    for name, text in run_files(plan).items():
+        write_atomic(job.dump_dir / name, text)
+    return job.script
+
+
+def run_files(plan: RunPlan) -> dict[str, str]:
+    """Name -> text of the files that make a run, its code aside; what relaunches it comes last."""
+    version = {**asdict(code_version(plan.root)), "root": str(plan.root)}
+    given = plan.config  # comments included, where it is a file's text
+    return {
+        "code_version.json": json.dumps(version, indent=2) + "\n",
+        "base_config.yaml": given if isinstance(given, str) else config_as_yaml(given),
+        plan.job.script.name: render_submit(plan.job),
+    }

@@ -20,6 +20,7 @@ class StoolArgs:
     copy_code: bool = True  # run a copy of the code in dump_dir/code; false runs the code as it is
     dirs_exists_ok: bool = False  # launch into a dump_dir that exists, to go on with its run
     override: bool = False  # delete a dump_dir that exists, checkpoints included, and start anew
+    dry_run: bool = False  # check all and show what would be written and run; nothing is touched
     nodes: int = -1  # machines; required
     ngpu: int = 8  # GPUs on each node, one process each
     ncpu: int = 16  # CPU cores for each GPU
@@ -71,6 +72,10 @@ class Job:
     code: Path  # the code it runs
     python: Path
     time_limit: str  # as SLURM writes it; "" = leave it to SLURM
+
+    @property
+    def script(self) -> Path:
+        return self.dump_dir / "submit.slurm"
 
 
 def resources(job: Job) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def render_submit(job: Job) -> str:
         "#!/bin/bash",
         *directives(job),
         "",
-        f"# Relaunch: sbatch {q(job.dump_dir / 'submit.slurm')}",
+        f"# Relaunch: sbatch {q(job.script)}",
         "set -eo pipefail",
         f"export DUMP_DIR={q(job.dump_dir)}",
         "export OMP_NUM_THREADS=1",

@@ -6,7 +6,8 @@
 
 Options before `--` are stool's own; those after it are the script's and win over the config. The
 config is checked against the script's TrainArgs before anything is written; a script may check more
-by a function `validate_before_submit(args, world_size)`. Then `dump_dir` gets
+by a function `validate_before_submit(args, world_size)`. With dry_run=true what would be written,
+deleted and run is shown, and no more. Else `dump_dir` gets
 
     code/               what git tracks or does not ignore; the job runs this copy
     code_version.json   the commit, and whether files differed from it
@@ -38,6 +39,7 @@ from lingua.background import (
     start_here,
     submit_to_slurm,
 )
+from lingua.dry_run import show
 from lingua.folder_lock import hold_folders, make_writable
 from lingua.run_plan import RunPlan, import_script, parse_run_args, plan_run, write_run
 from lingua.run_plan import read_run_args as read_run_args
@@ -55,6 +57,9 @@ def launch_job(args: StoolArgs) -> Path:
     if args.sweep:
         return launch_sweep(args)
     plan = plan_run(args)
+    if args.dry_run:
+        show([plan], f"run: {shlex.join(launch_command(plan.job))}")
+        return plan.job.script
     script = write_run(plan)
     submit(plan.job)
     return script
@@ -63,6 +68,7 @@ def launch_job(args: StoolArgs) -> Path:
 def launch_in_background(args: StoolArgs, *, gpus: str | None = None) -> Any:
     """As launch_job, and returns at once with submitit's handle of the job: in SLURM where
     `args.launcher` is sbatch, else in a process of this machine, on `gpus`."""
+    assert not args.dry_run, "there is no handle of a job that is only shown"
     plan = plan_run(args)
     if args.launcher == "sbatch":
         check_slurm(plan.job)
@@ -90,6 +96,10 @@ def launch_sweep(args: StoolArgs) -> Path:
         check_slurm(jobs[0])
     else:
         gpu_slots(args.ngpu, at_once)  # refuses more than the machine has
+    if args.dry_run:
+        where = "as one SLURM job array" if args.launcher == "sbatch" else "here"
+        show(plans, f"run these {len(jobs)} {where}, {at_once} at a time", sweep=folder)
+        return folder / RECORD
     make_writable("dump_dir", folder)
     with hold_folders({"dump_dir": folder}):
         for plan in plans:
@@ -140,16 +150,19 @@ def run_sweep_here(jobs: list[Job], folder: Path, at_once: int) -> list[str]:
 # ---- launching
 
 
-def submit(job: Job) -> None:
-    args, script = job.args, str(job.dump_dir / "submit.slurm")
+def launch_command(job: Job) -> list[str]:
     # On the command line alone: a relaunch does not wait for jobs that are long gone.
-    wait_for = [f"--dependency={args.dependency}"] if args.dependency else []
-    command = [args.launcher, *wait_for, script]
+    wait_for = [f"--dependency={job.args.dependency}"] if job.args.dependency else []
+    return [job.args.launcher, *wait_for, str(job.script)]
+
+
+def submit(job: Job) -> None:
+    command = launch_command(job)
     print(f"stool: {shlex.join(command)}", flush=True)
     done = subprocess.run(command)
     if done.returncode != 0:
         raise UserError(
-            f"{args.launcher} {script}: ended with status {done.returncode}; its messages are "
+            f"{command[0]} {job.script}: ended with status {done.returncode}; its messages are "
             f"above or in {job.dump_dir / 'logs'}"
         )
 
@@ -164,6 +177,7 @@ def main(argv: list[str]) -> None:
         examples=[
             "python -m lingua.stool config=run.yaml nodes=8 partition=gpu",
             "python -m lingua.stool config=run.yaml nodes=1 ngpu=1 launcher=bash -- steps=100",
+            "python -m lingua.stool config=run.yaml nodes=8 partition=gpu dry_run=true",
             "python -m lingua.stool config=run.yaml nodes=1 'sweep.optim.lr=[1e-4,3e-4]' array=1",
         ],
     )

@@ -240,6 +240,60 @@ def test_a_copy_that_fails_leaves_nothing(project, monkeypatch):
     assert not list((project / "runs").iterdir())
 
 
+def state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """When everything below was written, and how large it is."""
+    paths = [folder, *(path for path in folder.rglob("*") if "__pycache__" not in path.parts)]
+    stats = {str(path): path.lstat() for path in paths if ".git" not in path.parts}
+    return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()}
+
+
+@pytest.mark.parametrize("change", [{}, dict(override=True), dict(dirs_exists_ok=True)])
+def test_a_dry_run_shows_all_and_touches_nothing(project, args, slurm, capfd, change):
+    dump_dir = project / "runs" / "a b"
+    if change:
+        launch_job(args)
+        (dump_dir / "checkpoint").write_text("weights")
+    asked = replace(args, launcher="sbatch", dependency="afterok:7", **change)
+    import_script(args.script)  # which Python keeps compiled, as of any script
+    capfd.readouterr()
+    before = state_of(project)
+    assert launch_job(replace(asked, dry_run=True)) == dump_dir / "submit.slurm"
+    assert state_of(project) == before and not (slurm / "sbatch.log").exists()
+    out = capfd.readouterr().out
+    shown = {line.strip() for line in out.splitlines() if line.startswith("    ")}
+    assert ("would delete all in" in out) == ("override" in change)
+    assert ("leave what else is there" in out) == ("dirs_exists_ok" in change)
+    assert f"stool: would run: sbatch --dependency=afterok:7 '{dump_dir}/submit.slurm'" in out
+
+    # it is what a launch then does
+    script = launch_job(replace(asked, dependency="")).read_text()
+    assert script in out
+    written = files_below(dump_dir) - {"checkpoint"}
+    written = {name for name in written if not name.startswith("logs/") and name != ".lock"}
+    code = {name for name in written if name.startswith("code/")}
+    assert {str(project / name.removeprefix("code/")) for name in code} <= shown
+    assert written - code | {"code/", "logs/"} <= shown
+
+
+def test_a_dry_run_refuses_what_a_launch_would(project, args, slurm, capfd):
+    with pytest.raises(UserError, match="partition=typo"):
+        launch_job(replace(args, launcher="sbatch", partition="typo", dry_run=True))
+    with pytest.raises(UserError, match="dump_dir=/proc/x: cannot write there"):
+        launch_job(replace(args, dry_run=True, overrides=["dump_dir=/proc/x"]))
+    launch_job(args)
+    dry = replace(args, dry_run=True, override=True)
+    with held(project / "runs" / "a b") as pid, pytest.raises(UserError, match=f"process {pid} "):
+        launch_job(dry)
+    assert "would" not in capfd.readouterr().out
+
+
+def test_the_output_of_a_dry_run_may_be_cut_off(project, args):
+    options = f"config=run.yaml script={args.script} launcher=bash nodes=1 ngpu=1 dry_run=true"
+    command = f"{sys.executable} -m lingua.stool {options} | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("stool: a dry run") and done.stderr == ""
+
+
 @pytest.mark.parametrize("value", ["it's", 'a "b" \\ c', "x#y"])
 def test_sbatch_reads_a_value_as_it_was(value):
     assert shlex.split(quote_sbatch(value)) == [value]

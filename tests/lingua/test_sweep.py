@@ -192,6 +192,20 @@ def test_a_sweep_leaves_a_run_that_goes_on_alone(project, args, monkeypatch):
         launch_job(replace(args, sweep={"steps": [4]}))  # its record would be written to
 
 
+def test_a_dry_run_of_a_sweep_names_every_run(project, args, slurm, capfd):
+    swept = replace(args, launcher="sbatch", sweep={"steps": [2, 3, 4]}, array=2)
+    launch_job(replace(swept, dry_run=True))
+    assert not (project / "runs").exists() and not (slurm / "sbatch.log").exists()
+    out = capfd.readouterr().out
+    sweep = project / "runs" / "a b"
+    for n in (2, 3, 4):
+        assert f"stool: would write to {sweep}/steps={n}:" in out
+    assert f"would write {sweep}/sweep.json" in out and "#SBATCH --job-name=try_steps=2" in out
+    assert out.endswith("stool: would run these 3 as one SLURM job array, 2 at a time\n")
+    with pytest.raises(UserError, match="unknown option stepss"):
+        launch_job(replace(swept, sweep={"stepss": [2]}, dry_run=True))
+
+
 def test_more_places_than_runs_take_no_more_gpus_than_the_runs(project, args, monkeypatch):
     places = []
     monkeypatch.setattr(
