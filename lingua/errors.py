@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from lingua.redact import redact
+from lingua.told_once import tell
 
 MAX_LENGTH = 2000  # characters of a message
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG}
@@ -35,7 +35,7 @@ def is_machine_fault(error: BaseException) -> bool:
 
 def run_cli(main: Callable[[list[str]], Any]) -> None:
     """Run `main(argv)`; a UserError becomes one line on stderr and exit status 2, a fault of the
-    machine one and status 1, Ctrl-C 130.
+    machine one and status 1, Ctrl-C 130. Ranks that have the same error tell it once.
 
     Any other error ends the process with its traceback.
     """
@@ -45,9 +45,7 @@ def run_cli(main: Callable[[list[str]], Any]) -> None:
     except (UserError, MachineFault, OSError) as error:
         if not isinstance(error, UserError) and not is_machine_fault(error):
             raise
-        rank = os.environ.get("RANK", "0")
-        who = "" if rank == "0" else f"rank {rank}: "
-        print(f"error: {who}{one_line(error)}", file=sys.stderr, flush=True)
+        tell(one_line(error))
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -378,7 +378,7 @@ def test_a_malformed_line_is_named(bad_data, tmp_path, load_async):
         train(bad_data, tmp_path, steps=100, **{"data.load_async": load_async})
 
 
-def test_a_malformed_line_ends_torchrun_with_one_line_a_rank(bad_data, tmp_path):
+def test_a_malformed_line_ends_torchrun_with_one_line_for_all_ranks(bad_data, tmp_path):
     changes = {"steps": 100, "data.load_async": True, "distributed.fsdp_type": "full_shard"}
     arguments = command_line(bad_data, tmp_path, changes)
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -391,7 +391,10 @@ def test_a_malformed_line_ends_torchrun_with_one_line_a_rank(bad_data, tmp_path)
     )
     assert done.returncode
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors and all("text.chunk.00.jsonl:9: not JSON" in line for line in errors)
+    assert len(errors) == 1 and "text.chunk.00.jsonl:9: not JSON" in errors[0]
+    assert done.stderr.index(errors[0]) < done.stderr.index("ChildFailedError")
+    reported = f"traceback : {errors[0].removeprefix('error: ')}"
+    assert reported in done.stderr and "To enable traceback see" not in done.stderr
     own_code = Path(app.__file__).as_posix()
     assert f'File "{own_code}"' not in done.stderr, "a traceback for a mistake of the user"
 
