@@ -22,29 +22,49 @@ def check_unused_options(args: LoopedTransformerArgs) -> None:
     A section (`gdn:`) may stay where a recipe is tried with another mixer. So may
     default_sliding_window, which recipes give whether or not they have a window.
     """
+    for complaint in unused_options(args).values():
+        raise UserError(complaint)
+
+
+def unused_options(args: LoopedTransformerArgs) -> dict[str, str]:
+    """Name -> what is to be said of it, of each option that is set and changes nothing."""
     used = _mixers(args)
+    reasons: dict[str, str] = {}
     for name in sorted(frozenset().union(*(mixer.reads for mixer in MIXERS.values()))):
         if not used & (readers := _readers(name)):
-            _refuse_if_set(args, name, f"only {_names(readers)} layers read it", used)
+            reasons[name] = f"only {_names(readers)} layers read it"
     if all(_own_heads(args, name) for name in used):
-        _refuse_if_set(args, "n_heads", "these layers have a number of their own", used)
+        reasons.setdefault("n_heads", "these layers have a number of their own")
     before_narrowing = _mixers(replace(args, sliding_window=None))
     if "full" not in before_narrowing:
-        _refuse_if_set(args, "sliding_window", "it narrows full layers", used)
+        reasons["sliding_window"] = "it narrows full layers"
     for name in ("mixer", "hybrid_mixer"):
         if getattr(args, name) not in before_narrowing:
-            _refuse_if_set(args, name, "attention_pattern gives it no layer", used)
+            reasons[name] = "attention_pattern gives it no layer"
     if used & _readers("attn_impl") == {"dsa"} and args.dsa.warmup_steps == 0:
-        why = "dsa layers read it only in their warm-up, model.dsa.warmup_steps"
-        _refuse_if_set(args, "attn_impl", why, used)
+        reasons["attn_impl"] = "dsa layers read it only in their warm-up, model.dsa.warmup_steps"
+    return {
+        name: f"model.{name}={format_value(getattr(args, name))} would change nothing: {why}, and "
+        f"here all are {_names(used)}; leave it out, or say "
+        f"{name}={format_value(_default(args, name))}"
+        for name, why in reasons.items()
+        if _is_set(args, name)
+    }
+
+
+def unused_sections(args: LoopedTransformerArgs) -> list[str]:
+    """A line for each section that is set and that no layer reads."""
+    return [
+        f"model.{name} is set, and no layer is {name}"
+        for name in sorted(MIXERS.keys() - _mixers(args))
+        if is_dataclass(getattr(args, name, None)) and _is_set(args, name)
+    ]
 
 
 def warnings_of_options(args: LoopedTransformerArgs) -> Iterator[str]:
     """What may be meant so and may be an oversight, a line each; model.max_seqlen is known."""
+    yield from unused_sections(args)
     used = _mixers(args)
-    for name in sorted(MIXERS.keys() - used):
-        if is_dataclass(getattr(args, name, None)) and _is_set(args, name):
-            yield f"model.{name} is set, and no layer is {name}"
     windows = {spec.window for loop in args.layout() for spec in loop if spec.window is not None}
     for window in sorted(w for w in windows if w >= args.max_seqlen):
         yield (
@@ -66,15 +86,6 @@ def _readers(option: str) -> set[str]:
 def _own_heads(args: LoopedTransformerArgs, mixer: str) -> int | None:
     """model.<mixer>.n_heads, where there is one: it wins over model.n_heads."""
     return getattr(getattr(args, mixer, None), "n_heads", None)
-
-
-def _refuse_if_set(args: LoopedTransformerArgs, name: str, why: str, used: set[str]) -> None:
-    if _is_set(args, name):
-        default = format_value(_default(args, name))
-        raise UserError(
-            f"model.{name}={format_value(getattr(args, name))} would change nothing: {why}, and "
-            f"here all are {_names(used)}; leave it out, or say {name}={default}"
-        )
 
 
 def _mixers(args: LoopedTransformerArgs) -> set[str]:

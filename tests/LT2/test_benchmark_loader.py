@@ -39,6 +39,7 @@ def test_token_files_are_measured_where_they_are(data, capsys):
     "option, message",
     [
         ("data.root_dir=/no/such", "^data.root_dir=/no/such: no such folder"),
+        ("model.dim=64", "model.dim=64: this benchmark reads data"),
         ("--repeats=0", "--repeats 0 must be at least 1"),
     ],
 )

@@ -20,12 +20,16 @@ RECIPE = "apps/LT2/configs/600M/debug.yaml"
 N_LAYERS, SEQLEN = 2, 32
 
 
-def measure(rank: int, world_size: int, data: Path) -> str:
+def options_of(data: Path) -> list[str]:
     model = {k: v for k, v in OPTIONS.items() if k.startswith(("model.", "data.", "distributed."))}
     model |= {"model.n_layers": N_LAYERS, "model.attention_pattern": "gdn,full"}
     shared = {"data.root_dir": data, "data.sources": "{text: 1.0}", "data.seq_len": SEQLEN}
     options = model | shared | {"distributed.fsdp_type": "full_shard", "grad_acc_steps": 2}
-    argv = [RECIPE, *(f"{k}={v}" for k, v in options.items()), "distributed.compile=false"]
+    return [*(f"{k}={v}" for k, v in options.items()), "distributed.compile=false"]
+
+
+def measure(rank: int, world_size: int, data: Path) -> str:
+    argv = [RECIPE, *options_of(data), "model.kda.conv_size=2"]
     argv += ["--vary", "distributed.tp_size=1,2", "--vary", "model.loop_count=2,4"]
     with clean_process(), redirect_stdout(io.StringIO()) as out:
         main([*argv, "--steps", "3", "--warmup", "1", "--profile"])
@@ -35,6 +39,7 @@ def measure(rank: int, world_size: int, data: Path) -> str:
 def test_ranks_are_measured_together(tmp_path):
     first, second = run_ranks(2, measure, write_corpus(tmp_path / "data"))
     assert second == "", "one rank tells"
+    assert "model.loop_count=2: model.kda is set, and no layer is kda" in first
     rows = json.loads(first.splitlines()[-1])["rows"]
     assert [row["problem"] for row in rows] == [""] * 4
     assert [row["recipe"].split()[1:] for row in rows] == [
@@ -50,6 +55,13 @@ def test_ranks_are_measured_together(tmp_path):
     # Sharing heads costs all-reduces in every loop.
     n_reduced = [row["collectives"]["allreduce"] for row in rows]
     assert n_reduced[0] == n_reduced[1] < n_reduced[2] < n_reduced[3]
+
+
+def test_an_option_that_nothing_reads_is_refused_with_its_recipe(tmp_path, capsys):
+    options = [*options_of(write_corpus(tmp_path)), "model.gated_attn=true"]
+    with pytest.raises(UserError, match=f"{RECIPE}: model.gated_attn=true would change nothing"):
+        main([RECIPE, *options, "model.attention_pattern=null"])
+    assert capsys.readouterr().out == ""
 
 
 def test_variants_are_all_combinations():

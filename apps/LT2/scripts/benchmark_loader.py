@@ -36,12 +36,15 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, DataArgs]:
     parser = OneLineParser(
         prog="python -m apps.LT2.scripts.benchmark_loader",
         description=(__doc__ or "").splitlines()[0],
-        epilog="key=value: the run's options, as for apps.LT2.train: config=FILE.yaml, data.*",
+        epilog="key=value: options of a run, as for apps.LT2.train: config=FILE.yaml, data.*, seed",
     )
     parser.add_argument("--batches", type=int, default=100, metavar="N", help="of a repeat")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each kind")
     given, overrides = parser.parse_with_overrides(argv)
     parser.require_positive(given, "batches", "repeats")
+    for override in overrides:
+        if not override.startswith(("config=", "data.", "seed=")):
+            raise UserError(f"{override}: this benchmark reads data.* and seed of a run, no more")
     args = parse_args(TrainArgs, overrides)
     data = replace(args.data, seed=args.data.seed if args.data.seed is not None else args.seed)
     return given, data

@@ -35,6 +35,7 @@ from apps.LT2.train import build_model
 from apps.LT2.train_args import TrainArgs, validate_train_args
 from apps.LT2.trainer import Trainer, TrainState, to_device
 from apps.LT2.transformer import LoopedTransformer
+from apps.LT2.unused_options import unused_sections
 from lingua.args import UserError, parse_args, run_cli
 from lingua.command_line import OVERRIDE
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
@@ -195,7 +196,11 @@ def kernel_kind(name: str) -> str:
 
 def read_recipe(path: str, overrides: list[str]) -> TrainArgs:
     options = [f"config={path}", "dump_dir=unused", *overrides]
-    return validate_train_args(parse_args(TrainArgs, options))
+    given = parse_args(TrainArgs, options)
+    try:
+        return validate_train_args(given)
+    except UserError as error:  # of which recipe, the options alone do not say
+        raise UserError(f"{path}: {error}") from None
 
 
 def variants(varied: list[str]) -> list[list[str]]:
@@ -261,6 +266,9 @@ def main(argv: list[str]) -> None:
         f"{'recipe':42s} {'body':>8s} {'tokens/s':>9s} (quartiles)    MFU    memory, "
         "activations kept, at most breaks first and last loss, gradient norm"
     )
+    for name, args in runs:
+        for line in unused_sections(args.model):
+            tell(f"{name}: {line}")
     rows = []
     for name, args in runs:
         rows.append(row := Row(name))
