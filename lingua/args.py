@@ -199,7 +199,7 @@ def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _split_option(arg: str) -> tuple[str, str]:
     name, equals, value = arg.partition("=")
-    bare = name.lstrip("-")
+    bare = name.lstrip("-").replace("-", "_")
     if arg.startswith("-"):
         raise UserError(f"{arg}: options have no dashes here, write {bare}={value or 'VALUE'}")
     if not equals or not name.strip():

@@ -32,7 +32,7 @@ def describe(plans: Sequence[RunPlan], action: str, sweep: Path | None) -> Itera
     if sweep is not None:
         yield f"stool: would write {sweep / RECORD}"
     yield f"stool: {first.job.script} would be"
-    yield texts[first.job.script.name]
+    yield texts[first.job.script.name].rstrip("\n")
     yield f"stool: would {action}"
 
 

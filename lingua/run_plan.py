@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,6 +74,13 @@ def check_launcher(args: StoolArgs) -> None:
 
 
 def import_script(script: str) -> ModuleType:
+    if script.endswith(".py") or not all(part.isidentifier() for part in script.split(".")):
+        path = os.path.relpath(script) if "/" in script else script
+        parts = [part for part in re.split(r"[./]", path.removesuffix(".py")) if part]
+        raise UserError(
+            f"script={script}: is no module; name it as python -m does, e.g. "
+            f"script={'.'.join(parts) or 'apps.LT2.train'}"
+        )
     try:
         return importlib.import_module(script)
     except ModuleNotFoundError as error:
@@ -81,7 +89,14 @@ def import_script(script: str) -> ModuleType:
                 f"script={script}: no such module (seen from {os.getcwd()}); name it as python -m "
                 "does, e.g. script=apps.LT2.train"
             ) from None
-        raise
+        raise UserError(f"script={script}: cannot be imported: {error}") from None
+    except (ImportError, SyntaxError) as error:
+        raise UserError(f"script={script}: cannot be imported: {error}") from None
+    except SystemExit as left:
+        raise UserError(
+            f"script={script}: ends with status {left.code} when it is imported; what it does "
+            'belongs under if __name__ == "__main__"'
+        ) from None
 
 
 def read_run_args(args: StoolArgs, module: ModuleType) -> Any:
@@ -95,7 +110,8 @@ def read_run_args(args: StoolArgs, module: ModuleType) -> Any:
 
 def parse_run_args(args: StoolArgs, module: ModuleType) -> Any:
     # An evaluation script may import TrainArgs, too: what it defines itself goes first.
-    named = [c for c in (getattr(module, n, None) for n in ("TrainArgs", "EvalArgs")) if c]
+    named = [getattr(module, name, None) for name in ("TrainArgs", "EvalArgs")]
+    named = [c for c in named if is_dataclass(c) and isinstance(c, type)]
     named.sort(key=lambda c: c.__module__ != module.__name__)
     options_class = named[0] if named else None
     if options_class is None:

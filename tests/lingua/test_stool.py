@@ -347,6 +347,14 @@ def test_without_a_copy_the_code_runs_as_it_is(project, args):
         (dict(config={"dump_dir": "x", "stepss": 1}), "stepss"),
         (dict(script="project.absent.train"), "script=project.absent.train"),
         (dict(script="lingua.errors"), "no TrainArgs"),
+        (dict(script="project/p/train.py"), "no module; .*e.g. script=project.p.train$"),
+        (dict(script="./project/p/train"), "no module; .*e.g. script=project.p.train$"),
+        (dict(script="train.py"), "no module; .*e.g. script=train$"),
+        (dict(script=".train"), "no module; .*e.g. script=train$"),
+        (dict(script=""), "script=: is no module"),
+        (dict(config="."), "config=.: not readable: .*directory"),
+        (dict(overrides=["dump_dir=run.yaml"]), "dump_dir=.*run.yaml: is a file"),
+        (dict(overrides=[f"dump_dir={'x' * 300}"]), "cannot be looked into .File name too long"),
         (dict(nodes=-1), "nodes=-1"),
         (dict(nodes=2), "launcher=bash nodes=2"),
         (dict(ngpu=65), "65 processes are too many"),
@@ -361,6 +369,24 @@ def test_mistakes_are_refused_before_anything_is_written(project, args, slurm, c
         launch_job(replace(args, **change))
     assert not (project / "runs").exists()
     assert not (slurm / "sbatch.log").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("import no_such_package", "cannot be imported: No module named 'no_such_package'"),
+        ("from json import no_such_name", "cannot be imported: .*no_such_name"),
+        ("def (", r"cannot be imported: invalid syntax \(odd.py, line 1\)"),
+        ("import sys; sys.exit(3)", "ends with status 3 when it is imported"),
+        ("TrainArgs = dict", "no TrainArgs"),
+    ],
+)
+def test_a_script_that_cannot_be_imported_is_one_line(project, args, monkeypatch, text, message):
+    name = args.script.replace(".train", ".odd")
+    (project / f"{name.replace('.', '/')}.py").write_text(text)
+    with pytest.raises(UserError, match=f"script={name}: .*{message}") as caught:
+        launch_job(replace(args, script=name))
+    assert "\n" not in str(caught.value) and not (project / "runs").exists()
 
 
 @pytest.mark.parametrize("script", ["apps.LT2.train"])
