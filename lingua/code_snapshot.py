@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lingua.errors import UserError
+
 logger = logging.getLogger()
 
 MAX_UNTRACKED_BYTES = 16 * 2**20  # an untracked file above this is data that .gitignore forgot
@@ -90,9 +92,17 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def code_to_copy(root: Path, without: Path) -> list[Path]:
-    """The code below `root` but what lies in `without`, relative to `root`."""
+    """The code below `root` but what lies in `without`, relative to `root`; UserError for a file
+    that may not be read."""
     without = without.resolve()
-    return [file for file in list_code(root) if not (root / file).is_relative_to(without)]
+    files = [file for file in list_code(root) if not (root / file).is_relative_to(without)]
+    for file in files:
+        if not os.access(root / file, os.R_OK):
+            raise UserError(
+                f"{root / file}: may not be read, and is part of the code; let git ignore it, or "
+                "use copy_code=false"
+            )
+    return files
 
 
 def snapshot_code(root: Path, target: Path, without: Path) -> int:
@@ -100,19 +110,22 @@ def snapshot_code(root: Path, target: Path, without: Path) -> int:
 
     The copy is made aside and then put in place, so that `target` holds no file of an older one.
     """
-    aside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     files = code_to_copy(root, without)
+    aside, old = (target.with_name(f".{target.name}.{name}") for name in ("tmp", "old"))
+    for left in (aside, old):
+        shutil.rmtree(left, ignore_errors=True)
+    aside.mkdir()
     try:
         for file in files:
             (aside / file).parent.mkdir(parents=True, exist_ok=True)
             copy(root, file, aside / file)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.rename(old)  # which may be done where its files may not be deleted
         aside.rename(target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)
     return len(files)
 
 

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from lingua.args import (
     write_atomic,
 )
 from lingua.code_snapshot import code_version, snapshot_code
+from lingua.errors import is_machine_fault
 from lingua.folder_lock import LOCK_NAME, check_writable, find_holder, hold_folders, make_writable
 from lingua.slurm_script import Job, StoolArgs, render_submit
 
@@ -209,9 +210,17 @@ def check_may_delete(folder: Path, in_use: Sequence[Path]) -> None:
             f"{option}: does not look like a run (none of {', '.join(RUN_MARKS)} in it); delete it "
             "yourself or name another"
         )
-    for below, _, _ in os.walk(folder):  # half a deletion helps nobody
+    for below in folders_in(folder):  # half a deletion helps nobody
         if not os.access(below, os.R_OK | os.W_OK | os.X_OK):
             raise UserError(f"{option}: {below} may not be written, and so not be deleted")
+
+
+def folders_in(folder: Path) -> Iterator[Path]:
+    """The folder and those below it, one that may not be looked into among them; no links."""
+    yield folder
+    for parent, names, _ in os.walk(folder):
+        below = (Path(parent, name) for name in names)
+        yield from (path for path in below if not path.is_symlink())
 
 
 def check_not_held(job: Job) -> None:
@@ -252,9 +261,14 @@ def write_run(plan: RunPlan, without: Path | None = None) -> Path:
     make_writable("dump_dir", plan.job.dump_dir)
     with hold_folders({"dump_dir": plan.job.dump_dir}):
         check_may_use(plan.job)  # another stool may have been faster
-        if plan.job.args.override:
-            empty_run_folder(plan.job.dump_dir)
-        return fill_run_folder(plan, without or plan.job.dump_dir)
+        try:
+            if plan.job.args.override:
+                empty_run_folder(plan.job.dump_dir)
+            return fill_run_folder(plan, without or plan.job.dump_dir)
+        except OSError as error:
+            if is_machine_fault(error):
+                raise
+            raise UserError(f"dump_dir={plan.job.dump_dir}: cannot be written: {error}") from None
 
 
 def empty_run_folder(folder: Path) -> None:
@@ -271,18 +285,17 @@ def empty_run_folder(folder: Path) -> None:
             else:
                 path.unlink()
         except OSError as error:
-            at = error.filename or path
             raise UserError(
-                f"override=true dump_dir={folder}: {at} cannot be deleted ({error.strerror})"
+                f"override=true dump_dir={folder}: {path} cannot be deleted ({error.strerror})"
             ) from None
 
 
 def fill_run_folder(plan: RunPlan, without: Path) -> Path:
     job = plan.job
-    (job.dump_dir / LOGS).mkdir(exist_ok=True)  # SLURM does not make it
     if job.args.copy_code:
         copied = snapshot_code(plan.root, job.code, without=without)
         print(f"stool: {copied} files of code copied ({code_version(plan.root)})")
+    (job.dump_dir / LOGS).mkdir(exist_ok=True)  # SLURM does not make it
     for name, text in run_files(plan).items():
         write_atomic(job.dump_dir / name, text)
     return job.script

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ from lingua.stool import (
     read_run_args,
     render_submit,
 )
-from tests.lingua.stool_utils import git, held, said
+from tests.lingua.stool_utils import git, held, said, without_root_powers
 from tests.LT2.tiny_run import write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
@@ -511,6 +512,66 @@ def test_a_deletion_that_was_cut_off_can_be_asked_for_again(project, args, monke
         launch_job(replace(args, override=True))
     launch_job(replace(args, override=True))
     assert (dump_dir / "code").is_dir()
+
+
+ALLOWED = """
+import sys
+from pathlib import Path
+from lingua.code_snapshot import snapshot_code
+from lingua.errors import UserError
+from lingua.folder_lock import hold_folders
+from lingua.run_plan import check_may_delete
+
+root, run = map(Path, sys.argv[1:])
+for attempt in (
+    lambda: check_may_delete(run, []),
+    lambda: hold_folders({"dump_dir": run}).__enter__(),
+    lambda: snapshot_code(root, run / "code", without=run),
+):
+    try:
+        print("done", attempt())
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o555])
+def test_what_may_not_be_read_or_written_is_one_line_and_nothing_is_lost(tmp_path, mode):
+    root, run = tmp_path / "project", tmp_path / "run"
+    for folder in (root, run / "code" / "package"):
+        folder.mkdir(parents=True)
+    (run / "submit.slurm").write_text("")
+    (run / "code" / "package" / "old.py").write_text("")
+    (root / "new.py").write_text("")
+    closed = [run / "code" / "package", run / "code", run / ".lock"]
+    (run / ".lock").write_text("")
+    if mode == 0:
+        closed.append(root / "new.py")
+    try:
+        for path in closed:
+            path.chmod(mode & (0o777 if path.is_dir() else 0o444))
+        done = subprocess.run(
+            [sys.executable, "-c", ALLOWED, str(root), str(run)],
+            preexec_fn=without_root_powers,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )
+        code = run / "code" if mode == 0 else run / ".code.old"
+        for path in (code, code / "package"):
+            path.chmod(0o755)
+        assert (code / "package" / "old.py").exists()
+    finally:
+        for path in (path for path in closed if path.exists()):
+            path.chmod(0o755)
+    delete, hold, copy = done.stdout.splitlines()
+    assert delete.endswith(f"{run}/code may not be written, and so not be deleted")
+    assert hold.startswith(f"dump_dir={run}: cannot write there (Permission denied)")
+    if mode == 0:
+        assert copy.startswith(f"{root}/new.py: may not be read, and is part of the code")
+    else:
+        assert copy == "done 1" and files_below(run / "code") == {"new.py"}
 
 
 @pytest.mark.parametrize("folder", [".", "..", "data"])
