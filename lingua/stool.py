@@ -46,7 +46,15 @@ from lingua.run_plan import read_run_args as read_run_args
 from lingua.slurm_script import Job as Job
 from lingua.slurm_script import StoolArgs as StoolArgs
 from lingua.slurm_script import render_submit as render_submit
-from lingua.sweep import RECORD, Options, as_arguments, combinations, format_table, write_record
+from lingua.sweep import (
+    RECORD,
+    Options,
+    as_arguments,
+    combinations,
+    format_table,
+    read_record,
+    write_record,
+)
 
 
 def launch_job(args: StoolArgs) -> Path:
@@ -91,6 +99,7 @@ def launch_sweep(args: StoolArgs) -> Path:
     default = len(runs) if args.launcher == "sbatch" else 1
     at_once = min(args.array or default, len(runs))
     name, folder, plans = plan_sweep(args, runs)
+    read_record(folder)  # which the runs are added to
     jobs = [plan.job for plan in plans]
     if args.launcher == "sbatch":
         check_slurm(jobs[0])

@@ -16,6 +16,8 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,14 +29,19 @@ from lingua.args import (
     flatten_dict,
     load_config_file,
     parse_args,
+    print_text,
     run_cli,
     write_atomic,
 )
 from lingua.fields import format_value
 from lingua.record_file import read_jsonl_records
+from lingua.run_plan import RUN_MARKS
 from lingua.yaml_reader import yaml_value
 
+logger = logging.getLogger()
+
 RECORD = "sweep.json"
+WHOLE = "config.yaml"  # of a run that has begun: all of its options
 MAX_LABEL = 150  # bytes; a name of a folder may have 255
 FILLED_IN = ("dump_dir", "name")  # options that each run has its own of
 
@@ -96,33 +103,62 @@ def write_record(folder: Path, runs: dict[str, Options]) -> None:
 
 def read_record(folder: Path) -> dict[str, Options]:
     file = folder / RECORD
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        runs = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable: {error}; restore it, or move it away") from None
+    if not isinstance(runs, dict) or not all(isinstance(run, dict) for run in runs.values()):
+        raise UserError(f"{file}: is no record of a sweep (options by run); move it away")
+    return runs
 
 
 def read_differences(folder: Path) -> dict[str, Options]:
     """Label -> the options that are not the same in all runs of `folder`, which is no sweep's, and
     the label as "run" among them."""
-    files = sorted(folder.glob("*/config.yaml"))
-    configs = {file.parent.name: flatten_dict(load_config_file(file), sep=".") for file in files}
-    options = dict.fromkeys(option for config in configs.values() for option in config)
-    differ = [
-        option
-        for option in options
-        if option not in (*FILLED_IN, "checkpoint.path")
-        and len({repr(config.get(option)) for config in configs.values()}) > 1
-    ]
+    configs = {run.name: read_options(run) for run in sorted(folder.iterdir()) if is_run(run)}
+    # Of a run that has not begun only what was asked for is known, and not what that comes to.
+    begun = [c for label, c in configs.items() if c and Path(folder, label, WHOLE).exists()]
+    known = begun or [config for config in configs.values() if config]
+
+    def differs(option: str) -> bool:
+        values = {repr(config[option]) for config in configs.values() if option in config}
+        return len(values) > 1 or any(option not in config for config in known)
+
+    options = dict.fromkeys(option for config in known for option in config)
+    differ = [o for o in options if o not in (*FILLED_IN, "checkpoint.path") and differs(o)]
     return {
         label: {"run": label} | {option: config[option] for option in differ if option in config}
         for label, config in configs.items()
     }
 
 
+def is_run(folder: Path) -> bool:
+    return any(os.path.exists(folder / mark) for mark in RUN_MARKS)  # not, where it is closed
+
+
+def read_options(run: Path) -> Options:
+    """The run's config, as far as it can be read; what cannot is told."""
+    file = next((run / name for name in (WHOLE, "base_config.yaml") if (run / name).exists()), None)
+    try:
+        return flatten_dict(load_config_file(file), sep=".") if file is not None else {}
+    except UserError as error:
+        logger.warning("%s: its options are not known (%s)", run, error)
+        return {}
+
+
 def format_table(folder: Path) -> str:
     """A line for each run of a sweep, or of any folder of runs: the options in which they differ,
     and the newest numbers of its metrics.jsonl."""
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"dump_dir={folder}: no folder that may be looked into")
     runs = read_record(folder) or read_differences(folder)
     if not runs:
-        raise UserError(f"dump_dir={folder}: holds no sweep (no {RECORD}) and no folder of a run")
+        is_one = f"; it is a run itself, name {folder.absolute().parent}" if is_run(folder) else ""
+        raise UserError(
+            f"dump_dir={folder}: holds no sweep (no {RECORD}) and no folder of a run{is_one}"
+        )
     options = list(dict.fromkeys(option for run in runs.values() for option in run))
     rows = [[*options, *COLUMNS]]
     for label, run in runs.items():
@@ -146,14 +182,14 @@ def newest_metrics(run: Path) -> dict[str, Any]:
     file = run / "metrics.jsonl"
     newest: dict[str, Any] = {}
     for record in read_jsonl_records(file) if file.exists() else []:
-        newest.update(record)
+        newest.update(record if isinstance(record, dict) else {})
     return newest
 
 
 def _number(value: Any) -> str:
     if value is None:
         return "-"
-    return str(value) if isinstance(value, int) else f"{value:.5g}"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 @dataclass
@@ -172,7 +208,9 @@ def main(argv: list[str]) -> None:
             "python -m lingua.sweep dump_dir=runs",
         ],
     )
-    print(format_table(Path(args.dump_dir)))
+    if not args.dump_dir:
+        raise UserError("dump_dir is empty: name the folder of a sweep, or of runs")
+    print_text(format_table(Path(args.dump_dir)))
 
 
 if __name__ == "__main__":

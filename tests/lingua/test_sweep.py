@@ -280,8 +280,56 @@ def test_three_runs_train_and_end_in_a_table(tmp_path, monkeypatch, capfd):
 
 
 def test_a_folder_without_a_sweep_has_no_table(tmp_path):
-    with pytest.raises(UserError, match=f"dump_dir={tmp_path}: holds no sweep"):
+    (tmp_path / "file").write_text("")
+    for options, words in (
+        ([], "dump_dir is empty: name the folder"),
+        ([f"dump_dir={tmp_path}"], f"dump_dir={tmp_path}: holds no sweep"),
+        ([f"dump_dir={tmp_path}/absent"], f"dump_dir={tmp_path}/absent: no folder"),
+        ([f"dump_dir={tmp_path}/file"], f"dump_dir={tmp_path}/file: no folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            print_table(options)
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(UserError, match=f"it is a run itself, name {tmp_path.parent}$"):
         format_table(tmp_path)
+
+
+def test_what_is_half_written_leaves_the_other_runs_in_the_table(tmp_path, caplog):
+    for name in ("begun", "cut", "empty", "launched", "other", "stray"):
+        (tmp_path / name).mkdir()
+    whole = {"steps": 9, "seed": 1, "optim": {"lr": 0.1, "clip": 1.0}}
+    (tmp_path / "begun" / "config.yaml").write_text(json.dumps(whole))
+    (tmp_path / "begun" / "metrics.jsonl").write_text(
+        '[1]\n"a"\n{"global_step": 3, "loss/out": 2.5, "loss/val": "n"}\n{"global_step": 4, "lo'
+    )
+    (tmp_path / "other" / "config.yaml").write_text(json.dumps(whole | {"seed": 2}))
+    (tmp_path / "cut" / "config.yaml").write_text('{"steps": 9, "optim": {"l')
+    (tmp_path / "empty" / "config.yaml").write_text("")
+    # by stool; what its options come to is known when it has begun
+    (tmp_path / "launched" / "base_config.yaml").write_text(json.dumps({"optim": {"lr": 0.3}}))
+    (tmp_path / "stray" / ".lock").write_text("")
+    header, *rows = [line.split() for line in format_table(tmp_path).splitlines()]
+    assert header[:3] == ["run", "seed", "optim.lr"] and "optim.clip" not in header
+    assert rows == [
+        ["begun", "1", "0.1", "3", "2.5", "n", "-", "-"],
+        ["cut", *"-----"],
+        ["empty", *"-----"],
+        ["launched", "0.3", *"-----"],
+        ["other", "2", "0.1", *"-----"],
+    ]
+    assert "cut: its options are not known" in caplog.text and "not YAML" in caplog.text
+
+
+@pytest.mark.parametrize("text", ['{"lr=1": {"op', "[1]", '{"lr=1": 3}'])
+def test_a_record_that_cannot_be_read_is_one_line(project, args, text):
+    sweep = project / "runs" / "a b"
+    sweep.mkdir(parents=True)
+    (sweep / "sweep.json").write_text(text)
+    with pytest.raises(UserError, match="sweep.json: .*move it away"):
+        format_table(sweep)
+    with pytest.raises(UserError, match="sweep.json: .*move it away"):
+        launch_job(replace(args, sweep={"steps": [2]}))
+    assert [path.name for path in sweep.iterdir()] == ["sweep.json"]
 
 
 def test_any_runs_have_a_table_of_what_differs(tmp_path):
