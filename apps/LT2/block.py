@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from apps.LT2.mixers import MIXERS, Mixer, MixerCache
+from apps.LT2.mixers import MIXERS, Extension, Mixer, MixerCache
 from apps.LT2.pattern import LayerSpec
 from lingua.transformer import FeedForward, RMSNorm
 
@@ -62,8 +63,9 @@ class Block(nn.Module):
         cache: MixerCache,
         cu_seqlens: Tensor | None = None,
         rows: Tensor | None = None,
+        past: Sequence[Extension] | None = None,
     ) -> Tensor:
-        options = {"cu_seqlens": cu_seqlens, "rows": rows, "window": spec.window}
+        options = {"cu_seqlens": cu_seqlens, "rows": rows, "window": spec.window, "past": past}
         return self._add(h, self.mixer(spec).prefill(self.attention_norm(h), cache, **options))
 
     def step(self, h: Tensor, spec: LayerSpec, cache: MixerCache) -> Tensor:

@@ -6,6 +6,7 @@ are allocated once and written in place, so that a decode step can be captured i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apps.LT2.mixers.base import MixerCache
+from apps.LT2.kernel.documents import host_bounds, upload
+from apps.LT2.mixers.base import Extension, MixerCache
 from lingua.args import UserError
 
 
@@ -33,26 +35,35 @@ class ModelCache:
         """Empty the given rows (all if None), so that a prefill there starts a new sequence."""
         for row in range(self.batch_size) if rows is None else rows:
             self.lengths[row] = 0
-        index = None if rows is None else torch.tensor(rows, dtype=torch.int64)
-        for loop in self.mixers:
-            for cache in loop:
-                cache.reset(index)
+        index = None if rows is None else self._index(rows)
+        for cache in self._caches():
+            cache.reset(index)
+
+    def copy_rows(
+        self, rows: Sequence[int], source: ModelCache, source_rows: Sequence[int]
+    ) -> None:
+        """Hold in `rows` what `source_rows` of `source`, a cache of the same model and length or
+        this one, hold. Their sequences go on from there, each on its own."""
+        assert source.max_seqlen == self.max_seqlen, "rows of another length"
+        for row, source_row in zip(rows, source_rows, strict=True):
+            self.lengths[row] = source.lengths[source_row]
+        index, source_index = self._index(rows), self._index(source_rows)
+        for cache, other in zip(self._caches(), source._caches(), strict=True):
+            cache.copy_rows(index, other, source_index)
 
     def fill_randomly(self, n_tokens: int) -> None:
         """Hold `n_tokens` tokens of noise in every row, in place: to time steps without prompts."""
         assert n_tokens <= self.max_seqlen, f"{n_tokens} tokens in {self.max_seqlen} slots"
         self.lengths[:] = [n_tokens] * self.batch_size
-        for loop in self.mixers:
-            for cache in loop:
-                cache.fill_randomly(n_tokens)
+        for cache in self._caches():
+            cache.fill_randomly(n_tokens)
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Undo at the end, in place, what is written inside. A cache that holds tokens is copied
         for that, which takes its memory once more; an empty one is emptied again."""
         lengths = list(self.lengths)
-        caches = [cache for loop in self.mixers for cache in loop]
-        saved = [cache.snapshot() for cache in caches] if any(lengths) else None
+        saved = [cache.snapshot() for cache in self._caches()] if any(lengths) else None
         try:
             yield
         finally:
@@ -60,26 +71,36 @@ class ModelCache:
                 self.reset()
             else:
                 self.lengths[:] = lengths
-                for cache, tensors in zip(caches, saved, strict=True):
+                for cache, tensors in zip(self._caches(), saved, strict=True):
                     cache.restore(tensors)
 
     def nbytes(self) -> int:
-        return sum(cache.nbytes() for loop in self.mixers for cache in loop)
+        return sum(cache.nbytes() for cache in self._caches())
 
-    def extend(self, rows: Sequence[int], n_tokens: Sequence[int]) -> None:
-        """Count new tokens before they are written; refuses what would not fit."""
+    def extend(self, rows: Sequence[int], n_tokens: Sequence[int]) -> tuple[Extension, ...]:
+        """Count new tokens before they are written; refuses what would not fit. Returns what mixers
+        are told of it: () where all rows were empty."""
         for row, n in zip(rows, n_tokens, strict=True):
             if self.lengths[row] + n > self.max_seqlen:
                 raise UserError(
                     f"{self.lengths[row]} cached + {n} new tokens exceed the cache's "
                     f"max_seqlen={self.max_seqlen}; allocate a longer one or shorten the prompt"
                 )
-        for row, n in zip(rows, n_tokens, strict=True):
+        past = [Extension(row, self.lengths[row], n) for row, n in zip(rows, n_tokens, strict=True)]
+        for row, _, n in past:
             self.lengths[row] += n
+        return tuple(past) if any(extension.held for extension in past) else ()
+
+    def _caches(self) -> list[MixerCache]:
+        return [cache for loop in self.mixers for cache in loop]
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        caches = self._caches()
+        return upload(rows, caches[0].device if caches else "cpu", torch.int64)
 
 
 def packed_lengths(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     """Tokens of each sequence of a prefill, on the host."""
     if cu_seqlens is None:
         return [tokens_BT.shape[1]] * tokens_BT.shape[0]
-    return cu_seqlens.diff().tolist()
+    return [end - start for start, end in itertools.pairwise(host_bounds(cu_seqlens))]

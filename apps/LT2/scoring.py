@@ -11,6 +11,7 @@ N of them scored, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
 
-from apps.LT2.packed_prompts import pack_prompts
+from apps.LT2.kernel.documents import upload
+from apps.LT2.packed_prompts import fetch_scores, pack_prompts, score_tokens
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import UserError
 from lingua.distributed import gather_objects, run_together
@@ -146,39 +147,27 @@ def share_out(
 @torch.no_grad()
 def score_batch(model: LoopedTransformer, batch: Sequence[Window]) -> list[tuple[float, bool]]:
     """Scores of each window of one packed batch."""
-    tokens_1T, cu_seqlens = pack_prompts(
-        [window.tokens[:-1] for window in batch], model.tok_embeddings.weight.device
-    )
+    device = model.tok_embeddings.weight.device
+    tokens_1T, cu_seqlens = pack_prompts([window.tokens[:-1] for window in batch], device)
     h_TD = model.hidden_states(tokens_1T, cu_seqlens)[0]
-    ends = cu_seqlens[1:].tolist()
+    ends = itertools.accumulate(len(window.tokens) - 1 for window in batch)
     places = [
         place
         for window, end in zip(batch, ends, strict=True)
         for place in range(end - window.n_targets, end)
     ]
     targets = [token for window in batch for token in window.tokens[-window.n_targets :]]
-    logp_N, greedy_N = _score_tokens(
-        h_TD[torch.tensor(places, device=h_TD.device)],
-        model.head_weight,
-        torch.tensor(targets, device=h_TD.device),
-    )
-    sizes = [window.n_targets for window in batch]
-    # Sums in fp64: a sum over thousands of tokens then does not depend on how they were cut.
-    return [
-        (math.fsum(logp.tolist()), bool(greedy.all()))
-        for logp, greedy in zip(logp_N.split(sizes), greedy_N.split(sizes), strict=True)
+    h_ND, target_N = h_TD[upload(places, device, torch.int64)], upload(targets, device, torch.int64)
+    n_at_once = max(1, LOGITS_AT_ONCE // model.head_weight.shape[0])  # so few have logits at a time
+    scores = [
+        score_tokens(F.linear(h, model.head_weight).float(), target)
+        for h, target in zip(h_ND.split(n_at_once), target_N.split(n_at_once), strict=True)
     ]
-
-
-def _score_tokens(h_ND: Tensor, head_VD: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(log p in fp32, greedy), on the CPU. Logits are made for some tokens at a time."""
-    n_at_once = max(1, LOGITS_AT_ONCE // head_VD.shape[0])
-    logp, greedy = [], []
-    for h, target in zip(h_ND.split(n_at_once), target_N.split(n_at_once), strict=True):
-        logits = F.linear(h, head_VD).float()
-        logp.append(-F.cross_entropy(logits, target, reduction="none").cpu())
-        greedy.append((logits.argmax(dim=-1) == target).cpu())
-    logp_N = torch.cat(logp)
-    if not logp_N.isfinite().all():
+    # Sums in fp64: a sum over thousands of tokens then does not depend on how they were cut.
+    results = [
+        (math.fsum(logp.tolist()), bool(greedy.all()))
+        for logp, greedy in fetch_scores(scores, [window.n_targets for window in batch])
+    ]
+    if not all(math.isfinite(nats) for nats, _ in results):
         raise UserError("the model's logits are NaN or infinite: the checkpoint is broken")
-    return logp_N, torch.cat(greedy)
+    return results

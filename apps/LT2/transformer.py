@@ -15,7 +15,7 @@ width, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from apps.LT2.block import Block
 from apps.LT2.cache import ModelCache, packed_lengths
 from apps.LT2.kernel.attention import check_attention_impl
+from apps.LT2.kernel.documents import upload
 from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy
 from apps.LT2.mixers import MIXERS
 from apps.LT2.mixers.deltanet import DeltaNetArgs
@@ -254,23 +255,29 @@ class LoopedTransformer(nn.Module):
         cache: ModelCache,
         *,
         cu_seqlens: Tensor | None = None,
-        rows: Tensor | None = None,
+        rows: Sequence[int] | Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """Extend the cached sequences by prompts; logits (B, T, V) of every position, in fp32.
 
         rows (n,) int64 says which cache row each sequence (each document, when packed) goes on
-        with; by default sequence i is row i. last_only: (n, 1, V), each sequence's last position,
-        of which an empty document has none.
+        with; by default sequence i is row i. The host needs them and the bounds as numbers: a list,
+        and bounds of `upload_bounds`, keep it from waiting for the device.
+        last_only: (n, 1, V), each sequence's last position, of which an empty document has none.
         """
         lengths = packed_lengths(tokens_BT, cu_seqlens)
         assert not last_only or min(lengths) > 0, f"no last position in sequences of {lengths}"
-        cache.extend(range(len(lengths)) if rows is None else rows.tolist(), lengths)
+        if rows is None:
+            past = cache.extend(range(len(lengths)), lengths)
+        else:
+            numbers = rows.tolist() if isinstance(rows, Tensor) else rows
+            past = cache.extend(numbers, lengths)
+            rows = upload(numbers, tokens_BT.device, torch.int64)
         h = self.tok_embeddings(tokens_BT)
         for loop in range(self.args.loop_count):
             u = h
             for block, spec, memory in self._with_cache(loop, cache):
-                h = block.prefill(h, spec, memory, cu_seqlens, rows)
+                h = block.prefill(h, spec, memory, cu_seqlens, rows, past)
             h = self._join(h, u, loop)
         if last_only:
             h = h[:, -1:] if cu_seqlens is None else h[0, cu_seqlens[1:].long() - 1][:, None]

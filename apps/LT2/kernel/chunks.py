@@ -9,6 +9,8 @@ many short ones costs no padding.
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apps.LT2.kernel.documents import document_of_tokens, host_bounds, upload
 from apps.LT2.kernel.scores import DecayedScores
 
 Results = tuple[Tensor, Tensor]  # o, states
@@ -177,18 +180,20 @@ class ChannelDecay:
 
 
 def _packed_layout(cu_seqlens: Tensor, chunk: int) -> ChunkLayout:
-    bounds_N = cu_seqlens.long().cpu()
-    length_N = bounds_N.diff()
-    chunk = min(chunk, int(length_N.max()))
-    chunks_N = (length_N + chunk - 1) // chunk
-    order_N = chunks_N.argsort(descending=True, stable=True)
-    n_running = [int((chunks_N > step).sum()) for step in range(int(chunks_N.max()))]
+    bounds, device = host_bounds(cu_seqlens), cu_seqlens.device
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    chunk = min(chunk, max(lengths))
+    n_chunks = [-(-length // chunk) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda n: -n_chunks[n])
+    rising = sorted(n_chunks)
+    n_running = [len(rising) - bisect_right(rising, step) for step in range(rising[-1])]
 
-    first_chunk_of_step = torch.tensor([0, *n_running]).cumsum(0)
-    rank_N = order_N.argsort()
-    sequence_T = torch.repeat_interleave(length_N)
-    position_T = torch.arange(len(sequence_T)) - bounds_N[sequence_T]
-    chunk_T = first_chunk_of_step[position_T // chunk] + rank_N[sequence_T]
+    rank = [0] * len(order)
+    for place, sequence in enumerate(order):
+        rank[sequence] = place
+    first_chunk_of_step = list(itertools.accumulate(n_running, initial=0))
+    rank_N, first_of_step = (upload(x, device, torch.int64) for x in (rank, first_chunk_of_step))
+    sequence_T, position_T = document_of_tokens(cu_seqlens, bounds[-1])
+    chunk_T = first_of_step[position_T // chunk] + rank_N[sequence_T]
     slot_T = chunk_T * chunk + position_T % chunk
-    device = cu_seqlens.device
-    return ChunkLayout(chunk, n_running, slot_T.to(device), order_N.to(device))
+    return ChunkLayout(chunk, n_running, slot_T, upload(order, device, torch.int64))

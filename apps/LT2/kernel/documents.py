@@ -1,4 +1,8 @@
-"""Packed rows: documents one after the other, with their bounds in cu_seqlens."""
+"""Packed rows: documents one after the other, with their bounds in cu_seqlens.
+
+The bounds are a tensor, for kernels, and often wanted as numbers on the host, too: `upload_bounds`
+makes the tensor of numbers that the host has, and `host_bounds` then finds them without waiting.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +32,36 @@ def local_positions(n_tokens: int, cu_seqlens: Tensor | None, device: torch.devi
     return document_of_tokens(cu_seqlens, n_tokens)[1]
 
 
+def upload(
+    numbers: Sequence[int] | Sequence[float], device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    """Numbers of the host as a tensor; nothing waits until it has arrived."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
 # cu_seqlens -> (its version, its numbers)
 _known_bounds = WeakIdKeyDictionary()
 
 
+def upload_bounds(bounds: Sequence[int], device: torch.device | str) -> Tensor:
+    """cu_seqlens (n_docs + 1,) int32 of bounds from 0 to T, which `host_bounds` knows from now."""
+    cu_seqlens = upload(bounds, device, torch.int32)
+    _known_bounds[cu_seqlens] = (_version(cu_seqlens), list(bounds))
+    return cu_seqlens
+
+
 def host_bounds(cu_seqlens: Tensor) -> list[int]:
-    """The bounds as numbers. They are copied from the device once: layers and loops share them."""
-    # Inference tensors count no versions, so nothing can be kept for them.
-    version = None if cu_seqlens.is_inference() else cu_seqlens._version
-    known = _known_bounds.get(cu_seqlens)
+    """The bounds as numbers. Those that came from elsewhere than `upload_bounds` are copied from
+    the device once, which waits for it: layers and loops share them."""
+    version, known = _version(cu_seqlens), _known_bounds.get(cu_seqlens)
     if known is None or version is None or known[0] != version:
         known = _known_bounds[cu_seqlens] = (version, cu_seqlens.tolist())
     return known[1]
+
+
+def _version(tensor: Tensor) -> int | None:
+    """None for inference tensors, which count no versions: nothing can be kept for them."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def by_document(

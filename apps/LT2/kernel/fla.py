@@ -6,8 +6,10 @@ fla is imported at the first call, which takes seconds.
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import os
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.utils.weak import WeakIdKeyDictionary
 
+from apps.LT2.kernel.documents import document_of_tokens, host_bounds, upload, upload_bounds
 from lingua.args import UserError
 
 CHUNK = 64  # tokens that fla's kernels take at a time
@@ -161,43 +164,59 @@ def register_gradient(forward: CustomOpDef, backward: CustomOpDef, *, sums_decay
     forward.register_autograd(differentiate, setup_context=save)
 
 
-# cu_seqlens -> (its version, our copy)
-_copies = WeakIdKeyDictionary()
-_without_empty = WeakIdKeyDictionary()  # our copy -> the bounds of the documents that have tokens
+@dataclass(frozen=True)
+class PackedTables:
+    """What fla's kernels read of the bounds of packed documents.
+
+    fla builds such tables itself, for which it waits for the device, and keeps them by the identity
+    of cu_seqlens: a buffer that is written anew would get the tables of its old content. These are
+    built of numbers on the host, of a copy for every content that layers and loops share.
+    """
+
+    bounds: list[int]
+    cu_seqlens: Tensor  # (n_docs + 1,) int32
+    chunk_indices: Tensor  # (chunks, 2) int32: document, and which of its chunks
+
+    @staticmethod
+    def of(bounds: list[int], device: torch.device) -> PackedTables:
+        chunks = [
+            (document, chunk)
+            for document, (start, end) in enumerate(itertools.pairwise(bounds))
+            for chunk in range(-(-(end - start) // CHUNK))
+        ]
+        flat = upload(list(itertools.chain(*chunks)), device, torch.int32)
+        return PackedTables(bounds, upload_bounds(bounds, device), flat.view(-1, 2))
 
 
-def packed_arguments(cu_seqlens: Tensor | None, chunk: int = CHUNK) -> dict[str, Tensor]:
+_tables = WeakIdKeyDictionary()  # cu_seqlens -> its tables
+_tables_without_empty = WeakIdKeyDictionary()  # cu_seqlens -> (its bounds, what fla is given)
+
+
+def packed_arguments(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
     """fla's arguments for packed documents: cu_seqlens and chunk_indices; {} where there are none.
 
-    fla builds chunk tables from cu_seqlens with a host sync and keeps them by the identity of the
-    tensor, so a buffer that is written anew would get the tables of its old content. It is given
-    a copy instead, one for every content: layers and loops share it, hence one sync a batch.
+    Where `host_bounds` knows the bounds, nothing waits for the device.
     """
     if cu_seqlens is None:
         return {}
-    copy = _own_copy(cu_seqlens)
-    tables = import_fla("fla.ops.utils").prepare_chunk_indices(copy, chunk)
-    return {"cu_seqlens": copy, "chunk_indices": tables}
+    bounds, known = host_bounds(cu_seqlens), _tables.get(cu_seqlens)
+    if known is None or known.bounds != bounds:
+        known = _tables[cu_seqlens] = PackedTables.of(bounds, cu_seqlens.device)
+    return {"cu_seqlens": known.cu_seqlens, "chunk_indices": known.chunk_indices}
 
 
-def packed_bounds(cu_seqlens: Tensor | None) -> Tensor | None:
-    """A copy as in `packed_arguments`, without the empty documents.
+def packed_tokens(cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Bounds of the documents that have tokens (n + 1,), and (document, position) of each token
+    (T, 2), both int32; shared as in `packed_arguments`.
 
-    fla's tables of tokens number documents by their first tokens, so an empty document would shift
-    the ones after it.
+    Without the empty documents: fla's own tables number documents by their first tokens, so that
+    an empty one would shift those after it.
     """
     if cu_seqlens is None:
-        return None
-    copy = _own_copy(cu_seqlens)
-    if copy not in _without_empty:
-        _without_empty[copy] = copy.unique_consecutive()
-    return _without_empty[copy]
-
-
-def _own_copy(cu_seqlens: Tensor) -> Tensor:
-    # Inference tensors count no versions, so nothing can be kept for them.
-    version = None if cu_seqlens.is_inference() else cu_seqlens._version
-    known = _copies.get(cu_seqlens)
-    if known is None or version is None or known[0] != version:
-        known = _copies[cu_seqlens] = (version, cu_seqlens.clone())
-    return known[1]
+        return None, None
+    bounds, known = host_bounds(cu_seqlens), _tables_without_empty.get(cu_seqlens)
+    if known is None or known[0] != bounds:
+        some = upload_bounds(list(dict.fromkeys(bounds)), cu_seqlens.device)
+        tokens = torch.stack(document_of_tokens(some, bounds[-1]), dim=1).int()
+        known = _tables_without_empty[cu_seqlens] = (bounds, some, tokens)
+    return known[1:]

@@ -9,6 +9,7 @@ S slots of a cache. `full` and `window` are one module: a layer may change width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from apps.LT2.kernel.attention import attention, check_attention_impl, decode_attention
 from apps.LT2.kernel.attention.first_token import first_token_mass
 from apps.LT2.kernel.documents import local_positions
-from apps.LT2.mixers.base import Mixer, MixerCache, cache_positions, cache_rows
+from apps.LT2.mixers.base import (
+    Extension,
+    Mixer,
+    MixerCache,
+    cache_positions,
+    cache_rows,
+    known_past,
+)
 from lingua.joint_linear import joint_linear
 from lingua.probe import is_probing, log_stats
 from lingua.tensor_parallel import TensorParallel
@@ -114,13 +122,14 @@ class Attention(Mixer):
         cu_seqlens: Tensor | None = None,
         rows: Tensor | None = None,
         window: int | None = None,
+        past: Sequence[Extension] | None = None,
     ) -> Tensor:
         rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
         starts = cache.length_B[rows]
-        positions = cache_positions(x_BTD, cu_seqlens, starts, lengths)
-        q, k, v = self._qkv(x_BTD, positions)
-        if bool(starts.any()):
-            o = self._attend_past(q, k, v, cache, rows, lengths, window)
+        past = known_past(past, rows, starts, lengths)
+        q, k, v = self._qkv(x_BTD, cache_positions(x_BTD, cu_seqlens, starts))
+        if past:
+            o = self._attend_past(q, k, v, cache, past, window)
         else:
             o = attention(q, k, v, window=window, cu_seqlens=cu_seqlens, impl=self.attn_impl)
         append([(k, cache.k_BSGK), (v, cache.v_BSGK)], cache.length_B, rows, lengths)
@@ -180,30 +189,22 @@ class Attention(Mixer):
         k: Tensor,
         v: Tensor,
         cache: AttentionCache,
-        rows: Tensor,
-        lengths: Tensor,
+        past: Sequence[Extension],
         window: int | None,
     ) -> Tensor:
         """Attention of new tokens over what is cached and over themselves, sequence by sequence."""
         n_slots = cache.k_BSGK.shape[1]
-        starts = cache.length_B[rows].tolist()
-        sizes = lengths.tolist()
+        sizes = [extension.new for extension in past]
+        new = (x.flatten(0, 1).split(sizes) for x in (q, k, v))
         pieces = []
-        for row, start, q_new, k_new, v_new in zip(
-            rows.tolist(),
-            starts,
-            q.flatten(0, 1).split(sizes),
-            k.flatten(0, 1).split(sizes),
-            v.flatten(0, 1).split(sizes),
-            strict=True,
-        ):
-            past = torch.arange(max(0, start - n_slots), start, device=q.device) % n_slots
-            k_all = torch.cat((cache.k_BSGK[row, past].type_as(k_new), k_new))
-            v_all = torch.cat((cache.v_BSGK[row, past].type_as(v_new), v_new))
+        for (row, held, _), q_new, k_new, v_new in zip(past, *new, strict=True):
+            slots = torch.arange(max(0, held - n_slots), held, device=q.device) % n_slots
+            k_all = torch.cat((cache.k_BSGK[row, slots].type_as(k_new), k_new))
+            v_all = torch.cat((cache.v_BSGK[row, slots].type_as(v_new), v_new))
             # Queries of the past are not needed; zeros in their place keep the causal shape.
-            q_all = torch.cat((q_new.new_zeros(len(past), *q_new.shape[1:]), q_new))
+            q_all = torch.cat((q_new.new_zeros(len(slots), *q_new.shape[1:]), q_new))
             o = attention(q_all[None], k_all[None], v_all[None], window=window, impl=self.attn_impl)
-            pieces.append(o[0, len(past) :])
+            pieces.append(o[0, len(slots) :])
         return torch.cat(pieces).view_as(q)
 
 
@@ -226,7 +227,11 @@ def append(
     new_and_slots: list[tuple[Tensor, Tensor]], length_B: Tensor, rows: Tensor, lengths: Tensor
 ) -> None:
     """Write what a prefill adds, (n_sequences, T, ...) or packed (1, T, ...), to its slots
-    (B, S, ...), all in place; a ring keeps the last S. `rows` and `lengths` as of `cache_rows`."""
+    (B, S, ...), all in place; a ring keeps the last S. `rows` and `lengths` as of `cache_rows`.
+
+    What a ring does not keep is not left out, since the device alone knows how much that is: a
+    token whose slot a later one takes writes what that one writes.
+    """
     n_tokens = new_and_slots[0][0].flatten(0, 1).shape[0]
     n_slots = new_and_slots[0][1].shape[1]
     ends = lengths.cumsum(0)
@@ -235,8 +240,7 @@ def append(
     left = ends[sequence] - token  # tokens of its sequence from this one on
     row = rows[sequence]
     position = length_B[row] + token - (ends - lengths)[sequence]
-    kept = left <= n_slots
-    row, slot = row[kept], position[kept] % n_slots
+    slot, last = position % n_slots, token + (left - 1) // n_slots * n_slots
     for new, slots in new_and_slots:
-        slots[row, slot] = new.flatten(0, 1)[kept].to(slots.dtype)
+        slots[row, slot] = new.flatten(0, 1)[last].to(slots.dtype)
     length_B[rows] += lengths

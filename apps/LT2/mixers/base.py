@@ -7,13 +7,14 @@ other along T; `cu_seqlens` (n_docs + 1, int32) holds their boundaries, from 0 t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from apps.LT2.kernel.documents import local_positions
+from apps.LT2.kernel.documents import document_of_tokens, local_positions
 from lingua.tensor_parallel import ALONE, TensorParallel, split_linears
 
 
@@ -21,13 +22,23 @@ from lingua.tensor_parallel import ALONE, TensorParallel, split_linears
 class MixerCache:
     """Memory of one mixer in one (loop, layer); every field is a tensor with a row a sequence."""
 
+    @property
+    def device(self) -> torch.device:
+        return self._tensors()[0].device
+
     def reset(self, rows: Tensor | None = None) -> None:
         """Forget the sequences in `rows` (all of them if None), in place."""
         for tensor in self._tensors():
             if rows is None:
                 tensor.zero_()
             else:
-                tensor[rows] = 0
+                tensor.index_fill_(0, rows, 0)
+
+    def copy_rows(self, rows: Tensor, source: MixerCache, source_rows: Tensor) -> None:
+        """Hold in `rows` (n,) int64 what `source_rows` of another cache of this kind hold, or of
+        this one: all that a row is, so that its sequence goes on in each of them."""
+        for tensor, other in zip(self._tensors(), source._tensors(), strict=True):
+            tensor.index_copy_(0, rows, other.index_select(0, source_rows))
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors())
@@ -52,6 +63,14 @@ class MixerCache:
     def _tensors(self) -> list[Tensor]:
         values = (getattr(self, field.name) for field in fields(self))
         return [value for value in values if isinstance(value, Tensor)]
+
+
+class Extension(NamedTuple):
+    """What the host knows of a sequence that a prefill extends."""
+
+    row: int  # of the cache
+    held: int  # tokens that the row holds already
+    new: int  # tokens that come
 
 
 class Mixer(nn.Module, ABC):
@@ -133,11 +152,15 @@ class Mixer(nn.Module, ABC):
         cu_seqlens: Tensor | None = None,
         rows: Tensor | None = None,
         window: int | None = None,
+        past: Sequence[Extension] | None = None,
     ) -> Tensor:
         """As `forward`, continuing the sequences that the cache holds, which it extends in place.
 
         rows (n,) int64: the cache row of each sequence of x (of each document when packed);
         None means row i for sequence i.
+        past: what the host knows of each of them, () where all rows are empty: then nothing waits
+        for the device, and a compiler sees no break. A mixer that needs it and gets None asks the
+        device, which takes a moment in every (loop, layer).
         """
 
     @abstractmethod
@@ -183,12 +206,22 @@ def cache_rows(
     return rows, lengths
 
 
-def cache_positions(
-    x_BTD: Tensor, cu_seqlens: Tensor | None, starts: Tensor, lengths: Tensor
-) -> Tensor:
+def cache_positions(x_BTD: Tensor, cu_seqlens: Tensor | None, starts: Tensor) -> Tensor:
     """(B, T) positions of the tokens of a prefill, whose sequences (n,) already hold `starts`
-    tokens each; `lengths` as of `cache_rows`."""
-    positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
+    tokens each."""
+    n_tokens = x_BTD.shape[1]
     if cu_seqlens is None:
-        return positions + starts[:, None]
-    return (positions + starts.repeat_interleave(lengths))[None]
+        return local_positions(n_tokens, None, x_BTD.device) + starts[:, None]
+    document, position = document_of_tokens(cu_seqlens, n_tokens)
+    return (position + starts[document])[None]
+
+
+def known_past(
+    past: Sequence[Extension] | None, rows: Tensor, starts: Tensor, lengths: Tensor
+) -> Sequence[Extension]:
+    """`past` as a prefill was given it; where it was not, the device is asked, and waited for."""
+    if past is not None:
+        return past
+    pairs = zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+    asked = [Extension(*numbers) for numbers in pairs]
+    return asked if any(extension.held for extension in asked) else ()

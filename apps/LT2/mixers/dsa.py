@@ -15,6 +15,7 @@ J index heads, C index width, S slots of a cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from apps.LT2.kernel.attention import attention
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.kernel.dsa import Index, dsa, dsa_step
 from apps.LT2.mixers.attention import Attention, AttentionCache, append
-from apps.LT2.mixers.base import cache_positions, cache_rows
+from apps.LT2.mixers.base import Extension, cache_positions, cache_rows, known_past
 from lingua.args import UserError
 from lingua.transformer import RMSNorm, init_linear, rotary_angles, rotate_pairs
 
@@ -163,15 +164,17 @@ class SparseAttention(Attention):
         cu_seqlens: Tensor | None = None,
         rows: Tensor | None = None,
         window: int | None = None,
+        past: Sequence[Extension] | None = None,
     ) -> Tensor:
         assert window is None, "sparse attention has no window"
         rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
         starts = cache.length_B[rows]
-        positions = cache_positions(x_BTD, cu_seqlens, starts, lengths)
+        positions = cache_positions(x_BTD, cu_seqlens, starts)
         q, k, v = self._qkv(x_BTD, positions)
         index = self.indexer(x_BTD, positions)
-        if bool(starts.any()):
-            o = self._continue(q, k, v, index, cache, rows, lengths)
+        past = known_past(past, rows, starts, lengths)
+        if past:
+            o = self._continue(q, k, v, index, cache, past)
         else:
             o = self._attend(q, k, v, index, cu_seqlens)
         append(
@@ -238,20 +241,19 @@ class SparseAttention(Attention):
         v: Tensor,
         index: Index,
         cache: DSACache,
-        rows: Tensor,
-        lengths: Tensor,
+        past: Sequence[Extension],
     ) -> Tensor:
         """Attention of new tokens over what is cached and over themselves, sequence by sequence."""
-        starts, sizes = cache.length_B[rows].tolist(), lengths.tolist()
+        sizes = [extension.new for extension in past]
         new = [x.flatten(0, 1).split(sizes) for x in (q, k, v, *index)]
         pieces = []
-        for row, start, *parts in zip(rows.tolist(), starts, *new, strict=True):
-            if not len(parts[0]):
+        for (row, held, n_new), *parts in zip(past, *new, strict=True):
+            if not n_new:
                 continue
             q_new, k_new, v_new, index_q, index_k, index_w = (x[None] for x in parts)
-            past = slice(row, row + 1), slice(0, start)
+            cached = slice(row, row + 1), slice(0, held)
             k_all, v_all, index_k_all = (
-                torch.cat((slots[past].type_as(x), x), dim=1)
+                torch.cat((slots[cached].type_as(x), x), dim=1)
                 for slots, x in (
                     (cache.k_BSGK, k_new),
                     (cache.v_BSGK, v_new),

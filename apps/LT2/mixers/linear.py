@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.LT2.kernel.documents import local_positions
-from apps.LT2.mixers.base import Mixer, MixerCache, cache_positions, cache_rows
+from apps.LT2.mixers.base import Extension, Mixer, MixerCache, cache_positions, cache_rows
 from apps.LT2.mixers.parts import ShortConv
 from lingua.args import UserError
 from lingua.joint_linear import joint_weight
@@ -170,6 +170,7 @@ class LinearMixer(Mixer):
         cu_seqlens: Tensor | None = None,
         rows: Tensor | None = None,
         window: int | None = None,
+        past: Sequence[Extension] | None = None,
     ) -> Tensor:
         rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
         streams, rest = self.project(x_BTD)
@@ -181,7 +182,7 @@ class LinearMixer(Mixer):
             cache.tail_BTC[rows] = next_tail.to(tail.dtype)
         positions = None
         if cache.length_B is not None:
-            positions = cache_positions(x_BTD, cu_seqlens, cache.length_B[rows], lengths)
+            positions = cache_positions(x_BTD, cu_seqlens, cache.length_B[rows])
             cache.length_B[rows] += lengths
         state = cache.state_BHKV[rows]
         o, state = self.recur(

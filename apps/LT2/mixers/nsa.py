@@ -19,6 +19,7 @@ slots of a cache, C blocks of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ from apps.LT2.kernel.nsa import (
     native_sparse_attention_step,
 )
 from apps.LT2.mixers.attention import Attention, AttentionCache, append, rotate_heads, visible_pairs
-from apps.LT2.mixers.base import Mixer, cache_positions, cache_rows
+from apps.LT2.mixers.base import Extension, Mixer, cache_positions, cache_rows, known_past
 from lingua.args import UserError
 from lingua.joint_linear import joint_linear
 from lingua.transformer import check_rotary_width, check_sizes, init_linear, resolve_heads
@@ -117,16 +118,17 @@ class NativeSparseAttention(Mixer):
         cu_seqlens: Tensor | None = None,
         rows: Tensor | None = None,
         window: int | None = None,
+        past: Sequence[Extension] | None = None,
     ) -> Tensor:
         rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
         starts = cache.length_B[rows]
-        positions = cache_positions(x_BTD, cu_seqlens, starts, lengths)
-        q, k, v, gates = self._project(x_BTD, positions)
+        past = known_past(past, rows, starts, lengths)
+        q, k, v, gates = self._project(x_BTD, cache_positions(x_BTD, cu_seqlens, starts))
         append([(k, cache.k_BSGK), (v, cache.v_BSGK)], cache.length_B, rows, lengths)
         cache.k_BCGK[rows] = block_means(cache.k_BSGK[rows], self.nsa.block_size)
         cache.v_BCGK[rows] = block_means(cache.v_BSGK[rows], self.nsa.block_size)
-        if bool(starts.any()):
-            o = self._attend_past(q, gates, cache, rows, lengths)
+        if past:
+            o = self._attend_past(q, gates, cache, past)
         else:
             o = self._attend(q, k, v, gates, cu_seqlens=cu_seqlens)
         return self._output(o)
@@ -204,21 +206,16 @@ class NativeSparseAttention(Mixer):
         )
 
     def _attend_past(
-        self, q: Tensor, gates: Tensor, cache: NSACache, rows: Tensor, lengths: Tensor
+        self, q: Tensor, gates: Tensor, cache: NSACache, past: Sequence[Extension]
     ) -> Tensor:
         """New tokens, already stored, over all that is cached of their row; row by row."""
-        sizes = lengths.tolist()
-        ends = cache.length_B[rows].tolist()
+        sizes = [extension.new for extension in past]
+        new = (x.flatten(0, 1).split(sizes) for x in (q, gates))
         pieces = []
-        for row, end, q_row, gates_row in zip(
-            rows.tolist(),
-            ends,
-            q.flatten(0, 1).split(sizes),
-            gates.flatten(0, 1).split(sizes),
-            strict=True,
-        ):
-            if len(q_row):
-                k, v = (x[row, :end].type_as(q)[None] for x in (cache.k_BSGK, cache.v_BSGK))
+        for (row, held, n_new), q_row, gates_row in zip(past, *new, strict=True):
+            if n_new:
+                seen = slice(0, held + n_new)
+                k, v = (x[row, seen].type_as(q)[None] for x in (cache.k_BSGK, cache.v_BSGK))
                 pieces.append(self._attend(q_row[None], k, v, gates_row[None])[0])
         return torch.cat(pieces).view_as(q)
 

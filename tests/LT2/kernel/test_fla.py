@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.fla import register_gradient
+from apps.LT2.kernel.documents import upload_bounds
+from apps.LT2.kernel.fla import packed_arguments, packed_tokens, register_gradient
+from tests.waiting import no_waiting
 
 SCALE = 0.5
 
@@ -85,3 +87,43 @@ def test_gradients_reach_every_input(read, with_state, constant_decay):
     got, want = gradients(o, final), gradients(*toy(q, k, v, g, state, SCALE))
     for d, w in zip(got, want, strict=True):
         torch.testing.assert_close(d, w)
+
+
+# ---- tables of packed documents
+
+
+def test_chunks_are_numbered_by_document():
+    packed = packed_arguments(upload_bounds([0, 64, 64, 129, 130], "cpu"))
+    assert packed["cu_seqlens"].tolist() == [0, 64, 64, 129, 130]
+    # An empty document has no chunk, and its number.
+    assert packed["chunk_indices"].tolist() == [[0, 0], [2, 0], [2, 1], [3, 0]]
+    assert {x.dtype for x in packed.values()} == {torch.int32}
+    assert packed_arguments(None) == {}
+
+
+def test_tokens_are_numbered_by_documents_that_have_some():
+    bounds, tokens = packed_tokens(upload_bounds([0, 0, 3, 3, 3, 5, 5], "cpu"))
+    assert bounds is not None and tokens is not None
+    assert bounds.tolist() == [0, 3, 5]
+    assert tokens.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
+    assert {bounds.dtype, tokens.dtype} == {torch.int32}
+    assert packed_tokens(None) == (None, None)
+
+
+@pytest.mark.parametrize("tables", [lambda b: tuple(packed_arguments(b).values()), packed_tokens])
+def test_tables_are_shared_until_the_bounds_change(tables):
+    """fla keeps tables of its own by the identity of the bounds."""
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+    first = tables(cu_seqlens)
+    assert all(a is b for a, b in zip(first, tables(cu_seqlens), strict=True))
+    cu_seqlens.copy_(torch.tensor([0, 1, 5]))
+    second = tables(cu_seqlens)
+    assert second[0].tolist() == [0, 1, 5] and first[0].tolist() == [0, 2, 5]
+    assert second[0] is not first[0]
+
+
+@pytest.mark.parametrize("tables", [packed_arguments, packed_tokens])
+def test_tables_of_bounds_that_the_host_has_wait_for_nothing(tables):
+    cu_seqlens = upload_bounds([0, 2, 5], "cpu")
+    with no_waiting():
+        tables(cu_seqlens)

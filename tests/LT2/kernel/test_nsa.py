@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from apps.LT2.kernel.attention.naive import naive_attention
-from apps.LT2.kernel.fla import packed_bounds
 from apps.LT2.kernel.nsa import (
     block_means,
     native_sparse_attention,
@@ -234,16 +233,6 @@ def test_rows_of_a_step_may_be_at_different_positions():
     token = (x[row, position_B] for x in (q, k, v, gates))
     got = native_sparse_attention_step(*token, cache, position_B, n_blocks=4, window_size=5)
     assert_same(got, want[row, position_B], FP32)
-
-
-def test_bounds_for_fla_leave_out_empty_documents():
-    cu_seqlens = packed((0, 3, 0, 0, 2, 0))
-    bounds = packed_bounds(cu_seqlens)
-    assert bounds is not None and bounds.tolist() == [0, 3, 5]
-    assert packed_bounds(cu_seqlens) is bounds  # fla keeps tables by identity
-    cu_seqlens.copy_(packed((1, 0, 1, 3, 0, 0)))
-    bounds = packed_bounds(cu_seqlens)
-    assert bounds is not None and bounds.tolist() == [0, 1, 2, 5]
 
 
 def test_fla_on_cpu_names_what_works():

@@ -14,6 +14,7 @@ SDPA, with a dense mask for them.
 from __future__ import annotations
 
 import inspect
+import itertools
 from functools import cache
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from apps.LT2.kernel.attention.decode import decode_attention
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
-from apps.LT2.kernel.documents import document_of_tokens
+from apps.LT2.kernel.documents import document_of_tokens, host_bounds
 from lingua.args import UserError
 from lingua.transformer import flex_attention_on, repeat_kv
 
@@ -193,7 +194,8 @@ def _fmha(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tenso
     k, v = repeat_kv(k, groups), repeat_kv(v, groups)
     bias = fmha.attn_bias
     if cu_seqlens is not None:
-        mask = bias.BlockDiagonalCausalMask.from_seqlens(cu_seqlens.diff().tolist())
+        lengths = [end - start for start, end in itertools.pairwise(host_bounds(cu_seqlens))]
+        mask = bias.BlockDiagonalCausalMask.from_seqlens(lengths)
         if window is not None:
             mask = mask.make_local_attention(window)
     elif window is not None:

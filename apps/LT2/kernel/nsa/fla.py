@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.fla import check_fla_inputs, import_fla, packed_bounds
+from apps.LT2.kernel.fla import check_fla_inputs, import_fla, packed_tokens
 from apps.LT2.kernel.nsa.blocks import cut_blocks, mean_of_blocks
 from lingua.args import UserError
 
@@ -98,7 +98,7 @@ def _compressed(
 ) -> tuple[Tensor, Tensor]:
     """o (B, T, H, K), zero where no block is complete, and the log-sum-exp (B, T, H) of the scores,
     0 there; fp32."""
-    bounds, tokens = _tables(cu_seqlens)
+    bounds, tokens = packed_tokens(cu_seqlens)
     with torch.cuda.device(q.device):
         return _compression().parallel_nsa_compression_fwd(
             q=q,
@@ -130,7 +130,7 @@ def _compressed_backward(
     do: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q and of the means; zero for rows of the means that are no block's."""
-    bounds, tokens = _tables(cu_seqlens)
+    bounds, tokens = packed_tokens(cu_seqlens)
     with torch.cuda.device(q.device):
         dq, dk, dv = _compression().parallel_nsa_compression_bwd(
             q=q,
@@ -185,7 +185,7 @@ def _choose(
 ) -> Tensor:
     """Blocks that each query attends to, (B, T, G, n) int32 counted from its document's first; n is
     a power of two, and -1 fills what is left over."""
-    bounds, _ = _tables(cu_seqlens)
+    bounds, _ = packed_tokens(cu_seqlens)
     with torch.cuda.device(q.device):
         chosen = _parallel().parallel_nsa_topk(
             q=q,
@@ -217,7 +217,7 @@ def _selected(
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
     """o (B, T, H, K) and the log-sum-exp (B, T, H) of the scores in fp32."""
-    bounds, tokens = _tables(cu_seqlens)
+    bounds, tokens = packed_tokens(cu_seqlens)
     with torch.cuda.device(q.device):
         return _parallel().parallel_nsa_fwd(
             q=q,
@@ -251,7 +251,7 @@ def _selected_backward(
     do: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    bounds, tokens = _tables(cu_seqlens)
+    bounds, tokens = packed_tokens(cu_seqlens)
     with torch.cuda.device(q.device):
         return _parallel().parallel_nsa_bwd(
             q=q,
@@ -293,14 +293,6 @@ NO_BACKWARD = "fla has no backward for queries that continue a cached past"
 
 def _scale(q: Tensor) -> float:
     return q.shape[-1] ** -0.5
-
-
-def _tables(cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Bounds of the documents that have tokens, and (document, position) of each token, for fla."""
-    bounds = packed_bounds(cu_seqlens)
-    if bounds is None:
-        return None, None
-    return bounds, import_fla("fla.ops.utils").prepare_token_indices(bounds)
 
 
 def _parallel() -> Any:
