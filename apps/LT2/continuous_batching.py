@@ -15,15 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from apps.LT2.cache import ModelCache
-from apps.LT2.packed_prompts import pack_prompts, score_prompts
+from apps.LT2.kernel.documents import upload
+from apps.LT2.prompt_prefill import PromptPrefill
+from apps.LT2.sampling import all_finite
 from apps.LT2.sequence import GeneratedSequence
-from apps.LT2.transformer import LoopedTransformer
 from lingua.args import UserError
 
-# (logits of a row each, the sequences in these rows or None where one is free) -> token ids
+# (logits of a row each, the sequences in these rows or None where one is free) -> token ids, any of
+# the vocabulary where logits are NaN
 Choose = Callable[[Tensor, Sequence[GeneratedSequence | None]], Tensor]
-Step = Callable[[Tensor], Tensor]  # tokens (B, 1) -> logits (B, 1, V), as `model.step`
+# tokens (B, 1) -> logits (B, 1, V), as `model.step`, and whether those of a row are finite, (B,)
+Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+BROKEN = -1  # fetched in place of a token whose logits are not
 
 
 def group_by_length(n_slots: Sequence[int], max_slots: int) -> list[list[int]]:
@@ -43,38 +46,16 @@ def group_by_length(n_slots: Sequence[int], max_slots: int) -> list[list[int]]:
     return sorted(sorted(group) for group in groups)
 
 
-def check_finite(logits_nV: Tensor, sequences: Sequence[GeneratedSequence | None]) -> None:
-    """UserError where a row with a sequence has none to choose from: its token would be any."""
-    if logits_nV.isfinite().all():
-        return
-    broken = logits_nV.isfinite().all(-1).logical_not().tolist()
-    if any(bad and sequence for bad, sequence in zip(broken, sequences, strict=True)):
-        raise UserError(
-            "the model's logits are NaN or infinite: the checkpoint is broken, or its numbers are "
-            "too large for this dtype; dtype=fp32 tells"
-        )
-
-
 class ContinuousBatch:
     """Runs sequences, in order, in the rows of one cache."""
 
-    def __init__(
-        self,
-        model: LoopedTransformer,
-        cache: ModelCache,
-        step: Step,
-        choose: Choose,
-        *,
-        eos_id: int,
-        score: bool,
-    ):
-        """`cache` is empty, `step` moves it on; score: give the sequences the scores of their
-        prompts, which takes logits for each token of these."""
-        self.model, self.cache, self.step, self.choose = model, cache, step, choose
-        self.eos_id, self.score = eos_id, score
-        self.device = model.tok_embeddings.weight.device
-        self.rows: list[GeneratedSequence | None] = [None] * cache.batch_size
-        self.tokens_B1 = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=self.device)
+    def __init__(self, prefill: PromptPrefill, step: Step, choose: Choose, *, eos_id: int):
+        """`prefill` fills rows of its empty cache, and `step` moves that on."""
+        self.cache, self.prefill = prefill.cache, prefill
+        self.step, self.choose, self.eos_id = step, choose, eos_id
+        n_rows = self.cache.batch_size
+        self.rows: list[GeneratedSequence | None] = [None] * n_rows
+        self.tokens_B1 = torch.zeros(n_rows, 1, dtype=torch.int64, device=prefill.device)
 
     def run(self, sequences: Sequence[GeneratedSequence]) -> Iterator[list[GeneratedSequence]]:
         """After every prefill and every step, those that have a token more, or are done."""
@@ -87,36 +68,17 @@ class ContinuousBatch:
             yield self._decode()
 
     def _admit(self, waiting: deque[GeneratedSequence]) -> list[GeneratedSequence]:
-        """Prefill the next sequences, packed, into the rows that are free; their first tokens."""
+        """Put the next sequences into the rows that are free, with their first tokens."""
         free = [row for row, sequence in enumerate(self.rows) if sequence is None]
         new = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
         rows = free[: len(new)]
-        rows_n = torch.tensor(rows, device=self.device)
-        self.cache.reset(rows)
-        logits_nV = self._prefill(new, rows_n)
+        logits_nV = self.prefill.begin(new, rows, waiting[0] if waiting else None)
+        tokens_n = self.choose(logits_nV, new)
+        self.tokens_B1[upload(rows, tokens_n.device, torch.int64), 0] = tokens_n
         for row, sequence in zip(rows, new, strict=True):
-            sequence.done = sequence.max_gen_len == 0  # its scores are all that it is here for
-            self.rows[row] = None if sequence.done else sequence
-        tokens_n = self.choose(logits_nV, [self.rows[row] for row in rows])
-        self.tokens_B1[rows_n, 0] = tokens_n
-        self._push(rows, tokens_n)
+            self.rows[row] = sequence
+        self._push(rows, tokens_n, all_finite(logits_nV))
         return new
-
-    def _prefill(self, new: list[GeneratedSequence], rows_n: Tensor) -> Tensor:
-        """Logits (n, V) after each prompt."""
-        tokens_1T, cu_seqlens = pack_prompts([s.prompt for s in new], self.device)
-        logits = self.model.prefill(
-            tokens_1T, self.cache, cu_seqlens=cu_seqlens, rows=rows_n, last_only=not self.score
-        )
-        if self.score:
-            scores = score_prompts(logits[0], tokens_1T[0], [len(s.prompt) for s in new])
-            for sequence, (loglikelihood, greedy) in zip(new, scores, strict=True):
-                sequence.loglikelihood, sequence.greedy = loglikelihood, greedy
-            logits_nV = logits[0, cu_seqlens[1:].long() - 1]
-        else:
-            logits_nV = logits[:, 0]
-        check_finite(logits_nV, new)
-        return logits_nV
 
     def _decode(self) -> list[GeneratedSequence]:
         """One step of all rows. Those without a sequence go along, and nobody looks at them."""
@@ -125,18 +87,26 @@ class ContinuousBatch:
             assert not any(self.rows[row] for row in full), "a sequence has outgrown its row"
             self.cache.reset(full)
         active = [sequence for sequence in self.rows if sequence is not None]
-        logits_BV = self.step(self.tokens_B1)[:, 0]
-        check_finite(logits_BV, self.rows)
-        tokens_B = self.choose(logits_BV, self.rows)
+        logits_B1V, finite_B = self.step(self.tokens_B1)
+        tokens_B = self.choose(logits_B1V[:, 0], self.rows)
         self.tokens_B1 = tokens_B[:, None]
-        self._push(range(len(self.rows)), tokens_B)
+        self._push(range(len(self.rows)), tokens_B, finite_B)
         return active
 
-    def _push(self, rows: Sequence[int], tokens_n: Tensor) -> None:
-        """Hand out tokens; a row whose sequence ends with its token is free."""
-        for row, token in zip(rows, tokens_n.tolist(), strict=True):
-            sequence = self.rows[row]
-            if sequence is not None:
-                sequence.push(token, self.eos_id)
-                if sequence.done:
-                    self.rows[row] = None
+    def _push(self, rows: Sequence[int], tokens_n: Tensor, finite_n: Tensor) -> None:
+        """Hand out tokens; a row whose sequence ends with its token is free.
+
+        finite_n: whether their logits are. A UserError where those of a sequence are not: its token
+        could be any. It comes with the tokens, since to ask for it would be to wait once more.
+        """
+        tokens = tokens_n.where(finite_n, BROKEN).tolist()
+        given = [(row, s, t) for row, t in zip(rows, tokens, strict=True) if (s := self.rows[row])]
+        if any(token == BROKEN for _, _, token in given):
+            raise UserError(
+                "the model's logits are NaN or infinite: the checkpoint is broken, or its numbers "
+                "are too large for this dtype; dtype=fp32 tells"
+            )
+        for row, sequence, token in given:
+            sequence.push(token, self.eos_id)
+            if sequence.done:
+                self.rows[row] = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from apps.LT2.cache import ModelCache
+from apps.LT2.sampling import all_finite
 from apps.LT2.transformer import LoopedTransformer
 
 WARMUP_STEPS = 2  # the first one compiles and tunes kernels and loads libraries
@@ -35,14 +36,19 @@ class DecodeGraph:
             # thread_local: other threads, of a data loader say, may allocate in the meantime.
             capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
             with cache.preserved(), capture:
-                self.logits_B1V = model.step(self.tokens_B1, cache)
+                self.logits_B1V, self.finite_B = self._decode()
 
     def step(self, tokens_B1: Tensor) -> Tensor:
-        """As `model.step`; the logits (B, 1, V) are overwritten by the next call."""
+        """As `model.step`; the logits (B, 1, V) are overwritten by the next call, and so is
+        `finite_B`, whether those of a row are finite."""
         self.cache.extend(range(self.cache.batch_size), [1] * self.cache.batch_size)
         self.tokens_B1.copy_(tokens_B1)
         self.graph.replay()
         return self.logits_B1V
+
+    def _decode(self) -> tuple[Tensor, Tensor]:
+        logits_B1V = self.model.step(self.tokens_B1, self.cache)
+        return logits_B1V, all_finite(logits_B1V[:, 0])
 
     def _warm_up(self) -> None:
         """Steps that are not captured, on a stream of their own as capture itself uses one."""
@@ -51,5 +57,5 @@ class DecodeGraph:
         with torch.cuda.stream(stream):
             for _ in range(WARMUP_STEPS):
                 with self.cache.preserved():
-                    self.model.step(self.tokens_B1, self.cache)
+                    self._decode()
         torch.cuda.current_stream().wait_stream(stream)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ from apps.LT2.compiled import compiled_for_generation
 from apps.LT2.continuous_batching import ContinuousBatch, Step, group_by_length
 from apps.LT2.decode_graph import DecodeGraph
 from apps.LT2.load import check_dtype
-from apps.LT2.sampling import check_sampling, sample_tokens, sequence_rng
+from apps.LT2.prompt_prefill import PromptPrefill
+from apps.LT2.sampling import all_finite, check_sampling, sample_tokens, sequence_rng
 from apps.LT2.sequence import GeneratedSequence
 from apps.LT2.text_stream import TextStream
 from apps.LT2.transformer import LoopedTransformer
@@ -44,7 +46,8 @@ class PackedCausalTransformerGeneratorArgs:
     top_p: float | None = None  # draw from the likeliest tokens that hold this share, 0 to 1
     top_k: int | None = None  # draw from this many likeliest tokens; null = from all
     max_gen_len: int = 512  # longest answer in tokens; 0 only scores the prompts
-    # cache slots, prompts and answers; how many sequences run at a time follows from it
+    # cache slots, prompts and answers; how many sequences run at a time follows from it. Samples of
+    # a prompt that do not all begin at once take one sequence's slots more, for the prompt.
     max_tokens: int = 1024
     max_prompt_len: int | None = None  # longer prompts lose tokens at their start; null = none do
     until: list[str] = field(
@@ -228,14 +231,11 @@ class PackedCausalTransformerGenerator:
                 n_slots = max(needs[i] for i in group)
                 n_rows = min(len(group), cfg.max_tokens // n_slots)
                 dtype = None if cfg.dtype == "auto" else DTYPES[cfg.dtype]  # None: the weights'
-                cache = model.init_cache(n_rows, n_slots, dtype=dtype)
+                make_cache = partial(model.init_cache, max_seqlen=n_slots, dtype=dtype)
+                cache = make_cache(n_rows)
+                prefill = PromptPrefill(model, cache, partial(make_cache, 1), score=score)
                 batch = ContinuousBatch(
-                    model,
-                    cache,
-                    self._step(cache),
-                    self._choose,
-                    eos_id=self.tokenizer.eos_id,
-                    score=score,
+                    prefill, self._step(cache), self._choose, eos_id=self.tokenizer.eos_id
                 )
                 yield from batch.run([sequences[i] for i in group])
 
@@ -244,8 +244,14 @@ class PackedCausalTransformerGenerator:
         model = self.model
         # The first token comes from the prefill.
         if self.cfg.uses_graph(self.device) and self.cfg.max_gen_len > 1:
-            return DecodeGraph(model, cache).step
-        return lambda tokens_B1: model.step(tokens_B1, cache)
+            graph = DecodeGraph(model, cache)
+            return lambda tokens_B1: (graph.step(tokens_B1), graph.finite_B)
+
+        def step(tokens_B1: Tensor) -> tuple[Tensor, Tensor]:
+            logits_B1V = model.step(tokens_B1, cache)
+            return logits_B1V, all_finite(logits_B1V[:, 0])
+
+        return step
 
     def _choose(self, logits_NV: Tensor, sequences: Sequence[GeneratedSequence | None]) -> Tensor:
         """The next token of each sequence; any token where there is none."""

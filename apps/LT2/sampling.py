@@ -30,6 +30,12 @@ def sequence_rng(seed: int, prompt: int, sample: int) -> random.Random:
     return random.Random(f"{seed} {prompt} {sample}")
 
 
+def all_finite(logits_NV: Tensor) -> Tensor:
+    """(N,) bool, by one pass over the logits."""
+    low_N, high_N = logits_NV.aminmax(dim=-1)  # a NaN is both
+    return low_N.isfinite() & high_N.isfinite()
+
+
 def sample_tokens(
     logits_BV: Tensor,
     u_B: Tensor,
@@ -38,7 +44,8 @@ def sample_tokens(
     top_p: float | None = None,
     top_k: int | None = None,
 ) -> Tensor:
-    """A token id for each row, (B,) int64; `u_B` in [0, 1) decides which (unused when greedy).
+    """A token id for each row, (B,) int64; `u_B` in [0, 1), best on the host, decides which
+    (unused when greedy). Of logits that are not all finite it is any id, see `all_finite`.
 
     temperature 0 takes the likeliest token. top_k keeps the k likeliest ones, and top_p the fewest
     likeliest ones of those whose probabilities reach p together; the rest is never drawn.
@@ -62,9 +69,10 @@ def sample_tokens(
 
 def invert_cdf(weights_BN: Tensor, u_B: Tensor) -> Tensor:
     """The index at which the running sum of weights passes the share u of the total; never one of
-    weight 0."""
+    weight 0. Any index where weights are NaN."""
     sums = weights_BN.cumsum(dim=-1)
     total = sums[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to the total
-    target = torch.minimum(u_B.to(sums)[:, None] * total, below)
-    return torch.searchsorted(sums, target, right=True)[:, 0]
+    target = torch.minimum(u_B.to(sums, non_blocking=True)[:, None] * total, below)
+    index = torch.searchsorted(sums, target, right=True)[:, 0]
+    return index.clamp(max=weights_BN.shape[-1] - 1)  # past the end among NaNs

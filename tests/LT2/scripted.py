@@ -27,11 +27,11 @@ class Scripted:
         return ModelCache([], max_seqlen, [0] * batch_size)
 
     def prefill(self, tokens, cache, *, cu_seqlens, rows, last_only) -> Tensor:
-        cache.extend(rows.tolist(), packed_lengths(tokens, cu_seqlens))
-        self.prefilled.append(rows.tolist())
-        for row in rows.tolist():
+        cache.extend(rows, packed_lengths(tokens, cu_seqlens))
+        self.prefilled.append(list(rows))
+        for row in rows:
             self.saying[row] = list(self.waiting.pop(0))
-        said = self._say(rows.tolist())
+        said = self._say(rows)
         if last_only:
             return said[:, None]
         logits = torch.zeros(1, tokens.shape[1], VOCAB)

@@ -27,7 +27,9 @@ class FakeGraph:
     def replay(self) -> None:
         lengths = list(self.graph.cache.lengths)
         self.graph.cache.lengths[:] = [0] * len(lengths)
-        self.graph.logits_B1V.copy_(self.graph.model.step(self.graph.tokens_B1, self.graph.cache))
+        logits_B1V, finite_B = self.graph._decode()
+        self.graph.logits_B1V.copy_(logits_B1V)
+        self.graph.finite_B.copy_(finite_B)
         self.graph.cache.lengths[:] = lengths
 
 

@@ -1,0 +1,193 @@
+"""Prefill, steps and scoring run ahead of the device, and a compiler sees a prefill in one piece.
+
+What the host knows (which rows are empty, where documents end) is not asked of the device: that
+would wait for all that was started before, in every (loop, layer).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from apps.LT2.generator import (
+    PackedCausalTransformerGenerator,
+    PackedCausalTransformerGeneratorArgs,
+)
+from apps.LT2.kernel.documents import host_bounds, upload_bounds
+from apps.LT2.mixers import MIXERS
+from apps.LT2.mixers.linear import LinearMixer
+from apps.LT2.scoring import Window, score_batch
+from lingua.tokenizer import ByteTokenizer
+from tests.LT2.tiny import KINDS, tiny_model
+from tests.waiting import WouldWait, no_waiting
+
+PAST = "empty", "continued"
+
+
+def prompt(*shape: int) -> Tensor:
+    return torch.randint(258, shape, generator=torch.Generator().manual_seed(0))
+
+
+# ---- the catcher catches
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x[0].item(),
+        lambda x: bool(x.any()),
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x[x > 1],
+        lambda x: x.nonzero(),
+        lambda x: x.repeat_interleave(x),
+        lambda x: x.masked_select(x > 1),
+        lambda x: x.unique_consecutive(),
+        lambda x: torch.equal(x, x),
+    ],
+)
+def test_what_would_wait_is_caught(read):
+    x = torch.arange(3)
+    read(x)
+    with no_waiting(), pytest.raises(WouldWait):
+        read(x)
+    read(x)
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_prefill_and_steps_wait_for_nothing(kind, packed):
+    """On empty rows, and on rows that hold tokens."""
+    model = tiny_model(kind, 1)
+    cache = model.init_cache(3, 40)
+    for bounds in ([0, 5, 6, 20], [0, 9, 9, 20]):
+        tokens = prompt(1, 20) if packed else prompt(3, 7)
+        cu_seqlens = upload_bounds(bounds, "cpu") if packed else None
+        with no_waiting():
+            model.prefill(tokens, cache, cu_seqlens=cu_seqlens, rows=[2, 0, 1])
+    with no_waiting():
+        model.step(prompt(3, 1), cache)
+        cache.reset([1])
+        cache.copy_rows([1], cache, [2])
+        model.step(prompt(3, 1), cache)
+    assert cache.lengths == ([3, 16, 16] if packed else [16, 16, 16])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_device_that_is_asked_says_what_the_host_knows(kind):
+    """A mixer that is not told asks its cache; rows in a tensor and plain bounds are read."""
+    model = tiny_model(kind, 1)
+    told, asking = model.init_cache(3, 40), model.init_cache(3, 40)
+    for bounds in ([0, 5, 6, 20], [0, 9, 9, 20]):
+        tokens, plain = prompt(1, 20), torch.tensor(bounds, dtype=torch.int32)
+        want = model.prefill(tokens, told, cu_seqlens=upload_bounds(bounds, "cpu"), rows=[2, 0, 1])
+        rows = torch.tensor([2, 0, 1])
+        h = model.tok_embeddings(tokens)
+        u = h
+        for block, spec, memory in model._with_cache(0, asking):
+            h = block.prefill(h, spec, memory, plain, rows)
+        got = model._logits(model.norm(model._join(h, u, 0)))
+        assert torch.equal(got, want)
+
+
+def test_bounds_that_changed_are_not_remembered():
+    cu_seqlens = upload_bounds([0, 2, 5], "cpu")
+    with no_waiting():
+        assert host_bounds(cu_seqlens) == [0, 2, 5]
+    cu_seqlens[1] = 3
+    assert host_bounds(cu_seqlens) == [0, 3, 5]
+
+
+# ---- in one piece
+
+
+ATTENDING = "full", "window", "nsa", "dsa"
+CASES = [(kind, packed, past) for kind in ATTENDING for packed in (False, True) for past in PAST]
+# On CPU the chunked form of a recurrence reads documents in Python, and kda's is an autograd
+# function that is not traced without gradients.
+CASES += [
+    (kind, False, "empty")
+    for kind, mixer in MIXERS.items()
+    if issubclass(mixer, LinearMixer) and kind != "kda"
+]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("kind, packed, past", CASES)
+def test_a_compiled_prefill_has_no_break(kind, packed, past):
+    model = tiny_model(kind, 1, n_layers=1)
+    plain, compiled = model.init_cache(3, 40), model.init_cache(3, 40)
+    bounds = upload_bounds([0, 5, 9, 20], "cpu") if packed else None
+    tokens = prompt(1, 20) if packed else prompt(3, 7)
+    if past == "continued":
+        for cache in (plain, compiled):
+            model.prefill(tokens, cache, cu_seqlens=bounds, rows=[2, 0, 1])
+    want = model.prefill(tokens, plain, cu_seqlens=bounds, rows=[2, 0, 1])
+    for block in model.layers:
+        block.prefill = torch.compile(block.prefill, fullgraph=True, backend="eager")
+    got = model.prefill(tokens, compiled, cu_seqlens=bounds, rows=[2, 0, 1])
+    assert torch.equal(got, want)
+
+
+# ---- scoring and generation fetch once
+
+
+@pytest.fixture
+def fetches(monkeypatch) -> list[str]:
+    """What brings numbers to the host, by name, in this test."""
+    calls: list[str] = []
+
+    def counted(name: str):
+        inner = getattr(Tensor, name)
+
+        def count(self: Tensor, *args, **options):
+            calls.append(name)
+            return inner(self, *args, **options)
+
+        return count
+
+    for name in ("cpu", "tolist", "item", "numpy", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(Tensor, name, counted(name))
+    return calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_scores_is_fetched_once(kind, fetches, monkeypatch):
+    model = tiny_model(kind, 1)
+    monkeypatch.setattr("apps.LT2.scoring.LOGITS_AT_ONCE", 3 * 258)  # several pieces
+    windows = [Window(i, list(range(9, 9 + n)), n // 2) for i, n in enumerate((12, 4, 7))]
+    fetches.clear()
+    score_batch(model, windows)
+    assert fetches.count("cpu") == 1
+    # What is then read is on the host already.
+    assert fetches[0] == "cpu" and set(fetches[1:]) <= {"tolist", "__bool__"}
+
+
+@pytest.mark.parametrize("kind", ["full", "hybrid", "dsa"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_of_generation_fetches_its_tokens_and_nothing_else(kind, temperature, fetches):
+    model = tiny_model(kind, 2)
+    cfg = PackedCausalTransformerGeneratorArgs(
+        max_gen_len=5, max_tokens=30, temperature=temperature, top_p=0.9, top_k=50
+    )
+    generator = PackedCausalTransformerGenerator(cfg, model, ByteTokenizer())
+    # Two rows for two prompts with three answers each, so that rows are refilled and copied.
+    answers = generator.complete(["once", "upon a"], num_samples=3, score=False)
+    n_moves = 0
+    run = generator._run
+
+    def count_moves(*args):
+        nonlocal n_moves
+        for moved in run(*args):
+            n_moves += 1
+            yield moved
+
+    generator._run = count_moves
+    fetches.clear()
+    assert len([*answers]) == 6
+    assert n_moves > 6
+    assert fetches == ["tolist"] * n_moves
