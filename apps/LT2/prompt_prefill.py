@@ -27,7 +27,6 @@ class KeptPrompt:
     """What the later samples of a prompt begin with."""
 
     sample: GeneratedSequence  # one of those that have begun; it has the prompt's scores
-    cache: ModelCache  # one row
     logits_1V: Tensor
 
 
@@ -47,6 +46,7 @@ class PromptPrefill:
         self.model, self.cache, self.one_row, self.score = model, cache, one_row, score
         self.device = model.tok_embeddings.weight.device
         self.kept: KeptPrompt | None = None
+        self.kept_row: ModelCache | None = None  # allocated when a prompt is first kept
 
     def begin(
         self,
@@ -57,13 +57,10 @@ class PromptPrefill:
         """Logits (n, V) after the prompts of `new`, which `rows` hold from then on. `following` is
         the sequence that will begin after these."""
         kept = self.kept
-        n_kept = sum(kept is not None and sequence.shares_prompt(kept.sample) for sequence in new)
+        n_kept = 0 if kept is None else sum(s.shares_prompt(kept.sample) for s in new)
         logits = []
         if kept is not None and n_kept:
-            self.cache.copy_rows(rows[:n_kept], kept.cache, [0] * n_kept)
-            for sequence in new[:n_kept]:
-                sequence.take_scores(kept.sample)
-            logits.append(kept.logits_1V.expand(n_kept, -1))
+            logits.append(self._begin_with(kept, new[:n_kept], rows[:n_kept]))
         if n_kept < len(new):
             logits.append(self._prefill(new[n_kept:], rows[n_kept:]))
         logits_nV = torch.cat(logits)
@@ -73,8 +70,23 @@ class PromptPrefill:
             self._keep(new[-1], rows[-1], logits_nV[-1:].clone())
         return logits_nV
 
+    def _keep(self, sample: GeneratedSequence, row: int, logits_1V: Tensor) -> None:
+        if self.kept_row is None:
+            self.kept_row = self.one_row()
+        self.kept_row.copy_rows([0], self.cache, [row])
+        self.kept = KeptPrompt(sample, logits_1V)
+
+    def _begin_with(
+        self, kept: KeptPrompt, new: Sequence[GeneratedSequence], rows: Sequence[int]
+    ) -> Tensor:
+        assert self.kept_row is not None, "a prompt without a row"
+        self.cache.copy_rows(rows, self.kept_row, [0] * len(rows))
+        for sequence in new:
+            sequence.take_scores(kept.sample)
+        return kept.logits_1V.expand(len(new), -1)
+
     def _prefill(self, new: Sequence[GeneratedSequence], rows: Sequence[int]) -> Tensor:
-        """The same without what is kept: each prompt is read once, and copied to other rows."""
+        """Each prompt is read once, and copied to the other rows of its samples."""
         changes = [not b.shares_prompt(a) for a, b in itertools.pairwise(new)]
         prompt_of = list(itertools.accumulate(changes, initial=0))  # of each sequence
         first = [prompt_of.index(n) for n in range(prompt_of[-1] + 1)]  # sequence of each prompt
@@ -101,8 +113,3 @@ class PromptPrefill:
         for sequence, (loglikelihood, greedy) in zip(new, scores, strict=True):
             sequence.loglikelihood, sequence.greedy = loglikelihood, greedy
         return logits[0, cu_seqlens[1:].long() - 1]
-
-    def _keep(self, sample: GeneratedSequence, row: int, logits_1V: Tensor) -> None:
-        cache = self.one_row() if self.kept is None else self.kept.cache
-        cache.copy_rows([0], self.cache, [row])
-        self.kept = KeptPrompt(sample, cache, logits_1V)
