@@ -127,6 +127,23 @@ def test_generation_by_graphs_gives_the_tokens_of_steps(cuda, kind, monkeypatch)
     assert len(graphs) == 1, "a graph that nothing replays"
 
 
+def test_a_graph_tells_of_logits_that_are_not_finite(cuda, monkeypatch):
+    """The flag comes with the tokens of its step, and not with those of another one."""
+    monkeypatch.setattr(generator, "DecodeGraph", make_graph)
+    model = tiny_model("hybrid", loop_count=2)
+    cfg = generator.PackedCausalTransformerGeneratorArgs(max_gen_len=6, max_tokens=60)
+    monkeypatch.setattr(cfg, "uses_graph", lambda device: True, raising=False)
+    made = generator.PackedCausalTransformerGenerator(cfg, model, ByteTokenizer())
+    tokens = next(made.complete(["once"])).tokens
+    third = tokens[2]
+    assert third not in tokens[:2] and third not in b"once", "the test wants it to be new"
+    model.tok_embeddings.weight[third] = float("nan")  # read by the fourth step alone
+    came: list[str] = []
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        list(made.complete(["once"], on_text=lambda _, text: came.append(text)))
+    assert len("".join(came).encode()) <= 3
+
+
 def test_a_full_cache_is_refused_before_anything_is_written(cuda):
     model = tiny_model("hybrid", loop_count=1)
     cache = model.init_cache(1, 4)
