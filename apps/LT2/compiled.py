@@ -19,7 +19,7 @@ MAX_VARIANTS = 64  # of one function, before torch refuses to compile more
 
 
 def compile_prefill(model: LoopedTransformer) -> None:
-    """Compile the prefill of every layer, in place, around its looks at what is cached.
+    """Compile the prefill of every layer, in place, in one piece each.
 
     For prompts of few lengths that are prefilled at once: one that continues a row is compiled
     again for each length of the past.
