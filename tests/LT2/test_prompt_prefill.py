@@ -77,22 +77,23 @@ def test_a_sequence_goes_on_alike_in_every_copy_of_its_row(kind):
 # ---- the answers
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "kind, temperature", [(kind, 1.0) for kind in KINDS] + [("hybrid", 0.0), ("gdn+dsa", 0.0)]
+)
 def test_answers_are_those_of_samples_that_read_their_prompts_themselves(
     kind, temperature, monkeypatch
 ):
-    model = tiny_model(kind, 2)
+    model = tiny_model(kind, 1)
 
     def answers(max_tokens: int) -> list[list[int]]:
         generator = make(model, temperature=temperature, until=UNTIL, max_tokens=max_tokens)
-        return [c.tokens for c in generator.complete(PROMPTS, num_samples=5, score=False)]
+        return [c.tokens for c in generator.complete(PROMPTS, num_samples=4, score=False)]
 
-    shared = [answers(max_tokens) for max_tokens in (1000, 70, 33)]  # 20, 2 and 1 rows
+    shared = [answers(max_tokens) for max_tokens in (1000, 70, 33)]  # 16, 2 and 1 rows
     monkeypatch.setattr(GeneratedSequence, "shares_prompt", lambda self, other: False)
     assert shared == [answers(1000)] * 3
     if temperature:
-        assert len({tuple(tokens) for tokens in shared[0]}) > 15
+        assert len({tuple(tokens) for tokens in shared[0]}) > 12
 
 
 ALIKE = ["the quick", "brown fox", "jumps"]  # rows of one cache serve them all

@@ -1,0 +1,174 @@
+"""CUDA itself says whether the host waits for it: in prefill, in steps, and in generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from apps.LT2.compiled import compiled_for_generation
+from apps.LT2.decode_graph import DecodeGraph
+from apps.LT2.kernel.documents import upload_bounds
+from apps.LT2.mixers.attention import append
+from lingua.args import UserError
+from tests.gpu.test_decode_graph_gpu import CHOOSE_KEYS, make_generator, make_model
+from tests.LT2.tiny import KINDS
+from tests.tolerances import BF16_KERNEL, relative_error
+
+pytestmark = pytest.mark.gpu
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Inside, a copy or an operator that waits for the device raises a RuntimeError."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def prefill_of(model, *, packed: bool):
+    """A prefill into rows of an empty cache, as the generator does it, and the cache."""
+    cache = model.init_cache(3, 200)
+    shape = (1, 170) if packed else (3, 70)
+    tokens = torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).cuda()
+
+    def prefill():
+        cache.reset([0, 1, 2])
+        # Bounds of their own for each call, as each batch of prompts has them.
+        cu_seqlens = upload_bounds([0, 70, 71, 170], "cuda") if packed else None
+        return model.prefill(tokens, cache, cu_seqlens=cu_seqlens, rows=[2, 0, 1], last_only=True)
+
+    return prefill, cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_prefill_and_steps_wait_for_nothing(kind, packed):
+    model = make_model(kind)
+    prefill, cache = prefill_of(model, packed=packed)
+    token = torch.full((3, 1), 65, device="cuda")
+    want = prefill().clone()  # loads and tunes kernels, which waits
+    model.step(token, cache)
+    with no_waiting():
+        got = prefill()
+        model.step(token, cache)
+        cache.reset([1])
+        cache.copy_rows([1], cache, [2])
+    assert relative_error(got, want) <= BF16_KERNEL
+
+
+@pytest.mark.parametrize("kind", ["full", "window", "gdn", "hybrid"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_compiled_prefill_waits_for_nothing(kind, packed):
+    torch.compiler.reset()
+    model = make_model(kind)
+    prefill, _ = prefill_of(model, packed=packed)
+    with compiled_for_generation(model, prefill=True):
+        want = prefill().clone()
+        with no_waiting():
+            got = prefill()
+    assert relative_error(got, want) <= BF16_KERNEL
+
+
+def test_a_continued_prefill_waits_for_nothing():
+    """The longer the prompt, the more pieces it is read in."""
+    model = make_model("full")
+    cache = model.init_cache(2, 100)
+    tokens = torch.randint(256, (2, 90), device="cuda")
+    for part in range(2):
+        cache.reset()
+        if part == 0:
+            for piece in tokens.split(30, dim=1):
+                model.prefill(piece, cache, last_only=True)
+            continue
+        with no_waiting():
+            for piece in tokens.split(30, dim=1):
+                model.prefill(piece, cache, last_only=True)
+
+
+def test_a_ring_is_written_alike_in_any_order():
+    """Tokens whose slot a later one takes are written, too: with what that one writes."""
+    torch.manual_seed(0)
+    new = torch.randn(1, 5000, 2, 8, device="cuda")
+    lengths = torch.tensor([4000, 1000], device="cuda")
+    slots = torch.zeros(2, 16, 2, 8, device="cuda")
+    length_B = torch.zeros(2, dtype=torch.int64, device="cuda")
+    append([(new, slots)], length_B, torch.tensor([1, 0], device="cuda"), lengths)
+    for row, end, n in ((1, 4000, 4000), (0, 5000, 1000)):
+        kept = new[0, end - 16 : end]
+        positions = torch.arange(n - 16, n, device="cuda") % 16
+        assert torch.equal(slots[row, positions], kept)
+
+
+@pytest.mark.parametrize("graph", [False, None])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_of_generation_waits_once(graph, temperature, monkeypatch):
+    """For its tokens: everything else of a run on warm kernels is started without a look back."""
+    model = make_model("hybrid")
+    options = {"max_gen_len": 12, "max_tokens": 90, "temperature": temperature, "top_p": 0.9}
+    generator = make_generator(model, reduce_generation_overhead=graph, **options)
+
+    def tokens() -> list[list[int]]:
+        done = generator.complete(["once", "upon a time"], num_samples=5, score=False)
+        return [completion.tokens for completion in done]
+
+    want = tokens()
+    tolist = torch.Tensor.tolist
+    n_fetched = 0
+
+    def fetch(self):
+        nonlocal n_fetched
+        n_fetched += 1
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return tolist(self)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    prepare = DecodeGraph.__init__
+
+    def capture(self, *args):  # once a batch, and waits
+        torch.cuda.set_sync_debug_mode("default")
+        prepare(self, *args)
+        torch.cuda.set_sync_debug_mode("error")
+
+    monkeypatch.setattr(torch.Tensor, "tolist", fetch)
+    monkeypatch.setattr(DecodeGraph, "__init__", capture)
+    with no_waiting():
+        got = tokens()
+    assert got == want
+    # Ten answers in three rows of 24 slots: four times a prefill and eleven steps.
+    assert n_fetched == 4 * 12
+
+
+@pytest.mark.parametrize("graph", [False, None])
+def test_logits_that_break_down_in_a_step_are_told_of(graph):
+    model = make_model("hybrid")
+    generator = make_generator(
+        model, max_gen_len=8, max_tokens=60, reduce_generation_overhead=graph
+    )
+    tokens = next(iter(generator.complete(["once"], score=False))).tokens
+    fed = next(i for i in range(1, 7) if tokens[i] not in [*tokens[:i], *b"once", 256, 0])
+    with torch.no_grad():
+        model.tok_embeddings.weight[tokens[fed]] = float("nan")
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        list(generator.complete(["once"], score=False))
+    assert torch.zeros(1, device="cuda").item() == 0, "the device has met an assertion"
+
+
+@pytest.mark.parametrize("graph", [False, None])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CHOOSE_KEYS])
+def test_samples_that_begin_with_a_copied_row_go_on_as_those_that_read_the_prompt(kind, graph):
+    """Copies are exact: greedy samples of a prompt are one answer, in rows that are refilled."""
+    model = make_model(kind)
+    options = {"max_gen_len": 32, "reduce_generation_overhead": graph}
+    prompt = list(range(40, 80))
+    in_two_rows = make_generator(model, max_tokens=2 * 72, **options)
+    answers = [c.tokens for c in in_two_rows.complete([prompt], num_samples=5, score=False)]
+    assert len(answers) == 5 and all(tokens == answers[0] for tokens in answers)
+    alone = next(iter(make_generator(model, max_tokens=72, **options).complete([prompt])))
+    assert alone.tokens[0] == answers[0][0]
