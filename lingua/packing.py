@@ -2,7 +2,8 @@
 
 Shapes: T seq_len, V n_views, B batch_size, P prefetch_size. A row is T + V - 1 tokens in a line,
 seen through V views: view v holds the tokens v places ahead, so view 0 is the input and view 1 its
-target. With `doc_mask` a last column says where documents begin.
+target. With `doc_mask` a last column says where documents begin, and a target that belongs to
+another document than its input is NO_TARGET, inside a row as at its end.
 
 Each stage yields `(item, state)`; built anew from a state, it yields what would have followed.
 """
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+NO_TARGET = -100  # what cross-entropy passes over
 MAX_EMPTY = 30_000  # documents without a token in a row
 
 
@@ -65,7 +67,8 @@ def pack_tokens(
     targets so far. The state holds them as they are, so no document need be found again for them.
 
         T = 4, V = 2, documents abc, defgh, ij     rows  abcd|e  efgh|i  ...
-        the mask column                                  1001    0000
+        with `doc_mask` their targets                    bc-e    fgh-
+        and the mask column                              1001    0000
     """
     import numpy as np
 
@@ -107,19 +110,23 @@ def pack_tokens(
                     n_views=n_views,
                     doc_mask=state["doc_mask"],
                 )
-                yield view_row(row, n_views, starts[:seq_len] if state["doc_mask"] else None), state
+                yield view_row(row, n_views, starts if state["doc_mask"] else None), state
                 filled = len(carry)
                 row[:filled], starts[:filled] = carry.copy(), carry_starts.copy()
         before, used = after, 0
 
 
 def view_row(row: np.ndarray, n_views: int, starts: np.ndarray | None) -> np.ndarray:
+    """The views (T, V) of T + V - 1 tokens, a copy. `starts`, 1 at the first token of a document,
+    separates documents: (T, V + 1), see the top of this file."""
     import numpy as np
 
     views_TV = np.lib.stride_tricks.sliding_window_view(row, n_views)
     if starts is None:
         return views_TV.copy()
-    return np.concatenate([views_TV, starts[:, None]], axis=1)
+    document_TV = np.lib.stride_tricks.sliding_window_view(starts.cumsum(), n_views)
+    views_TV = np.where(document_TV == document_TV[:, :1], views_TV, NO_TARGET)
+    return np.concatenate([views_TV, starts[: len(views_TV), None]], axis=1)
 
 
 def batch_and_shuffle_prefetched_sequences(

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from apps.LT2.batch import Batch
 from apps.LT2.mixers import MIXERS
 from apps.LT2.parallel import set_gradient_sync
-from apps.LT2.trainer import Batch
 from apps.LT2.transformer import LoopedTransformer
 from lingua.distributed import (
     clip_grad_norm_,

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from apps.LT2.batch import Batch
 from apps.LT2.diagnostics import probed_pass
 from apps.LT2.train_validation import is_recorded
-from apps.LT2.trainer import Batch, Trainer, every_n_steps
+from apps.LT2.trainer import Trainer, every_n_steps
 from lingua.distributed import dist_mean, get_dp_rank_and_degree, run_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.probe import Probe

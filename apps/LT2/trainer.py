@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from apps.LT2.batch import Batch, to_device
 from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.train_args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer
-from lingua.data import document_offsets
 from lingua.data_deal import DataState, deal_streams
 from lingua.distributed import (
     clip_grad_norm_,
@@ -32,8 +32,6 @@ from lingua.distributed import (
 from lingua.optim import NonfiniteGuard, ScheduledLR
 
 logger = logging.getLogger(__name__)
-
-Batch = tuple[Tensor, Tensor, Tensor | None]  # x, target, cu_seqlens
 
 
 @dataclass
@@ -216,26 +214,3 @@ class Trainer:
         if skipped:
             logger.warning("step %d skipped: gradient norm %s", self.state.step + 1, grad_norm)
         return skipped
-
-
-def to_device(views_BTN: Any, doc_mask: bool, device: torch.device) -> Batch:
-    """The loader's int64 array (B, T, views) as tensors on the device, copied asynchronously.
-
-    With doc_mask the batch becomes one packed row, and the last token of a document has no target;
-    but for one that ends with its row: nothing says there what its target belongs to.
-    """
-    views = torch.from_numpy(views_BTN)
-    x, target = views[..., 0].contiguous(), views[..., 1].contiguous()
-    cu_seqlens = None
-    if doc_mask:
-        starts = views[..., -1]
-        target[:, :-1][starts[:, 1:] == 1] = -100
-        cu_seqlens = copy_to(document_offsets(starts), device)
-        x, target = x.view(1, -1), target.view(1, -1)
-    return copy_to(x, device), copy_to(target, device), cu_seqlens
-
-
-def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,8 +1,9 @@
 """Loss on held-out text, in nats per token and in bits per byte.
 
 Bits per byte do not depend on the tokenizer: the nats of all tokens of a text, over its length in
-UTF-8 bytes. Every rank builds the same rows of tokens and scores its share of them, so the result
-is the same on any number of ranks.
+UTF-8 bytes. A token that nothing predicts, a text's first one where texts do not see each other and
+have no bos, counts in neither. Every rank builds the same rows of tokens and scores its share of
+them, so the result is the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
+from apps.LT2.batch import Batch, to_device
 from lingua.args import UserError
-from lingua.data import DataArgs, document_offsets, find_val_files, iter_val_documents
+from lingua.data import DataArgs, find_val_files, iter_val_documents
 from lingua.distributed import agree_any, dist_sum
 from lingua.logger import tell
+from lingua.packing import NO_TARGET, view_row
 from lingua.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from apps.LT2.transformer import LoopedTransformer
 
 logger = logging.getLogger(__name__)
-
-PADDING = -1  # no token has this id
 
 
 @dataclass
@@ -68,12 +68,25 @@ class ValidationRows:
     """Documents laid one after the other and cut into rows of seq_len + 1 tokens.
 
     `tokens` (n_rows, seq_len + 1) int64, `starts` of the same shape: 1 at the first token of a
-    document. `n_bytes` of text went in; what is not text is padding.
+    document. `n_bytes` of text are scored; what is not text is NO_TARGET.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     n_bytes: int
+
+    def views(self, begin: int, end: int, doc_mask: bool) -> np.ndarray:
+        """Rows as the loader of the training data yields them; behind the last, rows of padding."""
+        import numpy as np
+
+        shape = (end - begin, self.tokens.shape[1])
+        tokens, starts = np.full(shape, NO_TARGET), np.zeros(shape, dtype=np.int64)
+        there = self.tokens[begin:end]
+        tokens[: len(there)], starts[: len(there)] = there, self.starts[begin:end]
+        rows = zip(tokens, starts, strict=True)
+        views = np.stack([view_row(row, 2, first if doc_mask else None) for row, first in rows])
+        views[..., 0].clip(min=0, out=views[..., 0])  # any token will do
+        return views
 
 
 def build_rows(documents: Iterable[tuple[list[int], int]], seq_len: int) -> ValidationRows | None:
@@ -100,9 +113,8 @@ def build_rows(documents: Iterable[tuple[list[int], int]], seq_len: int) -> Vali
         padded[:n_tokens] = flat
         return np.stack([padded[i * seq_len : (i + 1) * seq_len + 1] for i in range(n_rows)])
 
-    return ValidationRows(
-        rows(np.concatenate(pieces), PADDING), rows(np.concatenate(starts), 0), n_bytes
-    )
+    tokens = rows(np.concatenate(pieces), NO_TARGET)
+    return ValidationRows(tokens, rows(np.concatenate(starts), 0), n_bytes)
 
 
 def places_of_text(args: ValidationArgs, data: DataArgs) -> list[tuple[str, list[str]]]:
@@ -133,14 +145,22 @@ class Validator:
         return self._rows
 
     def _documents(self) -> Iterator[tuple[list[int], int]]:
-        n_read = 0
+        """(tokens, bytes of text that they are scored for) of each text."""
+        n_read, is_predicted = 0, False
         for root, sources in places_of_text(self.args, self.data):
             for text in iter_val_documents(root, sources):
                 if n_read == self.args.max_steps:
                     return
                 n_read += 1
                 tokens = self.tokenizer.encode(text, self.data.add_bos, self.data.add_eos)
-                yield tokens, len(text.encode("utf-8"))
+                if self.data.doc_mask and len(tokens) < 2:
+                    continue
+                n_bytes = len(text.encode("utf-8"))
+                if tokens and not (is_predicted or self.data.add_bos):
+                    first, *_ = self.tokenizer.get_token_offsets(text, tokens)[0]
+                    n_bytes -= len(first.encode("utf-8"))
+                yield tokens, n_bytes
+                is_predicted = not self.data.doc_mask
 
     @torch.no_grad()
     def __call__(
@@ -185,32 +205,10 @@ class Validator:
 
     def _batches(
         self, rows: ValidationRows, device: torch.device, rank: int, world_size: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """This rank's rows as (x, target, cu_seqlens); padding rows have targets of -100."""
+    ) -> Iterator[Batch]:
+        """This rank's rows; what is padding, or fills a batch up, is no target."""
         size = self.data.batch_size
         for first in range(0, len(rows.tokens), size * world_size):
             begin = first + rank * size
-            tokens = torch.from_numpy(rows.tokens[begin : begin + size])
-            starts = torch.from_numpy(rows.starts[begin : begin + size])
-            missing = size - len(tokens)
-            tokens = nn.functional.pad(tokens, (0, 0, 0, missing), value=PADDING)
-            starts = nn.functional.pad(starts, (0, 0, 0, missing))
-            yield to_model_inputs(tokens, starts if self.data.doc_mask else None, device)
-
-
-def to_model_inputs(
-    tokens: Tensor, starts: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(x, target, cu_seqlens) from rows (B, T + 1) of tokens whose padding is PADDING.
-
-    With `starts`, documents become separate: x is one packed row, and the last token of a document
-    predicts nothing.
-    """
-    x, target = tokens[:, :-1].clamp(min=0), tokens[:, 1:].clone()
-    target[target == PADDING] = -100
-    cu_seqlens = None
-    if starts is not None:
-        target[starts[:, 1:] == 1] = -100
-        cu_seqlens = document_offsets(starts[:, :-1]).to(device)
-        x, target = x.reshape(1, -1), target.reshape(1, -1)
-    return x.to(device), target.to(device), cu_seqlens
+            views = rows.views(begin, begin + size, self.data.doc_mask)
+            yield to_device(views, self.data.doc_mask, device)

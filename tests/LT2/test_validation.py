@@ -61,19 +61,22 @@ def nats_by_definition(documents: list[list[int]], doc_mask: bool) -> tuple[floa
     return nats, n_targets
 
 
+@pytest.mark.parametrize("specials", [True, False])
 @pytest.mark.parametrize("doc_mask", [False, True])
-def test_loss_is_its_definition(root, doc_mask):
+def test_loss_is_its_definition(root, doc_mask, specials):
     encode = build_tokenizer("bytes").encode
-    documents = [encode(text, True, True) for text in TEXTS]
+    documents = [encode(text, specials, specials) for text in TEXTS]
     n_tokens = sum(map(len, documents))
     assert (n_tokens - 1) % SEQ_LEN, "the last row should be a partial one"
     nats, n_targets = nats_by_definition(documents, doc_mask)
     if not doc_mask:
         assert n_targets == n_tokens - 1
 
-    scores = score(root, doc_mask=doc_mask)
+    scores = score(root, doc_mask=doc_mask, add_bos=specials, add_eos=specials)
 
     n_bytes = sum(len(text.encode()) for text in TEXTS)
+    if not specials:  # the first byte of a text, of two in "ä", has no nats
+        n_bytes -= 2 if doc_mask else 1
     assert scores["loss/val"] == pytest.approx(nats / n_targets, rel=1e-6)
     assert scores["loss/val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
 

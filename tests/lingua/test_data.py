@@ -30,6 +30,7 @@ from lingua.data import (  # noqa: E402
     tokenize,
     validate_data_args,
 )
+from lingua.packing import NO_TARGET  # noqa: E402
 from lingua.tokenizer import TokenizerArgs  # noqa: E402
 
 
@@ -183,14 +184,17 @@ def test_weights_are_shares_of_documents(tmp_path):
     assert 2880 < drawn["l"] < 3120  # 3000, give or take 4 sigma
 
 
-def test_mask_column_marks_where_documents_begin(root):
-    args = make_args(root, doc_mask=True)
-    for batch, _ in read(args, 30):
-        assert batch.shape == (2, 16, 3)
-        # every document begins with bos, and only there is one
-        assert ((batch[:, :, 0] == 256) == (batch[:, :, 2] == 1)).all()
-    plain = [batch.tolist() for batch, _ in read(make_args(root), 30)]
-    assert [batch[:, :, :2].tolist() for batch, _ in read(args, 30)] == plain
+def test_doc_mask_tells_where_documents_begin_and_hides_the_next_one(root):
+    masked, plain = (
+        np.stack([batch for batch, _ in read(make_args(root, doc_mask=m, seq_len=7), 60)])
+        for m in (True, False)
+    )
+    (x, target, starts), (plain_x, plain_target) = (np.moveaxis(b, -1, 0) for b in (masked, plain))
+    # every document begins with bos, and only there is one
+    is_bos = plain_target == 256
+    assert is_bos[..., -1].any(), "some row should end with its document"
+    assert (starts == (x == 256)).all() and (x == plain_x).all()
+    assert (target == np.where(is_bos, NO_TARGET, plain_target)).all()
 
 
 @pytest.mark.parametrize("load_async", [False, True])

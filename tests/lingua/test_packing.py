@@ -14,6 +14,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from lingua.args import UserError  # noqa: E402
 from lingua.packing import (  # noqa: E402
+    NO_TARGET,
     PrefetchState,
     batch_and_shuffle_prefetched_sequences,
     document_offsets,
@@ -69,7 +70,12 @@ def test_rows_are_windows_of_the_joined_documents(data, seq_len, n_views, doc_ma
     for i, row in enumerate(rows):
         want = [[tokens[i * seq_len + t + v] for v in range(n_views)] for t in range(seq_len)]
         if doc_mask:
-            want = [[*w, starts[i * seq_len + t]] for t, w in enumerate(want)]
+            for t, views in enumerate(want):
+                place = i * seq_len + t
+                ends = [place + v for v in range(1, n_views) if starts[place + v]]
+                n_own = ends[0] - place if ends else n_views
+                views[n_own:] = [NO_TARGET] * (n_views - n_own)
+                views.append(starts[place])
         assert row.tolist() == want
         assert row.dtype == np.int64
 
@@ -90,7 +96,7 @@ def test_packing_resumes_after_every_row(data, seq_len, n_views, doc_mask):
             assert new_state == want_state
 
 
-def test_mask_column_marks_first_tokens_only():
+def test_no_token_predicts_another_document_wherever_its_row_ends():
     documents = [[10, 11, 12], [20], [], [30, 31, 32, 33, 34]]
     rows = pack_tokens(stage(documents), init_pack_state(0, 4, 2, doc_mask=True))
     first, second, third = (next(rows)[0] for _ in range(3))
@@ -98,7 +104,8 @@ def test_mask_column_marks_first_tokens_only():
     assert second[:, 0].tolist() == [30, 31, 32, 33] and second[:, 2].tolist() == [1, 0, 0, 0]
     # this row continues the document of the one before
     assert third[:, 0].tolist() == [34, 10, 11, 12] and third[:, 2].tolist() == [0, 1, 0, 0]
-    assert first[:, 1].tolist() == [11, 12, 20, 30]
+    assert first[:, 1].tolist() == [11, 12, NO_TARGET, NO_TARGET]  # inside the row, and at its end
+    assert second[:, 1].tolist() == [31, 32, 33, 34] and third[0, 1] == NO_TARGET
 
 
 def test_a_document_shorter_than_the_saved_place_is_refused():

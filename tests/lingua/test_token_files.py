@@ -80,7 +80,7 @@ def assert_same_stream(got, want) -> None:
 @pytest.mark.parametrize("rank, world_size", [(0, 1), (0, 2), (1, 2), (3, 4)])
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_stream_and_states_are_those_of_lines(args, rank, world_size, add_bos):
-    args = replace(args, add_bos=add_bos)
+    args = replace(args, add_bos=add_bos, doc_mask=add_bos)
     tokenize(args)
     state = init_dataloader_state_from_args(args, rank, world_size)
     want = batches_of(args, state, 100)

@@ -28,12 +28,13 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
+from apps.LT2.batch import to_device
 from apps.LT2.flops import count_parameters, train_flops_per_token
 from apps.LT2.measure import environment, release_memory, synchronize
 from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.train import build_model
 from apps.LT2.train_args import TrainArgs, validate_train_args
-from apps.LT2.trainer import Trainer, TrainState, to_device
+from apps.LT2.trainer import Trainer, TrainState
 from apps.LT2.transformer import LoopedTransformer
 from apps.LT2.unused_options import unused_sections
 from lingua.args import UserError, parse_args, run_cli

@@ -1,0 +1,35 @@
+"""A batch as the model takes it, from rows as the loader yields them (lingua/packing.py)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lingua.data import document_offsets
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Batch = tuple[Tensor, Tensor, Tensor | None]  # x, target, cu_seqlens
+
+
+def to_device(views_BTN: np.ndarray, doc_mask: bool, device: torch.device) -> Batch:
+    """The int64 array (B, T, views) as tensors on the device, copied asynchronously.
+
+    With doc_mask, whose column is the last one, the batch becomes one packed row.
+    """
+    views = torch.from_numpy(views_BTN)
+    x, target = views[..., 0].contiguous(), views[..., 1].contiguous()
+    cu_seqlens = None
+    if doc_mask:
+        cu_seqlens = copy_to(document_offsets(views[..., -1]), device)
+        x, target = x.view(1, -1), target.view(1, -1)
+    return copy_to(x, device), copy_to(target, device), cu_seqlens
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
