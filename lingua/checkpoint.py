@@ -48,6 +48,7 @@ from lingua.distributed import (
     run_on_rank_0,
     run_together,
 )
+from lingua.launch import finished_before_interrupt
 from lingua.logger import tell
 from lingua.redact import redact_all
 from lingua.rng import get_rng_state, set_rng_state
@@ -62,6 +63,7 @@ from lingua.weight_file import check_init_path
 logger = logging.getLogger()
 
 RNG_KEY = "rng"
+SAVE_UNDER_WAY = "the checkpoint that is being written"
 TRAIN_STATE_GLOB = "train_state_[0-9][0-9][0-9][0-9][0-9].json"
 
 
@@ -170,8 +172,21 @@ class CheckpointManager:
         """Write a checkpoint of `train_state`'s step, then delete those that need not be kept.
 
         A collective. When it returns, the checkpoint is complete on disk; with
-        checkpoint.async_save after the next `finish`, or a `poll` that finds it written.
+        checkpoint.async_save after the next `finish`, or a `poll` that finds it written. A Ctrl-C
+        waits for that, too; a second one does not.
         """
+        with finished_before_interrupt(SAVE_UNDER_WAY):
+            self._begin_save(model, optimizer, train_state, config, device_mesh)
+        return True
+
+    def _begin_save(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        train_state: TrainState,
+        config: Any,
+        device_mesh: DeviceMesh | None,
+    ) -> None:
         self.finish()
         state = train_state.state_dict()
         assert RNG_KEY not in state, f"{RNG_KEY!r} is the manager's own key in the train state"
@@ -185,7 +200,6 @@ class CheckpointManager:
         )
         if not in_background:
             self.finish()
-        return True
 
     def poll(self) -> None:
         """Publish the save under way if all ranks have written it. A collective."""
@@ -194,6 +208,10 @@ class CheckpointManager:
 
     def finish(self) -> None:
         """Wait for the save under way, if any, and publish it. A collective."""
+        with finished_before_interrupt(SAVE_UNDER_WAY):
+            self._publish()
+
+    def _publish(self) -> None:
         save, self._save = self._save, None
         if save is None:
             return
@@ -204,12 +222,14 @@ class CheckpointManager:
         return self
 
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
-        """Publish the save under way, also after an error that all ranks share; else drop it."""
+        """Publish the save under way, also after an error that all ranks share, and after any (a
+        Ctrl-C, too) in a run of one; else drop it. Another Ctrl-C ends the wait."""
         if exc_type is None:
             self.finish()
-        elif self._save is not None and issubclass(exc_type, (FloatingPointError, RanksFailed)):
+        elif self._save is not None and _is_of_all_ranks(exc_type):
+            tell("finishing checkpoint %s before leaving; Ctrl-C drops it", self._save.final)
             try:
-                self.finish()
+                self._publish()
             except Exception as error:  # that of the run is the one to raise
                 logger.error(f"the checkpoint that was being written is lost: {error}")
         elif self._save is not None:
@@ -330,6 +350,10 @@ class CheckpointManager:
                 f"({newest.name}: {unreadable[newest]}); move them away to start anew"
             )
         return None
+
+
+def _is_of_all_ranks(error: type[BaseException]) -> bool:
+    return get_world_size() == 1 or issubclass(error, (FloatingPointError, RanksFailed))
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from types import FrameType
@@ -142,6 +143,31 @@ def init_signal_handler(handler: Callable[[int, FrameType | None], None]) -> Non
     signal.signal(signal.SIGTERM, on_sigterm)
     # A process inherits its parent's mask, and a blocked signal would never arrive.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
+
+
+@contextlib.contextmanager
+def finished_before_interrupt(what: str) -> Iterator[None]:
+    """A Ctrl-C (SIGINT) inside takes effect at the end, after a word about `what`; a second one,
+    as usual, at once. Changes nothing where SIGINT is ignored, or is not Python's own to handle."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    asked = False
+
+    def on_sigint(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        logger.warning(f"interrupted: {what} is finished first; Ctrl-C again leaves at once")
+
+    signal.signal(signal.SIGINT, on_sigint)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl

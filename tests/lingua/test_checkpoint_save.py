@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
+import signal
 import threading
 from contextlib import suppress
 
@@ -98,18 +100,77 @@ def test_a_background_save_that_fails_is_told_and_leaves_the_one_before(run, mon
     assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
 
 
-@pytest.mark.parametrize("error", [None, FloatingPointError, KeyError])
-def test_leaving_publishes_the_save_under_way_and_an_error_of_one_rank_drops_it(tmp_path, error):
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("error", [None, FloatingPointError, KeyError, KeyboardInterrupt])
+def test_leaving_publishes_the_save_under_way_but_not_after_an_error_of_one_rank_of_several(
+    tmp_path, monkeypatch, error, n_ranks
+):
     model, optimizer, state = build()
     train(1, model, optimizer, state)
-    with suppress(FloatingPointError, KeyError), manager_at(tmp_path, async_save=True) as manager:
+    with (
+        suppress(FloatingPointError, KeyError, KeyboardInterrupt),
+        manager_at(tmp_path, async_save=True) as manager,
+    ):
         manager.save(model, optimizer, state, CONFIG)
+        monkeypatch.setattr("lingua.checkpoint.get_world_size", lambda: n_ranks)
         if error:
             raise error
-    is_shared = error in (None, FloatingPointError)  # a NaN is in every rank's gradient norm
+    monkeypatch.undo()
+    # a NaN is in every rank's gradient norm
+    is_shared = n_ranks == 1 or error in (None, FloatingPointError)
     assert len(manager.existing_saves) == is_shared
     assert (manager.load(*build()) is not None) == is_shared
     assert not any(p.suffix for p in tmp_path.iterdir())
+
+
+# ---- Ctrl-C
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("n_times", [1, 2])
+def test_a_ctrl_c_waits_for_the_save_under_way_and_a_second_one_does_not(
+    tmp_path, held_disk, caplog, async_save, n_times
+):
+    model, optimizer, state = build()
+    train(1, model, optimizer, state)
+    interrupts = [threading.Timer(0.1 * (1 + i), _ctrl_c) for i in range(n_times)]
+    opening = threading.Timer(0.5, held_disk.set)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        manager_at(tmp_path, async_save=async_save) as manager,
+    ):
+        for timer in interrupts:
+            timer.start()
+        if n_times == 1:
+            opening.start()
+        manager.save(model, optimizer, state, CONFIG)
+        manager.finish()
+    assert [int(p.name) for p in manager.existing_saves] == [1] * (n_times == 1)
+    assert held_disk.is_set() == (n_times == 1), "waited after the second one"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "Ctrl-C again leaves at once" in caplog.text
+
+
+def test_a_ctrl_c_in_training_publishes_what_is_written_and_another_ends_the_wait(
+    tmp_path, held_disk
+):
+    model, optimizer, state = build()
+    for step, is_written in ((1, True), (2, False)):
+        train(step, model, optimizer, state)
+        held_disk.set() if is_written else held_disk.clear()
+        with (
+            pytest.raises(KeyboardInterrupt),
+            manager_at(tmp_path, async_save=True) as manager,
+        ):
+            manager.save(model, optimizer, state, CONFIG)
+            if not is_written:
+                threading.Timer(0.1, _ctrl_c).start()
+            raise KeyboardInterrupt
+        assert [int(p.name) for p in manager.existing_saves] == [1]
+
+
+def _ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_save_that_was_not_written_as_it_should_be_replaces_nothing(run, monkeypatch):
