@@ -144,3 +144,9 @@ def read_jsonl_records(path: str | os.PathLike) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records
+
+
+def is_recorded(file: Path, step: int, key: str | None = None) -> bool:
+    """Whether the file, if there is one, has a record of this step, with this key."""
+    records = read_jsonl_records(file) if file.exists() else []
+    return any(r.get("global_step") == step and (key is None or key in r) for r in records)

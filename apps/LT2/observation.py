@@ -8,12 +8,11 @@ from torch import Tensor
 
 from apps.LT2.batch import Batch
 from apps.LT2.diagnostics import probed_pass
-from apps.LT2.train_validation import is_recorded
 from apps.LT2.trainer import Trainer, every_n_steps
 from lingua.distributed import dist_mean, get_dp_rank_and_degree, run_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.probe import Probe
-from lingua.record_file import mend_jsonl
+from lingua.record_file import is_recorded, mend_jsonl
 
 
 def log_micro_batches(trainer: Trainer, metrics: MetricLogger, acc_freq: int | None) -> None:

@@ -35,7 +35,7 @@ from apps.LT2.parallel import (
 )
 from apps.LT2.progress import Progress
 from apps.LT2.train_args import TrainArgs, validate_train_args
-from apps.LT2.train_eval import CheckpointEvaluator
+from apps.LT2.train_eval import CheckpointEvaluator, owed_evaluation
 from apps.LT2.train_validation import (
     build_validator,
     is_validation_owed,
@@ -164,7 +164,7 @@ def train(given: TrainArgs) -> None:
             if leaving:
                 break
         checkpoints.finish()
-        # Without a step, too, since a validation after the last one may have been owed.
+        # Without a step, too, since an evaluation of the last one may have been owed.
         if agree_any(preemption_flag["flag"]):
             tell("left after step %d of %d, saved", state.step, args.steps, level=WARNING)
             requeue_slurm_job()
@@ -176,7 +176,7 @@ def is_finished(args: TrainArgs) -> bool:
     newest = CheckpointManager(args.checkpoint).get_last_step_path()
     if newest is None or int(newest.name) < args.steps:
         return False
-    if is_validation_owed(args, int(newest.name)):
+    if is_validation_owed(args, int(newest.name)) or owed_evaluation(args, int(newest.name)):
         return False
     if get_is_master():
         print(

@@ -27,7 +27,7 @@ from lingua.background import failure, has_slurm, import_submitit, visible_gpus
 from lingua.distributed import clean_env, get_is_master, run_on_rank_0, run_together
 from lingua.launch import get_local_world_size
 from lingua.metrics import MetricLogger
-from lingua.record_file import mend_jsonl, read_jsonl_records
+from lingua.record_file import is_recorded, mend_jsonl
 from lingua.rng import get_rng_state, set_rng_state
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class CheckpointEvaluator:
             return
         if self.args.async_eval_gpus is None:
             run_on_rank_0(lambda: mend_jsonl(Path(self.args.dump_dir, RECORDS), step))
-        owed = run_on_rank_0(lambda: self._owed_step(step))
+        owed = run_on_rank_0(lambda: owed_evaluation(self.args, step))
         if owed is not None:
             self(owed)
 
@@ -170,17 +170,21 @@ class CheckpointEvaluator:
         else:
             self.metrics.send({"global_step": args.global_step, **numbers(scores)})
 
-    def _owed_step(self, step: int) -> int | None:
-        """The last evaluation that was due, if nothing is on disk of it but its checkpoint."""
-        every = self.args.checkpoint.eval.every
-        last = step - step % every if every > 0 else 0
-        if last == 0 or not Path(str(self.args.checkpoint.path), f"{last:010d}").is_dir():
-            return None
-        if self.args.async_eval_gpus is not None:
-            return None if (results_folder(self.args, last) / "submit.slurm").exists() else last
-        file = Path(self.args.dump_dir, RECORDS)
-        records = read_jsonl_records(file) if file.exists() else []
-        return None if any(record.get("global_step") == last for record in records) else last
+
+def owed_evaluation(args: TrainArgs, step: int) -> int | None:
+    """The last step, up to `step`, that was to be evaluated by the harness, if nothing is on disk
+    of it but its checkpoint."""
+    every, harness = args.checkpoint.eval.every, (args.eval or EvalArgs()).harness
+    last = step - step % every if every > 0 and step != args.steps else step
+    is_due = last > 0 and (last == args.steps or args.checkpoint.eval.fires(last))
+    has_weights = Path(str(args.checkpoint.path), f"{last:010d}").is_dir()
+    if harness is None or not is_due or not has_weights:
+        return None
+    if args.async_eval_gpus is not None:
+        is_done = (results_folder(args, last) / "submit.slurm").exists()
+    else:
+        is_done = is_recorded(Path(args.dump_dir, RECORDS), last)
+    return None if is_done else last
 
 
 def results_folder(args: TrainArgs, step: int) -> Path:

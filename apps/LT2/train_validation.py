@@ -15,7 +15,7 @@ from apps.LT2.validation import Validator, places_of_text
 from lingua.distributed import get_dp_rank_and_degree, run_together
 from lingua.logger import tell
 from lingua.metrics import MetricLogger
-from lingua.record_file import read_jsonl_records
+from lingua.record_file import is_recorded
 from lingua.tokenizer import build_tokenizer
 
 
@@ -41,11 +41,6 @@ def is_validation_owed(args: TrainArgs, step: int) -> bool:
         return False
     has_text = bool(places_of_text(validation, args.data))
     return has_text and not is_recorded(metrics_path(args), step, "loss/val")
-
-
-def is_recorded(metrics_file: Path, step: int, key: str) -> bool:
-    records = read_jsonl_records(metrics_file) if metrics_file.exists() else []
-    return any(r.get("global_step") == step and key in r for r in records)
 
 
 def validate(

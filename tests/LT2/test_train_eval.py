@@ -120,6 +120,28 @@ def test_an_evaluation_that_is_cut_off_is_made_up_for(data, run, tmp_path, monke
     assert_same_run(dump_dir, run, 6)
 
 
+def test_an_evaluation_of_the_last_step_that_is_cut_off_is_made_up_for(
+    data, run, tmp_path, monkeypatch, capfd
+):
+    alone = {"eval.validation": None, "checkpoint.eval.every": 0}
+    inner = app.CheckpointEvaluator.__call__
+
+    def leave_inside(self, step):
+        if step == 6:
+            signal.raise_signal(signal.SIGUSR2)
+        inner(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app.CheckpointEvaluator, "__call__", leave_inside)
+        dump_dir = train(data, tmp_path / "cut", **harness(data, **alone))
+    assert checkpoint(dump_dir, 6).exists()
+    train(data, dump_dir, **harness(data, **alone))
+    assert scores_by_step(dump_dir)[6] == scores_by_step(run)[6]
+    assert "nothing to do" not in capfd.readouterr().out
+    train(data, dump_dir, **harness(data, **alone))
+    assert "nothing to do" in capfd.readouterr().out
+
+
 def test_an_evaluation_that_fails_does_not_end_the_run(data, run, tmp_path, capfd):
     broken = {"eval.harness.metadata": "{folder: /nowhere}"}
     dump_dir = train(data, tmp_path / "broken", **harness(data, **broken))
