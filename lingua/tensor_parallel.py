@@ -167,7 +167,8 @@ class SplitLinear(nn.Linear):
 class SplitEmbedding(nn.Embedding):
     """A rank's own pieces of an embedding: as many rows for each rank, one rank after the other.
 
-    `num_embeddings` is this rank's; `weight` is a DTensor of the whole matrix.
+    `num_embeddings` is this rank's; `weight` is a DTensor of the whole matrix. A token outside of
+    the vocabulary fails on every rank, as in nn.Embedding: IndexError, or on CUDA an assert there.
     """
 
     def __init__(self, whole: nn.Embedding, tp: TensorParallel):
@@ -179,9 +180,11 @@ class SplitEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.num_embeddings
+        # Beyond the last rank's rows, or before the first one's, there is none to look up.
+        owner = input.div(rows, rounding_mode="floor").clamp(0, self.tp.size - 1)
         # A piece of another rank looks up any row, and what it found there is dropped.
-        found = F.embedding(input % rows, own_weight(self))
-        is_own = input.div(rows, rounding_mode="floor") == self.tp.rank
+        found = F.embedding(input - owner * rows, own_weight(self))
+        is_own = owner == self.tp.rank
         return self.tp.leave(found.masked_fill(~is_own[..., None], 0))
 
 

@@ -25,6 +25,7 @@ from apps.LT2.compiled import compiled_for_generation
 from apps.LT2.continuous_batching import ContinuousBatch, Step, group_by_length
 from apps.LT2.decode_graph import DecodeGraph
 from apps.LT2.load import check_dtype
+from apps.LT2.packed_prompts import check_tokens
 from apps.LT2.prompt_prefill import PromptPrefill
 from apps.LT2.sampling import all_finite, check_sampling, sample_tokens, sequence_rng
 from apps.LT2.sequence import GeneratedSequence
@@ -178,6 +179,10 @@ class PackedCausalTransformerGenerator:
                 "an empty prompt starts from BOS, and this tokenizer has no such token: "
                 "write at least one character"
             )
+        try:
+            check_tokens([tokens], self.model)
+        except UserError as error:
+            return error
         room = cfg.max_tokens - cfg.max_gen_len
         if len(tokens) <= room:
             return None

@@ -6,13 +6,15 @@ Shapes: T tokens of all prompts together, n prompts, N tokens to score, V vocabu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from apps.LT2.kernel.documents import upload, upload_bounds
+from apps.LT2.transformer import LoopedTransformer
+from lingua.args import UserError
 
 
 def pack_prompts(
@@ -22,6 +24,18 @@ def pack_prompts(
     tokens = upload(list(itertools.chain(*prompts)), device, torch.int64)
     bounds = list(itertools.accumulate((len(prompt) for prompt in prompts), initial=0))
     return tokens[None], upload_bounds(bounds, device)
+
+
+def check_tokens(texts: Iterable[Sequence[int]], model: LoopedTransformer) -> None:
+    """UserError for a token outside of the vocabulary, which on CUDA would end the process."""
+    vocab_size = model.args.vocab_size
+    for tokens in filter(len, texts):
+        strange = min(tokens) if min(tokens) < 0 else max(tokens)
+        if not 0 <= strange < vocab_size:
+            raise UserError(
+                f"token {strange} is none of the model's (model.vocab_size={vocab_size}): the "
+                "tokenizer that made it is not that of the training run"
+            )
 
 
 def score_prompts(

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from apps.LT2.kernel.documents import upload
-from apps.LT2.packed_prompts import fetch_scores, pack_prompts, score_tokens
+from apps.LT2.packed_prompts import check_tokens, fetch_scores, pack_prompts, score_tokens
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import UserError
 from lingua.distributed import gather_objects, run_together
@@ -96,8 +96,10 @@ def score_continuations(
     """(log p in nats, whether greedy decoding would say it) of each (context, continuation).
 
     An empty continuation has (0, True). A collective: every rank gives the same requests and gets
-    all scores. `max_tokens` bounds a batch; a longer window is a batch of its own.
+    all scores. `max_tokens` bounds a batch; a longer window is a batch of its own. UserError for a
+    token that the model has no piece for.
     """
+    check_tokens((tokens for request in requests for tokens in request), model)
     windows = [
         window
         for i, (context, continuation) in enumerate(requests)

@@ -19,6 +19,7 @@ from apps.LT2.batch import Batch, to_device
 from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.train_args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer
+from lingua.args import UserError
 from lingua.data_deal import DataState, deal_streams
 from lingua.distributed import (
     clip_grad_norm_,
@@ -185,8 +186,22 @@ class Trainer:
         micro_batches = []
         for _ in range(self.args.grad_acc_steps):
             views, self.state.data_loader_state = next(self.batches)
+            self._check_tokens(views)
             micro_batches.append(views)
         return micro_batches
+
+    def _check_tokens(self, views_BTN: Any) -> None:
+        """Here, on the host, a token outside of the vocabulary costs nothing to find and can be
+        told of; on CUDA it would end the process."""
+        vocab_size, data = self.args.model.vocab_size, self.args.data
+        smallest, largest = views_BTN[..., 0].min(), views_BTN[..., :2].max()
+        if smallest < 0 or largest >= vocab_size:
+            strange = largest if smallest >= 0 else smallest
+            raise UserError(
+                f"data: token {strange} is none of data.tokenizer.name={data.tokenizer.name} "
+                f"(model.vocab_size={vocab_size}): a .tokens file is damaged; delete those of "
+                "data.sources and make them again by python setup/tokenize_data.py"
+            )
 
     def _clip(self) -> tuple[float, dict[str, float]]:
         """Clip the gradient of each loss, to the same norm, and return what the norms were.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,7 @@ class Scripted:
         self.n_steps = 0
         self.prefilled: list[list[int]] = []  # rows, at each prefill
         self.tok_embeddings = torch.nn.Embedding(1, 1)
+        self.args = SimpleNamespace(vocab_size=VOCAB)
 
     def init_cache(self, batch_size, max_seqlen, dtype=None) -> ModelCache:
         self.saying = {row: [] for row in range(batch_size)}

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ import apps.LT2.train as app
 import lingua.tensor_save
 from apps.LT2.load import load_model_and_tokenizer
 from apps.LT2.trainer import Trainer
+from lingua.args import UserError
 from lingua.checkpoint_folder import find_problem
 from lingua.distributed import RanksFailed
 from tests.lingua.dist_utils import run_ranks
@@ -32,6 +35,7 @@ from tests.LT2.tiny_run import (
     stopped_after,
     train,
 )
+from tests.setup_scripts import load_script
 from tests.tolerances import BF16_LAYER, FP32_MODEL, assert_same
 
 N = OPTIONS["steps"]
@@ -147,6 +151,23 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_to_the_bit(data, undis
     log = (tmp_path / "train.log").read_text()
     assert "trying the one before" in log and "0000000005" in log and "step 4" in log
     assert_same_run(tmp_path, undisturbed, N)
+
+
+# ---- data
+
+
+def test_a_damaged_token_file_is_told_of_before_its_tokens_reach_the_model(data, tmp_path):
+    root = shutil.copytree(data, tmp_path / "data")
+    script = load_script("tokenize_data")
+    script.main([f"data.root_dir={root}", "data.sources={text: 1}", "data.tokenizer.name=bytes"])
+    for file in root.glob("text/*.tokens"):
+        tokens = np.fromfile(file, dtype=np.uint16)
+        tokens[-1] = 258
+        tokens.tofile(file)
+    told = "token 258 is none of data.tokenizer.name=bytes .model.vocab_size=258.: a .tokens file"
+    with pytest.raises(UserError, match=told):
+        train(root, tmp_path / "run", **SMALL, **{"data.pretokenized": True, "steps": 60})
+    assert list((tmp_path / "run" / "checkpoints").glob("0*")), "what was good is lost"
 
 
 # ---- errors while a save is under way

@@ -231,6 +231,13 @@ def test_a_prompt_fits_to_the_last_slot_and_no_further():
         make(max_tokens=len(tokens) + 7).generate(["short", tokens])
 
 
+@pytest.mark.parametrize("strange", [-1, 258])
+def test_a_prompt_with_a_token_of_another_tokenizer_is_refused(strange):
+    told = f"prompt 2 of 2: token {strange} is none of the model's .model.vocab_size=258."
+    with pytest.raises(UserError, match=told):
+        make().generate(["text", [1, strange, 2]])
+
+
 def test_an_empty_prompt_starts_from_bos():
     generator = make()
     assert generator.generate([""])[0] == generator.generate([[TOKENIZER.bos_id]])[0]

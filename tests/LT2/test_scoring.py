@@ -140,3 +140,11 @@ def test_ranks_share_the_work_and_give_one_process_s_numbers_to_the_bit():
         assert_scores(scores_of_one, want[:1])
         assert stopped and failed, "what happens on one rank happens on all"
     assert [calls for *_, calls, _ in results] == [(n_batches + 1) // 2, 1]
+
+
+@pytest.mark.parametrize("strange", [-1, 258])
+def test_a_token_of_another_tokenizer_is_refused(strange):
+    told = f"token {strange} is none of the model's .model.vocab_size=258.: the tokenizer"
+    for request in (([1, strange], [2]), ([1], [2, strange])):
+        with pytest.raises(UserError, match=told):
+            score(tiny_model("hybrid", 2), [*REQUESTS, request])

@@ -39,6 +39,8 @@ MESHES = {
     for size in (2, 4)
 }
 
+STRANGE = (-1, 260, 261, 10**6)  # of a vocabulary of 260
+
 # ---- the loss
 
 N, D, V, CHUNK = 21, 16, 52, 8
@@ -151,6 +153,19 @@ def describe_new_model(vocab_size: int, args: DistributedArgs, folder: Path) -> 
     }
 
 
+def errors_of_strange_tokens(args: DistributedArgs | None) -> list[str]:
+    model = tiny_model("full", 1, n_heads=4, vocab_size=260)
+    if args is not None:
+        model, _ = parallel(model, args)
+    told = []
+    for token in STRANGE:
+        try:
+            model(torch.tensor([[1, token]]))
+        except IndexError as error:
+            told.append(str(error))
+    return told
+
+
 class Messages(logging.Handler):
     def __init__(self):
         super().__init__()
@@ -174,6 +189,7 @@ def look(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         for tied in (False, True):
             seen[f"model {size} {tied}"] = differing_model(args, tied)
         seen[f"new {size}"] = describe_new_model(260 + size, args, folder / f"new {size}")
+        seen[f"strange {size}"] = errors_of_strange_tokens(args)
     seen["messages"] = [messages_for_vocabulary(MESHES[4], v) for v in (260, 258)]
     door.CHUNK_TOKENS = CHUNK
     for size, args in MESHES.items():
@@ -218,6 +234,13 @@ def test_loss_shares_two_numbers_a_token_and_one_gradient(ranks, size):
 def test_logits_and_their_gradients_are_those_of_one_process(ranks, size, tied):
     told = [seen[f"model {size} {tied}"] for seen in ranks]
     assert not any(told), max(told)
+
+
+@pytest.mark.parametrize("size", MESHES)
+def test_a_token_outside_of_the_vocabulary_fails_as_in_one_process(ranks, size):
+    want = errors_of_strange_tokens(None)
+    assert len(want) == len(STRANGE)
+    assert [seen[f"strange {size}"] for seen in ranks] == [want] * WORLD
 
 
 @pytest.mark.parametrize("size", MESHES)
