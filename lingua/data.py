@@ -127,6 +127,8 @@ class DataArgs:
                 raise UserError(f"data.sources.{source} must be 0 or more, got {weight}")
         if self.sources and not any(self.sources.values()):
             raise UserError("data.sources: all weights are 0, so there is nothing to read")
+        if not math.isfinite(sum(self.sources.values())):
+            raise UserError("data.sources: the sum of the weights is beyond a float; lower them")
 
 
 class MultiChoiceState(TypedDict):

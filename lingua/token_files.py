@@ -18,6 +18,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 from array import array
 from collections.abc import Iterator
@@ -213,31 +214,74 @@ def read_tokens(
     file_path: str, position: int, block_size: int, offset: int, current_iter: int
 ) -> Iterator[tuple[np.ndarray, JSONLState]]:
     """As `jsonl.read_jsonl`, with the token ids of each document for the document."""
-    import numpy as np
-
-    files = TokenFiles(Path(file_path))
-    dtype = json.loads(files.facts.read_text(encoding="utf-8"))["dtype"]
-    tokens = np.memmap(files.tokens, dtype=dtype, mode="r")
-    ends_N2 = np.memmap(files.index, dtype=np.int64, mode="r").reshape(-1, 2)
-    first = offset
-    if position > 0:
-        last = int(np.searchsorted(ends_N2[:, 0], position))
-        if last == len(ends_N2) or ends_N2[last, 0] != position or last % block_size != offset:
-            raise UserError(
-                f"cannot resume the data: {file_path} has no line of this rank that ends at byte "
-                f"{position}, so it has changed; restore it, or begin a new run"
+    with ExitStack() as stack:
+        tokens, ends_N2 = _open_maps(TokenFiles(Path(file_path)), stack)
+        first = offset
+        if position > 0:
+            ends_at = ends_N2.array[:, 0]
+            first = block_size + _own_line(ends_at, position, file_path, block_size, offset)
+        for number in range(first, len(ends_N2.array), block_size):
+            ends_N2.check()
+            end_byte, end_token = map(int, ends_N2.array[number])
+            begin_token = int(ends_N2.array[number - 1, 1]) if number else 0
+            tokens.check()
+            yield (
+                tokens.array[begin_token:end_token],
+                JSONLState(
+                    file_path=file_path,
+                    position=end_byte,
+                    block_size=block_size,
+                    offset=offset,
+                    current_iter=current_iter,
+                ),
             )
-        first = last + block_size
-    for number in range(first, len(ends_N2), block_size):
-        end_byte, end_token = map(int, ends_N2[number])
-        begin_token = int(ends_N2[number - 1, 1]) if number else 0
-        yield (
-            tokens[begin_token:end_token],
-            JSONLState(
-                file_path=file_path,
-                position=end_byte,
-                block_size=block_size,
-                offset=offset,
-                current_iter=current_iter,
-            ),
+
+
+def _own_line(
+    ends_N: np.ndarray, position: int, file_path: str, block_size: int, offset: int
+) -> int:
+    """The number of this rank's line that ends at byte `position`."""
+    number = int(ends_N.searchsorted(position))
+    if number == len(ends_N) or ends_N[number] != position or number % block_size != offset:
+        raise UserError(
+            f"cannot resume the data: {file_path} has no line of this rank that ends at byte "
+            f"{position}, so it has changed; restore it, or begin a new run"
         )
+    return number
+
+
+def _open_maps(files: TokenFiles, stack: ExitStack) -> tuple[_Map, _Map]:
+    """The tokens, and the index (N, 2), as their facts say; closed with `stack`."""
+    facts = _read_json(files.facts)
+    if not isinstance(facts, dict):
+        raise _cannot_be_read(f"{files.facts} is missing or damaged")
+    n_documents, dtype = facts["documents"], facts["dtype"]
+    return (
+        _Map(files.tokens, dtype, (facts["tokens"],), stack),
+        _Map(files.index, "int64", (n_documents, 2), stack),
+    )
+
+
+class _Map:
+    """A file as an array. Behind the end of one that was cut, a map reads zeros or, pages away,
+    ends the process: call `check` before a look."""
+
+    def __init__(self, path: Path, dtype: str, shape: tuple[int, ...], stack: ExitStack):
+        import numpy as np
+
+        self._path, self._n_bytes = path, np.dtype(dtype).itemsize * math.prod(shape)
+        try:
+            self._fd = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, self._fd)
+            self.check()
+            self.array = np.memmap(path, dtype, mode="r", shape=shape)
+        except OSError as error:
+            raise _cannot_be_read(f"{path} cannot be read ({error.strerror})") from None
+
+    def check(self) -> None:
+        if os.fstat(self._fd).st_size < self._n_bytes:
+            raise _cannot_be_read(f"{self._path} was cut off")
+
+
+def _cannot_be_read(problem: str) -> UserError:
+    return UserError(f"data.pretokenized=true: {problem}; {MAKE_THEM}")

@@ -2,7 +2,8 @@
 
 YAML 1.1 has readings that nobody means in a config, and that change values silently. Here
 `4:1` is text (not 241, a number of base 60), `1e-3` is a number (not text), `010` is ten in
-an int field (not eight), `2024-01-01` is text (not a date), and a key given twice is an error.
+an int field (not eight), `2024-01-01` is text (not a date), and a key given twice is an error. The
+key `1.10:` is text (not 1.1).
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ def _loader_class() -> Any:
                             None, None, f"{key.value} is given twice", key.start_mark
                         )
                     seen.add(key.value)
+                    if key.tag.rpartition(":")[2] in ("int", "float"):
+                        key.tag = "tag:yaml.org,2002:str"  # a folder named 1e3 or 1.10, say
             return super().construct_mapping(node, deep)
 
     changed = ("int", "float", "timestamp")

@@ -308,6 +308,7 @@ def test_more_ranks_than_lines_is_refused_on_every_rank(root):
         ({"sources": {"a": -1.0}}, "data.sources.a must be 0 or more"),
         ({"sources": {"a": float("nan")}}, "data.sources.a"),
         ({"sources": {"a": 0.0}}, "all weights are 0"),
+        ({"sources": {"a": 1e308, "b": 1e308}}, "the sum of the weights"),
     ],
 )
 def test_impossible_values_are_refused(change, message):

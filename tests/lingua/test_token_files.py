@@ -186,6 +186,31 @@ def test_files_that_do_not_fit_are_refused_before_any_work(args, spoil, problem)
         validate_data_args(replace(args, pretokenized=True), 1)
 
 
+SPOILED_LATER: dict[str, tuple[Callable[[TokenFiles], object], str]] = {
+    # within the page that is mapped, which reads as zeros behind the end; and a page away, SIGBUS
+    "tokens cut": (lambda files: os.truncate(files.tokens, 100), "tokens was cut off"),
+    "no tokens": (lambda files: os.truncate(files.tokens, 0), "tokens was cut off"),
+    "index cut": (lambda files: os.truncate(files.index, 16), "index was cut off"),
+    "tokens removed": (lambda files: files.tokens.unlink(), "tokens cannot be read .No such file"),
+    "index removed": (lambda files: files.index.unlink(), "index cannot be read .No such file"),
+    "facts cut": (lambda files: os.truncate(files.facts, 10), "json is missing or damaged"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED_LATER)
+def test_files_that_are_spoiled_while_they_are_read_are_told_of(args, case):
+    tokenize(args)
+    spoil, told = SPOILED_LATER[case]
+    args = replace(args, sources={"code": 1.0}, pretokenized=True)
+    state = init_dataloader_state_from_args(args, 0, 1)
+    with build_dataloader_from_args(args, state) as batches:
+        next(batches)
+        spoil(TokenFiles(Path(args.root_dir or "") / "code" / "code.chunk.00.jsonl"))
+        with pytest.raises(UserError, match=f"^data.pretokenized=true: .*{told}.*tokenize_data"):
+            for _ in range(50):
+                next(batches)
+
+
 def test_files_of_other_options_are_refused(args):
     tokenize(args)
     other = replace(args, pretokenized=True, add_bos=False)

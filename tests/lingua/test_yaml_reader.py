@@ -73,6 +73,11 @@ def test_anchors_and_merges_work(tmp_path):
     assert read_yaml_file(file)[0]["b"] == {"x": 1, "y": 3}
 
 
+def test_a_key_is_the_text_that_it_looks_like():
+    keys = ["1e3", "1.10", "007", "12", "0x1F", "1_000", ".5", "a.b", "2024-01-01"]
+    assert list(yaml_value("{" + ", ".join(f"{key}: 1" for key in keys) + "}")) == keys
+
+
 def test_an_empty_file_sets_nothing(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("# nothing yet\n")
