@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from lingua.data import (
     validate_data_args,
 )
 from lingua.data_deal import deal_streams
+from lingua.jsonl import loop_on_jsonl
 from lingua.token_files import TokenFiles, TokenRecipe, write_token_files
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 from tests.setup_scripts import load_script
@@ -188,7 +190,7 @@ def test_files_that_do_not_fit_are_refused_before_any_work(args, spoil, problem)
 
 SPOILED_LATER: dict[str, tuple[Callable[[TokenFiles], object], str]] = {
     # within the page that is mapped, which reads as zeros behind the end; and a page away, SIGBUS
-    "tokens cut": (lambda files: os.truncate(files.tokens, 100), "tokens was cut off"),
+    "tokens cut": (lambda files: os.truncate(files.tokens, 60), "tokens was cut off"),
     "no tokens": (lambda files: os.truncate(files.tokens, 0), "tokens was cut off"),
     "index cut": (lambda files: os.truncate(files.index, 16), "index was cut off"),
     "tokens removed": (lambda files: files.tokens.unlink(), "tokens cannot be read .No such file"),
@@ -201,14 +203,18 @@ SPOILED_LATER: dict[str, tuple[Callable[[TokenFiles], object], str]] = {
 def test_files_that_are_spoiled_while_they_are_read_are_told_of(args, case):
     tokenize(args)
     spoil, told = SPOILED_LATER[case]
-    args = replace(args, sources={"code": 1.0}, pretokenized=True)
-    state = init_dataloader_state_from_args(args, 0, 1)
-    with build_dataloader_from_args(args, state) as batches:
-        next(batches)
-        spoil(TokenFiles(Path(args.root_dir or "") / "code" / "code.chunk.00.jsonl"))
-        with pytest.raises(UserError, match=f"^data.pretokenized=true: .*{told}.*tokenize_data"):
-            for _ in range(50):
-                next(batches)
+    files = TokenFiles(Path(args.root_dir or "") / "code" / "code.chunk.00.jsonl")
+
+    def documents():
+        return loop_on_jsonl(str(files.chunk), 0, 1, 0, 0, read=token_files.read_tokens)
+
+    want = [tokens.tolist() for tokens, _ in islice(documents(), 9)]
+    reading = documents()
+    next(reading)
+    spoil(files)
+    with pytest.raises(UserError, match=f"^data.pretokenized=true: .*{told}.*tokenize_data"):
+        for expected in want[1:]:
+            assert next(reading)[0].tolist() == expected
 
 
 def test_files_of_other_options_are_refused(args):
