@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from apps.LT2.transformer import LoopedTransformer
+from tests.LT2.looped_models import MODELS, make
+from tests.LT2.mixer_cases import CASES, Case
 from tests.LT2.tiny_run import write_corpus
 
 
@@ -13,3 +18,17 @@ from tests.LT2.tiny_run import write_corpus
 def data(tmp_path_factory) -> Path:
     """A corpus to train on, for all runs of a file."""
     return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
+def model(request) -> LoopedTransformer:
+    """A looped model of every kind."""
+    return make(**request.param)
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request) -> Iterator[Case]:
+    """A mixer of every kind, with its dtype as the default."""
+    torch.set_default_dtype(request.param.dtype)
+    yield request.param
+    torch.set_default_dtype(torch.float32)

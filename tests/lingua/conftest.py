@@ -1,5 +1,5 @@
-"""What several files start from: a run with checkpoints, and a project that stool can launch on a
-cluster."""
+"""What several files start from: a config file, a run with checkpoints, and a project that stool
+can launch on a cluster."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def main(argv):
 if __name__ == "__main__":
     run_cli(main)
 """
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return f"config={path}"
+
+    return write
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "numpy", "pytest"]
+# what launchers say of a rank
+RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID")
 TIMEOUT = 90.0  # seconds; starting a rank takes a few on a busy machine
 
 

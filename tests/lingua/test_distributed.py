@@ -8,51 +8,17 @@ import os
 import signal
 import time
 import traceback
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy
 
 from lingua import distributed as ld
 from lingua.args import UserError
 from lingua.errors import MachineFault
-from lingua.optim import OptimArgs, build_optimizer
-from tests.lingua.dist_utils import OpCounter, run_ranks
-from tests.lingua.toy import LAYERS, LOOPS, PLAN, ROWS, make_batches, make_model, whole
-
-# fp32: ranks add up in another order than one process does
-TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
-
-
-def train(mesh, args: ld.DistributedArgs | None, *, steps=3, accumulate=2, clip=0.05):
-    """Losses, norms, gradients (before clipping) and final weights, whole on every rank."""
-    model = make_model()
-    if args is not None:
-        ld.parallelize_model(model, mesh, None, args, PLAN)
-    optim = OptimArgs(lr=0.05, warmup=0, scheduler="constant", clip=clip)
-    optimizer, scheduler = build_optimizer(model, optim, steps)
-    rank, degree = ld.get_dp_rank_and_degree(mesh)
-    losses, norms, grads = [], [], []
-    for step_batches in make_batches(steps, accumulate):
-        loss_sum = torch.zeros(())
-        for i, (tokens, target) in enumerate(step_batches):
-            mine = slice(rank * ROWS // degree, (rank + 1) * ROWS // degree)
-            ld.set_gradient_sync(model, i == accumulate - 1)
-            loss = model(tokens[mine], target[mine])
-            (loss / accumulate).backward()
-            loss_sum += loss.detach() / accumulate
-        ld.sync_replicated_grads(model, mesh)
-        grads.append({n: whole(p.grad).clone() for n, p in model.named_parameters()})
-        norms.append(ld.clip_grad_norm_(model, optim.clip))
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        losses.append(ld.dist_mean(loss_sum).float())
-    weights = {n: whole(p).detach() for n, p in model.named_parameters()}
-    return {"losses": losses, "norms": norms, "grads": grads, "weights": weights}
+from tests.lingua.dist_utils import RANK_NAMES, OpCounter, run_ranks
+from tests.lingua.toy import PLAN, TOLERANCE, make_batches, make_model, train, whole
 
 
 def full(**kwargs):
@@ -125,8 +91,6 @@ def test_one_ranks_nan_is_in_everyones_norm(two_ranks):
 
 
 # ---- precision
-
-RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID")
 
 
 class TypeSpy(nn.Module):
@@ -317,88 +281,6 @@ def test_one_process_needs_no_group():
         ld.run_together(lambda: ld.DistributedArgs(dp_shard=0))
 
 
-# ---- activation checkpointing and compile
-
-
-@pytest.mark.parametrize("mode", ["none", "selective", "full", "loop"])
-def test_what_the_backward_computes_again(mode):
-    """Counts matmuls and tanh: selective keeps the former, full nothing; loop is the app's."""
-    model = make_model()
-    ld.parallelize_model(model, None, None, args_of(mode), PLAN)
-    tokens, target = make_batches(1, 1)[0, 0]
-    with OpCounter() as ops:
-        loss = model(tokens, target)
-        forward = ops.counts.copy()
-        loss.backward()
-    again = {name: ops.counts[name] - forward[name] for name in ("tanh", "addmm")}
-    calls = LAYERS * LOOPS
-    assert forward["tanh"] == forward["addmm"] == calls
-    assert (
-        again
-        == {
-            "none": {"tanh": 0, "addmm": 0},
-            "loop": {"tanh": 0, "addmm": 0},
-            "selective": {"tanh": calls, "addmm": 0},
-            "full": {"tanh": calls, "addmm": calls},
-        }[mode]
-    )
-
-
-def args_of(mode: str) -> ld.DistributedArgs:
-    return ld.DistributedArgs(activation_checkpointing=mode, model_dtype="fp32")
-
-
-def test_an_apps_own_ops_are_kept_beside_the_defaults():
-    policy = ld.get_default_policy({torch.ops.aten.tanh.default})
-    keep = CheckpointPolicy.MUST_SAVE
-    assert policy(None, torch.ops.aten.tanh.default) is keep
-    assert policy(None, torch.ops.aten.mm.default) is keep
-    assert policy(None, torch.ops.aten.exp.default) is not keep
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_blocks_compile_whole_once_for_all_layers_and_loops(monkeypatch, mode):
-    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import in every rank
-
-    counter = CompileCounterWithBackend("aot_eager")
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", partial(real, backend=counter, fullgraph=True))
-    args = ld.DistributedArgs(model_dtype="fp32", compile=True, activation_checkpointing=mode)
-    torch.testing.assert_close(train(None, args), train(None, None), **TOLERANCE)
-    assert counter.frame_count == 1
-
-
-# ---- checks of a model
-
-
-def test_suspicious_values_are_named():
-    model = make_model()
-    with torch.no_grad():
-        model.rho.zero_()
-    assert ld.check_model_value_range(model, zero_init=("rho",)) == []
-    with torch.no_grad():
-        model.output.weight[3, 2] = float("nan")
-        model.layers[0].w1.weight[1, 1] = 5e3
-        model.layers[1].w2.weight.zero_()
-    told = ld.check_model_value_range(model, range=1e3)
-    assert [t.split()[0] for t in told] == [
-        "rho",
-        "layers.0.w1.weight",
-        "layers.1.w2.weight",
-        "output.weight",
-    ]
-    assert ld.first_nonfinite(model) == "output.weight"
-
-
-def test_modules_by_path():
-    model = make_model()
-    new = nn.Linear(1, 1)
-    ld.set_module(model, "layers.1.w1", new)
-    ld.set_module(model, "output", new)
-    assert ld.get_module(model, "layers.1.w1") is new and model.output is new
-
-
 # ---- options
 
 
@@ -432,66 +314,7 @@ def test_dp_replicate_is_fitted_to_the_processes():
         ld.fit_to_world(ld.DistributedArgs(dp_shard=2), 2)
 
 
-def test_tensor_parallel_without_a_plan_is_refused():
-    with pytest.raises(UserError, match="distributed.tp_size=2"):
-        ld.parallelize_model(make_model(), None, None, ld.DistributedArgs(tp_size=2), PLAN)
-
-
-# ---- the process
-
-
-def test_the_users_environment_wins(monkeypatch):
-    monkeypatch.setenv("NCCL_DEBUG", "TRACE")
-    monkeypatch.delenv("NCCL_IB_TIMEOUT", raising=False)
-    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    ld.setup_env(ld.EnvironmentArgs(MKL_NUM_THREADS=None))
-    assert os.environ["NCCL_DEBUG"] == "TRACE" and os.environ["NCCL_IB_TIMEOUT"] == "22"
-    assert "MKL_NUM_THREADS" not in os.environ
-
-
-def ranks():
-    return ld.get_global_rank(), ld.get_local_rank(), ld.get_world_size()
-
-
-def test_ranks_of_torchrun_srun_and_a_single_process(monkeypatch):
-    for name in RANK_NAMES:
-        monkeypatch.delenv(name, raising=False)
-    assert ranks() == (0, 0, 1) and ld.get_is_master()
-    slurm = {"JOB_ID": "7", "PROCID": "5", "LOCALID": "1", "NTASKS": "8"}
-    for name, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    assert ranks() == (5, 1, 8) and ld.get_is_slurm_job() and not ld.get_is_master()
-    for name, value in {"RANK": "3", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
-    assert ranks() == (3, 2, 4) and not ld.get_is_slurm_job()
-
-
-def test_a_job_submitted_from_inside_does_not_look_like_this_one(monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WANDB_RUN_ID", "abc")
-    monkeypatch.setenv("WANDB_API_KEY", "secret")
-    with pytest.raises(KeyError), ld.clean_env():
-        assert not {"SLURM_JOB_ID", "RANK", "WANDB_RUN_ID"} & os.environ.keys()
-        assert os.environ["WANDB_API_KEY"] == "secret"
-        raise KeyError
-    assert os.environ["SLURM_JOB_ID"] == "7" and os.environ["RANK"] == "3"
-
-
-def test_requeue_asks_scontrol_once_and_only_inside_slurm(monkeypatch, tmp_path):
-    for name in RANK_NAMES:
-        monkeypatch.delenv(name, raising=False)
-    assert not ld.requeue_slurm_job()
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert not ld.requeue_slurm_job(), "no scontrol here: told, not raised"
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    scontrol.chmod(0o755)
-    assert ld.requeue_slurm_job()
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    assert not ld.requeue_slurm_job()
-    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+# ---- the helper of such tests
 
 
 def test_ranks_that_hang_or_fail_fail_a_test():

@@ -1,4 +1,4 @@
-"""A rank goes when its launcher is gone."""
+"""What a process knows of its launcher, and that a rank goes when that is gone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,20 @@ import sys
 
 import pytest
 
-from lingua.launch import init_signal_handler, leave_with_torchrun
+from lingua.launch import (
+    EnvironmentArgs,
+    clean_env,
+    get_global_rank,
+    get_is_master,
+    get_is_slurm_job,
+    get_local_rank,
+    get_world_size,
+    init_signal_handler,
+    leave_with_torchrun,
+    requeue_slurm_job,
+    setup_env,
+)
+from tests.lingua.dist_utils import RANK_NAMES
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a child that its parent died")
@@ -39,3 +52,57 @@ def rank(writer: int) -> None:
     os.write(writer, b"1")
     signal.sigtimedwait([], 5)
     os._exit(0)
+
+
+def test_the_users_environment_wins(monkeypatch):
+    monkeypatch.setenv("NCCL_DEBUG", "TRACE")
+    monkeypatch.delenv("NCCL_IB_TIMEOUT", raising=False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    setup_env(EnvironmentArgs(MKL_NUM_THREADS=None))
+    assert os.environ["NCCL_DEBUG"] == "TRACE" and os.environ["NCCL_IB_TIMEOUT"] == "22"
+    assert "MKL_NUM_THREADS" not in os.environ
+
+
+def ranks():
+    return get_global_rank(), get_local_rank(), get_world_size()
+
+
+def test_ranks_of_torchrun_srun_and_a_single_process(monkeypatch):
+    for name in RANK_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    assert ranks() == (0, 0, 1) and get_is_master()
+    slurm = {"JOB_ID": "7", "PROCID": "5", "LOCALID": "1", "NTASKS": "8"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert ranks() == (5, 1, 8) and get_is_slurm_job() and not get_is_master()
+    for name, value in {"RANK": "3", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks() == (3, 2, 4) and not get_is_slurm_job()
+
+
+def test_a_job_submitted_from_inside_does_not_look_like_this_one(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    with pytest.raises(KeyError), clean_env():
+        assert not {"SLURM_JOB_ID", "RANK", "WANDB_RUN_ID"} & os.environ.keys()
+        assert os.environ["WANDB_API_KEY"] == "secret"
+        raise KeyError
+    assert os.environ["SLURM_JOB_ID"] == "7" and os.environ["RANK"] == "3"
+
+
+def test_requeue_asks_scontrol_once_and_only_inside_slurm(monkeypatch, tmp_path):
+    for name in RANK_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    assert not requeue_slurm_job()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not requeue_slurm_job(), "no scontrol here: told, not raised"
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    assert requeue_slurm_job()
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert not requeue_slurm_job()
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"

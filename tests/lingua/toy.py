@@ -1,4 +1,4 @@
-"""A looped model of a few hundred weights, and its batches, to test distributed training with."""
+"""A looped model of a few hundred weights and its training, to test distributed training with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lingua.distributed import default_fsdp_grouping_plan
+from lingua import distributed as ld
+from lingua.optim import OptimArgs, build_optimizer
 
 VOCAB, DIM, LAYERS, LOOPS, ROWS, SEQLEN = 11, 6, 2, 3, 8, 5  # 11 and 6 / 4: uneven shards
 
@@ -43,7 +44,7 @@ class Looped(nn.Module):
         return F.cross_entropy(self.output(h).flatten(0, 1).float(), target.flatten())
 
 
-PLAN = [("tok_embeddings", False), *default_fsdp_grouping_plan(LAYERS), ("output", True)]
+PLAN = [("tok_embeddings", False), *ld.default_fsdp_grouping_plan(LAYERS), ("output", True)]
 
 
 def make_model() -> Looped:
@@ -59,3 +60,35 @@ def make_batches(steps: int, accumulate: int):
 
 def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# fp32: ranks add up in another order than one process does
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
+
+
+def train(mesh, args: ld.DistributedArgs | None, *, steps=3, accumulate=2, clip=0.05):
+    """Losses, norms, gradients (before clipping) and final weights, whole on every rank."""
+    model = make_model()
+    if args is not None:
+        ld.parallelize_model(model, mesh, None, args, PLAN)
+    optim = OptimArgs(lr=0.05, warmup=0, scheduler="constant", clip=clip)
+    optimizer, scheduler = build_optimizer(model, optim, steps)
+    rank, degree = ld.get_dp_rank_and_degree(mesh)
+    losses, norms, grads = [], [], []
+    for step_batches in make_batches(steps, accumulate):
+        loss_sum = torch.zeros(())
+        for i, (tokens, target) in enumerate(step_batches):
+            mine = slice(rank * ROWS // degree, (rank + 1) * ROWS // degree)
+            ld.set_gradient_sync(model, i == accumulate - 1)
+            loss = model(tokens[mine], target[mine])
+            (loss / accumulate).backward()
+            loss_sum += loss.detach() / accumulate
+        ld.sync_replicated_grads(model, mesh)
+        grads.append({n: whole(p.grad).clone() for n, p in model.named_parameters()})
+        norms.append(ld.clip_grad_norm_(model, optim.clip))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(ld.dist_mean(loss_sum).float())
+    weights = {n: whole(p).detach() for n, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "grads": grads, "weights": weights}

@@ -1,0 +1,238 @@
+"""The mixers that their contract is tested with, in the variants that compute otherwise.
+
+Shapes: B sequences, T tokens, D model width. Weights are moved off their initial values, since a
+gate that starts at zero would hide what stands behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.LT2.mixers import MIXERS, Mixer
+from apps.LT2.mixers.deltanet import DeltaNetArgs
+from apps.LT2.mixers.dsa import DSAArgs
+from apps.LT2.mixers.gdn import GatedDeltaNetArgs
+from apps.LT2.mixers.hgrn2 import HGRN2Args
+from apps.LT2.mixers.kda import KDAArgs
+from apps.LT2.mixers.mamba2 import Mamba2Args
+from apps.LT2.mixers.nsa import NSAArgs
+from apps.LT2.mixers.retnet import RetNetArgs
+from apps.LT2.transformer import LoopedTransformerArgs
+from tests.tolerances import FP32, assert_same
+
+DIM, HEADS = 32, 2
+
+
+LENGTHS = [1, 63, 64, 65, 200]
+
+
+def attention_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """q k and p v over the keys that the tokens see."""
+    pairs = sum(min(t + 1, window or seqlen) for t in range(seqlen))
+    return 4 * mixer.n_heads * mixer.head_dim * pairs
+
+
+def delta_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """Per token and head: S^T k, k outer write, S^T q; and the convolutions' taps."""
+    taps = 0 if mixer.conv.weight is None else 2 * mixer.conv.weight.numel()
+    return seqlen * (taps + mixer.n_heads * 6 * mixer.key_dim * mixer.value_dim)
+
+
+def fading_delta_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """The same, and S decays."""
+    decay = mixer.n_heads * mixer.key_dim * mixer.value_dim
+    return delta_flops(mixer, seqlen, window) + seqlen * decay
+
+
+def fading_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """Per token and head: S decays, k outer v, S^T q."""
+    return seqlen * mixer.n_heads * 5 * mixer.key_dim * mixer.value_dim
+
+
+def mamba2_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """The same, D x, and the convolution's taps."""
+    taps = 0 if mixer.conv.weight is None else 2 * mixer.conv.weight.numel()
+    skip = 2 * mixer.n_heads * mixer.value_dim
+    return fading_flops(mixer, seqlen, window) + seqlen * (taps + skip)
+
+
+def nsa_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """q k and p v over the blocks complete at each token, its chosen blocks and its window."""
+    size, pairs = mixer.nsa.block_size, 0
+    for t in range(seqlen):
+        n_others = min(t // size, mixer.nsa.n_blocks - 1)
+        pairs += (t + 1) // size + n_others * size + t % size + 1
+        pairs += min(t + 1, mixer.nsa.window_size)
+    return 4 * mixer.n_heads * mixer.head_dim * pairs
+
+
+def nsa_case(n_heads: int, head_dim: int, n_kv_heads: int | None, **sizes: int) -> Case:
+    heads = {"n_heads": n_heads, "head_dim": head_dim, "n_kv_heads": n_kv_heads}
+    return Case(
+        "nsa",
+        nsa_flops,
+        args={**heads, "nsa": NSAArgs(**sizes)},
+        starts_at_zero=frozenset({"wg"}),
+        sees_all_past=False,
+    )
+
+
+def dsa_flops(mixer: Any, seqlen: int, window: int | None) -> int:
+    """The indexer's products with all keys seen, summed over its heads, and top-k attention."""
+    seen = sum(t + 1 for t in range(seqlen))
+    indexer = mixer.indexer
+    return seen * indexer.n_heads * 2 * (indexer.head_dim + 1) + attention_flops(
+        mixer, seqlen, mixer.top_k
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    mixer: str
+    mixing_flops: Callable[[Any, int, int | None], int]  # of a sequence, without projections
+    window: int | None = None
+    args: dict = field(default_factory=dict)
+    without_gradient: frozenset = frozenset()  # parameters that cannot matter here
+    starts_at_zero: frozenset = frozenset()  # linears outside the common init rule
+    sees_all_past: bool = True  # False: a token may choose among the tokens of its past
+    # In fp64 the rounding of one order of summation or the other does not change a choice.
+    dtype: torch.dtype = torch.float32
+    args_for_bf16: dict = field(default_factory=dict)  # bf16 would change choices: none are made
+
+    def keys_seen(self, t: int) -> int:
+        return min(t + 1, self.window or t + 1)
+
+
+UNUSUAL: dict[str, Any] = {
+    "n_heads": 3,
+    "head_dim": 8,
+    "expand_v": 1.5,
+    "conv_size": 2,
+    "allow_neg_eigval": True,
+}
+
+
+ONE_KEY = frozenset({"wq.weight", "wk.weight"})  # a softmax over one key is 1
+
+
+CASES = {
+    "full": Case("full", attention_flops),
+    "full_gqa_gated": Case(
+        "full",
+        attention_flops,
+        args={"n_kv_heads": 1, "gated_attn": True},
+        starts_at_zero=frozenset({"wg"}),
+    ),
+    "full_wide_heads": Case("full", attention_flops, args={"head_dim": 24}),
+    "window_1": Case("window", attention_flops, window=1, without_gradient=ONE_KEY),
+    "window_5": Case("window", attention_flops, window=5),
+    "window_64": Case("window", attention_flops, window=64, args={"n_kv_heads": 1}),
+    "window_300": Case("window", attention_flops, window=300),
+    "gdn": Case("gdn", fading_delta_flops),
+    "gdn_no_conv": Case("gdn", fading_delta_flops, args={"gdn": GatedDeltaNetArgs(conv_size=0)}),
+    "gdn_neg_eigval": Case("gdn", fading_delta_flops, args={"gdn": GatedDeltaNetArgs(**UNUSUAL)}),
+    "kda": Case("kda", fading_delta_flops),
+    "kda_no_conv": Case("kda", fading_delta_flops, args={"kda": KDAArgs(conv_size=0)}),
+    "kda_neg_eigval": Case("kda", fading_delta_flops, args={"kda": KDAArgs(**UNUSUAL)}),
+    "deltanet": Case("deltanet", delta_flops),
+    "deltanet_no_conv": Case("deltanet", delta_flops, args={"deltanet": DeltaNetArgs(conv_size=0)}),
+    "deltanet_neg_eigval": Case(
+        "deltanet", delta_flops, args={"deltanet": DeltaNetArgs(**UNUSUAL)}
+    ),
+    "retnet": Case("retnet", fading_flops),
+    "retnet_odd_heads": Case(
+        "retnet", fading_flops, args={"retnet": RetNetArgs(n_heads=3, head_dim=6, expand_v=1.5)}
+    ),
+    "mamba2": Case("mamba2", mamba2_flops, args={"mamba2": Mamba2Args(head_dim=16, state_dim=12)}),
+    "mamba2_groups_no_conv": Case(
+        "mamba2",
+        mamba2_flops,
+        args={"mamba2": Mamba2Args(1.5, head_dim=8, state_dim=6, n_groups=2, conv_size=0)},
+    ),
+    "gla": Case("gla", fading_flops),
+    # Its gates forget half at every token: after 200, fp32 holds nothing of the first.
+    "hgrn2": Case("hgrn2", fading_flops, sees_all_past=False),
+    "hgrn2_bounded": Case(
+        "hgrn2",
+        fading_flops,
+        args={"hgrn2": HGRN2Args(n_heads=3, head_dim=8, expand_v=1.5, lower_bound=0.9)},
+    ),
+    "nsa": nsa_case(16, 4, None),
+    # 40 tokens are within 4 blocks: what is chosen there does not hang on bf16's rounding.
+    "nsa_chooses": nsa_case(16, 4, 1, block_size=10, n_blocks=4, window_size=7),
+    "nsa_two_groups": nsa_case(32, 2, 2, block_size=16, n_blocks=5, window_size=1),
+    "dsa": Case(
+        "dsa",
+        dsa_flops,
+        args={"dsa": DSAArgs(top_k=9, n_index_heads=3, index_head_dim=8)},
+        sees_all_past=False,
+        dtype=torch.float64,
+        args_for_bf16={"dsa": DSAArgs(top_k=40, n_index_heads=3, index_head_dim=8)},
+    ),
+    "dsa_gqa_gated": Case(
+        "dsa",
+        dsa_flops,
+        args={"n_kv_heads": 1, "gated_attn": True, "dsa": DSAArgs(top_k=64, n_index_heads=1)},
+        starts_at_zero=frozenset({"wg"}),
+        sees_all_past=False,
+        dtype=torch.float64,
+    ),
+    "dsa_of_all_keys": Case("dsa", dsa_flops, args={"dsa": DSAArgs(top_k=300)}),
+}
+
+
+def model_args(case: Case) -> LoopedTransformerArgs:
+    options = {"n_heads": HEADS} | case.args
+    return LoopedTransformerArgs(dim=DIM, n_layers=1, vocab_size=8, **options)
+
+
+def make(case: Case, *, jitter: float = 0.1) -> Mixer:
+    torch.manual_seed(0)
+    mixer = MIXERS[case.mixer](model_args(case))
+    mixer.reset_parameters(None, 1.0)
+    with torch.no_grad():
+        for name, p in mixer.named_parameters():
+            p += jitter * torch.randn_like(p)
+            if name == "A_log" and jitter:
+                p[0] = -1.0  # a head that remembers hundreds of tokens: what leaks is seen
+    return mixer
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randn(*shape, DIM, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def packed(documents: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Documents (T_i, D) in one row, and their boundaries."""
+    lengths = torch.tensor([0] + [len(d) for d in documents])
+    return torch.cat(documents)[None], lengths.cumsum(0).int()
+
+
+class Decoder:
+    """A mixer with a cache, and the case's window in every call."""
+
+    def __init__(self, case: Case, mixer: Mixer, batch_size: int, max_seqlen: int, dtype=None):
+        self.window, self.mixer = case.window, mixer
+        self.cache = mixer.init_cache(
+            batch_size, max_seqlen, device="cpu", dtype=dtype or case.dtype, window=case.window
+        )
+
+    @torch.no_grad()
+    def prefill(self, x: Tensor, **options: Any) -> Tensor:
+        return self.mixer.prefill(x, self.cache, window=self.window, **options)
+
+    @torch.no_grad()
+    def steps(self, x: Tensor) -> Tensor:
+        return torch.cat([self.mixer.step(x_B1D, self.cache) for x_B1D in x.split(1, 1)], 1)
+
+
+def assert_same_fp32(got: Tensor, want: Tensor) -> None:
+    assert_same(got, want, FP32)
+
+
+DOCUMENT_LENGTHS = [5, 1, 64, 1, 65, 2, 63, 3]

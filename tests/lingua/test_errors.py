@@ -1,0 +1,73 @@
+"""How a program ends: one line for a mistake of the user, a traceback without secrets for a bug."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from lingua.errors import UserError, import_optional, run_cli
+
+
+def test_run_cli_prints_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which it replaces
+    monkeypatch.delenv("RANK", raising=False)
+
+    def mistaken(argv):
+        raise UserError("steps=0 must be\npositive")
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(mistaken)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: steps=0 must be positive\n"
+
+    def on_a_full_disk(argv):
+        Path("/dev/full").write_text("x")
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(on_a_full_disk)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+    for bug in (ValueError("a bug"), FileNotFoundError("a bug")):
+
+        def broken(argv, bug=bug):
+            raise bug
+
+        with pytest.raises(type(bug), match="a bug"):
+            run_cli(broken)
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(interrupted)
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_missing_package_names_the_extra(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"logging\.wandb needs .* pip install -e '\.\[wandb\]'"):
+        import_optional("no_such_package_here", extra="wandb", needed_by="logging.wandb")
+
+    # A broken package is not the user's mistake: its traceback says what is wrong.
+    (tmp_path / "broken_package_here.py").write_text("import its_own_missing_need")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="its_own_missing_need"):
+        import_optional("broken_package_here", extra="x", needed_by="y")
+
+
+def test_a_traceback_shows_no_secret(monkeypatch, capsys):
+    monkeypatch.setenv("MY_API_KEY", "swordfish-1")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def fail(argv):
+        raise RuntimeError(f"refused: {os.environ['MY_API_KEY']}")
+
+    with pytest.raises(RuntimeError) as left:
+        run_cli(fail)
+    sys.excepthook(left.type, left.value, left.tb)
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "in fail" in err
+    assert "swordfish" not in err and "refused: <MY_API_KEY hidden>" in err

@@ -1,0 +1,56 @@
+"""What --help says of a config: types, defaults, and comments as their meaning."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lingua.args import describe_fields, parse_args
+from tests.lingua.some_args import Args
+
+
+def test_describe_fields_reads_comments():
+    docs = {doc.path: doc for doc in describe_fields(Args)}
+    assert docs["name"].meaning == "What the run is called"
+    assert docs["steps"].meaning == "optimizer steps"
+    assert docs["fused"].meaning == ""
+    assert docs["dump.every"].meaning == "steps between two"
+    assert docs["dump.every"].default == "50"
+    assert docs["eval"].type == "section or null" and docs["eval"].default == "null"
+    assert docs["eval.limit"].type == "int or null"
+    assert docs["data.sources"].type == "dict[str, float]"
+    assert docs["optim.clip"].type == "float or null"
+    assert "data" not in docs
+
+
+def test_help_prints_every_field_and_the_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(Args, ["--help"], prog="run me", description="Does it.", examples=["run me a=b"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for doc in describe_fields(Args):
+        assert doc.path in text and doc.meaning in text
+    assert "run me a=b" in text and "Does it." in text and "where text comes from" in text
+
+
+def test_help_may_be_cut_by_head():
+    code = (
+        "import dataclasses; from lingua.args import parse_args\n"
+        "parse_args(dataclasses.make_dataclass('A', [('x' * 200_000, int, 1)]), ['-h'])\n"
+    )
+    command = f'"{sys.executable}" -c "{code}" | head -1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage:") and done.stderr == ""
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from lingua.args import parse_args; import dataclasses\n"
+        "A = dataclasses.make_dataclass('A', [('x', int, 1)])\n"
+        "try: parse_args(A, ['-h'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'omegaconf', 'yaml'} & set(sys.modules), 'heavy'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

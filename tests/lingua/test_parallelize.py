@@ -1,0 +1,96 @@
+"""What is done to a model in one process: recomputation, compilation, and checks of its values."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy
+
+from lingua import distributed as ld
+from lingua.args import UserError
+from tests.lingua.dist_utils import OpCounter
+from tests.lingua.toy import LAYERS, LOOPS, PLAN, TOLERANCE, make_batches, make_model, train
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full", "loop"])
+def test_what_the_backward_computes_again(mode):
+    """Counts matmuls and tanh: selective keeps the former, full nothing; loop is the app's."""
+    model = make_model()
+    ld.parallelize_model(model, None, None, args_of(mode), PLAN)
+    tokens, target = make_batches(1, 1)[0, 0]
+    with OpCounter() as ops:
+        loss = model(tokens, target)
+        forward = ops.counts.copy()
+        loss.backward()
+    again = {name: ops.counts[name] - forward[name] for name in ("tanh", "addmm")}
+    calls = LAYERS * LOOPS
+    assert forward["tanh"] == forward["addmm"] == calls
+    assert (
+        again
+        == {
+            "none": {"tanh": 0, "addmm": 0},
+            "loop": {"tanh": 0, "addmm": 0},
+            "selective": {"tanh": calls, "addmm": 0},
+            "full": {"tanh": calls, "addmm": calls},
+        }[mode]
+    )
+
+
+def args_of(mode: str) -> ld.DistributedArgs:
+    return ld.DistributedArgs(activation_checkpointing=mode, model_dtype="fp32")
+
+
+def test_an_apps_own_ops_are_kept_beside_the_defaults():
+    policy = ld.get_default_policy({torch.ops.aten.tanh.default})
+    keep = CheckpointPolicy.MUST_SAVE
+    assert policy(None, torch.ops.aten.tanh.default) is keep
+    assert policy(None, torch.ops.aten.mm.default) is keep
+    assert policy(None, torch.ops.aten.exp.default) is not keep
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_blocks_compile_whole_once_for_all_layers_and_loops(monkeypatch, mode):
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import in every rank
+
+    counter = CompileCounterWithBackend("aot_eager")
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(real, backend=counter, fullgraph=True))
+    args = ld.DistributedArgs(model_dtype="fp32", compile=True, activation_checkpointing=mode)
+    torch.testing.assert_close(train(None, args), train(None, None), **TOLERANCE)
+    assert counter.frame_count == 1
+
+
+def test_suspicious_values_are_named():
+    model = make_model()
+    with torch.no_grad():
+        model.rho.zero_()
+    assert ld.check_model_value_range(model, zero_init=("rho",)) == []
+    with torch.no_grad():
+        model.output.weight[3, 2] = float("nan")
+        model.layers[0].w1.weight[1, 1] = 5e3
+        model.layers[1].w2.weight.zero_()
+    told = ld.check_model_value_range(model, range=1e3)
+    assert [t.split()[0] for t in told] == [
+        "rho",
+        "layers.0.w1.weight",
+        "layers.1.w2.weight",
+        "output.weight",
+    ]
+    assert ld.first_nonfinite(model) == "output.weight"
+
+
+def test_modules_by_path():
+    model = make_model()
+    new = nn.Linear(1, 1)
+    ld.set_module(model, "layers.1.w1", new)
+    ld.set_module(model, "output", new)
+    assert ld.get_module(model, "layers.1.w1") is new and model.output is new
+
+
+def test_tensor_parallel_without_a_plan_is_refused():
+    with pytest.raises(UserError, match="distributed.tp_size=2"):
+        ld.parallelize_model(make_model(), None, None, ld.DistributedArgs(tp_size=2), PLAN)
