@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lingua.args import UserError, import_optional
 from lingua.slurm_script import Job, resources
 
@@ -106,6 +104,8 @@ def run_here(
 
 def visible_gpus() -> list[str]:
     """This process's GPUs, as CUDA_VISIBLE_DEVICES names them."""
+    import torch  # takes seconds: the other commands of stool do without
+
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(i) for i in range(count)])[:count]

@@ -18,10 +18,12 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from types import FrameType
-
-import torch
+from typing import TYPE_CHECKING
 
 from lingua.args import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger()
 
@@ -115,6 +117,8 @@ def get_master_addr() -> str:
 
 def get_device() -> torch.device:
     """This rank's GPU, or the CPU on a machine without any."""
+    import torch  # takes seconds, and who only asks for ranks does without
+
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, count = get_local_rank(), torch.cuda.device_count()

@@ -15,6 +15,8 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.quick_python import QuickPython
+
 torch.set_num_threads(1)
 
 try:
@@ -26,6 +28,13 @@ else:
     # run can be repeated.
     settings.register_profile("lt2", deadline=None, derandomize=True)
     settings.load_profile("lt2")
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QuickPython]:
+    """A `python` that has torch imported, for commands that are run as a user does."""
+    with QuickPython(tmp_path_factory.mktemp("quick")) as quick:
+        yield quick
 
 
 @pytest.fixture

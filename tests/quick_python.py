@@ -1,7 +1,8 @@
 """A `python` for commands under test that forks a process with torch in it instead of a new one.
 
     with QuickPython(folder) as quick:                  # folder gets bin/python and bin/torchrun
-        subprocess.run(["bash", "-c", "python -m apps.LT2.train ..."], env=quick.env)
+        quick.run("-m", "apps.LT2.train", ...)
+        subprocess.run(["bash", "-c", "python -m apps.LT2.train ..."], env=quick.env())
 
 Importing torch and the evaluation harness takes longer than what a tiny model does with them. The
 `python` of `bin` hands its arguments, folder, environment and open files to a server that imported
@@ -49,7 +50,20 @@ sys.exit(int(server.recv(16) or 1))
 class QuickPython:
     def __init__(self, folder: Path):
         self.bin = folder / "bin"
-        self.env: dict[str, str] = {}
+        self.executable = str(self.bin / "python")
+
+    def env(self) -> dict[str, str]:
+        """The environment of now, in which `python` is the quick one."""
+        env = os.environ | {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "PYTHON_EXEC": self.executable,  # what torchrun starts its processes with
+        }
+        env.pop("PYTHONDONTWRITEBYTECODE", None)  # many processes import the same modules
+        return env
+
+    def run(self, *argv: str, **options: Any) -> subprocess.CompletedProcess:
+        """subprocess.run of `python *argv`."""
+        return subprocess.run([self.executable, *argv], env=self.env(), **options)
 
     def __enter__(self) -> QuickPython:
         # not below `folder`: an address has at most 107 characters
@@ -60,12 +74,8 @@ class QuickPython:
             client = self.bin / name
             client.write_text(CLIENT.format(python=sys.executable, address=address, before=before))
             client.chmod(0o755)
-        self.env = os.environ | {
-            "PATH": f"{self.bin}:{os.environ['PATH']}",
-            "PYTHON_EXEC": f"{self.bin}/python",  # what torchrun starts its processes with
-        }
         command = [sys.executable, "-m", "tests.quick_python", address]
-        self.server = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        self.server = subprocess.Popen(command, cwd=ROOT, env=self.env(), start_new_session=True)
         while not os.path.exists(address):
             assert self.server.poll() is None, "the server died"
             time.sleep(0.05)
@@ -125,6 +135,8 @@ def run_as_python(argv: list[str], cwd: str, env: dict[str, str]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    paths = env.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [path for path in paths if path and path not in sys.path]
     while argv[0] == "-u":
         argv = argv[1:]
     try:

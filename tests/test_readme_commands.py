@@ -134,8 +134,15 @@ class Shell:
 
     def __init__(self, folder: Path, quick: QuickPython):
         self.folder = folder
-        self.env = quick.env | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
+        self.env = quick.env() | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
         self.env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        self.bin = folder.parent / "bin"
+        self.bin.mkdir()
+        self.env["PATH"] = f"{self.bin}:{self.env['PATH']}"
+
+    def add_program(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
 
     def run(self, text: str) -> str:
         done = subprocess.run(
@@ -153,24 +160,22 @@ class Shell:
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory):
+def shell(tmp_path_factory, quick_python):
     """In a clone after setup/quickstart.sh, in small: its corpus, and its run of two steps."""
     folder = tmp_path_factory.mktemp("clone") / "LT2"
     for name in ("apps", "lingua", "setup", "tokenizer"):
         shutil.copytree(ROOT / name, folder / name)
     write_small_corpus(folder)
-    with QuickPython(folder.parent) as quick:
-        sinfo = "#!/bin/bash\necho 60\n"  # minutes
-        for name, text in {"sbatch": SBATCH, "srun": "#!/bin/bash\n", "sinfo": sinfo}.items():
-            (quick.bin / name).write_text(text)
-            (quick.bin / name).chmod(0o755)
-        shell = Shell(folder, quick)
-        train = "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml"
-        shell.run(f"{train} {TINY_RUN} dump_dir=runs/quickstart")
-        llama = "model.mixer=full model.attention_pattern=null model.loop_count=1 "
-        llama += "model.gated_attn=false model.use_residual=false eval.validation=null"
-        shell.run(f"{train} {TINY_RUN} {llama} dump_dir=runs/llama")
-        yield shell
+    shell = Shell(folder, quick_python)
+    sinfo = "#!/bin/bash\necho 60\n"  # minutes
+    for name, text in {"sbatch": SBATCH, "srun": "#!/bin/bash\n", "sinfo": sinfo}.items():
+        shell.add_program(name, text)
+    train = "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml"
+    shell.run(f"{train} {TINY_RUN} dump_dir=runs/quickstart")
+    llama = "model.mixer=full model.attention_pattern=null model.loop_count=1 "
+    llama += "model.gated_attn=false model.use_residual=false eval.validation=null"
+    shell.run(f"{train} {TINY_RUN} {llama} dump_dir=runs/llama")
+    return shell
 
 
 def write_small_corpus(folder: Path) -> None:

@@ -130,7 +130,7 @@ def _rank_main(
     if death.event is not None and rank == death.rank:
         _die_at(death.event)
     started.wait(LIFE_SECONDS)
-    train(data, folder, **options)
+    train(data, folder, keep_code=True, **options)
     if dist.is_initialized():
         dist.destroy_process_group()
 

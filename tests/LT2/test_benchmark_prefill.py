@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -339,9 +337,9 @@ def test_nothing_to_measure_is_a_mistake():
         main(["--seq-len", "8"])
 
 
-def test_as_a_program_mistakes_end_with_status_2(recipe):
-    command = [sys.executable, "-m", "apps.LT2.benchmark_prefill", "--config", str(recipe)]
-    done = subprocess.run([*command, "--seq-len", "0"], cwd=ROOT, capture_output=True, text=True)
+def test_as_a_program_mistakes_end_with_status_2(recipe, quick_python):
+    command = ["-m", "apps.LT2.benchmark_prefill", "--config", str(recipe), "--seq-len", "0"]
+    done = quick_python.run(*command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "--seq-len 0" in done.stderr and done.stdout == ""
 

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -152,13 +151,11 @@ def test_validation_has_the_right_sign_and_units(place, scores):
     assert found["loss/val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes)
 
 
-def test_two_processes_give_the_results_of_one(here, scores):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "-m", "apps.LT2.eval", *ALL_TASKS, "dump_dir=two"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=240
-    )
+def test_two_processes_give_the_results_of_one(here, scores, quick_python, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "apps.LT2.eval", *ALL_TASKS, "dump_dir=two"]
+    done = quick_python.run(*command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(Path("two/results.json").read_text())
     assert results["results"] == scores["evals"]

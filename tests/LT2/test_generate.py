@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -244,8 +243,8 @@ def test_mistakes_are_user_errors(ask, options, message):
         ask(*options)
 
 
-def test_a_mistake_ends_the_process_with_one_line_and_status_2():
-    command = [sys.executable, "-m", "apps.LT2.generate", "ckpt=/nowhere"]
-    done = subprocess.run(command, input="x", capture_output=True, text=True, timeout=120)
+def test_a_mistake_ends_the_process_with_one_line_and_status_2(quick_python):
+    command = ["-m", "apps.LT2.generate", "ckpt=/nowhere"]
+    done = quick_python.run(*command, input="x", capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ckpt=/nowhere") and done.stderr.count("\n") == 1

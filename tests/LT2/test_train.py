@@ -7,8 +7,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -378,12 +376,14 @@ def test_a_malformed_line_is_named(bad_data, tmp_path, load_async):
         train(bad_data, tmp_path, steps=100, **{"data.load_async": load_async})
 
 
-def test_a_malformed_line_ends_torchrun_with_one_line_for_all_ranks(bad_data, tmp_path):
+def test_a_malformed_line_ends_torchrun_with_one_line_for_all_ranks(
+    bad_data, tmp_path, quick_python
+):
     changes = {"steps": 100, "data.load_async": True, "distributed.fsdp_type": "full_shard"}
     arguments = command_line(bad_data, tmp_path, changes)
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "apps.LT2.train", *arguments],
+    done = quick_python.run(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "apps.LT2.train", *arguments),
         capture_output=True,
         text=True,
         timeout=90,

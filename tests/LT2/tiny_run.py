@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import random
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,6 @@ import apps.LT2.train as app
 from apps.LT2.train import TrainArgs
 from lingua.args import parse_args
 from lingua.rng import get_rng_state, set_rng_state
-from tests.lingua.dist_utils import PRELOAD
-
-# Ranks and runs that are to be killed fork from a server that has imported all this. It must be
-# said before the first run starts the server. A rank has a server of its own, for data workers.
-if multiprocessing.parent_process() is None:
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([*PRELOAD, "apps.LT2.train"])
 
 WORDS = ["the", "loop", "turns", "again", "and", "every", "layer", "sees", "its", "past", "äöü"]
 
@@ -93,11 +85,24 @@ def train_args(data: Path, dump_dir: Path, **changes: Any) -> TrainArgs:
     return parse_args(TrainArgs, command_line(data, dump_dir, changes), prog="t", description="t")
 
 
-def train(data: Path, dump_dir: Path, **changes: Any) -> Path:
-    """Train in this process and leave it as it was; returns dump_dir."""
-    with clean_process():
+def train(data: Path, dump_dir: Path, *, keep_code: bool = False, **changes: Any) -> Path:
+    """Train in this process and leave it as it was; returns dump_dir.
+
+    The copy of the code that belongs to a run takes longer than some of these do.
+    """
+    with clean_process(), nullcontext() if keep_code else without_code_copy():
         app.train(train_args(data, dump_dir, **changes))
     return dump_dir
+
+
+@contextmanager
+def without_code_copy() -> Iterator[None]:
+    inner = app.snapshot_code
+    app.snapshot_code = lambda root, target, without: 0
+    try:
+        yield
+    finally:
+        app.snapshot_code = inner
 
 
 @contextmanager

@@ -24,17 +24,25 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "numpy", "pytest"]
+# Ranks and runs that are to be killed fork from a server that has imported all this. It must be
+# said before anything starts the server. A rank has a server of its own, for data workers.
+PRELOAD = [
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",  # the first optimizer step imports it
+    "pytest",
+    "apps.LT2.train",
+]
+if mp.parent_process() is None:
+    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
 # what launchers say of a rank
 RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID")
 TIMEOUT = 90.0  # seconds; starting a rank takes a few on a busy machine
 
 
 def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    # The server imports torch once and forks a clean rank in no time. Ranks are not daemons: those
-    # may not have data workers.
+    # Ranks are not daemons: those may not have data workers.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         pipes: list[Connection] = []
