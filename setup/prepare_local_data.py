@@ -95,18 +95,18 @@ def passages(text: str) -> Iterator[str]:
             yield from filter(is_prose, items(block))
 
 
-def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+def docstrings(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     """(line, text) of each docstring in a module."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, owners) and (text := ast.get_docstring(node, clean=False)):
             yield node.body[0].lineno, inspect.cleandoc(text)
 
 
-def comments(source: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+def comments(source: str, nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
     """(line, text) of each block of whole-line comments."""
     inside_string: set[int] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.end_lineno:
             inside_string.update(range(node.lineno + 1, node.end_lineno + 1))
     block: list[str] = []
@@ -136,7 +136,8 @@ def module_passages(path: Path) -> list[str]:
     if parsed is None:
         return []
     source, tree = parsed
-    texts = sorted([*docstrings(tree), *comments(source, tree)])
+    nodes = list(ast.walk(tree))  # once: of a whole library it takes longer than all the rest
+    texts = sorted([*docstrings(nodes), *comments(source, nodes)])
     return [passage for _, text in texts for passage in passages(text)]
 
 

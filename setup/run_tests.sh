@@ -33,6 +33,7 @@ check "pyright" pyright --pythonpath "$VENV_PYTHON"
 workers=$("$VENV_PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
 if has_gpu; then workers=0; fi
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # tests start a hundred processes that import the same modules
 check "pytest" pytest -n "$workers" --dist loadfile --no-loadscope-reorder \
     --durations=15 "$@"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -50,6 +51,13 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     for name, value in before.items():
         setattr(config, name, value)
+
+
+def pytest_collection_finish() -> None:
+    """Runs and measurements collect garbage many times. Without torch and the tests themselves,
+    which stay, that takes milliseconds."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

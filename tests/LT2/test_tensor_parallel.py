@@ -46,6 +46,7 @@ Options = dict[str, Any]
 
 LOOPS, ROWS, SEQLEN, N_MICRO = 2, 2, 16, 2
 STEP_1 = FOLDER_NAME.format(1)
+WANTS = "wants.pt"  # what one process does, for all ranks to compare with
 # (kind of tests.LT2.tiny, options of the model, options of distributed, and `optim` for its name)
 TWO = {"tp_size": 2, "fsdp_type": "full_shard"}
 GROUPS = Mamba2Args(head_dim=16, state_dim=8, n_groups=2)
@@ -155,6 +156,7 @@ def learn(
 def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[str, str]:
     """For each case what differs from one process, and for the first what its checkpoint says."""
     door.CHUNK_TOKENS = 12  # the loss in several chunks
+    wants = torch.load(folder / WANTS)
     outcome, n_rows = {}, rows_of(world_size)
     for name, (kind, options, distributed) in cases.items():
         distributed = dict(distributed)
@@ -162,17 +164,21 @@ def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[s
         model, mesh = make_parallel(kind, options, distributed)
         optimizer = optimizer_of(model, optim)
         got = learn(model, optimizer, mesh, n_rows)
-        single = make(kind, options)
-        want = learn(single, optimizer_of(single, optim), None, n_rows)
-        outcome[name] = differences(got, want, FP32_MODEL)
+        outcome[name] = differences(got, wants[name], FP32_MODEL)
         if name == next(iter(cases)):
             manager(folder / "by_ranks").save(model, optimizer, AtStep(1), {}, mesh)
             fresh, mesh = make_parallel(kind, {**options, "seed": 5}, distributed)
             optimizer = optimizer_of(fresh)
             load_from_checkpoint(str(folder / "by_one" / STEP_1), fresh, optimizer)
-            want = second_step(kind, options, n_rows)
-            outcome["loaded"] = differences(learn(fresh, optimizer, mesh, n_rows), want, FP32_MODEL)
+            got = learn(fresh, optimizer, mesh, n_rows)
+            outcome["loaded"] = differences(got, wants["loaded"], FP32_MODEL)
     return outcome
+
+
+def first_step(kind: str, options: Options, distributed: Options, n_rows: int) -> dict[str, Any]:
+    """What one process does in the step of a case."""
+    model = make(kind, options)
+    return learn(model, optimizer_of(model, distributed.get("optim", "adamw")), None, n_rows)
 
 
 def rows_of(world_size: int) -> int:
@@ -180,15 +186,12 @@ def rows_of(world_size: int) -> int:
     return max(ROWS, world_size // 2)
 
 
-def second_step(
-    kind: str, options: Options, n_rows: int, save_to: Path | None = None
-) -> dict[str, Any]:
-    """What one process does in its second step; with `save_to`, the first one is saved there."""
+def second_step(kind: str, options: Options, n_rows: int, save_to: Path) -> dict[str, Any]:
+    """What one process does in its second step; the first one is saved."""
     model = make(kind, options)
     optimizer = optimizer_of(model)
     learn(model, optimizer, None, n_rows)
-    if save_to is not None:
-        manager(save_to).save(model, optimizer, AtStep(1), {})
+    manager(save_to).save(model, optimizer, AtStep(1), {})
     return learn(model, optimizer, None, n_rows)
 
 
@@ -200,6 +203,8 @@ def run_cases(world_size: int, cases: dict, folder: Path) -> list[dict[str, str]
     """Also: a checkpoint goes to the ranks and back, weights and optimizer."""
     (kind, options, _), n_rows = next(iter(cases.values())), rows_of(world_size)
     want = second_step(kind, options, n_rows, folder / "by_one")
+    wants = {name: first_step(*case, n_rows) for name, case in cases.items()}
+    torch.save(wants | {"loaded": want}, folder / WANTS)
     outcomes = run_ranks(world_size, learn_cases, cases, folder)
     model = make(kind, {**options, "seed": 5})
     optimizer = optimizer_of(model)
