@@ -17,6 +17,7 @@ from lingua.checkpoint_folder import find_problem
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny_run import (
     OPTIONS,
+    SMALL,
     checkpoint,
     column,
     fingerprint,
@@ -224,7 +225,7 @@ def test_no_secret_reaches_what_a_run_writes(data, tmp_path, monkeypatch, capfd)
     options = {"name": "run ${oc.env:WANDB_API_KEY}", "steps": 2}
     options["checkpoint.eval.every"] = 1
     with stopped_after(1):
-        train(data, tmp_path, **options)
+        train(data, tmp_path, keep_code=True, **options)
     train(data, tmp_path, **options, **{"profiling.trace_folder": "${oc.env:MY_TOKEN}"})
 
     files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
@@ -236,6 +237,18 @@ def test_no_secret_reaches_what_a_run_writes(data, tmp_path, monkeypatch, capfd)
     log = files[tmp_path / "train.log"]
     assert b"changed since the checkpoint: profiling.trace_folder" in log
     assert b"changed since the checkpoint: name" not in log
+
+
+def test_a_run_keeps_the_code_that_it_began_with(data, tmp_path):
+    options = {**SMALL, "checkpoint.eval.every": 1}
+    with stopped_after(1):
+        train(data, tmp_path, keep_code=True, **options, steps=2)
+    kept = tmp_path / "code" / "apps" / "LT2" / "train.py"
+    assert kept.read_bytes() == Path(app.__file__).read_bytes()
+    kept.write_text("# as it was")
+    train(data, tmp_path, keep_code=True, **options, steps=2)
+    assert kept.read_text() == "# as it was"
+    assert not list(tmp_path.glob(".code*"))
 
 
 # ---- other options at the resume

@@ -4,6 +4,7 @@ can launch on a cluster."""
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,8 @@ def project(tmp_path, monkeypatch, request) -> Path:
     monkeypatch.chdir(root)
     monkeypatch.syspath_prepend(str(root))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for lingua, in the jobs
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # tests look at what is in its folders
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     for variable in [v for v in os.environ if v.startswith("SLURM_")]:
         monkeypatch.delenv(variable)
     return root
