@@ -10,13 +10,16 @@ modules begin with the `pyright:` line of this one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 try:
-    import triton  # pyright: ignore[reportMissingImports]
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
+    import triton as _triton  # pyright: ignore[reportMissingImports]
+    import triton.language as _tl  # pyright: ignore[reportMissingImports]
 except ImportError:  # no CUDA here
-    triton = tl = cast(Any, None)
+    _triton = _tl = None
+
+triton: Any = _triton  # so that types do not depend on whether it is installed
+tl: Any = _tl
 
 
 def jit(**options: Any) -> Callable[[Callable], Any]:
