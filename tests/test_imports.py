@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("lingua", "apps")
 
@@ -92,7 +94,8 @@ def test_other_packages_are_out_of_reach_here():
     assert "No module named 'numpy'" in failures(["numpy"])["numpy"]
 
 
-def test_data_workers_start_without_torch():
-    """Importing it takes seconds and hundreds of MiB, in a worker of every rank."""
-    code = "import sys, lingua.data; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["lingua.data", "lingua.stool"])
+def test_data_workers_and_launches_start_without_torch(module):
+    """Importing it takes seconds, and hundreds of MiB in a worker of every rank."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
