@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,20 +24,20 @@ POLL_SECONDS = 0.02
 
 def tell(message: str) -> None:
     """Print an error, which is one line, on stderr, unless local rank 0 has printed the same."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not error_file:
+    name, local_rank = (os.environ.get(n) for n in ("TORCHELASTIC_ERROR_FILE", "LOCAL_RANK"))
+    if not name:
         _print(message)
         return
-    began = time.time()
-    told = Path(error_file).parents[1] / "told"
+    began, error_file = time.time(), Path(name)
+    told = error_file.parent.parent / "told"
     with _signals_end(wait := _Wait()):
-        if os.environ.get("LOCAL_RANK") == "0":
+        # Without a local rank the file is another launcher's, and nobody else speaks.
+        if local_rank in (None, "0") or not _is_told(message, told, wait):
             _print(message)
+        if local_rank == "0":
             with suppress(OSError):  # then the others speak, too
-                told.write_text(message + "\n", encoding="utf-8")
-        elif not _is_told(message, told, wait):
-            _print(message)
-        _record(message, Path(error_file), began)
+                told.write_bytes(_told_as(message))
+        _record(message, error_file, began)
 
 
 def _print(message: str) -> None:
@@ -45,11 +46,16 @@ def _print(message: str) -> None:
     print(f"error: {who}{message}", file=sys.stderr, flush=True)
 
 
+def _told_as(message: str) -> bytes:
+    """Also of a path that is no UTF-8, of which Python makes halves of surrogate pairs."""
+    return (message + "\n").encode("utf-8", "backslashreplace")
+
+
 def _is_told(message: str, told: Path, wait: _Wait) -> bool:
     while True:
         is_last = wait.is_over()  # asked first: its end may be that of the rank that has told it
         with suppress(OSError):
-            if told.read_text(encoding="utf-8") == message + "\n":
+            if told.read_bytes() == _told_as(message):
                 return True
         if is_last:
             return False
@@ -69,7 +75,13 @@ class _Wait:
 
 @contextmanager
 def _signals_end(wait: _Wait) -> Iterator[None]:
-    """What torchrun sends when another rank has ended must not end this one before it has told."""
+    """What torchrun sends when another rank has ended must not end this one before it has told.
+
+    Only the main thread may say so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, wait.stop) for number in numbers}
     try:

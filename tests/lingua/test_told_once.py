@@ -96,3 +96,42 @@ def test_torchruns_report_has_the_message_of_the_first(fail, monkeypatch, tmp_pa
     report = str(ChildFailedError("program", failures))
     assert "traceback : no GPU" in report and "traceback : no such file" in report
     assert failures[0].timestamp <= failures[1].timestamp
+
+
+def test_a_path_that_is_no_utf8_is_told_as_others_are(fail, monkeypatch):
+    monkeypatch.setattr(told_once, "WAIT_SECONDS", 0.1)
+    path = os.fsdecode(b"caf\xe9")  # as sys.argv has it
+    assert fail(0, f"dump_dir={path}: is a file").startswith("error: dump_dir=caf")
+    assert fail(1, f"dump_dir={path}: is a file") == ""
+    assert "rank 1: " in fail(1, f"dump_dir={path}: cannot be written")
+
+
+def test_what_is_told_half_so_far_is_none_yet(fail, monkeypatch, tmp_path):
+    monkeypatch.setattr(told_once, "WAIT_SECONDS", 0.1)
+    (tmp_path / "attempt_0").mkdir()
+    (tmp_path / "attempt_0" / "told").write_bytes("é".encode()[:1])
+    assert fail(1, "é") == "error: rank 1: é\n"
+
+
+def test_an_error_file_of_another_launcher_is_written_and_nothing_waits(
+    monkeypatch, capfd, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(told_once, "_is_told", lambda *_: pytest.fail("asked another rank"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
+    told_once.tell("no such file")
+    assert capfd.readouterr().err == "error: no such file\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["error.json"]
+
+
+def test_a_thread_tells_as_well(monkeypatch, capfd, tmp_path):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    thread = threading.Thread(target=told_once.tell, args=["no such file"])
+    thread.start()
+    thread.join()
+    assert capfd.readouterr().err == "error: no such file\n"
+    assert (tmp_path / "told").read_text() == "no such file\n"
