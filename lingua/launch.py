@@ -152,17 +152,22 @@ def init_signal_handler(handler: Callable[[int, FrameType | None], None]) -> Non
 @contextlib.contextmanager
 def finished_before_interrupt(what: str) -> Iterator[None]:
     """A Ctrl-C (SIGINT) inside takes effect at the end, after a word about `what`; a second one,
-    as usual, at once. Changes nothing where SIGINT is ignored, or is not Python's own to handle."""
+    as usual, at once. Changes nothing where SIGINT is ignored, or is not Python's own to handle, as
+    inside of another `finished_before_interrupt`."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     asked = False
 
+    def leave(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
     def on_sigint(signum: int, frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not Python's own handler: in it the next one inside would see that nobody has asked yet.
+        signal.signal(signal.SIGINT, leave)
         logger.warning(f"interrupted: {what} is finished first; Ctrl-C again leaves at once")
 
     signal.signal(signal.SIGINT, on_sigint)

@@ -12,6 +12,7 @@ import pytest
 from lingua.launch import (
     EnvironmentArgs,
     clean_env,
+    finished_before_interrupt,
     get_global_rank,
     get_is_master,
     get_is_slurm_job,
@@ -106,3 +107,29 @@ def test_requeue_asks_scontrol_once_and_only_inside_slurm(monkeypatch, tmp_path)
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert not requeue_slurm_job()
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
+
+
+# ---- Ctrl-C
+
+
+def test_a_second_ctrl_c_leaves_at_once_wherever_it_comes():
+    reached = []
+    with pytest.raises(KeyboardInterrupt), finished_before_interrupt("the whole"):
+        signal.raise_signal(signal.SIGINT)
+        with finished_before_interrupt("a part"):
+            reached.append("part")
+            signal.raise_signal(signal.SIGINT)
+            reached.append("rest of the part")
+    assert reached == ["part"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_ctrl_c_in_a_part_takes_effect_after_the_whole():
+    reached = []
+    with pytest.raises(KeyboardInterrupt):
+        with finished_before_interrupt("the whole"):
+            with finished_before_interrupt("a part"):
+                signal.raise_signal(signal.SIGINT)
+            reached.append("rest")
+        reached.append("more")
+    assert reached == ["rest"]
