@@ -160,7 +160,7 @@ class Validator:
                     first, *_ = self.tokenizer.get_token_offsets(text, tokens)[0]
                     n_bytes -= len(first.encode("utf-8"))
                 yield tokens, n_bytes
-                is_predicted = not self.data.doc_mask
+                is_predicted = not self.data.doc_mask and (is_predicted or len(tokens) > 0)
 
     @torch.no_grad()
     def __call__(

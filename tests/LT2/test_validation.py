@@ -81,6 +81,14 @@ def test_loss_is_its_definition(root, doc_mask, specials):
     assert scores["loss/val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
 
 
+def test_the_first_token_has_no_nats_after_an_empty_text_either(tmp_path):
+    (tmp_path / "text").mkdir()
+    lines = [json.dumps({"text": text}) + "\n" for text in ("", "a loop")]
+    (tmp_path / "text" / "a.val.jsonl").write_text("".join(lines))
+    rows = validator(tmp_path, add_bos=False, add_eos=False).rows()
+    assert rows is not None and rows.n_bytes == len("a loop") - 1
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_loss_does_not_depend_on_the_batch_size(root, batch_size):
     assert score(root, batch_size=batch_size) == pytest.approx(score(root), rel=1e-6)
