@@ -123,6 +123,8 @@ def snapshot_code(root: Path, target: Path, without: Path) -> int:
             target.rename(old)  # which may be done where its files may not be deleted
         aside.rename(target)
     except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)  # a run may go on with it
         shutil.rmtree(aside, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)

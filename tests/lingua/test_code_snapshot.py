@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +107,23 @@ def test_commit_is_recorded_and_whether_files_differ_from_it(project, args):
     (project / "run.yaml").write_text((project / "run.yaml").read_text() + "# edited\n")
     launch_job(replace(args, dirs_exists_ok=True))
     assert json.loads(path.read_text())["dirty"] is True
+
+
+def test_a_copy_that_cannot_be_put_in_place_leaves_the_older_one(tmp_path, monkeypatch):
+    root, target = tmp_path / "root", tmp_path / "run" / "code"
+    (root / "a").mkdir(parents=True)
+    target.parent.mkdir()
+    (root / "a" / "x.py").write_text("x = 1\n")
+    snapshot_code(root, target, without=target.parent)
+    rename = Path.rename
+
+    def fails(self, to):
+        if self.name == ".code.tmp":
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(KeyboardInterrupt):
+        snapshot_code(root, target, without=target.parent)
+    assert (target / "a" / "x.py").read_text() == "x = 1\n"
+    assert [path.name for path in target.parent.iterdir()] == ["code"]
