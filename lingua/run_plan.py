@@ -44,9 +44,10 @@ def plan_run(args: StoolArgs) -> RunPlan:
     """Check all that can be checked; a mistake is a UserError, and nothing was written."""
     if args.nodes < 1:
         raise UserError(f"nodes={args.nodes}: say on how many machines to run, e.g. nodes=1")
-    check_launcher(args)
     module = import_script(args.script)
-    job = plan_job(args, module, read_run_args(args, module))
+    run_args = read_run_args(args, module)
+    check_launcher(args)
+    job = plan_job(args, module, run_args)
     check_dump_dir(job)
     # Read now: the folder that is deleted may hold it.
     is_given = isinstance(args.config, Mapping)
@@ -58,10 +59,10 @@ def plan_run(args: StoolArgs) -> RunPlan:
 
 
 def check_launcher(args: StoolArgs) -> None:
-    if args.launcher == "sbatch" and shutil.which("sbatch") is None:
+    if args.launcher == "sbatch" and shutil.which("sbatch") is None and not args.dry_run:
         raise UserError(
             "launcher=sbatch: there is no sbatch on this machine; log in to the cluster, or use "
-            "launcher=bash to run here"
+            "launcher=bash to run here, or dry_run=true to see what would be submitted"
         )
     if args.launcher == "bash" and args.dependency:
         raise UserError(

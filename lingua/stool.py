@@ -34,6 +34,7 @@ from lingua.background import (
     check_slurm,
     failure,
     gpu_slots,
+    has_slurm,
     import_submitit,
     run_here,
     start_here,
@@ -102,7 +103,8 @@ def launch_sweep(args: StoolArgs) -> Path:
     read_record(folder)  # which the runs are added to
     jobs = [plan.job for plan in plans]
     if args.launcher == "sbatch":
-        check_slurm(jobs[0])
+        if has_slurm() or not args.dry_run:  # what a sweep would be is shown anywhere
+            check_slurm(jobs[0])
     else:
         gpu_slots(args.ngpu, at_once)  # refuses more than the machine has
     if args.dry_run:

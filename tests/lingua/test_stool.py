@@ -322,10 +322,17 @@ def test_impossible_settings_name_the_option(change):
         StoolArgs(**change)
 
 
-def test_sbatch_must_be_there(project, args, monkeypatch, tmp_path):
+def test_sbatch_must_be_there_but_for_a_dry_run(project, args, monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("PATH", str(tmp_path))
+    there = replace(args, launcher="sbatch")
     with pytest.raises(UserError, match="no sbatch"):
-        launch_job(replace(args, launcher="sbatch"))
+        launch_job(there)
+    with pytest.raises(UserError, match="stepz"):  # the config's mistakes are told anywhere
+        launch_job(replace(there, overrides=["stepz=1"]))
+    launch_job(replace(there, dry_run=True))
+    launch_job(replace(there, dry_run=True, sweep={"steps": [1, 2]}))
+    shown = capfd.readouterr().out
+    assert "would run: sbatch" in shown and "run these 2 as one SLURM job array" in shown
 
 
 def test_without_sinfo_slurm_chooses_the_time_limit(project, args, slurm):
