@@ -151,6 +151,8 @@ def read_options(run: Path) -> Options:
 def format_table(folder: Path) -> str:
     """A line for each run of a sweep, or of any folder of runs: the options in which they differ,
     and the newest numbers of its metrics.jsonl."""
+    if not folder.exists():
+        raise UserError(f"dump_dir={folder}: no such folder (seen from {os.getcwd()})")
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"dump_dir={folder}: no folder that may be looked into")
     runs = read_record(folder) or read_differences(folder)

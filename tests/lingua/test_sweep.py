@@ -284,7 +284,7 @@ def test_a_folder_without_a_sweep_has_no_table(tmp_path):
     for options, words in (
         ([], "dump_dir is empty: name the folder"),
         ([f"dump_dir={tmp_path}"], f"dump_dir={tmp_path}: holds no sweep"),
-        ([f"dump_dir={tmp_path}/absent"], f"dump_dir={tmp_path}/absent: no folder"),
+        ([f"dump_dir={tmp_path}/absent"], f"dump_dir={tmp_path}/absent: no such folder"),
         ([f"dump_dir={tmp_path}/file"], f"dump_dir={tmp_path}/file: no folder"),
     ):
         with pytest.raises(UserError, match=words):
