@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 from tests.quick_python import QuickPython
 
 torch.set_num_threads(1)
+# Ignored where a script started the tests in the background, and some send it to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:
     from hypothesis import settings
