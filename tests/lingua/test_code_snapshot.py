@@ -35,7 +35,8 @@ def test_code_is_what_git_tracks_or_does_not_ignore(project, args, caplog):
     assert files_below(code) == want - {"new.txt"}
 
 
-def test_submodules_and_linked_folders_are_copied(project, args, tmp_path, caplog):
+def add_submodule(project: Path, tmp_path: Path) -> Path:
+    """A repository of one file, as `sub` in the project."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "sub.py").write_text("")
@@ -43,6 +44,11 @@ def test_submodules_and_linked_folders_are_copied(project, args, tmp_path, caplo
     git(other, "add", ".")
     git(other, "commit", "-qm", "one")
     git(project, "-c", "protocol.file.allow=always", "submodule", "-q", "add", str(other), "sub")
+    return other
+
+
+def test_submodules_and_linked_folders_are_copied(project, args, tmp_path, caplog):
+    other = add_submodule(project, tmp_path)
     (project / "sub" / "new.py").write_text("not added yet")
     git(project, "clone", "-q", str(other), "clone")
     (project / "outside").symlink_to(other)
@@ -57,13 +63,7 @@ def test_submodules_and_linked_folders_are_copied(project, args, tmp_path, caplo
 
 
 def test_a_submodule_that_is_not_checked_out_has_nothing_to_copy(project, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "sub.py").write_text("")
-    git(other, "init", "-q")
-    git(other, "add", ".")
-    git(other, "commit", "-qm", "one")
-    git(project, "-c", "protocol.file.allow=always", "submodule", "-q", "add", str(other), "sub")
+    add_submodule(project, tmp_path)
     git(project, "commit", "-qm", "two")
     git(tmp_path, "clone", "-q", str(project), "clone")
     assert (tmp_path / "clone" / "sub").is_dir()

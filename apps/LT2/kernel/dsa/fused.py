@@ -1,7 +1,7 @@
 """DeepSeek sparse attention and the indexer's loss by Triton kernels, in blocks of queries.
 
 As `blocked`, but of a block there is one matrix of queries by keys only: its scores, in whose place
-the loss's gradient by them comes. It stays in the cache of the GPU for the most part.
+the loss's gradient by them comes.
 
 Shapes as in `dsa`; S is T.
 """

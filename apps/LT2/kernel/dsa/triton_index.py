@@ -27,7 +27,7 @@ from apps.LT2.kernel.dsa.triton import (
 from apps.LT2.kernel.triton_jit import jit, tl, triton
 
 MAX_CHOICE = 2**15  # keys among which a program chooses: it holds all their scores in registers
-KEYS_OF_WARP = 1024
+KEYS_OF_WARP = 1024  # 32 a thread
 
 
 class KernelIndexer:
