@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from apps.LT2.compiled import compiled_for_generation
 from apps.LT2.mixers import MIXERS
 from apps.LT2.mixers.linear import LinearMixer
 from apps.LT2.parallel import (
@@ -19,6 +20,7 @@ from apps.LT2.transformer import LoopedTransformer
 from lingua.args import UserError
 from lingua.distributed import DistributedArgs, parallelize_model
 from tests.LT2.tiny import KINDS, tiny_model
+from tests.tolerances import FP32, assert_same
 
 N_TOKENS = 24
 
@@ -142,3 +144,22 @@ def test_more_versions_than_the_limit_are_an_error(monkeypatch):
     run(model, train=True)
     with pytest.raises(UserError, match="compile_cache_size_limit=1 .*3 here"):
         run(model, train=False)
+
+
+# ---- generation
+
+
+def test_inductor_compiles_a_prefill_of_any_length():
+    """In both forms that prompts come in, rows and packed; tests/gpu has more of the kinds."""
+    model = tiny_model("full", 1, n_layers=1)
+
+    def prefill(n_rows: int, n_tokens: int) -> torch.Tensor:
+        tokens = torch.arange(3 * n_tokens).view(n_rows, -1)
+        bounds = torch.arange(4, dtype=torch.int32) * n_tokens if n_rows == 1 else None
+        return model.prefill(tokens, model.init_cache(3, 20), cu_seqlens=bounds)
+
+    shapes = [(3, 6), (3, 11), (1, 6), (1, 11)]
+    want = [prefill(*shape) for shape in shapes]
+    with compiled_for_generation(model, prefill=True):
+        for shape, logits in zip(shapes, want, strict=True):
+            assert_same(prefill(*shape), logits, FP32)

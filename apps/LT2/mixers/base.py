@@ -193,13 +193,16 @@ def cache_rows(
     x_BTD: Tensor, cu_seqlens: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(rows, lengths), (n,) int64: the cache rows a prefill extends, and by how many tokens."""
+    n_rows, n_tokens = x_BTD.shape[:2]
     if cu_seqlens is None:
-        n = x_BTD.shape[0]
-        lengths = torch.full((n,), x_BTD.shape[1], dtype=torch.int64, device=x_BTD.device)
+        # Of bounds, too, though all are alike: Inductor of torch 2.11 to 2.13 fails on the sums of
+        # equal lengths that are a variable of the code.
+        bounds = n_tokens * torch.arange(n_rows + 1, device=x_BTD.device)
     else:
-        assert x_BTD.shape[0] == 1, f"packed input has batch size 1, not {x_BTD.shape[0]}"
-        lengths = cu_seqlens.diff().long()
-        n = lengths.shape[0]
+        assert n_rows == 1, f"packed input has batch size 1, not {n_rows}"
+        bounds = cu_seqlens.long()
+    lengths = bounds.diff()
+    n = lengths.shape[0]
     if rows is None:
         rows = torch.arange(n, device=x_BTD.device)
     assert rows.shape == (n,), f"{n} sequences need {n} rows, not {tuple(rows.shape)}"
