@@ -46,14 +46,15 @@ def told_waits() -> Iterator[list[str]]:
 
 
 # Kinds whose packed rows fla 0.6.0 waits for itself: it asks the device how many chunks there are
-# in every (loop, layer); and builds a table of the tokens, once a batch, where nsa chooses blocks.
+# in every (loop, layer). Where nsa chooses blocks, it builds a table of the tokens once a batch,
+# with repeat_interleave, which looks at the lengths twice: for their sum and for negative ones.
 FLA_COUNTS_CHUNKS = ("mamba2", "hgrn2", "retnet", "gla")
 
 
 def waits_of_fla(kind: str, packed: bool, model) -> int:
     if packed and kind in FLA_COUNTS_CHUNKS:
         return sum(len(loop) for loop in model.layout)
-    return 1 if packed and kind == "nsa" else 0
+    return 2 if packed and kind == "nsa" else 0
 
 
 def prefill_of(model, *, packed: bool):

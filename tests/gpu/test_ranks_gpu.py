@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import TextIO, cast
 
 import pytest
 import torch
@@ -19,11 +21,11 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
+TIME_LIMIT = 540  # seconds of one run; compiling takes most of them
 LOSS = 1e-2  # relative: bf16 activations, whose sums over heads are rounded once a rank
 
 
 def rows(n_ranks: int, data: Path, *options: str) -> list[dict]:
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
     arguments = [
         "apps/LT2/configs/600M/debug.yaml",
         *(f"data.root_dir={data}", "data.sources={text: 1.0}", "data.tokenizer.name=bytes"),
@@ -32,17 +34,32 @@ def rows(n_ranks: int, data: Path, *options: str) -> list[dict]:
         *("--steps", "4", "--warmup", "1", "--profile"),
         *options,
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "apps.LT2.scripts.benchmark_train", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])["rows"]
+    output = run_ranks(n_ranks, "apps.LT2.scripts.benchmark_train", *arguments)
+    found = json.loads(output.splitlines()[-1])["rows"]
     assert [row["problem"] for row in found] == [""] * len(found)
     return found
+
+
+def run_ranks(n_ranks: int, module: str, *arguments: str) -> str:
+    """Standard output of `module` under torchrun, with untuned kernels. What it and its errors say
+    is passed on as it comes, so that `pytest -s` shows where a run that hangs has got to."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
+    command = [sys.executable, "-m", *launcher, "-m", "tests.gpu.untuned", module, *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        # SIGTERM and not SIGKILL: torchrun ends its ranks, which would keep the GPUs without it.
+        too_late = threading.Timer(TIME_LIMIT, run.terminate)
+        too_late.start()
+        lines = []
+        try:
+            for line in cast(TextIO, run.stdout):
+                print(line, end="", flush=True)
+                lines.append(line)
+            run.wait()
+        finally:
+            too_late.cancel()
+            run.terminate()  # unless it has ended
+    assert run.returncode == 0, f"{module} on {n_ranks} GPUs ended with {run.returncode}"
+    return "".join(lines)
 
 
 def test_two_gpus_share_heads_or_data(tmp_path):
