@@ -41,7 +41,8 @@ class EnvironmentArgs:
     # "1": faster all-reduce of small tensors inside a node. torch 2.11 ends every run of several
     # GPUs with it ("Could not resolve the process group"; mended in 2.12, pytorch/pytorch#180663).
     ENABLE_INTRA_NODE_COMM: str | None = None
-    TORCH_NCCL_AVOID_RECORD_STREAMS: str | None = "1"  # less memory held by collectives
+    # "1": less memory held by collectives; from torch 2.11 on always so, with a warning where set
+    TORCH_NCCL_AVOID_RECORD_STREAMS: str | None = None
     NCCL_IB_TIMEOUT: str | None = "22"  # InfiniBand timeout, 4.096 us * 2 ** value
     NCCL_DEBUG: str | None = "WARN"  # INFO prints the topology at start
     TORCH_NCCL_ASYNC_ERROR_HANDLING: str | None = "1"  # a failed collective ends the process
