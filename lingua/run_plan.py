@@ -19,6 +19,8 @@ from typing import Any
 from lingua.args import (
     UserError,
     config_as_yaml,
+    dataclass_to_dict,
+    flatten_dict,
     parse_args,
     write_atomic,
 )
@@ -27,6 +29,7 @@ from lingua.errors import is_machine_fault
 from lingua.folder_lock import LOCK_NAME, check_writable, find_holder, hold_folders, make_writable
 from lingua.slurm_script import Job, StoolArgs, render_submit
 
+NOT_READ = ("name", "dump_dir", "checkpoint.path", "metric_log_dir")  # the run's own folders
 RUN_MARKS = ("base_config.yaml", "config.yaml", "submit.slurm")  # what tells a run's folder
 LOGS = "logs"
 
@@ -38,6 +41,7 @@ class RunPlan:
     job: Job
     config: str | Mapping[str, Any]  # as it was given: the text of a YAML file, or a mapping
     root: Path  # of the code
+    reads: Mapping[str, Path]  # option -> file or folder that is there
 
 
 def plan_run(args: StoolArgs) -> RunPlan:
@@ -48,11 +52,12 @@ def plan_run(args: StoolArgs) -> RunPlan:
     run_args = read_run_args(args, module)
     check_launcher(args)
     job = plan_job(args, module, run_args)
-    check_dump_dir(job)
+    reads = paths_read(run_args)
+    check_dump_dir(job, reads)
     # Read now: the folder that is deleted may hold it.
     is_given = isinstance(args.config, Mapping)
     config = args.config if is_given else Path(args.config).read_text(encoding="utf-8")
-    return RunPlan(job, config, code_root(args.script, module))
+    return RunPlan(job, config, code_root(args.script, module), reads)
 
 
 # ---- checks
@@ -129,6 +134,21 @@ def parse_run_args(args: StoolArgs, module: ModuleType) -> Any:
     return run_args
 
 
+def paths_read(run_args: Any) -> dict[str, Path]:
+    options = flatten_dict(dataclass_to_dict(run_args), sep=".")
+    texts = {name: text for name, text in options.items() if isinstance(text, str) and text}
+    return {
+        name: Path(text) for name, text in texts.items() if name not in NOT_READ and is_there(text)
+    }
+
+
+def is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # text of another kind
+        return False
+
+
 def code_root(script: str, module: ModuleType) -> Path:
     """The folder that `python -m script` is called from."""
     assert module.__file__, f"{script} has no file"
@@ -172,21 +192,21 @@ def time_limit(args: StoolArgs) -> str:
     return {"infinite": "UNLIMITED"}.get(limits[0], limits[0]) if limits else ""
 
 
-def check_dump_dir(job: Job) -> None:
+def check_dump_dir(job: Job, reads: Mapping[str, Path]) -> None:
     """Refuse a dump_dir that cannot be written or that a run holds, and see check_may_use."""
     folder = job.dump_dir
     for option, text in (("dump_dir", str(folder)), ("name", job.name)):
         if not text.isprintable():  # a line of submit.slurm would end in it
             raise UserError(f"{option}={text!r}: has a line break, or such; use plain characters")
     try:
-        check_may_use(job)
+        check_may_use(job, reads)
         check_writable("dump_dir", folder)
         check_not_held(job)
     except OSError as error:
         raise UserError(f"dump_dir={folder}: cannot be looked into ({error.strerror})") from None
 
 
-def check_may_use(job: Job) -> None:
+def check_may_use(job: Job, reads: Mapping[str, Path]) -> None:
     """Refuse a dump_dir that holds something, unless it may be used as it is, or deleted."""
     folder = job.dump_dir
     if is_free(folder):
@@ -195,6 +215,7 @@ def check_may_use(job: Job) -> None:
         raise UserError(f"dump_dir={folder}: is a file; name a folder")
     if job.args.override:
         check_may_delete(folder, [job.workdir, Path.home(), Path(__file__).resolve()])
+        check_not_read(folder, reads)
     elif not job.args.dirs_exists_ok:
         raise UserError(
             f"dump_dir={folder}: exists; name another, go on with it by dirs_exists_ok=true, "
@@ -214,6 +235,15 @@ def check_may_delete(folder: Path, in_use: Sequence[Path]) -> None:
     for below in folders_in(folder):  # half a deletion helps nobody
         if not os.access(below, os.R_OK | os.W_OK | os.X_OK):
             raise UserError(f"{option}: {below} may not be written, and so not be deleted")
+
+
+def check_not_read(folder: Path, reads: Mapping[str, Path]) -> None:
+    for name, path in reads.items():
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"override=true dump_dir={folder}: would delete what {name}={path} names, before "
+                "the run reads it; name another dump_dir"
+            )
 
 
 def folders_in(folder: Path) -> Iterator[Path]:
@@ -261,7 +291,7 @@ def write_run(plan: RunPlan, without: Path | None = None) -> Path:
     folder itself."""
     make_writable("dump_dir", plan.job.dump_dir)
     with hold_folders({"dump_dir": plan.job.dump_dir}):
-        check_may_use(plan.job)  # another stool may have been faster
+        check_may_use(plan.job, plan.reads)  # another stool may have been faster
         try:
             if plan.job.args.override:
                 empty_run_folder(plan.job.dump_dir)

@@ -32,6 +32,7 @@ class TrainArgs:
     name: str = "tiny"
     dump_dir: str = ""
     steps: int = 1
+    corpus: str = ""
     optim: Optim = field(default_factory=Optim)
 
 def validate_before_submit(args, world_size):

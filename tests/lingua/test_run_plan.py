@@ -163,3 +163,19 @@ def test_override_deletes_nothing_but_a_run(project, args, folder):
     with pytest.raises(UserError, match="override"):
         launch_job(replace(args, override=True, overrides=[f"dump_dir={folder}"]))
     assert (project / "data" / "mine.txt").exists() and (project / "run.yaml").exists()
+
+
+def test_override_deletes_nothing_that_the_run_reads(project, args):
+    launch_job(args)
+    run = project / "runs" / "a b"
+    (run / "corpus").mkdir()
+    (project / "linked").symlink_to(run / "corpus")
+    for corpus in ("runs/a b/corpus", "linked", str(run)):
+        again = replace(args, override=True, overrides=[f"corpus={corpus}"])
+        with pytest.raises(UserError, match=f"would delete what corpus={corpus} names"):
+            launch_job(again)
+        assert (run / "corpus").exists()
+    # a name is none of a file, and a corpus beside the run stays
+    (project / "beside").mkdir()
+    launch_job(replace(args, override=True, overrides=["name=runs/a b/corpus", "corpus=beside"]))
+    assert (project / "beside").exists() and not (run / "corpus").exists()

@@ -102,6 +102,7 @@ def test_overrides_win_and_the_config_is_kept_as_given(project, args, capfd):
         "name": "it's $HOME",
         "dump_dir": "runs/c",
         "steps": 9,
+        "corpus": "",
         "optim": {"lr": 1.0},
     }
 
