@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
 from apps.LT2.kernel.dsa import Index, blocked, blocks, dsa, dsa_step, plain
-from apps.LT2.kernel.dsa.operator import _backward, _forward
+from apps.LT2.kernel.dsa.operator import _backward, _forward, kernels_can
 from apps.LT2.kernel.dsa.selection import (
     pack_bits,
     select_top_k,
@@ -287,3 +288,15 @@ def test_block_compiles_whole(packed):
     grads = (torch.autograd.grad(x, inputs) for x in (got, want))
     for name, a, b in zip(NAMES, *grads, strict=True):
         assert_same(a, b, FP64, name)
+
+
+@pytest.mark.parametrize(
+    "B, heads, index_heads, can", [(4095, 16, 4, True), (4096, 16, 4, False), (16384, 2, 4, False)]
+)
+def test_kernels_are_not_asked_for_more_heads_than_a_grid_has_room_for(B, heads, index_heads, can):
+    with FakeTensorMode():
+        options = {"device": "cuda", "dtype": torch.bfloat16}
+        q, k = torch.empty(B, 1, heads, 64, **options), torch.empty(B, 1, 1, 64, **options)
+        index_q = torch.empty(B, 1, index_heads, 64, **options)
+        index = Index(index_q, torch.empty(B, 1, 64, **options), torch.empty(B, 1, index_heads))
+        assert kernels_can(q, k, index) == can

@@ -14,6 +14,7 @@ from apps.LT2.kernel.dsa import blocked, plain
 from apps.LT2.kernel.dsa.selection import Index, mask_bytes, wide_dtype
 
 MAX_WIDTH = 256  # of a head: wider tiles do not fit in a multiprocessor
+MAX_HEADS = 65_535  # of all rows: programs of a grid's second axis
 
 
 def dsa_blocked(
@@ -49,7 +50,8 @@ def kernels_can(q_BTHK: Tensor, k_BSGK: Tensor, index: Index) -> bool:
     on_gpu = q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2
     alike = q_BTHK.dtype == k_BSGK.dtype == index.q_BTJC.dtype == index.k_BSC.dtype
     narrow = max(q_BTHK.shape[3], index.k_BSC.shape[2]) <= MAX_WIDTH
-    return on_gpu and alike and narrow and q_BTHK.shape[1] == k_BSGK.shape[1]
+    few = q_BTHK.shape[0] * max(q_BTHK.shape[2], index.q_BTJC.shape[2]) <= MAX_HEADS
+    return on_gpu and alike and narrow and few and q_BTHK.shape[1] == k_BSGK.shape[1]
 
 
 @torch.library.custom_op("lt2::dsa", mutates_args=())
