@@ -31,6 +31,13 @@ def test_wrong_types_name_the_option(option):
     assert complaint(option).startswith(f"{name}={value}: expected ")
 
 
+def test_a_value_that_is_to_be_a_list_is_shown_as_one():
+    told = complaint("data.until=a, b")
+    assert told == 'data.until=a, b: expected list[str]; a list of one is written ["a, b"]'
+    assert parse('data.until=["a, b"]').data.until == ["a, b"]
+    assert complaint("data.until={a: 1}") == "data.until={a: 1}: expected list[str]"
+
+
 def test_null_is_no_text(yaml_file):
     assert parse("name=").name == ""
     assert complaint("name=null") == "name=null: expected str"
