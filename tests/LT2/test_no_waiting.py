@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from apps.LT2.batch import to_device
 from apps.LT2.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
@@ -73,6 +74,18 @@ def test_prefill_and_steps_wait_for_nothing(kind, packed):
         cache.copy_rows([1], cache, [2])
         model.step(prompt(3, 1), cache)
     assert cache.lengths == ([3, 16, 16] if packed else [16, 16, 16])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("doc_mask", [False, True])
+def test_forward_and_backward_wait_for_nothing(kind, doc_mask):
+    model = tiny_model(kind, 2).requires_grad_(True)
+    views = prompt(2, 20, 3).numpy()
+    views[..., -1] = 0
+    views[0, [0, 5, 6], -1] = 1  # where documents begin
+    batch = to_device(views, doc_mask, torch.device("cpu"))
+    with no_waiting():
+        model(*batch).backward()
 
 
 @pytest.mark.parametrize("kind", KINDS)

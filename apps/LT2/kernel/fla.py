@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -205,6 +206,33 @@ def packed_arguments(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
     return {"cu_seqlens": known.cu_seqlens, "chunk_indices": known.chunk_indices}
 
 
+class ChunkOffsets(Tensor):
+    """(n_docs + 1,) int64: chunks before each document; the last, all of them, the host knows."""
+
+    # otherwise each use of it is looked at
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+    n_chunks: int
+
+    def __getitem__(self, index: int) -> np.int64:
+        assert index == -1, "the other entries are on the device"
+        return np.int64(self.n_chunks)
+
+
+_offsets = WeakIdKeyDictionary()  # cu_seqlens -> (its bounds and the size of a chunk, offsets)
+
+
+def chunk_offsets(cu_seqlens: Tensor, chunk_size: int) -> ChunkOffsets:
+    """As fla's `prepare_chunk_offsets`; nothing waits where `host_bounds` knows the bounds."""
+    key, known = (host_bounds(cu_seqlens), chunk_size), _offsets.get(cu_seqlens)
+    if known is None or known[0] != key:
+        lengths = (end - start for start, end in itertools.pairwise(key[0]))
+        ends = list(itertools.accumulate((-(-n // chunk_size) for n in lengths), initial=0))
+        offsets = upload(ends, cu_seqlens.device, torch.int64).as_subclass(ChunkOffsets)
+        offsets.n_chunks = ends[-1]
+        known = _offsets[cu_seqlens] = (key, offsets)
+    return known[1]
+
+
 def packed_tokens(cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Bounds of the documents that have tokens (n + 1,), and (document, position) of each token
     (T, 2), both int32; shared as in `packed_arguments`.
@@ -220,3 +248,19 @@ def packed_tokens(cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor] | tuple[No
         tokens = torch.stack(document_of_tokens(some, bounds[-1]), dim=1).int()
         known = _tables_without_empty[cu_seqlens] = (bounds, some, tokens)
     return known[1:]
+
+
+@cache
+def take_tables_from_host() -> None:
+    """Have fla's functions that take no tables of packed documents use ours, in this process.
+
+    In fla 0.6.0 the states of `simple_gla` and `gla` read the number of chunks back from the device
+    in every call, and the choice of blocks of `nsa` the number of tokens for every new bounds.
+    """
+    for module, name, table in (
+        ("fla.ops.common.chunk_h", "prepare_chunk_offsets", chunk_offsets),
+        ("fla.ops.nsa.parallel", "prepare_token_indices", lambda bounds: packed_tokens(bounds)[1]),
+    ):
+        names = vars(import_fla(module))
+        if name in names:
+            names[name] = table

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from apps.LT2.kernel.documents import upload_bounds
-from apps.LT2.kernel.fla import packed_arguments, packed_tokens, register_gradient
+from apps.LT2.kernel.fla import (
+    chunk_offsets,
+    packed_arguments,
+    packed_tokens,
+    register_gradient,
+)
 from tests.waiting import no_waiting
 
 SCALE = 0.5
@@ -108,6 +113,19 @@ def test_tokens_are_numbered_by_documents_that_have_some():
     assert tokens.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
     assert {bounds.dtype, tokens.dtype} == {torch.int32}
     assert packed_tokens(None) == (None, None)
+
+
+def test_the_host_knows_how_many_chunks_there_are():
+    cu_seqlens = upload_bounds([0, 64, 64, 129, 130], "cpu")
+    with no_waiting():
+        offsets = chunk_offsets(cu_seqlens, 64)
+        assert offsets[-1].item() == 4
+        assert chunk_offsets(cu_seqlens, 64) is offsets
+    assert offsets.dtype == torch.int64 and offsets.data_ptr()
+    assert offsets.tolist() == [0, 1, 1, 3, 4]
+    assert chunk_offsets(cu_seqlens, 16).tolist() == [0, 4, 4, 9, 10]
+    cu_seqlens.copy_(torch.tensor([0, 64, 65, 129, 130]))
+    assert chunk_offsets(cu_seqlens, 64).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("tables", [lambda b: tuple(packed_arguments(b).values()), packed_tokens])

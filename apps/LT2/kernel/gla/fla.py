@@ -21,6 +21,7 @@ from apps.LT2.kernel.fla import (
     packed_arguments,
     register_gradient,
     sum_decay,
+    take_tables_from_host,
     widen,
     widen_state,
 )
@@ -134,4 +135,5 @@ register_gradient(_forward, _backward, sums_decay=True)
 
 
 def _fla() -> ModuleType:
+    take_tables_from_host()
     return import_fla("fla.ops.gla.chunk")

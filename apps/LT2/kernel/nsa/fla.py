@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.fla import check_fla_inputs, import_fla, packed_tokens
+from apps.LT2.kernel.fla import (
+    check_fla_inputs,
+    import_fla,
+    packed_tokens,
+    take_tables_from_host,
+)
 from apps.LT2.kernel.nsa.blocks import cut_blocks, mean_of_blocks
 from lingua.args import UserError
 
@@ -296,6 +301,7 @@ def _scale(q: Tensor) -> float:
 
 
 def _parallel() -> Any:
+    take_tables_from_host()
     return import_fla("fla.ops.nsa.parallel")
 
 

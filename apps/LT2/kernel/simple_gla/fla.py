@@ -23,6 +23,7 @@ from apps.LT2.kernel.fla import (
     register_gradient,
     sum_decay,
     sum_decay_gradient_in_fp32,
+    take_tables_from_host,
     widen,
     widen_state,
 )
@@ -144,4 +145,5 @@ def _decay_arguments(g_read: Tensor) -> dict[str, Tensor | None]:
 
 def _fla() -> ModuleType:
     sum_decay_gradient_in_fp32()
+    take_tables_from_host()
     return import_fla("fla.ops.simple_gla.chunk")
