@@ -248,18 +248,28 @@ class CheckpointManager:
             for p in self.existing_saves
             if is_published(p) and (step is None or int(p.name) <= step)
         ]
-        rules = (self.args.dump, self.args.eval)
+        kinds = {p: self._kinds_of(p) for p in saves}
         kept = set(saves[-1:])
-        for rule in rules:
-            matching = [p for p in saves if rule.fires(int(p.name))]
+        for kind, rule in (("dump", self.args.dump), ("eval", self.args.eval)):
+            matching = [p for p in saves if kind in kinds[p]]
             kept.update(matching if rule.keep <= 0 else matching[-rule.keep :])
         if self.args.dump.keep <= 0:
-            kept.update(p for p in saves if not any(r.fires(int(p.name)) for r in rules))
+            kept.update(p for p in saves if not kinds[p])
         for folder in saves:
             if folder not in kept and is_own(folder):
                 logger.info(f"deleting checkpoint {folder}")
                 remove_checkpoint(folder)
         clear_leftovers(self.path)
+
+    def _kinds_of(self, folder: Path) -> set[str]:
+        """What a checkpoint was saved for, of dump and eval, by the rules that it was saved under:
+        the run may go on under others."""
+        try:
+            saved = json.loads((folder / CONFIG_NAME).read_text())["checkpoint"]
+            every = {kind: int(saved[kind]["every"]) for kind in ("dump", "eval")}
+        except (OSError, ValueError, LookupError, TypeError):  # of another kind of program
+            every = {"dump": self.args.dump.every, "eval": self.args.eval.every}
+        return {kind for kind, n in every.items() if SaveEvery(n).fires(int(folder.name))}
 
     # ---- loading
 

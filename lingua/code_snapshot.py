@@ -6,18 +6,20 @@ and YAML files.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lingua.errors import UserError
 
 logger = logging.getLogger()
 
+CODE_VERSION = "code_version.json"  # in a run's folder, beside the copy of its code
 MAX_UNTRACKED_BYTES = 16 * 2**20  # an untracked file above this is data that .gitignore forgot
 NO_CODE = ("pyvenv.cfg", "base_config.yaml")  # what tells an environment, and a run's folder
 SUFFIXES = {".py", ".yaml", ".yml"}  # what is copied where there is no git
@@ -49,6 +51,12 @@ def code_version(root: Path) -> CodeVersion:
     if commit is None or not git(root, "ls-files"):  # the folder is in another repository, ignored
         return CodeVersion(commit=None, dirty=False)
     return CodeVersion(commit.strip(), dirty=bool(git(root, "status", "--porcelain", "--", ".")))
+
+
+def version_record(root: Path) -> str:
+    """The text of a run's CODE_VERSION file."""
+    record = {**asdict(code_version(root)), "root": str(root)}
+    return json.dumps(record, indent=2) + "\n"
 
 
 def list_code(root: Path) -> list[Path]:

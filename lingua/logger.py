@@ -13,10 +13,13 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from lingua.errors import UserError, is_machine_fault
 from lingua.launch import get_global_rank, get_is_master, get_is_slurm_job
 from lingua.redact import redact as redact
 
@@ -58,6 +61,24 @@ def tell(message: str, *args: Any, level: int = logging.INFO) -> None:
     """Log what is the same on all ranks, once."""
     if get_is_master():
         logging.getLogger().log(level, message, *args)
+
+
+@contextmanager
+def end_in_log_file() -> Iterator[None]:
+    """An error or Ctrl-C that leaves the block is written to the log files; whoever catches it
+    tells it on stderr."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        says_all = isinstance(error, UserError | KeyboardInterrupt) or is_machine_fault(error)
+        text = str(error) or type(error).__name__
+        traceback = None if says_all else (type(error), error, error.__traceback__)
+        place = ("root", logging.ERROR, __file__, 0)
+        record = logging.LogRecord(*place, "the run ends: %s", (text,), traceback)
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(record)
+        raise
 
 
 class Patient(logging.Handler):

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lingua.args import UserError
 from lingua.launch import get_global_rank
+from lingua.logger import tell
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def maybe_run_profiler(
     profiler = Profiler(windows)
     try:
         yield profiler
+        profiler.tell_of_missed()
     finally:
         profiler.close()
 
@@ -98,6 +100,17 @@ class Profiler:
             if window.is_open:
                 window.close()
 
+    def tell_of_missed(self) -> None:
+        """A run that ended, or goes on in another process, may have been too short."""
+        for window in self.windows:
+            if self.iteration < window.start:
+                tell(
+                    "profiling: no %s: it was to begin after %d iterations, and this process had "
+                    "%d; set profiling.%s lower",
+                    *(window.kind, window.start, self.iteration, window.option),
+                    level=logging.WARNING,
+                )
+
     def _update(self) -> None:
         for window in self.windows:
             if window.is_open and self.iteration >= window.end:
@@ -111,6 +124,7 @@ class Window:
     """Iterations start .. end - 1, recorded into one file."""
 
     kind: str
+    option: str  # of its begin
     suffix: str
 
     def __init__(self, folder: Path, start: int, steps: int):
@@ -142,7 +156,7 @@ class Window:
 
 
 class MemorySnapshot(Window):
-    kind = "memory"
+    kind, option = "memory", "mem_warmup"
     suffix = ".pickle"
 
     def begin(self) -> None:
@@ -154,7 +168,7 @@ class MemorySnapshot(Window):
 
 
 class Trace(Window):
-    kind = "trace"
+    kind, option = "trace", "profile_warmup"
     suffix = ".json.gz"
 
     def __init__(self, folder: Path, start: int, steps: int, on_cuda: bool):

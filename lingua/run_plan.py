@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import shlex
@@ -11,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +23,7 @@ from lingua.args import (
     parse_args,
     write_atomic,
 )
-from lingua.code_snapshot import code_version, snapshot_code
+from lingua.code_snapshot import CODE_VERSION, code_version, snapshot_code, version_record
 from lingua.errors import is_machine_fault
 from lingua.folder_lock import LOCK_NAME, check_writable, find_holder, hold_folders, make_writable
 from lingua.slurm_script import Job, StoolArgs, render_submit
@@ -334,10 +333,9 @@ def fill_run_folder(plan: RunPlan, without: Path) -> Path:
 
 def run_files(plan: RunPlan) -> dict[str, str]:
     """Name -> text of the files that make a run, its code aside; what relaunches it comes last."""
-    version = {**asdict(code_version(plan.root)), "root": str(plan.root)}
     given = plan.config  # comments included, where it is a file's text
     return {
-        "code_version.json": json.dumps(version, indent=2) + "\n",
+        CODE_VERSION: version_record(plan.root),
         "base_config.yaml": given if isinstance(given, str) else config_as_yaml(given),
         plan.job.script.name: render_submit(plan.job),
     }

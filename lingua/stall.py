@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,6 +50,7 @@ class StallWatch:
             # A copy of its own: the training may sit in the other one's lock.
             default: Any = dist.distributed_c10d._get_default_store()
             store = dist.PrefixStore("stall", default.clone())
+            store.set(_of_process(dist.get_rank()), _process())
             self.beat(self._step)
             args = (store, dist.get_rank(), dist.get_world_size(), threading.get_ident())
             self._thread = threading.Thread(
@@ -85,26 +87,32 @@ class StallWatch:
             self._reported = is_late
 
     def _report(self, store: dist.Store, rank: int, world_size: int) -> None:
-        words = {
-            other: json.loads(store.get(str(other)))
-            for other in range(world_size)
-            if store.check([str(other)])
-        }
+        words, processes = {}, {}
+        for other in range(world_size):
+            if store.check([str(other)]):
+                words[other] = json.loads(store.get(str(other)))
+            elif store.check([_of_process(other)]):
+                processes[other] = store.get(_of_process(other)).decode()
         if words and rank == min(words):
             logger.warning(  # a long evaluation is no stall
                 "no step has ended for %.0f s, after step %d\n%s",
-                *(self._patience, self._step, "\n".join(describe(words, world_size))),
+                *(self._patience, self._step, "\n".join(describe(words, world_size, processes))),
             )
 
 
-def describe(words: dict[int, dict[str, Any]], world_size: int) -> list[str]:
+def describe(
+    words: dict[int, dict[str, Any]], world_size: int, processes: Mapping[int, str]
+) -> list[str]:
     """Lines for a person from the words that ranks have left, the likely suspects first.
+
+    processes: of ranks without a word, as they have told at their start.
 
     Those are ranks without a word, then ranks at a place where few others are. On a GPU all may
     look alike: Python runs ahead of the device, and waits for it outside of the collective.
     """
     silent = [rank for rank in range(world_size) if rank not in words]
-    lines = [f"rank {rank} left no word: it hangs, was stopped, or died" for rank in silent]
+    silence = "left no word: it hangs, was stopped, or died"
+    lines = [f"rank {r} {silence} ({processes.get(r, 'unknown process')})" for r in silent]
     groups: dict[tuple[bool, str], list[int]] = {}
     for rank, word in words.items():
         groups.setdefault((word["in_collective"], word["where"]), []).append(rank)
@@ -130,5 +138,13 @@ def _word_of(watched: int, step: int) -> dict[str, Any]:
     return {
         "where": where,
         "in_collective": in_collective,
-        "process": f"process {os.getpid()} on {socket.gethostname()}, after step {step}",
+        "process": f"{_process()}, after step {step}",
     }
+
+
+def _of_process(rank: int) -> str:
+    return f"process of {rank}"
+
+
+def _process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"

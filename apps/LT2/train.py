@@ -46,9 +46,9 @@ from apps.LT2.trainer import Trainer, TrainState
 from apps.LT2.trainer import every_n_steps as every_n_steps
 from apps.LT2.transformer import LoopedTransformer
 from apps.LT2.unused_options import warnings_of_options
-from lingua.args import dump_config, parse_args, run_cli
+from lingua.args import dump_config, parse_args, run_cli, write_atomic
 from lingua.checkpoint import CheckpointManager
-from lingua.code_snapshot import snapshot_code
+from lingua.code_snapshot import CODE_VERSION, snapshot_code, version_record
 from lingua.data import (
     build_dataloader_from_args,
     init_dataloader_state_from_args,
@@ -69,7 +69,7 @@ from lingua.distributed import (
     setup_env,
     setup_torch_distributed,
 )
-from lingua.logger import init_logger, tell
+from lingua.logger import end_in_log_file, init_logger, tell
 from lingua.metrics import MetricLogger
 from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallelize import resolve_dtype
@@ -105,6 +105,7 @@ def train(given: TrainArgs) -> None:
         folders = {"dump_dir": args.dump_dir, "checkpoint.path": str(args.checkpoint.path)}
         resources.enter_context(own_folders(folders))
         start(args)
+        resources.enter_context(end_in_log_file())
         resources.enter_context(manual_garbage_collection())
         mesh, device = get_device_mesh(args.distributed), get_device()
         validator = build_validator(args)
@@ -284,6 +285,8 @@ def write_record_of_run(args: TrainArgs, given: TrainArgs, step: int) -> None:
     root = Path(__file__).resolve().parents[2]
     if not (folder / "code").exists() and (root / "pyproject.toml").exists():
         snapshot_code(root, folder / "code", folder.resolve())
+        if not (folder / CODE_VERSION).exists():  # stool has written its own
+            write_atomic(folder / CODE_VERSION, version_record(root))
 
 
 def describe(model: LoopedTransformer, args: TrainArgs) -> None:

@@ -63,7 +63,8 @@ def stop_rank_1(rank, world_size, data, folder):
         return inner(self)
 
     def let_go_on():
-        named.append(wait_for(folder / "train.log", "rank 1 left no word"))
+        silent = f"rank 1 left no word: it hangs, was stopped, or died (process {pids[1]} on"
+        named.append(wait_for(folder / "train.log", silent))
         os.kill(pids[1], signal.SIGCONT)
 
     helper = threading.Thread(target=let_go_on)
@@ -88,7 +89,8 @@ def test_the_rank_that_all_wait_for_is_named(tmp_path):
 def test_suspects_come_first_and_the_crowd_is_counted():
     word = {"where": "a.py:1 in f", "process": "process 1", "in_collective": True}
     words = {rank: word for rank in range(8) if rank != 3} | {5: word | {"in_collective": False}}
-    lines = describe(words, world_size=8)
+    lines = describe(words, world_size=8, processes={3: "process 7 on b"})
     assert [line[:6] for line in lines[:2]] == ["rank 3", "rank 5"]
-    assert "left no word" in lines[0] and "in no collective: a.py:1 in f" in lines[1]
+    assert "left no word" in lines[0] and "(process 7 on b)" in lines[0]
+    assert "in no collective: a.py:1 in f" in lines[1]
     assert len(lines) == 7 and lines[-1] == "and so for 2 ranks more"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from secrets import token_hex
 
@@ -14,6 +15,7 @@ import torch
 import apps.LT2.train as app
 from lingua.args import UserError
 from lingua.checkpoint_folder import find_problem
+from lingua.code_snapshot import code_version
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny_run import (
     OPTIONS,
@@ -245,6 +247,9 @@ def test_a_run_keeps_the_code_that_it_began_with(data, tmp_path):
         train(data, tmp_path, keep_code=True, **options, steps=2)
     kept = tmp_path / "code" / "apps" / "LT2" / "train.py"
     assert kept.read_bytes() == Path(app.__file__).read_bytes()
+    version = json.loads((tmp_path / "code_version.json").read_text())
+    root = Path(app.__file__).parents[2]
+    assert version == asdict(code_version(root)) | {"root": str(root)}
     kept.write_text("# as it was")
     train(data, tmp_path, keep_code=True, **options, steps=2)
     assert kept.read_text() == "# as it was"

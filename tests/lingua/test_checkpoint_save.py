@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import resource
@@ -195,8 +196,9 @@ def test_a_save_that_was_not_written_as_it_should_be_replaces_nothing(run, monke
 
 def save_steps(manager, steps):
     model, optimizer, state = build()
+    config = CONFIG | {"checkpoint": dataclasses.asdict(manager.args)}
     for state.step in steps:
-        manager.save(model, None, state, CONFIG)
+        manager.save(model, None, state, config)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +215,19 @@ def test_keep_rules(tmp_path, dump, eval, want):
     manager = manager_at(tmp_path, dump=SaveEvery(*dump), eval=SaveEvery(*eval))
     save_steps(manager, [1, 2, 3, 4, 6, 7])
     assert [int(p.name) for p in manager.existing_saves] == want
+
+
+def test_a_checkpoint_stays_what_it_was_saved_for(tmp_path):
+    """A run that goes on with others rules has not saved the steps before by them."""
+    before = manager_at(tmp_path, dump=SaveEvery(10, keep=2), eval=SaveEvery(40, keep=0))
+    save_steps(before, [10, 20, 30, 40, 50, 55])
+    after = manager_at(tmp_path, dump=SaveEvery(25, keep=2), eval=SaveEvery(1000, keep=0))
+    save_steps(after, [57])
+    assert [int(p.name) for p in after.existing_saves] == [40, 50, 57]
+    save_steps(after, [75])
+    assert [int(p.name) for p in after.existing_saves] == [40, 50, 75]
+    save_steps(after, [100])
+    assert [int(p.name) for p in after.existing_saves] == [40, 75, 100]
 
 
 def test_what_others_wrote_is_never_deleted(tmp_path):

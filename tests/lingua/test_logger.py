@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from lingua.logger import init_logger, redact
+from lingua.errors import UserError
+from lingua.logger import end_in_log_file, init_logger, redact
 
 LINE = r"0: %-7s \d\d-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6} - \d+:\d\d:\d\d - %s"
 
@@ -71,6 +72,21 @@ def test_only_rank_0_writes_the_file_and_appends(tmp_path, monkeypatch):
         logging.getLogger().info("from %s", rank)
     lines = log.read_text().splitlines()
     assert [line[-6:] for line in lines] == ["from 0", "from 0"]
+
+
+@pytest.mark.parametrize(
+    "error, has_traceback",
+    [(UserError("steps=0: no"), False), (KeyboardInterrupt(), False), (ValueError("why"), True)],
+)
+def test_what_ends_a_run_is_in_its_log(tmp_path, capsys, error, has_traceback):
+    log = tmp_path / "train.log"
+    init_logger(log)
+    with pytest.raises(type(error)), end_in_log_file():
+        raise error
+    text = log.read_text()
+    assert f"the run ends: {error or 'KeyboardInterrupt'}" in text and "ERROR" in text
+    assert ("Traceback" in text) == has_traceback
+    assert capsys.readouterr().err == ""  # told there by whoever catches it
 
 
 def test_prefix_has_the_rank_but_not_under_slurm(capsys, monkeypatch):

@@ -58,6 +58,17 @@ def test_nothing_is_written_outside_the_window(tmp_path, config):
     assert config.run or not os.listdir(tmp_path)
 
 
+def test_a_run_that_ends_before_its_window_says_so(tmp_path, caplog):
+    train(tmp_path, trace_only(3, 1), 3)
+    assert not caplog.records
+    train(tmp_path, trace_only(10, 1), 3)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "profiling: no trace: it was to begin after 10 iterations, and this process had 3; set "
+        "profiling.profile_warmup lower"
+    )
+
+
 def test_a_window_cut_by_an_error_is_written(tmp_path):
     with (
         pytest.raises(RuntimeError, match="out of memory"),

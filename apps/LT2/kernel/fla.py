@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -206,6 +205,13 @@ def packed_arguments(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
     return {"cu_seqlens": known.cu_seqlens, "chunk_indices": known.chunk_indices}
 
 
+class KnownNumber(int):
+    """What `.item()` finds without asking a device."""
+
+    def item(self) -> int:
+        return int(self)
+
+
 class ChunkOffsets(Tensor):
     """(n_docs + 1,) int64: chunks before each document; the last, all of them, the host knows."""
 
@@ -213,9 +219,9 @@ class ChunkOffsets(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     n_chunks: int
 
-    def __getitem__(self, index: int) -> np.int64:
+    def __getitem__(self, index: int) -> KnownNumber:
         assert index == -1, "the other entries are on the device"
-        return np.int64(self.n_chunks)
+        return KnownNumber(self.n_chunks)
 
 
 _offsets = WeakIdKeyDictionary()  # cu_seqlens -> (its bounds and the size of a chunk, offsets)
