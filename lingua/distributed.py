@@ -45,7 +45,6 @@ from lingua.launch import get_master_addr as get_master_addr
 from lingua.launch import get_master_port as get_master_port
 from lingua.launch import get_world_size as get_world_size
 from lingua.launch import init_signal_handler as init_signal_handler
-from lingua.launch import leave_with_torchrun
 from lingua.launch import requeue_slurm_job as requeue_slurm_job
 from lingua.launch import setup_env as setup_env
 from lingua.parallelize import ACTIVATION_CHECKPOINTING, DTYPES, needs_fsdp
@@ -57,6 +56,7 @@ from lingua.parallelize import get_module as get_module
 from lingua.parallelize import parallelize_model as parallelize_model
 from lingua.parallelize import set_module as set_module
 from lingua.prefetch import blocked_parent_signals
+from lingua.torchrun import ending_with_torchrun, leave_with_torchrun
 
 logger = logging.getLogger()
 T = TypeVar("T")
@@ -187,7 +187,8 @@ def setup_torch_distributed(args: DistributedArgs) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if needs_fsdp(args, get_world_size(), device.type) and not dist.is_initialized():
-        _init_process_group(device, timedelta(minutes=args.timeout_minutes))
+        with ending_with_torchrun():
+            _init_process_group(device, timedelta(minutes=args.timeout_minutes))
         atexit.register(destroy_process_group)
 
 

@@ -7,13 +7,11 @@ single process. Nothing here needs a process group.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -178,19 +176,6 @@ def finished_before_interrupt(what: str) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if asked:
         raise KeyboardInterrupt
-
-
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
-
-
-def leave_with_torchrun() -> None:
-    """Get SIGUSR2 when torchrun is gone: killed by SIGKILL it can end none of its ranks, and these
-    would go on unseen, holding their GPUs. Under other launchers, and off Linux, nothing changes.
-
-    Not SIGTERM: the signal comes once for each of torchrun's threads.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR2, 0, 0, 0)
 
 
 def requeue_slurm_job() -> bool:

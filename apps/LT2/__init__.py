@@ -1,0 +1,1 @@
+import lingua.torchrun  # noqa: F401  before torch, which takes seconds to import

@@ -1,0 +1,64 @@
+"""A rank goes when torchrun is killed: on its own it would hold its GPU and its folder, unseen.
+
+Imported early (apps/LT2/__init__.py): to see that its parent is gone, a rank must have seen it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+from lingua.errors import MachineFault
+
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+GONE = "torchrun is gone, and with it the other ranks; nothing was trained"
+LOOK_SECONDS = 0.5
+_parent = os.getppid()  # looked at early: imports take seconds, in which torchrun may be killed
+
+
+def _note_parent() -> None:
+    global _parent
+    _parent = os.getppid()
+
+
+os.register_at_fork(after_in_child=_note_parent)
+
+
+def leave_with_torchrun() -> None:
+    """Get SIGUSR2 when torchrun is gone: killed by SIGKILL it can end none of its ranks, and these
+    would go on unseen, holding their GPUs. Under other launchers, and off Linux, nothing changes.
+    Where it is gone already, a MachineFault.
+
+    Not SIGTERM: the signal comes once for each of torchrun's threads.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR2, 0, 0, 0)
+        if os.getppid() != _parent:
+            raise MachineFault(GONE)
+
+
+@contextlib.contextmanager
+def ending_with_torchrun() -> Iterator[None]:
+    """Inside, the process ends as soon as torchrun is gone. For what waits for its store, which no
+    signal handler of Python interrupts, and before there is anything to save."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOK_SECONDS):
+            if os.getppid() != _parent:
+                print(f"error: {GONE}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    threading.Thread(target=look, name="torchrun watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
