@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import os
 import re
@@ -144,8 +143,8 @@ class Reader:
         if str(value).lstrip("+-.").lower() in NOT_FINITE:
             advice = ", a finite number"
         in_lists = [m for m in union_members(hint) if typing.get_origin(m) is list]
-        if in_lists and isinstance(value, str | int | float):
-            advice = f"; a list of one is written [{json.dumps(value, ensure_ascii=False)}]"
+        if in_lists and not advice and isinstance(value, str) and value.isprintable():
+            advice = f"; a list is written [{value}]"
         what = "a mapping of options" if dataclass_in(hint) else describe_type(hint)
         shown = f"{path}={format_value(value)}" if path else format_value(value)
         return UserError(f"{self._origin(path)}{shown}: expected {what}{advice}")

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +18,6 @@ from typing import Any
 from lingua.args import (
     UserError,
     config_as_yaml,
-    dataclass_to_dict,
-    flatten_dict,
     parse_args,
     write_atomic,
 )
@@ -28,8 +26,8 @@ from lingua.errors import is_machine_fault
 from lingua.folder_lock import LOCK_NAME, check_writable, find_holder, hold_folders, make_writable
 from lingua.slurm_script import Job, StoolArgs, render_submit
 
-NOT_READ = ("name", "dump_dir", "checkpoint.path", "metric_log_dir")  # the run's own folders
 RUN_MARKS = ("base_config.yaml", "config.yaml", "submit.slurm")  # what tells a run's folder
+OWN_MARKS = ("base_config.yaml", "submit.slurm")  # of these no other program makes one
 LOGS = "logs"
 
 
@@ -40,7 +38,7 @@ class RunPlan:
     job: Job
     config: str | Mapping[str, Any]  # as it was given: the text of a YAML file, or a mapping
     root: Path  # of the code
-    reads: Mapping[str, Path]  # option -> file or folder that is there
+    reads: Sequence[tuple[str, Path]]  # (option, file or folder)
 
 
 def plan_run(args: StoolArgs) -> RunPlan:
@@ -51,7 +49,7 @@ def plan_run(args: StoolArgs) -> RunPlan:
     run_args = read_run_args(args, module)
     check_launcher(args)
     job = plan_job(args, module, run_args)
-    reads = paths_read(run_args)
+    reads = paths_read(job, module, run_args)
     check_dump_dir(job, reads)
     # Read now: the folder that is deleted may hold it.
     is_given = isinstance(args.config, Mapping)
@@ -133,19 +131,15 @@ def parse_run_args(args: StoolArgs, module: ModuleType) -> Any:
     return run_args
 
 
-def paths_read(run_args: Any) -> dict[str, Path]:
-    options = flatten_dict(dataclass_to_dict(run_args), sep=".")
-    texts = {name: text for name, text in options.items() if isinstance(text, str) and text}
-    return {
-        name: Path(text) for name, text in texts.items() if name not in NOT_READ and is_there(text)
-    }
-
-
-def is_there(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):  # text of another kind
-        return False
+def paths_read(job: Job, module: ModuleType, run_args: Any) -> list[tuple[str, Path]]:
+    """(option, path) of what the job needs and may be there already."""
+    by_script = getattr(module, "paths_read", lambda run_args: [])(run_args)
+    return [
+        ("script", code_root(job.args.script, module)),
+        ("script", Path(str(module.__file__))),
+        ("anaconda", job.python),
+        *by_script,
+    ]
 
 
 def code_root(script: str, module: ModuleType) -> Path:
@@ -191,7 +185,7 @@ def time_limit(args: StoolArgs) -> str:
     return {"infinite": "UNLIMITED"}.get(limits[0], limits[0]) if limits else ""
 
 
-def check_dump_dir(job: Job, reads: Mapping[str, Path]) -> None:
+def check_dump_dir(job: Job, reads: Iterable[tuple[str, Path]]) -> None:
     """Refuse a dump_dir that cannot be written or that a run holds, and see check_may_use."""
     folder = job.dump_dir
     for option, text in (("dump_dir", str(folder)), ("name", job.name)):
@@ -205,7 +199,7 @@ def check_dump_dir(job: Job, reads: Mapping[str, Path]) -> None:
         raise UserError(f"dump_dir={folder}: cannot be looked into ({error.strerror})") from None
 
 
-def check_may_use(job: Job, reads: Mapping[str, Path]) -> None:
+def check_may_use(job: Job, reads: Iterable[tuple[str, Path]]) -> None:
     """Refuse a dump_dir that holds something, unless it may be used as it is, or deleted."""
     folder = job.dump_dir
     if is_free(folder):
@@ -226,9 +220,11 @@ def check_may_delete(folder: Path, in_use: Sequence[Path]) -> None:
     option = f"override=true dump_dir={folder}"
     if any(path.is_relative_to(folder.resolve()) for path in in_use):
         raise UserError(f"{option}: holds more than a run; not deleted")
-    if not any((folder / mark).exists() for mark in RUN_MARKS):
+    if (folder / ".git").exists():
+        raise UserError(f"{option}: is a git repository; not deleted")
+    if not any((folder / mark).exists() for mark in OWN_MARKS):
         raise UserError(
-            f"{option}: does not look like a run (none of {', '.join(RUN_MARKS)} in it); delete it "
+            f"{option}: does not look like a run (none of {', '.join(OWN_MARKS)} in it); delete it "
             "yourself or name another"
         )
     for below in folders_in(folder):  # half a deletion helps nobody
@@ -236,12 +232,13 @@ def check_may_delete(folder: Path, in_use: Sequence[Path]) -> None:
             raise UserError(f"{option}: {below} may not be written, and so not be deleted")
 
 
-def check_not_read(folder: Path, reads: Mapping[str, Path]) -> None:
-    for name, path in reads.items():
-        if path.resolve().is_relative_to(folder.resolve()):
+def check_not_read(folder: Path, reads: Iterable[tuple[str, Path]]) -> None:
+    for option, path in reads:
+        named, behind_links = Path(os.path.abspath(path)), path.resolve()
+        if named.is_relative_to(folder) or behind_links.is_relative_to(folder.resolve()):
             raise UserError(
-                f"override=true dump_dir={folder}: would delete what {name}={path} names, before "
-                "the run reads it; name another dump_dir"
+                f"override=true dump_dir={folder}: would delete what {option} reads ({path}); name "
+                "another dump_dir"
             )
 
 
@@ -306,7 +303,7 @@ def empty_run_folder(folder: Path) -> None:
 
     What tells a run goes last: a deletion that is cut off can be asked for again.
     """
-    for path in sorted(folder.iterdir(), key=lambda path: path.name in RUN_MARKS):
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in OWN_MARKS):
         if path.name == LOCK_NAME:
             continue
         try:

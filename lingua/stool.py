@@ -6,7 +6,8 @@
 
 Options before `--` are stool's own; those after it are the script's and win over the config. The
 config is checked against the script's TrainArgs before anything is written; a script may check more
-by a function `validate_before_submit(args, world_size)`. With dry_run=true what would be written,
+by a function `validate_before_submit(args, world_size)`, and say by `paths_read(args)`, pairs
+of option and path, what `override` may not delete. With dry_run=true what would be written,
 deleted and run is shown, and no more. Else `dump_dir` gets
 
     code/               what git tracks or does not ignore; the job runs this copy
@@ -22,6 +23,7 @@ go to SLURM as one job array, or, with launcher=bash, are run here.
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import subprocess
 from dataclasses import replace
@@ -42,7 +44,14 @@ from lingua.background import (
 )
 from lingua.dry_run import show
 from lingua.folder_lock import hold_folders, make_writable
-from lingua.run_plan import RunPlan, import_script, parse_run_args, plan_run, write_run
+from lingua.run_plan import (
+    RunPlan,
+    check_not_read,
+    import_script,
+    parse_run_args,
+    plan_run,
+    write_run,
+)
 from lingua.run_plan import read_run_args as read_run_args
 from lingua.slurm_script import Job as Job
 from lingua.slurm_script import StoolArgs as StoolArgs
@@ -141,6 +150,9 @@ def plan_sweep(args: StoolArgs, runs: dict[str, Options]) -> tuple[str, Path, li
             own["name"] = f"{name}_{label}"
         overrides = [*args.overrides, *as_arguments({**options, **own})]
         plans.append(plan_run(replace(args, overrides=overrides)))
+    if args.override:  # nor what another of the runs reads
+        for plan, other in itertools.permutations(plans, 2):
+            check_not_read(plan.job.dump_dir, other.reads)
     return name, folder, plans
 
 

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from apps.LT2.eval_args import EvalArgs as EvalArgs
 from apps.LT2.eval_args import LMHarnessArgs as LMHarnessArgs
+from apps.LT2.input_paths import InputPath, read_by_evaluation
 from apps.LT2.load import (
     LoadedModel,
     find_checkpoint,
@@ -312,6 +313,11 @@ def validate_before_submit(args: EvalArgs, world_size: int) -> None:
     resolve(args)
     if args.harness is not None:
         find_tasks(args.harness)
+
+
+def paths_read(args: EvalArgs) -> Iterator[InputPath]:
+    """What stool asks, too: what it may not delete."""
+    return read_by_evaluation(args)
 
 
 def main(argv: list[str]) -> None:

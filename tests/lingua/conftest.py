@@ -20,6 +20,7 @@ SCRIPT = """
 from __future__ import annotations
 import json, os, sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from lingua.args import UserError, parse_args, run_cli
 from project.{name}.helper import WORD
 
@@ -38,6 +39,9 @@ class TrainArgs:
 def validate_before_submit(args, world_size):
     if world_size > 64:
         raise UserError(f"nodes: {{world_size}} processes are too many")
+
+def paths_read(args):
+    return [("corpus", Path(args.corpus))] if args.corpus else []
 
 def main(argv):
     args = parse_args(TrainArgs, argv, prog="tiny")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -170,12 +171,33 @@ def test_override_deletes_nothing_that_the_run_reads(project, args):
     run = project / "runs" / "a b"
     (run / "corpus").mkdir()
     (project / "linked").symlink_to(run / "corpus")
-    for corpus in ("runs/a b/corpus", "linked", str(run)):
-        again = replace(args, override=True, overrides=[f"corpus={corpus}"])
-        with pytest.raises(UserError, match=f"would delete what corpus={corpus} names"):
-            launch_job(again)
-        assert (run / "corpus").exists()
-    # a name is none of a file, and a corpus beside the run stays
     (project / "beside").mkdir()
+    (run / "leads out").symlink_to(project / "beside")
+    for corpus in ("runs/a b/corpus", "linked", str(run), "runs/a b/leads out"):
+        again = replace(args, override=True, overrides=[f"corpus={corpus}"])
+        with pytest.raises(UserError, match="would delete what corpus reads"):
+            launch_job(again)
+        assert (run / "corpus").exists() and (run / "leads out").exists()
+    # a name is none of a file, and a corpus beside the run stays
     launch_job(replace(args, override=True, overrides=["name=runs/a b/corpus", "corpus=beside"]))
     assert (project / "beside").exists() and not (run / "corpus").exists()
+
+
+def test_override_deletes_neither_code_nor_environment_nor_repository(project, args):
+    launch_job(args)
+    run, marks = project / "runs" / "a b", ("base_config.yaml", "submit.slurm")
+    (run / "env" / "bin").mkdir(parents=True)
+    (run / "env" / "bin" / "python").symlink_to(sys.executable)
+    with pytest.raises(UserError, match="would delete what anaconda reads"):
+        launch_job(replace(args, override=True, anaconda=str(run / "env")))
+    assert (run / "env").exists()
+
+    for mark in marks:
+        shutil.copy(run / mark, project / "project" / mark)
+    with pytest.raises(UserError, match="would delete what script reads"):
+        launch_job(replace(args, override=True, overrides=["dump_dir=project"]))
+    assert list((project / "project").glob("*/train.py"))
+
+    (run / ".git").mkdir()
+    with pytest.raises(UserError, match="is a git repository"):
+        launch_job(replace(args, override=True))
