@@ -10,6 +10,12 @@ Beside `x.chunk.00.jsonl`, of N documents, lie
 
 A place in such a chunk is still a byte of the .jsonl file. So the states are those of reading
 lines, and a run may go on with or without these files: the stream is the same.
+
+Before a run reads them they are held to the recipe, to their sizes and to the chunk's fingerprint,
+which sees a chunk of another length and an edit all through it, but not, in one above 4 MiB, a few
+bytes exchanged between its samples (lingua/fingerprint.py). Each document's row of the index is
+looked at when it is read. Of token ids only those outside of the vocabulary are told of, in
+training; other bytes that a disk changed are not seen.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import struct
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lingua.args import UserError, write_atomic
+from lingua.fingerprint import fingerprint
 from lingua.jsonl import JSONLState, document_text, own_lines, parse_line
 from lingua.tokenizer import Tokenizer, declared_specials, find_tokenizer_file
 
@@ -35,6 +43,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 INDEX_ROW = 16  # bytes: two int64
+ITEM_BYTES = {"uint16": 2, "uint32": 4}  # what token ids are written as
+COUNTS = ("documents", "tokens", "token_bytes")  # of a .tokens.json
+FINGERPRINT = "chunk_fingerprint"  # its key there
 COMMIT_BYTES = 64 * 2**20  # of a chunk between two waits for the disk
 MAKE_THEM = "python setup/tokenize_data.py with the run's options makes them"
 
@@ -77,22 +88,47 @@ class TokenFiles:
         return self.chunk.with_suffix(".tokens.begun")
 
     def made_with(self, recipe: TokenRecipe) -> dict[str, Any]:
+        return {**self._seen_at_once(recipe), FINGERPRINT: fingerprint(self.chunk)}
+
+    def _seen_at_once(self, recipe: TokenRecipe) -> dict[str, Any]:
         return {**asdict(recipe), "chunk_bytes": self.chunk.stat().st_size}
 
     def find_problem(self, recipe: TokenRecipe) -> str | None:
         """Why these files are not this chunk's tokens by `recipe`."""
-        if not self.facts.exists():
-            return f"{self.facts.name} is missing"
-        facts = _read_json(self.facts)
-        if not isinstance(facts, dict):
-            return f"{self.facts.name} is damaged"
-        for key, value in self.made_with(recipe).items():
-            if facts.get(key) != value:
-                return f"made with {key}={facts.get(key)}, and it is {value} now"
+        try:
+            facts = _read_facts(self.facts)
+        except ValueError as error:
+            return str(error)
+        for key, value in self._seen_at_once(recipe).items():
+            if key not in facts:
+                return f"{self.facts.name} is damaged (it has no {key})"
+            if facts[key] != value:
+                return f"{self.facts.name}: made with {key}={facts[key]}, and it is {value} now"
+        return self._find_damage(facts) or self._find_change_of_text(facts)
+
+    def _find_damage(self, facts: dict[str, Any]) -> str | None:
         sizes = {self.tokens: facts["token_bytes"], self.index: INDEX_ROW * facts["documents"]}
         for file, size in sizes.items():
             if not file.is_file() or file.stat().st_size != size:
                 return f"{file.name} is missing or cut off"
+        try:
+            end_byte, n_tokens = _last_row(self.index)
+        except OSError as error:
+            return f"{self.index.name} cannot be read ({error.strerror})"
+        if not 0 < end_byte <= facts["chunk_bytes"] or n_tokens != facts["tokens"]:
+            return f"{self.index.name} is damaged (its last row)"
+        return None
+
+    def _find_change_of_text(self, facts: dict[str, Any]) -> str | None:
+        """The last question, as it costs the most."""
+        if FINGERPRINT not in facts:
+            return (
+                f"{self.facts.name} has no {FINGERPRINT}, as an older version wrote it, so that a "
+                "change of the text would not be seen (data.pretokenized=false reads the text, in "
+                "the same order)"
+            )
+        if facts[FINGERPRINT] != fingerprint(self.chunk):
+            return f"the text has changed since {self.facts.name} was written"
         return None
 
 
@@ -116,6 +152,8 @@ def write_token_files(chunk: Path, tokenizer: Tokenizer, recipe: TokenRecipe) ->
                 out.commit()
                 committed = end
         out.commit()
+    if fingerprint(chunk) != made_with[FINGERPRINT]:
+        raise UserError(f"{chunk} changed while it was read; run the same command again")
     if out.n_tokens == 0:
         raise UserError(f"{chunk} has no document with a token: remove it")
     facts = {
@@ -146,21 +184,19 @@ class _TokenWriter:
             _hold(self._tokens, files.tokens)
             self._index = opening.enter_context(open(files.index, "ab"))
             if _read_json(files.begun) == made_with:
-                self._go_on(files)
+                self._go_on(files, made_with["chunk_bytes"])
             self._tokens.truncate(self.n_tokens * dtype.itemsize)
             self._index.truncate(self.n_documents * INDEX_ROW)
             write_atomic(files.begun, json.dumps(made_with))
             self._stack = opening.pop_all()
 
-    def _go_on(self, files: TokenFiles) -> None:
-        import numpy as np
-
+    def _go_on(self, files: TokenFiles, chunk_bytes: int) -> None:
         n_documents = self._index.tell() // INDEX_ROW
         if n_documents == 0:
             return
-        ends_N2 = np.memmap(files.index, np.int64, mode="r", shape=(n_documents, 2))
-        end_byte, n_tokens = map(int, ends_N2[-1])
-        if n_tokens * self.dtype.itemsize <= self._tokens.tell():
+        end_byte, n_tokens = _last_row(files.index)
+        is_within = 0 < end_byte <= chunk_bytes and n_tokens >= 0
+        if is_within and n_tokens * self.dtype.itemsize <= self._tokens.tell():
             self.n_documents, self.end_byte, self.n_tokens = n_documents, end_byte, n_tokens
 
     def add(self, tokens: list[int], end_byte: int) -> None:
@@ -198,8 +234,37 @@ def _hold(file: BinaryIO, path: Path) -> None:
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):  # the last: brackets without end
         return None
+
+
+def _read_facts(file: Path) -> dict[str, Any]:
+    """A .tokens.json whose numbers can be relied on; else a ValueError says what is wrong."""
+    if not file.exists():
+        raise ValueError(f"{file.name} is missing")
+    try:
+        facts = _read_json(file)
+    except OSError as error:
+        raise ValueError(f"{file.name} cannot be read ({error.strerror})") from None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file.name} is damaged")
+    item_bytes = ITEM_BYTES.get(str(facts.get("dtype")))
+    if item_bytes is None:
+        raise ValueError(f"{file.name} is damaged (dtype={facts.get('dtype')})")
+    for key in COUNTS:
+        if type(facts.get(key)) is not int or facts[key] < 1:
+            raise ValueError(f"{file.name} is damaged ({key}={facts.get(key)})")
+    if facts["token_bytes"] != facts["tokens"] * item_bytes:
+        raise ValueError(f"{file.name} is damaged (token_bytes={facts['token_bytes']})")
+    return facts
+
+
+def _last_row(index: Path) -> tuple[int, int]:
+    """Where the last document of an index that has one ends: in bytes, and in tokens."""
+    with open(index, "rb") as file:
+        n_whole = file.seek(0, os.SEEK_END) // INDEX_ROW
+        file.seek((n_whole - 1) * INDEX_ROW)
+        return struct.unpack("=qq", file.read(INDEX_ROW))
 
 
 def check_token_files(chunks: list[str], recipe: TokenRecipe) -> None:
@@ -214,16 +279,24 @@ def read_tokens(
     file_path: str, position: int, block_size: int, offset: int, current_iter: int
 ) -> Iterator[tuple[np.ndarray, JSONLState]]:
     """As `jsonl.read_jsonl`, with the token ids of each document for the document."""
+    files = TokenFiles(Path(file_path))
     with ExitStack() as stack:
-        tokens, ends_N2 = _open_maps(TokenFiles(Path(file_path)), stack)
-        first = offset
+        tokens, ends_N2 = _open_maps(files, stack)
+        first, n_tokens = offset, len(tokens.array)
+        last_byte = int(ends_N2.array[-1, 0])  # looked at before the run began
         if position > 0:
             ends_at = ends_N2.array[:, 0]
             first = block_size + _own_line(ends_at, position, file_path, block_size, offset)
         for number in range(first, len(ends_N2.array), block_size):
             ends_N2.check()
-            end_byte, end_token = map(int, ends_N2.array[number])
-            begin_token = int(ends_N2.array[number - 1, 1]) if number else 0
+            begin_byte, begin_token = ends_N2.array[number - 1].tolist() if number else (0, 0)
+            end_byte, end_token = ends_N2.array[number].tolist()
+            if not (
+                0 <= begin_byte < end_byte <= last_byte
+                and 0 <= begin_token <= end_token <= n_tokens
+            ):
+                # deleted, as setup/tokenize_data.py does not look into files of the right size
+                raise _cannot_be_read(f"{files.index} is damaged (row {number}): delete it")
             tokens.check()
             yield (
                 tokens.array[begin_token:end_token],
@@ -245,16 +318,17 @@ def _own_line(
     if number == len(ends_N) or ends_N[number] != position or number % block_size != offset:
         raise UserError(
             f"cannot resume the data: {file_path} has no line of this rank that ends at byte "
-            f"{position}, so it has changed; restore it, or begin a new run"
+            f"{position}, so it or its token files have changed; restore them, or begin a new run"
         )
     return number
 
 
 def _open_maps(files: TokenFiles, stack: ExitStack) -> tuple[_Map, _Map]:
     """The tokens, and the index (N, 2), as their facts say; closed with `stack`."""
-    facts = _read_json(files.facts)
-    if not isinstance(facts, dict):
-        raise _cannot_be_read(f"{files.facts} is missing or damaged")
+    try:
+        facts = _read_facts(files.facts)
+    except ValueError as error:
+        raise _cannot_be_read(f"{files.chunk}: {error}") from None
     n_documents, dtype = facts["documents"], facts["dtype"]
     return (
         _Map(files.tokens, dtype, (facts["tokens"],), stack),

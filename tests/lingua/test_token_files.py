@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -54,6 +54,10 @@ def args(tmp_path: Path) -> DataArgs:
         seed=5,
         tokenizer=TokenizerArgs(name="bytes"),
     )
+
+
+def code_files(args: DataArgs) -> TokenFiles:
+    return TokenFiles(Path(args.root_dir or "") / "code" / "code.chunk.00.jsonl")
 
 
 def tokenize(args: DataArgs, *options: str) -> None:
@@ -162,7 +166,7 @@ def test_a_worker_that_is_killed_is_told_in_one_line(args, monkeypatch):
 
 def test_small_vocabularies_take_two_bytes_a_token(args):
     tokenize(args)
-    files = TokenFiles(Path(args.root_dir or "") / "code" / "code.chunk.00.jsonl")
+    files = code_files(args)
     facts = json.loads(files.facts.read_text())
     assert facts["dtype"] == "uint16" and files.tokens.stat().st_size == 2 * facts["tokens"]
     assert facts["documents"] == 4
@@ -174,17 +178,82 @@ def test_small_vocabularies_take_two_bytes_a_token(args):
         (lambda files, args: files.facts.unlink(), "tokens.json is missing"),
         (lambda files, args: files.facts.write_text("{"), "tokens.json is damaged"),
         (lambda files, args: files.facts.write_text("[]"), "tokens.json is damaged"),
+        (lambda files, args: files.facts.write_text("[" * 10**5), "tokens.json is damaged"),
+        (lambda files, args: files.facts.write_bytes(b"\xff"), "tokens.json is damaged"),
         (lambda files, args: files.index.write_bytes(b"12345678"), "index is missing or cut off"),
+        (lambda files, args: fill(files.index), "index is damaged .its last row"),
         (
             lambda files, args: write_chunk(files.chunk, ["other", "text", "now", "here"]),
-            "made with chunk_bytes=",
+            "tokens.json: made with chunk_bytes=",
+        ),
+        (
+            lambda files, args: replace_text(files.chunk, "pass", "fail"),
+            "code.chunk.00.jsonl: the text has changed since",
         ),
     ],
 )
-def test_files_that_do_not_fit_are_refused_before_any_work(args, spoil, problem):
+def test_files_that_do_not_fit_are_refused_before_any_work_and_made_anew(args, spoil, problem):
     tokenize(args)
-    spoil(TokenFiles(Path(args.root_dir or "") / "code" / "code.chunk.00.jsonl"), args)
+    spoil(code_files(args), args)
+    assert_refused_and_made_anew(args, problem)
+
+
+def assert_refused_and_made_anew(args: DataArgs, problem: str) -> None:
+    ahead = replace(args, pretokenized=True)
     with pytest.raises(UserError, match=f"^data.pretokenized=true: .*{problem}.*tokenize_data"):
+        validate_data_args(ahead, 1)
+    tokenize(args)
+    state = init_dataloader_state_from_args(args, 0, 1)
+    assert_same_stream(batches_of(ahead, state, 9), batches_of(args, state, 9))
+
+
+def fill(file: Path) -> None:
+    file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+def replace_text(chunk: Path, old: str, new: str) -> None:
+    assert len(old) == len(new) and old in chunk.read_text()
+    chunk.write_text(chunk.read_text().replace(old, new))
+
+
+KEYS_OF_FACTS = [
+    *(f.name for f in fields(TokenRecipe)),
+    *("chunk_bytes", "chunk_fingerprint", "documents", "tokens", "dtype", "token_bytes"),
+]
+
+
+@pytest.mark.parametrize("value", [None, "x", [3], {}, 10**30, -1, True, 0.5, "gone"])
+def test_facts_that_are_damaged_anywhere_are_a_problem_that_names_their_file(args, value):
+    files, recipe = code_files(args), recipe_of(args)
+    write(args, files.chunk)
+    facts = json.loads(files.facts.read_text())
+    assert set(facts) == set(KEYS_OF_FACTS) and files.find_problem(recipe) is None
+    for key in KEYS_OF_FACTS:
+        changed = {k: v for k, v in facts.items() if k != key}
+        if value != "gone":
+            changed[key] = value
+        if changed != facts:
+            files.facts.write_text(json.dumps(changed))
+            told = files.find_problem(recipe) or "nothing"
+            # a number of documents that could be is held to the file of that many rows
+            is_size = (key, value) == ("documents", 10**30)
+            assert ("tokens.index is missing or cut off" if is_size else files.facts.name) in told
+
+
+def test_files_of_before_chunks_had_fingerprints_are_refused(args):
+    tokenize(args)
+    file = code_files(args).facts
+    facts = json.loads(file.read_text())
+    del facts["chunk_fingerprint"]
+    file.write_text(json.dumps(facts))
+    assert_refused_and_made_anew(args, "older version.*pretokenized=false reads the text")
+
+
+def test_a_file_that_may_not_be_read_is_one_line(args):
+    tokenize(args)
+    code_files(args).facts.unlink()
+    code_files(args).facts.mkdir()
+    with pytest.raises(UserError, match="tokens.json cannot be read .Is a directory.*tokenize_dat"):
         validate_data_args(replace(args, pretokenized=True), 1)
 
 
@@ -195,15 +264,29 @@ SPOILED_LATER: dict[str, tuple[Callable[[TokenFiles], object], str]] = {
     "index cut": (lambda files: os.truncate(files.index, 16), "index was cut off"),
     "tokens removed": (lambda files: files.tokens.unlink(), "tokens cannot be read .No such file"),
     "index removed": (lambda files: files.index.unlink(), "index cannot be read .No such file"),
-    "facts cut": (lambda files: os.truncate(files.facts, 10), "json is missing or damaged"),
+    "facts cut": (lambda files: os.truncate(files.facts, 10), "json is damaged"),
+    "facts removed": (lambda files: files.facts.unlink(), "json is missing"),
+    **{
+        f"row {row} {column} is {value}": (
+            lambda files, at=(row, column), value=value: set_row(files.index, at, value),
+            "tokens.index is damaged .row [12].: delete it",
+        )
+        for row in (1, 2)
+        for column in (0, 1)
+        for value in (-1, 0, 2**62)
+    },
 }
+
+
+def set_row(index: Path, at: tuple[int, int], value: int) -> None:
+    np.memmap(index, np.int64, mode="r+").reshape(-1, 2)[at] = value
 
 
 @pytest.mark.parametrize("case", SPOILED_LATER)
 def test_files_that_are_spoiled_while_they_are_read_are_told_of(args, case):
     tokenize(args)
     spoil, told = SPOILED_LATER[case]
-    files = TokenFiles(Path(args.root_dir or "") / "code" / "code.chunk.00.jsonl")
+    files = code_files(args)
 
     def documents():
         return loop_on_jsonl(str(files.chunk), 0, 1, 0, 0, read=token_files.read_tokens)
@@ -240,8 +323,11 @@ def files_beside(chunk: Path) -> dict[str, bytes]:
 
 
 def write(args: DataArgs, chunk: Path) -> None:
-    recipe = TokenRecipe.of(args.tokenizer.name, None, args.add_bos, args.add_eos)
-    write_token_files(chunk, build_tokenizer(args.tokenizer.name), recipe)
+    write_token_files(chunk, build_tokenizer(args.tokenizer.name), recipe_of(args))
+
+
+def recipe_of(args: DataArgs) -> TokenRecipe:
+    return TokenRecipe.of(args.tokenizer.name, None, args.add_bos, args.add_eos)
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -299,32 +385,72 @@ def test_killed_anywhere_the_next_run_ends_with_the_same_files(args, monkeypatch
     assert 10 < n_killed < 33
 
 
+def encode_until(monkeypatch, n: int) -> list[dict]:
+    """The documents that are encoded from now on; the n-th is a mistake."""
+    encoded = []
+
+    def document_text(document):
+        encoded.append(document)
+        if len(encoded) == n:
+            raise UserError("stopped")
+        return document["text"]
+
+    monkeypatch.setattr(token_files, "document_text", document_text)
+    return encoded
+
+
 def test_what_was_done_is_not_done_again(args, monkeypatch):
     monkeypatch.setattr(token_files, "COMMIT_BYTES", 100)
     chunk = Path(args.root_dir or "") / "web/web.chunk.01.jsonl"
-    whole = chunk.read_bytes()
-    chunk.write_bytes(whole[:-3] + b"}}}")  # of the same length
-    with pytest.raises(UserError, match="chunk.01.jsonl:22: not JSON"):
+    encode_until(monkeypatch, 21)
+    with pytest.raises(UserError, match="stopped"):
         write(args, chunk)
-    chunk.write_bytes(whole)
-    encoded = []
-    monkeypatch.setattr(token_files, "document_text", lambda d: encoded.append(d) or d["text"])
+    encoded = encode_until(monkeypatch, 0)
     write(args, chunk)
     assert 0 < len(encoded) < 10  # of 21 documents
     validate_data_args(replace(args, sources={"web": 1.0}), 1)
 
 
-def test_an_index_that_tells_of_lost_tokens_is_not_gone_on_with(args, monkeypatch):
+def test_a_text_that_was_replaced_half_way_is_begun_anew(args, monkeypatch):
     monkeypatch.setattr(token_files, "COMMIT_BYTES", 100)
     chunk = Path(args.root_dir or "") / "web/web.chunk.01.jsonl"
+    encode_until(monkeypatch, 21)
+    with pytest.raises(UserError, match="stopped"):
+        write(args, chunk)
+    replace_text(chunk, "1/", "7/")  # of the same length
+    encoded = encode_until(monkeypatch, 0)
     write(args, chunk)
-    want, files = files_beside(chunk), TokenFiles(chunk)
-    recipe = TokenRecipe.of(args.tokenizer.name, None, args.add_bos, args.add_eos)
+    assert len(encoded) == 21
+
+
+def test_a_text_that_is_replaced_while_it_is_read_is_told_of(args, monkeypatch):
+    chunk = Path(args.root_dir or "") / "web/web.chunk.01.jsonl"
+    commit = token_files._TokenWriter.commit
+    change = lambda writer: (commit(writer), replace_text(chunk, "1/", "7/"))  # noqa: E731
+    monkeypatch.setattr(token_files._TokenWriter, "commit", change)
+    with pytest.raises(UserError, match="web.chunk.01.jsonl changed while it was read; run the"):
+        write(args, chunk)
+    assert TokenFiles(chunk).find_problem(recipe_of(args)) == "web.chunk.01.tokens.json is missing"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda files: os.truncate(files.tokens, files.tokens.stat().st_size - 2),
+        lambda files: set_row(files.index, (-1, 0), 2**62),
+        lambda files: set_row(files.index, (-1, 0), -1),
+        lambda files: set_row(files.index, (-1, 1), -1),
+    ],
+)
+def test_an_index_that_tells_of_what_is_not_there_is_not_gone_on_with(args, spoil):
+    files = code_files(args)
+    write(args, files.chunk)
+    want = files_beside(files.chunk)
     files.facts.unlink()
-    files.begun.write_text(json.dumps(files.made_with(recipe)))
-    os.truncate(files.tokens, files.tokens.stat().st_size - 2)
-    write(args, chunk)
-    assert files_beside(chunk) == want
+    files.begun.write_text(json.dumps(files.made_with(recipe_of(args))))
+    spoil(files)
+    write(args, files.chunk)
+    assert files_beside(files.chunk) == want
 
 
 def test_two_processes_do_not_write_one_file(args, monkeypatch):
