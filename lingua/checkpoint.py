@@ -155,9 +155,10 @@ class CheckpointManager:
             return []
         return sorted(p for p in self.path.iterdir() if is_checkpoint(p))
 
-    def get_last_step_path(self) -> Path | None:
-        """The newest checkpoint whose files are all as they were written."""
-        return self._newest_readable({})
+    def get_last_step_path(self, *, quiet: bool = False) -> Path | None:
+        """The newest checkpoint whose files are all as they were written; `quiet` where `load`,
+        which comes later, tells of damaged ones."""
+        return self._newest_readable({}, quiet=quiet)
 
     # ---- saving
 
@@ -344,14 +345,15 @@ class CheckpointManager:
         if generator is not None:
             set_rng_state(generator)
 
-    def _newest_readable(self, unreadable: dict[Path, str]) -> Path | None:
+    def _newest_readable(self, unreadable: dict[Path, str], *, quiet: bool = False) -> Path | None:
         for folder in reversed(self.existing_saves):
             if folder in unreadable:
                 continue
             problem = find_problem(folder)
             if problem is None:
                 return folder
-            logger.warning(f"checkpoint {folder} is damaged, trying the one before: {problem}")
+            if not quiet:
+                logger.warning(f"checkpoint {folder} is damaged, trying the one before: {problem}")
             unreadable[folder] = problem
         if unreadable:
             newest = max(unreadable)

@@ -175,7 +175,7 @@ def train(given: TrainArgs) -> None:
 def is_finished(args: TrainArgs) -> bool:
     """Whether an earlier run has done all steps; then nothing on disk is touched."""
     assert args.checkpoint.path is not None
-    newest = CheckpointManager(args.checkpoint).get_last_step_path()
+    newest = CheckpointManager(args.checkpoint).get_last_step_path(quiet=True)
     if newest is None or int(newest.name) < args.steps:
         return False
     if is_validation_owed(args, int(newest.name)) or owed_evaluation(args, int(newest.name)):
@@ -213,7 +213,7 @@ def initial_weights(args: TrainArgs, checkpoints: CheckpointManager) -> str | No
     """checkpoint.init_ckpt_path, where the run starts with its weights and with nothing else."""
     if args.checkpoint.continue_training_from_init:
         return None
-    is_new = run_on_rank_0(lambda: checkpoints.get_last_step_path() is None)
+    is_new = run_on_rank_0(lambda: checkpoints.get_last_step_path(quiet=True) is None)
     return args.checkpoint.init_ckpt_path if is_new else None
 
 
