@@ -24,6 +24,7 @@ from lingua.tokenizer import well_formed
 TEXT_KEYS = ("text", "content")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
+MAX_NAMED = 3  # of the files that are not read
 BATCH_ROWS = 1024  # of a parquet file at a time
 # Bytes of text for each byte of such a file, to plan with: what is planned wrongly costs time only.
 EXPANSION = {".parquet": 2.0, ".gz": 3.0, ".zst": 3.0}
@@ -33,16 +34,40 @@ def find_document_files(folder: Path) -> list[Path]:
     """All files under `folder` that `read_documents` reads, in the order of their paths."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (seen from {Path.cwd()})")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.name.endswith(SUFFIXES)
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    found = sorted(path for path in folder.rglob("*") if _is_read(path, folder))
     if not found:
         raise UserError(f"{folder} has no file that ends in {', '.join(SUFFIXES)}")
     return found
+
+
+def describe_passed_over(folder: Path) -> str | None:
+    """In a line, the files under `folder` that `find_document_files` leaves out.
+
+    Hidden files are left out without a word, unless they end like documents.
+    """
+    others = sorted(
+        path
+        for path in folder.rglob("*")
+        if not _is_read(path, folder)
+        and (path.is_symlink() or not path.is_dir())  # links to folders are not followed
+        and (not _is_hidden(path, folder) or path.name.endswith(SUFFIXES))
+    )
+    if not others:
+        return None
+    names = [path.relative_to(folder).as_posix() for path in others[:MAX_NAMED]]
+    more = ", ..." if len(others) > MAX_NAMED else ""
+    return (
+        f"{folder}: files not read: {len(others):,} ({', '.join(names)}{more}); read are those "
+        f"that end in {', '.join(SUFFIXES)}, but no hidden ones, and no linked folders"
+    )
+
+
+def _is_read(path: Path, folder: Path) -> bool:
+    return path.name.endswith(SUFFIXES) and path.is_file() and not _is_hidden(path, folder)
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def estimate_text_bytes(file: Path) -> int:

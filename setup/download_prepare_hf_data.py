@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this check
 
 from lingua.args import UserError, run_cli, write_atomic
 from lingua.command_line import OneLineParser
-from lingua.document_files import find_document_files
+from lingua.document_files import describe_passed_over, find_document_files
 from lingua.errors import first_line, import_optional
 from lingua.shuffle_documents import ShufflePlan, find_finished, shuffle_documents
 
@@ -159,7 +159,10 @@ def main(argv: Sequence[str]) -> None:
             root = given.source_dir or given.data_dir / given.dataset
             if given.source_dir is None:
                 download(given.dataset, root)
-            manifest = shuffle_documents(find_document_files(root), root, out, plan)
+            sources = find_document_files(root)
+            if given.source_dir and (passed_over := describe_passed_over(root)):
+                print(passed_over)
+            manifest = shuffle_documents(sources, root, out, plan)
     except OSError as error:
         raise UserError(f"{error}; mend it and run the same command again, which goes on") from None
     n_bytes = sum(facts["bytes"] for facts in manifest["files"].values())

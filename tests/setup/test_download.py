@@ -118,6 +118,21 @@ def test_a_local_folder_becomes_a_source_that_training_reads(tmp_path, capsys):
         assert next(batches)[0].shape == (2, 16, 2)
 
 
+def test_files_that_are_not_read_are_told(tmp_path, capsys):
+    source = write_lines(tmp_path / "texts", 60)
+    options = ("--source_dir", str(source), "--validation_documents", "10")
+    prepare(tmp_path, *options)
+    assert "files not read" not in capsys.readouterr().out
+    for name in ("x.txt", "e.json", ".hidden.txt", ".hidden.jsonl"):
+        (source / name).write_text("")
+    (source / "linked").symlink_to(source)
+    (source / "gone.jsonl").symlink_to(source / "nothing")
+    prepare(tmp_path, *options)
+    [line, *_] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{source}: files not read: 5 (.hidden.jsonl, e.json, gone.jsonl, ...)")
+    assert "read are those that end in .parquet, .jsonl, .jsonl.gz" in line
+
+
 @pytest.mark.parametrize(
     "dataset, repo_id, pattern",
     [
