@@ -9,15 +9,30 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lingua.errors import UserError
 
 OVERRIDE = re.compile(r"[^-/=][^/=]*=")  # a path may have "=" in it, but has a slash before
 
 
+class DefaultsShown(argparse.HelpFormatter):
+    """Each default behind its option's help. Switches, and what is not set by itself, have none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default in (None, argparse.SUPPRESS) or isinstance(default, bool) or default == []:
+            return action.help
+        values = default if isinstance(default, list) else [default]
+        return f"{action.help or ''} (default: {' '.join(map(str, values))})".lstrip()
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors, without the usage in front of them."""
+    """argparse whose complaints are UserErrors, without the usage in front of them, and whose
+    --help shows defaults."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=DefaultsShown, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists all options)")
@@ -36,10 +51,14 @@ class OneLineParser(argparse.ArgumentParser):
         return action is not None and action.nargs != 0
 
     def require_positive(self, given: argparse.Namespace, *names: str) -> None:
-        """UserError where an option, or one of its values, is below 1."""
+        self.require_at_least(1, given, *names)
+
+    def require_at_least(self, least: int, given: argparse.Namespace, *names: str) -> None:
+        """UserError where an option, or one of its values, is below `least`."""
         for action in self._actions:
             if action.dest in names:
                 values = getattr(given, action.dest)
                 for value in values if isinstance(values, list) else [values]:
-                    if value is not None and value < 1:
-                        raise UserError(f"{action.option_strings[0]} {value} must be at least 1")
+                    if value is not None and value < least:
+                        option = action.option_strings[0]
+                        raise UserError(f"{option} {value} must be at least {least}")

@@ -2,7 +2,7 @@
 
     sources  ->  piles on disk      each document by its key, pile i of n from i/n of the keys on
     piles    ->  one order          each pile is sorted in memory, and they follow each other
-    order    ->  <name>.val.jsonl   the first `n_validation` documents,
+    order    ->  <name>.val.jsonl   the first `n_validation` documents, where that is not 0,
                  <name>.chunk.*     and the others in turn: chunks differ by a document at most
 
 A key is 64 random bits that follow from the seed, the name of the source file and the place in it.
@@ -49,7 +49,7 @@ class ShufflePlan:
     name: str  # start of the names of the files
     seed: int
     n_chunks: int
-    n_validation: int  # documents
+    n_validation: int  # documents; with 0 there is no such file
     memory: int  # bytes
 
     @property
@@ -201,16 +201,13 @@ class _Shuffle:
         """The piles, each sorted by its keys, into validation and chunks."""
         progress, plan = self.progress, self.plan
         if progress["documents"] < plan.n_validation + plan.n_chunks:
-            raise UserError(
-                f"there are {progress['documents']} documents with text, too few for "
-                f"{plan.n_validation} of validation and one in each of {plan.n_chunks} chunks; "
-                "lower --nchunks or --validation_documents"
-            )
+            raise UserError(_too_few(progress["documents"], plan))
         _refuse_other(self.work, progress["dealing"] or plan.request, plan.request)
         if progress["dealing"] is None:
             progress["dealing"] = plan.request
             self._save(progress["lengths"])
-        outputs = [self.work / name for name in self._output_names()]
+        outputs = [self.work / name for name in self._outputs()]
+        first_chunk = len(outputs) - plan.n_chunks
         for i in range(progress["dealt"]):  # killed before it could remove them
             self._pile(i).unlink(missing_ok=True)
         with _Appended(outputs, progress["lengths"]) as files:
@@ -218,8 +215,8 @@ class _Shuffle:
                 n_dealt = progress["dealt_documents"]
                 for line in _sorted_lines(self._pile(i), self._budget, progress["n_piles"]):
                     after_validation = n_dealt - plan.n_validation
-                    place = 0 if after_validation < 0 else 1 + after_validation % plan.n_chunks
-                    files.write(place, line)
+                    turn = first_chunk + after_validation % plan.n_chunks
+                    files.write(0 if after_validation < 0 else turn, line)
                     n_dealt += 1
                     self._tell("{:,} of {:,} documents dealt", n_dealt, progress["documents"])
                 progress["dealt"], progress["dealt_documents"] = i + 1, n_dealt
@@ -231,11 +228,10 @@ class _Shuffle:
         progress = self.progress
         assert progress["dealt_documents"] == progress["documents"], "documents were lost"
         files = {}
-        for number, name in enumerate(self._output_names()):
+        for name, n in self._outputs().items():
             path = self.work / name
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            n = self._n_documents(number)
             files[name] = {"documents": n, "bytes": path.stat().st_size, "sha256": digest}
         manifest = {
             "request": self.plan.request,
@@ -252,18 +248,15 @@ class _Shuffle:
     def _budget(self) -> int:
         return max(int(self.plan.memory * MEMORY_SHARE), 1)
 
-    def _output_names(self) -> list[str]:
-        width = max(len(str(self.plan.n_chunks - 1)), 2)
-        chunks = [f"{self.plan.name}.chunk.{i:0{width}d}.jsonl" for i in range(self.plan.n_chunks)]
-        return [f"{self.plan.name}.val.jsonl", *chunks]
-
-    def _n_documents(self, number: int) -> int:
-        if number == 0:
-            return self.plan.n_validation
-        whole, rest = divmod(
-            self.progress["documents"] - self.plan.n_validation, self.plan.n_chunks
-        )
-        return whole + (number - 1 < rest)
+    def _outputs(self) -> dict[str, int]:
+        """File -> its documents: validation first, if there is any, then the chunks."""
+        name, n_chunks, n_validation = self.plan.name, self.plan.n_chunks, self.plan.n_validation
+        width = max(len(str(n_chunks - 1)), 2)
+        whole, rest = divmod(self.progress["documents"] - n_validation, n_chunks)
+        validation = {f"{name}.val.jsonl": n_validation} if n_validation else {}
+        return validation | {
+            f"{name}.chunk.{i:0{width}d}.jsonl": whole + (i < rest) for i in range(n_chunks)
+        }
 
     def _pile(self, i: int) -> Path:
         return self.work / "piles" / f"{i:03d}.jsonl"
@@ -278,6 +271,17 @@ class _Shuffle:
         if now - self.told > TELL_EVERY:
             self.told = now
             self.tell(message.format(*values))
+
+
+def _too_few(n_documents: int, plan: ShufflePlan) -> str:
+    begins = f"there are {n_documents} documents with text, too few for"
+    chunks = f"one in each of {plan.n_chunks} chunks; lower --nchunks"
+    if not plan.n_validation:
+        return f"{begins} {chunks}"
+    return (
+        f"{begins} --validation_documents {plan.n_validation} and {chunks} or "
+        "--validation_documents (0: none are held out)"
+    )
 
 
 class _Appended:

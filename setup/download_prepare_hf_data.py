@@ -5,7 +5,7 @@
 makes ./data/fineweb_edu_shuffled, a folder for `data.sources`, within 64 GB of memory:
 
     fineweb_edu.chunk.00.jsonl ...   training documents, one JSON object a line
-    fineweb_edu.val.jsonl            documents that no chunk has
+    fineweb_edu.val.jsonl            documents that no chunk has, if --validation_documents isn't 0
     manifest.json                    documents, bytes and sha256 of each file
 
 Killed at any moment, the same command goes on where it was and ends with the same bytes, which
@@ -64,12 +64,18 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     add("--data_dir", type=Path, default=Path("data"), help="where all of it goes")
     add("--seed", type=int, default=42, help="of the shuffle")
     add("--nchunks", type=int, default=32, help="training files: 1, or the number of GPUs")
-    add("--validation_documents", type=int, default=10_000, help="documents held out, once")
+    add(
+        "--validation_documents",
+        type=int,
+        default=10_000,
+        help="documents held out for the validation loss; 0: none, and no file of them",
+    )
     add("--source_dir", type=Path, help="read the files of this folder; download nothing")
     given = parser.parse_args(argv)
     if not MIN_MEMORY <= given.memory < float("inf"):
         raise UserError(f"memory={given.memory}: give {MIN_MEMORY} GB at least")
-    parser.require_positive(given, "nchunks", "validation_documents")
+    parser.require_positive(given, "nchunks")
+    parser.require_at_least(0, given, "validation_documents")
     if given.source_dir is None and given.dataset not in CORPORA:
         raise UserError(
             f"dataset {given.dataset!r} is none of {corpora}; your own needs --source_dir FOLDER"
@@ -165,13 +171,26 @@ def main(argv: Sequence[str]) -> None:
             manifest = shuffle_documents(sources, root, out, plan)
     except OSError as error:
         raise UserError(f"{error}; mend it and run the same command again, which goes on") from None
-    n_bytes = sum(facts["bytes"] for facts in manifest["files"].values())
+    print(f"{out}: {describe(manifest)}")
+
+
+def describe(manifest: Mapping[str, Any]) -> str:
+    """What was made, in a line."""
+    n_chunks = manifest["request"]["nchunks"]
+    n_validation = manifest["request"]["validation_documents"]
+    size = format_bytes(sum(facts["bytes"] for facts in manifest["files"].values()))
+    held_out = f" and a validation file of {n_validation:,} documents" if n_validation else ""
     left_out = manifest["without_text"]
-    print(
-        f"{out}: {manifest['documents']:,} documents, {n_bytes / GB:.3f} GB, in {given.nchunks} "
-        f"chunks and a validation file of {given.validation_documents:,} documents"
-        + (f"; {left_out:,} without text were left out" if left_out else "")
+    return f"{manifest['documents']:,} documents, {size}, in {n_chunks} chunks{held_out}" + (
+        f"; {left_out:,} without text were left out" if left_out else ""
     )
+
+
+def format_bytes(n: int) -> str:
+    for unit, size in (("GB", GB), ("MB", 10**6), ("kB", 10**3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n} bytes"
 
 
 if __name__ == "__main__":

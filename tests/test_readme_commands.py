@@ -50,6 +50,7 @@ LOCAL_TASKS = "harness.tasks=[lt2_local_choice] harness.include_path=apps/LT2/lo
 SMALLER = {
     "python -m apps.LT2.train config=": f"{TINY_RUN} dump_dir=runs/train",
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml model.": TINY_RUN,
+    'python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml "data.sources=': TINY_RUN,
     "torchrun --nproc-per-node 8 -m apps.LT2.train": f"{TINY_RUN} dump_dir=runs/torchrun",
     "python setup/download_prepare_hf_data.py": (
         "--source_dir data/local --validation_documents 5 --nchunks 2"
@@ -95,7 +96,9 @@ echo "Submitted batch job 1"
 LEAVES = {
     "Data": [
         "data/fineweb_edu_shuffled/fineweb_edu.val.jsonl",
+        "data/mine_shuffled/manifest.json",
         "data/local/stdlib.chunk.00.tokens.json",
+        "runs/mine/metrics.jsonl",
     ],
     "Train": [
         "runs/tune/lr=0.001,loop_count=1/submit.slurm",

@@ -6,6 +6,7 @@ import pytest
 
 from lingua.args import UserError
 from lingua.command_line import OneLineParser
+from tests.readme import ROOT
 
 
 def parse(*argv: str) -> tuple[list[str], str | None, list[str]]:
@@ -40,3 +41,24 @@ def test_a_path_with_an_equals_sign_is_no_override():
 def test_complaints_are_one_line(argv):
     with pytest.raises(UserError, match="--help lists all options"):
         parse(*argv)
+
+
+def test_help_shows_defaults(capsys):
+    parser = OneLineParser()
+    parser.add_argument("--steps", type=int, default=20, help="to run")
+    parser.add_argument("--lengths", nargs="+", default=[8, 9], help="of prompts")
+    parser.add_argument("--name", help="of the run")
+    parser.add_argument("--vary", action="append", default=[], help="one run each")
+    parser.add_argument("--quiet", action="store_true", help="say nothing")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "to run (default: 20) --lengths" in said and "of prompts (default: 8 9) --name" in said
+    assert said.count("default") == 2
+
+
+def test_every_program_shows_its_defaults():
+    """Their parsers are all of this class; programs with a dataclass of options have fields.py."""
+    folders = [ROOT / name for name in ("apps", "lingua", "setup")]
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    assert [file.name for file in files if "ArgumentParser(" in file.read_text()] == []

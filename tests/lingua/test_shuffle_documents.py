@@ -91,6 +91,21 @@ def test_every_document_is_in_one_place(root, tmp_path):
     assert not (tmp_path / "out.unfinished").exists()
 
 
+def test_without_validation_documents_there_is_no_file_of_them(root, tmp_path):
+    out = tmp_path / "out"
+    manifest = shuffle(root, out, n_validation=0)
+    files = files_of(out)
+    names = [f"x.chunk.{i:02d}.jsonl" for i in range(N_CHUNKS)]
+    assert list(files) == ["manifest.json", *names] and list(manifest["files"]) == names
+    found = Counter(texts(files, ".chunk."))
+    assert found == Counter(text_of(i) for i in range(N_DOCUMENTS))
+    for name, facts in manifest["files"].items():
+        assert facts["documents"] == len(files[name].splitlines())
+    assert shuffle(root, out, n_validation=0) == manifest
+    with pytest.raises(UserError, match="made with validation_documents=0; move it away"):
+        shuffle(root, out)
+
+
 def test_only_the_text_and_the_id_are_kept(root, tmp_path):
     shuffle(root, tmp_path / "out")
     lines = b"".join(files_of(tmp_path / "out")[f"x.chunk.{i:02d}.jsonl"] for i in range(N_CHUNKS))
@@ -121,10 +136,13 @@ def test_another_seed_is_another_order(root, tmp_path):
     assert len(set(a) & set(b)) < N_VALIDATION // 2
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("held_out", [N_VALIDATION, 0])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(
+    root, tmp_path, monkeypatch, held_out
+):
     """Killed for good: what lies in buffers is lost, and some of what does not count is there."""
     monkeypatch.setattr(shuffling, "SAVE_EVERY", 0)
-    shuffle(root, tmp_path / "undisturbed")
+    shuffle(root, tmp_path / "undisturbed", n_validation=held_out)
     want = files_of(tmp_path / "undisturbed")
     rng = random.Random(0)
     out, n_killed = tmp_path / "out", 0
@@ -134,7 +152,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(root, tmp
             code = 1  # of an error, too: pytest must not go on in two processes
             try:
                 _die_after(rng.randrange(1, 250) if n_killed < 25 else 10**9, monkeypatch)
-                shuffle(root, out)
+                shuffle(root, out, n_validation=held_out)
                 code = 0
             finally:
                 os._exit(code)
@@ -289,8 +307,10 @@ def test_a_finished_folder_that_lost_some_of_it_is_refused(root, tmp_path):
 
 
 def test_too_few_documents_are_refused_and_the_next_try_goes_on(root, tmp_path):
-    with pytest.raises(UserError, match="400 documents with text, too few for 398 of validation"):
+    with pytest.raises(UserError, match="400 documents with text, too few for --validation_d"):
         shuffle(root, tmp_path / "out", n_validation=398)
+    with pytest.raises(UserError, match="with text, too few for one in each of 401 chunks; lower"):
+        shuffle(root, tmp_path / "out", n_validation=0, n_chunks=401)
     assert shuffle(root, tmp_path / "out")["documents"] == N_DOCUMENTS
 
 

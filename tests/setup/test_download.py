@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from lingua.args import UserError
 from lingua.data import DataArgs, build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
+from tests.LT2.tiny_run import SMALL, train
 from tests.setup_scripts import SETUP, load_script
 
 data = load_script("download_prepare_hf_data")
@@ -102,7 +104,8 @@ def test_a_local_folder_becomes_a_source_that_training_reads(tmp_path, capsys):
     source = write_lines(tmp_path / "some texts", 60)
     options = ("--source_dir", str(source), "--validation_documents", "10")
     out = prepare(tmp_path, *options, name="some_texts")
-    assert "60 documents" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r"60 documents, 1\.\d kB, in 2 chunks and a validation file of 10 doc", said)
     args = DataArgs(
         root_dir=str(out.parent),
         sources={out.name: 1.0},
@@ -116,6 +119,25 @@ def test_a_local_folder_becomes_a_source_that_training_reads(tmp_path, capsys):
     state = init_dataloader_state_from_args(args, rank=1, world_size=2)
     with build_dataloader_from_args(args, state) as batches:
         assert next(batches)[0].shape == (2, 16, 2)
+
+
+def test_without_held_out_documents_training_has_all(tmp_path, capsys):
+    """... and needs no `eval.validation=null`."""
+    source = write_lines(tmp_path / "texts", 60)
+    out = prepare(tmp_path, "--source_dir", str(source), "--validation_documents", "0")
+    assert capsys.readouterr().out.endswith("kB, in 2 chunks\n")
+    options = {**SMALL, "steps": 3, "data.sources": f"{{{out.name}: 1.0}}"}
+    for name, validation in (("plain", {}), ("null", {"eval.validation": None})):
+        dump_dir = train(out.parent, tmp_path / name, **options, **validation)
+        lines = (dump_dir / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 3 and "loss/val" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "n, told", [(9, "9 bytes"), (1500, "1.5 kB"), (2_000_000, "2.0 MB"), (10**12, "1000.0 GB")]
+)
+def test_bytes_are_told_in_a_unit_that_fits(n, told):
+    assert data.format_bytes(n) == told
 
 
 def test_files_that_are_not_read_are_told(tmp_path, capsys):
@@ -240,6 +262,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         (["fineweb_edu", "0"], "memory=0.0: give"),
         (["fineweb_edu", "nan"], "memory=nan: give"),
         (["fineweb_edu", "64", "--nchunks", "0"], "--nchunks 0 must be at least 1"),
+        (["fineweb_edu", "64", "--validation_documents", "-1"], "documents -1 must be at least 0"),
         (["fineweb_edu", "64", "--source_dir", "/no/such"], "/no/such: no such folder"),
     ],
 )

@@ -15,7 +15,6 @@ of the rank that needs most. The last line is all of it as JSON.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
@@ -38,7 +37,7 @@ from apps.LT2.trainer import Trainer, TrainState
 from apps.LT2.transformer import LoopedTransformer
 from apps.LT2.unused_options import unused_sections
 from lingua.args import UserError, parse_args, run_cli
-from lingua.command_line import OVERRIDE
+from lingua.command_line import OVERRIDE, OneLineParser
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import (
     dist_max,
@@ -236,7 +235,7 @@ def format_row(row: Row) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m apps.LT2.scripts.benchmark_train",
         description=(__doc__ or "").splitlines()[0],
     )

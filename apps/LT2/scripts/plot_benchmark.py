@@ -8,7 +8,6 @@ where several batch sizes were measured, each of them is. A line ends where memo
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from apps.LT2.scripts.figure import COLOURS, import_pyplot, save_figure
 from lingua.args import UserError, run_cli
+from lingua.command_line import OneLineParser
 
 PANELS = {"prefill": "Prefill", "decode": "Decode"}
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # once all colours are taken
@@ -103,7 +103,7 @@ def format_length(n: int) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m apps.LT2.scripts.plot_benchmark",
         description=(__doc__ or "").splitlines()[0],
     )

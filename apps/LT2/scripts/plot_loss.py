@@ -9,13 +9,13 @@ points on top. One line for each run says where it ended.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from apps.LT2.scripts.figure import COLOURS, import_pyplot, save_figure
 from lingua.args import UserError, run_cli
+from lingua.command_line import OneLineParser
 
 MAX_HALF_WINDOW = 25  # the smoothed line averages at most this many logged values on either side
 
@@ -112,7 +112,7 @@ def draw(curves: list[Curve], out: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m apps.LT2.scripts.plot_loss",
         description=(__doc__ or "").splitlines()[0],
     )
