@@ -71,12 +71,13 @@ def main(argv: Sequence[str]) -> None:
         with ProcessPoolExecutor(n_workers, context, initializer=end_with_parent) as pool:
             running = {pool.submit(tokenize, chunk): chunk for chunk in todo}
             try:
-                for done in as_completed(running):
+                for n_done, done in enumerate(as_completed(running), start=1):
                     facts = done.result()
                     n_tokens += facts["tokens"]
                     rate = n_tokens / (time.perf_counter() - began)
                     print(
-                        f"{running[done]}: {facts['tokens']:,} tokens; {rate:,.0f} a second in all"
+                        f"{running[done]}: {facts['tokens']:,} tokens; {n_done} of {len(todo)} "
+                        f"done, {rate:,.0f} tokens/s, all workers together"
                     )
             except BaseException:
                 pool.shutdown(cancel_futures=True)

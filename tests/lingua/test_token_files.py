@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -148,7 +149,9 @@ def test_files_that_are_right_are_left_alone_and_others_made_anew(args, capsys):
     TokenFiles(chunks[1]).tokens.write_bytes(b"")
     capsys.readouterr()
     tokenize(args, "--workers", "2")
-    assert "4 chunks, 1 to tokenize" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 chunks, 1 to tokenize" in said
+    assert re.search(r"tokens; 1 of 1 done, [\d,]+ tokens/s, all workers together", said)
     changed = [c for c in chunks if TokenFiles(c).facts.stat().st_mtime_ns != before[c]]
     assert changed == [chunks[1]]
     validate_data_args(replace(args, pretokenized=True), 1)
