@@ -57,9 +57,9 @@ class Reader:
         hints = field_types(cls)
         fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
         if self.strict:
-            for key in data:
+            for key, value in data.items():
                 if key not in fields:
-                    raise self._unknown(cls, path, str(key))
+                    raise self._unknown(cls, path, str(key), value)
         values = {}
         for name, f in fields.items():
             below = f"{path}.{name}" if path else name
@@ -115,7 +115,7 @@ class Reader:
         if origin in (dict, Mapping) and isinstance(value, Mapping):
             key_type, value_type = args or (Any, Any)
             return {
-                self.value(key_type, k, f"{path} (key)"): self.value(value_type, v, f"{path}.{k}")
+                self.value(key_type, k, f"{path} (key)"): self._entry(value_type, v, path, k)
                 for k, v in value.items()
             }
         if isinstance(hint, type) and issubclass(hint, Enum):
@@ -123,6 +123,12 @@ class Reader:
         if hint in CONVERSIONS:
             return CONVERSIONS[hint](value)
         raise _Mismatch
+
+    def _entry(self, hint: Any, value: Any, path: str, key: Any) -> Any:
+        try:
+            return self.value(hint, value, f"{path}.{key}")
+        except UserError as error:
+            raise UserError(f"{error}{_missing_space(str(key), value)}") from None
 
     def _items(self, origin: Any, args: tuple[Any, ...], value: Sequence[Any], path: str) -> list:
         fixed = origin is tuple and bool(args) and args[-1] is not Ellipsis
@@ -149,8 +155,10 @@ class Reader:
         shown = f"{path}={format_value(value)}" if path else format_value(value)
         return UserError(f"{self._origin(path)}{shown}: expected {what}{advice}")
 
-    def _unknown(self, cls: type, path: str, key: str) -> UserError:
+    def _unknown(self, cls: type, path: str, key: str, value: Any) -> UserError:
         below = f"{path}.{key}" if path else key
+        if advice := _missing_space(key, value):
+            return UserError(f"{self._origin(below)}unknown option {below}{advice}")
         if "." in key:  # `model.dim: 8` as one key; its name alone would look right
             nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
             return UserError(f"{self._origin(below)}unknown option {below}: in YAML, {nested}")
@@ -159,6 +167,14 @@ class Reader:
     def _origin(self, path: str) -> str:
         place = self.origins.get(path) or self.origins.get(re.sub(r"\[\d+\].*| \(key\)", "", path))
         return f"{place}: " if place else ""
+
+
+def _missing_space(key: str, value: Any) -> str:
+    """Advice for `{a:1}`, which YAML reads as the key `a:1` of nothing."""
+    name, colon, rest = key.rpartition(":")
+    if value is not None or not (name and rest):
+        return ""
+    return f"; YAML wants a space after the colon, in quotes for the shell: '{{{name}: {rest}}}'"
 
 
 def with_path(message: str, path: str, fields: Container[str]) -> str:

@@ -39,6 +39,21 @@ def test_a_value_that_is_to_be_a_list_is_shown_as_one():
         assert "a list is written" not in complaint(f"data.until={other}")
 
 
+def test_a_colon_without_a_space_is_told(yaml_file):
+    """`{mine:1.0}` is the key `mine:1.0` of nothing."""
+    advice = "; YAML wants a space after the colon, in quotes for the shell: '{%s}'"
+    for told in (
+        complaint("data.sources={v1.0:0.5}"),
+        complaint("data={sources: {v1.0:0.5, web: 1}}"),
+        complaint(yaml_file("data:\n  sources: {v1.0:0.5}\n")),
+    ):
+        assert told.endswith("data.sources.v1.0:0.5=null: expected float" + advice % "v1.0: 0.5")
+    told = complaint("optim={lr:0.1}")
+    assert told == "unknown option optim.lr:0.1" + advice % "lr: 0.1"
+    for other in ("data.sources={web: null}", "data.sources={a:b: null2}", "optim={lr:1: 2}"):
+        assert "space" not in complaint(other)
+
+
 def test_null_is_no_text(yaml_file):
     assert parse("name=").name == ""
     assert complaint("name=null") == "name=null: expected str"
