@@ -150,9 +150,11 @@ def fit_to_world(args: DistributedArgs, world_size: int) -> DistributedArgs:
         )
     rest = args.dp_shard * args.tp_size
     if world_size % rest:
+        options = {"dp_shard": args.dp_shard, "tp_size": args.tp_size}
+        asked = " times ".join(f"distributed.{k}={n}" for k, n in options.items() if n > 1)
         raise UserError(
-            f"distributed.dp_shard={args.dp_shard} times distributed.tp_size={args.tp_size} "
-            f"does not divide the {world_size} processes that were started"
+            f"{asked} needs a multiple of {rest} processes, not {world_size}: start them, on one "
+            f"machine with torchrun --nproc-per-node {rest * max(world_size // rest, 1)}"
         )
     if args.dp_replicate * rest != world_size:
         logger.info(f"distributed.dp_replicate: {args.dp_replicate} -> {world_size // rest}")

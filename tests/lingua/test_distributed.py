@@ -308,8 +308,15 @@ def test_dp_replicate_is_fitted_to_the_processes():
     args = ld.DistributedArgs(fsdp_type="full_shard", dp_shard=2)
     assert ld.fit_to_world(args, 8).dp_replicate == 4
     assert args.dp_replicate == 1, "the input is not edited"
-    with pytest.raises(UserError, match="does not divide the 3 processes"):
-        ld.fit_to_world(args, 3)
+    with pytest.raises(UserError) as told:
+        ld.fit_to_world(args, 5)
+    assert str(told.value) == (
+        "distributed.dp_shard=2 needs a multiple of 2 processes, not 5: start them, on one machine "
+        "with torchrun --nproc-per-node 4"
+    )
+    both = ld.DistributedArgs(fsdp_type="full_shard", dp_shard=2, tp_size=2)
+    with pytest.raises(UserError, match="dp_shard=2 times distributed.tp_size=2 .*node 4"):
+        ld.fit_to_world(both, 1)
     with pytest.raises(UserError, match="distributed.dp_shard=2 with distributed.fsdp_type"):
         ld.fit_to_world(ld.DistributedArgs(dp_shard=2), 2)
 
