@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from apps.LT2.scripts.benchmark_train import main, variants
+from apps.LT2.scripts.benchmark_train import (
+    COLUMNS,
+    Row,
+    format_line,
+    format_row,
+    legend,
+    main,
+    variants,
+)
 from lingua.args import UserError
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny_run import OPTIONS, clean_process, write_corpus
@@ -41,6 +50,7 @@ def test_ranks_are_measured_together(tmp_path):
     assert second == "", "one rank tells"
     assert "model.loop_count=2: model.kda is set, and no layer is kda" in first
     rows = json.loads(first.splitlines()[-1])["rows"]
+    assert_table(first.splitlines(), [row["recipe"] for row in rows])
     assert [row["problem"] for row in rows] == [""] * 4
     assert [row["recipe"].split()[1:] for row in rows] == [
         [f"distributed.tp_size={tp}", f"model.loop_count={loops}"]
@@ -55,6 +65,39 @@ def test_ranks_are_measured_together(tmp_path):
     # Sharing heads costs all-reduces in every loop.
     n_reduced = [row["collectives"]["allreduce"] for row in rows]
     assert n_reduced[0] == n_reduced[1] < n_reduced[2] < n_reduced[3]
+
+
+def assert_table(lines: list[str], names: list[str]) -> None:
+    """Each row has a cell below each heading, two blanks or more apart from the next."""
+    head = next(i for i, line in enumerate(lines) if line.startswith("recipe"))
+    assert lines[head - 2].startswith("ranks: 2; ")
+    assert "tokens/s: of all ranks together" in lines[head - 2]
+    starts = ("recipe", "debug")
+    table = [re.split(r" {2,}", line) for line in lines[head:] if line.startswith(starts)]
+    assert [row[0] for row in table] == ["recipe", *names]
+    assert {len(row) for row in table} == {len(COLUMNS) + 1}
+    assert table[0][1:] == list(COLUMNS)
+
+
+def test_columns_stand_below_their_headings_whatever_a_name_s_length():
+    gpu = {"mfu": 0.5, "peak_gib": 78.125, "activations_gib": 1.0, "peak_activations_gib": 2.5}
+    rows = [
+        Row("short", 1_234_500_000, 8, 1_234_567.0, (1_234_000.0, 1_235_000.0), **gpu),
+        Row("longer " + "model.loop_count=4 " * 5, compiled=True, graph_breaks=3),
+    ]
+    width = len(rows[1].recipe)
+    head, first, second = (
+        format_line("recipe", width, COLUMNS), *(format_row(row, width) for row in rows)
+    )  # fmt: skip
+    ends = [head.index(name) + len(name) for name in COLUMNS]
+    for line in (first, second):
+        assert len(line) == len(head)
+        assert all(line[end - 1] != " " and line[end : end + 2].strip() == "" for end in ends)
+    cells = re.split(r" {2,}", first)
+    assert cells[1:7] == ["1234.5M", "1234567", "1234000-1235000", "50.0%", "78.12 GiB", "1.00 GiB"]
+    assert re.split(r" {2,}", second[width:])[4:9] == ["-", "-", "-", "-", "3"]
+    assert format_row(Row("short", problem="no memory"), 7) == "short    no memory"
+    assert all(f"{name}:" in legend(1) for name in ("body", "memory", "kept", "peak", "breaks"))
 
 
 def test_an_option_that_nothing_reads_is_refused_with_its_recipe(tmp_path, capsys):

@@ -20,6 +20,7 @@ import re
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -219,19 +220,52 @@ def tell(line: str) -> None:
         print(line, flush=True)
 
 
-def format_row(row: Row) -> str:
-    if row.problem:
-        return f"{row.recipe:42s} {row.problem}"
-    mfu = "" if row.mfu is None else f"{100 * row.mfu:.1f}%"
-    breaks = str(row.graph_breaks) if row.compiled else "eager"
-    memory = (row.peak_gib, row.activations_gib, row.peak_activations_gib)
-    # Other kinds of device do not count theirs.
-    whole, kept, most = (f"{gib:.2f} GiB" if row.peak_gib else "-" for gib in memory)
+# Columns behind the name -> width, for the widest value that is likely.
+COLUMNS = {
+    "body": 8,
+    "tokens/s": 9,
+    "quartiles": 15,
+    "MFU": 6,
+    "memory": 9,
+    "kept": 9,
+    "peak": 9,
+    "breaks": 6,
+    "first loss": 10,
+    "last loss": 10,
+    "grad norm": 9,
+}
+
+
+def legend(n_ranks: int) -> str:
     return (
-        f"{row.recipe:42s} {row.body_parameters / 1e6:7.1f}M {row.tokens_per_s:9.0f} "
-        f"({row.quartiles[0]:.0f}-{row.quartiles[1]:.0f}) {mfu:>6s} {whole:>9s} {kept:>9s} "
-        f"{most:>9s} {breaks:>6s} {row.first_loss:8.3f} {row.last_loss:8.3f} {row.grad_norm:8.3f}"
+        f"ranks: {n_ranks}; body: parameters without embeddings; tokens/s: of all ranks together, "
+        "the median of the timed steps; memory: of the rank that needs most\n"
+        "kept: activations that the forward of a micro-batch leaves for its backward; peak: the "
+        "most that the two need; breaks: of the compiled graphs"
     )
+
+
+def format_line(name: str, width: int, cells: Iterable[str]) -> str:
+    columns = (cell.rjust(n) for cell, n in zip(cells, COLUMNS.values(), strict=True))
+    return "  ".join([name.ljust(width), *columns])
+
+
+def format_row(row: Row, width: int) -> str:
+    if row.problem:
+        return f"{row.recipe.ljust(width)}  {row.problem}"
+    low, high = row.quartiles
+    gib = (row.peak_gib, row.activations_gib, row.peak_activations_gib)
+    cells = (
+        f"{row.body_parameters / 1e6:.1f}M",
+        f"{row.tokens_per_s:.0f}",
+        f"{low:.0f}-{high:.0f}",
+        "-" if row.mfu is None else f"{100 * row.mfu:.1f}%",
+        # Other kinds of device do not count theirs.
+        *(f"{n:.2f} GiB" if row.peak_gib else "-" for n in gib),
+        str(row.graph_breaks) if row.compiled else "eager",
+        *(f"{n:.3f}" for n in (row.first_loss, row.last_loss, row.grad_norm)),
+    )
+    return format_line(row.recipe, width, cells)
 
 
 def main(argv: list[str]) -> None:
@@ -262,13 +296,12 @@ def main(argv: list[str]) -> None:
 
     setup_env(runs[0][1].env)
     setup_torch_distributed(runs[0][1].distributed)
-    tell(
-        f"{'recipe':42s} {'body':>8s} {'tokens/s':>9s} (quartiles)    MFU    memory, "
-        "activations kept, at most breaks first and last loss, gradient norm"
-    )
     for name, args in runs:
         for line in unused_sections(args.model):
             tell(f"{name}: {line}")
+    width = max(len(name) for name, _ in runs)
+    tell(legend(get_world_size()))
+    tell(format_line("recipe", width, COLUMNS))
     rows = []
     for name, args in runs:
         rows.append(row := Row(name))
@@ -280,7 +313,7 @@ def main(argv: list[str]) -> None:
             row.problem = str(error)
         torch.compiler.reset()
         release_memory()
-        tell(format_row(row))
+        tell(format_row(row, width))
         for kind, ms in row.kernel_ms.items():
             tell(f"    {ms:9.2f} ms  {kind}")
         for name, count in row.collectives.items():
