@@ -107,6 +107,13 @@ def test_an_option_that_nothing_reads_is_refused_with_its_recipe(tmp_path, capsy
     assert capsys.readouterr().out == ""
 
 
+def test_a_tokenizer_s_file_is_needed(tmp_path):
+    """README says so; benchmark_prefill, without text to read, takes Llama 3's vocabulary."""
+    gone = ["data.tokenizer.name=hf", f"data.tokenizer.path={tmp_path}/gone.json"]
+    with pytest.raises(UserError, match="data.tokenizer.path=.*gone.json"):
+        main([RECIPE, *options_of(write_corpus(tmp_path)), *gone])
+
+
 def test_variants_are_all_combinations():
     assert variants([]) == [[]]
     assert variants(["a=1,2", "b=x"]) == [["a=1", "b=x"], ["a=2", "b=x"]]
