@@ -109,7 +109,7 @@ LEAVES = {
     "Generate": [],
     "Weights": ["runs/weights/model.safetensors", "runs/hf/config.json", "runs/imported"],
     "Evaluate": ["runs/quickstart/evals/0000000002/results.json", "runs/suites/results.json"],
-    "Benchmark": ["looped.png", "runs/benchmark_prefill/benchmark_prefill.png"],
+    "Benchmark": ["runs/looped.png", "runs/benchmark_prefill/benchmark_prefill.png"],
 }
 SECTIONS: dict[str, list[Command]] = {}
 for command in readme_commands():
@@ -168,8 +168,10 @@ def shell(tmp_path_factory, quick_python):
     folder = tmp_path_factory.mktemp("clone") / "LT2"
     for name in ("apps", "lingua", "setup", "tokenizer"):
         shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / ".gitignore", folder)
     write_small_corpus(folder)
     shell = Shell(folder, quick_python)
+    shell.run("git init -q && git add . && git -c user.name=a -c user.email=a commit -qm clone")
     sinfo = "#!/bin/bash\necho 60\n"  # minutes
     for name, text in {"sbatch": SBATCH, "srun": "#!/bin/bash\n", "sinfo": sinfo}.items():
         shell.add_program(name, text)
@@ -214,8 +216,11 @@ def test_a_section_s_commands_run(section, request):
     for program in readme_programs(section):
         (shell.folder / "program.py").write_text(program)
         shell.run("python program.py")
+        (shell.folder / "program.py").unlink()
     for file in LEAVES.get(section, []):
         assert (shell.folder / file).exists(), f"{file} is missing after section {section}"
+    # what they leave is copied into no run's code/, and makes no later run one of changed code
+    assert shell.run("git status --porcelain") == ""
 
 
 @pytest.mark.parametrize("start", [*EXCEPTIONS, *SMALLER, *PLACEHOLDERS])
