@@ -10,6 +10,7 @@ from typing import Any
 from lingua.args import UserError
 
 LAUNCHERS = ("sbatch", "bash")
+CONFIG_ARGUMENT = 'config="$DUMP_DIR/base_config.yaml"'  # the options behind it win over the file
 
 
 @dataclass
@@ -119,7 +120,7 @@ def render_submit(job: Job) -> str:
     args, q = job.args, lambda value: shlex.quote(str(value))
     command = [
         args.script,
-        'config="$DUMP_DIR/base_config.yaml"',
+        CONFIG_ARGUMENT,
         *map(shlex.quote, args.overrides),
     ]
     run = "-m " + " ".join(command)

@@ -1,7 +1,8 @@
 """A sweep: one run for every combination of values, and a table of what came of them.
 
     python -m lingua.sweep dump_dir=runs/tune         prints the table of a sweep, as it stands
-    python -m lingua.sweep dump_dir=runs              of other runs: the options that differ
+    python -m lingua.sweep dump_dir=runs              of all runs and sweeps in a folder: the
+                                                      options that differ by choice
 
 The folder of a sweep is the config's dump_dir; in it are
 
@@ -26,8 +27,6 @@ from typing import Any
 
 from lingua.args import (
     UserError,
-    flatten_dict,
-    load_config_file,
     parse_args,
     print_text,
     run_cli,
@@ -35,17 +34,15 @@ from lingua.args import (
 )
 from lingua.fields import format_value
 from lingua.record_file import read_jsonl_records
-from lingua.run_plan import RUN_MARKS
+from lingua.runs import RECORD as RECORD
+from lingua.runs import Options as Options
+from lingua.runs import is_run, read_differences
+from lingua.slurm_script import StoolArgs
 from lingua.yaml_reader import yaml_value
 
 logger = logging.getLogger()
 
-RECORD = "sweep.json"
-WHOLE = "config.yaml"  # of a run that has begun: all of its options
 MAX_LABEL = 150  # bytes; a name of a folder may have 255
-FILLED_IN = ("dump_dir", "name")  # options that each run has its own of
-
-Options = dict[str, Any]  # dotted option -> value
 
 COLUMNS = {  # of the table: title -> key in metrics.jsonl
     "step": "global_step",
@@ -59,7 +56,7 @@ COLUMNS = {  # of the table: title -> key in metrics.jsonl
 def combinations(sweep: Mapping[str, list[Any]]) -> dict[str, Options]:
     """Label -> options of every run; the last option changes fastest."""
     for option, values in sweep.items():
-        if option in FILLED_IN:
+        if option in ("dump_dir", "name"):
             raise UserError(f"sweep.{option}: each run of a sweep has its own; leave it out")
         if not values:
             raise UserError(f"sweep.{option}=[]: name the values to try, e.g. [1, 2]")
@@ -114,48 +111,14 @@ def read_record(folder: Path) -> dict[str, Options]:
     return runs
 
 
-def read_differences(folder: Path) -> dict[str, Options]:
-    """Label -> the options that are not the same in all runs of `folder`, which is no sweep's, and
-    the label as "run" among them."""
-    configs = {run.name: read_options(run) for run in sorted(folder.iterdir()) if is_run(run)}
-    # Of a run that has not begun only what was asked for is known, and not what that comes to.
-    begun = [c for label, c in configs.items() if c and Path(folder, label, WHOLE).exists()]
-    known = begun or [config for config in configs.values() if config]
-
-    def differs(option: str) -> bool:
-        values = {repr(config[option]) for config in configs.values() if option in config}
-        return len(values) > 1 or any(option not in config for config in known)
-
-    options = dict.fromkeys(option for config in known for option in config)
-    differ = [o for o in options if o not in (*FILLED_IN, "checkpoint.path") and differs(o)]
-    return {
-        label: {"run": label} | {option: config[option] for option in differ if option in config}
-        for label, config in configs.items()
-    }
-
-
-def is_run(folder: Path) -> bool:
-    return any(os.path.exists(folder / mark) for mark in RUN_MARKS)  # not, where it is closed
-
-
-def read_options(run: Path) -> Options:
-    """The run's config, as far as it can be read; what cannot is told."""
-    file = next((run / name for name in (WHOLE, "base_config.yaml") if (run / name).exists()), None)
-    try:
-        return flatten_dict(load_config_file(file), sep=".") if file is not None else {}
-    except UserError as error:
-        logger.warning("%s: its options are not known (%s)", run, error)
-        return {}
-
-
-def format_table(folder: Path) -> str:
-    """A line for each run of a sweep, or of any folder of runs: the options in which they differ,
-    and the newest numbers of its metrics.jsonl."""
+def format_table(folder: Path, script: str = StoolArgs.script) -> str:
+    """A line for each run of a sweep, or of any folder of runs: the options in which they differ
+    (see read_differences), and the newest numbers of its metrics.jsonl."""
     if not folder.exists():
         raise UserError(f"dump_dir={folder}: no such folder (seen from {os.getcwd()})")
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"dump_dir={folder}: no folder that may be looked into")
-    runs = read_record(folder) or read_differences(folder)
+    runs = read_record(folder) or read_differences(folder, script)
     if not runs:
         is_one = f"; it is a run itself, name {folder.absolute().parent}" if is_run(folder) else ""
         raise UserError(
@@ -196,7 +159,9 @@ def _number(value: Any) -> str:
 
 @dataclass
 class TableArgs:
-    dump_dir: str = ""  # folder of the sweep, or of any runs
+    dump_dir: str = ""  # folder of the sweep, or of any runs and sweeps
+    # module that the runs ran, whose TrainArgs says which of their options are defaults
+    script: str = StoolArgs.script
 
 
 def main(argv: list[str]) -> None:
@@ -212,7 +177,7 @@ def main(argv: list[str]) -> None:
     )
     if not args.dump_dir:
         raise UserError("dump_dir is empty: name the folder of a sweep, or of runs")
-    print_text(format_table(Path(args.dump_dir)))
+    print_text(format_table(Path(args.dump_dir), args.script))
 
 
 if __name__ == "__main__":
