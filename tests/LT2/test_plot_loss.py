@@ -14,7 +14,7 @@ from lingua.metrics import json_line
 
 
 def write_run(folder: Path, records: list[dict], tail: str = "") -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     text = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "metrics.jsonl").write_text(text + tail)
     return folder
@@ -70,10 +70,40 @@ def test_draws_one_run_into_its_folder_and_several_where_told(tmp_path, capsys):
     assert "2.500 bits per byte" in capsys.readouterr().out
 
 
+def test_a_folder_of_runs_is_all_of_them(tmp_path, capsys, caplog):
+    pytest.importorskip("matplotlib")
+    tune = tmp_path / "runs" / "tune"
+    for name in ("lr=1", "lr=2", "lr=3"):
+        run = write_run(tune / name, RECORDS if name != "lr=3" else [])
+        (run / "config.yaml").write_text("")
+    (tune / "sweep.json").write_text("{}")
+    (tune / "submitit").mkdir()
+    main([str(tune)])
+    assert (tune / "loss.png").stat().st_size > 5000
+    out = capsys.readouterr().out
+    assert out.startswith("lr=1: ") and "\nlr=2: " in out and "lr=3" not in out
+    assert f"left out: {tune}/lr=3/metrics.jsonl: holds no loss yet" in caplog.text
+    main([str(tune.parent)])
+    assert capsys.readouterr().out.startswith("tune/lr=1: ")
+
+    # as a shell writes runs/tune/*: what is no run is told and passed over
+    caplog.clear()
+    main([*map(str, sorted(tune.iterdir())), "--out", str(tmp_path / "all.png")])
+    for name in ("loss.png", "submitit", "sweep.json"):
+        assert f"left out: {tune / name}: has no metrics.jsonl" in caplog.text
+    with pytest.raises(UserError, match="absent/metrics.jsonl"):  # a typing mistake
+        main([str(tune / "lr=1"), str(tmp_path / "absent"), "--out", str(tmp_path / "all.png")])
+
+
 def test_mistakes_are_one_line(tmp_path):
     run = write_run(tmp_path / "run", RECORDS)
     with pytest.raises(UserError, match="name a run's dump_dir"):
         main([str(tmp_path / "absent")])
+    (tmp_path / "no run").mkdir()
+    with pytest.raises(UserError, match="has no metrics.jsonl, and there is no run"):
+        main([str(tmp_path / "no run")])
+    with pytest.raises(UserError, match="no run with a loss is there"):
+        main([str(tmp_path / "no run")] * 2 + ["--out", str(tmp_path / "x.png")])
     with pytest.raises(UserError, match="--out"):
         main([str(run), str(run)])
     with pytest.raises(UserError, match="no loss yet"):

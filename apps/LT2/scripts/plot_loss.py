@@ -2,6 +2,7 @@
 
     python -m apps.LT2.scripts.plot_loss runs/demo                       # runs/demo/loss.png
     python -m apps.LT2.scripts.plot_loss runs/a runs/b --out both.png
+    python -m apps.LT2.scripts.plot_loss runs/tune                       # all runs of a sweep
 
 Training loss is drawn as it was logged (pale) and smoothed; validation loss, where there is any, as
 points on top. One line for each run says where it ended.
@@ -10,12 +11,18 @@ points on top. One line for each run says where it ended.
 from __future__ import annotations
 
 import json
+import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from apps.LT2.scripts.figure import COLOURS, import_pyplot, save_figure
 from lingua.args import UserError, run_cli
 from lingua.command_line import OneLineParser
+from lingua.runs import find_runs, is_run
+
+logger = logging.getLogger()
 
 MAX_HALF_WINDOW = 25  # the smoothed line averages at most this many logged values on either side
 
@@ -44,13 +51,50 @@ class Curve:
         return f"{self.name}: {', '.join(parts)}"
 
 
-def read_curve(run: Path) -> Curve:
+class NothingToDrawError(UserError):
+    """It is no run, or one that has no loss yet."""
+
+
+def read_curves(given: Sequence[Path]) -> list[Curve]:
+    """Of runs, and of all runs of folders of them; where there are several, those without a loss
+    are told and left out."""
+    runs = [run for path in given for run in runs_of(path)]
+    curves = []
+    for name, run in runs:
+        try:
+            curves.append(read_curve(run, name))
+        except NothingToDrawError as error:
+            if len(runs) == 1:
+                raise
+            logger.warning("left out: %s", error)
+    if not curves:
+        raise UserError(f"{', '.join(map(str, given))}: no run with a loss is there")
+    return curves
+
+
+def runs_of(path: Path) -> list[tuple[str, Path]]:
+    """Name and folder of the run, or of all runs in the folder."""
+    alone = [(path.resolve().name, path)]
+    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
+        return alone
+    if is_run(path) or (path / "metrics.jsonl").exists():
+        return alone
+    return list(find_runs(path).items()) or alone
+
+
+def read_curve(run: Path, name: str = "") -> Curve:
     path = run / "metrics.jsonl"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"{path}: not readable: {error.strerror}; name a run's dump_dir") from None
-    curve = Curve(name=run.resolve().name)
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and run.exists():
+            raise NothingToDrawError(
+                f"{run}: has no metrics.jsonl, and there is no run in it"
+            ) from None
+        raise UserError(
+            f"{path}: not readable: {error.strerror}; name a run's dump_dir, or a folder of runs"
+        ) from None
+    curve = Curve(name=name or run.resolve().name)
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -67,7 +111,7 @@ def read_curve(run: Path) -> Curve:
         if record.get("loss/val") is not None:
             curve.val_bpb = record.get("loss/val_bpb")
     if not curve.train and not curve.val:
-        raise UserError(f"{path}: holds no loss yet")
+        raise NothingToDrawError(f"{path}: holds no loss yet")
     return curve
 
 
@@ -116,12 +160,14 @@ def main(argv: list[str]) -> None:
         prog="python -m apps.LT2.scripts.plot_loss",
         description=(__doc__ or "").splitlines()[0],
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="dump_dir of a run")
-    parser.add_argument("--out", type=Path, help="picture to write; RUN/loss.png for one run")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="dump_dir of a run, or a folder of runs"
+    )
+    parser.add_argument("--out", type=Path, help="picture to write; RUN/loss.png for one RUN")
     args = parser.parse_args(argv)
     if args.out is None and len(args.runs) > 1:
         raise UserError("--out: name the picture, e.g. --out losses.png, for more than one run")
-    curves = [read_curve(run) for run in args.runs]
+    curves = read_curves(args.runs)
     for curve in curves:
         print(curve.summary())
     out = args.out or args.runs[0] / "loss.png"
