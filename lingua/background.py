@@ -133,7 +133,11 @@ def failure(handle: Any) -> str | None:
     return None if error is None else f"see {handle.paths.stderr}"
 
 
+def run_command(job: Job) -> list[str]:
+    return ["bash", str(job.script)]
+
+
 def _command(job: Job, *before: str) -> Any:
     # submitit's own class, since the job unpickles it where this package may not be on the path.
     submitit = import_submitit("a job in the background")
-    return submitit.helpers.CommandFunction([*before, "bash", str(job.script)], verbose=False)
+    return submitit.helpers.CommandFunction([*before, *run_command(job)], verbose=False)

@@ -18,22 +18,34 @@ def show(plans: Sequence[RunPlan], action: str, sweep: Path | None = None) -> No
 
 
 def describe(plans: Sequence[RunPlan], action: str, sweep: Path | None) -> Iterator[str]:
-    """Lines of text. The code and the script are those of the first run: others differ in name,
-    folder and options."""
+    """Lines of text, one for each run of a sweep, and what is alike in them once."""
     first = plans[0]
     texts = run_files(first)
     yield "stool: a dry run: nothing is written, deleted or run"
     if first.job.args.copy_code:
-        files = code_to_copy(first.root, without=sweep or first.job.dump_dir)
-        yield f"stool: would copy {len(files)} files of code ({code_version(first.root)}):"
-        yield from (f"    {first.root / file}" for file in files)
+        each = " for each run" if len(plans) > 1 else ""
+        code = describe_code(first.root, without=sweep or first.job.dump_dir)
+        yield f"stool: would copy{each} {code}"
     for plan in plans:
         yield from describe_folder(plan, [f"{LOGS}/", *texts])
     if sweep is not None:
         yield f"stool: would write {sweep / RECORD}"
-    yield f"stool: {first.job.script} would be"
+    others = " (others differ in name, folder and options)" if len(plans) > 1 else ""
+    yield f"stool: {first.job.script} would be{others}"
     yield texts[first.job.script.name].rstrip("\n")
     yield f"stool: would {action}"
+
+
+def describe_code(root: Path, without: Path) -> str:
+    files = code_to_copy(root, without)
+    n_bytes = sum(os.stat(root / file).st_size for file in files)
+    folders = sorted({f"{file.parts[0]}/" for file in files if len(file.parts) > 1})
+    n_beside = sum(len(file.parts) == 1 for file in files)
+    places = ", ".join([*folders, *([f"{n_beside} files beside them"] if n_beside else [])])
+    return (
+        f"{len(files)} files of code, {n_bytes / 1e6:.3g} MB, from {root} ({code_version(root)}): "
+        f"{places}"
+    )
 
 
 def describe_folder(plan: RunPlan, names: Sequence[str]) -> Iterator[str]:
@@ -43,8 +55,8 @@ def describe_folder(plan: RunPlan, names: Sequence[str]) -> Iterator[str]:
         n_files, n_bytes = size(folder)
         yield f"stool: would delete all in {folder}: {n_files} files, {n_bytes / 1e9:.3g} GB"
     goes_on = "" if is_new or args.override else ", and leave what else is there"
-    yield f"stool: would write to {folder}{goes_on}:"
-    yield from (f"    {name}" for name in [*(["code/"] if args.copy_code else []), *names])
+    written = ", ".join([*(["code/"] if args.copy_code else []), *names])
+    yield f"stool: would write to {folder}{goes_on}: {written}"
 
 
 def size(folder: Path) -> tuple[int, int]:

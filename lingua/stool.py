@@ -38,6 +38,7 @@ from lingua.background import (
     gpu_slots,
     has_slurm,
     import_submitit,
+    run_command,
     run_here,
     start_here,
     submit_to_slurm,
@@ -118,7 +119,9 @@ def launch_sweep(args: StoolArgs) -> Path:
         gpu_slots(args.ngpu, at_once)  # refuses more than the machine has
     if args.dry_run:
         where = "as one SLURM job array" if args.launcher == "sbatch" else "here"
-        show(plans, f"run these {len(jobs)} {where}, {at_once} at a time", sweep=folder)
+        action = f"run these {len(jobs)} {where}, {at_once} at a time, each by its script"
+        command = shlex.join(run_command(jobs[0]))
+        show(plans, f"{action}; the first: {command}", sweep=folder)
         return folder / RECORD
     make_writable("dump_dir", folder)
     with hold_folders({"dump_dir": folder}):

@@ -201,7 +201,8 @@ def test_a_dry_run_of_a_sweep_names_every_run(project, args, slurm, capfd):
     for n in (2, 3, 4):
         assert f"stool: would write to {sweep}/steps={n}:" in out
     assert f"would write {sweep}/sweep.json" in out and "#SBATCH --job-name=try_steps=2" in out
-    assert out.endswith("stool: would run these 3 as one SLURM job array, 2 at a time\n")
+    assert "would run these 3 as one SLURM job array, 2 at a time, each by its script" in out
+    assert out.endswith(f" bash '{sweep}/steps=2/submit.slurm'\n")
     with pytest.raises(UserError, match="unknown option stepss"):
         launch_job(replace(swept, sweep={"stepss": [2]}, dry_run=True))
 
