@@ -45,7 +45,9 @@ from lingua.background import (
 )
 from lingua.dry_run import show
 from lingua.folder_lock import hold_folders, make_writable
+from lingua.local_output import LocalOutput, local_output
 from lingua.run_plan import (
+    LOGS,
     RunPlan,
     check_not_read,
     import_script,
@@ -185,12 +187,23 @@ def launch_command(job: Job) -> list[str]:
 def submit(job: Job) -> None:
     command = launch_command(job)
     print(f"stool: {shlex.join(command)}", flush=True)
+    output = local_output(job)
+    if output is not None:
+        print(f"stool: its output goes to {output.out} and {output.err.name}", flush=True)
     done = subprocess.run(command)
     if done.returncode != 0:
         raise UserError(
-            f"{command[0]} {job.script}: ended with status {done.returncode}; its messages are "
-            f"above or in {job.dump_dir / 'logs'}"
+            f"{command[0]} {job.script}: ended with status {done.returncode}; "
+            f"{where_it_complained(job, output)}"
         )
+
+
+def where_it_complained(job: Job, output: LocalOutput | None) -> str:
+    error = output.last_error() if output is not None else None
+    if output is not None and error:
+        return f"see {output.err}: {error}"
+    has_files = output is None and job.args.launcher == "bash" and not job.args.stdout
+    return f"its messages are above{f' or in {job.dump_dir / LOGS}' if has_files else ''}"
 
 
 def main(argv: list[str]) -> None:

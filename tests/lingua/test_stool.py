@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lingua.args import UserError
+from lingua.local_output import LocalOutput
 from lingua.slurm_script import quote_sbatch
 from lingua.stool import (
     Job,
@@ -351,6 +352,55 @@ def test_a_failed_launch_is_one_line(project, args, slurm):
     sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid account' >&2\nexit 3\n")
     with pytest.raises(UserError, match="status 3"):
         launch_job(replace(args, launcher="sbatch"))
+
+
+def test_a_run_here_says_where_its_output_goes_and_how_it_failed(project, args, capfd, monkeypatch):
+    logs = project / "runs" / "a b" / "logs" / "local"
+    launch_job(args)
+    assert f"stool: its output goes to {logs}/run.out and run.err\n" in capfd.readouterr().out
+    again = replace(args, dirs_exists_ok=True)
+    with pytest.raises(UserError, match=f"status 1; see {logs}/run.err: no luck$"):
+        launch_job(replace(again, overrides=["steps=13"]))
+    capfd.readouterr()
+    # what was said before is not this start's
+    monkeypatch.setattr("lingua.stool.launch_command", lambda job: ["bash", "-c", "exit 4"])
+    with pytest.raises(UserError, match="status 4; its messages are above$"):
+        launch_job(again)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(UserError, match="status 4; its messages are above or in .*a b/logs$"):
+        launch_job(again)
+    assert capfd.readouterr().out.count("its output goes") == 1
+
+
+TORCHRUN = """Traceback (most recent call last):
+[rank1]: ValueError: no such token
+  raise ChildFailedError(
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============
+  traceback : the first one
+============
+"""
+
+
+@pytest.mark.parametrize(
+    "text, last",
+    [
+        (TORCHRUN, "[rank1]: ValueError: no such token"),
+        ("error: a: b\nWARNING later\n", "error: a: b"),
+        ("one\n  two \n\n-----\n", "two"),
+        ("x" * 400, "x" * 300 + " ..."),
+        ("\n", ""),
+    ],
+)
+def test_the_last_error_of_a_run_is_no_frame_around_it(tmp_path, text, last):
+    job = replace(some_job(launcher="bash"), dump_dir=tmp_path)
+    (tmp_path / "logs" / "local").mkdir(parents=True)
+    (tmp_path / "logs" / "local" / "run.err").write_text("error: of old\n")
+    output = LocalOutput(job)
+    assert output.last_error() is None
+    with open(output.err, "a") as file:
+        file.write(text)
+    assert output.last_error() == last
 
 
 def test_a_conda_environment_is_activated_where_there_is_conda(tmp_path):
