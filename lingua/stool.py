@@ -164,12 +164,14 @@ def plan_sweep(args: StoolArgs, runs: dict[str, Options]) -> tuple[str, Path, li
 def run_sweep_here(jobs: list[Job], folder: Path, at_once: int) -> list[str]:
     """Run all of them, whatever becomes of one; what is to say of those that failed."""
     failed = []
+    outputs = {job.dump_dir: local_output(job) for job in jobs}
 
     def tell(job: Job, handle: Any) -> None:
         problem = failure(handle)
         print(f"stool: {job.dump_dir.name}: {'failed' if problem else 'done'}", flush=True)
-        if problem:
-            failed.append(f"{job.dump_dir.name} ({problem}, and {job.dump_dir / 'logs'})")
+        if problem:  # submitit's own log is the place of what went wrong before the run
+            own = last_error_in(outputs[job.dump_dir]) or f"{problem}, and {job.dump_dir / LOGS}"
+            failed.append(f"{job.dump_dir.name} ({own})")
 
     run_here(jobs, folder, at_once=at_once, when_done=tell)
     return failed
@@ -199,11 +201,14 @@ def submit(job: Job) -> None:
 
 
 def where_it_complained(job: Job, output: LocalOutput | None) -> str:
-    error = output.last_error() if output is not None else None
-    if output is not None and error:
-        return f"see {output.err}: {error}"
     has_files = output is None and job.args.launcher == "bash" and not job.args.stdout
-    return f"its messages are above{f' or in {job.dump_dir / LOGS}' if has_files else ''}"
+    above = f"its messages are above{f' or in {job.dump_dir / LOGS}' if has_files else ''}"
+    return last_error_in(output) or above
+
+
+def last_error_in(output: LocalOutput | None) -> str | None:
+    error = output.last_error() if output is not None else None
+    return f"see {output.err}: {error}" if output is not None and error else None
 
 
 def main(argv: list[str]) -> None:

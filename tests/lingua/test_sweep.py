@@ -144,7 +144,10 @@ def test_without_submitit_the_extra_is_named(project, args, monkeypatch):
 
 def test_a_run_that_fails_leaves_the_others_alone(project, args, capfd):
     options = ["nodes=1", "ngpu=1", "launcher=bash", "array=3", "sweep.steps=[12,13,14]"]
-    with pytest.raises(UserError, match=r"1 of 3 runs failed: steps=13 \(see .*log.err"):
+    with pytest.raises(
+        UserError,
+        match=r"1 of 3 runs failed: steps=13 \(see .*steps=13/logs/local/run.err: no luck\)$",
+    ):
         main(["config=run.yaml", f"script={args.script}", *options, "--", "optim.lr=0.5"])
     sweep = project / "runs" / "a b"
     assert folders(sweep) == ["steps=12", "steps=13", "steps=14"]
@@ -162,6 +165,12 @@ def test_a_run_that_fails_leaves_the_others_alone(project, args, capfd):
     submit = sweep / "steps=12" / "submit.slurm"
     subprocess.run(["bash", str(submit)], check=True, cwd="/")
     assert len(seen(sweep / "steps=12")) == 2
+
+
+def test_a_run_that_never_began_is_told_by_submitits_log(project, args, monkeypatch):
+    monkeypatch.setattr("lingua.background.run_command", lambda job: ["bash", "-c", "exit 4"])
+    with pytest.raises(UserError, match=r"steps=2 \(see .*log.err, and .*steps=2/logs\)$"):
+        launch_job(replace(args, sweep={"steps": [2]}))
 
 
 def test_a_sweep_can_be_added_to(project, args, capfd, monkeypatch):
