@@ -268,7 +268,8 @@ class CheckpointManager:
         try:
             saved = json.loads((folder / CONFIG_NAME).read_text())["checkpoint"]
             every = {kind: int(saved[kind]["every"]) for kind in ("dump", "eval")}
-        except (OSError, ValueError, LookupError, TypeError):  # of another kind of program
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            # Another kind of program saved it.
             every = {"dump": self.args.dump.every, "eval": self.args.eval.every}
         return {kind for kind, n in every.items() if SaveEvery(n).fires(int(folder.name))}
 

@@ -24,7 +24,8 @@ class DefaultsShown(argparse.HelpFormatter):
         if default in (None, argparse.SUPPRESS) or isinstance(default, bool) or default == []:
             return action.help
         values = default if isinstance(default, list) else [default]
-        return f"{action.help or ''} (default: {' '.join(map(str, values))})".lstrip()
+        shown = " ".join(map(str, values)).replace("%", "%%")  # argparse fills help texts in
+        return f"{action.help or ''} (default: {shown})".lstrip()
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -11,7 +11,9 @@ from lingua.slurm_script import Job
 MAX_READ = 2**16  # bytes at the end of a file
 MAX_LENGTH = 300  # characters of a line that is shown
 # torchrun ends with a report of its own, behind the error of the rank
-ERROR = re.compile(r"(\[rank\d+\]: )?(error|[\w.]*(Error|Exception|Fault)): \S")
+ERROR = re.compile(r"(\[rank\d+\]: )?(error: \S|[\w.]*(Error|Exception|Fault)(: |$))")
+# what other ranks say when one is gone
+FOLLOWS = re.compile(r"Connection (closed|reset)|ncclRemoteError|remote process exited")
 RULE = re.compile(r"[-=\s]*")
 
 
@@ -33,7 +35,8 @@ class LocalOutput:
             lines = file.read().decode("utf-8", "replace").splitlines()
         said = [line.strip() for line in lines if not RULE.fullmatch(line)]
         errors = [line for line in said if ERROR.match(line)]
-        last = (errors or said or [""])[-1]
+        causes = [line for line in errors if not FOLLOWS.search(line)]
+        last = (causes or errors or said or [""])[-1]
         return last if len(last) <= MAX_LENGTH else f"{last[:MAX_LENGTH]} ..."
 
 

@@ -172,7 +172,7 @@ class Reader:
 def _missing_space(key: str, value: Any) -> str:
     """Advice for `{a:1}`, which YAML reads as the key `a:1` of nothing."""
     name, colon, rest = key.rpartition(":")
-    if value is not None or not (name and rest):
+    if value is not None or not (name and rest) or rest[0] in "/\\":  # C:/data
         return ""
     return f"; YAML wants a space after the colon, in quotes for the shell: '{{{name}: {rest}}}'"
 

@@ -138,6 +138,7 @@ def paths_read(job: Job, module: ModuleType, run_args: Any) -> list[tuple[str, P
         ("script", code_root(job.args.script, module)),
         ("script", Path(str(module.__file__))),
         ("anaconda", job.python),
+        ("anaconda", job.python.parent),  # its python is a link
         *by_script,
     ]
 
@@ -208,7 +209,7 @@ def check_may_use(job: Job, reads: Iterable[tuple[str, Path]]) -> None:
         raise UserError(f"dump_dir={folder}: is a file; name a folder")
     if job.args.override:
         check_may_delete(folder, [job.workdir, Path.home(), Path(__file__).resolve()])
-        check_not_read(folder, reads)
+        check_not_read([folder], reads)
     elif not job.args.dirs_exists_ok:
         raise UserError(
             f"dump_dir={folder}: exists; name another, go on with it by dirs_exists_ok=true, "
@@ -220,26 +221,38 @@ def check_may_delete(folder: Path, in_use: Sequence[Path]) -> None:
     option = f"override=true dump_dir={folder}"
     if any(path.is_relative_to(folder.resolve()) for path in in_use):
         raise UserError(f"{option}: holds more than a run; not deleted")
-    if (folder / ".git").exists():
-        raise UserError(f"{option}: is a git repository; not deleted")
     if not any((folder / mark).exists() for mark in OWN_MARKS):
         raise UserError(
             f"{option}: does not look like a run (none of {', '.join(OWN_MARKS)} in it); delete it "
             "yourself or name another"
         )
-    for below in folders_in(folder):  # half a deletion helps nobody
+    for below in folders_in(folder):
+        # half a deletion helps nobody
         if not os.access(below, os.R_OK | os.W_OK | os.X_OK):
             raise UserError(f"{option}: {below} may not be written, and so not be deleted")
+        if (below / ".git").exists():
+            raise UserError(f"{option}: {below} is a git repository; not deleted")
+        if below != folder and is_trained(below):
+            raise UserError(f"{option}: {below} is another run; not deleted")
 
 
-def check_not_read(folder: Path, reads: Iterable[tuple[str, Path]]) -> None:
-    for option, path in reads:
-        named, behind_links = Path(os.path.abspath(path)), path.resolve()
-        if named.is_relative_to(folder) or behind_links.is_relative_to(folder.resolve()):
-            raise UserError(
-                f"override=true dump_dir={folder}: would delete what {option} reads ({path}); name "
-                "another dump_dir"
-            )
+def is_trained(folder: Path) -> bool:
+    """Whether it is a run's, and not that of an evaluation, which a run may have below."""
+    return (folder / "checkpoints").exists() and any((folder / m).exists() for m in OWN_MARKS)
+
+
+def check_not_read(folders: Sequence[Path], reads: Iterable[tuple[str, Path]]) -> None:
+    """Refuse to delete the folders where one holds what is read: its name, or, behind links, what
+    that leads to."""
+    places = [(folder, os.path.abspath(folder), os.path.realpath(folder)) for folder in folders]
+    for path, option in {path: option for option, path in reads}.items():
+        named, behind_links = Path(os.path.abspath(path)), Path(os.path.realpath(path))
+        for folder, name, place in places:
+            if named.is_relative_to(name) or behind_links.is_relative_to(place):
+                raise UserError(
+                    f"override=true dump_dir={folder}: would delete what {option} reads ({path}); "
+                    "name another dump_dir"
+                )
 
 
 def folders_in(folder: Path) -> Iterator[Path]:

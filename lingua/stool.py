@@ -23,7 +23,6 @@ go to SLURM as one job array, or, with launcher=bash, are run here.
 
 from __future__ import annotations
 
-import itertools
 import shlex
 import subprocess
 from dataclasses import replace
@@ -156,8 +155,8 @@ def plan_sweep(args: StoolArgs, runs: dict[str, Options]) -> tuple[str, Path, li
         overrides = [*args.overrides, *as_arguments({**options, **own})]
         plans.append(plan_run(replace(args, overrides=overrides)))
     if args.override:  # nor what another of the runs reads
-        for plan, other in itertools.permutations(plans, 2):
-            check_not_read(plan.job.dump_dir, other.reads)
+        there = [plan.job.dump_dir for plan in plans if plan.job.dump_dir.exists()]
+        check_not_read(there, (read for plan in plans for read in plan.reads))
     return name, folder, plans
 
 

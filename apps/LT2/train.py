@@ -78,6 +78,7 @@ from lingua.profiling import maybe_run_profiler
 from lingua.rng import seed_everything
 from lingua.run_folder import own_folders
 from lingua.stall import StallWatch
+from lingua.torchrun import ending_with_torchrun
 from lingua.weight_file import load_initial_weights
 
 logger = logging.getLogger(__name__)
@@ -105,32 +106,35 @@ def train(given: TrainArgs) -> None:
     with ExitStack() as resources:
         folders = {"dump_dir": args.dump_dir, "checkpoint.path": str(args.checkpoint.path)}
         resources.enter_context(own_folders(folders))
-        start(args)
-        resources.enter_context(end_in_log_file())
-        resources.enter_context(manual_garbage_collection())
-        mesh, device = get_device_mesh(args.distributed), get_device()
-        validator = build_validator(args)
-        checkpoints = resources.enter_context(
-            CheckpointManager.instantiate_and_make_dir(args.checkpoint)
-        )
-        model = build_model(args, mesh, device, initial_weights(args, checkpoints))
-        optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
-        state = new_or_resumed_state(args, model, optimizer, scheduler, checkpoints, mesh)
-        loader = run_together(
-            lambda: build_dataloader_from_args(args.data, state.data_loader_state)
-        )
-        run_on_rank_0(lambda: write_record_of_run(args, given, state.step))
-        describe(model, args)
+        with ending_with_torchrun():  # from the first step on, a signal has the run save
+            start(args)
+            resources.enter_context(end_in_log_file())
+            resources.enter_context(manual_garbage_collection())
+            mesh, device = get_device_mesh(args.distributed), get_device()
+            validator = build_validator(args)
+            checkpoints = resources.enter_context(
+                CheckpointManager.instantiate_and_make_dir(args.checkpoint)
+            )
+            model = build_model(args, mesh, device, initial_weights(args, checkpoints))
+            optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
+            state = new_or_resumed_state(args, model, optimizer, scheduler, checkpoints, mesh)
+            loader = run_together(
+                lambda: build_dataloader_from_args(args.data, state.data_loader_state)
+            )
+            run_on_rank_0(lambda: write_record_of_run(args, given, state.step))
+            describe(model, args)
 
-        batches = resources.enter_context(loader)
-        trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
-        progress = build_progress(args, trainer.tokens_per_step, device)
-        metric_logger = MetricLogger(metrics_path(args), args, resume_step=state.step)
-        metrics = run_together(lambda: resources.enter_context(metric_logger))
-        profiler = resources.enter_context(maybe_run_profiler(args.dump_dir, model, args.profiling))
-        log_micro_batches(trainer, metrics, args.logging.acc_freq)
-        probe_now_and_then(trainer, metrics)
-        stalls = resources.enter_context(StallWatch(args.distributed.timeout_minutes))
+            batches = resources.enter_context(loader)
+            trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
+            progress = build_progress(args, trainer.tokens_per_step, device)
+            metric_logger = MetricLogger(metrics_path(args), args, resume_step=state.step)
+            metrics = run_together(lambda: resources.enter_context(metric_logger))
+            profiler = resources.enter_context(
+                maybe_run_profiler(args.dump_dir, model, args.profiling)
+            )
+            log_micro_batches(trainer, metrics, args.logging.acc_freq)
+            probe_now_and_then(trainer, metrics)
+            stalls = resources.enter_context(StallWatch(args.distributed.timeout_minutes))
 
         def should_stop_evaluating() -> bool:
             """Asked after each batch of an evaluation, which may take hours and is no stall."""

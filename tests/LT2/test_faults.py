@@ -172,6 +172,8 @@ def test_a_damaged_token_file_is_told_of_before_its_tokens_reach_the_model(data,
     with pytest.raises(UserError, match=told):
         train(root, tmp_path / "run", **SMALL, **{"data.pretokenized": True, "steps": 60})
     assert list((tmp_path / "run" / "checkpoints").glob("0*")), "what was good is lost"
+    last = (tmp_path / "run" / "train.log").read_text().splitlines()[-1]
+    assert "the run ends: " in last and "token 258 is none of" in last
 
 
 # ---- errors while a save is under way

@@ -56,10 +56,10 @@ def test_what_training_reads_is_found(run, tmp_path):
     }
     for option, args in cases.items():
         with pytest.raises(UserError, match=f"would delete what {option} reads"):
-            check_not_read(run, training.paths_read(args))
+            check_not_read([run], training.paths_read(args))
     # names of folders that happen to be those of other options' values
     args = TrainArgs(data=data(beside), name=str(run), dump_dir=str(run))
-    check_not_read(run, training.paths_read(args))
+    check_not_read([run], training.paths_read(args))
 
 
 def test_what_an_evaluation_reads_is_found(run):
@@ -71,5 +71,5 @@ def test_what_an_evaluation_reads_is_found(run):
     }
     for option, args in cases.items():
         with pytest.raises(UserError, match=f"would delete what {option} reads"):
-            check_not_read(run, evaluation.paths_read(args))
-    check_not_read(run, evaluation.paths_read(EvalArgs(dump_dir=str(run), name=str(run))))
+            check_not_read([run], evaluation.paths_read(args))
+    check_not_read([run], evaluation.paths_read(EvalArgs(dump_dir=str(run), name=str(run))))

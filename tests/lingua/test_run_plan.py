@@ -173,13 +173,22 @@ def test_override_deletes_nothing_that_the_run_reads(project, args):
     (project / "linked").symlink_to(run / "corpus")
     (project / "beside").mkdir()
     (run / "leads out").symlink_to(project / "beside")
+    again = replace(args, override=True)
+    plan = run_plan.plan_run(replace(again, overrides=["corpus=later"]))
+    (project / "later").symlink_to(run / "corpus")
+    with pytest.raises(UserError, match="would delete what corpus reads"):
+        run_plan.write_run(plan)
     for corpus in ("runs/a b/corpus", "linked", str(run), "runs/a b/leads out"):
-        again = replace(args, override=True, overrides=[f"corpus={corpus}"])
-        with pytest.raises(UserError, match="would delete what corpus reads"):
-            launch_job(again)
+        for dump_dir in ("runs/a b", "runs/../runs/a b"):
+            overrides = [f"corpus={corpus}", f"dump_dir={dump_dir}"]
+            with pytest.raises(UserError, match="would delete what corpus reads"):
+                launch_job(replace(again, overrides=overrides))
         assert (run / "corpus").exists() and (run / "leads out").exists()
     # a name is none of a file, and a corpus beside the run stays
-    launch_job(replace(args, override=True, overrides=["name=runs/a b/corpus", "corpus=beside"]))
+    (project / "loop").symlink_to("loop")
+    launch_job(replace(again, overrides=["corpus=loop"]))
+    (run / "corpus").mkdir()
+    launch_job(replace(again, overrides=["name=runs/a b/corpus", "corpus=beside"]))
     assert (project / "beside").exists() and not (run / "corpus").exists()
 
 
@@ -198,6 +207,15 @@ def test_override_deletes_neither_code_nor_environment_nor_repository(project, a
         launch_job(replace(args, override=True, overrides=["dump_dir=project"]))
     assert list((project / "project").glob("*/train.py"))
 
-    (run / ".git").mkdir()
-    with pytest.raises(UserError, match="is a git repository"):
+    (project / "env link").symlink_to(run / "env")
+    with pytest.raises(UserError, match="would delete what anaconda reads"):
+        launch_job(replace(args, override=True, anaconda="env link"))
+
+    (run / "thesis" / ".git").mkdir(parents=True)
+    with pytest.raises(UserError, match="thesis is a git repository"):
+        launch_job(replace(args, override=True))
+    shutil.rmtree(run / "thesis")
+    (run / "tuned" / "checkpoints").mkdir(parents=True)
+    shutil.copy(run / marks[0], run / "tuned")
+    with pytest.raises(UserError, match="tuned is another run"):
         launch_job(replace(args, override=True))

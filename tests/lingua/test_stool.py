@@ -387,6 +387,11 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
     [
         (TORCHRUN, "[rank1]: ValueError: no such token"),
         ("error: a: b\nWARNING later\n", "error: a: b"),
+        ("  File ...\nAssertionError\n  traceback : To enable\n", "AssertionError"),
+        (
+            "[rank1]: OutOfMemoryError: mine\n[rank0]: RuntimeError: Connection closed by peer\n",
+            "[rank1]: OutOfMemoryError: mine",
+        ),
         ("one\n  two \n\n-----\n", "two"),
         ("x" * 400, "x" * 300 + " ..."),
         ("\n", ""),

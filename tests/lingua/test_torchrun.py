@@ -48,9 +48,12 @@ def rank(writer: int) -> None:
 
 # A rank as torchrun starts it, which waits for a store that nobody serves.
 RANK = """
-import lingua.torchrun, os, sys, time
+import os, sys, time
 print("started", os.getpid(), flush=True)
-MOMENT
+EARLY
+import lingua.torchrun
+print("imported", flush=True)
+LATE
 from lingua.distributed import DistributedArgs, setup_torch_distributed
 from lingua.errors import run_cli
 from lingua.launch import init_signal_handler
@@ -60,12 +63,18 @@ run_cli(lambda _: (print("waits", flush=True), setup_torch_distributed(args)))
 """
 
 
-@pytest.mark.parametrize("moment", ["while it imports", "while it waits for the store"])
+MOMENTS = {"started": "EARLY", "imported": "LATE", "waits": ""}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_rank_whose_torchrun_is_killed_before_it_trains_ends(tmp_path, moment):
-    code = RANK.replace("MOMENT", "time.sleep(1)" if "imports" in moment else "")
+    code = RANK
+    for place in ("EARLY", "LATE"):
+        code = code.replace(place, "time.sleep(1)" if place == MOMENTS[moment] else "")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     environment |= {"TORCHELASTIC_RUN_ID": "0", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     log = tmp_path / "log"
     with open(log, "w") as file:
         torchrun = subprocess.Popen(
@@ -74,10 +83,10 @@ def test_a_rank_whose_torchrun_is_killed_before_it_trains_ends(tmp_path, moment)
             stdout=file,
             stderr=file,
         )
-    wait_for(log, "started" if "imports" in moment else "waits")
+    wait_for(log, moment)
     torchrun.kill()
     torchrun.wait()
-    wait_for(log, "error: rank 1: torchrun is gone" if "imports" in moment else "torchrun is gone")
+    wait_for(log, "error: rank 1: torchrun is gone")
     pid = int(log.read_text().split()[1])
     for _ in range(100):
         if not is_alive(pid):

@@ -299,7 +299,7 @@ def main(argv: list[str]) -> None:
     for name, args in runs:
         for line in unused_sections(args.model):
             tell(f"{name}: {line}")
-    width = max(len(name) for name, _ in runs)
+    width = max(len("recipe"), *(len(name) for name, _ in runs))
     tell(legend(get_world_size()))
     tell(format_line("recipe", width, COLUMNS))
     rows = []
