@@ -93,6 +93,8 @@ class CheckpointArgs:
     continue_training_from_init: bool = False
 
     def __post_init__(self):
+        if self.path == "":
+            raise UserError("checkpoint.path is empty: name a folder, or null for one in dump_dir")
         for name, rule in (("dump", self.dump), ("eval", self.eval)):
             if rule.every < 0:
                 raise UserError(f"checkpoint.{name}.every={rule.every}: must be 0 (never) or more")

@@ -43,6 +43,8 @@ def run_cli(main: Callable[[list[str]], Any]) -> None:
     try:
         main(sys.argv[1:])
     except (UserError, MachineFault, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            error = UserError(f"{error.filename}: {error.strerror}")
         if not isinstance(error, UserError) and not is_machine_fault(error):
             raise
         tell(one_line(error))

@@ -228,7 +228,9 @@ def _to_float(value: Any) -> float:
 def _to_str(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float | os.PathLike):
         raise _Mismatch
-    return str(value)
+    if "\0" in (text := str(value)):  # ends a file's name, for the system
+        raise _Mismatch
+    return text
 
 
 def _to_enum(cls: type[Enum], value: Any) -> Enum:

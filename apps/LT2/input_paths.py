@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,5 +60,8 @@ def _if_set(option: str, path: str | None) -> Iterator[InputPath]:
 def _with_files(option: str, path: Path) -> Iterator[InputPath]:
     """The path and, of a folder, what is in it, which may be links."""
     yield option, path
-    if path.is_dir():
-        yield from ((option, file) for file in path.iterdir())
+    try:
+        names = os.listdir(path)
+    except OSError:  # a file, or closed to us
+        return
+    yield from ((option, path / name) for name in names)

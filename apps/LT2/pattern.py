@@ -125,11 +125,11 @@ class PatternParser:
 
     def _segment(self, text: str, where: str) -> Loop:
         if ratio := re.fullmatch(r"random\s*:\s*(\d+)\s*:\s*(\d+)", text):
-            return self._random(int(ratio[1]), int(ratio[2]), where)
+            return self._random(_number(ratio[1]), _number(ratio[2]), where)
         if ratio := re.fullmatch(r"(\d+)\s*:\s*(\d+)", text):
-            return self._ratio(int(ratio[1]), int(ratio[2]), where)
+            return self._ratio(_number(ratio[1]), _number(ratio[2]), where)
         if bookend := re.fullmatch(r"bookend\s*:\s*(\d+)", text):
-            return self._bookend(int(bookend[1]), where)
+            return self._bookend(_number(bookend[1]), where)
         specs: list[LayerSpec] = []
         for position, item in enumerate(text.split(",")):
             specs += self._item(item.strip(), f"{where}, item {position + 1}")
@@ -185,9 +185,9 @@ class PatternParser:
         if star and not re.fullmatch(r"0*[1-9]\d{0,8}", count):
             raise UserError(f"{where}: {item!r} repeats {count!r} times; write NAME*COUNT")
         if width := re.fullmatch(r"(?:swa\s*=\s*)?(\d+)", name):
-            if int(width[1]) < 1:
+            if _number(width[1]) < 1:
                 raise UserError(f"{where}: {item!r} is a window of no keys; the least is 1")
-            spec = LayerSpec("window", int(width[1]))
+            spec = LayerSpec("window", _number(width[1]))
         elif name in self.known_mixers:
             spec = self._spec(name)
         else:
@@ -197,3 +197,8 @@ class PatternParser:
             )
         # more than n_layers of them fit no model; a list of so many might fit no memory
         return [spec] * (min(int(count), self.n_layers + 1) if star else 1)
+
+
+def _number(digits: str) -> int:
+    """At most 10**18, which 64 bits hold and no model has: Python reads no 5,000 digits."""
+    return int(digits) if len(digits.lstrip("0")) <= 18 else 10**18

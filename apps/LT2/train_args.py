@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from apps.LT2.eval_args import EvalArgs as EvalArgs
+from apps.LT2.input_paths import read_by_training
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.load import check_kernels
 from apps.LT2.parallel import check_tensor_parallel
@@ -66,6 +70,7 @@ def validate_train_args(
     """
     if not args.dump_dir:
         raise UserError("dump_dir is empty: name a folder for the run, e.g. dump_dir=runs/debug")
+    check_names(args)
     for name in ("steps", "grad_acc_steps", "gc_collect_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"{name}={getattr(args, name)} must be at least 1")
@@ -130,6 +135,17 @@ def validate_train_args(
     if not CheckpointManager(checkpoint).existing_saves:
         check_init(checkpoint)
     return replace(args, distributed=distributed, model=model, data=data, checkpoint=checkpoint)
+
+
+def check_names(args: TrainArgs) -> None:
+    """Refuse paths that no file can have, wherever they would be looked at."""
+    written = [("dump_dir", args.dump_dir), ("checkpoint.path", args.checkpoint.path or "")]
+    for option, path in chain(written, read_by_training(args)):
+        try:
+            os.lstat(path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise UserError(f"{option}={path}: {error.strerror}") from None
 
 
 def check_model(model: LoopedTransformerArgs, tp_size: int) -> None:

@@ -141,7 +141,10 @@ def build(args: TrainArgs) -> LoopedTransformer:
 
 
 def changed_fields(before: Any, after: Any) -> set[str]:
-    return {f.name for f in fields(before) if getattr(before, f.name) != getattr(after, f.name)}
+    changed = {f.name for f in fields(before) if getattr(before, f.name) != getattr(after, f.name)}
+    if None in (before.n_kv_heads, after.n_kv_heads):
+        changed -= {"n_kv_heads"}  # null may stand for the other: all heads, or nsa's 16th part
+    return changed
 
 
 def run_recipe(text: str, place: Path) -> tuple[TrainArgs, TrainArgs]:

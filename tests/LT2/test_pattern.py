@@ -121,6 +121,7 @@ def test_only_windows_have_a_width():
         ("0:0", {}, ["0:0", "model.n_layers=6"]),
         ("6:1", {}, ["6:1", "7", "model.n_layers=6"]),
         ("bookend:0", {}, ["bookend:0", "at least 1"]),
+        ("bookend:" + "9" * 5000, {}, ["layers at each end"]),
         ("bookend:3", {}, ["bookend:3", "model.n_layers=6"]),
         ("random:2", {}, ["'random:2'", "random:N:M"]),
         ("random:0:0", SOFTMAX, ["0:0", "model.n_layers=6"]),

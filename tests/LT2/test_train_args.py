@@ -32,6 +32,9 @@ def data(tmp_path_factory):
         ("distributed.tp_size", 2),
         ("async_eval_gpus", 1),
         ("checkpoint.init_ckpt_path", "nowhere"),
+        ("checkpoint.init_ckpt_path", "a" * 300),
+        ("checkpoint.path", "a" * 300),
+        ("data.tokenizer.path", "a" * 300),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused_by_name(data, tmp_path, option, value):

@@ -54,6 +54,10 @@ def test_a_colon_without_a_space_is_told(yaml_file):
         assert "space" not in complaint(other)
 
 
+def test_a_text_has_no_nul(yaml_file):
+    assert complaint(yaml_file('name: "a\\0b"\n')).endswith("expected str")
+
+
 def test_null_is_no_text(yaml_file):
     assert parse("name=").name == ""
     assert complaint("name=null") == "name=null: expected str"

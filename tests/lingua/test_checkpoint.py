@@ -384,3 +384,8 @@ def test_a_model_that_changed_is_refused_with_what_changed(tmp_path):
     assert "model.n_layers: 2 -> 1. Set it back" in str(caught.value)
     assert "optim.lr" not in str(caught.value)
     load_from_checkpoint(manager.existing_saves[-1], smaller)  # weights alone may be fewer
+
+
+def test_no_path_is_null_and_not_empty():
+    with pytest.raises(UserError, match="checkpoint.path is empty: name a folder, or null"):
+        CheckpointArgs(path="")
