@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from apps.LT2.eval_args import EvalArgs as EvalArgs
 from apps.LT2.eval_args import LMHarnessArgs as LMHarnessArgs
-from apps.LT2.input_paths import InputPath, read_by_evaluation
+from apps.LT2.input_paths import InputPath, read_by_evaluation, with_files
 from apps.LT2.load import (
     LoadedModel,
     find_checkpoint,
@@ -317,7 +317,7 @@ def validate_before_submit(args: EvalArgs, world_size: int) -> None:
 
 def paths_read(args: EvalArgs) -> Iterator[InputPath]:
     """What stool asks, too: what it may not delete."""
-    return read_by_evaluation(args)
+    return with_files(read_by_evaluation(args))
 
 
 def main(argv: list[str]) -> None:

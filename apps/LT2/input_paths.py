@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ InputPath = tuple[str, Path]
 def read_by_training(args: TrainArgs) -> Iterator[InputPath]:
     root = args.data.root_dir or ""
     for source in args.data.sources:
-        yield from _with_files(f"data.sources.{source}", Path(root, source))
+        yield f"data.sources.{source}", Path(root, source)
     yield from _if_set("data.tokenizer.path", args.data.tokenizer.path)
     yield from _if_set("checkpoint.init_ckpt_path", args.checkpoint.init_ckpt_path)
     if args.eval is not None:
@@ -41,7 +41,7 @@ def _read_for_scores(args: EvalArgs) -> Iterator[InputPath]:
 
 def _read_for_validation(args: ValidationArgs) -> Iterator[InputPath]:
     for source in args.sources:
-        yield from _with_files("validation.sources", Path(args.root_dir, source))
+        yield "validation.sources", Path(args.root_dir, source)
 
 
 def _read_by_harness(args: LMHarnessArgs) -> Iterator[InputPath]:
@@ -54,14 +54,15 @@ def _read_by_harness(args: LMHarnessArgs) -> Iterator[InputPath]:
 
 def _if_set(option: str, path: str | None) -> Iterator[InputPath]:
     if path:
-        yield from _with_files(option, Path(path))
+        yield option, Path(path)
 
 
-def _with_files(option: str, path: Path) -> Iterator[InputPath]:
-    """The path and, of a folder, what is in it, which may be links."""
-    yield option, path
-    try:
-        names = os.listdir(path)
-    except OSError:  # a file, or closed to us
-        return
-    yield from ((option, path / name) for name in names)
+def with_files(paths: Iterable[InputPath]) -> Iterator[InputPath]:
+    """The paths and, of folders, what is in them, which may be links."""
+    for option, path in paths:
+        yield option, path
+        try:
+            names = os.listdir(path)
+        except OSError:  # a file, not there, or closed to us
+            continue
+        yield from ((option, path / name) for name in names)

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from apps.LT2.flops import count_parameters, train_flops_per_token
-from apps.LT2.input_paths import InputPath, read_by_training
+from apps.LT2.input_paths import InputPath, read_by_training, with_files
 from apps.LT2.layout_table import format_layout
 from apps.LT2.mixers import MIXERS
 from apps.LT2.observation import log_micro_batches, probe_now_and_then
@@ -330,7 +330,7 @@ def validate_before_submit(args: TrainArgs, world_size: int) -> None:
 
 def paths_read(args: TrainArgs) -> Iterator[InputPath]:
     """What stool asks, too: what it may not delete."""
-    return read_by_training(args)
+    return with_files(read_by_training(args))
 
 
 def main(argv: list[str]) -> None:
