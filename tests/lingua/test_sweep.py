@@ -185,6 +185,16 @@ def test_a_sweep_can_be_added_to(project, args, capfd, monkeypatch):
     assert list(json.loads((project / "runs/s/sweep.json").read_text())) == ["steps=2", "steps=3"]
 
 
+def test_no_run_of_a_sweep_deletes_what_another_reads(project, args, monkeypatch):
+    monkeypatch.setattr("lingua.stool.run_sweep_here", lambda *args: [])
+    launch_job(replace(args, sweep={"corpus": ["one"]}))
+    read = project / "runs" / "a b" / "corpus=one" / "data"
+    read.mkdir()
+    with pytest.raises(UserError, match="corpus=one: would delete what corpus reads"):
+        launch_job(replace(args, sweep={"corpus": ["one", str(read)]}, override=True))
+    assert read.exists()
+
+
 def test_a_sweep_leaves_a_run_that_goes_on_alone(project, args, monkeypatch):
     monkeypatch.setattr("lingua.stool.run_sweep_here", lambda *args: [])
     swept = replace(args, sweep={"steps": [2, 3]})
