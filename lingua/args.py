@@ -20,8 +20,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from lingua.errors import UserError, import_optional, run_cli
-from lingua.fields import (
+from lingua.config.from_dict import Reader, unknown_option
+from lingua.config.help import (
     FieldDoc,
     dataclass_in,
     describe_fields,
@@ -32,9 +32,9 @@ from lingua.fields import (
     format_value,
     union_members,
 )
-from lingua.reader import Reader, unknown_option
+from lingua.config.yaml import read_yaml_file, yaml_value
+from lingua.errors import UserError, import_optional, run_cli
 from lingua.redact import redact_all
-from lingua.yaml_reader import read_yaml_file, yaml_value
 
 __all__ = [
     "FieldDoc",

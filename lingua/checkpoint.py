@@ -27,8 +27,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lingua.args import UserError, dataclass_to_dict, diff_configs
-from lingua.checkpoint_folder import FOLDER_NAME as FOLDER_NAME
-from lingua.checkpoint_folder import (
+from lingua.checkpointing.dcp import CONFIG_NAME as CONFIG_NAME
+from lingua.checkpointing.dcp import CONSOLIDATE_FOLDER as CONSOLIDATE_FOLDER
+from lingua.checkpointing.dcp import CONSOLIDATE_NAME as CONSOLIDATE_NAME
+from lingua.checkpointing.dcp import METADATA_NAME
+from lingua.checkpointing.dcp import consolidate_checkpoints as consolidate_checkpoints
+from lingua.checkpointing.dcp import load_from_checkpoint as load_from_checkpoint
+from lingua.checkpointing.folder import FOLDER_NAME as FOLDER_NAME
+from lingua.checkpointing.folder import (
     MANIFEST_NAME,
     check_tensor_files,
     clear_leftovers,
@@ -38,8 +44,9 @@ from lingua.checkpoint_folder import (
     is_published,
     remove_checkpoint,
 )
-from lingua.checkpoint_folder import TRAIN_STATE_NAME as TRAIN_STATE_NAME
-from lingua.checkpoint_save import Save
+from lingua.checkpointing.folder import TRAIN_STATE_NAME as TRAIN_STATE_NAME
+from lingua.checkpointing.save import Save
+from lingua.checkpointing.weights import check_init_path
 from lingua.distributed import (
     RanksFailed,
     get_dp_rank_and_degree,
@@ -48,17 +55,10 @@ from lingua.distributed import (
     run_on_rank_0,
     run_together,
 )
-from lingua.launch import finished_before_interrupt
 from lingua.logger import tell
+from lingua.parallel.ranks import finished_before_interrupt
 from lingua.redact import redact_all
 from lingua.rng import get_rng_state, set_rng_state
-from lingua.tensor_store import CONFIG_NAME as CONFIG_NAME
-from lingua.tensor_store import CONSOLIDATE_FOLDER as CONSOLIDATE_FOLDER
-from lingua.tensor_store import CONSOLIDATE_NAME as CONSOLIDATE_NAME
-from lingua.tensor_store import METADATA_NAME
-from lingua.tensor_store import consolidate_checkpoints as consolidate_checkpoints
-from lingua.tensor_store import load_from_checkpoint as load_from_checkpoint
-from lingua.weight_file import check_init_path
 
 logger = logging.getLogger()
 

@@ -4,12 +4,12 @@ A chain of generators, each yielding `(item, state)`. A state is a plain dict th
 with the state of the stage before it nested inside, so a batch and all it takes to go on after it
 travel together, through a worker process too. Building the chain from a state is resuming.
 
-    loop_on_jsonl      documents of one source, without end               (lingua/jsonl.py)
+    loop_on_jsonl      documents of one source, without end               (dataloader/jsonl.py)
     choose_source      mixes the sources by weight, document by document
-    tokenize           document -> token ids; or read as such           (lingua/token_files.py)
-    pack_tokens        token ids -> rows of seq_len, no padding           (lingua/packing.py)
-    batch_and_shuffle_prefetched_sequences      rows -> shuffled batches  (lingua/packing.py)
-    async_iterator     all of it in a process of its own, ahead of time   (lingua/prefetch.py)
+    tokenize           document -> token ids; or read as such           (dataloader/pretokenized.py)
+    pack_tokens        token ids -> rows of seq_len, no padding           (dataloader/packing.py)
+    batch_and_shuffle_prefetched_sequences      rows -> shuffled batches  (dataloader/packing.py)
+    async_iterator     all of it in a process of its own, ahead of time   (dataloader/prefetch.py)
 
 Example: `root_dir: data, sources: {web: 3, code: 1}`, 8 ranks, 2 chunks in each source. Ranks 0-3
 share the first chunk of `web` and take its lines in turn, ranks 4-7 the second; the same in `code`.
@@ -31,9 +31,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from lingua.args import UserError
-from lingua.data_deal import DataState, is_dealt, open_dealt
-from lingua.data_resume import check_state_matches, fit_state_to_args
-from lingua.jsonl import (
+from lingua.dataloader.jsonl import (
     TRAIN_PATTERN,
     ChunksState,
     JSONLState,
@@ -46,7 +44,7 @@ from lingua.jsonl import (
     loop_on_jsonl,
     read_jsonl,
 )
-from lingua.packing import (
+from lingua.dataloader.packing import (
     PackTokensState,
     PrefetchState,
     batch_and_shuffle_prefetched_sequences,
@@ -54,8 +52,10 @@ from lingua.packing import (
     init_pack_state,
     pack_tokens,
 )
-from lingua.prefetch import async_iterator, consume_buffer, feed_buffer
-from lingua.token_files import TokenRecipe, check_token_files, read_tokens
+from lingua.dataloader.prefetch import async_iterator, consume_buffer, feed_buffer
+from lingua.dataloader.pretokenized import TokenRecipe, check_token_files, read_tokens
+from lingua.dataloader.reshard import DataState, is_dealt, open_dealt
+from lingua.dataloader.resume import check_state_matches, fit_state_to_args
 from lingua.tokenizer import TokenizerArgs, build_tokenizer, find_tokenizer_file
 
 __all__ = [

@@ -29,34 +29,34 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lingua.args import UserError
+from lingua.dataloader.prefetch import blocked_parent_signals
 from lingua.errors import MachineFault, is_machine_fault
-from lingua.gradients import clip_grad_norm_ as clip_grad_norm_
-from lingua.gradients import set_gradient_sync as set_gradient_sync
-from lingua.gradients import sync_replicated_grads as sync_replicated_grads
-from lingua.launch import EnvironmentArgs as EnvironmentArgs
-from lingua.launch import clean_env as clean_env
-from lingua.launch import get_device as get_device
-from lingua.launch import get_global_rank as get_global_rank
-from lingua.launch import get_is_master as get_is_master
-from lingua.launch import get_is_slurm_job as get_is_slurm_job
-from lingua.launch import get_is_torch_run as get_is_torch_run
-from lingua.launch import get_local_rank as get_local_rank
-from lingua.launch import get_master_addr as get_master_addr
-from lingua.launch import get_master_port as get_master_port
-from lingua.launch import get_world_size as get_world_size
-from lingua.launch import init_signal_handler as init_signal_handler
-from lingua.launch import requeue_slurm_job as requeue_slurm_job
-from lingua.launch import setup_env as setup_env
-from lingua.parallelize import ACTIVATION_CHECKPOINTING, DTYPES, needs_fsdp
-from lingua.parallelize import check_model_value_range as check_model_value_range
-from lingua.parallelize import default_fsdp_grouping_plan as default_fsdp_grouping_plan
-from lingua.parallelize import first_nonfinite as first_nonfinite
-from lingua.parallelize import get_default_policy as get_default_policy
-from lingua.parallelize import get_module as get_module
-from lingua.parallelize import parallelize_model as parallelize_model
-from lingua.parallelize import set_module as set_module
-from lingua.prefetch import blocked_parent_signals
-from lingua.torchrun import ending_with_torchrun, leave_with_torchrun
+from lingua.parallel.gradients import clip_grad_norm_ as clip_grad_norm_
+from lingua.parallel.gradients import set_gradient_sync as set_gradient_sync
+from lingua.parallel.gradients import sync_replicated_grads as sync_replicated_grads
+from lingua.parallel.parallelize import ACTIVATION_CHECKPOINTING, DTYPES, needs_fsdp
+from lingua.parallel.parallelize import check_model_value_range as check_model_value_range
+from lingua.parallel.parallelize import default_fsdp_grouping_plan as default_fsdp_grouping_plan
+from lingua.parallel.parallelize import first_nonfinite as first_nonfinite
+from lingua.parallel.parallelize import get_default_policy as get_default_policy
+from lingua.parallel.parallelize import get_module as get_module
+from lingua.parallel.parallelize import parallelize_model as parallelize_model
+from lingua.parallel.parallelize import set_module as set_module
+from lingua.parallel.ranks import EnvironmentArgs as EnvironmentArgs
+from lingua.parallel.ranks import clean_env as clean_env
+from lingua.parallel.ranks import get_device as get_device
+from lingua.parallel.ranks import get_global_rank as get_global_rank
+from lingua.parallel.ranks import get_is_master as get_is_master
+from lingua.parallel.ranks import get_is_slurm_job as get_is_slurm_job
+from lingua.parallel.ranks import get_is_torch_run as get_is_torch_run
+from lingua.parallel.ranks import get_local_rank as get_local_rank
+from lingua.parallel.ranks import get_master_addr as get_master_addr
+from lingua.parallel.ranks import get_master_port as get_master_port
+from lingua.parallel.ranks import get_world_size as get_world_size
+from lingua.parallel.ranks import init_signal_handler as init_signal_handler
+from lingua.parallel.ranks import requeue_slurm_job as requeue_slurm_job
+from lingua.parallel.ranks import setup_env as setup_env
+from lingua.parallel.torchrun import ending_with_torchrun, leave_with_torchrun
 
 logger = logging.getLogger()
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from lingua.slurm_script import Job
+from lingua.slurm.script import Job
 
 MAX_READ = 2**16  # bytes at the end of a file
 MAX_LENGTH = 300  # characters of a line that is shown

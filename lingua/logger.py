@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lingua.errors import UserError, is_machine_fault
-from lingua.launch import get_global_rank, get_is_master, get_is_slurm_job
+from lingua.parallel.ranks import get_global_rank, get_is_master, get_is_slurm_job
 from lingua.redact import redact as redact
 
 HANDLER_NAME = "lingua"

@@ -32,8 +32,8 @@ from lingua.args import (
     load_config_file,
     write_atomic,
 )
-from lingua.launch import get_is_master
-from lingua.record_file import RecordFile, json_line, mend_jsonl, read_jsonl_records
+from lingua.files.jsonl_log import RecordFile, json_line, mend_jsonl, read_jsonl_records
+from lingua.parallel.ranks import get_is_master
 from lingua.redact import redact_all
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lingua.record_file import RecordFile
+from lingua.files.jsonl_log import RecordFile
 
 VERSION = 2
 QUANTILES = [round(0.05 * i, 2) for i in range(1, 20)]

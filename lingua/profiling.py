@@ -24,8 +24,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lingua.args import UserError
-from lingua.launch import get_global_rank
 from lingua.logger import tell
+from lingua.parallel.ranks import get_global_rank
 
 logger = logging.getLogger(__name__)
 

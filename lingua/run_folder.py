@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from lingua.folder_lock import hold_folders, make_writable
-from lingua.launch import get_is_master
+from lingua.files.lock import hold_folders, make_writable
+from lingua.parallel.ranks import get_is_master
 
 __all__ = ["make_writable", "own_folders"]
 

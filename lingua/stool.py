@@ -30,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from lingua.args import UserError, parse_args, run_cli
-from lingua.background import (
+from lingua.files.lock import hold_folders, make_writable
+from lingua.local_output import LocalOutput, local_output
+from lingua.slurm.background import (
     FOLDER,
     check_slurm,
     failure,
@@ -42,10 +44,8 @@ from lingua.background import (
     start_here,
     submit_to_slurm,
 )
-from lingua.dry_run import show
-from lingua.folder_lock import hold_folders, make_writable
-from lingua.local_output import LocalOutput, local_output
-from lingua.run_plan import (
+from lingua.slurm.dry_run import show
+from lingua.slurm.plan import (
     LOGS,
     RunPlan,
     check_not_read,
@@ -54,10 +54,10 @@ from lingua.run_plan import (
     plan_run,
     write_run,
 )
-from lingua.run_plan import read_run_args as read_run_args
-from lingua.slurm_script import Job as Job
-from lingua.slurm_script import StoolArgs as StoolArgs
-from lingua.slurm_script import render_submit as render_submit
+from lingua.slurm.plan import read_run_args as read_run_args
+from lingua.slurm.script import Job as Job
+from lingua.slurm.script import StoolArgs as StoolArgs
+from lingua.slurm.script import render_submit as render_submit
 from lingua.sweep import (
     RECORD,
     Options,

@@ -32,13 +32,13 @@ from lingua.args import (
     run_cli,
     write_atomic,
 )
-from lingua.fields import format_value
-from lingua.record_file import read_jsonl_records
-from lingua.runs import RECORD as RECORD
-from lingua.runs import Options as Options
-from lingua.runs import is_run, read_differences
-from lingua.slurm_script import StoolArgs
-from lingua.yaml_reader import yaml_value
+from lingua.config.help import format_value
+from lingua.config.yaml import yaml_value
+from lingua.files.jsonl_log import read_jsonl_records
+from lingua.slurm.run_list import RECORD as RECORD
+from lingua.slurm.run_list import Options as Options
+from lingua.slurm.run_list import is_run, read_differences
+from lingua.slurm.script import StoolArgs
 
 logger = logging.getLogger()
 

@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
+from lingua.checkpointing.dcp import MODEL_KEY, OPTIM_KEY, optimizer_state
 from lingua.distributed import run_on_rank_0, run_together
 from lingua.errors import MachineFault
-from lingua.tensor_store import MODEL_KEY, OPTIM_KEY, optimizer_state
 
 
 class TensorSave:

@@ -30,10 +30,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
 
 from lingua.args import UserError, run_cli, write_atomic
-from lingua.command_line import OneLineParser
-from lingua.document_files import describe_passed_over, find_document_files
+from lingua.config.cli import OneLineParser
 from lingua.errors import first_line, import_optional
-from lingua.shuffle_documents import ShufflePlan, find_finished, shuffle_documents
+from lingua.prepare.shuffle import ShufflePlan, find_finished, shuffle_documents
+from lingua.prepare.sources import describe_passed_over, find_document_files
 
 GB = 10**9
 MIN_MEMORY = 0.01  # GB

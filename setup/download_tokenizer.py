@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
 
 from lingua.args import UserError, run_cli, write_atomic
-from lingua.command_line import OneLineParser
+from lingua.config.cli import OneLineParser
 from lingua.errors import first_line, import_optional
 
 

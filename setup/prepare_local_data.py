@@ -35,7 +35,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
 
 from lingua.args import UserError, import_optional, run_cli, write_atomic
-from lingua.command_line import OneLineParser
+from lingua.config.cli import OneLineParser
 
 FORMAT = 1  # raise it when the same input would give other bytes: older folders are then rebuilt
 SHUFFLE_SEED = 1234

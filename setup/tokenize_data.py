@@ -3,8 +3,8 @@
     python setup/tokenize_data.py config=apps/LT2/configs/600M/debug.yaml --workers 8
 
 takes the run's options, so that tokenizer, BOS and EOS are those of the run, and writes files
-beside each chunk of its sources (see lingua/token_files.py). Chunks whose files are whole and right
-are left alone, and half-made ones gone on with, so the same command goes on after an interruption.
+beside each chunk of its sources (dataloader/pretokenized.py). Chunks whose files are whole and
+right are left alone, and half-made ones gone on with, so the same command resumes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
 
-from apps.LT2.train_args import TrainArgs
+from apps.LT2.training.args import TrainArgs
 from lingua.args import UserError, parse_args, run_cli
-from lingua.command_line import OneLineParser
+from lingua.config.cli import OneLineParser
 from lingua.data import DataArgs, require_root_dir
-from lingua.jsonl import find_and_sanitize_chunks
-from lingua.prefetch import exit_with_parent
-from lingua.token_files import TokenFiles, TokenRecipe, write_token_files
+from lingua.dataloader.jsonl import find_and_sanitize_chunks
+from lingua.dataloader.prefetch import exit_with_parent
+from lingua.dataloader.pretokenized import TokenFiles, TokenRecipe, write_token_files
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 import pytest
 
-from apps.LT2.eval_args import EvalArgs
+from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.generate import GenerateArgs
 from apps.LT2.mixers import MIXERS
 from apps.LT2.scripts.export_weights import ExportArgs
 from apps.LT2.scripts.import_hf import ImportArgs
-from apps.LT2.train_args import TrainArgs
+from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import describe_fields, parse_args
 from lingua.stool import StoolArgs

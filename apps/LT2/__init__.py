@@ -1,1 +1,1 @@
-import lingua.torchrun  # noqa: F401  before torch, which takes seconds to import
+import lingua.parallel.torchrun  # noqa: F401  before torch, which takes seconds to import

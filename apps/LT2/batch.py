@@ -1,4 +1,4 @@
-"""A batch as the model takes it, from rows as the loader yields them (lingua/packing.py)."""
+"""A batch as the model takes it, from rows as the loader yields them (dataloader/packing.py)."""
 
 from __future__ import annotations
 

@@ -24,12 +24,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from apps.LT2.compiled import compile_prefill, compile_step
-from apps.LT2.flops import count_parameters
-from apps.LT2.inference_cost import Cost, Plan, Ratio, Row, measure_point
-from apps.LT2.kernel.attention import check_attention_device
-from apps.LT2.load import cast_for_inference, check_kernels, join_projections, resolve_device
-from apps.LT2.measure import (
+from apps.LT2.benchmark.inference_cost import Cost, Plan, Ratio, Row, measure_point
+from apps.LT2.benchmark.timing import (
     Ceilings,
     Spread,
     environment,
@@ -37,13 +33,22 @@ from apps.LT2.measure import (
     measure_ceilings,
     release_memory,
 )
+from apps.LT2.flops import count_parameters
+from apps.LT2.inference.compiled import compile_prefill, compile_step
+from apps.LT2.inference.load import (
+    cast_for_inference,
+    check_kernels,
+    join_projections,
+    resolve_device,
+)
+from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.scripts.plot_benchmark import check_can_draw, draw
-from apps.LT2.train_args import TrainArgs
+from apps.LT2.training.args import TrainArgs
+from apps.LT2.training.unused_options import check_unused_options, unused_options, unused_sections
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
-from apps.LT2.unused_options import check_unused_options, unused_options, unused_sections
 from lingua.args import UserError, parse_args, run_cli
-from lingua.command_line import OneLineParser
-from lingua.parallelize import DTYPES, resolve_dtype
+from lingua.config.cli import OneLineParser
+from lingua.parallel.parallelize import DTYPES, resolve_dtype
 from lingua.tokenizer import build_tokenizer, find_tokenizer_file
 
 LLAMA3_VOCAB = 128_256  # of the tokenizer that the recipes are written for

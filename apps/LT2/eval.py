@@ -28,18 +28,18 @@ from typing import Any
 
 import torch.distributed as dist
 
-from apps.LT2.eval_args import EvalArgs as EvalArgs
-from apps.LT2.eval_args import LMHarnessArgs as LMHarnessArgs
-from apps.LT2.input_paths import InputPath, read_by_evaluation, with_files
-from apps.LT2.load import (
+from apps.LT2.evaluation.args import EvalArgs as EvalArgs
+from apps.LT2.evaluation.args import LMHarnessArgs as LMHarnessArgs
+from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval, load_tasks
+from apps.LT2.evaluation.validation import ValidationArgs, Validator, check_validation_sources
+from apps.LT2.inference.load import (
     LoadedModel,
     find_checkpoint,
     load_model_and_tokenizer,
     read_config,
     resolve_device,
 )
-from apps.LT2.tasks import find_tasks, import_lm_eval, load_tasks
-from apps.LT2.validation import ValidationArgs, Validator, check_validation_sources
+from apps.LT2.input_paths import InputPath, read_by_evaluation, with_files
 from lingua.args import (
     UserError,
     dataclass_from_dict,
@@ -48,7 +48,7 @@ from lingua.args import (
     run_cli,
     write_atomic,
 )
-from lingua.checkpoint_folder import is_checkpoint
+from lingua.checkpointing.folder import is_checkpoint
 from lingua.data import DataArgs
 from lingua.distributed import (
     DistributedArgs,
@@ -57,9 +57,9 @@ from lingua.distributed import (
     run_together,
     setup_torch_distributed,
 )
+from lingua.files.jsonl_log import append_whole, json_line, mend_jsonl
 from lingua.logger import init_logger
 from lingua.metrics import start_wandb
-from lingua.record_file import append_whole, json_line, mend_jsonl
 from lingua.run_folder import make_writable, own_folders
 from lingua.tokenizer import Tokenizer
 
@@ -177,7 +177,7 @@ def run_harness(
     """What lm_eval.simple_evaluate gives, written to disk; {} on other ranks than 0."""
     lm_eval = import_lm_eval()
     trackers = import_lm_eval("lm_eval.loggers.evaluation_tracker")
-    from apps.LT2.harness import EvalHarnessLM
+    from apps.LT2.evaluation.harness import EvalHarnessLM
 
     lm = EvalHarnessLM(
         loaded,

@@ -15,12 +15,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from apps.LT2.generator import PackedCausalTransformerGenerator as PackedCausalTransformerGenerator
-from apps.LT2.generator import (
+from apps.LT2.inference.generator import (
+    PackedCausalTransformerGenerator as PackedCausalTransformerGenerator,
+)
+from apps.LT2.inference.generator import (
     PackedCausalTransformerGeneratorArgs as PackedCausalTransformerGeneratorArgs,
 )
-from apps.LT2.generator import Prompt
-from apps.LT2.load import find_checkpoint, load_model_and_tokenizer, resolve_device
+from apps.LT2.inference.generator import Prompt
+from apps.LT2.inference.load import find_checkpoint, load_model_and_tokenizer, resolve_device
 from lingua.args import UserError, parse_args, run_cli
 from lingua.tokenizer import well_formed
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apps.LT2.eval_args import EvalArgs, LMHarnessArgs
-from apps.LT2.validation import ValidationArgs
+from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs
+from apps.LT2.evaluation.validation import ValidationArgs
 
 if TYPE_CHECKING:
-    from apps.LT2.train_args import TrainArgs
+    from apps.LT2.training.args import TrainArgs
 
 InputPath = tuple[str, Path]
 

@@ -12,7 +12,7 @@ import logging
 import os
 
 from lingua.args import UserError, import_optional, run_cli
-from lingua.launch import get_is_master
+from lingua.parallel.ranks import get_is_master
 
 # How the harness begins its complaints about what it was told on the command line.
 MISTAKES = ("Tasks not found", "Attempted to load model", "Indices for islice", "Sample larger")
@@ -26,7 +26,7 @@ ADVICE = (
 def main(argv: list[str]) -> None:
     """Run the harness on `sys.argv`, which it reads itself; `argv` is the same without its head."""
     command_line = import_optional("lm_eval.__main__", extra="eval", needed_by="apps.LT2.lm_eval")
-    import apps.LT2.harness as _registers_lt2  # noqa: F401
+    import apps.LT2.evaluation.harness as _registers_lt2  # noqa: F401
 
     # As in eval.py: lm_eval's pool of workers for standard errors may hang.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")

@@ -12,11 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from apps.LT2.mixers import Mixer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
-from lingua import gradients
 from lingua.args import UserError
 from lingua.distributed import DistributedArgs
 from lingua.logger import tell
-from lingua.tensor_parallel import (
+from lingua.parallel import gradients
+from lingua.parallel.tensor_parallel import (
     OUTPUTS,
     SplitEmbedding,
     SplitLinear,

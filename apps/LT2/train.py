@@ -25,7 +25,6 @@ from apps.LT2.flops import count_parameters, train_flops_per_token
 from apps.LT2.input_paths import InputPath, read_by_training, with_files
 from apps.LT2.layout_table import format_layout
 from apps.LT2.mixers import MIXERS
-from apps.LT2.observation import log_micro_batches, probe_now_and_then
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
     count_block_kinds,
@@ -34,22 +33,23 @@ from apps.LT2.parallel import (
     set_resharding,
     tp_parallelize,
 )
-from apps.LT2.progress import Progress
-from apps.LT2.train_args import TrainArgs, validate_train_args
-from apps.LT2.train_eval import CheckpointEvaluator, owed_evaluation
 from apps.LT2.train_validation import (
     build_validator,
     is_validation_owed,
     metrics_path,
     validate,
 )
-from apps.LT2.trainer import Trainer, TrainState
-from apps.LT2.trainer import every_n_steps as every_n_steps
+from apps.LT2.training.args import TrainArgs, validate_train_args
+from apps.LT2.training.evaluation import CheckpointEvaluator, owed_evaluation
+from apps.LT2.training.probes import log_micro_batches, probe_now_and_then
+from apps.LT2.training.progress import Progress
+from apps.LT2.training.trainer import Trainer, TrainState
+from apps.LT2.training.trainer import every_n_steps as every_n_steps
+from apps.LT2.training.unused_options import warnings_of_options
 from apps.LT2.transformer import LoopedTransformer
-from apps.LT2.unused_options import warnings_of_options
 from lingua.args import dump_config, parse_args, run_cli, write_atomic
 from lingua.checkpoint import CheckpointManager
-from lingua.code_snapshot import CODE_VERSION, snapshot_code, version_record
+from lingua.checkpointing.weights import load_initial_weights
 from lingua.data import (
     build_dataloader_from_args,
     init_dataloader_state_from_args,
@@ -73,13 +73,13 @@ from lingua.distributed import (
 from lingua.logger import end_in_log_file, init_logger, tell
 from lingua.metrics import MetricLogger
 from lingua.optim import ScheduledLR, build_optimizer
-from lingua.parallelize import resolve_dtype
+from lingua.parallel.parallelize import resolve_dtype
+from lingua.parallel.torchrun import ending_with_torchrun
+from lingua.parallel.watchdog import StallWatch
 from lingua.profiling import maybe_run_profiler
 from lingua.rng import seed_everything
 from lingua.run_folder import own_folders
-from lingua.stall import StallWatch
-from lingua.torchrun import ending_with_torchrun
-from lingua.weight_file import load_initial_weights
+from lingua.slurm.code import CODE_VERSION, snapshot_code, version_record
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from apps.LT2.train_args import EvalArgs, TrainArgs
-from apps.LT2.trainer import Trainer
-from apps.LT2.validation import Validator, places_of_text
+from apps.LT2.evaluation.validation import Validator, places_of_text
+from apps.LT2.training.args import EvalArgs, TrainArgs
+from apps.LT2.training.trainer import Trainer
 from lingua.distributed import get_dp_rank_and_degree, run_together
+from lingua.files.jsonl_log import is_recorded
 from lingua.logger import tell
 from lingua.metrics import MetricLogger
-from lingua.record_file import is_recorded
 from lingua.tokenizer import build_tokenizer
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 import apps.LT2.train as app
-from apps.LT2.trainer import Trainer
+from apps.LT2.training.trainer import Trainer
 from tests.LT2.tiny_run import train
 
 DISK = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")

@@ -24,7 +24,7 @@ from apps.LT2.flops import (
     train_flops_per_token,
 )
 from apps.LT2.layout_table import format_layout
-from apps.LT2.train_args import TrainArgs
+from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import parse_args
 from lingua.optim import build_param_groups

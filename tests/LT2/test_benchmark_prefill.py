@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from apps.LT2 import measure
-from apps.LT2.benchmark_prefill import LLAMA3_VOCAB, main, read_subjects
-from apps.LT2.block import Block
-from apps.LT2.flops import prefill_flops
-from apps.LT2.inference_cost import (
+from apps.LT2.benchmark import timing as measure
+from apps.LT2.benchmark.inference_cost import (
     Decode,
     Plan,
     Prefill,
@@ -24,7 +21,10 @@ from apps.LT2.inference_cost import (
     prefill_cost,
     time_in_turn,
 )
-from apps.LT2.measure import Ceilings, Spread, is_out_of_memory
+from apps.LT2.benchmark.timing import Ceilings, Spread, is_out_of_memory
+from apps.LT2.benchmark_prefill import LLAMA3_VOCAB, main, read_subjects
+from apps.LT2.block import Block
+from apps.LT2.flops import prefill_flops
 from apps.LT2.scripts import plot_benchmark
 from apps.LT2.traffic import step_traffic
 from apps.LT2.transformer import LoopedTransformer
@@ -231,7 +231,7 @@ def test_compare_prints_how_much_faster_the_second_is(capsys, monkeypatch, recip
         action()
         return float(len(ran))
 
-    monkeypatch.setattr("apps.LT2.inference_cost.seconds_of", layers_run)
+    monkeypatch.setattr("apps.LT2.benchmark.inference_cost.seconds_of", layers_run)
     slow = write_recipe(recipe.with_name("slow.yaml"), loop_count=12)
     result, table = run(capsys, "--compare", slow, recipe, "--seq-len", 4)
     assert [row["config"] for row in result["rows"]] == ["slow", "tiny"]

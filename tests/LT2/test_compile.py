@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from apps.LT2.compiled import compiled_for_generation
+from apps.LT2.inference.compiled import compiled_for_generation
 from apps.LT2.mixers import MIXERS
 from apps.LT2.mixers.linear import LinearMixer
 from apps.LT2.parallel import (

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from apps.LT2.load import load_model_and_tokenizer
+from apps.LT2.inference.load import load_model_and_tokenizer
 from apps.LT2.scripts import export_weights, import_hf
 from apps.LT2.train import build_model
-from apps.LT2.train_args import validate_train_args
+from apps.LT2.training.args import validate_train_args
 from lingua.args import UserError
 from lingua.optim import is_matrix
 from tests.LT2.tiny import save_run, tiny_model

@@ -21,10 +21,10 @@ import torch
 import apps.LT2.mixers.attention
 import apps.LT2.train as app
 import lingua.tensor_save
-from apps.LT2.load import load_model_and_tokenizer
-from apps.LT2.trainer import Trainer
+from apps.LT2.inference.load import load_model_and_tokenizer
+from apps.LT2.training.trainer import Trainer
 from lingua.args import UserError
-from lingua.checkpoint_folder import find_problem
+from lingua.checkpointing.folder import find_problem
 from lingua.distributed import RanksFailed
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny_run import (

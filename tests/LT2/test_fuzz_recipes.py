@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from apps.LT2.train_args import TrainArgs, validate_train_args
+from apps.LT2.training.args import TrainArgs, validate_train_args
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import UserError, describe_fields, parse_args
+from lingua.config.yaml import read_yaml_file
 from lingua.tokenizer import ByteTokenizer
-from lingua.yaml_reader import read_yaml_file
 from tests.fuzz_text import damage_text, fuzz_count, no_hang, other_value
 from tests.LT2.tiny_run import write_corpus
 from tests.readme import ROOT

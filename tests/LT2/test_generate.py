@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apps.LT2 import generate
-from apps.LT2.generator import (
+from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
 )

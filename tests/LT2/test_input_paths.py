@@ -8,13 +8,13 @@ import pytest
 
 import apps.LT2.eval as evaluation
 import apps.LT2.train as training
-from apps.LT2.eval_args import EvalArgs, LMHarnessArgs
-from apps.LT2.train_args import TrainArgs
-from apps.LT2.validation import ValidationArgs
+from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs
+from apps.LT2.evaluation.validation import ValidationArgs
+from apps.LT2.training.args import TrainArgs
 from lingua.args import UserError
 from lingua.checkpoint import CheckpointArgs
 from lingua.data import DataArgs
-from lingua.run_plan import check_not_read
+from lingua.slurm.plan import check_not_read
 from lingua.tokenizer import TokenizerArgs
 
 

@@ -71,7 +71,7 @@ for mode, loops, n_micro in product(("none", "selective"), (1, 4), (1, 3)):
     CASES[f"tp_size {mode} T={loops} micro-batches={n_micro}"] = (loops, n_micro, options, counts)
 COLLECTIVES = (
     *("_allgather_base_", "_reduce_scatter_base_", "allreduce_"),
-    *("all_reduce", "all_gather"),  # of lingua.tensor_parallel
+    *("all_reduce", "all_gather"),  # of lingua.parallel.tensor_parallel
 )
 
 

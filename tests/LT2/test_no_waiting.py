@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from apps.LT2.batch import to_device
-from apps.LT2.generator import (
+from apps.LT2.evaluation.scoring import Window, score_batch
+from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
 )
 from apps.LT2.kernel.documents import host_bounds, upload_bounds
-from apps.LT2.scoring import Window, score_batch
 from lingua.tokenizer import ByteTokenizer
 from tests.LT2.tiny import KINDS, tiny_model
 from tests.waiting import WouldWait, no_waiting
@@ -164,7 +164,7 @@ def fetches(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_scores_is_fetched_once(kind, fetches, monkeypatch):
     model = tiny_model(kind, 1)
-    monkeypatch.setattr("apps.LT2.scoring.LOGITS_AT_ONCE", 3 * 258)  # several pieces
+    monkeypatch.setattr("apps.LT2.evaluation.scoring.LOGITS_AT_ONCE", 3 * 258)  # several pieces
     windows = [Window(i, list(range(9, 9 + n)), n // 2) for i, n in enumerate((12, 4, 7))]
     fetches.clear()
     score_batch(model, windows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apps.LT2.load import cast_for_inference
+from apps.LT2.inference.load import cast_for_inference
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.traffic import step_traffic

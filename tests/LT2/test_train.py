@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 import apps.LT2.train as app
+from apps.LT2.evaluation.validation import Validator
 from apps.LT2.transformer import LoopedTransformer
-from apps.LT2.validation import Validator
 from lingua.args import UserError
 from lingua.data import init_dataloader_state_from_args
 from lingua.distributed import check_model_value_range
@@ -115,10 +115,10 @@ def train_and_be_killed(data: Path, dump_dir: Path, place: str, call: int, optio
 @pytest.mark.parametrize(
     "place, call, newest",
     [
-        ("apps.LT2.trainer:Trainer.step", 6, 4),
+        ("apps.LT2.training.trainer:Trainer.step", 6, 4),
         ("lingua.metrics:MetricLogger.log", 8, 4),  # the probe of step 4 is in its own file only
-        ("lingua.checkpoint_save:publish", 2, 2),
-        ("apps.LT2.validation:Validator.__call__", 1, 3),
+        ("lingua.checkpointing.save:publish", 2, 2),
+        ("apps.LT2.evaluation.validation:Validator.__call__", 1, 3),
     ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_bit(

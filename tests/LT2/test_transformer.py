@@ -10,7 +10,7 @@ from torch import Tensor
 from apps.LT2.kernel import linear_cross_entropy
 from apps.LT2.parallel import get_no_recompute_ops, set_activation_checkpointing
 from apps.LT2.transformer import LoopedTransformer
-from lingua.parallelize import apply_activation_checkpointing
+from lingua.parallel.parallelize import apply_activation_checkpointing
 from tests.LT2.looped_models import MODELS, assert_same_fp32, decode, make, packed, prompt
 from tests.LT2.tiny import DSA
 from tests.tolerances import FP32_MODEL, assert_same

@@ -16,6 +16,8 @@ from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy, naive_lin
 from apps.LT2.parallel import build_fsdp_grouping_plan, tp_parallelize
 from apps.LT2.transformer import LoopedTransformer
 from lingua.checkpoint import CheckpointArgs, CheckpointManager
+from lingua.checkpointing.dcp import consolidate_checkpoints
+from lingua.checkpointing.weights import find_weight_file, read_weights
 from lingua.distributed import (
     DistributedArgs,
     check_model_value_range,
@@ -23,9 +25,7 @@ from lingua.distributed import (
     parallelize_model,
     sync_replicated_grads,
 )
-from lingua.tensor_parallel import TensorParallel
-from lingua.tensor_store import consolidate_checkpoints
-from lingua.weight_file import find_weight_file, read_weights
+from lingua.parallel.tensor_parallel import TensorParallel
 from tests.lingua.dist_utils import OpCounter, run_ranks
 from tests.lingua.toy import whole
 from tests.LT2.tiny import AtStep, tiny_args, tiny_model

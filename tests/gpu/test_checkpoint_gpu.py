@@ -7,7 +7,13 @@ import torch
 
 from lingua.checkpoint import CheckpointArgs, CheckpointManager
 from lingua.optim import OptimArgs, build_optimizer
-from tests.lingua.checkpoint_runs import CONFIG, STEPS, TrainState, assert_same_bits, tensors
+from tests.lingua.checkpointing.checkpoint_runs import (
+    CONFIG,
+    STEPS,
+    TrainState,
+    assert_same_bits,
+    tensors,
+)
 from tests.lingua.toy import make_batches, make_model
 
 pytestmark = [

@@ -7,15 +7,15 @@ import copy
 import pytest
 import torch
 
-from apps.LT2.compiled import compile_prefill, compile_step
-from apps.LT2.decode_graph import DecodeGraph
-from apps.LT2.generator import (
+from apps.LT2.benchmark.inference_cost import Plan, measure_point
+from apps.LT2.benchmark.timing import measure_ceilings
+from apps.LT2.inference.compiled import compile_prefill, compile_step
+from apps.LT2.inference.cuda_graph import DecodeGraph
+from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
 )
-from apps.LT2.inference_cost import Plan, measure_point
-from apps.LT2.load import cast_for_inference, join_projections
-from apps.LT2.measure import measure_ceilings
+from apps.LT2.inference.load import cast_for_inference, join_projections
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.mixers.gla import GLAArgs

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from apps.LT2.batch import to_device
-from apps.LT2.compiled import compiled_for_generation
-from apps.LT2.decode_graph import DecodeGraph
+from apps.LT2.inference.compiled import compiled_for_generation
+from apps.LT2.inference.cuda_graph import DecodeGraph
 from apps.LT2.kernel.documents import upload_bounds
 from apps.LT2.mixers.attention import append
 from lingua.args import UserError
-from lingua.parallelize import compile_blocks
+from lingua.parallel.parallelize import compile_blocks
 from tests.gpu.test_decode_graph_gpu import CHOOSE_KEYS, make_generator, make_model
 from tests.LT2.tiny import KINDS
 from tests.tolerances import BF16_KERNEL, relative_error

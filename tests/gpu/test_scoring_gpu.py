@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from apps.LT2.generator import (
+from apps.LT2.evaluation.scoring import score_continuations
+from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
 )
-from apps.LT2.scoring import score_continuations
 from lingua.tokenizer import ByteTokenizer
 from tests.LT2.tiny import tiny_model
 

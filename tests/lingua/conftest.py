@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lingua.stool import StoolArgs
-from tests.lingua.checkpoint_runs import CONFIG, build, manager_at, train
+from tests.lingua.checkpointing.checkpoint_runs import CONFIG, build, manager_at, train
 from tests.lingua.stool_utils import git
 
 REPOSITORY = Path(__file__).parents[2]

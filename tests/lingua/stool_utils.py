@@ -12,7 +12,7 @@ from pathlib import Path
 
 HOLD = """
 import sys, time
-from lingua.folder_lock import hold_folders  # which comes without torch
+from lingua.files.lock import hold_folders  # which comes without torch
 with hold_folders({"dump_dir": sys.argv[1]}):
     print("held", flush=True)
     time.sleep(60)

@@ -15,10 +15,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
-import lingua.checkpoint_folder
-import lingua.checkpoint_save
+import lingua.checkpointing.dcp
+import lingua.checkpointing.folder
+import lingua.checkpointing.save
 import lingua.tensor_save
-import lingua.tensor_store
 from lingua import distributed as ld
 from lingua.args import UserError
 from lingua.checkpoint import (
@@ -27,9 +27,9 @@ from lingua.checkpoint import (
     SaveEvery,
     load_from_checkpoint,
 )
-from lingua.checkpoint_folder import find_problem
+from lingua.checkpointing.folder import find_problem
 from lingua.optim import OptimArgs, build_optimizer
-from tests.lingua.checkpoint_runs import (
+from tests.lingua.checkpointing.checkpoint_runs import (
     CONFIG,
     STEPS,
     STOP,
@@ -107,14 +107,14 @@ def check_failure_is_everyones(rank, folder):
     model, optimizer, state = build(mesh, args)
     manager = manager_at(folder)
     train(STOP + 1, model, optimizer, state, mesh)
-    real = lingua.checkpoint_folder.write_atomic
+    real = lingua.checkpointing.folder.write_atomic
 
     def full_disk(path, data):
         if rank == 1:
             raise OSError("no space left on device")
         real(path, data)
 
-    lingua.checkpoint_folder.write_atomic = full_disk
+    lingua.checkpointing.folder.write_atomic = full_disk
     try:
         manager.save(model, optimizer, state, CONFIG, mesh)
     except ld.RanksFailed as error:
@@ -122,7 +122,7 @@ def check_failure_is_everyones(rank, folder):
     else:
         raise AssertionError("a failed save went unnoticed")
     finally:
-        lingua.checkpoint_folder.write_atomic = real
+        lingua.checkpointing.folder.write_atomic = real
     loaded = manager.load(model, optimizer, state, mesh)
     assert loaded is not None and loaded.step == STOP
 

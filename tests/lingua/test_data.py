@@ -30,7 +30,7 @@ from lingua.data import (  # noqa: E402
     tokenize,
     validate_data_args,
 )
-from lingua.packing import NO_TARGET  # noqa: E402
+from lingua.dataloader.packing import NO_TARGET  # noqa: E402
 from lingua.tokenizer import TokenizerArgs  # noqa: E402
 
 

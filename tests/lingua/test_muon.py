@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lingua import muon
 from lingua.args import UserError, dataclass_from_dict
+from lingua.checkpointing.dcp import load_from_checkpoint
 from lingua.muon import COEFFICIENTS, orthogonalize
 from lingua.optim import MuonArgs, OptimArgs, build_optimizer
 from lingua.tensor_save import TensorSave
-from lingua.tensor_store import load_from_checkpoint
 from tests.lingua.dist_utils import run_ranks
 from tests.lingua.toy import LAYERS, make_batches, make_model, whole
 from tests.tolerances import FP32, assert_same

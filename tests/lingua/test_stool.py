@@ -14,7 +14,7 @@ import pytest
 
 from lingua.args import UserError
 from lingua.local_output import LocalOutput
-from lingua.slurm_script import quote_sbatch
+from lingua.slurm.script import quote_sbatch
 from lingua.stool import (
     Job,
     StoolArgs,
@@ -314,7 +314,7 @@ def test_a_scripts_own_options_go_before_imported_ones(project, args):
     script = project / "project" / args.script.split(".")[1] / "eval.py"
     script.write_text(
         "from dataclasses import dataclass\n"
-        "from apps.LT2.train_args import TrainArgs as TrainArgs\n"
+        "from apps.LT2.training.args import TrainArgs as TrainArgs\n"
         "@dataclass\nclass EvalArgs:\n    dump_dir: str = ''\n    n_tasks: int = 1\n"
     )
     name = args.script.replace(".train", ".eval")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import lingua.background as background
+import lingua.slurm.background as background
 from lingua.args import UserError, parse_args
 from lingua.stool import StoolArgs, launch_job, main
 from lingua.sweep import as_arguments, combinations, format_table, label_of
@@ -168,7 +168,7 @@ def test_a_run_that_fails_leaves_the_others_alone(project, args, capfd):
 
 
 def test_a_run_that_never_began_is_told_by_submitits_log(project, args, monkeypatch):
-    monkeypatch.setattr("lingua.background.run_command", lambda job: ["bash", "-c", "exit 4"])
+    monkeypatch.setattr("lingua.slurm.background.run_command", lambda job: ["bash", "-c", "exit 4"])
     with pytest.raises(UserError, match=r"steps=2 \(see .*log.err, and .*steps=2/logs\)$"):
         launch_job(replace(args, sweep={"steps": [2]}))
 

@@ -247,7 +247,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 
     options = ("--source_dir", str(source), "--validation_documents", "10")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left.*goes on"):
-        patch.setattr("lingua.shuffle_documents.os.fsync", full)
+        patch.setattr("lingua.prepare.shuffle.os.fsync", full)
         prepare(tmp_path, *options)
     assert (prepare(tmp_path, *options) / "manifest.json").is_file()
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lingua.jsonl import find_val_files, iter_val_documents
+from lingua.dataloader.jsonl import find_val_files, iter_val_documents
 
 N_ITEMS = 200  # of each task, at most
 N_WRONG = 3  # endings beside the right one

@@ -28,8 +28,8 @@ from apps.LT2.mixers.base import (
     known_past,
 )
 from lingua.joint_linear import joint_linear
+from lingua.parallel.tensor_parallel import TensorParallel
 from lingua.probe import is_probing, log_stats
-from lingua.tensor_parallel import TensorParallel
 from lingua.transformer import (
     check_rotary_width,
     init_linear,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.documents import document_of_tokens, local_positions
-from lingua.tensor_parallel import ALONE, TensorParallel, split_linears
+from lingua.parallel.tensor_parallel import ALONE, TensorParallel, split_linears
 
 
 @dataclass

@@ -25,7 +25,7 @@ from apps.LT2.kernel.gla import gla, gla_step
 from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape
 from apps.LT2.mixers.parts import GroupedRMSNorm
 from lingua.args import UserError
-from lingua.tensor_parallel import TensorParallel
+from lingua.parallel.tensor_parallel import TensorParallel
 from lingua.transformer import init_linear
 
 if TYPE_CHECKING:

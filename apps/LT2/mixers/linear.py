@@ -26,8 +26,8 @@ from apps.LT2.mixers.base import Extension, Mixer, MixerCache, cache_positions, 
 from apps.LT2.mixers.parts import ShortConv
 from lingua.args import UserError
 from lingua.joint_linear import joint_weight
+from lingua.parallel.tensor_parallel import TensorParallel, own_weight
 from lingua.probe import is_probing
-from lingua.tensor_parallel import TensorParallel, own_weight
 from lingua.transformer import check_sizes
 
 if TYPE_CHECKING:

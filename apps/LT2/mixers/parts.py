@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.short_conv import conv_tail, short_conv, short_conv_step
 from lingua.args import UserError
-from lingua.tensor_parallel import ALONE, TensorParallel
+from lingua.parallel.tensor_parallel import ALONE, TensorParallel
 
 
 class ShortConv(nn.Module):

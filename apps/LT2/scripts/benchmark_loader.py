@@ -19,10 +19,10 @@ from dataclasses import replace
 
 import torch
 
-from apps.LT2.measure import Spread, device_name
-from apps.LT2.train_args import TrainArgs
+from apps.LT2.benchmark.timing import Spread, device_name
+from apps.LT2.training.args import TrainArgs
 from lingua.args import UserError, parse_args, run_cli
-from lingua.command_line import OneLineParser
+from lingua.config.cli import OneLineParser
 from lingua.data import (
     DataArgs,
     build_dataloader_from_args,

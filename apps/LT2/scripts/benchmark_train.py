@@ -29,16 +29,16 @@ import torch
 from torch._dynamo.utils import counters
 
 from apps.LT2.batch import to_device
+from apps.LT2.benchmark.timing import environment, release_memory, synchronize
 from apps.LT2.flops import count_parameters, train_flops_per_token
-from apps.LT2.measure import environment, release_memory, synchronize
 from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.train import build_model
-from apps.LT2.train_args import TrainArgs, validate_train_args
-from apps.LT2.trainer import Trainer, TrainState
+from apps.LT2.training.args import TrainArgs, validate_train_args
+from apps.LT2.training.trainer import Trainer, TrainState
+from apps.LT2.training.unused_options import unused_sections
 from apps.LT2.transformer import LoopedTransformer
-from apps.LT2.unused_options import unused_sections
 from lingua.args import UserError, parse_args, run_cli
-from lingua.command_line import OVERRIDE, OneLineParser
+from lingua.config.cli import OVERRIDE, OneLineParser
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import (
     dist_max,
@@ -52,7 +52,7 @@ from lingua.distributed import (
 )
 from lingua.metrics import GIB, peak_flops
 from lingua.optim import build_optimizer
-from lingua.parallelize import resolve_dtype
+from lingua.parallel.parallelize import resolve_dtype
 from lingua.rng import seed_everything
 
 # What stands in a kernel's name -> what it is, the first that fits.

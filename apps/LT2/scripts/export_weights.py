@@ -17,20 +17,20 @@ from typing import Any
 
 from torch import Tensor
 
-from apps.LT2.llama import check_is_llama, llama_config, to_llama
-from apps.LT2.load import (
+from apps.LT2.inference.load import (
     LoadedModel,
     find_checkpoint,
     load_model_and_tokenizer,
     read_config,
     resolve_tokenizer,
 )
-from apps.LT2.weight_folder import copy_tokenizer, new_folder, write_json
+from apps.LT2.scripts.llama import check_is_llama, llama_config, to_llama
+from apps.LT2.scripts.weight_folder import copy_tokenizer, new_folder, write_json
 from lingua.args import UserError, parse_args, run_cli
-from lingua.parallelize import DTYPES
-from lingua.tensor_store import CONFIG_NAME, CONSOLIDATE_NAME
+from lingua.checkpointing.dcp import CONFIG_NAME, CONSOLIDATE_NAME
+from lingua.checkpointing.weights import SAFETENSORS_NAME, check_can_write, write_weights
+from lingua.parallel.parallelize import DTYPES
 from lingua.tokenizer import HuggingFaceTokenizer, TokenizerArgs
-from lingua.weight_file import SAFETENSORS_NAME, check_can_write, write_weights
 
 FILES = {"consolidated": CONSOLIDATE_NAME, "safetensors": SAFETENSORS_NAME, "hf": SAFETENSORS_NAME}
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.LT2.llama import from_llama, read_llama_config
+from apps.LT2.scripts.llama import from_llama, read_llama_config
+from apps.LT2.scripts.weight_folder import copy_tokenizer, new_folder, write_json
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
-from apps.LT2.weight_folder import copy_tokenizer, new_folder, write_json
 from lingua.args import UserError, parse_args, run_cli
-from lingua.tensor_store import CONFIG_NAME, CONSOLIDATE_NAME, check_fits
+from lingua.checkpointing.dcp import CONFIG_NAME, CONSOLIDATE_NAME, check_fits
+from lingua.checkpointing.weights import SAFETENSORS_NAME, read_weights, write_weights
 from lingua.tokenizer import TOKENIZERS, TokenizerArgs, build_tokenizer
-from lingua.weight_file import SAFETENSORS_NAME, read_weights, write_weights
 
 INDEX_NAME = f"{SAFETENSORS_NAME}.index.json"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from apps.LT2.scripts.figure import COLOURS, import_pyplot, save_figure
 from lingua.args import UserError, run_cli
-from lingua.command_line import OneLineParser
+from lingua.config.cli import OneLineParser
 
 PANELS = {"prefill": "Prefill", "decode": "Decode"}
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # once all colours are taken

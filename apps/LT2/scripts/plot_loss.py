@@ -19,8 +19,8 @@ from pathlib import Path
 
 from apps.LT2.scripts.figure import COLOURS, import_pyplot, save_figure
 from lingua.args import UserError, run_cli
-from lingua.command_line import OneLineParser
-from lingua.runs import find_runs, is_run
+from lingua.config.cli import OneLineParser
+from lingua.slurm.run_list import find_runs, is_run
 
 logger = logging.getLogger()
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from apps.LT2.inference.load import check_kernels
 from apps.LT2.kernel import check_gpu_stack
-from apps.LT2.load import check_kernels
 from apps.LT2.mixers import MIXERS
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import UserError

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from apps.LT2.kernel.linear_cross_entropy.naive import naive_linear_cross_entropy
-from lingua.tensor_parallel import ALONE, TensorParallel
+from lingua.parallel.tensor_parallel import ALONE, TensorParallel
 
 __all__ = ["linear_cross_entropy", "naive_linear_cross_entropy"]
 

@@ -1,0 +1,351 @@
+"""LT2 models as models of the LM-Evaluation-Harness; registered there under the name `lt2`.
+
+Every rank is given all requests, computes its share of the batches and gets all answers: to the
+harness each rank looks like a single process. (Its own way of sharing documents pads the ranks'
+lists with duplicates, and fails where there are fewer documents than ranks.) Texts become tokens
+the way the harness does it for other causal models, so that scores can be compared. Importing this
+module without the package lm_eval works; its classes do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from apps.LT2.evaluation.chat import find_chat_template
+from apps.LT2.evaluation.scoring import score_continuations, share_out
+from apps.LT2.inference.generator import (
+    PackedCausalTransformerGenerator,
+    PackedCausalTransformerGeneratorArgs,
+)
+from apps.LT2.inference.load import LoadedModel, load_model_and_tokenizer
+from lingua.args import UserError, dataclass_from_dict, import_optional
+from lingua.distributed import (
+    DistributedArgs,
+    get_is_master,
+    get_world_size,
+    setup_torch_distributed,
+)
+from lingua.tokenizer import TokenizerArgs
+
+if TYPE_CHECKING:
+    LM: Any = object
+    register_model: Any = None
+else:
+    try:
+        from lm_eval.api.model import LM
+        from lm_eval.api.registry import register_model
+    except ModuleNotFoundError:
+        LM = object
+
+        def register_model(name):
+            return lambda cls: cls
+
+
+Tokens = list[int]
+
+DEFAULT_DEVICE = "cuda:0"  # of the harness's command line
+
+# How tasks call the longest answer, in the harness's order.
+MAX_GEN_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+class EvalHarnessLM(LM):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cfg: PackedCausalTransformerGeneratorArgs,
+        *,
+        stride: int | None = None,
+        tokenizer_path: str | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ):
+        """`cfg` sets batches (max_tokens), windows (max_prompt_len; null = as long as the rows of
+        training) and what tasks leave open about generation."""
+        import_optional("lm_eval", extra="eval", needed_by="the LM-Evaluation-Harness")
+        super().__init__()
+        self.model, self._tokenizer, config = loaded
+        self.cfg, self.stride, self.should_stop = cfg, stride, should_stop
+        self.max_len = cfg.max_prompt_len or self.model.args.max_seqlen
+        if stride is not None and not 1 <= stride <= self.max_len:
+            raise UserError(
+                f"stride={stride} must be 1 to the {self.max_len} tokens of a window, or null for "
+                "windows side by side"
+            )
+        self._device = self.model.tok_embeddings.weight.device
+        data = config["data"]
+        self.add_bos = data.get("add_bos", True) and self._tokenizer.bos_id >= 0
+        self.add_eos = data.get("add_eos", True) and self._tokenizer.eos_id >= 0
+        saved = dataclass_from_dict(TokenizerArgs, data["tokenizer"])
+        self._tokenizer_args = replace(saved, path=tokenizer_path or saved.path)
+
+    # ---- what the harness calls
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        pairs = [self.encode_pair(*request.args) for request in requests]
+        return self._score(pairs, "loglikelihood")
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        pairs = [([self._first_token()], self._encode(request.args[0])) for request in requests]
+        scores = self._score(pairs, "loglikelihood_rolling", stride=self.stride)
+        return [loglikelihood for loglikelihood, _ in scores]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Requests with the same settings share batches; a sample depends on its place in the list
+        and on the seed, not on the number of ranks."""
+        prompts: list[Tokens] = []
+        groups: dict[str, tuple[PackedCausalTransformerGeneratorArgs, list[int]]] = {}
+        for i, request in enumerate(requests):
+            context, settings = request.args
+            cfg = generation_settings(settings, self.cfg)
+            prompts.append(self._cut_prompt(context, cfg.max_gen_len))
+            groups.setdefault(repr(cfg), (cfg, []))[1].append(i)
+        batches = [
+            (cfg, batch)
+            for cfg, places in groups.values()
+            for batch in batch_by_length(places, prompts, cfg)
+        ]
+
+        def answer(batch: tuple[PackedCausalTransformerGeneratorArgs, list[int]]) -> list[str]:
+            cfg, places = batch
+            longest = max(len(prompts[i]) for i in places) + cfg.max_gen_len
+            cfg = replace(cfg, max_tokens=max(cfg.max_tokens, longest))
+            generator = PackedCausalTransformerGenerator(cfg, self.model, self._tokenizer)
+            done = generator.complete([prompts[i] for i in places], places=places, score=False)
+            return [completion.text for completion in done]
+
+        answers = share_out(
+            batches, answer, should_stop=self.should_stop, progress=_progress("generate_until")
+        )
+        texts = {
+            i: text
+            for (_, places), batch in zip(batches, answers, strict=True)
+            for i, text in zip(places, batch, strict=True)
+        }
+        return [texts[i] for i in range(len(requests))]
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return self._chat_template.render(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self._chat_template.text if chat_template else None
+
+    @property
+    def _chat_template(self) -> Any:
+        if not hasattr(self, "_template"):
+            self._template = find_chat_template(self._tokenizer_args)
+        return self._template
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the key under which the harness keeps prompts that it has built."""
+        path = self._tokenizer_args.path or ""
+        return f"{self._tokenizer_args.name}__{path}".replace("/", "__")
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        if cache_hook.dbdict is not None and get_world_size() > 1:
+            raise UserError(
+                f"use_cache: ranks would ask for different answers, and {get_world_size()} "
+                "processes were started; start one, or leave it out"
+            )
+        super().set_cache_hook(cache_hook)
+
+    # ---- tokens
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
+        """Tokens of both, never without a first one to score from.
+
+        Blanks at the end of the context go to the continuation, and the two are encoded as one
+        text: that is how words look in training. Where a token crosses the border the continuation
+        begins with it.
+        """
+        n_blanks = len(context) - len(context.rstrip())
+        if n_blanks:
+            context, continuation = context[:-n_blanks], context[-n_blanks:] + continuation
+        before, whole = self._encode(context), self._encode(context + continuation)
+        pairs = enumerate(zip(before, whole, strict=False))
+        n_same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(whole)))
+        first = [self._first_token()] if self.add_bos or n_same == 0 else []
+        return first + whole[:n_same], whole[n_same:]
+
+    def _encode(self, text: str) -> Tokens:
+        return self._tokenizer.encode(text, add_bos=False, add_eos=False)
+
+    def _first_token(self) -> int:
+        """What stood before each document in training: BOS, or the EOS of the one before."""
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        choices = [(self.add_bos, bos), (self.add_eos, eos), (True, bos), (True, eos)]
+        for is_wanted, token in choices:
+            if is_wanted and token >= 0:
+                return token
+        raise UserError(
+            "this tokenizer has no BOS and no EOS to score the first token of a text by"
+        )
+
+    def _cut_prompt(self, context: str, max_gen_len: int) -> Tokens:
+        """The end of a prompt that leaves room for the answer, or half of a training row."""
+        if self.cfg.max_prompt_len is not None:
+            room = self.cfg.max_prompt_len
+        else:
+            room = max(self.max_len - max_gen_len, self.max_len // 2, 1)
+        tokens = self._encode(context)
+        if self.add_bos or not tokens:
+            tokens = [self._first_token(), *tokens]
+        return tokens[-room:]
+
+    def _score(
+        self, pairs: list[tuple[Tokens, Tokens]], what: str, stride: int | None = None
+    ) -> list[tuple[float, bool]]:
+        return score_continuations(
+            self.model,
+            pairs,
+            max_len=self.max_len,
+            max_tokens=self.cfg.max_tokens,
+            stride=stride,
+            should_stop=self.should_stop,
+            progress=_progress(what),
+        )
+
+
+def generation_settings(
+    given: Mapping[str, Any], cfg: PackedCausalTransformerGeneratorArgs
+) -> PackedCausalTransformerGeneratorArgs:
+    """`cfg` with what a task says about its generation, as the harness means it.
+
+    Without do_sample and a temperature of its own a task follows `cfg`; do_sample=false is greedy.
+    """
+    rest = dict(given)
+    until = rest.pop("until", None) or []
+    until = [until] if isinstance(until, str) else list(until)
+    lengths = [value for name in MAX_GEN_NAMES if (value := rest.pop(name, None)) is not None]
+    max_gen_len = int(lengths[0]) if lengths else cfg.max_gen_len
+    do_sample, temperature = rest.pop("do_sample", None), rest.pop("temperature", None)
+    if temperature is not None:
+        replace(cfg, temperature=float(temperature))  # refuses what is none, used or not
+    if do_sample is False:
+        temperature = 0.0
+    elif temperature is None:
+        temperature = cfg.temperature or (1.0 if do_sample else 0.0)
+    sampling = {name: rest.pop(name, getattr(cfg, name)) for name in ("top_p", "top_k")}
+    if rest.pop("num_beams", 1) != 1:
+        rest["num_beams"] = given["num_beams"]
+    if rest:
+        shown = ", ".join(f"{name}={value}" for name, value in rest.items())
+        raise UserError(
+            f"generation_kwargs: {shown}: this model cannot do that; it knows until, "
+            f"{', '.join(MAX_GEN_NAMES)}, do_sample, temperature, top_p and top_k"
+        )
+    return replace(
+        cfg,
+        until=[stop for stop in until if stop],
+        max_gen_len=max_gen_len,
+        max_tokens=max(cfg.max_tokens, max_gen_len + 1),
+        max_prompt_len=None,  # prompts are cut already
+        temperature=float(temperature),
+        **sampling,
+    )
+
+
+def batch_by_length(
+    places: list[int], prompts: list[Tokens], cfg: PackedCausalTransformerGeneratorArgs
+) -> Iterator[list[int]]:
+    """Batches of places in `prompts` whose answers fit into the cache at once, longest first.
+
+    Every row of a cache is as long as the longest prompt and its answer need, and the rows of a
+    batch have at most `cfg.max_tokens` slots together.
+    """
+    batch: list[int] = []
+    for i in sorted(places, key=lambda i: -len(prompts[i])):
+        if batch and (len(batch) + 1) * (len(prompts[batch[0]]) + cfg.max_gen_len) > cfg.max_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _progress(what: str) -> Callable[[Sequence], Iterable]:
+    tqdm = import_optional("tqdm", extra="eval", needed_by="the LM-Evaluation-Harness")
+    return partial(tqdm.tqdm, desc=what, unit="batch", disable=not get_is_master())
+
+
+# ---- the harness's own command line
+
+
+@dataclass
+class ModelArgs:
+    """`--model_args` of the model `lt2`."""
+
+    ckpt: str  # a run's folder, a step folder or a file of weights
+    dtype: str = "auto"  # bf16, fp16 or fp32 of weight matrices and cache; auto: bf16 on GPUs
+    device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
+    loop_count: int | None = None  # run the stack this often; null = as in training
+    tokenizer_path: str | None = None  # where the tokenizer's file lies now; null = as in training
+    max_tokens: int | None = None  # tokens of a batch; null = 8192 on GPUs, 1024 on CPUs
+    max_gen_len: int = 256  # longest answer where the task says nothing
+    max_prompt_len: int | None = None  # longest window; null = as long as the rows of training
+    stride: int | None = None  # tokens that a rolling window moves on; null = its whole length
+    seed: int = 42  # of the sampling
+
+
+def default_max_tokens(loaded: LoadedModel) -> int:
+    """On a CPU attention over a packed row costs its length squared, so long rows do not pay."""
+    return 8192 if loaded.model.tok_embeddings.weight.is_cuda else 1024
+
+
+@register_model("lt2")
+class RegisteredLM(EvalHarnessLM):
+    """`--model lt2`: builds the model from ModelArgs."""
+
+    def __init__(
+        self, batch_size: int | str = 1, max_batch_size: int | None = None, **model_args: Any
+    ):
+        # 1 is what the harness's command line passes where nobody asked for a size.
+        if str(batch_size) not in ("1", "auto") or max_batch_size is not None:
+            raise UserError(
+                f"batch_size={batch_size}, max_batch_size={max_batch_size}: batches are filled up "
+                "to a number of tokens; say --model_args max_tokens=8192"
+            )
+        model_args.pop("trust_remote_code", None)  # the command line may add it for Hugging Face
+        args = dataclass_from_dict(ModelArgs, model_args)
+        setup_torch_distributed(DistributedArgs(model_dtype="fp32"))  # no group in one process
+        loaded = load_model_and_tokenizer(
+            args.ckpt,
+            dtype=args.dtype,
+            device=args.device,
+            loop_count=args.loop_count,
+            tokenizer_path=args.tokenizer_path,
+        )
+        max_tokens = default_max_tokens(loaded) if args.max_tokens is None else args.max_tokens
+        cfg = PackedCausalTransformerGeneratorArgs(
+            max_gen_len=args.max_gen_len,
+            max_tokens=max_tokens,
+            max_prompt_len=args.max_prompt_len,
+            dtype=args.dtype,
+            device=args.device,
+            seed=args.seed,
+        )
+        super().__init__(loaded, cfg, stride=args.stride, tokenizer_path=args.tokenizer_path)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> RegisteredLM:
+        """What `--model_args` says wins over the options beside it."""
+        given = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        # The command line's default, also where there is no GPU and on every rank.
+        if given.get("device") == DEFAULT_DEVICE:
+            del given["device"]
+        return cls(**given | arg_dict)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> RegisteredLM:
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)

@@ -1,0 +1,111 @@
+"""What a run says about itself while it trains: averages, speed, utilisation, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.LT2.training.trainer import StepResult, TrainState
+from lingua.distributed import dist_mean
+from lingua.metrics import GPUMemoryMonitor, peak_flops
+
+
+@dataclass
+class Progress:
+    """Collects steps; `record` closes an interval and turns it into numbers."""
+
+    steps: int  # of the whole run
+    tokens_per_step: int  # over all ranks
+    flops_per_token: int  # forward and backward
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    _results: list[StepResult] = field(default_factory=list)
+    _began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self):
+        self.memory = GPUMemoryMonitor(self.device)
+        self.peak_flops = peak_flops(self.memory.name, self.dtype)
+
+    def add(self, result: StepResult) -> None:
+        self._results.append(result)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not counted as training time."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def record(self, state: TrainState) -> dict[str, Any]:
+        """The numbers of the steps since the last record, of which one at least. A collective.
+
+        `state` has the losses of all these steps; some may have been taken before the run was
+        resumed.
+        """
+        results, n_steps, step = self._results, len(self._results), state.step
+        loss = _mean(state.losses)  # waits for the device
+        mixer_losses = {f"loss/{name}": _mean(ls) for name, ls in state.mixer_losses.items()}
+        mixer_norms = results[-1].mixer_grad_norms
+        seconds = (time.perf_counter() - self._began) / n_steps
+        tokens_per_s = self.tokens_per_step / seconds
+        flops = tokens_per_s * self.flops_per_token / self.world_size
+        record = {
+            "global_step": step,
+            "acc_step": 0,
+            "loss/out": loss,
+            **mixer_losses,
+            "speed/wps": tokens_per_s / self.world_size,
+            "speed/tokens_per_s": tokens_per_s,
+            "speed/FLOPS": flops,
+            "speed/curr_iter_time": seconds,
+            "speed/data_load_time": sum(r.data_seconds for r in results) / n_steps,
+            "optim/grad_norm": results[-1].grad_norm,
+            **{f"optim/grad_norm_{name}": norm for name, norm in mixer_norms.items()},
+            "optim/lr": results[-1].lr,
+            "optim/total_tokens": state.n_tokens,
+            **self.memory.metrics(),
+        }
+        if self.peak_flops is not None:
+            record["speed/mfu"] = flops / self.peak_flops
+        self.memory.reset_peak_stats()
+        self._results, self._began = [], time.perf_counter()
+        return record
+
+    def line(self, record: dict[str, Any]) -> str:
+        """The record for a person."""
+        left = (self.steps - record["global_step"]) * record["speed/curr_iter_time"]
+        parts = [
+            f"step {record['global_step']}/{self.steps}",
+            f"loss {record['loss/out']:.4f}",
+            f"lr {record['optim/lr']:.2e}",
+            f"grad {record['optim/grad_norm']:.3f}",
+            f"{_si(record['speed/tokens_per_s'])} tokens/s",
+        ]
+        if "speed/mfu" in record:
+            parts.append(f"mfu {100 * record['speed/mfu']:.1f}%")
+        if "memory/max_active_gib" in record:
+            parts.append(f"{record['memory/max_active_gib']:.1f} GiB")
+        parts.append(f"eta {timedelta(seconds=round(left))}")
+        return "  ".join(parts)
+
+
+def _mean(losses: list[Tensor]) -> float:
+    """Over steps and ranks."""
+    return dist_mean(torch.stack(losses).mean()).item()
+
+
+def _si(x: float) -> str:
+    """Three digits and a unit."""
+    for unit in ("", "k", "M"):
+        if x < 999.5:  # above, three digits are 1000
+            return f"{x:.3g}{unit}" if unit else f"{x:.0f}"
+        x /= 1000
+    return f"{x:.3g}G"

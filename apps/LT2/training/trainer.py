@@ -1,0 +1,231 @@
+"""One optimizer step: micro-batches forward and backward, gradients joined, clipped and applied."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from apps.LT2.batch import Batch, to_device
+from apps.LT2.parallel import set_gradient_sync
+from apps.LT2.training.args import TrainArgs
+from apps.LT2.transformer import LoopedTransformer
+from lingua.args import UserError
+from lingua.dataloader.reshard import DataState, deal_streams
+from lingua.distributed import (
+    clip_grad_norm_,
+    first_nonfinite,
+    get_device,
+    get_dp_rank_and_degree,
+    get_global_rank,
+    run_together,
+    sync_replicated_grads,
+)
+from lingua.optim import NonfiniteGuard, ScheduledLR
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds beside weights and optimizer; one for each data-parallel rank."""
+
+    step: int  # optimizer steps done
+    acc_step: int  # micro-batches done of the next step; 0 in every checkpoint
+    data_loader_state: DataState
+    scheduler: ScheduledLR
+    n_tokens: int | None = 0  # read by all ranks in these steps; None: an older checkpoint
+    # of the steps since the last log record, on the device; means over this rank's micro-batches
+    losses: list[Tensor] = field(default_factory=list)
+    mixer_losses: dict[str, list[Tensor]] = field(default_factory=dict)  # likewise, by name
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "acc_step": self.acc_step,
+            "data_loader_state": self.data_loader_state,
+            "scheduler": self.scheduler.state_dict(),
+            "n_tokens": self.n_tokens,
+            "losses": _to_numbers(self.losses),
+            "mixer_losses": {name: _to_numbers(ls) for name, ls in self.mixer_losses.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+        self.acc_step = state_dict["acc_step"]
+        self.data_loader_state = state_dict["data_loader_state"]
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        self.n_tokens = state_dict.get("n_tokens")
+        self.losses = _to_tensors(state_dict["losses"])
+        mixer_losses = state_dict.get("mixer_losses", {})  # older checkpoints have none
+        self.mixer_losses = {name: _to_tensors(numbers) for name, numbers in mixer_losses.items()}
+
+    def load_state_dicts(self, states: list[dict[str, Any]], rank: int, n_ranks: int) -> None:
+        """Go on from what another number of ranks saved: with all of their data and losses."""
+        loaders = [state["data_loader_state"] for state in states]
+        losses = zip(*(state["losses"] for state in states), strict=True)
+        mixer_losses = {
+            name: zip(*(state["mixer_losses"][name] for state in states), strict=True)
+            for name in states[0].get("mixer_losses", {})
+        }
+        self.load_state_dict(
+            {
+                **states[rank % len(states)],
+                "data_loader_state": deal_streams(loaders, rank, n_ranks),
+                "losses": [fmean(of_ranks) for of_ranks in losses],
+                "mixer_losses": {n: [fmean(l) for l in ls] for n, ls in mixer_losses.items()},
+            }
+        )
+
+    def add_losses(self, loss: Tensor, mixer_losses: dict[str, Tensor]) -> None:
+        """Those of a step."""
+        self.losses.append(loss)
+        for name, mixer_loss in mixer_losses.items():
+            self.mixer_losses.setdefault(name, []).append(mixer_loss)
+
+    def clear_losses(self) -> None:
+        """After a log record."""
+        self.losses.clear()
+        self.mixer_losses.clear()
+
+
+def _to_numbers(losses: list[Tensor]) -> list[float]:
+    return [loss.item() for loss in losses]
+
+
+def _to_tensors(numbers: list[float]) -> list[Tensor]:
+    return [torch.tensor(number, device=get_device()) for number in numbers]
+
+
+def every_n_steps(
+    train_state: TrainState, freq: int, acc_step: int | None = None, acc_freq: int | None = None
+) -> bool:
+    """Whether `freq` divides the step (0: never), at micro-batch `acc_step` or each `acc_freq`."""
+    if freq < 1 or train_state.step % freq:
+        return False
+    if acc_step is not None:
+        return train_state.acc_step == acc_step
+    return acc_freq is None or train_state.acc_step % acc_freq == 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    grad_norm: float  # of the language model's loss, by the weights that it trains; not clipped
+    mixer_grad_norms: dict[str, float]  # of the mixers' own losses, by name; not clipped
+    lr: float  # that the step was taken with
+    data_seconds: float  # waiting for the loader
+
+
+class Trainer:
+    def __init__(
+        self,
+        args: TrainArgs,
+        model: LoopedTransformer,
+        optimizer: Optimizer,
+        state: TrainState,
+        batches: Iterator[tuple[Any, Any]],
+        mesh: DeviceMesh | None,
+        device: torch.device,
+    ):
+        self.args, self.model, self.optimizer, self.state = args, model, optimizer, state
+        self.batches, self.mesh, self.device = batches, mesh, device
+        data, (_, degree) = args.data, get_dp_rank_and_degree(mesh)
+        self.tokens_per_step = data.batch_size * data.seq_len * args.grad_acc_steps * degree
+        if state.n_tokens is None:
+            state.n_tokens = state.step * self.tokens_per_step
+        self.guard = NonfiniteGuard(args.optim.skip_nonfinite)
+        # Called with a micro-batch, before its forward; and with its loss, after its backward.
+        self.before_micro_batch: Callable[[Batch], None] | None = None
+        self.after_micro_batch: Callable[[Tensor], None] | None = None
+
+    def step(self) -> StepResult:
+        n_micro = self.args.grad_acc_steps
+        total = torch.zeros((), device=self.device)
+        mixer_totals: dict[str, Tensor] = {}
+        began = time.perf_counter()
+        # A rank that cannot read stops the others, too, before they wait for it in a collective.
+        micro_batches = run_together(self._read_micro_batches)
+        data_seconds = time.perf_counter() - began
+        self.model.begin_step(self.state.step)
+        for micro, views in enumerate(micro_batches):
+            batch = to_device(views, self.args.data.doc_mask, self.device)
+            if self.before_micro_batch is not None:
+                self.before_micro_batch(batch)
+            set_gradient_sync(self.model, micro == n_micro - 1)
+            loss = self.model(*batch)
+            (loss / n_micro).backward()
+            total += loss.detach()
+            for name, mixer_loss in self.model.mixer_losses.items():
+                mixer_totals[name] = mixer_totals.get(name, 0) + mixer_loss
+            self.state.acc_step = (micro + 1) % n_micro
+            if self.after_micro_batch is not None:
+                self.after_micro_batch(loss.detach())
+        sync_replicated_grads(self.model, self.mesh)
+        grad_norm, mixer_grad_norms = self._clip()
+        lr = self.optimizer.param_groups[0]["lr"]
+        if not self._skip(grad_norm, *mixer_grad_norms.values()):
+            self.optimizer.step()
+        self.state.scheduler.step()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        self.state.n_tokens = (self.state.n_tokens or 0) + self.tokens_per_step
+        mixer_means = {name: loss / n_micro for name, loss in mixer_totals.items()}
+        self.state.add_losses(total / n_micro, mixer_means)
+        return StepResult(grad_norm, mixer_grad_norms, lr, data_seconds)
+
+    def _read_micro_batches(self) -> list[Any]:
+        micro_batches = []
+        for _ in range(self.args.grad_acc_steps):
+            views, self.state.data_loader_state = next(self.batches)
+            self._check_tokens(views)
+            micro_batches.append(views)
+        return micro_batches
+
+    def _check_tokens(self, views_BTN: Any) -> None:
+        """Here, on the host, a token outside of the vocabulary costs nothing to find and can be
+        told of; on CUDA it would end the process."""
+        vocab_size, data = self.args.model.vocab_size, self.args.data
+        smallest, largest = views_BTN[..., 0].min(), views_BTN[..., :2].max()
+        if smallest < 0 or largest >= vocab_size:
+            strange = largest if smallest >= 0 else smallest
+            raise UserError(
+                f"data: token {strange} is none of data.tokenizer.name={data.tokenizer.name} "
+                f"(model.vocab_size={vocab_size}): a .tokens file is damaged; delete those of "
+                "data.sources and make them again by python setup/tokenize_data.py"
+            )
+
+    def _clip(self) -> tuple[float, dict[str, float]]:
+        """Clip the gradient of each loss, to the same norm, and return what the norms were.
+
+        Clipped together, a mixer's own loss would shorten the steps of weights that it does not
+        train.
+        """
+        clip, own = self.args.optim.clip, self.model.own_loss_parameters()
+        apart = {p for weights in own.values() for p in weights}
+        norm = clip_grad_norm_([p for p in self.model.parameters() if p not in apart], clip)
+        norms = {name: clip_grad_norm_(weights, clip) for name, weights in own.items()}
+        return norm.item(), {name: norm.item() for name, norm in norms.items()}
+
+    def _skip(self, *grad_norms: float) -> bool:
+        """Whether a step with NaN or infinite gradients is passed over; raises if it may not be."""
+        grad_norm = next((norm for norm in grad_norms if not math.isfinite(norm)), grad_norms[0])
+        try:
+            skipped = self.guard.skip(grad_norm)
+        except FloatingPointError as error:
+            where = first_nonfinite(self.model) or "not on this rank"
+            raise FloatingPointError(
+                f"step {self.state.step + 1}, rank {get_global_rank()}: {error}; first tensor "
+                f"with NaN or infinity: {where}. The last checkpoint is not touched."
+            ) from None
+        if skipped:
+            logger.warning("step %d skipped: gradient norm %s", self.state.step + 1, grad_norm)
+        return skipped

@@ -1,0 +1,277 @@
+"""What is done to a model before training: activation checkpointing, compile, FSDP, TP.
+
+An app describes its model with a plan, a list of (module path, reshard_after_forward). Modules of
+the plan that sit in a list ("layers.3") are its blocks: they are what activation checkpointing
+recomputes and what is compiled. Everything is done in place, so parameter names never change.
+
+FSDP shards and casts matrices alone. Vectors (`optim.is_matrix` is false: norms, gates, decays,
+convolutions) stay whole and in fp32 on every rank; `gradients.sync_replicated_grads` averages their
+gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from lingua.args import UserError
+from lingua.optim import is_matrix
+from lingua.parallel import tensor_parallel
+
+if TYPE_CHECKING:
+    from lingua.distributed import DistributedArgs
+
+logger = logging.getLogger()
+
+GroupingPlan = list[tuple[str, bool]]
+Policy = Callable[..., CheckpointPolicy]
+
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full", "loop")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def resolve_dtype(model_dtype: str, device_type: str) -> torch.dtype:
+    if model_dtype == "auto":
+        model_dtype = "bf16" if device_type == "cuda" else "fp32"
+    return DTYPES[model_dtype]
+
+
+def needs_fsdp(args: DistributedArgs, world_size: int, device_type: str) -> bool:
+    """FSDP joins several ranks, and in a single process it casts matrices to the compute dtype."""
+    return world_size > 1 or resolve_dtype(args.model_dtype, device_type) is not torch.float32
+
+
+def parallelize_model(
+    model: nn.Module,
+    device_mesh: DeviceMesh | None,
+    model_args: Any,
+    distributed_args: DistributedArgs,
+    fsdp_grouping_plan: GroupingPlan | None = None,
+    tp_parallelize: Callable[[nn.Module, DeviceMesh, Any, DistributedArgs], None] | None = None,
+    no_recompute_ops: set[Any] | None = None,
+    n_block_kinds: int = 1,
+) -> nn.Module:
+    """Prepare a model (on meta, or materialized alike on every rank) for training, in place.
+
+    `n_block_kinds`: how many different computations blocks do, each compiled by itself.
+    """
+    plan = fsdp_grouping_plan or default_fsdp_grouping_plan(
+        len(list(get_module(model, "layers").children()))
+    )
+    if distributed_args.tp_size > 1:
+        if tp_parallelize is None or device_mesh is None:
+            raise UserError(
+                f"distributed.tp_size={distributed_args.tp_size}: this model has no "
+                "tensor-parallel plan; use 1"
+            )
+        tp_parallelize(model, device_mesh["tp"], model_args, distributed_args)
+
+    blocks = [get_module(model, path) for path in block_paths(plan)]
+    for block in blocks:
+        apply_activation_checkpointing(
+            block, distributed_args.activation_checkpointing, no_recompute_ops
+        )
+    if distributed_args.compile:
+        compile_blocks(blocks, distributed_args.compile_cache_size_limit, n_block_kinds)
+    if device_mesh is not None:
+        apply_fsdp(model, device_mesh, distributed_args, plan)
+    return model
+
+
+def default_fsdp_grouping_plan(n_layers: int) -> GroupingPlan:
+    return [(f"layers.{i}", False) for i in range(n_layers)]
+
+
+def block_paths(plan: GroupingPlan) -> list[str]:
+    return [path for path, _ in plan if path.rsplit(".", 1)[-1].isdigit()]
+
+
+def get_module(module: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path."""
+    return module.get_submodule(path)
+
+
+def set_module(module: nn.Module, path: str, value: nn.Module) -> None:
+    """Replace the submodule at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, value)
+
+
+# ---- activation checkpointing
+
+
+def apply_activation_checkpointing(
+    block: nn.Module, mode: str, no_recompute_ops: set[Any] | None = None
+) -> None:
+    """Recompute a block in its backward. "loop" is the app's own work: nothing is done here."""
+    if mode in ("none", "loop"):
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        policy = get_default_policy(no_recompute_ops)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+        # Compiled, each such block would be told to write nothing in place, which blocks do not.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    block.forward = partial(checkpoint, block.forward, **options)
+
+
+def get_default_policy(no_recompute_ops: set[Any] | None = None) -> Policy:
+    """Keep the results of matmuls, attention and `no_recompute_ops`; recompute everything else."""
+    keep = default_no_recompute_ops() | (no_recompute_ops or set())
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
+
+
+def default_no_recompute_ops() -> set[Any]:
+    aten = torch.ops.aten
+    return {
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_mm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.higher_order.flex_attention,
+        torch.ops._c10d_functional.reduce_scatter_tensor.default,
+        *tensor_parallel.collectives(),
+    }
+
+
+# ---- compile
+
+
+def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) -> None:
+    """Compile the forward of every block, once for all blocks and calls that do the same.
+
+    Sizes and numbers are constants of the compiled code; a size that varies is to be marked with
+    torch._dynamo.maybe_mark_dynamic. Raises UserError in the call that needs one version more than
+    `limit_of_kind * n_kinds`; torch alone would go on in eager mode, slower and hardly noticed.
+    """
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    config = torch._dynamo.config
+    config.recompile_limit = limit_of_kind * n_kinds
+    # The sum over what is compiled of all functions, a second limit that torch has.
+    config.accumulated_recompile_limit = max(
+        config.accumulated_recompile_limit, config.recompile_limit
+    )
+    config.fail_on_recompile_limit_hit = True
+
+    def compiled(block: nn.Module) -> Callable:
+        # dynamic=False: else a second window size makes the window a variable of every kernel.
+        fast = torch.compile(block.forward, dynamic=False)
+        split_linears = tensor_parallel.find_split_linears(block)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensor_parallel.hold_parts(split_linears)
+            try:
+                return fast(*args, **kwargs)
+            except FailOnRecompileLimitHit:
+                raise UserError(
+                    f"distributed.compile_cache_size_limit={limit_of_kind} for each kind of block "
+                    f"({n_kinds} here) is not enough; raise it, or use distributed.compile=false. "
+                    "TORCH_LOGS=recompiles tells what differs from call to call"
+                ) from None
+
+        return call
+
+    for block in blocks:
+        # The forward alone, so that FSDP's hooks run around the compiled code.
+        block.forward = compiled(block)
+
+
+# ---- FSDP
+
+
+def apply_fsdp(
+    model: nn.Module, device_mesh: DeviceMesh, args: DistributedArgs, plan: GroupingPlan
+) -> None:
+    """Shard matrices, module by module as in the plan, and what is left of them at the root."""
+    if not needs_fsdp(args, dist.get_world_size(), device_mesh.device_type):
+        return
+    options: dict[str, Any] = {
+        "mesh": fsdp_mesh(device_mesh, args),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=resolve_dtype(args.model_dtype, device_mesh.device_type),
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # inputs such as rotary angles are fp32 on purpose
+        ),
+        "ignored_params": {p for name, p in model.named_parameters() if not is_matrix(name, p)},
+    }
+    for path, reshard in plan:
+        fully_shard(get_module(model, path), reshard_after_forward=reshard, **options)
+    # The root's backward begins where its forward ends: freed, it would be gathered again at once.
+    fully_shard(model, reshard_after_forward=False, **options)
+
+
+def fsdp_mesh(device_mesh: DeviceMesh, args: DistributedArgs) -> DeviceMesh:
+    """1-D: sharded over it; 2-D: replicated over the first dimension, sharded over the second."""
+    if args.fsdp_type == "full_shard" and args.dp_shard == 1:
+        dims: tuple[str, ...] = ("dp_replicate",)
+    elif args.fsdp_type == "full_shard" and args.dp_replicate == 1:
+        dims = ("dp_shard",)
+    else:
+        dims = ("dp_replicate", "dp_shard")
+    return device_mesh[dims]
+
+
+# ---- checks
+
+
+@torch.no_grad()
+def check_model_value_range(
+    model: nn.Module, range: float = 1e3, std: float = 1e3, zero_init: Iterable[str] = ()
+) -> list[str]:
+    """Warn about tensors that look as if nobody had initialized or loaded them.
+
+    Looks at this rank's part of each parameter and buffer for NaN, infinity, magnitudes above
+    `range`, a spread above `std`, and nothing but zeros (except where a name ends as one of
+    `zero_init`). Returns the warnings, which were logged too.
+    """
+    problems = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.numel() == 0 or not local.is_floating_point():
+            continue
+        if not local.isfinite().all():
+            problems.append(f"{name} has NaN or infinite values")
+        elif local.abs().max() > range:
+            problems.append(f"{name} has values up to {local.abs().max():.3g}, above {range:g}")
+        elif local.numel() > 1 and local.float().std() > std:
+            problems.append(f"{name} has a spread of {local.float().std():.3g}, above {std:g}")
+        elif not local.any() and not name.endswith(tuple(zero_init)):
+            problems.append(f"{name} is all zeros")
+    for problem in problems:
+        logger.warning(f"suspicious values: {problem}")
+    return problems
+
+
+@torch.no_grad()
+def first_nonfinite(model: nn.Module) -> str | None:
+    """The first parameter or gradient whose part on this rank has a NaN or infinite value."""
+    for name, param in model.named_parameters():
+        for label, tensor in ((name, param), (f"{name}.grad", param.grad)):
+            if tensor is None:
+                continue
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if not local.isfinite().all():
+                return label
+    return None

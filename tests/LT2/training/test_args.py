@@ -1,0 +1,117 @@
+"""What a training run refuses before any work: one line that names the option and its value."""
+
+from __future__ import annotations
+
+import pytest
+
+from apps.LT2.training.args import validate_train_args
+from lingua.args import UserError
+from tests.LT2.tiny_run import train_args, write_corpus
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("steps", 0),
+        ("grad_acc_steps", 0),
+        ("gc_collect_freq", -1),
+        ("probe_freq", 0),
+        ("logging.acc_freq", 1),  # grad_acc_steps is 1
+        ("seed", -1),
+        ("seed", 2**64),
+        ("model.seed", -1),
+        ("data.seed", 2**64),
+        ("model.vocab_size", -7),
+        ("model.vocab_size", 10),
+        ("data.n_views", 3),
+        ("distributed.tp_size", 2),
+        ("async_eval_gpus", 1),
+        ("checkpoint.init_ckpt_path", "nowhere"),
+        ("checkpoint.init_ckpt_path", "a" * 300),
+        ("checkpoint.path", "a" * 300),
+        ("data.tokenizer.path", "a" * 300),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_name(data, tmp_path, option, value):
+    with pytest.raises(UserError, match=f"{option}={value}"):
+        validate_train_args(train_args(data, tmp_path / "run", **{option: value}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"root_dir": "nowhere"}, "root_dir='nowhere' and eval.validation.sources=.*set both"),
+        ({"sources": "[text]"}, "root_dir='' and eval.validation.sources=.*set both"),
+        ({"root_dir": "nowhere", "sources": "[a]", "max_steps": 1}, "no .*val.jsonl in nowhere/a"),
+    ],
+)
+def test_validation_folders_are_looked_for_at_the_start(data, tmp_path, options, told):
+    options = {f"eval.validation.{name}": value for name, value in options.items()}
+    with pytest.raises(UserError, match=told):
+        validate_train_args(train_args(data, tmp_path / "run", **options))
+
+
+FULL = {"model.mixer": "full", "model.attention_pattern": None}
+MISTAKES = {
+    "dump_dir is empty": {"dump_dir": ""},
+    "model.dim=30": {**FULL, "model.dim": 30, "model.n_heads": 4},
+    r"head_dim=.*even": {**FULL, "model.dim": 30},
+    "model.attention_pattern": {"model.attention_pattern": "2:x"},
+    "data.root_dir=nowhere: no such folder": {"data.root_dir": "nowhere"},
+    "data.sources: no folder .*elsewhere": {"data.sources.elsewhere": 1.0},
+    "data.tokenizer.path": {"data.tokenizer.name": "hf", "data.tokenizer.path": "no.json"},
+    "unknown option eval.validatoin": {"eval.validatoin.max_steps": 3},
+    "^eval.validation.max_steps=0": {"eval.validation.max_steps": 0},
+    "^eval.generator.max_gen_len=-1": {"eval.generator.max_gen_len": -1},
+    "^eval.harness.tasks is empty": {"eval.harness.limit": 3},
+    "unknown option eval.validation.max_step;": {"eval.validation.max_step": 3},
+    "unknown option modle": {"modle.dim": 64},
+    "steps=1.5": {"steps": 1.5},
+    "distributed.dp_shard=2": {"distributed.dp_shard": 2, "distributed.fsdp_type": "full_shard"},
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_option(data, tmp_path, message):
+    with pytest.raises(UserError, match=message) as refused:
+        changes = {"dump_dir": tmp_path / "run", **MISTAKES[message]}
+        validate_train_args(train_args(data, changes.pop("dump_dir"), **changes))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text, said", [("", "is empty"), ("{}\n", ":1: no string under")])
+def test_a_bad_chunk_is_refused(tmp_path, text, said):
+    root = write_corpus(tmp_path / "data")
+    (root / "text" / "text.chunk.01.jsonl").write_text(text)
+    with pytest.raises(UserError, match=f"text.chunk.01.jsonl ?{said}"):
+        validate_train_args(train_args(root, tmp_path / "run"))
+
+
+def test_numbers_may_be_written_as_floats(data, tmp_path):
+    steps = validate_train_args(train_args(data, tmp_path, steps="1e5")).steps
+    assert steps == 100_000 and isinstance(steps, int)
+
+
+def test_the_seed_rules_seeds_that_are_not_given(data, tmp_path):
+    def seeds(**changes):
+        args = validate_train_args(train_args(data, tmp_path, **changes))
+        return args.seed, args.model.seed, args.data.seed
+
+    assert seeds(seed=5) == (5, 5, 5)
+    assert seeds(seed=5, **{"model.seed": 6}) == (5, 6, 5)
+    assert seeds(seed=5, **{"data.seed": 0}) == (5, 5, 0)
+
+
+def test_defaults_are_filled_in_and_what_was_given_is_not_touched(data, tmp_path):
+    given = train_args(data, tmp_path)
+    filled = validate_train_args(given)
+    assert (filled.model.vocab_size, filled.model.max_seqlen) == (258, 32)
+    assert filled.checkpoint.path == str(tmp_path / "checkpoints")
+    assert (given.model.vocab_size, given.model.seed, given.checkpoint.path) == (-1, None, None)

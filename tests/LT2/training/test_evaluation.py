@@ -1,0 +1,283 @@
+"""Evaluation of a run's checkpoints by the real harness, inside training and as a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import apps.LT2.train as app
+from apps.LT2.eval import EvalArgs, launch_eval
+from apps.LT2.training.args import validate_train_args
+from apps.LT2.training.evaluation import free_gpus, n_nodes
+from lingua.args import UserError, parse_args
+from lingua.files.jsonl_log import read_jsonl_records
+from tests.lingua.dist_utils import run_ranks
+from tests.LT2 import tiny_run
+from tests.LT2.test_eval import write_documents
+from tests.LT2.tiny_run import assert_same_run, checkpoint, clean_process, train, train_args
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("submitit")
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tiny_run.write_corpus(tmp_path_factory.mktemp("corpus"), n_chunks=2)
+    write_documents(root / "local")
+    return root
+
+
+def harness(data, **changes):
+    return {
+        "eval.harness.tasks": "[lt2_local_perplexity, lt2_local_copy]",
+        "eval.harness.include_path": ROOT / "apps/LT2/local_tasks",
+        "eval.harness.metadata": f"{{folder: {data / 'local'}}}",
+        "eval.harness.limit": 4,
+        "eval.harness.bootstrap_iters": 0,
+        "eval.generator.max_gen_len": 8,
+        **changes,
+    }
+
+
+def scores_by_step(dump_dir: Path) -> dict[int, dict]:
+    records = read_jsonl_records(dump_dir / "metrics.eval.jsonl")
+    by_step = {r.pop("global_step"): r for r in records}
+    assert len(by_step) == len(records), "a step was recorded twice"
+    return {step: {k: v for k, v in r.items() if k != "created_at"} for step, r in by_step.items()}
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    return train(data, tmp_path_factory.mktemp("run") / "r", **harness(data))
+
+
+def scores_of(dump_dir: Path, step: int, data: Path, folder: Path) -> dict:
+    """What the command says about a checkpoint."""
+    options = [f"ckpt_dir={checkpoint(dump_dir, step)}", f"dump_dir={folder}", "validation=null"]
+    options += [f"{k.removeprefix('eval.')}={v}" for k, v in harness(data).items()]
+    with clean_process():
+        return launch_eval(parse_args(EvalArgs, options))["evals"]
+
+
+def test_each_evaluated_checkpoint_has_its_own_scores(data, run, tmp_path):
+    found = scores_by_step(run)
+    assert sorted(found) == [3, 6]
+    assert found[3] != found[6]
+    for step, scores in found.items():
+        assert set(scores) == {"lt2_local_perplexity", "lt2_local_copy"}
+        assert scores_of(run, step, data, tmp_path / "again") == scores
+        results = json.loads((run / "evals" / f"{step:010d}" / "results.json").read_text())
+        assert results["results"] == scores
+
+
+def test_training_is_that_of_a_run_without_evaluation(data, run, tmp_path):
+    assert_same_run(run, train(data, tmp_path / "plain"), 6)
+
+
+def test_an_evaluation_is_no_stall(data, tmp_path, monkeypatch):
+    beats = []
+    monkeypatch.setattr(app.StallWatch, "beat", lambda self, step: beats.append(step))
+    train(data, tmp_path / "beats", **harness(data, steps=3))
+    assert beats[:3] == [0, 1, 2] and len(beats) > 4 and set(beats[3:]) == {3}
+
+
+def train_on_rank(rank, world_size, data, dump_dir):
+    sharded = {"distributed.fsdp_type": "full_shard"}
+    train(data, dump_dir, **harness(data), **sharded)
+
+
+def test_a_sharded_run_evaluates_what_it_saved(data, tmp_path):
+    run_ranks(2, train_on_rank, data, tmp_path / "two")
+    found = scores_by_step(tmp_path / "two")
+    assert sorted(found) == [3, 6]
+    assert scores_of(tmp_path / "two", 6, data, tmp_path / "again") == found[6]
+
+
+def test_an_evaluation_that_is_cut_off_is_made_up_for(data, run, tmp_path, monkeypatch):
+    inner = app.CheckpointEvaluator.__call__
+
+    def leave_inside(self, step):
+        if step == 3:
+            signal.raise_signal(signal.SIGUSR2)
+        inner(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app.CheckpointEvaluator, "__call__", leave_inside)
+        dump_dir = train(data, tmp_path / "cut", **harness(data))
+    assert not (dump_dir / "metrics.eval.jsonl").exists()
+    assert checkpoint(dump_dir, 3).exists() and not checkpoint(dump_dir, 4).exists()
+    train(data, dump_dir, **harness(data))
+    assert scores_by_step(dump_dir) == scores_by_step(run)
+    assert_same_run(dump_dir, run, 6)
+
+
+def test_an_evaluation_of_the_last_step_that_is_cut_off_is_made_up_for(
+    data, run, tmp_path, monkeypatch, capfd
+):
+    alone = {"eval.validation": None, "checkpoint.eval.every": 0}
+    inner = app.CheckpointEvaluator.__call__
+
+    def leave_inside(self, step):
+        if step == 6:
+            signal.raise_signal(signal.SIGUSR2)
+        inner(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app.CheckpointEvaluator, "__call__", leave_inside)
+        dump_dir = train(data, tmp_path / "cut", **harness(data, **alone))
+    assert checkpoint(dump_dir, 6).exists()
+    train(data, dump_dir, **harness(data, **alone))
+    assert scores_by_step(dump_dir)[6] == scores_by_step(run)[6]
+    assert "nothing to do" not in capfd.readouterr().out
+    train(data, dump_dir, **harness(data, **alone))
+    assert "nothing to do" in capfd.readouterr().out
+
+
+def test_an_evaluation_that_fails_does_not_end_the_run(data, run, tmp_path, capfd):
+    broken = {"eval.harness.metadata": "{folder: /nowhere}"}
+    dump_dir = train(data, tmp_path / "broken", **harness(data, **broken))
+    assert_same_run(dump_dir, run, 6)
+    told = capfd.readouterr().err
+    assert "the evaluation of step 3 failed, training goes on" in told
+    assert "no *.val.jsonl in /nowhere" in told
+
+
+def test_validation_can_be_left_out(data, tmp_path):
+    dump_dir = train(data, tmp_path / "r", **{"eval.validation": None, "steps": 3})
+    assert "loss/val" not in (dump_dir / "metrics.jsonl").read_text()
+
+
+# ---- jobs
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """A cluster that writes down what was submitted, with which SLURM and torchrun variables."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    log = tmp_path / "sbatch.log"
+    programs = {
+        "sbatch": f'echo "$1 ${{SLURM_JOB_ID-no}} ${{RANK-no}}" >>{log}\n'
+        'echo "Submitted batch job 5"; exit ${FAIL-0}',
+        "srun": "",
+        "sinfo": "echo 60",
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return log
+
+
+def test_a_job_for_each_evaluation(data, tmp_path, sbatch, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "fast")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    dump_dir = tmp_path / "r"
+    (dump_dir / "evals" / "0000000003").mkdir(parents=True)  # the folder may be there
+    train(data, dump_dir, **harness(data), async_eval_gpus=1)
+    assert not (dump_dir / "metrics.eval.jsonl").exists()
+    lines = sbatch.read_text().splitlines()
+    assert len(lines) == 2
+    for line, step in zip(lines, (3, 6), strict=True):
+        folder = dump_dir / "evals" / f"{step:010d}"
+        script, *variables = line.split()
+        assert Path(script).is_relative_to(folder) and variables == ["no", "no"]
+        (submitted,) = folder.glob("submitit/*_submission.sh")
+        text = submitted.read_text()
+        for option in ("partition=fast", "gres=gpu:1", "nodes=1", "time=60"):
+            assert f"#SBATCH --{option}\n" in text
+        assert "-m apps.LT2.eval config=" in (folder / "submit.slurm").read_text()
+
+
+def test_a_job_on_this_machine_scores_while_training_goes_on(data, run, tmp_path):
+    dump_dir = tmp_path / "r"
+    train(data, dump_dir, **harness(data), async_eval_gpus=1, **{"checkpoint.eval.every": 6})
+    folder = dump_dir / "evals" / "0000000006"
+    until = time.monotonic() + 240
+    while not list(folder.glob("submitit/*_result.pkl")) and time.monotonic() < until:
+        time.sleep(0.2)
+    logs = [file.read_text() for file in (folder / "logs").rglob("run.err")]
+    assert scores_by_step(dump_dir) == {6: scores_by_step(run)[6]}, logs
+
+
+class FailedJob:
+    paths = SimpleNamespace(stderr="job.err")
+
+    def done(self):
+        return True
+
+    def exception(self):
+        return RuntimeError("out of memory")
+
+
+def test_a_job_that_failed_is_told_of_with_the_next_one(data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("lingua.stool.launch_in_background", lambda args, gpus: FailedJob())
+    train(data, tmp_path / "r", **harness(data), async_eval_gpus=1)
+    assert "the evaluation job of step 3 failed: see job.err" in capfd.readouterr().err
+
+
+def test_jobs_here_take_gpus_that_training_leaves(monkeypatch):
+    monkeypatch.setattr("apps.LT2.training.evaluation.visible_gpus", lambda: ["0", "2", "4", "6"])
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_gpus(2) == "4,6" and free_gpus(1) == "4"
+    with pytest.raises(UserError, match="async_eval_gpus=3.* training takes 2 of its 4 GPUs"):
+        free_gpus(3)
+    # by srun in place of torchrun: six processes on two machines
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    for name, value in {"JOB_ID": 1, "PROCID": 0, "NTASKS": 6, "NNODES": 2}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert free_gpus(1) == "6"
+
+
+def test_a_job_that_cannot_be_submitted_does_not_end_the_run(
+    data, tmp_path, sbatch, monkeypatch, capfd
+):
+    monkeypatch.setenv("FAIL", "1")
+    train(data, tmp_path / "r", **harness(data), async_eval_gpus=1)
+    assert "the evaluation of step 6 failed, training goes on" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "n_gpus, nodes", [(1, 1), (5, 1), (8, 1), (9, 3), (12, 2), (16, 2), (11, 11)]
+)
+def test_gpus_are_spread_evenly_over_few_nodes(n_gpus, nodes):
+    assert n_nodes(n_gpus) == nodes and n_gpus % nodes == 0 and n_gpus // nodes <= 8
+
+
+# ---- refused before any work
+
+MISTAKES = {
+    "eval.ckpt_dir=x: training fills this in": {"eval.ckpt_dir": "x"},
+    "eval.global_step=4: training fills this in": {"eval.global_step": 4},
+    "eval.wandb: .*logging.wandb": {"eval.wandb.project": "x"},
+    "async_eval_gpus=0 must be at least 1": {"async_eval_gpus": 0},
+    "async_eval_gpus=8: eval.harness is null": {"async_eval_gpus": 8},
+    "unknown option eval.harness.taks": {"eval.harness.taks": "[a]"},
+    "unknown option eval.generator.temprature": {"eval.generator.temprature": 1},
+    "unknown option eval.dataset_dir": {"eval.dataset_dir": "x"},
+    "harness.tasks is empty": {"eval.harness.limit": 3},
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_under_eval_is_told_at_the_start(data, tmp_path, message):
+    with pytest.raises(UserError, match=message):
+        validate_train_args(train_args(data, tmp_path / "run", **MISTAKES[message]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_jobs_need_submitit(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"async_eval_gpus=8 needs the package submitit.*\[slurm"):
+        validate_train_args(train_args(data, tmp_path, **harness(data), async_eval_gpus=8))

@@ -1,0 +1,44 @@
+"""What a run says about itself to a person."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from apps.LT2.training.progress import Progress
+
+
+@pytest.mark.parametrize(
+    "tokens_per_s, shown",
+    [
+        (0.4, "0"),
+        (999.4, "999"),
+        (999.6, "1k"),
+        (1234, "1.23k"),
+        (999_400, "999k"),
+        (999_700, "1M"),
+        (12_345_678, "12.3M"),
+        (999_700_000, "1G"),
+    ],
+)
+def test_the_line_has_three_digits_and_a_unit(tokens_per_s, shown):
+    progress = Progress(
+        steps=10,
+        tokens_per_step=1,
+        flops_per_token=1,
+        world_size=1,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    record = {
+        "global_step": 4,
+        "loss/out": 2.5,
+        "optim/lr": 3e-4,
+        "optim/grad_norm": 1.0,
+        "speed/tokens_per_s": tokens_per_s,
+        "speed/curr_iter_time": 20.0,
+    }
+    line = progress.line(record)
+    assert f"  {shown} tokens/s  " in line
+    assert line.startswith("step 4/10  loss 2.5000  lr 3.00e-04  grad 1.000")
+    assert line.endswith("eta 0:02:00")

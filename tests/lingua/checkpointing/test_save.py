@@ -1,0 +1,284 @@
+"""Saves in the background, and what a save deletes."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import resource
+import signal
+import threading
+from contextlib import suppress
+
+import pytest
+
+import lingua.checkpointing.dcp
+import lingua.checkpointing.folder
+import lingua.checkpointing.save
+import lingua.tensor_save
+from lingua import distributed as ld
+from lingua.args import UserError
+from lingua.checkpoint import (
+    SaveEvery,
+    consolidate_checkpoints,
+)
+from tests.lingua.checkpointing.checkpoint_runs import (
+    CONFIG,
+    assert_same_bits,
+    build,
+    manager_at,
+    tensors,
+    train,
+    truncate_tensors,
+)
+
+# ---- saving in the background
+
+
+@pytest.fixture
+def held_disk(monkeypatch):
+    """Tensors are written only after `.set()`."""
+    gate = threading.Event()
+    real = lingua.tensor_save.FileSystemWriter.write_data
+
+    def write_data(self, plan, planner):
+        assert gate.wait(30)
+        return real(self, plan, planner)
+
+    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", write_data)
+    yield gate
+    gate.set()
+
+
+def test_training_goes_on_while_a_save_is_written(tmp_path, held_disk):
+    manager = manager_at(tmp_path, async_save=True)
+    model, optimizer, state = build()
+    train(2, model, optimizer, state)
+    want, state_then = tensors(model, optimizer), state.state_dict()
+    manager.save(model, optimizer, state, CONFIG)
+    train(4, model, optimizer, state)  # in place: the save must hold copies
+    manager.poll()
+    assert manager.existing_saves == [], "published before it was written"
+
+    held_disk.set()
+    manager.finish()
+    assert [p.name for p in manager.existing_saves] == ["0000000002"]
+    assert not any(p.suffix for p in tmp_path.iterdir())
+    fresh = build()
+    assert manager.load(*fresh) is not None
+    assert fresh[2].state_dict() == state_then
+    assert_same_bits(tensors(*fresh[:2]), want)
+
+
+def test_a_poll_publishes_what_is_written_and_a_save_waits_for_the_one_before(tmp_path):
+    manager = manager_at(tmp_path, async_save=True)
+    model, optimizer, state = build()
+    for step in (1, 2):
+        train(step, model, optimizer, state)
+        manager.save(model, optimizer, state, CONFIG)
+    assert [p.name for p in manager.existing_saves] == ["0000000001"]
+    assert manager._save is not None
+    manager._save.wait()
+    manager.poll()
+    assert [int(p.name) for p in manager.existing_saves] == [1, 2]
+
+
+def test_a_background_save_that_fails_is_told_and_leaves_the_one_before(run, monkeypatch):
+    manager, model, optimizer, state = run
+    manager.args.async_save = True
+
+    def full_disk(self, plan, planner):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", full_disk)
+    train(3, model, optimizer, state)
+    manager.save(model, optimizer, state, CONFIG)
+    with pytest.raises(ld.RanksFailed, match=r"could not write .*GiB free.*No space left"):
+        manager.finish()
+    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
+    loaded = manager.load(*build())
+    assert loaded is not None and loaded.step == 2
+    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("error", [None, FloatingPointError, KeyError, KeyboardInterrupt])
+def test_leaving_publishes_the_save_under_way_but_not_after_an_error_of_one_rank_of_several(
+    tmp_path, monkeypatch, error, n_ranks
+):
+    model, optimizer, state = build()
+    train(1, model, optimizer, state)
+    with (
+        suppress(FloatingPointError, KeyError, KeyboardInterrupt),
+        manager_at(tmp_path, async_save=True) as manager,
+    ):
+        manager.save(model, optimizer, state, CONFIG)
+        monkeypatch.setattr("lingua.checkpoint.get_world_size", lambda: n_ranks)
+        if error:
+            raise error
+    monkeypatch.undo()
+    # a NaN is in every rank's gradient norm
+    is_shared = n_ranks == 1 or error in (None, FloatingPointError)
+    assert len(manager.existing_saves) == is_shared
+    assert (manager.load(*build()) is not None) == is_shared
+    assert not any(p.suffix for p in tmp_path.iterdir())
+
+
+# ---- Ctrl-C
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("n_times", [1, 2])
+def test_a_ctrl_c_waits_for_the_save_under_way_and_a_second_one_does_not(
+    tmp_path, held_disk, caplog, async_save, n_times
+):
+    model, optimizer, state = build()
+    train(1, model, optimizer, state)
+    interrupts = [threading.Timer(0.1 * (1 + i), _ctrl_c) for i in range(n_times)]
+    opening = threading.Timer(0.5, held_disk.set)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        manager_at(tmp_path, async_save=async_save) as manager,
+    ):
+        for timer in interrupts:
+            timer.start()
+        if n_times == 1:
+            opening.start()
+        manager.save(model, optimizer, state, CONFIG)
+        manager.finish()
+    assert [int(p.name) for p in manager.existing_saves] == [1] * (n_times == 1)
+    assert held_disk.is_set() == (n_times == 1), "waited after the second one"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "Ctrl-C again leaves at once" in caplog.text
+
+
+def test_a_ctrl_c_in_training_publishes_what_is_written_and_another_ends_the_wait(
+    tmp_path, held_disk
+):
+    model, optimizer, state = build()
+    for step, is_written in ((1, True), (2, False)):
+        train(step, model, optimizer, state)
+        held_disk.set() if is_written else held_disk.clear()
+        with (
+            pytest.raises(KeyboardInterrupt),
+            manager_at(tmp_path, async_save=True) as manager,
+        ):
+            manager.save(model, optimizer, state, CONFIG)
+            if not is_written:
+                threading.Timer(0.1, _ctrl_c).start()
+            raise KeyboardInterrupt
+        assert [int(p.name) for p in manager.existing_saves] == [1]
+
+
+def _ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_save_that_was_not_written_as_it_should_be_replaces_nothing(run, monkeypatch):
+    manager, model, optimizer, state = run
+    manager.args.dump = SaveEvery(every=1, keep=1)
+    real = lingua.checkpointing.save.write_train_state
+
+    def lose_bytes(folder, name, text):
+        files = real(folder, name, text)
+        truncate_tensors(folder)
+        return files
+
+    monkeypatch.setattr(lingua.checkpointing.save, "write_train_state", lose_bytes)
+    train(3, model, optimizer, state)
+    with pytest.raises(ld.RanksFailed, match=r"__0_0.distcp is not what was written"):
+        manager.save(model, optimizer, state, CONFIG)
+    assert [int(p.name) for p in manager.existing_saves] == [1, 2]
+
+
+# ---- what is deleted
+
+
+def save_steps(manager, steps):
+    model, optimizer, state = build()
+    config = CONFIG | {"checkpoint": dataclasses.asdict(manager.args)}
+    for state.step in steps:
+        manager.save(model, None, state, config)
+
+
+@pytest.mark.parametrize(
+    "dump, eval, want",
+    [
+        ((2, 0), (3, 0), [1, 2, 3, 4, 6, 7]),
+        ((2, 2), (3, 1), [4, 6, 7]),
+        ((2, 1), (3, 0), [3, 6, 7]),
+        ((0, 1), (0, 1), [7]),
+        ((1, 3), (5, 1), [4, 6, 7]),
+    ],
+)
+def test_keep_rules(tmp_path, dump, eval, want):
+    manager = manager_at(tmp_path, dump=SaveEvery(*dump), eval=SaveEvery(*eval))
+    save_steps(manager, [1, 2, 3, 4, 6, 7])
+    assert [int(p.name) for p in manager.existing_saves] == want
+
+
+def test_a_checkpoint_stays_what_it_was_saved_for(tmp_path):
+    """A run that goes on with others rules has not saved the steps before by them."""
+    before = manager_at(tmp_path, dump=SaveEvery(10, keep=2), eval=SaveEvery(40, keep=0))
+    save_steps(before, [10, 20, 30, 40, 50, 55])
+    after = manager_at(tmp_path, dump=SaveEvery(25, keep=2), eval=SaveEvery(1000, keep=0))
+    save_steps(after, [57])
+    assert [int(p.name) for p in after.existing_saves] == [40, 50, 57]
+    save_steps(after, [75])
+    assert [int(p.name) for p in after.existing_saves] == [40, 50, 75]
+    save_steps(after, [100])
+    assert [int(p.name) for p in after.existing_saves] == [40, 75, 100]
+
+
+def test_what_others_wrote_is_never_deleted(tmp_path):
+    foreign = ["0000000001_backup", "00000000001", "0000000003", "0000000001.old", "notes"]
+    foreign += ["0000000008.tmp", "0000000009.replaced", "0000000010"]
+    for name in foreign:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("mine")
+    (tmp_path / "0000000002.tmp").mkdir()
+    (tmp_path / "0000000002.tmp" / "__0_0.distcp").write_text("half")
+    manager = manager_at(tmp_path, dump=SaveEvery(1, keep=1), eval=SaveEvery(1, keep=1))
+    save_steps(manager, [4])
+    consolidate_checkpoints(tmp_path / "0000000004")
+    save_steps(manager, [5])
+    (tmp_path / "0000000005" / "my_plots").mkdir()
+    save_steps(manager, [6])
+    want = {*foreign, "0000000005", "0000000006"}
+    assert {p.name for p in tmp_path.iterdir()} == want
+    assert all((tmp_path / name / "precious").exists() for name in foreign)
+
+
+def test_a_save_does_not_make_room_for_itself_among_the_files_of_others(run):
+    manager, model, optimizer, state = run
+    (manager.existing_saves[-1] / "my_plots").mkdir()
+    manager.save(model, optimizer, state, CONFIG)  # the same step again
+    names = ["0000000001", "0000000002", "0000000002.replaced"]
+    assert sorted(p.name for p in manager.path.iterdir()) == names
+    assert (manager.path / names[-1] / "my_plots").is_dir()
+
+    (manager.path / "0000000003.tmp").mkdir()
+    (manager.path / "0000000003.tmp" / "precious").write_text("mine")
+    train(3, model, optimizer, state)
+    with pytest.raises(UserError, match="0000000003.tmp is in the way of a checkpoint"):
+        manager.save(model, optimizer, state, CONFIG)
+    assert (manager.path / "0000000003.tmp" / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_real_limit_on_the_disk_costs_nothing_that_was_there(run, async_save):
+    manager, model, optimizer, state = run
+    manager.args.async_save = async_save
+    train(3, model, optimizer, state)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(RuntimeError, match="could not write .*GiB free.*are whole"):
+            manager.save(model, optimizer, state, CONFIG)
+            manager.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
+    manager.save(model, optimizer, state, CONFIG)
+    manager.finish()
+    assert [int(p.name) for p in manager.existing_saves] == [1, 2, 3]

@@ -1,0 +1,208 @@
+"""Who reads which line: each line once a pass over all ranks, whatever the numbers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from lingua.args import UserError
+from lingua.dataloader.jsonl import (
+    distribute_data_to_rank,
+    document_text,
+    find_and_sanitize_chunks,
+    find_val_files,
+    iter_val_documents,
+    loop_on_jsonl,
+    read_jsonl,
+)
+
+
+def write(path: Path, texts, key="text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({key: t}) + "\n" for t in texts), encoding="utf-8")
+    return path
+
+
+def make_chunks(folder: Path, n_chunks: int, n_lines: int) -> Path:
+    for c in range(n_chunks):
+        write(folder / f"x.chunk.{c:02d}.jsonl", [f"{c}/{line}" for line in range(n_lines)])
+    return folder
+
+
+def one_pass(folder, rank, world_size):
+    """What a rank reads until it is back at its first line."""
+    state = distribute_data_to_rank(str(folder), rank, world_size)
+    texts = []
+    for document, place in loop_on_jsonl(**state):
+        if place["current_iter"] > 0:
+            return texts
+        texts.append(document_text(document))
+
+
+@pytest.mark.parametrize("n_chunks", [1, 2, 3, 4, 6, 7, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8])
+def test_every_line_is_read_once_a_pass(tmp_path, n_chunks, world_size):
+    n_lines = 11
+    folder = make_chunks(tmp_path, n_chunks, n_lines)
+    per_rank = [one_pass(folder, rank, world_size) for rank in range(world_size)]
+    read = Counter(text for texts in per_rank for text in texts)
+    assert read == Counter(f"{c}/{line}" for c in range(n_chunks) for line in range(n_lines))
+    # and evenly: no rank has more than one line a shared chunk more than another
+    lengths = [len(texts) for texts in per_rank]
+    assert max(lengths) - min(lengths) <= n_chunks
+
+
+def test_consecutive_ranks_share_a_chunk_where_chunks_divide_ranks(tmp_path):
+    folder = make_chunks(tmp_path, 2, 8)
+    states = [distribute_data_to_rank(str(folder), rank, 4) for rank in range(4)]
+    places = [(Path(s["file_path"]).name, s["block_size"], s["offset"]) for s in states]
+    assert places == [
+        ("x.chunk.00.jsonl", 2, 0),
+        ("x.chunk.00.jsonl", 2, 1),
+        ("x.chunk.01.jsonl", 2, 0),
+        ("x.chunk.01.jsonl", 2, 1),
+    ]
+
+
+def test_distribution_does_not_depend_on_directory_order(tmp_path, monkeypatch):
+    folder = make_chunks(tmp_path, 5, 4)
+    want = [distribute_data_to_rank(str(folder), rank, 2) for rank in range(2)]
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: reversed(list(glob(self, pattern))))
+    assert [distribute_data_to_rank(str(folder), rank, 2) for rank in range(2)] == want
+
+
+@pytest.mark.parametrize("n_chunks, world_size", [(1, 1), (1, 3), (3, 2), (5, 1)])
+def test_reading_resumes_after_every_line(tmp_path, n_chunks, world_size):
+    folder = make_chunks(tmp_path, n_chunks, 4)
+    (folder / "x.chunk.00.jsonl").open("a").write('\n   \n{"content": "last, no newline"}')
+    for rank in range(world_size):
+        state = distribute_data_to_rank(str(folder), rank, world_size)
+        whole = list(islice(loop_on_jsonl(**state), 30))
+        for k, (_, saved) in enumerate(whole[:20]):
+            saved = json.loads(json.dumps(saved))
+            assert list(islice(loop_on_jsonl(**saved), 8)) == whole[k + 1 : k + 9]
+
+
+def test_text_comes_before_content_and_blank_lines_do_not_count(tmp_path):
+    file = tmp_path / "x.chunk.0.jsonl"
+    file.write_text('\n{"text": "a", "content": "b"}\n \n{"content": "c"}\n\n', encoding="utf-8")
+    documents = [d for d, _ in read_jsonl(str(file), 0, 1, 0, 0)]
+    assert [document_text(d) for d in documents] == ["a", "c"]
+    assert [document_text(d) for d, _ in read_jsonl(str(file), 0, 2, 1, 0)] == ["c"]
+
+
+def test_text_is_utf8_and_broken_surrogates_are_replaced(tmp_path):
+    file = tmp_path / "x.chunk.0.jsonl"
+    file.write_bytes('{"text": "é漢😀"}\n{"text": "a\\ud83d b \\ud83d\\ude00"}\n'.encode())
+    texts = [document_text(d) for d, _ in read_jsonl(str(file), 0, 1, 0, 0)]
+    assert texts == ["é漢😀", "a\ufffd b 😀"]
+
+
+BAD_LINES = {
+    b'{"text": "cut off': "not JSON",
+    b'["a list"]': "must be a JSON object, got list",
+    b'{"title": "x", "id": 1}': r'found: "id", "title"',
+    b'{"text": null}': 'no string under "text"',
+    b'{"text": "\xff\xfe"}': "not JSON in UTF-8",
+    b"[" * 100_000: "not JSON",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_is_named_by_file_and_line(tmp_path, bad):
+    file = write(tmp_path / "x.chunk.0.jsonl", ["one", "two"])
+    with file.open("ab") as f:
+        f.write(b"\n" + bad + b'\n{"text": "five"}\n')
+    state = distribute_data_to_rank(str(tmp_path), 0, 1)
+    stream = loop_on_jsonl(**state)
+    _, saved = next(stream)
+    next(stream)
+    for at_fault in (stream, islice(loop_on_jsonl(**saved), 1, None)):  # resumed as well
+        with pytest.raises(UserError, match=rf"x\.chunk\.0\.jsonl:4: .*{BAD_LINES[bad]}") as caught:
+            next(at_fault)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "prepare, world_size, message",
+    [
+        (lambda folder: None, 1, "no folder .*source"),
+        (lambda folder: folder.mkdir(), 1, r"no file named \*\.chunk\.\*\.jsonl"),
+        (lambda f: write(f / "a.jsonl", ["x"]), 1, r"no file named \*\.chunk\.\*\.jsonl"),
+        (lambda f: write(f / "a.chunk.0.jsonl", []), 1, r"a\.chunk\.0\.jsonl is empty"),
+        (lambda f: write(f / "a.chunk.0.jsonl", ["x"]), 2, "has 1 lines but 2 ranks share it"),
+        (lambda f: make_chunks(f, 3, 3), 4, "has 3 lines but 4 ranks share it"),
+        (lambda f: write(f / "a.chunk.0.jsonl", ["x"], key="txt"), 1, r"jsonl:1: no string"),
+    ],
+)
+def test_chunks_that_cannot_be_read_are_refused_before_the_start(
+    tmp_path, prepare, world_size, message
+):
+    folder = tmp_path / "source"
+    prepare(folder)
+    with pytest.raises(UserError, match=message):
+        find_and_sanitize_chunks(str(folder), world_size)
+
+
+def test_whole_chunks_may_be_short(tmp_path):
+    make_chunks(tmp_path, 4, 1)
+    assert len(find_and_sanitize_chunks(str(tmp_path), 4)) == 4
+
+
+def test_a_chunk_that_goes_during_the_run_is_named(tmp_path):
+    make_chunks(tmp_path / "a", n_chunks=1, n_lines=2)
+    (chunk,) = (tmp_path / "a").glob("*.jsonl")
+    lines = loop_on_jsonl(**distribute_data_to_rank(str(tmp_path / "a"), 0, 1))
+    next(lines)
+    chunk.unlink()
+    with pytest.raises(UserError, match=rf"{chunk}: cannot be read \(No such file"):
+        list(islice(lines, 9))
+
+
+def test_a_chunk_emptied_during_the_run_does_not_spin(tmp_path):
+    file = write(tmp_path / "x.chunk.0.jsonl", ["a"])
+    stream = loop_on_jsonl(**distribute_data_to_rank(str(tmp_path), 0, 1))
+    next(stream)
+    file.write_text("")
+    with pytest.raises(UserError, match="no line for this rank"):
+        next(stream)
+
+
+def test_validation_documents_are_dealt_to_ranks(tmp_path):
+    write(tmp_path / "a" / "b.val.jsonl", ["3", "4", "5"])
+    write(tmp_path / "a" / "a.val.jsonl", ["0", "1", "2"])
+    write(tmp_path / "b" / "x.val.jsonl", ["6"])
+    write(tmp_path / "b" / "x.chunk.0.jsonl", ["training"])
+    assert list(iter_val_documents(str(tmp_path), ["a", "b"])) == list("0123456")
+    assert list(iter_val_documents(str(tmp_path), ["b", "a"])) == list("6012345")
+    per_rank = [list(iter_val_documents(str(tmp_path), ["a", "b"], rank, 3)) for rank in range(3)]
+    assert per_rank == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
+    assert [Path(f).name for f in find_val_files(str(tmp_path), ["a"])] == [
+        "a.val.jsonl",
+        "b.val.jsonl",
+    ]
+
+
+def test_validation_errors_are_named_at_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"no file named \*\.val\.jsonl"):
+        iter_val_documents(str(tmp_path), ["a"])
+    write(tmp_path / "a" / "x.val.jsonl", ["fine"], key="body")
+    with pytest.raises(UserError, match=r"x\.val\.jsonl:1: "):
+        list(iter_val_documents(str(tmp_path), ["a"]))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_hang(tmp_path):
+    path = write(tmp_path / "a.chunk.00.jsonl", ["one", "two"])
+    path.write_text(path.read_text() + "{broken\n")
+    documents = read_jsonl(str(path), 0, 1, 0, 0)
+    next(documents)
+    path.write_text("")  # the lines that follow are in the reader's buffer
+    next(documents)
+    with pytest.raises(UserError, match="a.chunk.00.jsonl has become shorter while it was read"):
+        next(documents)

@@ -1,0 +1,129 @@
+"""The copy of the code that a launch makes: which files, and what is recorded of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lingua.slurm.code import list_code, snapshot_code
+from lingua.stool import launch_job
+from tests.lingua.stool_utils import files_below, git
+
+
+def test_code_is_what_git_tracks_or_does_not_ignore(project, args, caplog):
+    name = args.script.split(".")[1]
+    (project / "new.txt").write_text("not added yet")
+    (project / "gone.py").write_text("")
+    git(project, "add", "gone.py")
+    (project / "gone.py").unlink()
+    with open(project / "weights.bin", "wb") as f:
+        f.truncate(17 * 2**20)
+    launch_job(args)
+    code = project / "runs" / "a b" / "code"
+    want = {".gitignore", "run.yaml", "new.txt"}
+    want |= {f"project/{name}/train.py", f"project/{name}/helper.py"}
+    assert files_below(code) == want
+    assert "weights.bin" in caplog.text
+
+    (project / "new.txt").unlink()
+    launch_job(replace(args, dirs_exists_ok=True))
+    assert files_below(code) == want - {"new.txt"}
+
+
+def add_submodule(project: Path, tmp_path: Path) -> Path:
+    """A repository of one file, as `sub` in the project."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "sub.py").write_text("")
+    git(other, "init", "-q")
+    git(other, "add", ".")
+    git(other, "commit", "-qm", "one")
+    git(project, "-c", "protocol.file.allow=always", "submodule", "-q", "add", str(other), "sub")
+    return other
+
+
+def test_submodules_and_linked_folders_are_copied(project, args, tmp_path, caplog):
+    other = add_submodule(project, tmp_path)
+    (project / "sub" / "new.py").write_text("not added yet")
+    git(project, "clone", "-q", str(other), "clone")
+    (project / "outside").symlink_to(other)
+    (project / "inside").symlink_to(project / "project")
+    git(project, "add", "outside", "inside")
+    launch_job(args)
+    code = project / "runs" / "a b" / "code"
+    assert {"sub/sub.py", "sub/new.py"} <= files_below(code)
+    assert (code / "outside").resolve() == other
+    assert (code / "inside").resolve() == code / "project"
+    assert not (code / "clone").exists() and "clone/ (a git repository of its own)" in caplog.text
+
+
+def test_a_submodule_that_is_not_checked_out_has_nothing_to_copy(project, tmp_path):
+    add_submodule(project, tmp_path)
+    git(project, "commit", "-qm", "two")
+    git(tmp_path, "clone", "-q", str(project), "clone")
+    assert (tmp_path / "clone" / "sub").is_dir()
+    assert not any(file.parts[0] == "sub" for file in list_code(tmp_path / "clone"))
+
+
+def test_a_copy_that_fails_leaves_nothing(project, monkeypatch):
+    (project / "runs").mkdir()
+
+    def full(*_):
+        raise OSError("full")
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(OSError, match="full"):
+        snapshot_code(project, project / "runs" / "code", project / "runs")
+    assert not list((project / "runs").iterdir())
+
+
+def test_without_git_python_and_yaml_files_are_copied(project, args):
+    name = args.script.split(".")[1]
+    subprocess.run(["rm", "-rf", ".git"], check=True)
+    (project / "notes.txt").write_text("")
+    (project / "env").mkdir()
+    (project / "env" / "pyvenv.cfg").write_text("")
+    (project / "env" / "lib.py").write_text("")
+    launch_job(replace(args, overrides=["dump_dir=runs/before"]))
+    launch_job(args)
+    launch_job(replace(args, dirs_exists_ok=True))  # the run itself is not copied into its code
+    dump_dir = project / "runs" / "a b"
+    want = {"run.yaml", "secret.py", f"project/{name}/train.py", f"project/{name}/helper.py"}
+    assert files_below(dump_dir / "code") == want
+    version = json.loads((dump_dir / "code_version.json").read_text())
+    assert version["commit"] is None
+
+
+def test_commit_is_recorded_and_whether_files_differ_from_it(project, args):
+    path = project / "runs" / "a b" / "code_version.json"
+    launch_job(args)
+    head = git(project, "rev-parse", "HEAD").strip()
+    assert json.loads(path.read_text()) == {"commit": head, "dirty": False, "root": str(project)}
+    (project / "run.yaml").write_text((project / "run.yaml").read_text() + "# edited\n")
+    launch_job(replace(args, dirs_exists_ok=True))
+    assert json.loads(path.read_text())["dirty"] is True
+
+
+def test_a_copy_that_cannot_be_put_in_place_leaves_the_older_one(tmp_path, monkeypatch):
+    root, target = tmp_path / "root", tmp_path / "run" / "code"
+    (root / "a").mkdir(parents=True)
+    target.parent.mkdir()
+    (root / "a" / "x.py").write_text("x = 1\n")
+    snapshot_code(root, target, without=target.parent)
+    rename = Path.rename
+
+    def fails(self, to):
+        if self.name == ".code.tmp":
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(KeyboardInterrupt):
+        snapshot_code(root, target, without=target.parent)
+    assert (target / "a" / "x.py").read_text() == "x = 1\n"
+    assert [path.name for path in target.parent.iterdir()] == ["code"]
