@@ -15,16 +15,12 @@ import re
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from enum import Enum
-from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from lingua.config.from_dict import Reader, unknown_option
 from lingua.config.help import (
-    FieldDoc,
     dataclass_in,
-    describe_fields,
     describe_type,
     field_default,
     field_types,
@@ -33,30 +29,11 @@ from lingua.config.help import (
     union_members,
 )
 from lingua.config.yaml import read_yaml_file, yaml_value
-from lingua.errors import UserError, import_optional, run_cli
+from lingua.errors import UserError, import_optional
+from lingua.files.atomic import write_atomic
 from lingua.redact import redact_all
 
-__all__ = [
-    "FieldDoc",
-    "UserError",
-    "config_as_yaml",
-    "dataclass_from_dict",
-    "dataclass_to_dict",
-    "describe_fields",
-    "diff_configs",
-    "dump_config",
-    "flatten_dict",
-    "fsync_path",
-    "import_optional",
-    "load_config_file",
-    "open_atomic",
-    "parse_args",
-    "print_text",
-    "run_cli",
-    "write_atomic",
-]
-
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -136,38 +113,6 @@ def config_as_yaml(config: Any) -> str:
     omegaconf = import_optional("omegaconf", extra="", needed_by="writing YAML")
     plain = _plain(config) if isinstance(config, Mapping) else dataclass_to_dict(config)
     return omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.create(redact_all(plain)))
-
-
-def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
-    """Replace a file by one that holds `data`; after a crash the old or the new one is there."""
-    with open_atomic(path) as f:
-        f.write(data.encode("utf-8") if isinstance(data, str) else data)
-
-
-@contextmanager
-def open_atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that replaces `path`, durably, when the block is left without an error."""
-    target = Path(path)
-    aside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        with open(aside, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, target)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    fsync_path(target.parent)  # the rename itself must survive a power cut, too
-
-
-def fsync_path(path: str | os.PathLike) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def flatten_dict(d: Mapping[str, Any], parent_key: str = "", sep: str = "_") -> dict[str, Any]:

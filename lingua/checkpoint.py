@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lingua.args import UserError, dataclass_to_dict, diff_configs
+from lingua.args import dataclass_to_dict, diff_configs
 from lingua.checkpointing.dcp import CONFIG_NAME as CONFIG_NAME
 from lingua.checkpointing.dcp import CONSOLIDATE_FOLDER as CONSOLIDATE_FOLDER
 from lingua.checkpointing.dcp import CONSOLIDATE_NAME as CONSOLIDATE_NAME
@@ -55,12 +55,13 @@ from lingua.distributed import (
     run_on_rank_0,
     run_together,
 )
+from lingua.errors import UserError
 from lingua.logger import tell
-from lingua.parallel.ranks import finished_before_interrupt
+from lingua.parallel.signals import finished_before_interrupt
 from lingua.redact import redact_all
 from lingua.rng import get_rng_state, set_rng_state
 
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 RNG_KEY = "rng"
 SAVE_UNDER_WAY = "the checkpoint that is being written"

@@ -19,7 +19,7 @@ import multiprocessing.forkserver
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -28,13 +28,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lingua.args import UserError
-from lingua.dataloader.prefetch import blocked_parent_signals
-from lingua.errors import MachineFault, is_machine_fault
+from lingua.errors import MachineFault, UserError, is_machine_fault
+from lingua.parallel.args import DistributedArgs, needs_fsdp
 from lingua.parallel.gradients import clip_grad_norm_ as clip_grad_norm_
 from lingua.parallel.gradients import set_gradient_sync as set_gradient_sync
 from lingua.parallel.gradients import sync_replicated_grads as sync_replicated_grads
-from lingua.parallel.parallelize import ACTIVATION_CHECKPOINTING, DTYPES, needs_fsdp
 from lingua.parallel.parallelize import check_model_value_range as check_model_value_range
 from lingua.parallel.parallelize import default_fsdp_grouping_plan as default_fsdp_grouping_plan
 from lingua.parallel.parallelize import first_nonfinite as first_nonfinite
@@ -53,92 +51,14 @@ from lingua.parallel.ranks import get_local_rank as get_local_rank
 from lingua.parallel.ranks import get_master_addr as get_master_addr
 from lingua.parallel.ranks import get_master_port as get_master_port
 from lingua.parallel.ranks import get_world_size as get_world_size
-from lingua.parallel.ranks import init_signal_handler as init_signal_handler
-from lingua.parallel.ranks import requeue_slurm_job as requeue_slurm_job
 from lingua.parallel.ranks import setup_env as setup_env
+from lingua.parallel.signals import blocked_parent_signals
+from lingua.parallel.signals import init_signal_handler as init_signal_handler
+from lingua.parallel.signals import requeue_slurm_job as requeue_slurm_job
 from lingua.parallel.torchrun import ending_with_torchrun, leave_with_torchrun
 
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-FSDP_TYPES = ("no_shard", "full_shard")
-SPAWN_METHODS = ("forkserver", "spawn", "fork")
-MAX_TIMEOUT = 1_000_000  # minutes: two years; the clock of a collective overflows far above
-FLOAT8_FILTER = r"layers\.[0-9]+\."
-
-
-@dataclass
-class DistributedArgs:
-    # ranks over which weights are sharded; 1 with full_shard shards over all dp_replicate ranks
-    dp_shard: int = 1
-    # ranks that each see other data; filled from the number of processes where it does not fit
-    dp_replicate: int = 1
-    # ranks over which each matrix product is split; embedding and head, too, where it divides the
-    # vocabulary
-    tp_size: int = 1
-    # what is recomputed in the backward pass: none; selective (all but matmuls and attention); full
-    # (every block); loop (every loop of a looped model)
-    activation_checkpointing: str = "none"
-    selective_activation_checkpointing: bool = False  # old spelling of "selective" above
-    compile: bool = False  # torch.compile every block
-    fsdp_type: str = "no_shard"  # no_shard: every rank holds all weights; full_shard: each a part
-    # dtype of matrices in the forward and backward pass: fp32, fp16, bf16, or auto (bf16 on CUDA,
-    # fp32 on CPU); weights, gradient reduction and optimizer are fp32 at any setting
-    model_dtype: str = "bf16"
-    # full_shard: free a layer's gathered weights after each of its runs; saves their memory, and
-    # gathers them twice for every loop and micro-batch where once a step would do
-    reshard_between_loops: bool = False
-    float8_recipe: str | None = None  # not implemented: null only
-    float8_filter: str = FLOAT8_FILTER  # not implemented: the default only
-    matmul_allow_tf32: bool = False  # fp32 matmuls on CUDA use TF32: faster, 10 bits of mantissa
-    allow_bf16_reduced_precision_reduction: bool = True  # bf16 matmuls on CUDA may sum in bf16
-    detect_anomaly: bool = False  # trace NaN in the backward pass to its operation; slow
-    compile_cache_size_limit: int = 8  # versions of each kind of block that may be compiled
-    spawn_method: str = "forkserver"  # how data loader processes start: forkserver, spawn, fork
-    timeout_minutes: float = 30.0  # a collective that waits for longer ends the run
-
-    def __post_init__(self):
-        _one_of("fsdp_type", self.fsdp_type, FSDP_TYPES)
-        _one_of("model_dtype", self.model_dtype, (*DTYPES, "auto"))
-        _one_of("spawn_method", self.spawn_method, SPAWN_METHODS)
-        _one_of("activation_checkpointing", self.activation_checkpointing, ACTIVATION_CHECKPOINTING)
-        for name in ("dp_shard", "dp_replicate", "tp_size", "compile_cache_size_limit"):
-            if getattr(self, name) < 1:
-                raise UserError(f"distributed.{name}={getattr(self, name)}: must be 1 or more")
-        if not 0 < self.timeout_minutes <= MAX_TIMEOUT:
-            raise UserError(
-                f"distributed.timeout_minutes={self.timeout_minutes}: must be above 0 and at most "
-                f"{MAX_TIMEOUT}"
-            )
-        if self.float8_recipe is not None or self.float8_filter != FLOAT8_FILTER:
-            raise UserError(
-                "distributed.float8_recipe, distributed.float8_filter: float8 is not implemented; "
-                "leave both out"
-            )
-        limit = DistributedArgs.compile_cache_size_limit
-        if self.compile_cache_size_limit != limit and not self.compile:
-            raise UserError(
-                f"distributed.compile_cache_size_limit={self.compile_cache_size_limit} with "
-                f"distributed.compile=false: nothing is compiled; leave it at {limit}"
-            )
-        if self.reshard_between_loops and self.fsdp_type != "full_shard":
-            raise UserError(
-                f"distributed.reshard_between_loops=true with distributed.fsdp_type="
-                f"{self.fsdp_type}: nothing is sharded; use full_shard, or leave it out"
-            )
-        if self.selective_activation_checkpointing:
-            if self.activation_checkpointing not in ("none", "selective"):
-                raise UserError(
-                    "distributed.selective_activation_checkpointing=true contradicts "
-                    f"distributed.activation_checkpointing={self.activation_checkpointing}: "
-                    "set only the latter"
-                )
-            self.activation_checkpointing = "selective"
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"distributed.{name}={value}: must be one of {', '.join(choices)}")
 
 
 def fit_to_world(args: DistributedArgs, world_size: int) -> DistributedArgs:

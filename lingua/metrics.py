@@ -24,14 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lingua.args import (
-    UserError,
-    dataclass_to_dict,
-    flatten_dict,
-    import_optional,
-    load_config_file,
-    write_atomic,
-)
+from lingua.args import dataclass_to_dict, flatten_dict, load_config_file
+from lingua.errors import UserError, import_optional
+from lingua.files.atomic import write_atomic
 from lingua.files.jsonl_log import RecordFile, json_line, mend_jsonl, read_jsonl_records
 from lingua.parallel.ranks import get_is_master
 from lingua.redact import redact_all

@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.muon import MOMENTUM_BUFFER, Muon
 
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS = ("adamw", "muon")
 ANNEALING_STEP = 1000  # kept so that Lingua's YAML files load; it never had an effect

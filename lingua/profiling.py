@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.logger import tell
 from lingua.parallel.ranks import get_global_rank
 

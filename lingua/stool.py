@@ -29,16 +29,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lingua.args import UserError, parse_args, run_cli
+from lingua.args import parse_args
+from lingua.errors import UserError, run_cli
 from lingua.files.lock import hold_folders, make_writable
-from lingua.local_output import LocalOutput, local_output
 from lingua.slurm.background import (
     FOLDER,
+    LocalOutput,
     check_slurm,
     failure,
     gpu_slots,
     has_slurm,
     import_submitit,
+    local_output,
     run_command,
     run_here,
     start_here,

@@ -25,22 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lingua.args import (
-    UserError,
-    parse_args,
-    print_text,
-    run_cli,
-    write_atomic,
-)
+from lingua.args import parse_args, print_text
 from lingua.config.help import format_value
 from lingua.config.yaml import yaml_value
+from lingua.errors import UserError, run_cli
+from lingua.files.atomic import write_atomic
 from lingua.files.jsonl_log import read_jsonl_records
 from lingua.slurm.run_list import RECORD as RECORD
 from lingua.slurm.run_list import Options as Options
 from lingua.slurm.run_list import is_run, read_differences
 from lingua.slurm.script import StoolArgs
 
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 MAX_LABEL = 150  # bytes; a name of a folder may have 255
 

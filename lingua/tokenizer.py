@@ -24,7 +24,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lingua.args import UserError, import_optional
+from lingua.errors import UserError, import_optional
 
 
 @dataclass

@@ -9,6 +9,7 @@ they are. Shapes: B batch, S tokens, D model width, H heads, Dh width of a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -18,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lingua.args import UserError
-from lingua.joint_linear import joint_linear
+from lingua.errors import UserError
 
 
 class InitStdFactor(Enum):
@@ -484,3 +484,35 @@ class BaseTransformer(nn.Module):
                 args.init_std_factor, dim=args.dim, layer=i, n_layers=args.n_layers
             )
             layer.init_weights(args.init_base_std, factor)
+
+
+@torch.no_grad()
+def join_weights(linears: Sequence[nn.Linear]) -> None:
+    """Move the weights of bias-free linears, in place, into one matrix that `joint_linear` uses.
+
+    They stay parameters: views of it, which follow what is written into them.
+    """
+    assert all(linear.bias is None for linear in linears), "a bias would not be added"
+    joint = torch.cat([linear.weight for linear in linears])
+    for linear, weight in zip(linears, joint.split(_widths(linears)), strict=True):
+        linear.weight.data = weight
+    linears[0].register_buffer("joint_weight", joint, persistent=False)
+
+
+def joint_weight(linears: Sequence[nn.Linear]) -> Tensor | None:
+    """(all outputs, inputs): the matrix that `join_weights` made of these linears, if it did."""
+    joint = getattr(linears[0], "joint_weight", None)
+    assert joint is None or joint.shape[0] == sum(_widths(linears)), "other linears were joined"
+    return joint
+
+
+def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """The output of each linear for x (..., inputs)."""
+    weight = joint_weight(linears)
+    if weight is None:
+        return tuple(linear(x) for linear in linears)
+    return F.linear(x, weight).split(_widths(linears), dim=-1)
+
+
+def _widths(linears: Sequence[nn.Linear]) -> list[int]:
+    return [linear.out_features for linear in linears]

@@ -29,9 +29,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
 
-from lingua.args import UserError, run_cli, write_atomic
 from lingua.config.cli import OneLineParser
-from lingua.errors import first_line, import_optional
+from lingua.errors import UserError, first_line, import_optional, run_cli
+from lingua.files.atomic import write_atomic
 from lingua.prepare.shuffle import ShufflePlan, find_finished, shuffle_documents
 from lingua.prepare.sources import describe_passed_over, find_document_files
 

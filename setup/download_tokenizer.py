@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
 
-from lingua.args import UserError, run_cli, write_atomic
 from lingua.config.cli import OneLineParser
-from lingua.errors import first_line, import_optional
+from lingua.errors import UserError, first_line, import_optional, run_cli
+from lingua.files.atomic import write_atomic
 
 
 @dataclass(frozen=True)

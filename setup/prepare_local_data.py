@@ -34,8 +34,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
 
-from lingua.args import UserError, import_optional, run_cli, write_atomic
 from lingua.config.cli import OneLineParser
+from lingua.errors import UserError, import_optional, run_cli
+from lingua.files.atomic import write_atomic
 
 FORMAT = 1  # raise it when the same input would give other bytes: older folders are then rebuilt
 SHUFFLE_SEED = 1234

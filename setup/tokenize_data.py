@@ -23,12 +23,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
 
 from apps.LT2.training.args import TrainArgs
-from lingua.args import UserError, parse_args, run_cli
+from lingua.args import parse_args
 from lingua.config.cli import OneLineParser
-from lingua.data import DataArgs, require_root_dir
+from lingua.data import require_root_dir
+from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import find_and_sanitize_chunks
 from lingua.dataloader.prefetch import exit_with_parent
 from lingua.dataloader.pretokenized import TokenFiles, TokenRecipe, write_token_files
+from lingua.errors import UserError, run_cli
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 
 

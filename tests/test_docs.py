@@ -15,7 +15,8 @@ from apps.LT2.scripts.export_weights import ExportArgs
 from apps.LT2.scripts.import_hf import ImportArgs
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
-from lingua.args import describe_fields, parse_args
+from lingua.args import parse_args
+from lingua.config.help import describe_fields
 from lingua.stool import StoolArgs
 from lingua.sweep import TableArgs
 from tests.readme import README, ROOT, readme_commands

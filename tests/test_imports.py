@@ -6,6 +6,9 @@ torch itself requires fails, as if the package were not installed.
 
 from __future__ import annotations
 
+import ast
+import functools
+import graphlib
 import importlib.metadata
 import json
 import re
@@ -99,3 +102,83 @@ def test_data_workers_and_launches_start_without_torch(module):
     """Importing it takes seconds, and hundreds of MiB in a worker of every rank."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# ---- the order of imports
+
+# Each entry may import from entries of earlier lines, and of its own line; no cycles anywhere.
+# A name stands for a module and everything below it.
+ORDER = """
+lingua.redact lingua.errors
+lingua.files
+lingua.config
+lingua.args
+lingua
+apps.LT2.kernel
+apps.LT2.mixers
+apps.LT2.block apps.LT2.pattern apps.LT2.cache
+apps.LT2.transformer
+apps.LT2.flops apps.LT2.parallel apps.LT2.batch
+apps.LT2.inference
+apps.LT2.evaluation
+apps.LT2.training
+apps
+"""
+PLACES = {name: i for i, line in enumerate(ORDER.split("\n")) for name in line.split()}
+
+
+def place(module: str) -> int:
+    """The line of ORDER that `module` belongs to: that of its longest prefix."""
+    while module not in PLACES:
+        module = module.rpartition(".")[0]
+    return PLACES[module]
+
+
+def imports_of(file: Path, modules: set[str]) -> set[str]:
+    """Our modules that a file imports: anywhere, under TYPE_CHECKING and inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from package import module` imports the module; other names are in the package itself
+            found |= names & modules or {node.module}
+            found |= {node.module} if names - modules else set()
+    return found & modules
+
+
+@functools.cache
+def import_graph() -> dict[str, set[str]]:
+    modules = set(module_names())
+    graph = {}
+    for module in modules:
+        path = ROOT / module.replace(".", "/")
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        graph[module] = imports_of(file, modules)
+    return graph
+
+
+def test_imports_follow_the_order():
+    against = [
+        f"{module} imports {imported}"
+        for module, imports in import_graph().items()
+        for imported in imports
+        if place(imported) > place(module)
+    ]
+    assert not against, "\n".join(sorted(against))
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    try:
+        list(graphlib.TopologicalSorter(import_graph()).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_the_import_graph_is_complete():
+    """Else the two tests above would pass by seeing nothing."""
+    graph = import_graph()
+    assert {"lingua.config.yaml", "lingua.errors"} <= graph["lingua.args"]
+    assert "lingua.parallel.tensor_parallel" in graph["lingua.parallel.parallelize"]
+    assert sum(map(len, graph.values())) > 500

@@ -46,9 +46,10 @@ from apps.LT2.scripts.plot_benchmark import check_can_draw, draw
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.training.unused_options import check_unused_options, unused_options, unused_sections
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
-from lingua.args import UserError, parse_args, run_cli
+from lingua.args import parse_args
 from lingua.config.cli import OneLineParser
-from lingua.parallel.parallelize import DTYPES, resolve_dtype
+from lingua.errors import UserError, run_cli
+from lingua.parallel.args import DTYPES, resolve_dtype
 from lingua.tokenizer import build_tokenizer, find_tokenizer_file
 
 LLAMA3_VOCAB = 128_256  # of the tokenizer that the recipes are written for

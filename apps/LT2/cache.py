@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apps.LT2.kernel.documents import host_bounds, upload
 from apps.LT2.mixers.base import Extension, MixerCache
-from lingua.args import UserError
+from lingua.errors import UserError
 
 
 @dataclass

@@ -23,7 +23,8 @@ from apps.LT2.inference.generator import (
 )
 from apps.LT2.inference.generator import Prompt
 from apps.LT2.inference.load import find_checkpoint, load_model_and_tokenizer, resolve_device
-from lingua.args import UserError, parse_args, run_cli
+from lingua.args import parse_args
+from lingua.errors import UserError, run_cli
 from lingua.tokenizer import well_formed
 
 

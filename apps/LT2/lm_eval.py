@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 
-from lingua.args import UserError, import_optional, run_cli
+from lingua.errors import UserError, import_optional, run_cli
 from lingua.parallel.ranks import get_is_master
 
 # How the harness begins its complaints about what it was told on the command line.

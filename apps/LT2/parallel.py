@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from apps.LT2.mixers import Mixer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
-from lingua.args import UserError
-from lingua.distributed import DistributedArgs
+from lingua.errors import UserError
 from lingua.logger import tell
 from lingua.parallel import gradients
+from lingua.parallel.args import DistributedArgs
 from lingua.parallel.tensor_parallel import (
     OUTPUTS,
     SplitEmbedding,

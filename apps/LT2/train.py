@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 
 from apps.LT2.flops import count_parameters, train_flops_per_token
 from apps.LT2.input_paths import InputPath, read_by_training, with_files
-from apps.LT2.layout_table import format_layout
 from apps.LT2.mixers import MIXERS
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
@@ -33,21 +32,23 @@ from apps.LT2.parallel import (
     set_resharding,
     tp_parallelize,
 )
-from apps.LT2.train_validation import (
+from apps.LT2.pattern import format_layout
+from apps.LT2.training.args import TrainArgs, validate_train_args
+from apps.LT2.training.evaluation import (
+    CheckpointEvaluator,
     build_validator,
     is_validation_owed,
     metrics_path,
+    owed_evaluation,
     validate,
 )
-from apps.LT2.training.args import TrainArgs, validate_train_args
-from apps.LT2.training.evaluation import CheckpointEvaluator, owed_evaluation
 from apps.LT2.training.probes import log_micro_batches, probe_now_and_then
 from apps.LT2.training.progress import Progress
 from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.trainer import every_n_steps as every_n_steps
 from apps.LT2.training.unused_options import warnings_of_options
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import dump_config, parse_args, run_cli, write_atomic
+from lingua.args import dump_config, parse_args
 from lingua.checkpoint import CheckpointManager
 from lingua.checkpointing.weights import load_initial_weights
 from lingua.data import (
@@ -70,15 +71,17 @@ from lingua.distributed import (
     setup_env,
     setup_torch_distributed,
 )
+from lingua.errors import run_cli
+from lingua.files.atomic import write_atomic
+from lingua.files.lock import own_folders
 from lingua.logger import end_in_log_file, init_logger, tell
 from lingua.metrics import MetricLogger
 from lingua.optim import ScheduledLR, build_optimizer
-from lingua.parallel.parallelize import resolve_dtype
+from lingua.parallel.args import resolve_dtype
 from lingua.parallel.torchrun import ending_with_torchrun
 from lingua.parallel.watchdog import StallWatch
 from lingua.profiling import maybe_run_profiler
 from lingua.rng import seed_everything
-from lingua.run_folder import own_folders
 from lingua.slurm.code import CODE_VERSION, snapshot_code, version_record
 
 logger = logging.getLogger(__name__)
@@ -105,7 +108,7 @@ def train(given: TrainArgs) -> None:
         return
     with ExitStack() as resources:
         folders = {"dump_dir": args.dump_dir, "checkpoint.path": str(args.checkpoint.path)}
-        resources.enter_context(own_folders(folders))
+        resources.enter_context(own_folders(folders, is_master=get_is_master()))
         with ending_with_torchrun():  # from the first step on, a signal has the run save
             start(args)
             resources.enter_context(end_in_log_file())

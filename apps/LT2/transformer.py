@@ -40,7 +40,7 @@ from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.pattern import LayerSpec, Layout, LayoutPlan, PatternParser
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import own_weight, parallel_of
 from lingua.transformer import (
     BaseTransformerArgs,

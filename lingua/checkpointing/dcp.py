@@ -25,11 +25,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from lingua.args import UserError, open_atomic, write_atomic
+from lingua.errors import UserError
+from lingua.files.atomic import open_atomic, write_atomic
 from lingua.logger import tell
 from lingua.optim import state_fields
 
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 MODEL_KEY, OPTIM_KEY = "model", "optim"
 METADATA_NAME = ".metadata"

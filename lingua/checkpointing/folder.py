@@ -17,14 +17,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lingua.args import UserError, fsync_path, write_atomic
 from lingua.checkpointing.dcp import (
     CONFIG_NAME,
     METADATA_NAME,
     find_missing_tensors,
 )
+from lingua.errors import UserError
+from lingua.files.atomic import fsync_path, write_atomic
 
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 FOLDER_NAME = "{:010d}"
 TRAIN_STATE_NAME = "train_state_{:05d}.json"

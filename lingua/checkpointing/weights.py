@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lingua.args import UserError, import_optional
 from lingua.checkpointing.dcp import (
     CONSOLIDATE_FOLDER,
     CONSOLIDATE_NAME,
@@ -25,6 +24,7 @@ from lingua.checkpointing.dcp import (
     check_fits,
     load_from_checkpoint,
 )
+from lingua.errors import UserError, import_optional
 
 SAFETENSORS_NAME = "model.safetensors"
 

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.tokenizer import well_formed
 
 TRAIN_PATTERN = "*.chunk.*.jsonl"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from lingua.args import UserError
+from lingua.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np

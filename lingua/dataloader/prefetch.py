@@ -16,18 +16,15 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from lingua.args import UserError
+from lingua.errors import UserError
+from lingua.parallel.signals import PARENT_SIGNALS, blocked_parent_signals
 
 ITEM, END, USER_ERROR, ERROR = range(4)
 
-# The trainer decides what these mean. Schedulers send them to all processes of a job, and a worker
-# that died of them would end the run in the middle of its last save.
-PARENT_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 IteratorBuilder = Callable[[], AbstractContextManager[Iterator[Any]]]
 
@@ -54,17 +51,6 @@ def async_iterator(buffer_size: int, iterator_builder: IteratorBuilder) -> Itera
         reader.close()
         producer.kill()  # it has nothing to save, and SIGTERM does not reach it
         producer.join()
-
-
-@contextmanager
-def blocked_parent_signals() -> Iterator[None]:
-    """What is started inside blocks them from its first instant, and so does all that it forks."""
-    resource_tracker.ensure_running()  # here, since its start unblocks signals
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def consume_buffer(producer: BaseProcess, reader: Connection) -> Iterator[Any]:

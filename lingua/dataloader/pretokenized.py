@@ -13,7 +13,7 @@ lines, and a run may go on with or without these files: the stream is the same.
 
 Before a run reads them they are held to the recipe, to their sizes and to the chunk's fingerprint,
 which sees a chunk of another length and an edit all through it, but not, in one above 4 MiB, a few
-bytes exchanged between its samples (lingua/fingerprint.py). Each document's row of the index is
+bytes exchanged between its samples (`fingerprint`). Each document's row of the index is
 looked at when it is read. Of token ids only those outside of the vocabulary are told of, in
 training; other bytes that a disk changed are not seen.
 """
@@ -34,9 +34,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lingua.args import UserError, write_atomic
 from lingua.dataloader.jsonl import JSONLState, document_text, own_lines, parse_line
-from lingua.fingerprint import fingerprint
+from lingua.errors import UserError
+from lingua.files.atomic import write_atomic
 from lingua.tokenizer import Tokenizer, declared_specials, find_tokenizer_file
 
 if TYPE_CHECKING:
@@ -359,3 +359,31 @@ class _Map:
 
 def _cannot_be_read(problem: str) -> UserError:
     return UserError(f"data.pretokenized=true: {problem}; {MAKE_THEM}")
+
+
+N_BLOCKS = 64  # of a file: the first, the last, and between them at equal distances
+
+
+BLOCK_BYTES = 64 * 2**10
+
+
+def fingerprint(file: Path) -> str:
+    """sha256, in hex, of a file's size and of its samples."""
+    try:
+        with open(file, "rb", buffering=0) as opened:
+            size = opened.seek(0, 2)
+            digest = hashlib.sha256(f"{size} bytes\n".encode())
+            for begin in _block_begins(size):
+                opened.seek(begin)
+                digest.update(opened.read(BLOCK_BYTES))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); restore it") from None
+    return digest.hexdigest()
+
+
+def _block_begins(size: int) -> Iterator[int]:
+    if size <= N_BLOCKS * BLOCK_BYTES:
+        yield from range(0, size, BLOCK_BYTES)
+        return
+    for i in range(N_BLOCKS):
+        yield (size - BLOCK_BYTES) * i // (N_BLOCKS - 1)

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-from lingua.args import UserError
+from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import ChunksState, JSONLState, distribute_data_to_rank
 from lingua.dataloader.packing import PrefetchState
 from lingua.dataloader.reshard import DataState, DealtState, StreamState, is_dealt
+from lingua.errors import UserError
 
-if TYPE_CHECKING:
-    from lingua.data import DataArgs
-
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 
 def check_state_matches(args: DataArgs, state: PrefetchState) -> list[str]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lingua.args import write_atomic
+from lingua.files.atomic import write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -134,3 +134,18 @@ def _hold(file: IO[str], option: str, folder: str | os.PathLike) -> None:
         f"process {os.getpid()} on {socket.gethostname()}{f', SLURM job {job}' if job else ''}\n"
     )
     file.flush()
+
+
+@contextmanager
+def own_folders(folders: Mapping[str, str | os.PathLike], *, is_master: bool) -> Iterator[None]:
+    """Make the folders (option -> path), and hold them on rank 0: two runs would mix their files.
+
+    No collective: it comes before the process group, which a refused rank 0 never joins.
+    """
+    for option, folder in folders.items():
+        make_writable(option, Path(folder))
+    if not is_master:
+        yield
+        return
+    with hold_folders(folders):
+        yield

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,31 +28,15 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.optim import is_matrix
 from lingua.parallel import tensor_parallel
+from lingua.parallel.args import DistributedArgs, needs_fsdp, resolve_dtype
 
-if TYPE_CHECKING:
-    from lingua.distributed import DistributedArgs
-
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 GroupingPlan = list[tuple[str, bool]]
 Policy = Callable[..., CheckpointPolicy]
-
-ACTIVATION_CHECKPOINTING = ("none", "selective", "full", "loop")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def resolve_dtype(model_dtype: str, device_type: str) -> torch.dtype:
-    if model_dtype == "auto":
-        model_dtype = "bf16" if device_type == "cuda" else "fp32"
-    return DTYPES[model_dtype]
-
-
-def needs_fsdp(args: DistributedArgs, world_size: int, device_type: str) -> bool:
-    """FSDP joins several ranks, and in a single process it casts matrices to the compute dtype."""
-    return world_size > 1 or resolve_dtype(args.model_dtype, device_type) is not torch.float32
 
 
 def parallelize_model(

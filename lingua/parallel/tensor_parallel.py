@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lingua.args import UserError
+from lingua.errors import UserError
 
 OUTPUTS, INPUTS = 0, 1  # dimensions of a weight (out, in)
 

@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lingua.args import UserError, fsync_path, write_atomic
+from lingua.errors import UserError
+from lingua.files.atomic import fsync_path, write_atomic
 from lingua.files.lock import LOCK_NAME, hold_folders, make_writable
 from lingua.prepare.sources import check_document_file, estimate_text_bytes, read_documents
 

@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lingua.args import UserError
 from lingua.dataloader.jsonl import name_keys, parse_object
-from lingua.errors import first_line, import_optional
+from lingua.errors import UserError, first_line, import_optional
 from lingua.tokenizer import well_formed
 
 TEXT_KEYS = ("text", "content")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lingua.errors import UserError
 
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 CODE_VERSION = "code_version.json"  # in a run's folder, beside the copy of its code
 MAX_UNTRACKED_BYTES = 16 * 2**20  # an untracked file above this is data that .gitignore forgot

@@ -15,13 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lingua.args import (
-    UserError,
-    config_as_yaml,
-    parse_args,
-    write_atomic,
-)
-from lingua.errors import is_machine_fault
+from lingua.args import config_as_yaml, parse_args
+from lingua.errors import UserError, is_machine_fault
+from lingua.files.atomic import write_atomic
 from lingua.files.lock import LOCK_NAME, check_writable, find_holder, hold_folders, make_writable
 from lingua.slurm.code import CODE_VERSION, code_version, snapshot_code, version_record
 from lingua.slurm.script import Job, StoolArgs, render_submit

@@ -20,13 +20,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lingua.args import UserError, flatten_dict, load_config_file
+from lingua.args import flatten_dict, load_config_file
 from lingua.config.help import describe_fields, format_value
 from lingua.config.yaml import yaml_value
+from lingua.errors import UserError
 from lingua.slurm.plan import RUN_MARKS, import_script
 from lingua.slurm.script import CONFIG_ARGUMENT
 
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 RECORD = "sweep.json"  # of a sweep: the options of each run; it tells the folder of one
 FILLED_IN = ("dump_dir", "name", "checkpoint.path")  # options that each run has its own of

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lingua.args import UserError
+from lingua.errors import UserError
 
 LAUNCHERS = ("sbatch", "bash")
 CONFIG_ARGUMENT = 'config="$DUMP_DIR/base_config.yaml"'  # the options behind it win over the file

@@ -23,7 +23,7 @@ from apps.LT2.flops import (
     forward_flops_per_token,
     train_flops_per_token,
 )
-from apps.LT2.layout_table import format_layout
+from apps.LT2.pattern import format_layout
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import parse_args

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from apps.LT2.scripts import benchmark_loader
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.setup_scripts import load_script
 
 

@@ -24,11 +24,10 @@ from apps.LT2.benchmark.inference_cost import (
 from apps.LT2.benchmark.timing import Ceilings, Spread, is_out_of_memory
 from apps.LT2.benchmark_prefill import LLAMA3_VOCAB, main, read_subjects
 from apps.LT2.block import Block
-from apps.LT2.flops import prefill_flops
+from apps.LT2.flops import prefill_flops, step_traffic
 from apps.LT2.scripts import plot_benchmark
-from apps.LT2.traffic import step_traffic
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.LT2.tiny import KINDS, tiny_model
 from tests.tolerances import FP32_MODEL, assert_same
 

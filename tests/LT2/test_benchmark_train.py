@@ -19,7 +19,7 @@ from apps.LT2.scripts.benchmark_train import (
     main,
     variants,
 )
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny_run import OPTIONS, clean_process, write_corpus
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apps.LT2.flops import cache_bytes
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.LT2.looped_models import assert_same_fp32, decode, make, packed, prompt
 
 

@@ -17,8 +17,9 @@ from apps.LT2.parallel import (
     set_activation_checkpointing,
 )
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import UserError
-from lingua.distributed import DistributedArgs, parallelize_model
+from lingua.distributed import parallelize_model
+from lingua.errors import UserError
+from lingua.parallel.args import DistributedArgs
 from tests.LT2.tiny import KINDS, tiny_model
 from tests.tolerances import FP32, assert_same
 

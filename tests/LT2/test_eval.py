@@ -16,7 +16,8 @@ import torch
 
 from apps.LT2.eval import EvalArgs, launch_eval, main, resolve, validate_before_submit
 from apps.LT2.local_tasks.items import choice_items, cloze_items, copy_items, read_documents
-from lingua.args import UserError, parse_args, run_cli
+from lingua.args import parse_args
+from lingua.errors import UserError, run_cli
 from lingua.tokenizer import ByteTokenizer
 from tests.lingua.stool_utils import held
 from tests.LT2.tiny import save_run, tiny_model

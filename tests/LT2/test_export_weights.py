@@ -13,7 +13,7 @@ from apps.LT2.inference.load import load_model_and_tokenizer
 from apps.LT2.scripts import export_weights, import_hf
 from apps.LT2.train import build_model
 from apps.LT2.training.args import validate_train_args
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.optim import is_matrix
 from tests.LT2.tiny import save_run, tiny_model
 from tests.LT2.tiny_run import train, train_args, write_corpus

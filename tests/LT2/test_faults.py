@@ -20,12 +20,12 @@ import torch
 
 import apps.LT2.mixers.attention
 import apps.LT2.train as app
-import lingua.tensor_save
+import lingua.checkpointing.save
 from apps.LT2.inference.load import load_model_and_tokenizer
 from apps.LT2.training.trainer import Trainer
-from lingua.args import UserError
 from lingua.checkpointing.folder import find_problem
 from lingua.distributed import RanksFailed
+from lingua.errors import UserError
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny_run import (
     OPTIONS,
@@ -181,7 +181,7 @@ def test_a_damaged_token_file_is_told_of_before_its_tokens_reach_the_model(data,
 
 def test_a_nan_does_not_cost_the_save_that_is_under_way(data, tmp_path, monkeypatch):
     gate = threading.Event()
-    write_data = lingua.tensor_save.FileSystemWriter.write_data
+    write_data = lingua.checkpointing.save.FileSystemWriter.write_data
 
     def held(self, plan, planner):
         assert gate.wait(30)
@@ -192,7 +192,7 @@ def test_a_nan_does_not_cost_the_save_that_is_under_way(data, tmp_path, monkeypa
         with torch.no_grad():
             next(trainer.model.parameters()).fill_(math.nan)
 
-    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", held)
+    monkeypatch.setattr(lingua.checkpointing.save.FileSystemWriter, "write_data", held)
     with before_step(3, poison), pytest.raises(FloatingPointError, match="step 3"):
         train(data, tmp_path, **SMALL, **{"checkpoint.async_save": True})
     assert find_problem(checkpoint(tmp_path, 2)) is None

@@ -18,8 +18,10 @@ import torch
 
 from apps.LT2.training.args import TrainArgs, validate_train_args
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import UserError, describe_fields, parse_args
+from lingua.args import parse_args
+from lingua.config.help import describe_fields
 from lingua.config.yaml import read_yaml_file
+from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer
 from tests.fuzz_text import damage_text, fuzz_count, no_hang, other_value
 from tests.LT2.tiny_run import write_corpus

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lingua.args import UserError
 from lingua.checkpoint import consolidate_checkpoints
+from lingua.errors import UserError
 from tests.LT2.tiny_run import (
     OPTIONS,
     SMALL,

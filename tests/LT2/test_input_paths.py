@@ -11,9 +11,9 @@ import apps.LT2.train as training
 from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs
 from apps.LT2.evaluation.validation import ValidationArgs
 from apps.LT2.training.args import TrainArgs
-from lingua.args import UserError
 from lingua.checkpoint import CheckpointArgs
-from lingua.data import DataArgs
+from lingua.dataloader.args import DataArgs
+from lingua.errors import UserError
 from lingua.slurm.plan import check_not_read
 from lingua.tokenizer import TokenizerArgs
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from apps.LT2.layout_table import WIDTH, format_layout
-from apps.LT2.pattern import LayoutPlan, PatternParser
+from apps.LT2.pattern import WIDTH, LayoutPlan, PatternParser, format_layout
 from apps.LT2.train import TrainArgs, describe
 from tests.LT2.tiny import tiny_model
 

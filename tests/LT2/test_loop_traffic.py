@@ -24,13 +24,12 @@ from apps.LT2.parallel import (
 )
 from apps.LT2.transformer import LoopedTransformer
 from lingua.distributed import (
-    ACTIVATION_CHECKPOINTING,
-    DistributedArgs,
     get_device_mesh,
     get_dp_rank_and_degree,
     parallelize_model,
     sync_replicated_grads,
 )
+from lingua.parallel.args import ACTIVATION_CHECKPOINTING, DistributedArgs
 from tests.lingua.dist_utils import OpCounter, run_ranks
 from tests.lingua.toy import whole
 from tests.LT2.tiny import tiny_model

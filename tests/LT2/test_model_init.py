@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from apps.LT2 import transformer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, fit_loop_gates
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.LT2.looped_models import MODELS, SMALL, VOCAB, assert_same_fp32, make, prompt
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from apps.LT2.pattern import LayerSpec, LayoutPlan, PatternParser
-from lingua.args import UserError
+from lingua.errors import UserError
 
 PARSER = PatternParser(
     n_layers=6,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from apps.LT2.scripts.plot_loss import main, read_curve, smooth
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.metrics import json_line
 
 

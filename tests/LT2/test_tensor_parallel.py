@@ -25,10 +25,8 @@ from apps.LT2.parallel import (
     tp_parallelize,
 )
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import UserError
 from lingua.checkpoint import FOLDER_NAME, CheckpointArgs, CheckpointManager, load_from_checkpoint
 from lingua.distributed import (
-    DistributedArgs,
     clip_grad_norm_,
     dist_mean,
     get_device_mesh,
@@ -36,7 +34,9 @@ from lingua.distributed import (
     parallelize_model,
     sync_replicated_grads,
 )
+from lingua.errors import UserError
 from lingua.optim import OptimArgs, build_optimizer
+from lingua.parallel.args import DistributedArgs
 from tests.lingua.dist_utils import run_ranks
 from tests.lingua.toy import whole
 from tests.LT2.tiny import AtStep, tiny_model

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apps.LT2.flops import step_traffic
 from apps.LT2.inference.load import cast_for_inference
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.nsa import NSAArgs
-from apps.LT2.traffic import step_traffic
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 
 VOCAB, DIM, HEADS, LAYERS, FFN, LOOPS = 50, 32, 2, 5, 96, 4

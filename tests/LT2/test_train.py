@@ -21,9 +21,9 @@ import torch.distributed as dist
 import apps.LT2.train as app
 from apps.LT2.evaluation.validation import Validator
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import UserError
 from lingua.data import init_dataloader_state_from_args
 from lingua.distributed import check_model_value_range
+from lingua.errors import UserError
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny import KINDS, tiny_args
 from tests.LT2.tiny_run import (

@@ -19,12 +19,12 @@ from lingua.checkpoint import CheckpointArgs, CheckpointManager
 from lingua.checkpointing.dcp import consolidate_checkpoints
 from lingua.checkpointing.weights import find_weight_file, read_weights
 from lingua.distributed import (
-    DistributedArgs,
     check_model_value_range,
     get_device_mesh,
     parallelize_model,
     sync_replicated_grads,
 )
+from lingua.parallel.args import DistributedArgs
 from lingua.parallel.tensor_parallel import TensorParallel
 from tests.lingua.dist_utils import OpCounter, run_ranks
 from tests.lingua.toy import whole

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apps.LT2.kernel.delta_rule import delta_rule, delta_rule_step
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.gpu.kernel_cases import H, KernelContract, packed, unit_vectors
 
 pytestmark = pytest.mark.gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apps.LT2.kernel.gla import gla, gla_step
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.gpu.kernel_cases import H, KernelContract, packed
 
 pytestmark = pytest.mark.gpu

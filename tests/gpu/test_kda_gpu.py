@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apps.LT2.kernel.kda import kda, kda_step
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.gpu.kernel_cases import H, KernelContract, packed, unit_vectors
 
 pytestmark = pytest.mark.gpu

@@ -13,7 +13,7 @@ from apps.LT2.inference.compiled import compiled_for_generation
 from apps.LT2.inference.cuda_graph import DecodeGraph
 from apps.LT2.kernel.documents import upload_bounds
 from apps.LT2.mixers.attention import append
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.parallel.parallelize import compile_blocks
 from tests.gpu.test_decode_graph_gpu import CHOOSE_KEYS, make_generator, make_model
 from tests.LT2.tiny import KINDS

@@ -21,7 +21,7 @@ from apps.LT2.kernel.nsa import (
 from apps.LT2.kernel.nsa.blocks import cut_blocks, mean_of_blocks
 from apps.LT2.mixers.nsa import NativeSparseAttention, NSAArgs
 from apps.LT2.transformer import LoopedTransformerArgs
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.gpu.kernel_cases import packed
 from tests.tolerances import BF16_KERNEL, BF16_LAYER, FP32, assert_same
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apps.LT2.kernel.simple_gla import simple_gla, simple_gla_step
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.gpu.kernel_cases import H, KernelContract, loss_of, packed
 from tests.tolerances import BF16_KERNEL, assert_same
 

@@ -21,7 +21,8 @@ from __future__ import annotations
 import json, os, sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from lingua.args import UserError, parse_args, run_cli
+from lingua.args import parse_args
+from lingua.errors import UserError, run_cli
 from project.{name}.helper import WORD
 
 @dataclass

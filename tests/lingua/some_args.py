@@ -9,7 +9,8 @@ from typing import Any, Dict, List, Optional
 
 import pytest
 
-from lingua.args import UserError, parse_args
+from lingua.args import parse_args
+from lingua.errors import UserError
 
 
 class Mode(Enum):

@@ -16,8 +16,8 @@ from lingua.args import (
     flatten_dict,
     load_config_file,
     parse_args,
-    write_atomic,
 )
+from lingua.files.atomic import write_atomic
 from tests.lingua.some_args import Args, Data, Eval, Every, Mode, complaint, parse
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lingua.args import UserError, dataclass_from_dict
+from lingua.args import dataclass_from_dict
+from lingua.errors import UserError
 from tests.lingua.some_args import Args, complaint, parse
 
 

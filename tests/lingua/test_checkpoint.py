@@ -18,9 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 import lingua.checkpointing.dcp
 import lingua.checkpointing.folder
 import lingua.checkpointing.save
-import lingua.tensor_save
 from lingua import distributed as ld
-from lingua.args import UserError
 from lingua.checkpoint import (
     CheckpointArgs,
     CheckpointManager,
@@ -28,6 +26,7 @@ from lingua.checkpoint import (
     load_from_checkpoint,
 )
 from lingua.checkpointing.folder import find_problem
+from lingua.errors import UserError
 from lingua.optim import OptimArgs, build_optimizer
 from tests.lingua.checkpointing.checkpoint_runs import (
     CONFIG,

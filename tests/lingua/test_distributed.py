@@ -15,8 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lingua import distributed as ld
-from lingua.args import UserError
-from lingua.errors import MachineFault
+from lingua.errors import MachineFault, UserError
 from tests.lingua.dist_utils import RANK_NAMES, OpCounter, run_ranks
 from tests.lingua.toy import PLAN, TOLERANCE, make_batches, make_model, train, whole
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from apps.LT2.inference.load import join_projections
-from lingua.joint_linear import join_weights, joint_linear
+from lingua.transformer import join_weights, joint_linear
 from tests.LT2.tiny import KINDS, tiny_model
 from tests.tolerances import FP32, FP32_MODEL, assert_same
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lingua.args import UserError, dataclass_from_dict, dump_config
+from lingua.args import dataclass_from_dict, dump_config
+from lingua.errors import UserError
 from lingua.metrics import (
     GPUMemoryMonitor,
     LoggingArgs,

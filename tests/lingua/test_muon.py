@@ -12,11 +12,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lingua import muon
-from lingua.args import UserError, dataclass_from_dict
+from lingua.args import dataclass_from_dict
 from lingua.checkpointing.dcp import load_from_checkpoint
+from lingua.checkpointing.save import TensorSave
+from lingua.errors import UserError
 from lingua.muon import COEFFICIENTS, orthogonalize
 from lingua.optim import MuonArgs, OptimArgs, build_optimizer
-from lingua.tensor_save import TensorSave
 from tests.lingua.dist_utils import run_ranks
 from tests.lingua.toy import LAYERS, make_batches, make_model, whole
 from tests.tolerances import FP32, assert_same

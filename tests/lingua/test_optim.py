@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.optim import NonfiniteGuard, OptimArgs, build_lr_fn, build_optimizer, is_matrix
 
 N = 200

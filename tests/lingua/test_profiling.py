@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.profiling import ProfilerArgs, maybe_run_profiler
 
 

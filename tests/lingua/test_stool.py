@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from lingua.args import UserError
-from lingua.local_output import LocalOutput
+from lingua.errors import UserError
+from lingua.slurm.background import LocalOutput
 from lingua.slurm.script import quote_sbatch
 from lingua.stool import (
     Job,

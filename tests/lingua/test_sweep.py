@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import lingua.slurm.background as background
-from lingua.args import UserError, parse_args
+from lingua.args import parse_args
+from lingua.errors import UserError
 from lingua.stool import StoolArgs, launch_job, main
 from lingua.sweep import as_arguments, combinations, format_table, label_of
 from lingua.sweep import main as print_table

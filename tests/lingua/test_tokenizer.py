@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.tokenizer import (
     TikTokenTokenizer,
     TokenizerArgs,

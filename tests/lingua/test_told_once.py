@@ -11,8 +11,8 @@ import time
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-import lingua.told_once as told_once
-from lingua.args import UserError, run_cli
+import lingua.errors as told_once
+from lingua.errors import UserError, run_cli
 
 
 @pytest.fixture

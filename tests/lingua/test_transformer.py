@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.transformer import (
     BaseTransformer,
     BaseTransformerArgs,

@@ -15,8 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lingua.args import UserError
-from lingua.data import DataArgs, build_dataloader_from_args, init_dataloader_state_from_args
+from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
+from lingua.dataloader.args import DataArgs
+from lingua.errors import UserError
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 from tests.LT2.tiny_run import SMALL, train
 from tests.setup_scripts import SETUP, load_script

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.setup_scripts import SETUP, load_script
 
 SENTENCE = (

@@ -22,9 +22,8 @@ from apps.LT2.benchmark.timing import (
     seconds_of,
     synchronize,
 )
-from apps.LT2.flops import cache_bytes, prefill_flops
+from apps.LT2.flops import cache_bytes, prefill_flops, step_traffic
 from apps.LT2.inference.cuda_graph import DecodeGraph
-from apps.LT2.traffic import step_traffic
 from apps.LT2.transformer import LoopedTransformer
 from lingua.metrics import GIB
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from apps.LT2.evaluation.validation import ValidationArgs
 from apps.LT2.inference.generator import PackedCausalTransformerGeneratorArgs
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.metrics import WandbArgs
 
 VERBOSITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lingua.args import UserError, import_optional
+from lingua.errors import UserError, import_optional
 from lingua.tokenizer import TokenizerArgs, find_tokenizer_file
 
 logger = logging.getLogger(__name__)

@@ -21,13 +21,10 @@ from apps.LT2.inference.generator import (
     PackedCausalTransformerGeneratorArgs,
 )
 from apps.LT2.inference.load import LoadedModel, load_model_and_tokenizer
-from lingua.args import UserError, dataclass_from_dict, import_optional
-from lingua.distributed import (
-    DistributedArgs,
-    get_is_master,
-    get_world_size,
-    setup_torch_distributed,
-)
+from lingua.args import dataclass_from_dict
+from lingua.distributed import get_is_master, get_world_size, setup_torch_distributed
+from lingua.errors import UserError, import_optional
+from lingua.parallel.args import DistributedArgs
 from lingua.tokenizer import TokenizerArgs
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from apps.LT2.inference.prompts import check_tokens, fetch_scores, pack_prompts, score_tokens
 from apps.LT2.kernel.documents import upload
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import UserError
 from lingua.distributed import gather_objects, run_together
+from lingua.errors import UserError
 
 Tokens = Sequence[int]
 B = TypeVar("B")

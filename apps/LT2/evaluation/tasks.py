@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.LT2.evaluation.args import LMHarnessArgs
-from lingua.args import UserError, import_optional
+from lingua.errors import UserError, import_optional
 from lingua.parallel.ranks import get_is_master
 
 EXAMPLES = ("hellaswag", "arc_easy", "piqa")

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from apps.LT2.batch import Batch, to_device
-from lingua.args import UserError
-from lingua.data import DataArgs, find_val_files, iter_val_documents
+from apps.LT2.transformer import LoopedTransformer
+from lingua.data import find_val_files, iter_val_documents
+from lingua.dataloader.args import DataArgs
 from lingua.dataloader.packing import NO_TARGET, view_row
 from lingua.distributed import agree_any, dist_sum
+from lingua.errors import UserError
 from lingua.logger import tell
 from lingua.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from apps.LT2.transformer import LoopedTransformer
 
 logger = logging.getLogger(__name__)
 

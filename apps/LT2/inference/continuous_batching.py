@@ -19,7 +19,7 @@ from apps.LT2.inference.prefill import PromptPrefill
 from apps.LT2.inference.sampling import all_finite
 from apps.LT2.inference.sequence import GeneratedSequence
 from apps.LT2.kernel.documents import upload
-from lingua.args import UserError
+from lingua.errors import UserError
 
 # (logits of a row each, the sequences in these rows or None where one is free) -> token ids, any of
 # the vocabulary where logits are NaN

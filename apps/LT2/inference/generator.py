@@ -28,11 +28,10 @@ from apps.LT2.inference.load import check_dtype
 from apps.LT2.inference.prefill import PromptPrefill
 from apps.LT2.inference.prompts import check_tokens
 from apps.LT2.inference.sampling import all_finite, check_sampling, sample_tokens, sequence_rng
-from apps.LT2.inference.sequence import GeneratedSequence
-from apps.LT2.text_stream import TextStream
+from apps.LT2.inference.sequence import GeneratedSequence, TextStream
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import UserError
-from lingua.parallel.parallelize import DTYPES
+from lingua.errors import UserError
+from lingua.parallel.args import DTYPES
 from lingua.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.mixers import MIXERS, Mixer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, fit_loop_gates
-from lingua.args import UserError, dataclass_from_dict
+from lingua.args import dataclass_from_dict
 from lingua.checkpoint import (
     CONFIG_NAME,
     CONSOLIDATE_NAME,
@@ -36,12 +36,12 @@ from lingua.checkpoint import (
 from lingua.checkpointing.dcp import METADATA_NAME, MODEL_KEY
 from lingua.checkpointing.folder import MANIFEST_NAME, find_problem
 from lingua.checkpointing.weights import SAFETENSORS_NAME, find_weight_file, read_weights
-from lingua.joint_linear import join_weights
+from lingua.errors import UserError
 from lingua.optim import is_matrix
-from lingua.parallel.parallelize import DTYPES, resolve_dtype
+from lingua.parallel.args import DTYPES, resolve_dtype
 from lingua.parallel.ranks import get_device
 from lingua.tokenizer import TOKENIZERS, Tokenizer, TokenizerArgs, build_tokenizer
-from lingua.transformer import FeedForward
+from lingua.transformer import FeedForward, join_weights
 
 logger = logging.getLogger(__name__)
 

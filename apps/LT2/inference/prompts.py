@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apps.LT2.kernel.documents import upload, upload_bounds
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import UserError
+from lingua.errors import UserError
 
 
 def pack_prompts(

@@ -12,7 +12,7 @@ import random
 import torch
 from torch import Tensor
 
-from lingua.args import UserError
+from lingua.errors import UserError
 
 
 def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -> None:

@@ -12,7 +12,7 @@ import re
 
 import torch
 
-from lingua.args import UserError
+from lingua.errors import UserError
 
 MIN_TRITON_HOPPER = (3, 7, 1)  # the gated chunk backward was wrong before; fla refuses it
 

@@ -20,7 +20,7 @@ from torch.library import CustomOpDef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from apps.LT2.kernel.documents import document_of_tokens, host_bounds, upload, upload_bounds
-from lingua.args import UserError
+from lingua.errors import UserError
 
 CHUNK = 64  # tokens that fla's kernels take at a time
 DTYPES = (torch.bfloat16, torch.float16)

@@ -27,12 +27,12 @@ from apps.LT2.mixers.base import (
     cache_rows,
     known_past,
 )
-from lingua.joint_linear import joint_linear
 from lingua.parallel.tensor_parallel import TensorParallel
 from lingua.probe import is_probing, log_stats
 from lingua.transformer import (
     check_rotary_width,
     init_linear,
+    joint_linear,
     resolve_heads,
     rotary_angles,
     rotate_pairs,

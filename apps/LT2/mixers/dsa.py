@@ -27,7 +27,7 @@ from apps.LT2.kernel.documents import local_positions
 from apps.LT2.kernel.dsa import Index, dsa, dsa_step
 from apps.LT2.mixers.attention import Attention, AttentionCache, append
 from apps.LT2.mixers.base import Extension, cache_positions, cache_rows, known_past
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.transformer import RMSNorm, init_linear, rotary_angles, rotate_pairs
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from apps.LT2.kernel.gla import gla, gla_step
 from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape
 from apps.LT2.mixers.parts import GroupedRMSNorm
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import TensorParallel
 from lingua.transformer import init_linear
 

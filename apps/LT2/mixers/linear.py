@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.mixers.base import Extension, Mixer, MixerCache, cache_positions, cache_rows
 from apps.LT2.mixers.parts import ShortConv
-from lingua.args import UserError
-from lingua.joint_linear import joint_weight
+from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import TensorParallel, own_weight
 from lingua.probe import is_probing
-from lingua.transformer import check_sizes
+from lingua.transformer import check_sizes, joint_weight
 
 if TYPE_CHECKING:
     from apps.LT2.transformer import LoopedTransformerArgs

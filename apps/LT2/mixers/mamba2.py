@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from apps.LT2.kernel.simple_gla import simple_gla, simple_gla_step
 from apps.LT2.mixers.linear import LinearMixer, Rest
 from apps.LT2.mixers.parts import GroupedRMSNorm, ShortConv, init_decay
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import TensorParallel
 from lingua.transformer import check_sizes, init_linear
 

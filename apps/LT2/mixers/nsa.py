@@ -36,9 +36,14 @@ from apps.LT2.kernel.nsa import (
 )
 from apps.LT2.mixers.attention import Attention, AttentionCache, append, rotate_heads, visible_pairs
 from apps.LT2.mixers.base import Extension, Mixer, cache_positions, cache_rows, known_past
-from lingua.args import UserError
-from lingua.joint_linear import joint_linear
-from lingua.transformer import check_rotary_width, check_sizes, init_linear, resolve_heads
+from lingua.errors import UserError
+from lingua.transformer import (
+    check_rotary_width,
+    check_sizes,
+    init_linear,
+    joint_linear,
+    resolve_heads,
+)
 
 if TYPE_CHECKING:
     from apps.LT2.transformer import LoopedTransformerArgs

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.LT2.kernel.short_conv import conv_tail, short_conv, short_conv_step
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel
 
 

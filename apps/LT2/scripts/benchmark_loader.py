@@ -21,15 +21,16 @@ import torch
 
 from apps.LT2.benchmark.timing import Spread, device_name
 from apps.LT2.training.args import TrainArgs
-from lingua.args import UserError, parse_args, run_cli
+from lingua.args import parse_args
 from lingua.config.cli import OneLineParser
 from lingua.data import (
-    DataArgs,
     build_dataloader_from_args,
     init_dataloader_state_from_args,
     require_token_files,
     validate_data_args,
 )
+from lingua.dataloader.args import DataArgs
+from lingua.errors import UserError, run_cli
 
 
 def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, DataArgs]:

@@ -37,7 +37,7 @@ from apps.LT2.training.args import TrainArgs, validate_train_args
 from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.unused_options import unused_sections
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import UserError, parse_args, run_cli
+from lingua.args import parse_args
 from lingua.config.cli import OVERRIDE, OneLineParser
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import (
@@ -50,9 +50,10 @@ from lingua.distributed import (
     setup_env,
     setup_torch_distributed,
 )
+from lingua.errors import UserError, run_cli
 from lingua.metrics import GIB, peak_flops
 from lingua.optim import build_optimizer
-from lingua.parallel.parallelize import resolve_dtype
+from lingua.parallel.args import resolve_dtype
 from lingua.rng import seed_everything
 
 # What stands in a kernel's name -> what it is, the first that fits.

@@ -20,9 +20,10 @@ from torch import Tensor
 from apps.LT2.scripts.llama import from_llama, read_llama_config
 from apps.LT2.scripts.weight_folder import copy_tokenizer, new_folder, write_json
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
-from lingua.args import UserError, parse_args, run_cli
+from lingua.args import parse_args
 from lingua.checkpointing.dcp import CONFIG_NAME, CONSOLIDATE_NAME, check_fits
 from lingua.checkpointing.weights import SAFETENSORS_NAME, read_weights, write_weights
+from lingua.errors import UserError, run_cli
 from lingua.tokenizer import TOKENIZERS, TokenizerArgs, build_tokenizer
 
 INDEX_NAME = f"{SAFETENSORS_NAME}.index.json"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from apps.LT2.transformer import LoopedTransformerArgs
-from lingua.args import UserError, dataclass_from_dict
+from lingua.args import dataclass_from_dict
+from lingua.errors import UserError
 from lingua.tokenizer import Tokenizer
 from lingua.transformer import resolve_heads
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from apps.LT2.scripts.figure import COLOURS, import_pyplot, save_figure
-from lingua.args import UserError, run_cli
 from lingua.config.cli import OneLineParser
+from lingua.errors import UserError, run_cli
 
 PANELS = {"prefill": "Prefill", "decode": "Decode"}
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # once all colours are taken

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from apps.LT2.scripts.figure import COLOURS, import_pyplot, save_figure
-from lingua.args import UserError, run_cli
 from lingua.config.cli import OneLineParser
+from lingua.errors import UserError, run_cli
 from lingua.slurm.run_list import find_runs, is_run
 
-logger = logging.getLogger()
+logger = logging.getLogger(__name__)
 
 MAX_HALF_WINDOW = 25  # the smoothed line averages at most this many logged values on either side
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lingua.args import UserError, fsync_path
+from lingua.errors import UserError
+from lingua.files.atomic import fsync_path
 from lingua.tokenizer import TOKENIZERS, TokenizerArgs, find_tokenizer_file
 
 BESIDE_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja")

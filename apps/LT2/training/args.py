@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -10,30 +11,35 @@ from pathlib import Path
 
 import torch
 
-from apps.LT2.evaluation.args import EvalArgs as EvalArgs
+from apps.LT2.evaluation.args import EvalArgs
+from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval
 from apps.LT2.evaluation.validation import check_validation_sources
 from apps.LT2.inference.load import check_kernels
 from apps.LT2.input_paths import read_by_training
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.parallel import check_tensor_parallel
-from apps.LT2.training.evaluation import check_eval_args
 from apps.LT2.training.unused_options import check_unused_options
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
-from lingua.args import UserError
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, check_init
-from lingua.data import DataArgs, validate_data_args
+from lingua.data import validate_data_args
+from lingua.dataloader.args import DataArgs
 from lingua.distributed import (
-    DistributedArgs,
     EnvironmentArgs,
     fit_to_world,
     get_device,
+    get_is_master,
     get_world_size,
 )
+from lingua.errors import UserError
 from lingua.metrics import LoggingArgs, check_logging_packages
 from lingua.optim import OptimArgs
-from lingua.parallel.parallelize import resolve_dtype
+from lingua.parallel.args import DistributedArgs, resolve_dtype
+from lingua.parallel.ranks import get_local_world_size
 from lingua.profiling import ProfilerArgs
+from lingua.slurm.background import has_slurm, import_submitit, visible_gpus
 from lingua.tokenizer import build_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -167,3 +173,64 @@ def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> 
     dtype = resolve_dtype(distributed.model_dtype, device_type)
     check_attention_device(model.attn_impl, device_type=device_type, dtype=dtype, training=True)
     check_kernels(model, device_type)
+
+
+FILLED_IN = ("dump_dir", "metric_log_dir", "ckpt_dir", "global_step")
+
+
+def check_eval_args(args: TrainArgs) -> None:
+    """Refuse what an evaluation of this run could not do, before it starts."""
+    given, n_gpus = args.eval or EvalArgs(), args.async_eval_gpus
+    for name in FILLED_IN:
+        value = getattr(given, name)
+        if value not in (None, ""):
+            raise UserError(
+                f"eval.{name}={value}: training fills this in for each checkpoint; leave it out"
+            )
+    if given.wandb is not None and n_gpus is None:
+        raise UserError("eval.wandb: inside training scores go where logging.wandb says; set that")
+    if n_gpus is not None:
+        check_job(args, given, n_gpus)
+    if given.harness is None:
+        return
+    import_lm_eval()
+    if get_is_master():  # the harness reads thousands of files for it
+        try:
+            find_tasks(given.harness)
+        except UserError as error:
+            raise UserError(f"eval: {error}") from None
+
+
+def check_job(args: TrainArgs, given: EvalArgs, n_gpus: int) -> None:
+    if n_gpus < 1:
+        raise UserError(f"async_eval_gpus={n_gpus} must be at least 1, or null")
+    if given.harness is None:
+        raise UserError(
+            f"async_eval_gpus={n_gpus}: eval.harness is null, and the validation loss is measured "
+            "in training: there is nothing for a job to do. Set eval.harness.tasks, or leave "
+            "async_eval_gpus null"
+        )
+    import_submitit(f"async_eval_gpus={n_gpus}")
+    if not has_slurm():
+        free_gpus(n_gpus)
+    keep = args.checkpoint.eval.keep
+    if keep > 0 and get_is_master():
+        logger.warning(
+            "checkpoint.eval.keep=%d with async_eval_gpus: a job that starts after %d more "
+            "evaluations finds its checkpoint deleted",
+            *(keep, keep),
+        )
+
+
+def free_gpus(n_gpus: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES of a job on this machine beside its training; None without GPUs."""
+    visible, n_training = visible_gpus(), get_local_world_size()
+    if not visible:
+        return None
+    if len(visible) < n_training + n_gpus:
+        raise UserError(
+            f"async_eval_gpus={n_gpus}: there is no SLURM on this machine to submit a job to, and "
+            f"training takes {n_training} of its {len(visible)} GPUs; use fewer processes, or "
+            "leave it null, and evaluation runs inside training"
+        )
+    return ",".join(visible[n_training : n_training + n_gpus])

@@ -16,89 +16,36 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from apps.LT2.evaluation.args import EvalArgs
-from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval
-from lingua.args import UserError, dataclass_to_dict
-from lingua.distributed import clean_env, get_is_master, run_on_rank_0, run_together
+from apps.LT2.evaluation.evaluate import evaluate, numbers
+from apps.LT2.evaluation.scoring import EvaluationStopped
+from apps.LT2.evaluation.validation import Validator, places_of_text
+from apps.LT2.training.args import TrainArgs, free_gpus
+from apps.LT2.training.trainer import Trainer
+from lingua.args import dataclass_to_dict
+from lingua.distributed import (
+    clean_env,
+    get_dp_rank_and_degree,
+    run_on_rank_0,
+    run_together,
+)
+from lingua.errors import UserError
 from lingua.files.jsonl_log import is_recorded, mend_jsonl
+from lingua.logger import tell
 from lingua.metrics import MetricLogger
-from lingua.parallel.ranks import get_local_world_size
 from lingua.rng import get_rng_state, set_rng_state
-from lingua.slurm.background import failure, has_slurm, import_submitit, visible_gpus
-
-if TYPE_CHECKING:
-    from apps.LT2.training.args import TrainArgs
+from lingua.slurm.background import failure, has_slurm
+from lingua.stool import StoolArgs, launch_in_background
+from lingua.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
 GPUS_PER_NODE = 8
-FILLED_IN = ("dump_dir", "metric_log_dir", "ckpt_dir", "global_step")
 RECORDS = "metrics.eval.jsonl"
-
-
-# ---- before training
-
-
-def check_eval_args(args: TrainArgs) -> None:
-    """Refuse what an evaluation of this run could not do, before it starts."""
-    given, n_gpus = args.eval or EvalArgs(), args.async_eval_gpus
-    for name in FILLED_IN:
-        value = getattr(given, name)
-        if value not in (None, ""):
-            raise UserError(
-                f"eval.{name}={value}: training fills this in for each checkpoint; leave it out"
-            )
-    if given.wandb is not None and n_gpus is None:
-        raise UserError("eval.wandb: inside training scores go where logging.wandb says; set that")
-    if n_gpus is not None:
-        check_job(args, given, n_gpus)
-    if given.harness is None:
-        return
-    import_lm_eval()
-    if get_is_master():  # the harness reads thousands of files for it
-        try:
-            find_tasks(given.harness)
-        except UserError as error:
-            raise UserError(f"eval: {error}") from None
-
-
-def check_job(args: TrainArgs, given: EvalArgs, n_gpus: int) -> None:
-    if n_gpus < 1:
-        raise UserError(f"async_eval_gpus={n_gpus} must be at least 1, or null")
-    if given.harness is None:
-        raise UserError(
-            f"async_eval_gpus={n_gpus}: eval.harness is null, and the validation loss is measured "
-            "in training: there is nothing for a job to do. Set eval.harness.tasks, or leave "
-            "async_eval_gpus null"
-        )
-    import_submitit(f"async_eval_gpus={n_gpus}")
-    if not has_slurm():
-        free_gpus(n_gpus)
-    keep = args.checkpoint.eval.keep
-    if keep > 0 and get_is_master():
-        logger.warning(
-            "checkpoint.eval.keep=%d with async_eval_gpus: a job that starts after %d more "
-            "evaluations finds its checkpoint deleted",
-            *(keep, keep),
-        )
-
-
-def free_gpus(n_gpus: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES of a job on this machine beside its training; None without GPUs."""
-    visible, n_training = visible_gpus(), get_local_world_size()
-    if not visible:
-        return None
-    if len(visible) < n_training + n_gpus:
-        raise UserError(
-            f"async_eval_gpus={n_gpus}: there is no SLURM on this machine to submit a job to, and "
-            f"training takes {n_training} of its {len(visible)} GPUs; use fewer processes, or "
-            "leave it null, and evaluation runs inside training"
-        )
-    return ",".join(visible[n_training : n_training + n_gpus])
 
 
 # ---- in training
@@ -148,9 +95,6 @@ class CheckpointEvaluator:
         self.jobs[step] = submit_evaluation(self.args, args)
 
     def _evaluate(self, args: EvalArgs) -> None:
-        from apps.LT2.eval import evaluate, numbers
-        from apps.LT2.evaluation.scoring import EvaluationStopped
-
         def attempt() -> dict[str, Any] | None:
             try:
                 return evaluate(args, self.should_stop)
@@ -210,8 +154,6 @@ def eval_args_of_step(args: TrainArgs, step: int) -> EvalArgs:
 def submit_evaluation(train_args: TrainArgs, args: EvalArgs) -> Any:
     """Submit a job to the partition that this one runs in, or, without SLURM, start one on GPUs of
     this machine that training does not use; submitit's handle. On rank 0 alone."""
-    from lingua.stool import StoolArgs, launch_in_background
-
     n_gpus = train_args.async_eval_gpus
     assert n_gpus is not None
     logging_wandb = train_args.logging.wandb
@@ -250,3 +192,48 @@ def n_nodes(n_gpus: int) -> int:
     while n_gpus % nodes:
         nodes += 1
     return nodes
+
+
+def build_validator(args: TrainArgs) -> Validator | None:
+    validation = (args.eval or EvalArgs()).validation
+    if validation is None:
+        return None
+    tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
+    validator = Validator(validation, args.data, tokenizer)
+    run_together(validator.rows)  # now: a mistake in its text should not show up hours later
+    return validator
+
+
+def metrics_path(args: TrainArgs) -> Path:
+    return Path(args.dump_dir, "metrics.jsonl")
+
+
+def is_validation_owed(args: TrainArgs, step: int) -> bool:
+    """Whether the run that saved this step left before the end of its validation."""
+    validation = (args.eval or EvalArgs()).validation
+    is_eval = step == args.steps or args.checkpoint.eval.fires(step)
+    if step == 0 or not is_eval or validation is None:
+        return False
+    has_text = bool(places_of_text(validation, args.data))
+    return has_text and not is_recorded(metrics_path(args), step, "loss/val")
+
+
+def validate(
+    validator: Validator | None,
+    trainer: Trainer,
+    metrics: MetricLogger,
+    should_stop: Callable[[], bool],
+) -> None:
+    if validator is None:
+        return
+    rank, degree = get_dp_rank_and_degree(trainer.mesh)
+    place = {"device": trainer.device, "rank": rank, "world_size": degree}
+    scores = validator(trainer.model, **place, should_stop=should_stop)
+    if scores:
+        metrics.log({"global_step": trainer.state.step, "acc_step": 0, **scores})
+        tell(
+            "step %d  validation loss %.4f nats per token, %.4f bits per byte",
+            trainer.state.step,
+            scores["loss/val"],
+            scores["loss/val_bpb"],
+        )

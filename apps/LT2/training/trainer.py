@@ -19,7 +19,6 @@ from apps.LT2.batch import Batch, to_device
 from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import UserError
 from lingua.dataloader.reshard import DataState, deal_streams
 from lingua.distributed import (
     clip_grad_norm_,
@@ -30,6 +29,7 @@ from lingua.distributed import (
     run_together,
     sync_replicated_grads,
 )
+from lingua.errors import UserError
 from lingua.optim import NonfiniteGuard, ScheduledLR
 
 logger = logging.getLogger(__name__)

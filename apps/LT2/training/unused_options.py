@@ -12,8 +12,8 @@ from typing import Any
 
 from apps.LT2.mixers import MIXERS
 from apps.LT2.transformer import LoopedTransformerArgs
-from lingua.args import UserError
 from lingua.config.help import format_value
+from lingua.errors import UserError
 
 
 def check_unused_options(args: LoopedTransformerArgs) -> None:

@@ -11,7 +11,7 @@ import torch
 from apps.LT2.evaluation.chat import ChatTemplate, find_chat_template
 from apps.LT2.inference.generator import PackedCausalTransformerGeneratorArgs
 from apps.LT2.inference.load import LoadedModel
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer, TokenizerArgs
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny import tiny_model

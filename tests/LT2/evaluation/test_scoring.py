@@ -12,7 +12,7 @@ from apps.LT2.evaluation.scoring import (
     pack_windows,
     score_continuations,
 )
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny import KINDS, tiny_model
 

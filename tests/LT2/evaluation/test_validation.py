@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from apps.LT2.evaluation.validation import ValidationArgs, Validator, check_validation_sources
-from lingua.args import UserError
-from lingua.data import DataArgs
+from lingua.dataloader.args import DataArgs
+from lingua.errors import UserError
 from lingua.tokenizer import build_tokenizer
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny import tiny_model

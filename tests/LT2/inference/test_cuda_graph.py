@@ -9,7 +9,7 @@ import torch
 
 from apps.LT2.inference import generator
 from apps.LT2.inference.cuda_graph import DecodeGraph
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer
 from tests.LT2.tiny import KINDS, tiny_args, tiny_model
 

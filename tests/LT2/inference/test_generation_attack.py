@@ -11,7 +11,7 @@ from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
 )
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer
 from tests.LT2.scripted import Scripted
 from tests.LT2.tiny import KINDS, tiny_model

@@ -15,7 +15,7 @@ from apps.LT2.inference.generator import (
     PackedCausalTransformerGeneratorArgs,
 )
 from apps.LT2.inference.load import load_model_and_tokenizer
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer
 from tests.LT2.scripted import Scripted
 from tests.LT2.tiny import KINDS, save_run, tiny_model

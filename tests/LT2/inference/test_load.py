@@ -16,8 +16,8 @@ from apps.LT2.inference.generator import (
 )
 from apps.LT2.inference.load import load_model_and_tokenizer, resolve_device
 from apps.LT2.transformer import LoopedTransformer
-from lingua.args import UserError
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, consolidate_checkpoints
+from lingua.errors import UserError
 from lingua.optim import is_matrix
 from tests.LT2.tiny import KINDS, AtStep, save_run, tiny_args, tiny_model
 

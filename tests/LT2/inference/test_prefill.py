@@ -10,7 +10,7 @@ from apps.LT2.inference.generator import (
     PackedCausalTransformerGeneratorArgs,
 )
 from apps.LT2.inference.sequence import GeneratedSequence
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer
 from tests.LT2.scripted import Scripted
 from tests.LT2.tiny import KINDS, tiny_model

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from apps.LT2.text_stream import TextStream
+from apps.LT2.inference.sequence import TextStream
 from lingua.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

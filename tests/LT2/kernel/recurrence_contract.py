@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.tolerances import BY_DTYPE, FP32, FP64, assert_same
 
 H, K, V = 2, 8, 12

@@ -14,7 +14,7 @@ from apps.LT2.kernel.attention import (
     decode_attention,
 )
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.tolerances import FP32, assert_same
 
 HEAD_DIM = 8

@@ -13,7 +13,7 @@ from apps.LT2.inference.load import check_kernels
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.mixers import MIXERS
 from apps.LT2.transformer import LoopedTransformerArgs
-from lingua.args import UserError
+from lingua.errors import UserError
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from apps.LT2.kernel.nsa import (
 )
 from apps.LT2.kernel.nsa.blocks import choose_blocks
 from apps.LT2.kernel.nsa.naive import chosen_blocks
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.tolerances import BY_DTYPE, FP32, FP64, assert_same
 
 H, G, K = 8, 2, 4

@@ -12,7 +12,7 @@ from apps.LT2.mixers.attention import Attention
 from apps.LT2.mixers.dsa import DSAArgs, SparseAttention
 from apps.LT2.parallel import get_no_recompute_ops, set_activation_checkpointing
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.parallel.parallelize import apply_activation_checkpointing
 from lingua.transformer import rotary_angles, rotate_pairs
 from tests.LT2.tiny import tiny_args

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apps.LT2.mixers.hgrn2 import HGRN2, HGRN2Args, forget_gate
 from apps.LT2.transformer import LoopedTransformerArgs
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.tolerances import FP32, assert_same
 
 

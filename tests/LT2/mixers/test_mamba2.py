@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apps.LT2.mixers.mamba2 import Mamba2, Mamba2Args
 from apps.LT2.transformer import LoopedTransformerArgs
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.tolerances import FP32, assert_same
 
 

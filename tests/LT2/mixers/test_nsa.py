@@ -8,7 +8,7 @@ import torch
 from apps.LT2.kernel.nsa import native_sparse_attention
 from apps.LT2.mixers.nsa import NativeSparseAttention, NSAArgs, chosen_pairs, complete_block_pairs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.transformer import precompute_freqs_cis
 from tests.tolerances import FP32, assert_same
 

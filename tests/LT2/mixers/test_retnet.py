@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apps.LT2.mixers.retnet import RetNet, RetNetArgs, log_decays
 from apps.LT2.transformer import LoopedTransformerArgs
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.tolerances import FP32, FP64, assert_same
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from apps.LT2.training.args import validate_train_args
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.LT2.tiny_run import train_args, write_corpus
 
 

@@ -14,9 +14,10 @@ import pytest
 
 import apps.LT2.train as app
 from apps.LT2.eval import EvalArgs, launch_eval
-from apps.LT2.training.args import validate_train_args
-from apps.LT2.training.evaluation import free_gpus, n_nodes
-from lingua.args import UserError, parse_args
+from apps.LT2.training.args import free_gpus, validate_train_args
+from apps.LT2.training.evaluation import n_nodes
+from lingua.args import parse_args
+from lingua.errors import UserError
 from lingua.files.jsonl_log import read_jsonl_records
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2 import tiny_run

@@ -7,18 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from apps.LT2.batch import Batch
-from apps.LT2.diagnostics import probed_pass
 from apps.LT2.kernel.attention.first_token import MAX_QUERIES, first_token_mass
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.parallel import build_fsdp_grouping_plan, set_activation_checkpointing
+from apps.LT2.training.probes import probed_pass
 from apps.LT2.transformer import LoopedTransformer
-from lingua.distributed import (
-    DistributedArgs,
-    get_device_mesh,
-    parallelize_model,
-    set_gradient_sync,
-)
+from lingua.distributed import get_device_mesh, parallelize_model, set_gradient_sync
+from lingua.parallel.args import DistributedArgs
 from lingua.probe import Probe
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny import tiny_model

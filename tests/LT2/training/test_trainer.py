@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import apps.LT2.train as app
-from lingua.args import UserError
 from lingua.checkpointing.folder import find_problem
+from lingua.errors import UserError
 from lingua.slurm.code import code_version
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny_run import (

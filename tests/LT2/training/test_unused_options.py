@@ -10,7 +10,7 @@ from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.training.unused_options import check_unused_options, warnings_of_options
 from apps.LT2.transformer import LoopedTransformerArgs
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.LT2.tiny import KINDS
 
 OWN_HEADS = GatedDeltaNetArgs(n_heads=2)

@@ -11,7 +11,6 @@ import torch
 import lingua.checkpointing.dcp
 import lingua.checkpointing.folder
 import lingua.checkpointing.save
-import lingua.tensor_save
 from lingua import distributed as ld
 from lingua.checkpoint import (
     CheckpointArgs,

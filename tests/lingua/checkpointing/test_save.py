@@ -15,13 +15,12 @@ import pytest
 import lingua.checkpointing.dcp
 import lingua.checkpointing.folder
 import lingua.checkpointing.save
-import lingua.tensor_save
 from lingua import distributed as ld
-from lingua.args import UserError
 from lingua.checkpoint import (
     SaveEvery,
     consolidate_checkpoints,
 )
+from lingua.errors import UserError
 from tests.lingua.checkpointing.checkpoint_runs import (
     CONFIG,
     assert_same_bits,
@@ -39,13 +38,13 @@ from tests.lingua.checkpointing.checkpoint_runs import (
 def held_disk(monkeypatch):
     """Tensors are written only after `.set()`."""
     gate = threading.Event()
-    real = lingua.tensor_save.FileSystemWriter.write_data
+    real = lingua.checkpointing.save.FileSystemWriter.write_data
 
     def write_data(self, plan, planner):
         assert gate.wait(30)
         return real(self, plan, planner)
 
-    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", write_data)
+    monkeypatch.setattr(lingua.checkpointing.save.FileSystemWriter, "write_data", write_data)
     yield gate
     gate.set()
 
@@ -90,7 +89,7 @@ def test_a_background_save_that_fails_is_told_and_leaves_the_one_before(run, mon
     def full_disk(self, plan, planner):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(lingua.tensor_save.FileSystemWriter, "write_data", full_disk)
+    monkeypatch.setattr(lingua.checkpointing.save.FileSystemWriter, "write_data", full_disk)
     train(3, model, optimizer, state)
     manager.save(model, optimizer, state, CONFIG)
     with pytest.raises(ld.RanksFailed, match=r"could not write .*GiB free.*No space left"):

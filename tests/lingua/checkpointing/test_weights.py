@@ -11,13 +11,12 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import lingua.checkpointing.dcp
 import lingua.checkpointing.folder
 import lingua.checkpointing.save
-import lingua.tensor_save
 from lingua import distributed as ld
-from lingua.args import UserError
 from lingua.checkpoint import (
     consolidate_checkpoints,
 )
 from lingua.checkpointing.weights import load_initial_weights, write_weights
+from lingua.errors import UserError
 from tests.lingua.checkpointing.checkpoint_runs import (
     CONFIG,
     assert_same_bits,

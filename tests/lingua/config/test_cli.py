@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lingua.args import UserError
 from lingua.config.cli import OneLineParser
+from lingua.errors import UserError
 from tests.readme import ROOT
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lingua.args import UserError, dataclass_from_dict
+from lingua.args import dataclass_from_dict
 from lingua.config.from_dict import with_path
+from lingua.errors import UserError
 
 
 @dataclass

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from lingua.args import describe_fields, parse_args
+from lingua.args import parse_args
+from lingua.config.help import describe_fields
 from tests.lingua.some_args import Args
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lingua.args import UserError
 from lingua.config.yaml import read_yaml_file, yaml_value
+from lingua.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lingua.args import UserError
-from lingua.fingerprint import BLOCK_BYTES, N_BLOCKS, _block_begins, fingerprint
+from lingua.dataloader.pretokenized import BLOCK_BYTES, N_BLOCKS, _block_begins, fingerprint
+from lingua.errors import UserError
 
 SAMPLED = N_BLOCKS * BLOCK_BYTES
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from lingua.args import UserError
 from lingua.dataloader.jsonl import (
     TRAIN_PATTERN,
     distribute_data_to_rank,
     document_text,
     loop_on_jsonl,
 )
+from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer
 from tests.fuzz_text import damage_bytes, fuzz_count, no_hang
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from lingua.args import UserError
 from lingua.dataloader.jsonl import (
     distribute_data_to_rank,
     document_text,
@@ -19,6 +18,7 @@ from lingua.dataloader.jsonl import (
     loop_on_jsonl,
     read_jsonl,
 )
+from lingua.errors import UserError
 
 
 def write(path: Path, texts, key="text") -> Path:

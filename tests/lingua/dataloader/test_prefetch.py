@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from lingua.args import UserError
 from lingua.dataloader.prefetch import async_iterator
+from lingua.errors import UserError
 
 BIG = 1 << 20  # more than a pipe holds, so a worker that is ahead is in the middle of a message
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lingua.args import UserError
-from lingua.data import DataArgs, validate_data_args
+from lingua.data import validate_data_args
 from lingua.dataloader import pretokenized as token_files
+from lingua.dataloader.args import DataArgs
 from lingua.dataloader.pretokenized import TokenFiles
+from lingua.errors import UserError
 from tests.lingua.dataloader.token_chunks import (
     code_files,
     data_args,

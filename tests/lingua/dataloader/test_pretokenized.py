@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 import tokenizers
 
-from lingua.args import UserError
 from lingua.data import (
-    DataArgs,
     build_dataloader_from_args,
     init_dataloader_state_from_args,
     validate_data_args,
 )
 from lingua.dataloader import pretokenized as token_files
+from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import loop_on_jsonl
 from lingua.dataloader.pretokenized import TokenFiles, TokenRecipe, write_token_files
 from lingua.dataloader.reshard import deal_streams
+from lingua.errors import UserError
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 from tests.lingua.dataloader.token_chunks import (
     code_files,

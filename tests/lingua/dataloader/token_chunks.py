@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lingua.data import DataArgs
+from lingua.dataloader.args import DataArgs
 from lingua.dataloader.pretokenized import TokenFiles, TokenRecipe, write_token_files
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 from tests.setup_scripts import load_script

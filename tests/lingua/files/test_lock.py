@@ -8,22 +8,23 @@ import fcntl
 import pytest
 
 from lingua.errors import UserError
-from lingua.files.lock import LOCK_NAME, find_holder
-from lingua.run_folder import own_folders
+from lingua.files.lock import LOCK_NAME, find_holder, own_folders
 from tests.lingua.stool_utils import held
 
 
-def test_one_run_holds_a_folder_until_it_ends(tmp_path, monkeypatch):
+def test_one_run_holds_a_folder_until_it_ends(tmp_path):
     with held(tmp_path) as pid:
         said = f"dump_dir={tmp_path}: another run writes there .process {pid} on"
-        with pytest.raises(UserError, match=said), own_folders({"dump_dir": tmp_path}):
+        with (
+            pytest.raises(UserError, match=said),
+            own_folders({"dump_dir": tmp_path}, is_master=True),
+        ):
             pass
-        with monkeypatch.context() as rank_1_of_that_run:
-            for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
-                rank_1_of_that_run.setenv(name, value)
-            with own_folders({"dump_dir": tmp_path}):
-                pass
-    with own_folders({"dump_dir": tmp_path, "checkpoint.path": tmp_path / "a" / "b"}):
+        with own_folders({"dump_dir": tmp_path}, is_master=False):  # rank 1 of that run
+            pass
+    with own_folders(
+        {"dump_dir": tmp_path, "checkpoint.path": tmp_path / "a" / "b"}, is_master=True
+    ):
         assert (tmp_path / "a" / "b").is_dir()
 
 
@@ -31,7 +32,10 @@ def test_folders_that_cannot_be_written_are_refused_by_option(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere"):
         said = f"checkpoint.path={folder}: cannot write there"
-        with pytest.raises(UserError, match=said), own_folders({"checkpoint.path": folder}):
+        with (
+            pytest.raises(UserError, match=said),
+            own_folders({"checkpoint.path": folder}, is_master=True),
+        ):
             pass
 
 
@@ -55,6 +59,6 @@ def test_without_locks_a_holder_is_not_certain(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, "no locks")
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    with own_folders({"dump_dir": tmp_path}):
+    with own_folders({"dump_dir": tmp_path}, is_master=True):
         found = find_holder(tmp_path)
         assert found is not None and not found.is_certain and "process" in found.who

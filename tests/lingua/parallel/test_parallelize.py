@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 from lingua import distributed as ld
-from lingua.args import UserError
+from lingua.errors import UserError
 from tests.lingua.dist_utils import OpCounter
 from tests.lingua.toy import LAYERS, LOOPS, PLAN, TOLERANCE, make_batches, make_model, train
 

@@ -10,15 +10,14 @@ import pytest
 from lingua.parallel.ranks import (
     EnvironmentArgs,
     clean_env,
-    finished_before_interrupt,
     get_global_rank,
     get_is_master,
     get_is_slurm_job,
     get_local_rank,
     get_world_size,
-    requeue_slurm_job,
     setup_env,
 )
+from lingua.parallel.signals import finished_before_interrupt, requeue_slurm_job
 from tests.lingua.dist_utils import RANK_NAMES
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lingua.parallel.ranks import init_signal_handler
+from lingua.parallel.signals import init_signal_handler
 from lingua.parallel.torchrun import leave_with_torchrun
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells of dead parents")
@@ -54,9 +54,10 @@ EARLY
 import lingua.parallel.torchrun
 print("imported", flush=True)
 LATE
-from lingua.distributed import DistributedArgs, setup_torch_distributed
+from lingua.distributed import setup_torch_distributed
+from lingua.parallel.args import DistributedArgs
 from lingua.errors import run_cli
-from lingua.parallel.ranks import init_signal_handler
+from lingua.parallel.signals import init_signal_handler
 init_signal_handler(lambda *_: None)  # as training does: it saves after the step
 args = DistributedArgs(fsdp_type="full_shard", spawn_method="spawn")
 run_cli(lambda _: (print("waits", flush=True), setup_torch_distributed(args)))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.prepare import shuffle as shuffling
 from lingua.prepare.shuffle import ShufflePlan, shuffle_documents
 from lingua.prepare.sources import check_document_file, find_document_files, read_documents

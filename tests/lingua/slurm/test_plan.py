@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import lingua.slurm.plan as run_plan
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.files.lock import Holder
 from lingua.stool import launch_job
 from tests.lingua.stool_utils import files_below, held, without_root_powers

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.slurm.run_list import find_runs, read_differences, read_overrides
 from lingua.slurm.script import render_submit
 from lingua.sweep import format_table

@@ -26,7 +26,7 @@ from torch.nn.attention.varlen import varlen_attn
 from apps.LT2.kernel.attention.decode import decode_attention
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
 from apps.LT2.kernel.documents import document_of_tokens, host_bounds
-from lingua.args import UserError
+from lingua.errors import UserError
 from lingua.transformer import flex_attention_on, repeat_kv
 
 __all__ = [

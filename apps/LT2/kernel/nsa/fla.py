@@ -25,7 +25,7 @@ from apps.LT2.kernel.fla import (
     take_tables_from_host,
 )
 from apps.LT2.kernel.nsa.blocks import cut_blocks, mean_of_blocks
-from lingua.args import UserError
+from lingua.errors import UserError
 
 MIN_WIDTH = 16  # of a tile that a tensor core multiplies
 # fla 0.6.0 cuts wider values in two in the backward of compressed attention, and then takes the
