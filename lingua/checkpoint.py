@@ -56,7 +56,7 @@ from lingua.distributed import (
     run_together,
 )
 from lingua.errors import UserError
-from lingua.logger import tell
+from lingua.logger import log_on_rank_0
 from lingua.parallel.signals import finished_before_interrupt
 from lingua.redact import redact_all
 from lingua.rng import get_rng_state, set_rng_state
@@ -219,7 +219,7 @@ class CheckpointManager:
         save, self._save = self._save, None
         if save is None:
             return
-        tell("saved checkpoint %s", save.publish())
+        log_on_rank_0("saved checkpoint %s", save.publish())
         run_on_rank_0(lambda: self.clean_up(save.step))
 
     def __enter__(self) -> CheckpointManager:
@@ -231,7 +231,9 @@ class CheckpointManager:
         if exc_type is None:
             self.finish()
         elif self._save is not None and _is_of_all_ranks(exc_type):
-            tell("finishing checkpoint %s before leaving; Ctrl-C drops it", self._save.final)
+            log_on_rank_0(
+                "finishing checkpoint %s before leaving; Ctrl-C drops it", self._save.final
+            )
             try:
                 self._publish()
             except Exception as error:  # that of the run is the one to raise
@@ -316,13 +318,13 @@ class CheckpointManager:
                 if path:
                     raise
                 told = "cannot load checkpoint %s, trying the one before: %s"
-                tell(told, folder, error, level=logging.WARNING)
+                log_on_rank_0(told, folder, error, level=logging.WARNING)
                 unreadable[folder] = str(error)
 
         saved_config = run_on_rank_0(lambda: json.loads((folder / CONFIG_NAME).read_text()))
         self._load_train_state(folder, train_state, *get_dp_rank_and_degree(device_mesh))
         differences = [] if config is None else diff_configs(saved_config, _as_dict(config))
-        tell("loaded checkpoint %s", folder)
+        log_on_rank_0("loaded checkpoint %s", folder)
         return Loaded(folder, train_state.state_dict()["step"], saved_config, differences)
 
     def _load_train_state(
@@ -337,7 +339,7 @@ class CheckpointManager:
         if n_saved == n_ranks:
             run_together(lambda: train_state.load_state_dict(states[0]))
         else:
-            tell(
+            log_on_rank_0(
                 f"{folder} was written by {n_saved} data-parallel ranks and this run has "
                 f"{n_ranks}: the batches that those would have read next are dealt to these, a "
                 f"step is {n_ranks / n_saved:g} times as many tokens (see grad_acc_steps), and "

@@ -53,7 +53,7 @@ def run_cli(main: Callable[[list[str]], Any]) -> None:
             error = UserError(f"{error.filename}: {error.strerror}")
         if not isinstance(error, UserError) and not is_machine_fault(error):
             raise
-        tell(one_line(error))
+        print_error(one_line(error))
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -100,7 +100,7 @@ WAIT_SECONDS = 5.0  # for local rank 0, which may come later to the error that i
 POLL_SECONDS = 0.02
 
 
-def tell(message: str) -> None:
+def print_error(message: str) -> None:
     """Print an error, which is one line, on stderr, unless local rank 0 has printed the same."""
     name, local_rank = (os.environ.get(n) for n in ("TORCHELASTIC_ERROR_FILE", "LOCAL_RANK"))
     if not name:

@@ -57,7 +57,7 @@ def init_logger(
         logger.addHandler(handler)
 
 
-def tell(message: str, *args: Any, level: int = logging.INFO) -> None:
+def log_on_rank_0(message: str, *args: Any, level: int = logging.INFO) -> None:
     """Log what is the same on all ranks, once."""
     if get_is_master():
         logging.getLogger().log(level, message, *args)

@@ -24,7 +24,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lingua.errors import UserError
-from lingua.logger import tell
+from lingua.logger import log_on_rank_0
 from lingua.parallel.ranks import get_global_rank
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Profiler:
         """A run that ended, or goes on in another process, may have been too short."""
         for window in self.windows:
             if self.iteration < window.start:
-                tell(
+                log_on_rank_0(
                     "profiling: no %s: it was to begin after %d iterations, and this process had "
                     "%d; set profiling.%s lower",
                     *(window.kind, window.start, self.iteration, window.option),

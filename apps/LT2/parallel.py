@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from apps.LT2.mixers import Mixer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.errors import UserError
-from lingua.logger import tell
+from lingua.logger import log_on_rank_0
 from lingua.parallel import gradients
 from lingua.parallel.args import DistributedArgs
 from lingua.parallel.tensor_parallel import (
@@ -111,7 +111,7 @@ def tp_parallelize(
     if args.vocab_size % tp.size == 0:
         split_vocabulary(model, tp)
     else:
-        tell(
+        log_on_rank_0(
             "distributed.tp_size=%d does not divide the %d pieces of the vocabulary: every rank "
             "holds all of the embedding and computes the whole loss; model.vocab_size=%d splits",
             *(tp.size, args.vocab_size, args.vocab_size + -args.vocab_size % tp.size),

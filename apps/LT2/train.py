@@ -74,12 +74,12 @@ from lingua.distributed import (
 from lingua.errors import run_cli
 from lingua.files.atomic import write_atomic
 from lingua.files.lock import own_folders
-from lingua.logger import end_in_log_file, init_logger, tell
+from lingua.logger import end_in_log_file, init_logger, log_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallel.args import resolve_dtype
 from lingua.parallel.torchrun import ending_with_torchrun
-from lingua.parallel.watchdog import StallWatch
+from lingua.parallel.watchdog import HangWatchdog
 from lingua.profiling import maybe_run_profiler
 from lingua.rng import seed_everything
 from lingua.slurm.code import CODE_VERSION, snapshot_code, version_record
@@ -137,11 +137,11 @@ def train(given: TrainArgs) -> None:
             )
             log_micro_batches(trainer, metrics, args.logging.acc_freq)
             probe_now_and_then(trainer, metrics)
-            stalls = resources.enter_context(StallWatch(args.distributed.timeout_minutes))
+            watchdog = resources.enter_context(HangWatchdog(args.distributed.timeout_minutes))
 
         def should_stop_evaluating() -> bool:
             """Asked after each batch of an evaluation, which may take hours and is no stall."""
-            stalls.beat(state.step)
+            watchdog.beat(state.step)
             return preemption_flag["flag"]
 
         evaluate = CheckpointEvaluator(args, metrics, should_stop_evaluating)
@@ -150,7 +150,7 @@ def train(given: TrainArgs) -> None:
             validate(validator, trainer, metrics, should_stop_evaluating)
         evaluate.resume(state.step)
         while state.step < args.steps:
-            stalls.beat(state.step)
+            watchdog.beat(state.step)
             progress.add(trainer.step())
             profiler.step()
             is_last, leaving = state.step == args.steps, agree_any(preemption_flag["flag"])
@@ -158,7 +158,7 @@ def train(given: TrainArgs) -> None:
             if is_last or every_n_steps(state, args.logging.freq):
                 metrics.log(record := progress.record(state))
                 state.clear_losses()
-                tell(progress.line(record))
+                log_on_rank_0(progress.line(record))
             if every_n_steps(state, args.gc_collect_freq):
                 gc.collect()
             with progress.paused():
@@ -175,7 +175,7 @@ def train(given: TrainArgs) -> None:
         checkpoints.finish()
         # Without a step, too, since an evaluation of the last one may have been owed.
         if agree_any(preemption_flag["flag"]):
-            tell("left after step %d of %d, saved", state.step, args.steps, level=WARNING)
+            log_on_rank_0("left after step %d of %d, saved", state.step, args.steps, level=WARNING)
             requeue_slurm_job()
 
 
@@ -274,9 +274,9 @@ def new_or_resumed_state(
     state = TrainState(0, 0, loader_state, scheduler)
     loaded = checkpoints.load(model, optimizer, state, mesh, config=args)
     if loaded is not None:
-        tell("resumed from %s, step %d", loaded.path, loaded.step)
+        log_on_rank_0("resumed from %s, step %d", loaded.path, loaded.step)
         for difference in loaded.differences:
-            tell("config changed since the checkpoint: %s", difference, level=WARNING)
+            log_on_rank_0("config changed since the checkpoint: %s", difference, level=WARNING)
     return state
 
 
@@ -300,7 +300,7 @@ def write_record_of_run(args: TrainArgs, given: TrainArgs, step: int) -> None:
 def describe(model: LoopedTransformer, args: TrainArgs) -> None:
     """Tell a person what is about to run."""
     count = count_parameters(model)
-    tell(
+    log_on_rank_0(
         "%s parameters: %s in layers, %s in embeddings, %s in residual gates",
         *(f"{n:,}" for n in (count.total, count.body, count.embedding, count.gates)),
     )
@@ -308,9 +308,9 @@ def describe(model: LoopedTransformer, args: TrainArgs) -> None:
         logger.warning(warning)
     n_layers, n_loops = args.model.n_layers, args.model.loop_count
     table = format_layout(model.inference_layout, model.layout_plan.random_loops)
-    tell("%d layers x %d loops:\n%s", n_layers, n_loops, table)
+    log_on_rank_0("%d layers x %d loops:\n%s", n_layers, n_loops, table)
     if args.distributed.compile:
-        tell("layers are compiled in the first step, which may take minutes")
+        log_on_rank_0("layers are compiled in the first step, which may take minutes")
 
 
 def build_progress(args: TrainArgs, tokens_per_step: int, device: torch.device) -> Progress:

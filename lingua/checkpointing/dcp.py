@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from lingua.errors import UserError
 from lingua.files.atomic import open_atomic, write_atomic
-from lingua.logger import tell
+from lingua.logger import log_on_rank_0
 from lingua.optim import state_fields
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def check_fits(
         )
     if unused:
         told = "not loaded from %s, the model has no such tensors: %s"
-        tell(told, source, unused, level=logging.WARNING)
+        log_on_rank_0(told, source, unused, level=logging.WARNING)
 
 
 # ---- optimizer state by parameter name

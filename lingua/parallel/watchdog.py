@@ -1,6 +1,6 @@
 """Which rank a run waits for: named before a collective's timeout ends the run without saying.
 
-    with StallWatch(timeout_minutes=30) as watch:
+    with HangWatchdog(timeout_minutes=30) as watch:
         for step in ...:
             watch.beat(step)
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COLLECTIVES = os.path.join("torch", "distributed", "")
 
 
-class StallWatch:
+class HangWatchdog:
     """Does nothing in a run of one rank."""
 
     def __init__(self, timeout_minutes: float):
@@ -45,7 +45,7 @@ class StallWatch:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> StallWatch:
+    def __enter__(self) -> HangWatchdog:
         if dist.is_initialized() and dist.get_world_size() > 1:
             # A copy of its own: the training may sit in the other one's lock.
             default: Any = dist.distributed_c10d._get_default_store()

@@ -24,7 +24,7 @@ from lingua.dataloader.args import DataArgs
 from lingua.dataloader.packing import NO_TARGET, view_row
 from lingua.distributed import agree_any, dist_sum
 from lingua.errors import UserError
-from lingua.logger import tell
+from lingua.logger import log_on_rank_0
 from lingua.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ class Validator:
         rows = self.rows()
         if rows is None:
             return {}
-        tell("validation on %d rows of %d tokens", len(rows.tokens), self.data.seq_len)
+        log_on_rank_0("validation on %d rows of %d tokens", len(rows.tokens), self.data.seq_len)
         was_training = model.training
         model.eval()
         model.begin_step(None)

@@ -35,7 +35,7 @@ from lingua.distributed import (
 )
 from lingua.errors import UserError
 from lingua.files.jsonl_log import is_recorded, mend_jsonl
-from lingua.logger import tell
+from lingua.logger import log_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.rng import get_rng_state, set_rng_state
 from lingua.slurm.background import failure, has_slurm
@@ -231,7 +231,7 @@ def validate(
     scores = validator(trainer.model, **place, should_stop=should_stop)
     if scores:
         metrics.log({"global_step": trainer.state.step, "acc_step": 0, **scores})
-        tell(
+        log_on_rank_0(
             "step %d  validation loss %.4f nats per token, %.4f bits per byte",
             trainer.state.step,
             scores["loss/val"],

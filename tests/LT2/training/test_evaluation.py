@@ -86,7 +86,7 @@ def test_training_is_that_of_a_run_without_evaluation(data, run, tmp_path):
 
 def test_an_evaluation_is_no_stall(data, tmp_path, monkeypatch):
     beats = []
-    monkeypatch.setattr(app.StallWatch, "beat", lambda self, step: beats.append(step))
+    monkeypatch.setattr(app.HangWatchdog, "beat", lambda self, step: beats.append(step))
     train(data, tmp_path / "beats", **harness(data, steps=3))
     assert beats[:3] == [0, 1, 2] and len(beats) > 4 and set(beats[3:]) == {3}
 

@@ -11,7 +11,7 @@ import time
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-import lingua.errors as told_once
+import lingua.errors as errors
 from lingua.errors import UserError, run_cli
 
 
@@ -41,7 +41,7 @@ def fail(tmp_path, monkeypatch, capfd):
 
 
 def test_what_all_ranks_have_is_told_by_the_first(fail, monkeypatch):
-    monkeypatch.setattr(told_once, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(errors, "WAIT_SECONDS", 0.1)
     assert fail(8, "no such\nfile", local_rank=0) == "error: rank 8: no such file\n"
     assert fail(9, "no such\nfile", local_rank=1) == ""
     assert fail(10, "no GPU", local_rank=2) == "error: rank 10: no GPU\n"
@@ -49,7 +49,7 @@ def test_what_all_ranks_have_is_told_by_the_first(fail, monkeypatch):
 
 
 def test_a_rank_that_comes_first_waits_for_the_one_that_speaks(fail, monkeypatch, tmp_path):
-    monkeypatch.setattr(told_once, "WAIT_SECONDS", 20.0)
+    monkeypatch.setattr(errors, "WAIT_SECONDS", 20.0)
     told = tmp_path / "attempt_0" / "told"
     speaks = threading.Timer(0.2, lambda: told.write_text("no such file\n"))
     speaks.start()
@@ -58,7 +58,7 @@ def test_a_rank_that_comes_first_waits_for_the_one_that_speaks(fail, monkeypatch
 
 
 def test_a_rank_that_is_asked_to_go_meanwhile_speaks_at_once(fail, monkeypatch):
-    monkeypatch.setattr(told_once, "WAIT_SECONDS", 20.0)
+    monkeypatch.setattr(errors, "WAIT_SECONDS", 20.0)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         asks = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
@@ -71,7 +71,7 @@ def test_a_rank_that_is_asked_to_go_meanwhile_speaks_at_once(fail, monkeypatch):
 
 
 def test_without_a_place_to_meet_every_rank_speaks(fail, monkeypatch, tmp_path):
-    monkeypatch.setattr(told_once, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(errors, "WAIT_SECONDS", 0.1)
     (tmp_path / "attempt_0" / "told").mkdir(parents=True)  # can be neither written nor read
     assert fail(0, "no such file") == "error: no such file\n"
     assert fail(1, "no such file") == "error: rank 1: no such file\n"
@@ -81,14 +81,14 @@ def test_without_a_place_to_meet_every_rank_speaks(fail, monkeypatch, tmp_path):
 def test_without_torchruns_files_every_rank_speaks_for_itself(monkeypatch, capfd, variable):
     for name in ("TORCHELASTIC_ERROR_FILE", "RANK", "LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    told_once.tell("no such file")
+    errors.print_error("no such file")
     monkeypatch.setenv(variable, "3")
-    told_once.tell("no such file")
+    errors.print_error("no such file")
     assert capfd.readouterr().err == "error: no such file\nerror: rank 3: no such file\n"
 
 
 def test_torchruns_report_has_the_message_of_the_first(fail, monkeypatch, tmp_path):
-    monkeypatch.setattr(told_once, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(errors, "WAIT_SECONDS", 0.0)
     fail(0, "no such file")
     fail(1, "no GPU")
     files = [str(tmp_path / "attempt_0" / str(rank) / "error.json") for rank in (0, 1)]
@@ -99,7 +99,7 @@ def test_torchruns_report_has_the_message_of_the_first(fail, monkeypatch, tmp_pa
 
 
 def test_a_path_that_is_no_utf8_is_told_as_others_are(fail, monkeypatch):
-    monkeypatch.setattr(told_once, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(errors, "WAIT_SECONDS", 0.1)
     path = os.fsdecode(b"caf\xe9")  # as sys.argv has it
     assert fail(0, f"dump_dir={path}: is a file").startswith("error: dump_dir=caf")
     assert fail(1, f"dump_dir={path}: is a file") == ""
@@ -107,7 +107,7 @@ def test_a_path_that_is_no_utf8_is_told_as_others_are(fail, monkeypatch):
 
 
 def test_what_is_told_half_so_far_is_none_yet(fail, monkeypatch, tmp_path):
-    monkeypatch.setattr(told_once, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(errors, "WAIT_SECONDS", 0.1)
     (tmp_path / "attempt_0").mkdir()
     (tmp_path / "attempt_0" / "told").write_bytes("é".encode()[:1])
     assert fail(1, "é") == "error: rank 1: é\n"
@@ -119,9 +119,9 @@ def test_an_error_file_of_another_launcher_is_written_and_nothing_waits(
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(told_once, "_is_told", lambda *_: pytest.fail("asked another rank"))
+    monkeypatch.setattr(errors, "_is_told", lambda *_: pytest.fail("asked another rank"))
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
-    told_once.tell("no such file")
+    errors.print_error("no such file")
     assert capfd.readouterr().err == "error: no such file\n"
     assert [path.name for path in tmp_path.iterdir()] == ["error.json"]
 
@@ -130,7 +130,7 @@ def test_a_thread_tells_as_well(monkeypatch, capfd, tmp_path):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
-    thread = threading.Thread(target=told_once.tell, args=["no such file"])
+    thread = threading.Thread(target=errors.print_error, args=["no such file"])
     thread.start()
     thread.join()
     assert capfd.readouterr().err == "error: no such file\n"
