@@ -52,7 +52,7 @@ from lingua.dataloader.packing import (
 )
 from lingua.dataloader.prefetch import async_iterator, consume_buffer, feed_buffer
 from lingua.dataloader.pretokenized import TokenRecipe, check_token_files, read_tokens
-from lingua.dataloader.reshard import DataState, is_dealt, open_dealt
+from lingua.dataloader.reshard import DataState, is_resharded, open_resharded
 from lingua.dataloader.resume import check_state_matches, fit_state_to_args
 from lingua.errors import UserError
 from lingua.tokenizer import TokenizerArgs, build_tokenizer, find_tokenizer_file
@@ -182,7 +182,9 @@ def build_dataloader(
 ) -> AbstractContextManager[Iterator[tuple[Any, DataState]]]:
     """The loader that goes on from `state`, of this rank's own stream or of several dealt ones."""
     build = partial(open_stream, pretokenized=pretokenized)
-    return open_dealt(state, build) if is_dealt(state) else build(cast(PrefetchState, state))
+    return (
+        open_resharded(state, build) if is_resharded(state) else build(cast(PrefetchState, state))
+    )
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class StreamState(TypedDict):
     n_taken: int  # batches that it gave, to any rank, since the streams were dealt
 
 
-class DealtState(TypedDict):
+class ReshardedState(TypedDict):
     streams: dict[str, StreamState]  # those that this rank reads, by number
     n_streams: int
     rank: int
@@ -43,56 +43,56 @@ class DealtState(TypedDict):
     n_read: int  # batches that this rank took since the streams were dealt
 
 
-DataState = PrefetchState | DealtState
+DataState = PrefetchState | ReshardedState
 Builder = Callable[[PrefetchState], AbstractContextManager[Iterator[tuple[Any, PrefetchState]]]]
 
 
-def is_dealt(state: DataState) -> TypeGuard[DealtState]:
+def is_resharded(state: DataState) -> TypeGuard[ReshardedState]:
     return "streams" in state
 
 
 @dataclass(frozen=True)
-class Deal:
+class ReshardPlan:
     """Which batches of which streams a rank takes; `n` counts the batches of a rank."""
 
     n_streams: int
     n_ranks: int
 
     @property
-    def of_rank(self) -> int:
+    def batches_per_rank(self) -> int:
         """Batches of a rank in a round."""
         return self.n_streams // math.gcd(self.n_streams, self.n_ranks)
 
     @property
-    def of_stream(self) -> int:
+    def batches_per_stream(self) -> int:
         """Batches of a stream in a round."""
         return self.n_ranks // math.gcd(self.n_streams, self.n_ranks)
 
     def streams(self, rank: int) -> list[int]:
-        return sorted({self.stream(rank, n) for n in range(self.of_rank)})
+        return sorted({self.stream(rank, n) for n in range(self.batches_per_rank)})
 
     def stream(self, rank: int, n: int) -> int:
         """The stream that the n-th batch of `rank` comes from."""
-        return (rank * self.of_rank + n % self.of_rank) // self.of_stream
+        return (rank * self.batches_per_rank + n % self.batches_per_rank) // self.batches_per_stream
 
     def place(self, rank: int, n: int) -> int:
         """The place of that batch in its stream: how many its ranks have taken before it."""
-        stream, (rounds, n) = self.stream(rank, n), divmod(n, self.of_rank)
-        begin, end = stream * self.of_stream, (stream + 1) * self.of_stream
+        stream, (rounds, n) = self.stream(rank, n), divmod(n, self.batches_per_rank)
+        begin, end = stream * self.batches_per_stream, (stream + 1) * self.batches_per_stream
         before = 0
-        for other in range(begin // self.of_rank, (end - 1) // self.of_rank + 1):
-            first = max(0, begin - other * self.of_rank)
-            last = min(self.of_rank, end - other * self.of_rank)
+        for other in range(begin // self.batches_per_rank, (end - 1) // self.batches_per_rank + 1):
+            first = max(0, begin - other * self.batches_per_rank)
+            last = min(self.batches_per_rank, end - other * self.batches_per_rank)
             done = n + 1 if other < rank else n
             before += min(max(done, first), last) - first
-        return rounds * self.of_stream + before
+        return rounds * self.batches_per_stream + before
 
 
-def deal_streams(states: Sequence[DataState], rank: int, n_ranks: int) -> DealtState:
+def reshard_streams(states: Sequence[DataState], rank: int, n_ranks: int) -> ReshardedState:
     """Where `rank` of `n_ranks` goes on after a step that left other ranks at `states`."""
     streams = _joined_streams(states)
-    own = Deal(len(streams), n_ranks).streams(rank)
-    return DealtState(
+    own = ReshardPlan(len(streams), n_ranks).streams(rank)
+    return ReshardedState(
         streams={str(number): StreamState(state=streams[number], n_taken=0) for number in own},
         n_streams=len(streams),
         rank=rank,
@@ -104,10 +104,10 @@ def deal_streams(states: Sequence[DataState], rank: int, n_ranks: int) -> DealtS
 def _joined_streams(states: Sequence[DataState]) -> list[PrefetchState]:
     """Each stream where the rank that is furthest in it has left it."""
     first = states[0]
-    if not is_dealt(first):
+    if not is_resharded(first):
         return list(cast(Sequence[PrefetchState], states))
     furthest: dict[int, StreamState] = {}
-    for state in cast(Sequence[DealtState], states):
+    for state in cast(Sequence[ReshardedState], states):
         assert state["n_read"] == first["n_read"], "ranks at several steps"
         for key, stream in state["streams"].items():
             number = int(key)
@@ -118,7 +118,9 @@ def _joined_streams(states: Sequence[DataState]) -> list[PrefetchState]:
 
 
 @contextmanager
-def open_dealt(state: DealtState, build: Builder) -> Iterator[Iterator[tuple[Any, DealtState]]]:
+def open_resharded(
+    state: ReshardedState, build: Builder
+) -> Iterator[Iterator[tuple[Any, ReshardedState]]]:
     """This rank's batches, each with the state that goes on after it."""
     with ExitStack() as stack:
         opened = {
@@ -129,15 +131,15 @@ def open_dealt(state: DealtState, build: Builder) -> Iterator[Iterator[tuple[Any
 
 
 def _take_turns(
-    opened: dict[str, Iterator[tuple[Any, PrefetchState]]], state: DealtState
-) -> Iterator[tuple[Any, DealtState]]:
-    deal, rank = Deal(state["n_streams"], state["n_ranks"]), state["rank"]
+    opened: dict[str, Iterator[tuple[Any, PrefetchState]]], state: ReshardedState
+) -> Iterator[tuple[Any, ReshardedState]]:
+    plan, rank = ReshardPlan(state["n_streams"], state["n_ranks"]), state["rank"]
     streams, n = state["streams"], state["n_read"]
     while True:
-        key, place = str(deal.stream(rank, n)), deal.place(rank, n)
+        key, place = str(plan.stream(rank, n)), plan.place(rank, n)
         batch, after = next(opened[key])
         for _ in range(place - streams[key]["n_taken"]):
             batch, after = next(opened[key])
         streams = {**streams, key: StreamState(state=after, n_taken=place + 1)}
         n += 1
-        yield batch, DealtState(**{**state, "streams": streams, "n_read": n})
+        yield batch, ReshardedState(**{**state, "streams": streams, "n_read": n})

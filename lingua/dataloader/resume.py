@@ -14,7 +14,7 @@ from typing import cast
 from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import ChunksState, JSONLState, distribute_data_to_rank
 from lingua.dataloader.packing import PrefetchState
-from lingua.dataloader.reshard import DataState, DealtState, StreamState, is_dealt
+from lingua.dataloader.reshard import DataState, ReshardedState, StreamState, is_resharded
 from lingua.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -47,13 +47,13 @@ def check_state_matches(args: DataArgs, state: PrefetchState) -> list[str]:
 
 def fit_state_to_args(args: DataArgs, state: DataState) -> DataState:
     """`state` with the paths that `args` gives; refused if anything else is not as it was."""
-    if not is_dealt(state):
+    if not is_resharded(state):
         return _fit_stream(args, cast(PrefetchState, state))
     streams = {
         key: StreamState(state=_fit_stream(args, stream["state"]), n_taken=stream["n_taken"])
         for key, stream in state["streams"].items()
     }
-    return DealtState(**{**state, "streams": streams})
+    return ReshardedState(**{**state, "streams": streams})
 
 
 def _fit_stream(args: DataArgs, state: PrefetchState) -> PrefetchState:

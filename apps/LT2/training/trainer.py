@@ -19,7 +19,7 @@ from apps.LT2.batch import Batch, to_device
 from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer
-from lingua.dataloader.reshard import DataState, deal_streams
+from lingua.dataloader.reshard import DataState, reshard_streams
 from lingua.distributed import (
     clip_grad_norm_,
     first_nonfinite,
@@ -80,7 +80,7 @@ class TrainState:
         self.load_state_dict(
             {
                 **states[rank % len(states)],
-                "data_loader_state": deal_streams(loaders, rank, n_ranks),
+                "data_loader_state": reshard_streams(loaders, rank, n_ranks),
                 "losses": [fmean(of_ranks) for of_ranks in losses],
                 "mixer_losses": {n: [fmean(l) for l in ls] for n, ls in mixer_losses.items()},
             }

@@ -24,7 +24,7 @@ from lingua.dataloader import pretokenized as token_files
 from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import loop_on_jsonl
 from lingua.dataloader.pretokenized import TokenFiles, TokenRecipe, write_token_files
-from lingua.dataloader.reshard import deal_streams
+from lingua.dataloader.reshard import reshard_streams
 from lingua.errors import UserError
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
 from tests.lingua.dataloader.token_chunks import (
@@ -85,7 +85,7 @@ def test_another_number_of_ranks_reads_the_same(args):
         batches_of(args, init_dataloader_state_from_args(args, rank, 2), 3)[-1][1]
         for rank in range(2)
     ]
-    state = deal_streams(saved, 0, 1)
+    state = reshard_streams(saved, 0, 1)
     assert_same_stream(
         batches_of(replace(args, pretokenized=True), state, 9), batches_of(args, state, 9)
     )

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
-from lingua.dataloader.reshard import Deal, deal_streams, open_dealt
+from lingua.dataloader.reshard import ReshardPlan, open_resharded, reshard_streams
 from tests.lingua.test_data import make_args, make_source
 
 
@@ -28,7 +28,7 @@ def read(states, n):
     """`n` batches of every rank, in the order of the steps, and where that leaves the ranks."""
     steps, after = [], []
     for state in states:
-        with open_dealt(state, count_on) as batches:
+        with open_resharded(state, count_on) as batches:
             taken = list(itertools.islice(batches, n))
         steps.append([batch for batch, _ in taken])
         after.append(json.loads(json.dumps(taken[-1][1] if taken else state)))
@@ -43,7 +43,7 @@ def test_each_batch_is_read_once_however_often_the_ranks_change(n_streams, seed)
     got = []
     for _ in range(6):
         n_ranks = rng.randint(1, 6)
-        states = [deal_streams(states, rank, n_ranks) for rank in range(n_ranks)]
+        states = [reshard_streams(states, rank, n_ranks) for rank in range(n_ranks)]
         for _ in range(2):  # stops and goes on with as many ranks, then with others
             read_now, states = read(states, rng.randint(0, 4))
             got += read_now
@@ -56,9 +56,9 @@ def test_each_batch_is_read_once_however_often_the_ranks_change(n_streams, seed)
 @pytest.mark.parametrize("n_streams, n_ranks", [(3, 2), (2, 3), (5, 3), (4, 6), (8, 7), (2, 1)])
 def test_streams_go_on_evenly(n_streams, n_ranks):
     states = [{"name": i, "n": 0} for i in range(n_streams)]
-    states = [deal_streams(states, rank, n_ranks) for rank in range(n_ranks)]
+    states = [reshard_streams(states, rank, n_ranks) for rank in range(n_ranks)]
     rounds = 3
-    got, _ = read(states, rounds * Deal(n_streams, n_ranks).of_rank)
+    got, _ = read(states, rounds * ReshardPlan(n_streams, n_ranks).batches_per_rank)
     assert len(set(got)) == len(got)
     assert set(Counter(name for name, _ in got).values()) == {len(got) // n_streams}
 
@@ -69,7 +69,7 @@ def test_a_rank_opens_no_stream_that_it_does_not_read():
         *((64, 63, 2), (63, 64, 2), (64, 24, 4), (5, 13, 2), (1, 7, 1)),
     ):
         states = [{"name": i, "n": 0} for i in range(n_streams)]
-        dealt = [deal_streams(states, rank, n_ranks) for rank in range(n_ranks)]
+        dealt = [reshard_streams(states, rank, n_ranks) for rank in range(n_ranks)]
         assert max(len(state["streams"]) for state in dealt) == most
         assert most <= math.ceil(n_streams / n_ranks) + 1
 
@@ -82,20 +82,20 @@ def test_what_ranks_pass_over_is_bounded(n_streams, n_ranks):
     def count(state):
         yield ((n_opened.update([rank]), {**state}) for _ in itertools.count())
 
-    n = 2 * Deal(n_streams, n_ranks).of_rank
+    n = 2 * ReshardPlan(n_streams, n_ranks).batches_per_rank
     for rank in range(n_ranks):
-        state = deal_streams([{"name": i, "n": 0} for i in range(n_streams)], rank, n_ranks)
-        with open_dealt(state, count) as batches:
+        state = reshard_streams([{"name": i, "n": 0} for i in range(n_streams)], rank, n_ranks)
+        with open_resharded(state, count) as batches:
             list(itertools.islice(batches, n))
     assert max(n_opened.values()) < (1 + 2 * n_ranks / n_streams) * n
 
 
 def test_ranks_that_stopped_at_several_steps_are_no_run():
-    states = [deal_streams([{"name": 0, "n": 0}], rank, 2) for rank in range(2)]
-    with open_dealt(states[1], count_on) as batches:
+    states = [reshard_streams([{"name": 0, "n": 0}], rank, 2) for rank in range(2)]
+    with open_resharded(states[1], count_on) as batches:
         _, states[1] = next(batches)
     with pytest.raises(AssertionError, match="ranks at several steps"):
-        deal_streams(states, 0, 1)
+        reshard_streams(states, 0, 1)
 
 
 @pytest.mark.parametrize("load_async", [False, True])
@@ -107,7 +107,7 @@ def test_the_loader_goes_on_from_dealt_streams(tmp_path, load_async):
     for state in alone:
         with build_dataloader_from_args(replace(args, load_async=False), state) as batches:
             want.append([batch.tolist() for batch, _ in itertools.islice(batches, 4)])
-    state = deal_streams(alone, rank=0, n_ranks=1)
+    state = reshard_streams(alone, rank=0, n_ranks=1)
     args = replace(args, load_async=load_async, root_dir=str(tmp_path))
     with build_dataloader_from_args(args, state) as batches:
         got = [batch.tolist() for batch, _ in itertools.islice(batches, 8)]
