@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from apps.LT2.mixers import MIXERS, Extension, Mixer, MixerCache
+from apps.LT2.mixers import MIXERS, Extension, Mixer, MixerArgs, MixerCache, build_mixer
 from apps.LT2.pattern import LayerSpec
 from lingua.transformer import FeedForward, RMSNorm
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 
 class Block(nn.Module):
@@ -23,12 +19,12 @@ class Block(nn.Module):
     layers, `gdn` the gated delta rule. The loop says which one runs by its LayerSpec.
     """
 
-    def __init__(self, args: LoopedTransformerArgs, specs: tuple[LayerSpec, ...]):
+    def __init__(self, args: MixerArgs, specs: tuple[LayerSpec, ...]):
         super().__init__()
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         for family in dict.fromkeys(MIXERS[spec.mixer] for spec in specs):
-            self.add_module(family.module_name, family(args))
+            self.add_module(family.module_name, build_mixer(family, args))
         self.feed_forward = FeedForward(
             args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier
         )

@@ -29,7 +29,7 @@ from apps.LT2.cache import ModelCache, packed_lengths
 from apps.LT2.kernel.attention import check_attention_impl
 from apps.LT2.kernel.documents import upload
 from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy
-from apps.LT2.mixers import MIXERS
+from apps.LT2.mixers import MIXERS, MixerArgs
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
@@ -43,7 +43,6 @@ from apps.LT2.pattern import LayerSpec, Layout, LayoutPlan, PatternParser
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import own_weight, parallel_of
 from lingua.transformer import (
-    BaseTransformerArgs,
     RMSNorm,
     depth_factor,
     init_linear,
@@ -54,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class LoopedTransformerArgs(BaseTransformerArgs):
+class LoopedTransformerArgs(MixerArgs):
     seed: int | None = None  # seed of the initial weights; null = the run's seed
     vocab_size: int = -1  # pieces of the vocabulary; -1 = the tokenizer's
     weight_tying: bool = False  # the head is the transposed embedding

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.LT2.mixers import MIXERS, Mixer
+from apps.LT2.mixers import MIXERS, Mixer, build_mixer
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
@@ -193,7 +193,7 @@ def model_args(case: Case) -> LoopedTransformerArgs:
 
 def make(case: Case, *, jitter: float = 0.1) -> Mixer:
     torch.manual_seed(0)
-    mixer = MIXERS[case.mixer](model_args(case))
+    mixer = build_mixer(MIXERS[case.mixer], model_args(case))
     mixer.reset_parameters(None, 1.0)
     with torch.no_grad():
         for name, p in mixer.named_parameters():

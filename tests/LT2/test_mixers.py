@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apps.LT2.mixers import MIXERS, Mixer
+from apps.LT2.mixers import MIXERS, Mixer, build_mixer
 from lingua.optim import is_matrix
 from tests.LT2.mixer_cases import (
     CASES,
@@ -83,7 +83,7 @@ def test_every_parameter_gets_a_gradient(case):
 
 def test_reset_parameters_fills_every_tensor(case):
     with torch.device("meta"):
-        mixer = MIXERS[case.mixer](model_args(case))
+        mixer = build_mixer(MIXERS[case.mixer], model_args(case))
     mixer.to_empty(device="cpu")
     filled = []
     for poison in (float("nan"), 7.0):

@@ -296,7 +296,7 @@ def make_mixer(top_k: int) -> SparseAttention:
     args = LoopedTransformerArgs(
         dim=128, n_layers=1, n_heads=2, vocab_size=8, gated_attn=True, dsa=DSAArgs(top_k)
     )
-    mixer = SparseAttention(args).cuda()
+    mixer = SparseAttention(args, args.dsa).cuda()
     mixer.reset_parameters(None, 1.0)
     for name, p in mixer.named_parameters():
         if is_matrix(name, p):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.attention import naive_attention
 from apps.LT2.kernel.fla import import_fla
-from apps.LT2.mixers import MIXERS, Mixer
+from apps.LT2.mixers import MIXERS, Mixer, build_mixer
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.mixers.gla import GLAArgs
@@ -194,7 +194,7 @@ def make(name: str) -> Mixer:
     torch.manual_seed(0)
     oracle = ORACLES[name]
     shape = {"dim": DIM, "n_layers": 1, "n_heads": HEADS, "norm_eps": EPS, "vocab_size": 8}
-    mixer = MIXERS[name](LoopedTransformerArgs(**(shape | oracle.args)))
+    mixer = build_mixer(MIXERS[name], LoopedTransformerArgs(**(shape | oracle.args)))
     mixer.reset_parameters(None, 1.0)
     with torch.no_grad():
         for parameter_name, p in mixer.named_parameters():

@@ -364,7 +364,7 @@ def test_layer_is_that_of_fla_with_the_same_weights():
         nsa=NSAArgs(block_size=32, n_blocks=8, window_size=50),
     )
     torch.manual_seed(0)
-    ours = NativeSparseAttention(args)
+    ours = NativeSparseAttention(args, args.nsa)
     ours.reset_parameters(None, 1.0)
     ours.wg.weight.normal_(std=0.1)
     ours = ours.cuda().bfloat16()

@@ -1,7 +1,7 @@
 """The mixers by name. Names of one class share their weights where they share a layer."""
 
 from apps.LT2.mixers.attention import Attention
-from apps.LT2.mixers.base import Extension, Mixer, MixerCache
+from apps.LT2.mixers.base import Extension, Mixer, MixerArgs, MixerCache
 from apps.LT2.mixers.deltanet import DeltaNet
 from apps.LT2.mixers.dsa import SparseAttention
 from apps.LT2.mixers.gdn import GatedDeltaNet
@@ -26,4 +26,10 @@ MIXERS: dict[str, type[Mixer]] = {
     "gla": GatedLinearAttention,
 }
 
-__all__ = ["MIXERS", "Extension", "Mixer", "MixerCache"]
+
+def build_mixer(family: type[Mixer], args: MixerArgs) -> Mixer:
+    """Build a mixer with the options of its section, such as `model.gdn`."""
+    return family(args, getattr(args, family.module_name, None))
+
+
+__all__ = ["MIXERS", "Extension", "Mixer", "MixerArgs", "MixerCache", "build_mixer"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from apps.LT2.kernel.documents import local_positions
 from apps.LT2.mixers.base import (
     Extension,
     Mixer,
+    MixerArgs,
     MixerCache,
     cache_positions,
     cache_rows,
@@ -37,9 +37,6 @@ from lingua.transformer import (
     rotary_angles,
     rotate_pairs,
 )
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 
 @dataclass
@@ -61,19 +58,19 @@ class Attention(Mixer):
     by_outputs = ("wq", "wk", "wv", "wg")
     by_inputs = ("wo",)
 
-    def __init__(self, args: LoopedTransformerArgs):
-        super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = resolve_heads(args)
+    def __init__(self, shared: MixerArgs, own: None = None):
+        super().__init__(shared, own)
+        self.n_heads, self.n_kv_heads, self.head_dim = resolve_heads(shared)
         check_rotary_width(self.head_dim)
-        check_attention_impl(args.attn_impl, windowed=False)
-        self.dim, self.rope_theta, self.attn_impl = args.dim, args.rope_theta, args.attn_impl
-        self.wq = nn.Linear(args.dim, self.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wo = nn.Linear(self.n_heads * self.head_dim, args.dim, bias=False)
+        check_attention_impl(shared.attn_impl, windowed=False)
+        self.dim, self.rope_theta, self.attn_impl = shared.dim, shared.rope_theta, shared.attn_impl
+        self.wq = nn.Linear(shared.dim, self.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(shared.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(shared.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(self.n_heads * self.head_dim, shared.dim, bias=False)
         self.wg = (
-            nn.Linear(args.dim, self.n_heads * self.head_dim, bias=False)
-            if args.gated_attn
+            nn.Linear(shared.dim, self.n_heads * self.head_dim, bias=False)
+            if shared.gated_attn
             else None
         )
 

@@ -16,6 +16,17 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.documents import document_of_tokens, local_positions
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel, split_linears
+from lingua.transformer import BaseTransformerArgs
+
+
+class MixerArgs(BaseTransformerArgs):
+    """The options of `model:` that mixers read, besides the section of their own name.
+
+    `LoopedTransformerArgs` gives these two their place among the fields and their defaults.
+    """
+
+    attn_impl: str
+    gated_attn: bool
 
 
 @dataclass
@@ -95,6 +106,10 @@ class Mixer(nn.Module, ABC):
 
     n_heads: int  # of this rank
     tp: TensorParallel = ALONE
+
+    def __init__(self, shared: MixerArgs, own: Any = None):
+        """`own` holds the options of the mixer's section, such as `model.gdn`, if it has one."""
+        super().__init__()
 
     @abstractmethod
     def forward(

@@ -10,17 +10,14 @@ V value width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from apps.LT2.kernel.delta_rule import delta_rule, delta_rule_step
+from apps.LT2.mixers.base import MixerArgs
 from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
 from apps.LT2.mixers.parts import HeadRMSNorm, ShortConv, l2_normalize, write_strength
 from lingua.transformer import init_linear
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 
 @dataclass
@@ -37,19 +34,19 @@ class DeltaNet(LinearMixer):
     by_outputs = ("wq", "wk", "wv", "wb")
     conv: ShortConv
 
-    def __init__(self, args: LoopedTransformerArgs):
-        super().__init__()
-        self.n_heads, self.key_dim, self.value_dim = head_shape(args, "deltanet")
-        self.allow_neg_eigval = args.deltanet.allow_neg_eigval
+    def __init__(self, shared: MixerArgs, own: DeltaNetArgs):
+        super().__init__(shared, own)
+        self.n_heads, self.key_dim, self.value_dim = head_shape(shared, own, "model.deltanet")
+        self.allow_neg_eigval = own.allow_neg_eigval
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
-        self.wq = nn.Linear(args.dim, keys, bias=False)
-        self.wk = nn.Linear(args.dim, keys, bias=False)
-        self.wv = nn.Linear(args.dim, values, bias=False)
-        self.wb = nn.Linear(args.dim, self.n_heads, bias=False)  # write strength
-        self.wo = nn.Linear(values, args.dim, bias=False)
-        conv_size = args.deltanet.conv_size
+        self.wq = nn.Linear(shared.dim, keys, bias=False)
+        self.wk = nn.Linear(shared.dim, keys, bias=False)
+        self.wv = nn.Linear(shared.dim, values, bias=False)
+        self.wb = nn.Linear(shared.dim, self.n_heads, bias=False)  # write strength
+        self.wo = nn.Linear(values, shared.dim, bias=False)
+        conv_size = own.conv_size
         self.conv = ShortConv(2 * keys + values, conv_size, option="model.deltanet.conv_size")
-        self.norm = HeadRMSNorm(self.value_dim, args.norm_eps)
+        self.norm = HeadRMSNorm(self.value_dim, shared.norm_eps)
 
     def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
         return (self.wq, self.wk, self.wv), (self.wb,)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +25,9 @@ from apps.LT2.kernel.attention import attention
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.kernel.dsa import Index, dsa, dsa_step
 from apps.LT2.mixers.attention import Attention, AttentionCache, append
-from apps.LT2.mixers.base import Extension, cache_positions, cache_rows, known_past
+from apps.LT2.mixers.base import Extension, MixerArgs, cache_positions, cache_rows, known_past
 from lingua.errors import UserError
 from lingua.transformer import RMSNorm, init_linear, rotary_angles, rotate_pairs
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 
 @dataclass
@@ -60,14 +56,14 @@ class DSAArgs:
 class LightningIndexer(nn.Module):
     """Scores keys cheaply: a few narrow heads, one shared key head, no softmax."""
 
-    def __init__(self, args: LoopedTransformerArgs):
+    def __init__(self, shared: MixerArgs, own: DSAArgs):
         super().__init__()
-        self.n_heads, self.head_dim = args.dsa.n_index_heads, args.dsa.index_head_dim
-        self.rope_theta = args.rope_theta
-        self.wq = nn.Linear(args.dim, self.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, self.head_dim, bias=False)
-        self.ww = nn.Linear(args.dim, self.n_heads, bias=False)  # weights of the heads
-        self.k_norm = RMSNorm(self.head_dim, args.norm_eps)
+        self.n_heads, self.head_dim = own.n_index_heads, own.index_head_dim
+        self.rope_theta = shared.rope_theta
+        self.wq = nn.Linear(shared.dim, self.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(shared.dim, self.head_dim, bias=False)
+        self.ww = nn.Linear(shared.dim, self.n_heads, bias=False)  # weights of the heads
+        self.k_norm = RMSNorm(self.head_dim, shared.norm_eps)
 
     def forward(self, x_BTD: Tensor, positions: Tensor) -> Index:
         """Queries and keys rotated to `positions`, (T,) or (B, T)."""
@@ -104,10 +100,10 @@ class SparseAttention(Attention):
     module_name = "dsa"
     loss_name = "dsa_indexer"
 
-    def __init__(self, args: LoopedTransformerArgs):
-        super().__init__(args)
-        self.top_k, self.warmup_steps = args.dsa.top_k, args.dsa.warmup_steps
-        self.indexer = LightningIndexer(args)
+    def __init__(self, shared: MixerArgs, own: DSAArgs):
+        super().__init__(shared)
+        self.top_k, self.warmup_steps = own.top_k, own.warmup_steps
+        self.indexer = LightningIndexer(shared, own)
         self.dense = False  # in warm-up
 
     def split_counts(self) -> None:

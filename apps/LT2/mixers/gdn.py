@@ -10,13 +10,12 @@ V value width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.gated_delta_rule import gated_delta_rule, gated_delta_step
+from apps.LT2.mixers.base import MixerArgs
 from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
 from apps.LT2.mixers.parts import (
     GatedRMSNorm,
@@ -27,9 +26,6 @@ from apps.LT2.mixers.parts import (
     write_strength,
 )
 from lingua.transformer import init_linear
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 
 @dataclass
@@ -46,22 +42,23 @@ class GatedDeltaNet(LinearMixer):
     by_outputs = ("wq", "wk", "wv", "wg", "wa", "wb")
     conv: ShortConv
 
-    def __init__(self, args: LoopedTransformerArgs):
-        super().__init__()
-        self.n_heads, self.key_dim, self.value_dim = head_shape(args, "gdn", Fraction(3, 4))
-        self.allow_neg_eigval = args.gdn.allow_neg_eigval
+    def __init__(self, shared: MixerArgs, own: GatedDeltaNetArgs):
+        super().__init__(shared, own)
+        shape = head_shape(shared, own, "model.gdn", key_share=0.75)
+        self.n_heads, self.key_dim, self.value_dim = shape
+        self.allow_neg_eigval = own.allow_neg_eigval
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
-        self.wq = nn.Linear(args.dim, keys, bias=False)
-        self.wk = nn.Linear(args.dim, keys, bias=False)
-        self.wv = nn.Linear(args.dim, values, bias=False)
-        self.wg = nn.Linear(args.dim, values, bias=False)  # output gate
-        self.wa = nn.Linear(args.dim, self.n_heads, bias=False)  # decay
-        self.wb = nn.Linear(args.dim, self.n_heads, bias=False)  # write strength
-        self.wo = nn.Linear(values, args.dim, bias=False)
-        self.conv = ShortConv(2 * keys + values, args.gdn.conv_size, option="model.gdn.conv_size")
+        self.wq = nn.Linear(shared.dim, keys, bias=False)
+        self.wk = nn.Linear(shared.dim, keys, bias=False)
+        self.wv = nn.Linear(shared.dim, values, bias=False)
+        self.wg = nn.Linear(shared.dim, values, bias=False)  # output gate
+        self.wa = nn.Linear(shared.dim, self.n_heads, bias=False)  # decay
+        self.wb = nn.Linear(shared.dim, self.n_heads, bias=False)  # write strength
+        self.wo = nn.Linear(values, shared.dim, bias=False)
+        self.conv = ShortConv(2 * keys + values, own.conv_size, option="model.gdn.conv_size")
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = GatedRMSNorm(self.value_dim, args.norm_eps)
+        self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps)
 
     def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
         return (self.wq, self.wk, self.wv), (self.wg, self.wa, self.wb)

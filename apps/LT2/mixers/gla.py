@@ -10,20 +10,16 @@ width, H heads, K key width, V value width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.LT2.kernel.gla import gla, gla_step
+from apps.LT2.mixers.base import MixerArgs
 from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
 from apps.LT2.mixers.parts import GatedRMSNorm
 from lingua.transformer import check_sizes, init_linear
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 TEMPERATURE = 16.0  # the paper's tau, divides the log decay: a half open gate forgets slowly
 
@@ -42,21 +38,22 @@ class GatedLinearAttention(LinearMixer):
     by_outputs = ("wq", "wk", "wv", "wg", "wa_down", "wa_up")
     conv = None
 
-    def __init__(self, args: LoopedTransformerArgs):
-        super().__init__()
-        self.n_heads, self.key_dim, self.value_dim = head_shape(args, "gla", Fraction(1, 2))
-        check_sizes("model.gla", args.gla, "gate_rank")
+    def __init__(self, shared: MixerArgs, own: GLAArgs):
+        super().__init__(shared, own)
+        shape = head_shape(shared, own, "model.gla", key_share=0.5)
+        self.n_heads, self.key_dim, self.value_dim = shape
+        check_sizes("model.gla", own, "gate_rank")
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
-        self.wq = nn.Linear(args.dim, keys, bias=False)
-        self.wk = nn.Linear(args.dim, keys, bias=False)
-        self.wv = nn.Linear(args.dim, values, bias=False)
-        self.wg = nn.Linear(args.dim, values, bias=False)  # output gate
-        self.wa_down = nn.Linear(args.dim, args.gla.gate_rank, bias=False)  # decay
-        self.wa_up = nn.Linear(args.gla.gate_rank, keys, bias=False)
+        self.wq = nn.Linear(shared.dim, keys, bias=False)
+        self.wk = nn.Linear(shared.dim, keys, bias=False)
+        self.wv = nn.Linear(shared.dim, values, bias=False)
+        self.wg = nn.Linear(shared.dim, values, bias=False)  # output gate
+        self.wa_down = nn.Linear(shared.dim, own.gate_rank, bias=False)  # decay
+        self.wa_up = nn.Linear(own.gate_rank, keys, bias=False)
         # Apart from wa_up, since matrices may be bf16 and vectors stay fp32.
         self.decay_bias = nn.Parameter(torch.empty(keys))
-        self.wo = nn.Linear(values, args.dim, bias=False)
-        self.norm = GatedRMSNorm(self.value_dim, args.norm_eps)
+        self.wo = nn.Linear(values, shared.dim, bias=False)
+        self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps)
 
     def split_counts(self) -> dict[str, int]:
         rank = "the rank of its decay (model.gla.gate_rank)"

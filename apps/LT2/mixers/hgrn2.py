@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.LT2.kernel.gla import gla, gla_step
+from apps.LT2.mixers.base import MixerArgs
 from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape
 from apps.LT2.mixers.parts import GroupedRMSNorm
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import TensorParallel
 from lingua.transformer import init_linear
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 
 @dataclass
@@ -51,16 +48,16 @@ class HGRN2(LinearMixer):
     by_outputs = ("wq", "wv", "wf")
     conv = None
 
-    def __init__(self, args: LoopedTransformerArgs):
-        super().__init__()
-        self.n_heads, self.key_dim, self.value_dim = head_shape(args, "hgrn2")
-        self.lower_bound = args.hgrn2.lower_bound
+    def __init__(self, shared: MixerArgs, own: HGRN2Args):
+        super().__init__(shared, own)
+        self.n_heads, self.key_dim, self.value_dim = head_shape(shared, own, "model.hgrn2")
+        self.lower_bound = own.lower_bound
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
-        self.wq = nn.Linear(args.dim, keys, bias=False)
-        self.wv = nn.Linear(args.dim, values, bias=False)  # the paper's input gate i
-        self.wf = nn.Linear(args.dim, keys, bias=False)  # forget gate
-        self.wo = nn.Linear(values, args.dim, bias=False)
-        self.norm = GroupedRMSNorm(values, 1, args.norm_eps)
+        self.wq = nn.Linear(shared.dim, keys, bias=False)
+        self.wv = nn.Linear(shared.dim, values, bias=False)  # the paper's input gate i
+        self.wf = nn.Linear(shared.dim, keys, bias=False)  # forget gate
+        self.wo = nn.Linear(values, shared.dim, bias=False)
+        self.norm = GroupedRMSNorm(values, 1, shared.norm_eps)
 
     def split(self, tp: TensorParallel) -> None:
         super().split(tp)

@@ -11,12 +11,12 @@ value head. Shapes: B sequences, T tokens, D model width, H heads, K key width, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.kda import kda, kda_step
+from apps.LT2.mixers.base import MixerArgs
 from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
 from apps.LT2.mixers.parts import (
     GatedRMSNorm,
@@ -27,9 +27,6 @@ from apps.LT2.mixers.parts import (
     write_strength,
 )
 from lingua.transformer import init_linear
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 
 @dataclass
@@ -48,27 +45,27 @@ class KimiDeltaAttention(LinearMixer):
     by_outputs = ("wq", "wk", "wv", "wa_down", "wa_up", "wg_down", "wg_up", "wb")
     conv: ShortConv
 
-    def __init__(self, args: LoopedTransformerArgs):
-        super().__init__()
-        self.n_heads, self.key_dim, self.value_dim = head_shape(args, "kda")
-        self.allow_neg_eigval = args.kda.allow_neg_eigval
+    def __init__(self, shared: MixerArgs, own: KDAArgs):
+        super().__init__(shared, own)
+        self.n_heads, self.key_dim, self.value_dim = head_shape(shared, own, "model.kda")
+        self.allow_neg_eigval = own.allow_neg_eigval
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
         rank = self.value_dim
-        self.wq = nn.Linear(args.dim, keys, bias=False)
-        self.wk = nn.Linear(args.dim, keys, bias=False)
-        self.wv = nn.Linear(args.dim, values, bias=False)
-        self.wa_down = nn.Linear(args.dim, rank, bias=False)  # decay
+        self.wq = nn.Linear(shared.dim, keys, bias=False)
+        self.wk = nn.Linear(shared.dim, keys, bias=False)
+        self.wv = nn.Linear(shared.dim, values, bias=False)
+        self.wa_down = nn.Linear(shared.dim, rank, bias=False)  # decay
         self.wa_up = nn.Linear(rank, keys, bias=False)
-        self.wg_down = nn.Linear(args.dim, rank, bias=False)  # output gate
+        self.wg_down = nn.Linear(shared.dim, rank, bias=False)  # output gate
         self.wg_up = nn.Linear(rank, values, bias=False)
         # Apart from wg_up, since matrices may be bf16 and vectors stay fp32.
         self.gate_bias = nn.Parameter(torch.empty(values))
-        self.wb = nn.Linear(args.dim, self.n_heads, bias=False)  # write strength
-        self.wo = nn.Linear(values, args.dim, bias=False)
-        self.conv = ShortConv(2 * keys + values, args.kda.conv_size, option="model.kda.conv_size")
+        self.wb = nn.Linear(shared.dim, self.n_heads, bias=False)  # write strength
+        self.wo = nn.Linear(values, shared.dim, bias=False)
+        self.conv = ShortConv(2 * keys + values, own.conv_size, option="model.kda.conv_size")
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(keys))
-        self.norm = GatedRMSNorm(self.value_dim, args.norm_eps, activation="sigmoid")
+        self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps, activation="sigmoid")
 
     def split_counts(self) -> dict[str, int]:
         rank = "the rank of its decay, a head's value width (model.kda.head_dim * expand_v)"

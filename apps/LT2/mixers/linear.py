@@ -14,23 +14,26 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.LT2.kernel.documents import local_positions
-from apps.LT2.mixers.base import Extension, Mixer, MixerCache, cache_positions, cache_rows
+from apps.LT2.mixers.base import (
+    Extension,
+    Mixer,
+    MixerArgs,
+    MixerCache,
+    cache_positions,
+    cache_rows,
+)
 from apps.LT2.mixers.parts import ShortConv
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import TensorParallel, own_weight
 from lingua.probe import is_probing
 from lingua.transformer import check_sizes, joint_weight
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 # With fewer tokens a product is bound by reading weights, and joining them reads them twice.
 FUSE_TOKENS = 512
@@ -217,32 +220,39 @@ class LinearMixer(Mixer):
         return x.unflatten(-1, (self.n_heads, width))
 
 
-def head_shape(
-    args: LoopedTransformerArgs, section: str, key_share: Fraction = Fraction(1)
-) -> tuple[int, int, int]:
-    """(heads, key width, value width) of the options in model.<section>: n_heads, head_dim and
-    expand_v. By default there are model.n_heads heads, which share `key_share` of dim.
+class HeadOptions(Protocol):
+    """The options of a linear mixer's heads, in its section of `model:`."""
 
-    UserError where these are no whole numbers.
+    n_heads: int | None
+    head_dim: int | None
+    expand_v: float
+
+
+def head_shape(
+    shared: MixerArgs, own: HeadOptions, name: str, key_share: float = 1
+) -> tuple[int, int, int]:
+    """Return (heads, key dim, value dim) of the section `name`, such as "model.gdn".
+
+    By default there are model.n_heads heads, whose keys take `key_share` of model.dim. UserError
+    unless all three are whole numbers.
     """
-    options, name = getattr(args, section), f"model.{section}"
-    check_sizes("model", args, "n_heads")
-    check_sizes(name, options, "n_heads", "head_dim")
-    n_heads = options.n_heads or args.n_heads
+    check_sizes("model", shared, "n_heads")
+    check_sizes(name, own, "n_heads", "head_dim")
+    n_heads = own.n_heads or shared.n_heads
     if n_heads is None:
         raise UserError(f"{name}.n_heads and model.n_heads are both null: set one, e.g. 8")
-    key_dim = options.head_dim or key_share * args.dim / n_heads
+    key_dim = own.head_dim or key_share * shared.dim / n_heads
     if key_dim != int(key_dim):
-        share = "" if key_share == 1 else f"{float(key_share):g} * "
+        share = "" if key_share == 1 else f"{key_share:g} * "
         raise UserError(
-            f"{name}.head_dim: {share}dim / n_heads = {share}{args.dim} / {n_heads} is no whole "
+            f"{name}.head_dim: {share}dim / n_heads = {share}{shared.dim} / {n_heads} is no whole "
             f"number; set {name}.head_dim"
         )
     key_dim = int(key_dim)
-    value_dim = key_dim * options.expand_v
+    value_dim = key_dim * own.expand_v
     if value_dim < 1 or value_dim != int(value_dim):
         raise UserError(
-            f"{name}.expand_v={options.expand_v} times the key width {key_dim} is no whole number; "
+            f"{name}.expand_v={own.expand_v} times the key width {key_dim} is no whole number; "
             "use 1, 1.5 or 2"
         )
     return n_heads, key_dim, int(value_dim)

@@ -11,21 +11,19 @@ V width of a head of x.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.LT2.kernel.simple_gla import simple_gla, simple_gla_step
+from apps.LT2.mixers.base import MixerArgs
 from apps.LT2.mixers.linear import LinearMixer, Rest
 from apps.LT2.mixers.parts import GroupedRMSNorm, ShortConv, init_decay
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import TensorParallel
 from lingua.transformer import check_sizes, init_linear
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 
 @dataclass
@@ -43,24 +41,24 @@ class Mamba2(LinearMixer):
     by_outputs = ("wx", "wB", "wC", "wz", "wdt")
     conv: ShortConv
 
-    def __init__(self, args: LoopedTransformerArgs):
-        super().__init__()
-        self.n_heads, self.n_groups = head_counts(args)
-        self.key_dim, self.value_dim = args.mamba2.state_dim, args.mamba2.head_dim
-        inner, shared = self.n_heads * self.value_dim, self.n_groups * self.key_dim
-        self.wx = nn.Linear(args.dim, inner, bias=False)
-        self.wB = nn.Linear(args.dim, shared, bias=False)
-        self.wC = nn.Linear(args.dim, shared, bias=False)
-        self.wz = nn.Linear(args.dim, inner, bias=False)  # output gate
-        self.wdt = nn.Linear(args.dim, self.n_heads, bias=False)  # time steps
-        self.wo = nn.Linear(inner, args.dim, bias=False)
+    def __init__(self, shared: MixerArgs, own: Mamba2Args):
+        super().__init__(shared, own)
+        self.n_heads, self.n_groups = head_counts(shared, own)
+        self.key_dim, self.value_dim = own.state_dim, own.head_dim
+        inner, state_inputs = self.n_heads * self.value_dim, self.n_groups * self.key_dim
+        self.wx = nn.Linear(shared.dim, inner, bias=False)
+        self.wB = nn.Linear(shared.dim, state_inputs, bias=False)
+        self.wC = nn.Linear(shared.dim, state_inputs, bias=False)
+        self.wz = nn.Linear(shared.dim, inner, bias=False)  # output gate
+        self.wdt = nn.Linear(shared.dim, self.n_heads, bias=False)  # time steps
+        self.wo = nn.Linear(inner, shared.dim, bias=False)
         self.conv = ShortConv(
-            inner + 2 * shared, args.mamba2.conv_size, option="model.mamba2.conv_size", bias=True
+            inner + 2 * state_inputs, own.conv_size, option="model.mamba2.conv_size", bias=True
         )
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = GroupedRMSNorm(inner, self.n_groups, args.norm_eps)
+        self.norm = GroupedRMSNorm(inner, self.n_groups, shared.norm_eps)
         self.gathers_group = False  # whether ranks of tensor parallelism share the one group
 
     def split_counts(self) -> dict[str, int]:
@@ -146,19 +144,18 @@ class Mamba2(LinearMixer):
         return self.split_heads(x, self.value_dim), B, C
 
 
-def head_counts(args: LoopedTransformerArgs) -> tuple[int, int]:
+def head_counts(shared: MixerArgs, own: Mamba2Args) -> tuple[int, int]:
     """(heads, groups) of `model.mamba2`; UserError where they are no whole numbers."""
-    options = args.mamba2
-    check_sizes("model.mamba2", options, "head_dim", "state_dim", "n_groups")
-    n_heads = options.expand * args.dim / options.head_dim
+    check_sizes("model.mamba2", own, "head_dim", "state_dim", "n_groups")
+    n_heads = own.expand * shared.dim / own.head_dim
     if n_heads < 1 or n_heads != int(n_heads):
         raise UserError(
-            f"model.mamba2.head_dim={options.head_dim} does not divide the inner width: "
-            f"model.mamba2.expand * model.dim = {options.expand:g} * {args.dim}"
+            f"model.mamba2.head_dim={own.head_dim} does not divide the inner width: "
+            f"model.mamba2.expand * model.dim = {own.expand:g} * {shared.dim}"
         )
-    if n_heads % options.n_groups:
+    if n_heads % own.n_groups:
         raise UserError(
-            f"model.mamba2.n_groups={options.n_groups} does not divide the {int(n_heads)} heads "
+            f"model.mamba2.n_groups={own.n_groups} does not divide the {int(n_heads)} heads "
             "(expand * dim / head_dim)"
         )
-    return int(n_heads), options.n_groups
+    return int(n_heads), own.n_groups

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,14 @@ from apps.LT2.kernel.nsa import (
     native_sparse_attention_step,
 )
 from apps.LT2.mixers.attention import Attention, AttentionCache, append, rotate_heads, visible_pairs
-from apps.LT2.mixers.base import Extension, Mixer, cache_positions, cache_rows, known_past
+from apps.LT2.mixers.base import (
+    Extension,
+    Mixer,
+    MixerArgs,
+    cache_positions,
+    cache_rows,
+    known_past,
+)
 from lingua.errors import UserError
 from lingua.transformer import (
     check_rotary_width,
@@ -44,9 +50,6 @@ from lingua.transformer import (
     joint_linear,
     resolve_heads,
 )
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 MIN_GROUP = 16  # query heads for a key/value head: rows of a tensor core's tile
 
@@ -71,23 +74,23 @@ class NativeSparseAttention(Mixer):
     reads = Attention.reads - {"gated_attn"}  # its branches have gates of their own
     zero_at_start = ("wg.weight",)
 
-    def __init__(self, args: LoopedTransformerArgs):
-        super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = grouped_heads(args)
+    def __init__(self, shared: MixerArgs, own: NSAArgs):
+        super().__init__(shared, own)
+        self.n_heads, self.n_kv_heads, self.head_dim = grouped_heads(shared)
         check_rotary_width(self.head_dim)
-        check_attention_impl(args.attn_impl, windowed=True)
-        check_sizes("model.nsa", args.nsa, "block_size", "window_size")
-        if args.nsa.n_blocks < ALWAYS_CHOSEN:
+        check_attention_impl(shared.attn_impl, windowed=True)
+        check_sizes("model.nsa", own, "block_size", "window_size")
+        if own.n_blocks < ALWAYS_CHOSEN:
             raise UserError(
-                f"model.nsa.n_blocks={args.nsa.n_blocks} must be at least {ALWAYS_CHOSEN}: the "
+                f"model.nsa.n_blocks={own.n_blocks} must be at least {ALWAYS_CHOSEN}: the "
                 "first block, the query's own and the one before it are always chosen"
             )
-        self.nsa, self.rope_theta, self.attn_impl = args.nsa, args.rope_theta, args.attn_impl
-        self.wq = nn.Linear(args.dim, self.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wg = nn.Linear(args.dim, 3 * self.n_heads, bias=False)  # three gates a head
-        self.wo = nn.Linear(self.n_heads * self.head_dim, args.dim, bias=False)
+        self.nsa, self.rope_theta, self.attn_impl = own, shared.rope_theta, shared.attn_impl
+        self.wq = nn.Linear(shared.dim, self.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(shared.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(shared.dim, self.n_kv_heads * self.head_dim, bias=False)
+        self.wg = nn.Linear(shared.dim, 3 * self.n_heads, bias=False)  # three gates a head
+        self.wo = nn.Linear(self.n_heads * self.head_dim, shared.dim, bias=False)
 
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
@@ -228,15 +231,15 @@ class NativeSparseAttention(Mixer):
         return self.wo(o_BTHK.flatten(2))
 
 
-def grouped_heads(args: LoopedTransformerArgs) -> tuple[int, int, int]:
+def grouped_heads(shared: MixerArgs) -> tuple[int, int, int]:
     """(query heads, key/value heads, head width) of nsa; UserError where groups are too small."""
-    n_heads, n_kv_heads, head_dim = resolve_heads(args)
+    n_heads, n_kv_heads, head_dim = resolve_heads(shared)
     if n_heads < MIN_GROUP:
         raise UserError(
             f"model.n_heads={n_heads}: nsa needs at least {MIN_GROUP} query heads for each "
             f"key/value head; use n_heads={MIN_GROUP} with n_kv_heads=1 (and model.head_dim)"
         )
-    if args.n_kv_heads is None:
+    if shared.n_kv_heads is None:
         if n_heads % MIN_GROUP:
             raise UserError(
                 f"model.n_kv_heads=null is n_heads / {MIN_GROUP} for nsa, and {MIN_GROUP} does not "

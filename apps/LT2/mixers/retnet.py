@@ -10,18 +10,15 @@ width, V value width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.simple_gla import simple_gla, simple_gla_step
+from apps.LT2.mixers.base import MixerArgs
 from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
 from apps.LT2.mixers.parts import GatedRMSNorm
 from lingua.transformer import check_rotary_width, init_linear, rotary_angles, rotate_pairs
-
-if TYPE_CHECKING:
-    from apps.LT2.transformer import LoopedTransformerArgs
 
 
 @dataclass
@@ -38,18 +35,18 @@ class RetNet(LinearMixer):
     uses_positions = True
     conv = None
 
-    def __init__(self, args: LoopedTransformerArgs):
-        super().__init__()
-        self.n_heads, self.key_dim, self.value_dim = head_shape(args, "retnet")
+    def __init__(self, shared: MixerArgs, own: RetNetArgs):
+        super().__init__(shared, own)
+        self.n_heads, self.key_dim, self.value_dim = head_shape(shared, own, "model.retnet")
         check_rotary_width(self.key_dim, option="model.retnet.head_dim")
-        self.rope_theta = args.rope_theta
+        self.rope_theta = shared.rope_theta
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
-        self.wq = nn.Linear(args.dim, keys, bias=False)
-        self.wk = nn.Linear(args.dim, keys, bias=False)
-        self.wv = nn.Linear(args.dim, values, bias=False)
-        self.wg = nn.Linear(args.dim, values, bias=False)  # output gate
-        self.wo = nn.Linear(values, args.dim, bias=False)
-        self.norm = GatedRMSNorm(self.value_dim, args.norm_eps)
+        self.wq = nn.Linear(shared.dim, keys, bias=False)
+        self.wk = nn.Linear(shared.dim, keys, bias=False)
+        self.wv = nn.Linear(shared.dim, values, bias=False)
+        self.wg = nn.Linear(shared.dim, values, bias=False)  # output gate
+        self.wo = nn.Linear(values, shared.dim, bias=False)
+        self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps)
 
     def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
         return (self.wq, self.wk, self.wv), (self.wg,)

@@ -18,7 +18,7 @@ def make(**deltanet) -> DeltaNet:
     args = LoopedTransformerArgs(
         dim=16, n_heads=2, norm_eps=1e-3, vocab_size=8, deltanet=DeltaNetArgs(**deltanet)
     )
-    layer = DeltaNet(args)
+    layer = DeltaNet(args, args.deltanet)
     layer.reset_parameters(None, 1.0)
     with torch.no_grad():
         for p in layer.parameters():

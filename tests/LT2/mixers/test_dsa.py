@@ -25,7 +25,7 @@ SHAPE = {"dim": DIM, "n_layers": 1, "n_heads": 2, "vocab_size": 8}
 def make(top_k=5, *, n_index_heads=3, index_head_dim=8, warmup_steps=0, **shape):
     torch.manual_seed(0)
     dsa = DSAArgs(top_k, n_index_heads, index_head_dim, warmup_steps)
-    mixer = SparseAttention(LoopedTransformerArgs(**(SHAPE | shape), dsa=dsa))
+    mixer = SparseAttention(LoopedTransformerArgs(**(SHAPE | shape)), dsa)
     mixer.reset_parameters(None, 1.0)
     if mixer.wg is not None:
         torch.nn.init.normal_(mixer.wg.weight)

@@ -19,7 +19,7 @@ def make(**gdn) -> GatedDeltaNet:
     args = LoopedTransformerArgs(
         dim=16, n_heads=2, norm_eps=1e-3, vocab_size=8, gdn=GatedDeltaNetArgs(**gdn)
     )
-    layer = GatedDeltaNet(args)
+    layer = GatedDeltaNet(args, args.gdn)
     layer.reset_parameters(None, 1.0)
     with torch.no_grad():
         for p in layer.parameters():

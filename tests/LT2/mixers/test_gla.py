@@ -16,7 +16,7 @@ from tests.tolerances import FP32, assert_same
 def make(**gla) -> GatedLinearAttention:
     torch.manual_seed(0)
     args = LoopedTransformerArgs(dim=16, n_heads=2, norm_eps=1e-3, gla=GLAArgs(**gla))
-    layer = GatedLinearAttention(args)
+    layer = GatedLinearAttention(args, args.gla)
     layer.reset_parameters(None, 1.0)
     with torch.no_grad():
         for p in layer.parameters():

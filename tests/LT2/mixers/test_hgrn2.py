@@ -16,7 +16,7 @@ from tests.tolerances import FP32, assert_same
 def make(**hgrn2) -> HGRN2:
     torch.manual_seed(0)
     args = LoopedTransformerArgs(dim=16, n_heads=2, norm_eps=1e-3, hgrn2=HGRN2Args(**hgrn2))
-    layer = HGRN2(args)
+    layer = HGRN2(args, args.hgrn2)
     layer.reset_parameters(None, 1.0)
     with torch.no_grad():
         for p in layer.parameters():

@@ -17,7 +17,7 @@ from tests.tolerances import FP32, assert_same
 def make(**mamba2) -> Mamba2:
     torch.manual_seed(0)
     args = LoopedTransformerArgs(dim=16, norm_eps=1e-3, mamba2=Mamba2Args(**mamba2))
-    layer = Mamba2(args)
+    layer = Mamba2(args, args.mamba2)
     layer.reset_parameters(None, 1.0)
     with torch.no_grad():
         for p in layer.parameters():

@@ -22,7 +22,8 @@ def model_args(**changes) -> LoopedTransformerArgs:
 
 def make(**changes) -> NativeSparseAttention:
     torch.manual_seed(0)
-    layer = NativeSparseAttention(model_args(**changes))
+    args = model_args(**changes)
+    layer = NativeSparseAttention(args, args.nsa)
     layer.reset_parameters(None, 1.0)
     with torch.no_grad():
         layer.wg.weight.normal_(std=0.3)

@@ -18,7 +18,7 @@ def make(**retnet) -> RetNet:
     args = LoopedTransformerArgs(
         dim=16, n_heads=2, norm_eps=1e-3, rope_theta=500.0, retnet=RetNetArgs(**retnet)
     )
-    layer = RetNet(args)
+    layer = RetNet(args, args.retnet)
     layer.reset_parameters(None, 1.0)
     with torch.no_grad():
         for p in layer.parameters():
