@@ -6,9 +6,9 @@
 
 Options before `--` are stool's own; those after it are the script's and win over the config. The
 config is checked against the script's TrainArgs before anything is written; a script may check more
-by a function `validate_before_submit(args, world_size)`, and say by `paths_read(args)`, pairs
-of option and path, what `override` may not delete. With dry_run=true what would be written,
-deleted and run is shown, and no more. Else `dump_dir` gets
+by a function `validate_before_submit(args, world_size)`. A function `input_paths(args)` may map
+options to paths that the run reads; `override` does not rename a folder that contains one. With
+dry_run=true stool only shows what it would write, rename and run. Else `dump_dir` gets
 
     code/               what git tracks or does not ignore; the job runs this copy
     code_version.json   the commit, and whether files differed from it
@@ -50,7 +50,6 @@ from lingua.slurm.dry_run import show
 from lingua.slurm.plan import (
     LOGS,
     RunPlan,
-    check_not_read,
     import_script,
     parse_run_args,
     plan_run,
@@ -156,9 +155,6 @@ def plan_sweep(args: StoolArgs, runs: dict[str, Options]) -> tuple[str, Path, li
             own["name"] = f"{name}_{label}"
         overrides = [*args.overrides, *as_arguments({**options, **own})]
         plans.append(plan_run(replace(args, overrides=overrides)))
-    if args.override:  # nor what another of the runs reads
-        there = [plan.job.dump_dir for plan in plans if plan.job.dump_dir.exists()]
-        check_not_read(there, (read for plan in plans for read in plan.reads))
     return name, folder, plans
 
 

@@ -16,7 +16,6 @@ and a line each into metrics.eval.jsonl and metrics.validation.jsonl of `metric_
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from apps.LT2.inference.load import (
     find_checkpoint,
     read_config,
 )
-from apps.LT2.input_paths import InputPath, read_by_evaluation, with_files
 from lingua.args import parse_args
 from lingua.checkpointing.folder import is_checkpoint
 from lingua.distributed import get_is_master, setup_torch_distributed
@@ -109,9 +107,9 @@ def validate_before_submit(args: EvalArgs, world_size: int) -> None:
         find_tasks(args.harness)
 
 
-def paths_read(args: EvalArgs) -> Iterator[InputPath]:
-    """What stool asks, too: what it may not delete."""
-    return with_files(read_by_evaluation(args))
+def input_paths(args: EvalArgs) -> dict[str, str | None]:
+    """Map options to the paths that are read; stool's override leaves them in place."""
+    return {"ckpt_dir": args.ckpt_dir, "tokenizer_path": args.tokenizer_path}
 
 
 def main(argv: list[str]) -> None:

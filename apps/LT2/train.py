@@ -22,7 +22,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from apps.LT2.flops import count_parameters, train_flops_per_token
-from apps.LT2.input_paths import InputPath, read_by_training, with_files
 from apps.LT2.mixers import MIXERS
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
@@ -331,9 +330,14 @@ def validate_before_submit(args: TrainArgs, world_size: int) -> None:
     validate_train_args(args, world_size=world_size)
 
 
-def paths_read(args: TrainArgs) -> Iterator[InputPath]:
-    """What stool asks, too: what it may not delete."""
-    return with_files(read_by_training(args))
+def input_paths(args: TrainArgs) -> dict[str, str | Path | None]:
+    """Map options to the paths that the run reads; stool's override leaves them in place."""
+    root = args.data.root_dir or ""
+    return {
+        "checkpoint.init_ckpt_path": args.checkpoint.init_ckpt_path,
+        "data.tokenizer.path": args.data.tokenizer.path,
+        **{f"data.sources.{source}": Path(root, source) for source in args.data.sources},
+    }
 
 
 def main(argv: list[str]) -> None:

@@ -14,7 +14,6 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -39,24 +38,16 @@ def hold_folders(folders: Mapping[str, str | os.PathLike]) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Holder:
-    folder: Path
-    who: str  # as it wrote itself into the folder: process and host
-    is_certain: bool  # False where locks cannot be asked for: it may have ended since
+def find_holder(folder: Path) -> str | None:
+    """Return the process and host that hold the folder; None if it is free or cannot be locked.
 
-
-def find_holder(folder: Path) -> Holder | None:
-    """Another process that holds the folder, or one below it; nothing is written.
-
-    What a process has left that ended holds nothing. Not for a folder that this process holds.
+    Write nothing. Not for a folder that this process holds: closing the file would release it.
     """
-    for parent, _, files in os.walk(folder):
-        if LOCK_NAME in files:
-            holder = _holder(Path(parent))
-            if holder is not None:
-                return holder
-    return None
+    try:
+        with open(folder / LOCK_NAME, "r+", encoding="utf-8") as file:
+            return None if _lock(file) else file.read().strip() or "unknown"
+    except OSError:
+        return None
 
 
 def make_writable(option: str, folder: Path) -> None:
@@ -88,20 +79,6 @@ def _told(option: str, folder: str | os.PathLike) -> Iterator[None]:
 def _try(folder: Path) -> None:
     with tempfile.TemporaryFile(dir=folder) as file:  # has no name where the system can do without
         file.write(b"x")
-
-
-def _holder(folder: Path) -> Holder | None:
-    who = "unknown"
-    try:
-        with open(folder / LOCK_NAME, encoding="utf-8") as file:
-            who = file.read().strip() or who
-        with open(folder / LOCK_NAME, "r+", encoding="utf-8") as file:
-            is_free = _lock(file)
-    except FileNotFoundError:
-        return None
-    except OSError:
-        return Holder(folder, who, is_certain=False)
-    return None if is_free else Holder(folder, who, is_certain=True)
 
 
 def _lock(file: IO[str]) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lingua.args import print_text
 from lingua.slurm.code import code_to_copy, code_version
-from lingua.slurm.plan import LOGS, RunPlan, is_free, run_files
+from lingua.slurm.plan import LOGS, RunPlan, is_free, old_name, run_files
 from lingua.sweep import RECORD
 
 
@@ -21,7 +21,7 @@ def describe(plans: Sequence[RunPlan], action: str, sweep: Path | None) -> Itera
     """Lines of text, one for each run of a sweep, and what is alike in them once."""
     first = plans[0]
     texts = run_files(first)
-    yield "stool: a dry run: nothing is written, deleted or run"
+    yield "stool: a dry run: nothing is written, renamed or run"
     if first.job.args.copy_code:
         each = " for each run" if len(plans) > 1 else ""
         code = describe_code(first.root, without=sweep or first.job.dump_dir)
@@ -52,14 +52,7 @@ def describe_folder(plan: RunPlan, names: Sequence[str]) -> Iterator[str]:
     args, folder = plan.job.args, plan.job.dump_dir
     is_new = is_free(folder)
     if args.override and not is_new:
-        n_files, n_bytes = size(folder)
-        yield f"stool: would delete all in {folder}: {n_files} files, {n_bytes / 1e9:.3g} GB"
+        yield f"stool: would rename {folder} to {old_name(folder)}"
     goes_on = "" if is_new or args.override else ", and leave what else is there"
     written = ", ".join([*(["code/"] if args.copy_code else []), *names])
     yield f"stool: would write to {folder}{goes_on}: {written}"
-
-
-def size(folder: Path) -> tuple[int, int]:
-    """Files in a folder, and their bytes."""
-    files = [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    return len(files), sum(os.lstat(file).st_size for file in files)

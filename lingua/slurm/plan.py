@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,6 @@ from lingua.slurm.code import CODE_VERSION, code_version, snapshot_code, version
 from lingua.slurm.script import Job, StoolArgs, render_submit
 
 RUN_MARKS = ("base_config.yaml", "config.yaml", "submit.slurm")  # what tells a run's folder
-OWN_MARKS = ("base_config.yaml", "submit.slurm")  # of these no other program makes one
 LOGS = "logs"
 
 
@@ -34,7 +34,6 @@ class RunPlan:
     job: Job
     config: str | Mapping[str, Any]  # as it was given: the text of a YAML file, or a mapping
     root: Path  # of the code
-    reads: Sequence[tuple[str, Path]]  # (option, file or folder)
 
 
 def plan_run(args: StoolArgs) -> RunPlan:
@@ -45,12 +44,10 @@ def plan_run(args: StoolArgs) -> RunPlan:
     run_args = read_run_args(args, module)
     check_launcher(args)
     job = plan_job(args, module, run_args)
-    reads = paths_read(job, module, run_args)
-    check_dump_dir(job, reads)
-    # Read now: the folder that is deleted may hold it.
+    check_dump_dir(job, read_inputs(job, module, run_args))
     is_given = isinstance(args.config, Mapping)
     config = args.config if is_given else Path(args.config).read_text(encoding="utf-8")
-    return RunPlan(job, config, code_root(args.script, module), reads)
+    return RunPlan(job, config, code_root(args.script, module))
 
 
 # ---- checks
@@ -127,18 +124,6 @@ def parse_run_args(args: StoolArgs, module: ModuleType) -> Any:
     return run_args
 
 
-def paths_read(job: Job, module: ModuleType, run_args: Any) -> list[tuple[str, Path]]:
-    """(option, path) of what the job needs and may be there already."""
-    by_script = getattr(module, "paths_read", lambda run_args: [])(run_args)
-    return [
-        ("script", code_root(job.args.script, module)),
-        ("script", Path(str(module.__file__))),
-        ("anaconda", job.python),
-        ("anaconda", job.python.parent),  # its python is a link
-        *by_script,
-    ]
-
-
 def code_root(script: str, module: ModuleType) -> Path:
     """The folder that `python -m script` is called from."""
     assert module.__file__, f"{script} has no file"
@@ -182,107 +167,61 @@ def time_limit(args: StoolArgs) -> str:
     return {"infinite": "UNLIMITED"}.get(limits[0], limits[0]) if limits else ""
 
 
-def check_dump_dir(job: Job, reads: Iterable[tuple[str, Path]]) -> None:
-    """Refuse a dump_dir that cannot be written or that a run holds, and see check_may_use."""
+def check_dump_dir(job: Job, inputs: Mapping[str, Path]) -> None:
+    """Refuse a dump_dir that cannot be written, is in use, or may not be reused or renamed."""
     folder = job.dump_dir
-    for option, text in (("dump_dir", str(folder)), ("name", job.name)):
-        if not text.isprintable():  # a line of submit.slurm would end in it
-            raise UserError(f"{option}={text!r}: has a line break, or such; use plain characters")
     try:
-        check_may_use(job, reads)
+        check_may_use(job, inputs)
         check_writable("dump_dir", folder)
-        check_not_held(job)
+        holder = find_holder(folder)
     except OSError as error:
-        raise UserError(f"dump_dir={folder}: cannot be looked into ({error.strerror})") from None
+        raise UserError(f"dump_dir={folder}: cannot be read ({error.strerror})") from None
+    if holder is not None:
+        raise UserError(
+            f"dump_dir={folder}: another run writes there ({holder}); wait for it, stop it, or "
+            "name another folder (to continue it when it ends: sbatch --dependency=afterany:"
+            f"<its id> {shlex.quote(str(job.script))})"
+        )
 
 
-def check_may_use(job: Job, reads: Iterable[tuple[str, Path]]) -> None:
-    """Refuse a dump_dir that holds something, unless it may be used as it is, or deleted."""
+def check_may_use(job: Job, inputs: Mapping[str, Path]) -> None:
+    """Refuse a dump_dir with files, unless the run may continue in it or may rename it."""
     folder = job.dump_dir
     if is_free(folder):
         return
     if not folder.is_dir():
         raise UserError(f"dump_dir={folder}: is a file; name a folder")
     if job.args.override:
-        check_may_delete(folder, [job.workdir, Path.home(), Path(__file__).resolve()])
-        check_not_read([folder], reads)
+        check_not_read(folder, inputs)
     elif not job.args.dirs_exists_ok:
         raise UserError(
-            f"dump_dir={folder}: exists; name another, go on with it by dirs_exists_ok=true, "
-            "or delete it by override=true"
+            f"dump_dir={folder}: exists; name another, continue its run with dirs_exists_ok=true, "
+            "or rename it with override=true"
         )
 
 
-def check_may_delete(folder: Path, in_use: Sequence[Path]) -> None:
-    option = f"override=true dump_dir={folder}"
-    if any(path.is_relative_to(folder.resolve()) for path in in_use):
-        raise UserError(f"{option}: holds more than a run; not deleted")
-    if not any((folder / mark).exists() for mark in OWN_MARKS):
-        raise UserError(
-            f"{option}: does not look like a run (none of {', '.join(OWN_MARKS)} in it); delete it "
-            "yourself or name another"
-        )
-    for below in folders_in(folder):
-        # half a deletion helps nobody
-        if not os.access(below, os.R_OK | os.W_OK | os.X_OK):
-            raise UserError(f"{option}: {below} may not be written, and so not be deleted")
-        if (below / ".git").exists():
-            raise UserError(f"{option}: {below} is a git repository; not deleted")
-        if below != folder and is_trained(below):
-            raise UserError(f"{option}: {below} is another run; not deleted")
+def read_inputs(job: Job, module: ModuleType, run_args: Any) -> dict[str, Path]:
+    """Map options to the paths that the run reads."""
+    given = {"script": code_root(job.args.script, module), "anaconda": job.python}
+    if not isinstance(job.args.config, Mapping):
+        given["config"] = job.args.config
+    given |= getattr(module, "input_paths", lambda run_args: {})(run_args)
+    return {option: Path(path) for option, path in given.items() if path}
 
 
-def is_trained(folder: Path) -> bool:
-    """Whether it is a run's, and not that of an evaluation, which a run may have below."""
-    return (folder / "checkpoints").exists() and any((folder / m).exists() for m in OWN_MARKS)
-
-
-def check_not_read(folders: Sequence[Path], reads: Iterable[tuple[str, Path]]) -> None:
-    """Refuse to delete the folders where one holds what is read: its name, or, behind links, what
-    that leads to."""
-    places = [(folder, os.path.abspath(folder), os.path.realpath(folder)) for folder in folders]
-    for path, option in {path: option for option, path in reads}.items():
-        named, behind_links = Path(os.path.abspath(path)), Path(os.path.realpath(path))
-        for folder, name, place in places:
-            if named.is_relative_to(name) or behind_links.is_relative_to(place):
+def check_not_read(folder: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse to rename a folder that contains an input of the new run."""
+    for option, path in inputs.items():
+        for place in (os.path.abspath, os.path.realpath):  # the path itself, and behind links
+            if Path(place(path)).is_relative_to(place(folder)):
                 raise UserError(
-                    f"override=true dump_dir={folder}: would delete what {option} reads ({path}); "
-                    "name another dump_dir"
+                    f"override=true dump_dir={folder}: would rename the folder that contains "
+                    f"{option}={path}; name another dump_dir"
                 )
 
 
-def folders_in(folder: Path) -> Iterator[Path]:
-    """The folder and those below it, one that may not be looked into among them; no links."""
-    yield folder
-    for parent, names, _ in os.walk(folder):
-        below = (Path(parent, name) for name in names)
-        yield from (path for path in below if not path.is_symlink())
-
-
-def check_not_held(job: Job) -> None:
-    """Refuse to delete, or to put other code and another config under, a run that goes on."""
-    holder = find_holder(job.dump_dir)
-    if holder is None:
-        return
-    option = "override" if job.args.override else "dirs_exists_ok"
-    said = f"{option}=true dump_dir={job.dump_dir}:"
-    if holder.is_certain:
-        submit = shlex.quote(str(job.script))
-        raise UserError(
-            f"{said} a run writes to {holder.folder} ({holder.who}); wait for it, stop it, or name "
-            f"another folder (a job that goes on after it: sbatch --dependency=afterany:<its id> "
-            f"{submit})"
-        )
-    if job.args.override:
-        raise UserError(
-            f"{said} there is no telling whether a run still writes to {holder.folder} (the last: "
-            f"{holder.who}), as its {LOCK_NAME} cannot be locked here; delete the folder yourself "
-            "or name another"
-        )
-
-
 def is_free(folder: Path) -> bool:
-    """Whether nothing is there, or nothing but what a process that held it has left."""
+    """Whether the folder is missing, or holds nothing but a lock file."""
     if not folder.exists():
         return True
     return folder.is_dir() and all(path.name == LOCK_NAME for path in folder.iterdir())
@@ -292,38 +231,36 @@ def is_free(folder: Path) -> bool:
 
 
 def write_run(plan: RunPlan, without: Path | None = None) -> Path:
-    """The run's folder; the path of its submit.slurm. `without` is no part of the code, nor is the
-    folder itself."""
-    make_writable("dump_dir", plan.job.dump_dir)
-    with hold_folders({"dump_dir": plan.job.dump_dir}):
-        check_may_use(plan.job, plan.reads)  # another stool may have been faster
-        try:
-            if plan.job.args.override:
-                empty_run_folder(plan.job.dump_dir)
-            return fill_run_folder(plan, without or plan.job.dump_dir)
-        except OSError as error:
-            if is_machine_fault(error):
-                raise
-            raise UserError(f"dump_dir={plan.job.dump_dir}: cannot be written: {error}") from None
+    """Write the run's folder and return the path of its submit.slurm.
 
-
-def empty_run_folder(folder: Path) -> None:
-    """Delete a run, but for its lock, which is held meanwhile.
-
-    What tells a run goes last: a deletion that is cut off can be asked for again.
+    Leave `without`, by default the run's folder, out of the copied code.
     """
-    for path in sorted(folder.iterdir(), key=lambda path: path.name in OWN_MARKS):
-        if path.name == LOCK_NAME:
-            continue
-        try:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        except OSError as error:
-            raise UserError(
-                f"override=true dump_dir={folder}: {path} cannot be deleted ({error.strerror})"
-            ) from None
+    folder = plan.job.dump_dir
+    try:
+        if plan.job.args.override and not is_free(folder):
+            rename_old(folder)
+        make_writable("dump_dir", folder)
+        with hold_folders({"dump_dir": folder}):
+            check_may_use(plan.job, {})  # another stool may have been faster
+            return fill_run_folder(plan, without or folder)
+    except OSError as error:
+        if is_machine_fault(error):
+            raise
+        raise UserError(f"dump_dir={folder}: cannot be written: {error}") from None
+
+
+def rename_old(folder: Path) -> None:
+    """Rename the folder of an older run to a free name."""
+    with hold_folders({"dump_dir": folder}):
+        target = old_name(folder)
+        folder.rename(target)
+    print(f"stool: renamed {folder} to {target}", flush=True)
+
+
+def old_name(folder: Path) -> Path:
+    """Return the first free name of <folder>.old-1, <folder>.old-2, ..."""
+    names = (folder.with_name(f"{folder.name}.old-{n}") for n in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def fill_run_folder(plan: RunPlan, without: Path) -> Path:

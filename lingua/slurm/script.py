@@ -20,7 +20,7 @@ class StoolArgs:
     script: str = "apps.LT2.train"  # module to run, with a TrainArgs that says which options it has
     copy_code: bool = True  # run a copy of the code in dump_dir/code; false runs the code as it is
     dirs_exists_ok: bool = False  # launch into a dump_dir that exists, to go on with its run
-    override: bool = False  # delete a dump_dir that exists, checkpoints included, and start anew
+    override: bool = False  # rename a dump_dir that exists to <dump_dir>.old-<n>, and start over
     dry_run: bool = False  # check all and show what would be written and run; nothing is touched
     nodes: int = -1  # machines; required
     ngpu: int = 8  # GPUs on each node, one process each

@@ -20,7 +20,6 @@ SCRIPT = """
 from __future__ import annotations
 import json, os, sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from lingua.args import parse_args
 from lingua.errors import UserError, run_cli
 from project.{name}.helper import WORD
@@ -41,8 +40,8 @@ def validate_before_submit(args, world_size):
     if world_size > 64:
         raise UserError(f"nodes: {{world_size}} processes are too many")
 
-def paths_read(args):
-    return [("corpus", Path(args.corpus))] if args.corpus else []
+def input_paths(args):
+    return {{"corpus": args.corpus}}
 
 def main(argv):
     args = parse_args(TrainArgs, argv, prog="tiny")

@@ -190,7 +190,7 @@ def test_a_dry_run_shows_all_and_touches_nothing(project, args, slurm, capfd, ch
     code = re.search(r"would copy (\d+) files of code, (\S+) MB, from .* \(commit .*\): (.*)", out)
     assert files is not None and code is not None and len(out.splitlines()) < 45
     assert code[3] == "project/, 2 files beside them" and 1e-4 < float(code[2]) < 0.01
-    assert ("would delete all in" in out) == ("override" in change)
+    assert ("would rename" in out) == ("override" in change)
     assert ("leave what else is there" in out) == ("dirs_exists_ok" in change)
     assert f"stool: would run: sbatch --dependency=afterok:7 '{dump_dir}/submit.slurm'" in out
 
@@ -242,8 +242,6 @@ def test_without_a_copy_the_code_runs_as_it_is(project, args):
         (dict(overrides=["optim.lrr=1"]), "optim.lrr"),
         (dict(overrides=["steps=many"]), "steps"),
         (dict(overrides=["dump_dir="]), "dump_dir is empty"),
-        (dict(overrides=["dump_dir=runs/a\nb"]), "dump_dir=.*line break"),
-        (dict(overrides=["name=a\nb"]), r"name='a\\nb': has a line break"),
         (dict(config="absent.yaml"), "absent.yaml"),
         (dict(config=None), "config is not set"),
         (dict(config={"dump_dir": "x", "stepss": 1}), "stepss"),
@@ -256,7 +254,7 @@ def test_without_a_copy_the_code_runs_as_it_is(project, args):
         (dict(script=""), "script=: is no module"),
         (dict(config="."), "config=.: not readable: .*directory"),
         (dict(overrides=["dump_dir=run.yaml"]), "dump_dir=.*run.yaml: is a file"),
-        (dict(overrides=[f"dump_dir={'x' * 300}"]), "cannot be looked into .File name too long"),
+        (dict(overrides=[f"dump_dir={'x' * 300}"]), "dump_dir=.*File name too long"),
         (dict(nodes=-1), "nodes=-1"),
         (dict(nodes=2), "launcher=bash nodes=2"),
         (dict(ngpu=65), "65 processes are too many"),

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,7 +12,6 @@ from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval
 from apps.LT2.evaluation.validation import check_validation_sources
 from apps.LT2.inference.load import check_kernels
-from apps.LT2.input_paths import read_by_training
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.parallel import check_tensor_parallel
 from apps.LT2.training.unused_options import check_unused_options
@@ -76,7 +72,6 @@ def validate_train_args(
     """
     if not args.dump_dir:
         raise UserError("dump_dir is empty: name a folder for the run, e.g. dump_dir=runs/debug")
-    check_names(args)
     for name in ("steps", "grad_acc_steps", "gc_collect_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"{name}={getattr(args, name)} must be at least 1")
@@ -141,17 +136,6 @@ def validate_train_args(
     if not CheckpointManager(checkpoint).existing_saves:
         check_init(checkpoint)
     return replace(args, distributed=distributed, model=model, data=data, checkpoint=checkpoint)
-
-
-def check_names(args: TrainArgs) -> None:
-    """Refuse paths that no file can have, wherever they would be looked at."""
-    written = [("dump_dir", args.dump_dir), ("checkpoint.path", args.checkpoint.path or "")]
-    for option, path in chain(written, read_by_training(args)):
-        try:
-            os.lstat(path)
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                raise UserError(f"{option}={path}: {error.strerror}") from None
 
 
 def check_model(model: LoopedTransformerArgs, tp_size: int) -> None:

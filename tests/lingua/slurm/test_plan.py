@@ -1,10 +1,8 @@
-"""The folder of a run: what a launch may write there and delete, and what it may not."""
+"""The folder of a run: when a launch uses it, renames it, or refuses it."""
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,68 +10,57 @@ from pathlib import Path
 
 import pytest
 
+import apps.LT2.eval as evaluation
+import apps.LT2.train as training
 import lingua.slurm.plan as run_plan
+from apps.LT2.evaluation.args import EvalArgs
+from apps.LT2.training.args import TrainArgs
+from lingua.checkpoint import CheckpointArgs
+from lingua.dataloader.args import DataArgs
 from lingua.errors import UserError
-from lingua.files.lock import Holder
 from lingua.stool import launch_job
 from tests.lingua.stool_utils import files_below, held, without_root_powers
 
 REPOSITORY = Path(__file__).parents[3]
 
 
-def test_a_dump_dir_that_exists_is_only_used_when_told_so(project, args):
+def test_a_dump_dir_that_exists_is_used_or_renamed_only_on_request(project, args):
     dump_dir = project / "runs" / "a b"
     launch_job(args)
     (dump_dir / "metrics.jsonl").write_text("kept")
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(UserError, match="dump_dir=.* exists"):
         launch_job(args)
     launch_job(replace(args, dirs_exists_ok=True))
     assert (dump_dir / "metrics.jsonl").read_text() == "kept"
-    # the config may lie in the folder that is deleted
-    launch_job(replace(args, override=True, config=str(dump_dir / "base_config.yaml")))
-    assert not (dump_dir / "metrics.jsonl").exists()
-    assert (dump_dir / "base_config.yaml").read_text() == (project / "run.yaml").read_text()
+    for n in (1, 2):
+        launch_job(replace(args, override=True))
+        assert not (dump_dir / "metrics.jsonl").exists()
+        assert (project / "runs" / f"a b.old-{n}" / "base_config.yaml").exists()
+    assert (project / "runs" / "a b.old-1" / "metrics.jsonl").read_text() == "kept"
 
 
-@pytest.mark.parametrize(
-    "option, held_below", [("override", ""), ("override", "checkpoints"), ("dirs_exists_ok", "")]
-)
-def test_a_run_that_goes_on_keeps_its_folder(project, args, option, held_below):
+@pytest.mark.parametrize("option", ["override", "dirs_exists_ok"])
+def test_a_running_run_keeps_its_folder(project, args, option):
     dump_dir = project / "runs" / "a b"
     launch_job(args)
-    (dump_dir / "checkpoints").mkdir()
-    (dump_dir / "checkpoints" / "weights").write_text("kept")
+    (dump_dir / "weights").write_text("kept")
     (dump_dir / "code" / "edited").write_text("kept")
     (project / "linked").symlink_to(dump_dir)
     again = replace(args, **{option: True})
-    with held(dump_dir / held_below) as pid:
+    with held(dump_dir) as pid:
         for name in ("runs/a b", "linked"):
-            said = rf"{option}=true dump_dir=.*{name}: a run writes to .*process {pid} on .*wait"
-            with pytest.raises(UserError, match=said):
+            with pytest.raises(UserError, match=rf"dump_dir=.*{name}: .*process {pid} on "):
                 launch_job(replace(again, overrides=[f"dump_dir={name}"]))
-        assert (dump_dir / "checkpoints" / "weights").exists()
-        assert (dump_dir / "code" / "edited").exists()
-    launch_job(replace(again, overrides=["dump_dir=linked"]))  # by its id, the lock is left over
-    assert (dump_dir / "checkpoints" / "weights").exists() == (option == "dirs_exists_ok")
-    assert (project / "linked").is_symlink() and not (dump_dir / "code" / "edited").exists()
+        assert (dump_dir / "weights").exists() and (dump_dir / "code" / "edited").exists()
+    launch_job(again)  # the holder was killed; its lock file is still there
+    assert (dump_dir / "weights").exists() == (option == "dirs_exists_ok")
+    assert not (dump_dir / "code" / "edited").exists()
 
 
-def test_what_may_be_in_use_is_not_deleted(project, args, monkeypatch):
-    launch_job(args)
-    dump_dir = project / "runs" / "a b"
-    (dump_dir / ".lock").write_text("process 1 on elsewhere\n")
-    unknown = Holder(dump_dir, "process 1 on elsewhere", is_certain=False)
-    monkeypatch.setattr(run_plan, "find_holder", lambda _: unknown)
-    with pytest.raises(UserError, match="no telling whether a run still writes .*on elsewhere"):
-        launch_job(replace(args, override=True))
-    assert (dump_dir / "submit.slurm").exists()
-    launch_job(replace(args, dirs_exists_ok=True))  # as a run goes on itself in such a folder
-
-
-def test_of_two_stools_at_once_one_gets_the_folder(project, args, monkeypatch):
+def test_of_two_stools_at_once_one_gets_the_folder(project, args):
     plan = run_plan.plan_run(args)
-    launch_job(replace(args, overrides=["steps=5"]))  # faster, if later
-    with pytest.raises(UserError, match="dump_dir=.*: exists; name another"):
+    launch_job(replace(args, overrides=["steps=5"]))
+    with pytest.raises(UserError, match="dump_dir=.*: exists"):
         run_plan.write_run(plan)
     dump_dir = project / "runs" / "a b"
     assert "steps=5" in (dump_dir / "submit.slurm").read_text()
@@ -82,31 +69,15 @@ def test_of_two_stools_at_once_one_gets_the_folder(project, args, monkeypatch):
     assert "steps=5" in (dump_dir / "submit.slurm").read_text()
 
 
-def test_a_deletion_that_was_cut_off_can_be_asked_for_again(project, args, monkeypatch):
-    launch_job(args)
-    dump_dir = project / "runs" / "a b"
-    with monkeypatch.context() as full, pytest.raises(UserError, match="code cannot be deleted"):
-
-        def rmtree(path):
-            raise OSError(errno.EBUSY, "busy", str(path))
-
-        full.setattr(run_plan.shutil, "rmtree", rmtree)
-        launch_job(replace(args, override=True))
-    launch_job(replace(args, override=True))
-    assert (dump_dir / "code").is_dir()
-
-
 ALLOWED = """
 import sys
 from pathlib import Path
 from lingua.slurm.code import snapshot_code
 from lingua.errors import UserError
 from lingua.files.lock import hold_folders
-from lingua.slurm.plan import check_may_delete
 
 root, run = map(Path, sys.argv[1:])
 for attempt in (
-    lambda: check_may_delete(run, []),
     lambda: hold_folders({"dump_dir": run}).__enter__(),
     lambda: snapshot_code(root, run / "code", without=run),
 ):
@@ -147,8 +118,7 @@ def test_what_may_not_be_read_or_written_is_one_line_and_nothing_is_lost(tmp_pat
     finally:
         for path in (path for path in closed if path.exists()):
             path.chmod(0o755)
-    delete, hold, copy = done.stdout.splitlines()
-    assert delete.endswith(f"{run}/code may not be written, and so not be deleted")
+    hold, copy = done.stdout.splitlines()
     assert hold.startswith(f"dump_dir={run}: cannot write there (Permission denied)")
     if mode == 0:
         assert copy.startswith(f"{root}/new.py: may not be read, and is part of the code")
@@ -156,66 +126,36 @@ def test_what_may_not_be_read_or_written_is_one_line_and_nothing_is_lost(tmp_pat
         assert copy == "done 1" and files_below(run / "code") == {"new.py"}
 
 
-@pytest.mark.parametrize("folder", [".", "..", "data"])
-def test_override_deletes_nothing_but_a_run(project, args, folder):
-    (project / "data").mkdir()
-    (project / "data" / "mine.txt").write_text("")
-    (project / "config.yaml").write_text("")  # as a run has it
-    with pytest.raises(UserError, match="override"):
-        launch_job(replace(args, override=True, overrides=[f"dump_dir={folder}"]))
-    assert (project / "data" / "mine.txt").exists() and (project / "run.yaml").exists()
-
-
-def test_override_deletes_nothing_that_the_run_reads(project, args):
+def test_override_leaves_the_inputs_of_the_run_in_place(project, args):
     launch_job(args)
     run = project / "runs" / "a b"
     (run / "corpus").mkdir()
+    (run / "env" / "bin").mkdir(parents=True)
+    (run / "env" / "bin" / "python").symlink_to(sys.executable)
+    (run / "own.yaml").write_text("dump_dir: runs/a b\n")
     (project / "linked").symlink_to(run / "corpus")
     (project / "beside").mkdir()
     (run / "leads out").symlink_to(project / "beside")
     again = replace(args, override=True)
-    plan = run_plan.plan_run(replace(again, overrides=["corpus=later"]))
-    (project / "later").symlink_to(run / "corpus")
-    with pytest.raises(UserError, match="would delete what corpus reads"):
-        run_plan.write_run(plan)
-    for corpus in ("runs/a b/corpus", "linked", str(run), "runs/a b/leads out"):
-        for dump_dir in ("runs/a b", "runs/../runs/a b"):
-            overrides = [f"corpus={corpus}", f"dump_dir={dump_dir}"]
-            with pytest.raises(UserError, match="would delete what corpus reads"):
-                launch_job(replace(again, overrides=overrides))
-        assert (run / "corpus").exists() and (run / "leads out").exists()
-    # a name is none of a file, and a corpus beside the run stays
-    (project / "loop").symlink_to("loop")
-    launch_job(replace(again, overrides=["corpus=loop"]))
-    (run / "corpus").mkdir()
-    launch_job(replace(again, overrides=["name=runs/a b/corpus", "corpus=beside"]))
-    assert (project / "beside").exists() and not (run / "corpus").exists()
+    corpora = ("runs/a b/corpus", "linked", str(run), "runs/a b/leads out")
+    cases = [("corpus", replace(again, overrides=[f"corpus={corpus}"])) for corpus in corpora]
+    cases += [
+        ("anaconda", replace(again, anaconda=str(run / "env"))),
+        ("config", replace(again, config=str(run / "own.yaml"))),
+        ("script", replace(again, overrides=["dump_dir=."])),
+        ("script", replace(again, overrides=["dump_dir=.."])),
+    ]
+    for option, asked in cases:
+        with pytest.raises(UserError, match=f"override=true dump_dir=.*contains {option}="):
+            launch_job(asked)
+    assert (run / "corpus").is_dir() and not (project / "runs" / "a b.old-1").exists()
+    launch_job(replace(again, overrides=["corpus=beside"]))
+    assert (project / "runs" / "a b.old-1" / "corpus").is_dir()
 
 
-def test_override_deletes_neither_code_nor_environment_nor_repository(project, args):
-    launch_job(args)
-    run, marks = project / "runs" / "a b", ("base_config.yaml", "submit.slurm")
-    (run / "env" / "bin").mkdir(parents=True)
-    (run / "env" / "bin" / "python").symlink_to(sys.executable)
-    with pytest.raises(UserError, match="would delete what anaconda reads"):
-        launch_job(replace(args, override=True, anaconda=str(run / "env")))
-    assert (run / "env").exists()
-
-    for mark in marks:
-        shutil.copy(run / mark, project / "project" / mark)
-    with pytest.raises(UserError, match="would delete what script reads"):
-        launch_job(replace(args, override=True, overrides=["dump_dir=project"]))
-    assert list((project / "project").glob("*/train.py"))
-
-    (project / "env link").symlink_to(run / "env")
-    with pytest.raises(UserError, match="would delete what anaconda reads"):
-        launch_job(replace(args, override=True, anaconda="env link"))
-
-    (run / "thesis" / ".git").mkdir(parents=True)
-    with pytest.raises(UserError, match="thesis is a git repository"):
-        launch_job(replace(args, override=True))
-    shutil.rmtree(run / "thesis")
-    (run / "tuned" / "checkpoints").mkdir(parents=True)
-    shutil.copy(run / marks[0], run / "tuned")
-    with pytest.raises(UserError, match="tuned is another run"):
-        launch_job(replace(args, override=True))
+def test_the_scripts_of_this_repository_name_their_inputs(tmp_path):
+    data, checkpoint = DataArgs("data", {"text": 1.0}), CheckpointArgs(init_ckpt_path="runs/a")
+    inputs = training.input_paths(TrainArgs(data=data, checkpoint=checkpoint))
+    assert inputs["checkpoint.init_ckpt_path"] == "runs/a"
+    assert inputs["data.sources.text"] == Path("data/text")
+    assert evaluation.input_paths(EvalArgs(ckpt_dir="runs/a"))["ckpt_dir"] == "runs/a"
