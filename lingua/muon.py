@@ -25,6 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 from torch.optim import AdamW, Optimizer
 
+from lingua.parallel.tensor_parallel import local_tensor
+
 MOMENTUM_BUFFER = "momentum_buffer"  # a matrix's only state
 ADAMW_RMS = 0.2  # of AdamW's updates, as Moonlight measured it
 # The quintic a x + b x^3 + c x^5, five times, takes singular values of 0.01 to 1 to 0.7 to 1.2.
@@ -91,7 +93,7 @@ class Muon(Optimizer):
             params, [self._momentum(p) for p in params], self.newton_schulz_steps
         )
         for param, update in zip(params, updates, strict=True):
-            part = _own(param)
+            part = local_tensor(param)
             part.mul_(1 - lr * weight_decay)
             part.add_(update.to(part.dtype), alpha=-lr * ADAMW_RMS * math.sqrt(max(param.shape)))
 
@@ -101,16 +103,11 @@ class Muon(Optimizer):
         assert grad is not None
         if MOMENTUM_BUFFER not in state:
             state[MOMENTUM_BUFFER] = torch.zeros_like(grad)
-        momentum = _own(state[MOMENTUM_BUFFER]).mul_(self.momentum).add_(_own(grad))
-        return _for_products(_own(grad).add(momentum, alpha=self.momentum))
+        momentum = local_tensor(state[MOMENTUM_BUFFER]).mul_(self.momentum).add_(local_tensor(grad))
+        return _for_products(local_tensor(grad).add(momentum, alpha=self.momentum))
 
 
 # ---- matrices in parts
-
-
-def _own(matrix: Tensor) -> Tensor:
-    """This rank's part: all of a matrix that is not sharded."""
-    return matrix.to_local() if isinstance(matrix, DTensor) else matrix
 
 
 def _split_dims(matrix: Tensor) -> list[int]:

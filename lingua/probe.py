@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lingua.files.jsonl_log import RecordFile
+from lingua.parallel.tensor_parallel import local_tensor
 
 VERSION = 2
 QUANTILES = [round(0.05 * i, 2) for i in range(1, 20)]
@@ -184,9 +184,7 @@ class _Stats:
     """Statistics of a tensor, computed at once and left on its device until they are asked for."""
 
     def __init__(self, x: Tensor):
-        x = x.detach()
-        if isinstance(x, DTensor):
-            x = x.to_local()
+        x = local_tensor(x.detach())
         self.shape = list(x.shape)
         self.numbers = _numbers(x.reshape(-1)) if x.numel() else None
 

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lingua.errors import UserError
+from lingua.parallel.tensor_parallel import copy_whole
 
 
 class InitStdFactor(Enum):
@@ -121,18 +123,13 @@ def trunc_normal_(tensor: Tensor, std: float) -> Tensor:
     A sharded tensor (DTensor) gets its part of the same draw that one process would make, so a
     seed gives the same model on any number of ranks.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    def draw(t: Tensor) -> Tensor:
-        return nn.init.trunc_normal_(t, std=std, a=-3 * std, b=3 * std)
-
-    if not isinstance(tensor, DTensor):
-        return draw(tensor)
-    local = tensor.to_local()
-    full = draw(torch.empty(tensor.shape, dtype=tensor.dtype, device=local.device))
-    # src_data_rank=None: every rank cuts its own copy, nothing is sent.
-    part = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    local.copy_(part.to_local())
+    whole = tensor
+    if isinstance(tensor, DTensor):
+        device = tensor.to_local().device
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    nn.init.trunc_normal_(whole, std=std, a=-3 * std, b=3 * std)
+    if whole is not tensor:
+        copy_whole(tensor, whole)
     return tensor
 
 

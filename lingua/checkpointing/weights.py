@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lingua.checkpointing.dcp import (
     CONSOLIDATE_FOLDER,
@@ -25,6 +24,7 @@ from lingua.checkpointing.dcp import (
     load_from_checkpoint,
 )
 from lingua.errors import UserError, import_optional
+from lingua.parallel.tensor_parallel import copy_whole
 
 SAFETENSORS_NAME = "model.safetensors"
 
@@ -116,17 +116,4 @@ def load_initial_weights(path: str, model: nn.Module) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     check_fits(file, state, shapes, may_leave_out=True)
     for name, tensor in state.items():
-        _copy_whole(tensor, weights[name])
-
-
-@torch.no_grad()
-def _copy_whole(target: Tensor, whole: Tensor) -> None:
-    if not isinstance(target, DTensor):
-        target.copy_(whole)
-        return
-    local = target.to_local()
-    # src_data_rank=None: every rank cuts its own copy of the file, nothing is sent.
-    part = distribute_tensor(
-        whole.to(local.device), target.device_mesh, target.placements, src_data_rank=None
-    )
-    local.copy_(part.to_local())
+        copy_whole(tensor, weights[name])

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lingua.optim import is_matrix
-from lingua.parallel.tensor_parallel import partial_parameters
+from lingua.parallel.tensor_parallel import local_tensor, partial_parameters
 
 
 def set_gradient_sync(model: nn.Module, sync: bool, *, reshard: bool = True) -> None:
@@ -49,7 +49,7 @@ def sync_replicated_grads(model: nn.Module, mesh: DeviceMesh | None) -> None:
     for p in vectors:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    grads = [_local(p.grad) for p in vectors if p.grad is not None]
+    grads = [local_tensor(p.grad) for p in vectors if p.grad is not None]
     bucket = torch.cat([g.flatten().float() for g in grads])
     dist.all_reduce(bucket)
     parts = set(partial_parameters(model))
@@ -61,10 +61,6 @@ def sync_replicated_grads(model: nn.Module, mesh: DeviceMesh | None) -> None:
 
 def _tp_size(mesh: DeviceMesh) -> int:
     return mesh["tp"].size() if "tp" in (mesh.mesh_dim_names or ()) else 1
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
@@ -83,7 +79,7 @@ def clip_grad_norm_(weights: nn.Module | Iterable[nn.Parameter], max_norm: float
         # Scaled by a NaN, all gradients would be NaN, and the one that was could not be named.
         scale = torch.where(norm.isfinite(), scale, 1.0)
         for grad in grads:
-            _local(grad).mul_(scale)
+            local_tensor(grad).mul_(scale)
     return norm
 
 
@@ -91,7 +87,7 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
     """The norm over all parts: those of this rank, then those that other ranks hold."""
     parts: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for grad in grads:
-        parts.setdefault(_groups_holding_parts(grad), []).append(_local(grad))
+        parts.setdefault(_groups_holding_parts(grad), []).append(local_tensor(grad))
     if not parts:
         return torch.zeros(())
     total = torch.zeros((), device=grads[0].device, dtype=torch.float32)

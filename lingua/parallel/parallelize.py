@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -232,7 +231,7 @@ def check_model_value_range(
     """
     problems = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = tensor_parallel.local_tensor(tensor)
         if local.numel() == 0 or not local.is_floating_point():
             continue
         if not local.isfinite().all():
@@ -255,7 +254,7 @@ def first_nonfinite(model: nn.Module) -> str | None:
         for label, tensor in ((name, param), (f"{name}.grad", param.grad)):
             if tensor is None:
                 continue
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local = tensor_parallel.local_tensor(tensor)
             if not local.isfinite().all():
                 return label
     return None

@@ -30,6 +30,27 @@ from lingua.errors import UserError
 OUTPUTS, INPUTS = 0, 1  # dimensions of a weight (out, in)
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor (DTensor); any other tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_whole(target: Tensor, whole: Tensor) -> None:
+    """Copy a tensor that every rank holds whole into `target`, in place; a DTensor gets its part.
+
+    Nothing is sent: each rank cuts its part from its own copy.
+    """
+    if isinstance(target, DTensor):
+        whole = distribute_tensor(
+            whole.to(target.to_local().device),
+            target.device_mesh,
+            target.placements,
+            src_data_rank=None,
+        )
+    local_tensor(target).copy_(local_tensor(whole))
+
+
 class TensorParallel:
     """This rank's place in a 1-D mesh, and the sums over it; without a mesh it is alone."""
 
