@@ -340,7 +340,7 @@ class LoopedTransformer(nn.Module):
 
     def _logits(self, h: Tensor) -> Tensor:
         tp = parallel_of(self.head)
-        return tp.join(F.linear(tp.enter(h), self.head_weight)).float()
+        return tp.gather_from(F.linear(tp.copy_to(h), self.head_weight)).float()
 
 
 def fit_loop_gates(rho_TD: Tensor, loop_count: int) -> Tensor:

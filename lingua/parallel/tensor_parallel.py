@@ -1,9 +1,9 @@
 """Tensor parallelism: every rank of a mesh dimension computes its own part of a layer's channels.
 
-    x  -- enter -->  wq, wk, wv, w1, ..: own outputs  ...  wo, w2: own inputs  -- leave -->  y
+    x  -- copy to -->  wq, wk, wv, w1, ..: own outputs .. wo, w2: own inputs  -- reduce from -->  y
 
 Outside, activations are whole and the same on all ranks. Inside, a rank has its own heads or
-channels, so the gradient of what they all read is a sum over ranks: `enter` takes it for x, and
+channels, so the gradient of what they all read is a sum over ranks: `copy_to` takes it for x, and
 `gradients.sync_replicated_grads` for the vectors of modules with a `tp` (`partial_parameters`). A
 pair of matrices costs one all-reduce forward and one backward, as in Megatron-LM
 (https://arxiv.org/abs/1909.08053). So does the vocabulary, of which a rank has its own pieces:
@@ -65,29 +65,34 @@ class TensorParallel:
         """This rank's part of a tensor along its first dimension."""
         return whole if self.size == 1 else whole.chunk(self.size)[self.rank]
 
-    def enter(self, x: Tensor) -> Tensor:
-        """x; backward, the sum of all ranks' gradients."""
-        return x if self.size == 1 else _Enter.apply(x, self.group)  # pyright: ignore
+    def copy_to(self, x: Tensor) -> Tensor:
+        """Return x; the backward all-reduces the gradient."""
+        return x if self.size == 1 else _CopyTo.apply(x, self.group)  # pyright: ignore
 
-    def leave(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x; backward, the gradient as it is: it is the same on all."""
-        return x if self.size == 1 else _Leave.apply(x, self.group)  # pyright: ignore
+    def reduce_from(self, x: Tensor) -> Tensor:
+        """All-reduce x; the backward returns the gradient, which is the same on all ranks."""
+        return x if self.size == 1 else _ReduceFrom.apply(x, self.group)  # pyright: ignore
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, for each to go on with by itself; backward, that sum, too."""
-        return self.enter(self.leave(x))
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """All-reduce x and its gradient: each rank computes something else with the sum."""
+        return self.copy_to(self.reduce_from(x))
 
-    def join(self, x: Tensor) -> Tensor:
-        """All ranks' x, one after the other along the last dimension; backward, this rank's part
-        of the gradient as it is: it is the same on all."""
+    def gather_from(self, x: Tensor) -> Tensor:
+        """Concatenate all ranks' x along the last dimension.
+
+        The backward keeps this rank's part of the gradient, which is the same on all ranks.
+        """
         if self.size == 1:
             return x
-        return _Join.apply(x, self.group, self.size, self.rank)  # pyright: ignore
+        return _GatherFrom.apply(x, self.group, self.size, self.rank)  # pyright: ignore
 
-    def gather(self, x: Tensor) -> Tensor:
-        """All ranks' x, joined, for each to go on with by itself; backward, this rank's part of
-        the sum of all gradients."""
-        return self.enter(self.join(x))  # of a narrow tensor: a reduce-scatter would save little
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Concatenate all ranks' x along the last dimension; each computes something else with it.
+
+        The backward sums the gradients and keeps this rank's part.
+        """
+        # The tensor is narrow: a reduce-scatter would save little.
+        return self.copy_to(self.gather_from(x))
 
 
 # ---- collectives. Operators of our own, since a compiled block can hold a name and no mesh or
@@ -128,7 +133,7 @@ def collectives() -> set[Any]:
     return {torch.ops.lingua.all_reduce.default, torch.ops.lingua.all_gather.default}
 
 
-class _Enter(torch.autograd.Function):
+class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         ctx.group = group
@@ -139,7 +144,7 @@ class _Enter(torch.autograd.Function):
         return _all_reduce(grads[0], ctx.group), None
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
         return _all_reduce(x, group)
@@ -149,7 +154,7 @@ class _Leave(torch.autograd.Function):
         return grads[0], None
 
 
-class _Join(torch.autograd.Function):
+class _GatherFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: str, size: int, rank: int) -> Tensor:
         ctx.size, ctx.rank = size, rank
@@ -182,7 +187,7 @@ class SplitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         y = F.linear(input, own_weight(self))
-        return self.tp.leave(y) if self.dim == INPUTS else y
+        return self.tp.reduce_from(y) if self.dim == INPUTS else y
 
 
 class SplitEmbedding(nn.Embedding):
@@ -206,7 +211,7 @@ class SplitEmbedding(nn.Embedding):
         # A piece of another rank looks up any row, and what it found there is dropped.
         found = F.embedding(input - owner * rows, own_weight(self))
         is_own = owner == self.tp.rank
-        return self.tp.leave(found.masked_fill(~is_own[..., None], 0))
+        return self.tp.reduce_from(found.masked_fill(~is_own[..., None], 0))
 
 
 def _split_weight(whole: Tensor, tp: TensorParallel, dim: int) -> nn.Parameter:
@@ -250,14 +255,14 @@ def hold_parts(linears: list[SplitLinear]) -> None:
 def split_linears(
     module: nn.Module, tp: TensorParallel, *, outputs: tuple[str, ...], inputs: tuple[str, ...]
 ) -> None:
-    """Replace linear layers of `module`, by attribute, by this rank's part of them, and let what
-    `module` is called with enter."""
+    """Replace linear layers of `module`, by attribute, by this rank's part of them, and copy
+    `module`'s input to the group."""
     for names, dim in ((outputs, OUTPUTS), (inputs, INPUTS)):
         for name in names:
             linear = getattr(module, name)
             if linear is not None:  # a layer that the config leaves out
                 setattr(module, name, SplitLinear(linear, tp, dim))
-    module.register_forward_pre_hook(lambda _, args: (tp.enter(args[0]), *args[1:]))
+    module.register_forward_pre_hook(lambda _, args: (tp.copy_to(args[0]), *args[1:]))
 
 
 def check_divides(tp_size: int, count: int, what: str) -> None:

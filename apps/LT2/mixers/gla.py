@@ -65,7 +65,7 @@ class GatedLinearAttention(LinearMixer):
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
         streams, (gate, a) = super().project(x)
         # Under tensor parallelism a rank has a part of a, and reads all of it.
-        return streams, (gate, self.wa_up(self.tp.gather(a)))
+        return streams, (gate, self.wa_up(self.tp.all_gather(a)))
 
     def inputs(
         self, streams: Tensor, rest: Rest, positions: Tensor | None

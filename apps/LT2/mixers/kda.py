@@ -77,7 +77,7 @@ class KimiDeltaAttention(LinearMixer):
     def project(self, x: Tensor) -> tuple[Tensor, Rest]:
         streams, (a, gate, b) = super().project(x)
         # Under tensor parallelism a rank has a part of the two narrow vectors, and reads all.
-        a, gate = self.tp.gather(a), self.tp.gather(gate)
+        a, gate = self.tp.all_gather(a), self.tp.all_gather(gate)
         return streams, (self.wa_up(a), self.wg_up(gate), b)
 
     def inputs(

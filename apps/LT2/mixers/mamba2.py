@@ -86,7 +86,7 @@ class Mamba2(LinearMixer):
         streams, rest = super().project(x)
         if self.gathers_group:
             x, B, C = streams.split([m.out_features for m in (self.wx, self.wB, self.wC)], dim=-1)
-            streams = torch.cat((x, self.tp.gather(B), self.tp.gather(C)), dim=-1)
+            streams = torch.cat((x, self.tp.all_gather(B), self.tp.all_gather(C)), dim=-1)
         return streams, rest
 
     def inputs(

@@ -126,7 +126,7 @@ class GroupedRMSNorm(nn.Module):
         groups = x.float().unflatten(-1, (self.n_groups, -1))
         mean_square = groups.square().mean(-1, keepdim=True)
         if self.shared_by > 1:
-            mean_square = self.tp.sum(mean_square) / self.shared_by
+            mean_square = self.tp.all_reduce(mean_square) / self.shared_by
         scale = torch.rsqrt(mean_square + self.eps)
         return (groups * scale).flatten(-2) * self.tp.own(self.weight).float()
 

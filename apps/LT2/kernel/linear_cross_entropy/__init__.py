@@ -43,7 +43,7 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():  # which a Function is not told: it sees parameters all the same
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    args = (tp.enter(hidden_ND), weight_VD, target_N, ignore_index, tp)
+    args = (tp.copy_to(hidden_ND), weight_VD, target_N, ignore_index, tp)
     return _LinearCrossEntropy.apply(*args)  # pyright: ignore
 
 
@@ -103,7 +103,7 @@ def _joint_log_z_and_label_logit(
         return log_z_N1, logits_NV.gather(1, label_N1)
     is_own = (label_N1 >= 0) & (label_N1 < logits_NV.shape[1])
     label_logit_N1 = logits_NV.gather(1, label_N1.where(is_own, 0)).where(is_own, 0.0)
-    joint_N2R = tp.join(torch.stack((log_z_N1, label_logit_N1), dim=1))
+    joint_N2R = tp.gather_from(torch.stack((log_z_N1, label_logit_N1), dim=1))
     return joint_N2R[:, 0].logsumexp(-1, keepdim=True), joint_N2R[:, 1].sum(-1, keepdim=True)
 
 
