@@ -328,10 +328,10 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = joint_linear(x, self.joint_linears())
+        gate, up = fused_linear(x, self.fused_linears())
         return self.w2(F.silu(gate) * up)
 
-    def joint_linears(self) -> tuple[nn.Linear, ...]:
+    def fused_linears(self) -> tuple[nn.Linear, ...]:
         """Those that read x."""
         return (self.w1, self.w3)
 
@@ -484,8 +484,8 @@ class BaseTransformer(nn.Module):
 
 
 @torch.no_grad()
-def join_weights(linears: Sequence[nn.Linear]) -> None:
-    """Move the weights of bias-free linears, in place, into one matrix that `joint_linear` uses.
+def fuse_weights(linears: Sequence[nn.Linear]) -> None:
+    """Move the weights of bias-free linears, in place, into one matrix that `fused_linear` uses.
 
     They stay parameters: views of it, which follow what is written into them.
     """
@@ -493,19 +493,19 @@ def join_weights(linears: Sequence[nn.Linear]) -> None:
     joint = torch.cat([linear.weight for linear in linears])
     for linear, weight in zip(linears, joint.split(_widths(linears)), strict=True):
         linear.weight.data = weight
-    linears[0].register_buffer("joint_weight", joint, persistent=False)
+    linears[0].register_buffer("fused_weight", joint, persistent=False)
 
 
-def joint_weight(linears: Sequence[nn.Linear]) -> Tensor | None:
-    """(all outputs, inputs): the matrix that `join_weights` made of these linears, if it did."""
-    joint = getattr(linears[0], "joint_weight", None)
+def fused_weight(linears: Sequence[nn.Linear]) -> Tensor | None:
+    """(all outputs, inputs): the matrix that `fuse_weights` made of these linears, if it did."""
+    joint = getattr(linears[0], "fused_weight", None)
     assert joint is None or joint.shape[0] == sum(_widths(linears)), "other linears were joined"
     return joint
 
 
-def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+def fused_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """The output of each linear for x (..., inputs)."""
-    weight = joint_weight(linears)
+    weight = fused_weight(linears)
     if weight is None:
         return tuple(linear(x) for linear in linears)
     return F.linear(x, weight).split(_widths(linears), dim=-1)

@@ -38,7 +38,7 @@ from apps.LT2.inference.compiled import compile_prefill, compile_step
 from apps.LT2.inference.load import (
     cast_for_inference,
     check_kernels,
-    join_projections,
+    fuse_projections,
     resolve_device,
 )
 from apps.LT2.kernel.attention import check_attention_device
@@ -188,7 +188,7 @@ def build(
     torch.manual_seed(subject.args.seed or 0)
     model.init_weights()
     cast_for_inference(model, dtype)
-    join_projections(model)
+    fuse_projections(model)
     if plan.compiled:
         compile_step(model)
         if plan.prefill_chunk is None:

@@ -15,7 +15,7 @@ from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
 )
-from apps.LT2.inference.load import cast_for_inference, join_projections
+from apps.LT2.inference.load import cast_for_inference, fuse_projections
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.mixers.gla import GLAArgs
@@ -46,7 +46,7 @@ CHOOSE_KEYS = ("nsa", "dsa", "gdn+dsa")  # and a choice may tip over with anothe
 def make_model(kind: str):
     model = tiny_model(kind, 2, **{**WIDTHS, **CHANGES.get(kind, {})}).cuda()
     cast_for_inference(model, torch.bfloat16)
-    join_projections(model)
+    fuse_projections(model)
     return model
 
 

@@ -41,7 +41,7 @@ from lingua.optim import is_matrix
 from lingua.parallel.args import DTYPES, resolve_dtype
 from lingua.parallel.ranks import get_device
 from lingua.tokenizer import TOKENIZERS, Tokenizer, TokenizerArgs, build_tokenizer
-from lingua.transformer import FeedForward, join_weights
+from lingua.transformer import FeedForward, fuse_weights
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def load_model_and_tokenizer(
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False).eval()
     if on.type == "cuda":  # on a CPU mapped files stay mapped
-        join_projections(model)
+        fuse_projections(model)
     return LoadedModel(model, tokenizer, config)
 
 
@@ -227,11 +227,11 @@ def cast_for_inference(model: nn.Module, matrix_dtype: torch.dtype) -> None:
         param.data = _cast(name, param.data, param.device, matrix_dtype)
 
 
-def join_projections(model: LoopedTransformer) -> None:
+def fuse_projections(model: LoopedTransformer) -> None:
     """Lay the weights of linears that read the same input side by side, in place, for decoding."""
     for module in model.modules():
         if isinstance(module, Mixer | FeedForward):
-            join_weights(module.joint_linears())
+            fuse_weights(module.fused_linears())
 
 
 def _cast(name: str, tensor: Tensor, device: torch.device, matrix_dtype: torch.dtype) -> Tensor:

@@ -31,8 +31,8 @@ from lingua.parallel.tensor_parallel import TensorParallel
 from lingua.probe import is_probing, log_stats
 from lingua.transformer import (
     check_rotary_width,
+    fused_linear,
     init_linear,
-    joint_linear,
     resolve_heads,
     rotary_angles,
     rotate_pairs,
@@ -167,11 +167,11 @@ class Attention(Mixer):
     def _qkv(self, x_BTD: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, T, heads, K), rotated to `positions`, (T,) or (B, T)."""
         q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)) for y in joint_linear(x_BTD, self.joint_linears())
+            y.unflatten(-1, (-1, self.head_dim)) for y in fused_linear(x_BTD, self.fused_linears())
         )
         return *rotate_heads(q, k, positions, self.rope_theta), v
 
-    def joint_linears(self) -> tuple[nn.Linear, ...]:
+    def fused_linears(self) -> tuple[nn.Linear, ...]:
         return (self.wq, self.wk, self.wv)
 
     def _output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Mixer(nn.Module, ABC):
         return []
 
     @abstractmethod
-    def joint_linears(self) -> tuple[nn.Linear, ...]:
+    def fused_linears(self) -> tuple[nn.Linear, ...]:
         """The bias-free linears that read the layer's input, whose weights inference joins."""
 
     def begin_step(self, step: int | None) -> None:  # noqa: B027, most mixers do not care

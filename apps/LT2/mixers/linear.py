@@ -33,7 +33,7 @@ from apps.LT2.mixers.parts import ShortConv
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import TensorParallel, own_weight
 from lingua.probe import is_probing
-from lingua.transformer import check_sizes, joint_weight
+from lingua.transformer import check_sizes, fused_weight
 
 # With fewer tokens a product is bound by reading weights, and joining them reads them twice.
 FUSE_TOKENS = 512
@@ -71,7 +71,7 @@ class LinearMixer(Mixer):
         """(streams (..., C), rest) of x (..., D): what is convolved, and what is not."""
         return project_streams(x, *self.projections())
 
-    def joint_linears(self) -> tuple[nn.Linear, ...]:
+    def fused_linears(self) -> tuple[nn.Linear, ...]:
         streams, rest = self.projections()
         return (*streams, *rest)
 
@@ -279,7 +279,7 @@ def project_streams(
     All are bias-free, and one matrix product where their weights are joined or x has many tokens.
     """
     linears = (*streams, *rest)
-    weight = None if is_probing() else joint_weight(linears)
+    weight = None if is_probing() else fused_weight(linears)
     if weight is None and (x.shape[:-1].numel() < FUSE_TOKENS or is_probing()):
         outputs = [linear(x) for linear in linears]
         return torch.cat(outputs[: len(streams)], dim=-1), tuple(outputs[len(streams) :])

@@ -46,8 +46,8 @@ from lingua.errors import UserError
 from lingua.transformer import (
     check_rotary_width,
     check_sizes,
+    fused_linear,
     init_linear,
-    joint_linear,
     resolve_heads,
 )
 
@@ -190,12 +190,12 @@ class NativeSparseAttention(Mixer):
 
     def _project(self, x_BTD: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v (B, T, heads, K), q and k turned to `positions`, and gates (B, T, H, 3)."""
-        *qkv, gates = joint_linear(x_BTD, self.joint_linears())
+        *qkv, gates = fused_linear(x_BTD, self.fused_linears())
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
         gates = torch.sigmoid(gates).unflatten(-1, (self.n_heads, 3))
         return *rotate_heads(q, k, positions, self.rope_theta), v, gates
 
-    def joint_linears(self) -> tuple[nn.Linear, ...]:
+    def fused_linears(self) -> tuple[nn.Linear, ...]:
         return (self.wq, self.wk, self.wv, self.wg)
 
     def _attend(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from apps.LT2.inference.load import join_projections
-from lingua.transformer import join_weights, joint_linear
+from apps.LT2.inference.load import fuse_projections
+from lingua.transformer import fuse_weights, fused_linear
 from tests.LT2.tiny import KINDS, tiny_model
 from tests.tolerances import FP32, FP32_MODEL, assert_same
 
@@ -23,10 +23,10 @@ def make_linears() -> list[nn.Linear]:
 def test_joined_linears_give_what_each_gives(shape):
     linears, x = make_linears(), torch.randn(shape)
     want = [linear(x) for linear in linears]
-    for got, wanted in zip(joint_linear(x, linears), want, strict=True):
+    for got, wanted in zip(fused_linear(x, linears), want, strict=True):
         assert torch.equal(got, wanted)
-    join_weights(linears)
-    for got, wanted in zip(joint_linear(x, linears), want, strict=True):
+    fuse_weights(linears)
+    for got, wanted in zip(fused_linear(x, linears), want, strict=True):
         assert_same(got, wanted, FP32)
 
 
@@ -34,7 +34,7 @@ def test_joined_weights_stay_parameters_of_the_same_names():
     module = nn.ModuleList(make_linears())
     before = copy.deepcopy(module.state_dict())
     parameters = list(module.parameters())
-    join_weights(list(module))  # pyright: ignore[reportArgumentType]
+    fuse_weights(list(module))  # pyright: ignore[reportArgumentType]
     after = module.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -43,24 +43,24 @@ def test_joined_weights_stay_parameters_of_the_same_names():
 
 def test_what_is_written_into_a_weight_is_in_the_joint_one():
     linears, x = make_linears(), torch.randn(8)
-    join_weights(linears)
+    fuse_weights(linears)
     with torch.no_grad():
         linears[1].weight.fill_(0.5)
-    assert_same(joint_linear(x, linears)[1], (0.5 * x.sum()).expand(5), FP32)
+    assert_same(fused_linear(x, linears)[1], (0.5 * x.sum()).expand(5), FP32)
 
 
 def test_a_bias_is_not_joined():
     with pytest.raises(AssertionError, match="bias"):
-        join_weights([nn.Linear(2, 2, bias=True)])
+        fuse_weights([nn.Linear(2, 2, bias=True)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_model_with_joined_projections_is_the_same_function(kind):
     model = tiny_model(kind, 2)
     joined = copy.deepcopy(model)
-    join_projections(joined)
+    fuse_projections(joined)
     assert [n for n, _ in joined.named_parameters()] == [n for n, _ in model.named_parameters()]
-    names = [name for name, _ in joined.named_buffers() if name.endswith("joint_weight")]
+    names = [name for name, _ in joined.named_buffers() if name.endswith("fused_weight")]
     assert len(names) >= 2 * len(model.layers)  # of the mixer and of the feed-forward
     tokens = torch.randint(258, (2, 40))
     assert_same(joined(tokens), model(tokens), FP32_MODEL)
