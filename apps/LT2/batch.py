@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.documents import upload_bounds
+from apps.LT2.kernel.documents import upload_cu_seqlens
 from lingua.data import document_offsets
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def to_device(views_BTN: np.ndarray, doc_mask: bool, device: torch.device) -> Ba
     x, target = views[..., 0].contiguous(), views[..., 1].contiguous()
     cu_seqlens = None
     if doc_mask:
-        cu_seqlens = upload_bounds(document_offsets(views[..., -1]).tolist(), device)
+        cu_seqlens = upload_cu_seqlens(document_offsets(views[..., -1]).tolist(), device)
         x, target = x.view(1, -1), target.view(1, -1)
     return copy_to(x, device), copy_to(target, device), cu_seqlens
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.documents import host_bounds, upload
+from apps.LT2.kernel.documents import host_cu_seqlens, upload
 from apps.LT2.mixers.base import Extension, MixerCache
 from lingua.errors import UserError
 
@@ -103,4 +103,4 @@ def packed_lengths(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     """Tokens of each sequence of a prefill, on the host."""
     if cu_seqlens is None:
         return [tokens_BT.shape[1]] * tokens_BT.shape[0]
-    return [end - start for start, end in itertools.pairwise(host_bounds(cu_seqlens))]
+    return [end - start for start, end in itertools.pairwise(host_cu_seqlens(cu_seqlens))]

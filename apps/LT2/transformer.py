@@ -261,7 +261,7 @@ class LoopedTransformer(nn.Module):
 
         rows (n,) int64 says which cache row each sequence (each document, when packed) goes on
         with; by default sequence i is row i. The host needs them and the bounds as numbers: a list,
-        and bounds of `upload_bounds`, keep it from waiting for the device.
+        and bounds of `upload_cu_seqlens`, keep it from waiting for the device.
         last_only: (n, 1, V), each sequence's last position, of which an empty document has none.
         """
         lengths = packed_lengths(tokens_BT, cu_seqlens)

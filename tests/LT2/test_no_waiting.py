@@ -16,7 +16,7 @@ from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
 )
-from apps.LT2.kernel.documents import host_bounds, upload_bounds
+from apps.LT2.kernel.documents import host_cu_seqlens, upload_cu_seqlens
 from lingua.tokenizer import ByteTokenizer
 from tests.LT2.tiny import KINDS, tiny_model
 from tests.waiting import WouldWait, no_waiting
@@ -65,7 +65,7 @@ def test_prefill_and_steps_wait_for_nothing(kind, packed):
     cache = model.init_cache(3, 40)
     for bounds in ([0, 5, 6, 20], [0, 9, 9, 20]):
         tokens = prompt(1, 20) if packed else prompt(3, 7)
-        cu_seqlens = upload_bounds(bounds, "cpu") if packed else None
+        cu_seqlens = upload_cu_seqlens(bounds, "cpu") if packed else None
         with no_waiting():
             model.prefill(tokens, cache, cu_seqlens=cu_seqlens, rows=[2, 0, 1])
     with no_waiting():
@@ -95,7 +95,9 @@ def test_a_device_that_is_asked_says_what_the_host_knows(kind):
     told, asking = model.init_cache(3, 40), model.init_cache(3, 40)
     for bounds in ([0, 5, 6, 20], [0, 9, 9, 20]):
         tokens, plain = prompt(1, 20), torch.tensor(bounds, dtype=torch.int32)
-        want = model.prefill(tokens, told, cu_seqlens=upload_bounds(bounds, "cpu"), rows=[2, 0, 1])
+        want = model.prefill(
+            tokens, told, cu_seqlens=upload_cu_seqlens(bounds, "cpu"), rows=[2, 0, 1]
+        )
         rows = torch.tensor([2, 0, 1])
         h = model.tok_embeddings(tokens)
         u = h
@@ -106,11 +108,11 @@ def test_a_device_that_is_asked_says_what_the_host_knows(kind):
 
 
 def test_bounds_that_changed_are_not_remembered():
-    cu_seqlens = upload_bounds([0, 2, 5], "cpu")
+    cu_seqlens = upload_cu_seqlens([0, 2, 5], "cpu")
     with no_waiting():
-        assert host_bounds(cu_seqlens) == [0, 2, 5]
+        assert host_cu_seqlens(cu_seqlens) == [0, 2, 5]
     cu_seqlens[1] = 3
-    assert host_bounds(cu_seqlens) == [0, 3, 5]
+    assert host_cu_seqlens(cu_seqlens) == [0, 3, 5]
 
 
 # ---- in one piece
@@ -127,7 +129,7 @@ CASES += [("gdn", False, "empty"), ("retnet", False, "empty")]
 def test_a_compiled_prefill_has_no_break(kind, packed, past):
     model = tiny_model(kind, 1, n_layers=1)
     plain, compiled = model.init_cache(3, 40), model.init_cache(3, 40)
-    bounds = upload_bounds([0, 5, 9, 20], "cpu") if packed else None
+    bounds = upload_cu_seqlens([0, 5, 9, 20], "cpu") if packed else None
     tokens = prompt(1, 20) if packed else prompt(3, 7)
     if past == "continued":
         for cache in (plain, compiled):

@@ -11,7 +11,7 @@ import torch
 from apps.LT2.batch import to_device
 from apps.LT2.inference.compiled import compiled_for_generation
 from apps.LT2.inference.cuda_graph import DecodeGraph
-from apps.LT2.kernel.documents import upload_bounds
+from apps.LT2.kernel.documents import upload_cu_seqlens
 from apps.LT2.mixers.attention import append
 from lingua.errors import UserError
 from lingua.parallel.parallelize import compile_blocks
@@ -41,7 +41,7 @@ def prefill_of(model, *, packed: bool):
     def prefill():
         cache.reset([0, 1, 2])
         # Bounds of their own for each call, as each batch of prompts has them.
-        cu_seqlens = upload_bounds([0, 70, 71, 170], "cuda") if packed else None
+        cu_seqlens = upload_cu_seqlens([0, 70, 71, 170], "cuda") if packed else None
         return model.prefill(tokens, cache, cu_seqlens=cu_seqlens, rows=[2, 0, 1], last_only=True)
 
     return prefill, cache

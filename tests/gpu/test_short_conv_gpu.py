@@ -84,23 +84,23 @@ def test_step_in_a_cuda_graph_equals_naive():
     weight = torch.randn(64, 4, device="cuda")
     want = short_conv_naive(x.float(), weight)
 
-    token, tail = x[:, 0].clone(), torch.zeros(3, 3, 64, device="cuda").bfloat16()
+    token, state = x[:, 0].clone(), torch.zeros(3, 3, 64, device="cuda").bfloat16()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        short_conv_step(token, weight, tail)  # warm-up, on a tail that is reset below
+        short_conv_step(token, weight, state)  # warm-up, on a state that is reset below
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = short_conv_step(token, weight, tail)
+        output = short_conv_step(token, weight, state)
 
-    tail.zero_()
+    state.zero_()
     got = []
     for t in range(10):
         token.copy_(x[:, t])
         graph.replay()
         got.append(output.clone())
     assert_same(torch.stack(got, dim=1), want, BF16_KERNEL, "y")
-    assert torch.equal(tail, x[:, -3:])
+    assert torch.equal(state, x[:, -3:])
 
 
 @pytest.mark.parametrize("activation", ["silu", None])
@@ -112,14 +112,14 @@ def test_step_equals_naive(k, with_bias, activation):
     x = torch.randn(2, 12, 333, device="cuda")[..., :300]
     weight = torch.randn(300, k, device="cuda")
     bias = torch.randn(300, device="cuda") if with_bias else None
-    tail = torch.randn(2, k - 1, 300, device="cuda")
-    want = short_conv_naive(x, weight, bias, tail=tail, activation=activation)
-    got = [short_conv_step(x[:, t], weight, tail, bias, activation=activation) for t in range(12)]
+    state = torch.randn(2, k - 1, 300, device="cuda")
+    want = short_conv_naive(x, weight, bias, state=state, activation=activation)
+    got = [short_conv_step(x[:, t], weight, state, bias, activation=activation) for t in range(12)]
     assert_same(torch.stack(got, dim=1), want, FP32, "y")
-    assert torch.equal(tail, x[:, 13 - k :])
+    assert torch.equal(state, x[:, 13 - k :])
 
 
 def test_step_is_registered_well():
     x, weight = torch.randn(2, 64, device="cuda"), torch.randn(64, 4, device="cuda")
-    tail = torch.randn(2, 3, 64, device="cuda")
-    torch.library.opcheck(short_conv_step_triton, (x, weight, tail, None, True))
+    state = torch.randn(2, 3, 64, device="cuda")
+    torch.library.opcheck(short_conv_step_triton, (x, weight, state, None, True))

@@ -50,9 +50,9 @@ def test_steps(monkeypatch, k, silu):
     monkeypatch.setattr(step, "kernel_can", lambda *_: True)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 9, 70), torch.randn(60, k), torch.randn(60)
-    x, tail = x[..., :60], torch.randn(2, k - 1, 60)
+    x, state = x[..., :60], torch.randn(2, k - 1, 60)
     activation = "silu" if silu else None
-    want = short_conv_naive(x, weight, bias, tail=tail, activation=activation)
-    got = [step.short_conv_step_triton(x[:, t], weight, tail, bias, silu) for t in range(9)]
+    want = short_conv_naive(x, weight, bias, state=state, activation=activation)
+    got = [step.short_conv_step_triton(x[:, t], weight, state, bias, silu) for t in range(9)]
     assert_same(torch.stack(got, dim=1), want, FP32, "y")
-    assert torch.equal(tail, x[:, 10 - k :])
+    assert torch.equal(state, x[:, 10 - k :])

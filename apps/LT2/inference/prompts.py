@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apps.LT2.kernel.documents import upload, upload_bounds
+from apps.LT2.kernel.documents import upload, upload_cu_seqlens
 from apps.LT2.transformer import LoopedTransformer
 from lingua.errors import UserError
 
@@ -23,7 +23,7 @@ def pack_prompts(
     """All prompts in one row (1, T) int64, and their bounds (n + 1,) int32."""
     tokens = upload(list(itertools.chain(*prompts)), device, torch.int64)
     bounds = list(itertools.accumulate((len(prompt) for prompt in prompts), initial=0))
-    return tokens[None], upload_bounds(bounds, device)
+    return tokens[None], upload_cu_seqlens(bounds, device)
 
 
 def check_tokens(texts: Iterable[Sequence[int]], model: LoopedTransformer) -> None:

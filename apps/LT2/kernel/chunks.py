@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apps.LT2.kernel.documents import document_of_tokens, host_bounds, upload
+from apps.LT2.kernel.documents import document_of_tokens, host_cu_seqlens, upload
 from apps.LT2.kernel.scores import DecayedScores
 
 Results = tuple[Tensor, Tensor]  # o, states
@@ -180,7 +180,7 @@ class ChannelDecay:
 
 
 def _packed_layout(cu_seqlens: Tensor, chunk: int) -> ChunkLayout:
-    bounds, device = host_bounds(cu_seqlens), cu_seqlens.device
+    bounds, device = host_cu_seqlens(cu_seqlens), cu_seqlens.device
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     chunk = min(chunk, max(lengths))
     n_chunks = [-(-length // chunk) for length in lengths]

@@ -1,12 +1,13 @@
-"""Packed rows: documents one after the other, with their bounds in cu_seqlens.
+"""Documents packed into one row, and cu_seqlens: the offsets of their first tokens, 0 to T.
 
-The bounds are a tensor, for kernels, and often wanted as numbers on the host, too: `upload_bounds`
-makes the tensor of numbers that the host has, and `host_bounds` then finds them without waiting.
+Kernels read cu_seqlens on the device; some code needs the numbers on the host. A tensor made by
+`upload_cu_seqlens` keeps them there, so `host_cu_seqlens` returns them without a sync.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,19 +15,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 def document_of_tokens(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
-    """(document, position in it) of each token, both (T,) int64.
+    """Return (document, position in it) of each token, both (T,) int64.
 
     [0, 3, 5] -> [0, 0, 0, 1, 1], [0, 1, 2, 0, 1]. An empty document has no token.
     """
-    bounds = cu_seqlens.long()
-    token = torch.arange(n_tokens, device=bounds.device)
-    # All bounds, and not bounds[1:]: Inductor of torch 2.11 drops the offset of such a slice.
-    document = torch.searchsorted(bounds, token, right=True) - 1
-    return document, token - bounds[document]
+    starts = cu_seqlens.long()
+    token = torch.arange(n_tokens, device=starts.device)
+    # Search all of cu_seqlens: Inductor drops the offset of a slice such as cu_seqlens[1:]
+    # (https://github.com/pytorch/pytorch/issues/182343).
+    document = torch.searchsorted(starts, token, right=True) - 1
+    return document, token - starts[document]
 
 
 def local_positions(n_tokens: int, cu_seqlens: Tensor | None, device: torch.device | str) -> Tensor:
-    """(T,) index of each token in its document."""
+    """Return the position of each token in its document, (T,) int64."""
     if cu_seqlens is None:
         return torch.arange(n_tokens, device=device)
     return document_of_tokens(cu_seqlens, n_tokens)[1]
@@ -35,32 +37,34 @@ def local_positions(n_tokens: int, cu_seqlens: Tensor | None, device: torch.devi
 def upload(
     numbers: Sequence[int] | Sequence[float], device: torch.device | str, dtype: torch.dtype
 ) -> Tensor:
-    """Numbers of the host as a tensor; nothing waits until it has arrived."""
+    """Copy numbers from the host to a tensor on `device`, without a sync."""
     return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
-# cu_seqlens -> (its version, its numbers)
-_known_bounds = WeakIdKeyDictionary()
+_on_host = WeakIdKeyDictionary()  # cu_seqlens -> (its version, its numbers)
 
 
-def upload_bounds(bounds: Sequence[int], device: torch.device | str) -> Tensor:
-    """cu_seqlens (n_docs + 1,) int32 of bounds from 0 to T, which `host_bounds` knows from now."""
-    cu_seqlens = upload(bounds, device, torch.int32)
-    _known_bounds[cu_seqlens] = (_version(cu_seqlens), list(bounds))
+def upload_cu_seqlens(offsets: Sequence[int], device: torch.device | str) -> Tensor:
+    """Make cu_seqlens (n_docs + 1,) int32, whose numbers `host_cu_seqlens` knows."""
+    cu_seqlens = upload(offsets, device, torch.int32)
+    _on_host[cu_seqlens] = (_version(cu_seqlens), list(offsets))
     return cu_seqlens
 
 
-def host_bounds(cu_seqlens: Tensor) -> list[int]:
-    """The bounds as numbers. Those that came from elsewhere than `upload_bounds` are copied from
-    the device once, which waits for it: layers and loops share them."""
-    version, known = _version(cu_seqlens), _known_bounds.get(cu_seqlens)
+def host_cu_seqlens(cu_seqlens: Tensor) -> list[int]:
+    """Return cu_seqlens as numbers.
+
+    Unknown or changed content is copied from the device once, with a sync; all layers and loops
+    share the copy.
+    """
+    version, known = _version(cu_seqlens), _on_host.get(cu_seqlens)
     if known is None or version is None or known[0] != version:
-        known = _known_bounds[cu_seqlens] = (version, cu_seqlens.tolist())
+        known = _on_host[cu_seqlens] = (version, cu_seqlens.tolist())
     return known[1]
 
 
 def _version(tensor: Tensor) -> int | None:
-    """None for inference tensors, which count no versions: nothing can be kept for them."""
+    """Return the tensor's version, or None for inference tensors: they count no versions."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -72,10 +76,10 @@ def by_document(
     cu_seqlens: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """A naive `recurrence(inputs (B, T, ...), state (B, ...)) -> o, state` on rows or on documents.
+    """Run a naive `recurrence(inputs (B, T, ...), state (B, ...)) -> o, state` on each document.
 
-    state (N, *state_shape) before the first token, zeros if None. Computed in fp32, or in fp64
-    where `dtype` is; o comes back in `dtype`, the states of the N sequences in what computed them.
+    state (N, *state_shape) before the first token, zeros if None. Inputs are computed in fp32, or
+    in fp64 if `dtype` is fp64. Returns o in `dtype` and the N final states in the computed dtype.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     n_sequences = len(inputs[0]) if cu_seqlens is None else len(cu_seqlens) - 1
@@ -85,10 +89,9 @@ def by_document(
     if cu_seqlens is None:
         results = [recurrence(inputs, states)]
     else:
-        bounds = cu_seqlens.tolist()
         results = [
             recurrence([x[:, start:end] for x in inputs], states[n : n + 1])
-            for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+            for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist()))
         ]
     o = torch.cat([o for o, _ in results], dim=1)
     return o.to(dtype), torch.cat([s for _, s in results])

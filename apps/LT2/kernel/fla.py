@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from apps.LT2.kernel.documents import document_of_tokens, host_bounds, upload, upload_bounds
+from apps.LT2.kernel.documents import document_of_tokens, host_cu_seqlens, upload, upload_cu_seqlens
 from lingua.errors import UserError
 
 CHUNK = 64  # tokens that fla's kernels take at a time
@@ -185,7 +185,7 @@ class PackedTables:
             for chunk in range(-(-(end - start) // CHUNK))
         ]
         flat = upload(list(itertools.chain(*chunks)), device, torch.int32)
-        return PackedTables(bounds, upload_bounds(bounds, device), flat.view(-1, 2))
+        return PackedTables(bounds, upload_cu_seqlens(bounds, device), flat.view(-1, 2))
 
 
 _tables = WeakIdKeyDictionary()  # cu_seqlens -> its tables
@@ -195,11 +195,11 @@ _tables_without_empty = WeakIdKeyDictionary()  # cu_seqlens -> (its bounds, what
 def packed_arguments(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
     """fla's arguments for packed documents: cu_seqlens and chunk_indices; {} where there are none.
 
-    Where `host_bounds` knows the bounds, nothing waits for the device.
+    Where `host_cu_seqlens` knows the bounds, nothing waits for the device.
     """
     if cu_seqlens is None:
         return {}
-    bounds, known = host_bounds(cu_seqlens), _tables.get(cu_seqlens)
+    bounds, known = host_cu_seqlens(cu_seqlens), _tables.get(cu_seqlens)
     if known is None or known.bounds != bounds:
         known = _tables[cu_seqlens] = PackedTables.of(bounds, cu_seqlens.device)
     return {"cu_seqlens": known.cu_seqlens, "chunk_indices": known.chunk_indices}
@@ -228,8 +228,8 @@ _offsets = WeakIdKeyDictionary()  # cu_seqlens -> (its bounds and the size of a 
 
 
 def chunk_offsets(cu_seqlens: Tensor, chunk_size: int) -> ChunkOffsets:
-    """As fla's `prepare_chunk_offsets`; nothing waits where `host_bounds` knows the bounds."""
-    key, known = (host_bounds(cu_seqlens), chunk_size), _offsets.get(cu_seqlens)
+    """As fla's `prepare_chunk_offsets`; nothing waits where `host_cu_seqlens` knows the bounds."""
+    key, known = (host_cu_seqlens(cu_seqlens), chunk_size), _offsets.get(cu_seqlens)
     if known is None or known[0] != key:
         lengths = (end - start for start, end in itertools.pairwise(key[0]))
         ends = list(itertools.accumulate((-(-n // chunk_size) for n in lengths), initial=0))
@@ -248,9 +248,9 @@ def packed_tokens(cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor] | tuple[No
     """
     if cu_seqlens is None:
         return None, None
-    bounds, known = host_bounds(cu_seqlens), _tables_without_empty.get(cu_seqlens)
+    bounds, known = host_cu_seqlens(cu_seqlens), _tables_without_empty.get(cu_seqlens)
     if known is None or known[0] != bounds:
-        some = upload_bounds(list(dict.fromkeys(bounds)), cu_seqlens.device)
+        some = upload_cu_seqlens(list(dict.fromkeys(bounds)), cu_seqlens.device)
         tokens = torch.stack(document_of_tokens(some, bounds[-1]), dim=1).int()
         known = _tables_without_empty[cu_seqlens] = (bounds, some, tokens)
     return known[1:]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apps.LT2.kernel.short_conv import conv_tail, short_conv, short_conv_step
+from apps.LT2.kernel.short_conv import conv_state, short_conv, short_conv_step
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel
 
@@ -40,7 +40,7 @@ class ShortConv(nn.Module):
         if self.weight is None:
             return F.silu(x_BTC)
         weight, bias = self._own_taps()
-        return short_conv(x_BTC, weight, bias, tail=tail, cu_seqlens=cu_seqlens)
+        return short_conv(x_BTC, weight, bias, state=tail, cu_seqlens=cu_seqlens)
 
     def next_tail(
         self, x_BTC: Tensor, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -48,7 +48,7 @@ class ShortConv(nn.Module):
         """The tail (N, n_tail, C) that a later call needs to go on after x."""
         if self.weight is None:
             return x_BTC.new_zeros(0) if tail is None else tail
-        return conv_tail(x_BTC, self.size, tail=tail, cu_seqlens=cu_seqlens)
+        return conv_state(x_BTC, self.size, state=tail, cu_seqlens=cu_seqlens)
 
     def step(self, x_BC: Tensor, tail_BKC: Tensor) -> Tensor:
         """One token a row; `tail_BKC` is moved on in place."""

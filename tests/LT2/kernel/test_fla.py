@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.documents import upload_bounds
+from apps.LT2.kernel.documents import upload_cu_seqlens
 from apps.LT2.kernel.fla import (
     chunk_offsets,
     packed_arguments,
@@ -98,7 +98,7 @@ def test_gradients_reach_every_input(read, with_state, constant_decay):
 
 
 def test_chunks_are_numbered_by_document():
-    packed = packed_arguments(upload_bounds([0, 64, 64, 129, 130], "cpu"))
+    packed = packed_arguments(upload_cu_seqlens([0, 64, 64, 129, 130], "cpu"))
     assert packed["cu_seqlens"].tolist() == [0, 64, 64, 129, 130]
     # An empty document has no chunk, and its number.
     assert packed["chunk_indices"].tolist() == [[0, 0], [2, 0], [2, 1], [3, 0]]
@@ -107,7 +107,7 @@ def test_chunks_are_numbered_by_document():
 
 
 def test_tokens_are_numbered_by_documents_that_have_some():
-    bounds, tokens = packed_tokens(upload_bounds([0, 0, 3, 3, 3, 5, 5], "cpu"))
+    bounds, tokens = packed_tokens(upload_cu_seqlens([0, 0, 3, 3, 3, 5, 5], "cpu"))
     assert bounds is not None and tokens is not None
     assert bounds.tolist() == [0, 3, 5]
     assert tokens.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
@@ -116,7 +116,7 @@ def test_tokens_are_numbered_by_documents_that_have_some():
 
 
 def test_the_host_knows_how_many_chunks_there_are():
-    cu_seqlens = upload_bounds([0, 64, 64, 129, 130], "cpu")
+    cu_seqlens = upload_cu_seqlens([0, 64, 64, 129, 130], "cpu")
     with no_waiting():
         offsets = chunk_offsets(cu_seqlens, 64)
         assert offsets[-1].item() == 4
@@ -142,6 +142,6 @@ def test_tables_are_shared_until_the_bounds_change(tables):
 
 @pytest.mark.parametrize("tables", [packed_arguments, packed_tokens])
 def test_tables_of_bounds_that_the_host_has_wait_for_nothing(tables):
-    cu_seqlens = upload_bounds([0, 2, 5], "cpu")
+    cu_seqlens = upload_cu_seqlens([0, 2, 5], "cpu")
     with no_waiting():
         tables(cu_seqlens)

@@ -1,11 +1,11 @@
-"""Short convolution: the parallel form, its tails and its steps against the definition."""
+"""Short convolution: the parallel form, its states and its steps against the definition."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from apps.LT2.kernel.short_conv import conv_tail, short_conv, short_conv_step
+from apps.LT2.kernel.short_conv import conv_state, short_conv, short_conv_step
 from apps.LT2.kernel.short_conv.naive import short_conv_naive
 from tests.tolerances import BY_DTYPE, FP32, FP64, assert_same
 
@@ -23,8 +23,8 @@ def packed(lengths):
 
 
 def results(conv, inputs, **options):
-    x, weight, tail, bias = inputs
-    y = conv(x, weight, bias, tail=tail, **options)
+    x, weight, state, bias = inputs
+    y = conv(x, weight, bias, state=state, **options)
     torch.manual_seed(1)
     loss = (y * torch.randn(y.shape, dtype=torch.float64)).sum()
     return y, *torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
@@ -39,31 +39,31 @@ def test_equals_naive(T, k, activation, dtype):
     got, want = (
         results(conv, inputs, activation=activation) for conv in (short_conv, short_conv_naive)
     )
-    for name, a, b in zip(("y", "dx", "dweight", "dtail", "dbias"), got, want, strict=True):
+    for name, a, b in zip(("y", "dx", "dweight", "dstate", "dbias"), got, want, strict=True):
         assert_same(a, b, BY_DTYPE[dtype], name)
 
 
 @pytest.mark.parametrize("lengths", [(1, 2, 3, 4, 7), (0, 5, 0, 1, 0)], ids=str)
 @pytest.mark.parametrize("k", [2, 4])
-@pytest.mark.parametrize("with_tail", [False, True])
-def test_documents_do_not_leak(lengths, k, with_tail):
-    """Packed equals one by one, in the result, the new tail and the gradients."""
+@pytest.mark.parametrize("with_state", [False, True])
+def test_documents_do_not_leak(lengths, k, with_state):
+    """Packed equals one by one, in the result, the new state and the gradients."""
     cu_seqlens = packed(lengths)
-    x, weight, tails, _ = make_inputs(1, sum(lengths), len(lengths), k)
-    options = {"cu_seqlens": cu_seqlens, "tail": tails if with_tail else None}
+    x, weight, states, _ = make_inputs(1, sum(lengths), len(lengths), k)
+    options = {"cu_seqlens": cu_seqlens, "state": states if with_state else None}
     y = short_conv(x, weight, **options)
-    new_tails = conv_tail(x, k, **options)
+    new_states = conv_state(x, k, **options)
 
     alone = []
     for n, (start, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
-        tail = tails[n : n + 1] if with_tail else None
+        state = states[n : n + 1] if with_state else None
         document = x[:, start:end]
-        alone.append(short_conv_naive(document, weight, tail=tail) if end > start else document)
-        assert torch.equal(new_tails[n : n + 1], conv_tail(document, k, tail=tail))
+        alone.append(short_conv_naive(document, weight, state=state) if end > start else document)
+        assert torch.equal(new_states[n : n + 1], conv_state(document, k, state=state))
     want = torch.cat(alone, dim=1)
     assert_same(y, want, FP64, "y")
 
-    leaves = [x, weight, tails] if with_tail else [x, weight]
+    leaves = [x, weight, states] if with_state else [x, weight]
     weighting = torch.randn_like(y)
     got_grads = torch.autograd.grad((y * weighting).sum(), leaves)
     want_grads = torch.autograd.grad((want * weighting).sum(), leaves)
@@ -72,21 +72,21 @@ def test_documents_do_not_leak(lengths, k, with_tail):
 
 
 @pytest.mark.parametrize("T", [0, 1, 2, 3, 9])
-@pytest.mark.parametrize("with_tail", [False, True])
-def test_tail_is_the_last_inputs(T, with_tail):
-    x, _, tail, _ = make_inputs(2, T, 2, 4)
-    past = tail if with_tail else torch.zeros_like(tail)
-    got = conv_tail(x, 4, tail=tail if with_tail else None)
+@pytest.mark.parametrize("with_state", [False, True])
+def test_state_is_the_last_inputs(T, with_state):
+    x, _, state, _ = make_inputs(2, T, 2, 4)
+    past = state if with_state else torch.zeros_like(state)
+    got = conv_state(x, 4, state=state if with_state else None)
     assert torch.equal(got, torch.cat([past, x], dim=1)[:, -3:])
 
 
 @pytest.mark.parametrize("split", [1, 2, 5, 9])
 def test_split_anywhere_equals_whole(split):
-    x, weight, tail, _ = make_inputs(2, 10, 2, 4)
-    want = short_conv(x, weight, tail=tail)
-    middle = conv_tail(x[:, :split], 4, tail=tail)
-    first = short_conv(x[:, :split], weight, tail=tail)
-    last = short_conv(x[:, split:], weight, tail=middle)
+    x, weight, state, _ = make_inputs(2, 10, 2, 4)
+    want = short_conv(x, weight, state=state)
+    middle = conv_state(x[:, :split], 4, state=state)
+    first = short_conv(x[:, :split], weight, state=state)
+    last = short_conv(x[:, split:], weight, state=middle)
     assert_same(torch.cat([first, last], dim=1), want, FP64)
 
 
@@ -94,14 +94,14 @@ def test_split_anywhere_equals_whole(split):
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_steps_equal_forward(k, activation, with_bias):
-    x, weight, tail, bias = [t.detach() for t in make_inputs(2, 7, 2, k, dtype=torch.float32)]
+    x, weight, state, bias = [t.detach() for t in make_inputs(2, 7, 2, k, dtype=torch.float32)]
     bias = bias if with_bias else None
-    want = short_conv(x, weight, bias, tail=tail, activation=activation)
-    want_tail = conv_tail(x, k, tail=tail)
-    storage = tail.data_ptr()
-    got = [short_conv_step(x[:, t], weight, tail, bias, activation=activation) for t in range(7)]
+    want = short_conv(x, weight, bias, state=state, activation=activation)
+    want_state = conv_state(x, k, state=state)
+    storage = state.data_ptr()
+    got = [short_conv_step(x[:, t], weight, state, bias, activation=activation) for t in range(7)]
     assert_same(torch.stack(got, dim=1), want, FP32, "y")
-    assert torch.equal(tail, want_tail) and tail.data_ptr() == storage
+    assert torch.equal(state, want_state) and state.data_ptr() == storage
 
 
 def test_half_precision_sums_in_fp32():

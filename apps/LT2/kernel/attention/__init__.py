@@ -25,7 +25,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from apps.LT2.kernel.attention.decode import decode_attention
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
-from apps.LT2.kernel.documents import document_of_tokens, host_bounds
+from apps.LT2.kernel.documents import document_of_tokens, host_cu_seqlens
 from lingua.errors import UserError
 from lingua.transformer import flex_attention_on, repeat_kv
 
@@ -194,7 +194,7 @@ def _fmha(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tenso
     k, v = repeat_kv(k, groups), repeat_kv(v, groups)
     bias = fmha.attn_bias
     if cu_seqlens is not None:
-        lengths = [end - start for start, end in itertools.pairwise(host_bounds(cu_seqlens))]
+        lengths = [end - start for start, end in itertools.pairwise(host_cu_seqlens(cu_seqlens))]
         mask = bias.BlockDiagonalCausalMask.from_seqlens(lengths)
         if window is not None:
             mask = mask.make_local_attention(window)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.documents import document_of_tokens, host_bounds
+from apps.LT2.kernel.documents import document_of_tokens, host_cu_seqlens
 
 # Elements of the largest tensor of a block: 128 MiB in fp32, and some four of them are alive at a
 # time. Smaller blocks skip more of the future but start more kernels.
@@ -66,7 +66,7 @@ def query_blocks(
     document, starts = None, [0]
     if cu_seqlens is not None:
         document, _ = document_of_tokens(cu_seqlens, n_keys)
-        starts = host_bounds(cu_seqlens)
+        starts = host_cu_seqlens(cu_seqlens)
     for begin, end in query_ranges(n_queries, elements_per_query=elements_per_pair * n_keys):
         first = starts[bisect_right(starts, begin + offset) - 1] // 8 * 8
         keys, queries = slice(first, end + offset), slice(begin + offset, end + offset)

@@ -3,9 +3,9 @@
     y_t = silu( bias + sum_j weight[:, j] x_{t - (k-1) + j} )        the last tap weighs token t
 
 In plain torch a sum of k shifted products. On CUDA Triton kernels compute whole sequences, forward
-and backward, and the step of decoding, which also moves the tail on.
+and backward, and the step of decoding, which also moves the state on.
 
-Shapes: B batch, T tokens, N sequences, C channels, K taps (k-1 in a tail).
+Shapes: B batch, T tokens, N sequences, C channels, K taps (k-1 in a state).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def short_conv(
     weight_CK: Tensor,
     bias_C: Tensor | None = None,
     *,
-    tail: Tensor | None = None,
+    state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
     """Convolve B sequences, or N documents packed into one row, each from its own past.
 
-    tail        (N, k-1, C)   the k-1 inputs before the first token, oldest first; zeros if None
+    state        (N, k-1, C)   the k-1 inputs before the first token, oldest first; zeros if None
     cu_seqlens  (N + 1,)      int32 bounds of packed documents; then B is 1. None: N is B
     Returns y (B, T, C) in x's dtype, summed in fp32.
     """
-    _check(x_BTC, weight_CK, tail, cu_seqlens, activation)
+    _check(x_BTC, weight_CK, state, cu_seqlens, activation)
     T, k = x_BTC.shape[1], weight_CK.shape[1]
-    if tail is None and fused.kernel_can(x_BTC):
+    if state is None and fused.kernel_can(x_BTC):
         position_T = None
         if cu_seqlens is not None:
             position_T = local_positions(T, cu_seqlens, x_BTC.device).int()
@@ -46,10 +46,10 @@ def short_conv(
     dtype = torch.promote_types(x_BTC.dtype, torch.float32)
     weight_CK = weight_CK.to(dtype)
     if cu_seqlens is None:
-        padded_BTC = _after_past(x_BTC, tail, k)
+        padded_BTC = _after_past(x_BTC, state, k)
         taps = [padded_BTC[:, j : j + T] for j in range(k)]
     else:
-        taps = _packed_taps(x_BTC, tail, cu_seqlens, k)
+        taps = _packed_taps(x_BTC, state, cu_seqlens, k)
     y_BTC = taps[-1].to(dtype) * weight_CK[:, -1]
     for j in range(k - 1):
         y_BTC = torch.addcmul(y_BTC, taps[j].to(dtype), weight_CK[:, j])
@@ -58,21 +58,21 @@ def short_conv(
     return _activate(y_BTC, activation).to(x_BTC.dtype)
 
 
-def conv_tail(
-    x_BTC: Tensor, k: int, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
+def conv_state(
+    x_BTC: Tensor, k: int, *, state: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The last k-1 inputs of every sequence, (N, k-1, C): the tail that the next tokens need."""
+    """The last k-1 inputs of every sequence, (N, k-1, C): the state that the next tokens need."""
     _, T, C = x_BTC.shape
     if cu_seqlens is None:
-        return _after_past(x_BTC, tail, k)[:, T:]
+        return _after_past(x_BTC, state, k)[:, T:]
     start_N1, end_N1 = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     source_NK = end_N1 + torch.arange(1 - k, 0, device=x_BTC.device)
     new_NKC = x_BTC[0][source_NK.clamp(min=0)]
     older_NK1 = (source_NK < start_N1)[..., None]  # a document shorter than k-1 keeps old inputs
-    if tail is None:
+    if state is None:
         return new_NKC.masked_fill(older_NK1, 0)
     kept_NK = (source_NK - start_N1 + k - 1).clamp(max=k - 2)
-    kept_NKC = tail.gather(1, kept_NK[..., None].expand(-1, -1, C)).to(x_BTC.dtype)
+    kept_NKC = state.gather(1, kept_NK[..., None].expand(-1, -1, C)).to(x_BTC.dtype)
     return torch.where(older_NK1, kept_NKC, new_NKC)
 
 
@@ -80,32 +80,32 @@ def conv_tail(
 def short_conv_step(
     x_BC: Tensor,
     weight_CK: Tensor,
-    tail_BKC: Tensor,
+    state_BKC: Tensor,
     bias_C: Tensor | None = None,
     *,
     activation: str | None = "silu",
 ) -> Tensor:
-    """One token of every sequence; `tail_BKC` (B, k-1, C) takes it in, in place."""
+    """One token of every sequence; `state_BKC` (B, k-1, C) takes it in, in place."""
     assert activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}"
-    if kernel_can(x_BC, tail_BKC):
-        return short_conv_step_triton(x_BC, weight_CK, tail_BKC, bias_C, activation == "silu")
+    if kernel_can(x_BC, state_BKC):
+        return short_conv_step_triton(x_BC, weight_CK, state_BKC, bias_C, activation == "silu")
     dtype = torch.promote_types(x_BC.dtype, torch.float32)
-    window_BKC = torch.cat([tail_BKC, x_BC[:, None]], dim=1)
-    tail_BKC.copy_(window_BKC[:, 1:])
+    window_BKC = torch.cat([state_BKC, x_BC[:, None]], dim=1)
+    state_BKC.copy_(window_BKC[:, 1:])
     y_BC = (window_BKC.to(dtype) * weight_CK.mT.to(dtype)).sum(1)
     if bias_C is not None:
         y_BC = y_BC + bias_C.to(dtype)
     return _activate(y_BC, activation).to(x_BC.dtype)
 
 
-def _after_past(x_BTC: Tensor, tail: Tensor | None, k: int) -> Tensor:
-    if tail is None:
+def _after_past(x_BTC: Tensor, state: Tensor | None, k: int) -> Tensor:
+    if state is None:
         return F.pad(x_BTC, (0, 0, k - 1, 0))
-    return torch.cat([tail.to(x_BTC.dtype), x_BTC], dim=1)
+    return torch.cat([state.to(x_BTC.dtype), x_BTC], dim=1)
 
 
-def _packed_taps(x_1TC: Tensor, tail: Tensor | None, cu_seqlens: Tensor, k: int) -> list[Tensor]:
-    """x shifted by k-1, .., 1, 0 tokens; before a document's start its tail, or zeros."""
+def _packed_taps(x_1TC: Tensor, state: Tensor | None, cu_seqlens: Tensor, k: int) -> list[Tensor]:
+    """x shifted by k-1, .., 1, 0 tokens; before a document's start its state, or zeros."""
     T = x_1TC.shape[1]
     document_T, position_T = document_of_tokens(cu_seqlens, T)
     padded_1TC = _after_past(x_1TC, None, k)
@@ -113,10 +113,10 @@ def _packed_taps(x_1TC: Tensor, tail: Tensor | None, cu_seqlens: Tensor, k: int)
     for j in range(k - 1):
         shifted = padded_1TC[:, j : j + T]
         outside_T1 = (position_T < k - 1 - j)[:, None]
-        if tail is None:
+        if state is None:
             taps.append(shifted.masked_fill(outside_T1, 0))
         else:
-            past_TC = tail[document_T, (position_T + j).clamp(max=k - 2)].to(x_1TC.dtype)
+            past_TC = state[document_T, (position_T + j).clamp(max=k - 2)].to(x_1TC.dtype)
             taps.append(torch.where(outside_T1, past_TC, shifted))
     return [*taps, x_1TC]
 
@@ -128,7 +128,7 @@ def _activate(y: Tensor, activation: str | None) -> Tensor:
 def _check(
     x_BTC: Tensor,
     weight_CK: Tensor,
-    tail: Tensor | None,
+    state: Tensor | None,
     cu_seqlens: Tensor | None,
     activation: str | None,
 ) -> None:
@@ -136,6 +136,6 @@ def _check(
     assert activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}"
     assert weight_CK.shape[0] == C, f"{weight_CK.shape[0]} kernels for {C} channels"
     assert cu_seqlens is None or B == 1, f"cu_seqlens packs documents into one row, got B = {B}"
-    if tail is not None:
+    if state is not None:
         want = (B if cu_seqlens is None else len(cu_seqlens) - 1, weight_CK.shape[1] - 1, C)
-        assert tail.shape == want, f"tail {tuple(tail.shape)} is not {want}"
+        assert state.shape == want, f"state {tuple(state.shape)} is not {want}"

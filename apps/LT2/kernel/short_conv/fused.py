@@ -26,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def kernel_can(x_BTC: Tensor) -> bool:
-    """Whether the kernels serve these inputs, of sequences without a tail."""
+    """Whether the kernels serve these inputs, of sequences without a state."""
     return x_BTC.is_cuda and x_BTC.dtype in DTYPES
 
 

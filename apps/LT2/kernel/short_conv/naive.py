@@ -14,7 +14,7 @@ def short_conv_naive(
     weight_CK: Tensor,
     bias_C: Tensor | None = None,
     *,
-    tail: Tensor | None = None,
+    state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
@@ -25,7 +25,7 @@ def short_conv_naive(
     outputs = []
     for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         rows = slice(0, B) if cu_seqlens is None else slice(n, n + 1)
-        past = None if tail is None else tail[rows].to(dtype)
+        past = None if state is None else state[rows].to(dtype)
         outputs += _sequence(x_BTC[:, start:end].to(dtype), weight_CK.to(dtype), past)
     y_BTC = torch.stack(outputs, dim=1)
     if bias_C is not None:

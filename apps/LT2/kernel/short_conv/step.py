@@ -1,4 +1,4 @@
-"""The convolution of one token on CUDA, with its tail moved on by the same kernel.
+"""The convolution of one token on CUDA, with its state moved on by the same kernel.
 
 In plain torch these are three kernels of a microsecond or two, in every layer and loop of a step.
 Shapes as in `short_conv_step`.
@@ -16,18 +16,18 @@ BLOCK_C = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def kernel_can(x_BC: Tensor, tail_BKC: Tensor) -> bool:
+def kernel_can(x_BC: Tensor, state_BKC: Tensor) -> bool:
     """Whether the kernel serves these tensors."""
-    fits = x_BC.stride(-1) == 1 and tail_BKC.is_contiguous()
+    fits = x_BC.stride(-1) == 1 and state_BKC.is_contiguous()
     return x_BC.is_cuda and x_BC.dtype in DTYPES and fits
 
 
-@torch.library.custom_op("lt2::short_conv_step", mutates_args={"tail"})
+@torch.library.custom_op("lt2::short_conv_step", mutates_args={"state"})
 def short_conv_step_triton(
-    x: Tensor, weight: Tensor, tail: Tensor, bias: Tensor | None, silu: bool
+    x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, silu: bool
 ) -> Tensor:
     """Same arguments and result as `short_conv_step`."""
-    assert kernel_can(x, tail), "channels lie side by side, on CUDA"
+    assert kernel_can(x, state), "channels lie side by side, on CUDA"
     B, C = x.shape
     y = x.new_empty(B, C)
     with torch.cuda.device_of(x):
@@ -35,12 +35,12 @@ def short_conv_step_triton(
             x,
             weight,
             bias,
-            tail,
+            state,
             y,
             C,
             x.stride(0),
             *weight.stride(),
-            TAIL=tail.shape[1],
+            KEPT=state.shape[1],
             BLOCK_C=BLOCK_C,
             HAS_BIAS=bias is not None,
             SILU=silu,
@@ -49,7 +49,7 @@ def short_conv_step_triton(
 
 
 @short_conv_step_triton.register_fake
-def _(x, weight, tail, bias, silu):
+def _(x, weight, state, bias, silu):
     return x.new_empty(x.shape)
 
 
@@ -58,13 +58,13 @@ def _step_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    tail_ptr,
+    state_ptr,
     y_ptr,
     C,
     x_B,
     weight_C,
     weight_K,
-    TAIL: tl.constexpr,
+    KEPT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SILU: tl.constexpr,
@@ -74,15 +74,15 @@ def _step_kernel(
     inside = at_C < C
     tap_at = weight_ptr + at_C * weight_C
     x = tl.load(x_ptr + b * x_B + at_C, mask=inside, other=0.0)
-    y = x.to(tl.float32) * tl.load(tap_at + TAIL * weight_K, mask=inside, other=0.0).to(tl.float32)
-    for j in tl.static_range(TAIL):
-        slot = tail_ptr + (b * TAIL + j) * C + at_C
+    y = x.to(tl.float32) * tl.load(tap_at + KEPT * weight_K, mask=inside, other=0.0).to(tl.float32)
+    for j in tl.static_range(KEPT):
+        slot = state_ptr + (b * KEPT + j) * C + at_C
         past = tl.load(slot, mask=inside, other=0.0).to(tl.float32)
         y += past * tl.load(tap_at + j * weight_K, mask=inside, other=0.0).to(tl.float32)
         if j > 0:  # this input has one place less to go
-            tl.store(slot - C, past.to(tail_ptr.dtype.element_ty), mask=inside)
+            tl.store(slot - C, past.to(state_ptr.dtype.element_ty), mask=inside)
     tl.store(
-        tail_ptr + (b * TAIL + TAIL - 1) * C + at_C, x.to(tail_ptr.dtype.element_ty), mask=inside
+        state_ptr + (b * KEPT + KEPT - 1) * C + at_C, x.to(state_ptr.dtype.element_ty), mask=inside
     )
     if HAS_BIAS:
         y += tl.load(bias_ptr + at_C, mask=inside, other=0.0).to(tl.float32)
