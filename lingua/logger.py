@@ -1,9 +1,9 @@
-"""One log format for all ranks: each line on one stream only, rank 0 in a file, too, no secrets.
+"""One log format for all ranks, without secrets. Rank 0 also writes a file.
 
     0: INFO    26-01-31 12:00:00.123456 - 0:00:07 - message
 
-Warnings and errors go to stderr, the rest to stdout. srun labels the lines of each rank itself, so
-under SLURM the rank is left out. Debug output of other libraries stays off at every level.
+Warnings and errors go to stderr, other lines to stdout. Under SLURM the prefix has no rank, because
+srun labels the lines. Debug output of other libraries is always off.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ OWN_LOGGERS = ("root", "lingua", "apps", "setup", "__main__")
 def init_logger(
     log_file: str | os.PathLike | None = None, *, name: str | None = None, level: str = "INFO"
 ) -> None:
-    """Set up the root logger (or `name`); calling it again replaces what it set up before."""
+    """Set up the root logger, or the logger `name`. A second call replaces the handlers."""
     logger = logging.getLogger(name)
     logger.setLevel(level.upper())
     for handler in list(logger.handlers):
-        # A bare StreamHandler is what logging.basicConfig leaves: it would double every line.
+        # logging.basicConfig leaves a bare StreamHandler, which would print every line twice.
         if handler.get_name() == HANDLER_NAME or type(handler) is logging.StreamHandler:
             logger.removeHandler(handler)
             handler.close()
     if name is not None:
-        logger.propagate = False  # the root's handlers would print the line again
+        logger.propagate = False  # else the root's handlers print the line again
 
-    out = PatientStreamHandler(sys.stdout)
+    out = StreamHandler(sys.stdout)
     out.addFilter(lambda record: record.levelno < logging.WARNING)
-    err = PatientStreamHandler(sys.stderr)
+    err = StreamHandler(sys.stderr)
     err.setLevel(logging.WARNING)
     handlers: list[logging.Handler] = [out, err]
     if log_file is not None and get_is_master():
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(PatientFileHandler(log_file, mode="a", encoding="utf-8"))
+        handlers.append(FileHandler(log_file, mode="a", encoding="utf-8"))
     formatter = LogFormatter()
     for handler in handlers:
         handler.set_name(HANDLER_NAME)
@@ -58,32 +58,30 @@ def init_logger(
 
 
 def log_on_rank_0(message: str, *args: Any, level: int = logging.INFO) -> None:
-    """Log what is the same on all ranks, once."""
+    """Log a message that is the same on all ranks."""
     if get_is_master():
         logging.getLogger().log(level, message, *args)
 
 
 @contextmanager
 def end_in_log_file() -> Iterator[None]:
-    """An error or Ctrl-C that leaves the block is written to the log files; whoever catches it
-    tells it on stderr."""
+    """Write an error or Ctrl-C that leaves the block to the log files; run_cli prints it."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        says_all = isinstance(error, UserError | KeyboardInterrupt) or is_machine_fault(error)
+        is_expected = isinstance(error, UserError | KeyboardInterrupt) or is_machine_fault(error)
+        trace = None if is_expected else (type(error), error, error.__traceback__)
         text = str(error) or type(error).__name__
-        traceback = None if says_all else (type(error), error, error.__traceback__)
         place = ("root", logging.ERROR, __file__, 0)
-        record = logging.LogRecord(*place, "the run ends: %s", (text,), traceback)
+        record = logging.LogRecord(*place, "the run ends: %s", (text,), trace)
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.FileHandler):
                 handler.handle(record)
         raise
 
 
-class Patient(logging.Handler):
-    """On a full disk, or a pipe that nobody reads, logging itself would print a traceback for every
-    line."""
+class WarnOnce(logging.Handler):
+    """Warn once if a stream cannot be written. logging prints a traceback for every line."""
 
     failed = False
 
@@ -95,24 +93,23 @@ class Patient(logging.Handler):
             self.failed = True
             where = getattr(self, "baseFilename", "stdout or stderr")
             with contextlib.suppress(OSError):
-                told = f"{where} cannot be written ({error.strerror}): lines may be missing"
-                print(told, file=sys.stderr, flush=True)
+                print(f"{where} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of the lines that it told of
+        with contextlib.suppress(OSError):  # raised again for lines that are still buffered
             super().close()
 
 
-class PatientStreamHandler(Patient, logging.StreamHandler):
+class StreamHandler(WarnOnce, logging.StreamHandler):
     pass
 
 
-class PatientFileHandler(Patient, logging.FileHandler):
+class FileHandler(WarnOnce, logging.FileHandler):
     pass
 
 
 class LogFormatter(logging.Formatter):
-    """Prefix of rank, level, time and time since the start; more lines are indented below it."""
+    """Prefix rank, level, time and time since the start; indent further lines below the prefix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,11 +120,7 @@ class LogFormatter(logging.Formatter):
         when = datetime.fromtimestamp(record.created).strftime("%y-%m-%d %H:%M:%S.%f")
         elapsed = timedelta(seconds=max(0, round(record.created - self.start)))
         prefix = f"{self.rank}{record.levelname:<7} {when} - {elapsed} - "
-        text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
-        if record.stack_info:
-            text += "\n" + self.formatStack(record.stack_info)
+        text = super().format(record)  # with the traceback, if any
         return redact(prefix + text.replace("\n", "\n" + " " * len(prefix)))
 
 

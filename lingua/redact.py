@@ -1,4 +1,4 @@
-"""Secrets stay out of what a run writes: logs, configs, checkpoints, dashboards."""
+"""Keep secrets out of logs, configs, checkpoints and dashboards."""
 
 from __future__ import annotations
 
@@ -13,39 +13,31 @@ SECRET_NAME = re.compile(
 SECRET_SHAPE = re.compile(
     r"\b(?:(?:hf_|ghp_|github_pat_|sk-|wandb_v1_)[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{16}\b)"
 )
-MIN_SECRET_CHARS = 8  # shorter values would blot out ordinary words
+MIN_SECRET_CHARS = 8  # shorter values would hide ordinary words
 
 
-def redact(text: str) -> str:
-    """`text` without the values of secret environment variables and without known token shapes."""
-    return _hide(text, _secrets())
+def redact(text: str, secrets: Mapping[str, str] | None = None) -> str:
+    """Hide strings that look like tokens, and `secrets` (name to value).
 
-
-def redact_all(value: Any) -> Any:
-    """The same for every text in nested plain containers, such as a config that was resolved."""
-    return _hide_all(value, _secrets())
-
-
-def _secrets() -> dict[str, str]:
-    """Value -> name of the variable that holds it."""
-    return {
-        value: name
-        for name, value in os.environ.items()
-        if len(value) >= MIN_SECRET_CHARS and SECRET_NAME.search(name)
-    }
-
-
-def _hide(text: str, secrets: dict[str, str]) -> str:
-    for value, name in secrets.items():
+    By default, `secrets` are the environment variables with the name of a secret.
+    """
+    for name, value in (find_secrets() if secrets is None else secrets).items():
         text = text.replace(value, f"<{name} hidden>")
     return SECRET_SHAPE.sub("<token hidden>", text)
 
 
-def _hide_all(value: Any, secrets: dict[str, str]) -> Any:
+def redact_all(value: Any, secrets: Mapping[str, str] | None = None) -> Any:
+    """Apply `redact` to every string in nested plain containers, such as a config."""
+    secrets = find_secrets() if secrets is None else secrets
     if isinstance(value, str):
-        return _hide(value, secrets)
+        return redact(value, secrets)
     if isinstance(value, Mapping):
-        return {_hide_all(key, secrets): _hide_all(item, secrets) for key, item in value.items()}
+        return {redact_all(k, secrets): redact_all(v, secrets) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_hide_all(item, secrets) for item in value]
+        return [redact_all(item, secrets) for item in value]
     return value
+
+
+def find_secrets() -> dict[str, str]:
+    variables = os.environ.items()
+    return {k: v for k, v in variables if len(v) >= MIN_SECRET_CHARS and SECRET_NAME.search(k)}

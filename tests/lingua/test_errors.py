@@ -1,4 +1,4 @@
-"""How a program ends: one line for a mistake of the user, a traceback without secrets for a bug."""
+"""A program ends with one line for a user's mistake, and a traceback without secrets for a bug."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lingua.errors import UserError, import_optional, run_cli
 
 
 def test_run_cli_prints_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which it replaces
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # run_cli replaces it
     monkeypatch.delenv("RANK", raising=False)
 
     def mistaken(argv):
@@ -47,11 +47,11 @@ def test_run_cli_prints_one_line(capsys, monkeypatch):
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_name_that_no_file_can_have_is_one_line(capsys, monkeypatch):
+def test_a_file_name_that_is_too_long_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["program"])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as stop:
         run_cli(lambda _: Path("a" * 300).exists())
-    assert left.value.code == 2
+    assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {'a' * 300}: File name too long\n"
 
 
@@ -59,7 +59,7 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"logging\.wandb needs .* pip install -e '\.\[wandb\]'"):
         import_optional("no_such_package_here", extra="wandb", needed_by="logging.wandb")
 
-    # A broken package is not the user's mistake: its traceback says what is wrong.
+    # A broken package is not the user's mistake.
     (tmp_path / "broken_package_here.py").write_text("import its_own_missing_need")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="its_own_missing_need"):

@@ -31,7 +31,7 @@ def as_rank(monkeypatch, rank: str) -> None:
 
 
 def test_each_line_is_on_one_stream(capsys):
-    logging.getLogger().addHandler(logging.StreamHandler(sys.stderr))  # as basicConfig leaves it
+    logging.getLogger().addHandler(logging.StreamHandler(sys.stderr))  # as after basicConfig
     init_logger()
     init_logger()
     logging.getLogger().info("fine")
@@ -48,7 +48,7 @@ def test_named_logger_does_not_repeat_on_the_root(capsys):
     assert capsys.readouterr().out.count("once") == 1
 
 
-def test_more_lines_are_indented_below_the_prefix(capsys):
+def test_further_lines_are_indented_below_the_prefix(capsys):
     init_logger()
     logging.getLogger().info("first\nsecond")
     first, second = capsys.readouterr().out.splitlines()
@@ -78,7 +78,7 @@ def test_only_rank_0_writes_the_file_and_appends(tmp_path, monkeypatch):
     "error, has_traceback",
     [(UserError("steps=0: no"), False), (KeyboardInterrupt(), False), (ValueError("why"), True)],
 )
-def test_what_ends_a_run_is_in_its_log(tmp_path, capsys, error, has_traceback):
+def test_the_error_that_ends_a_run_is_in_its_log(tmp_path, capsys, error, has_traceback):
     log = tmp_path / "train.log"
     init_logger(log)
     with pytest.raises(type(error)), end_in_log_file():
@@ -86,10 +86,10 @@ def test_what_ends_a_run_is_in_its_log(tmp_path, capsys, error, has_traceback):
     text = log.read_text()
     assert f"the run ends: {error or 'KeyboardInterrupt'}" in text and "ERROR" in text
     assert ("Traceback" in text) == has_traceback
-    assert capsys.readouterr().err == ""  # told there by whoever catches it
+    assert capsys.readouterr().err == ""  # run_cli prints it
 
 
-def test_prefix_has_the_rank_but_not_under_slurm(capsys, monkeypatch):
+def test_the_prefix_has_the_rank_except_under_slurm(capsys, monkeypatch):
     as_rank(monkeypatch, "3")
     init_logger()
     logging.getLogger().info("x")
@@ -102,7 +102,7 @@ def test_prefix_has_the_rank_but_not_under_slurm(capsys, monkeypatch):
     assert torchrun.startswith("3: INFO") and slurm.startswith("INFO")
 
 
-def test_debug_shows_our_lines_and_not_those_of_libraries(capsys):
+def test_libraries_print_no_debug_lines(capsys):
     init_logger(level="debug")
     logging.getLogger("lingua.data").debug("ours")
     logging.getLogger("matplotlib.font").debug("theirs")
@@ -125,7 +125,7 @@ def test_secrets_are_hidden(capsys, monkeypatch, tmp_path):
     assert redact("max_tokens=123456789 seed 42") == "max_tokens=123456789 seed 42"
 
 
-def test_a_log_file_on_a_full_disk_is_told_of_once(tmp_path, capfd):
+def test_a_log_file_on_a_full_disk_is_one_warning(tmp_path, capfd):
     (tmp_path / "train.log").symlink_to("/dev/full")
     init_logger(tmp_path / "train.log")
     for _ in range(3):
@@ -135,7 +135,7 @@ def test_a_log_file_on_a_full_disk_is_told_of_once(tmp_path, capfd):
     assert err.count("cannot be written (No space left on device)") == 1 and "Traceback" not in err
 
 
-def test_a_stdout_that_nobody_reads_is_told_of_once(monkeypatch, capfd):
+def test_a_broken_stdout_is_one_warning(monkeypatch, capfd):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         init_logger()
