@@ -27,7 +27,7 @@ from torch import nn
 from lingua.args import dataclass_to_dict, flatten_dict, load_config_file
 from lingua.errors import UserError, import_optional
 from lingua.files.atomic import write_atomic
-from lingua.files.jsonl_log import RecordFile, json_line, mend_jsonl, read_jsonl_records
+from lingua.files.jsonl_log import RecordFile, json_line, read_jsonl_records, repair_jsonl
 from lingua.parallel.ranks import get_is_master
 from lingua.redact import redact_all
 
@@ -100,7 +100,7 @@ class MetricLogger:
         if not get_is_master():
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        mend_jsonl(self.path, self.resume_step)
+        repair_jsonl(self.path, self.resume_step)
         options = self.args.logging if self.args is not None else LoggingArgs()
         check_logging_packages(options)
         if options.wandb is not None:

@@ -31,7 +31,7 @@ from typing import Any
 
 from lingua.args import parse_args
 from lingua.errors import UserError, run_cli
-from lingua.files.lock import hold_folders, make_writable
+from lingua.files.lock import lock_folders, make_writable
 from lingua.slurm.background import (
     FOLDER,
     LocalOutput,
@@ -126,7 +126,7 @@ def launch_sweep(args: StoolArgs) -> Path:
         show(plans, f"{action}; the first: {command}", sweep=folder)
         return folder / RECORD
     make_writable("dump_dir", folder)
-    with hold_folders({"dump_dir": folder}):
+    with lock_folders({"dump_dir": folder}):
         for plan in plans:
             write_run(plan, without=folder)
         write_record(folder, runs)

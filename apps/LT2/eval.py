@@ -31,7 +31,7 @@ from lingua.args import parse_args
 from lingua.checkpointing.folder import is_checkpoint
 from lingua.distributed import get_is_master, setup_torch_distributed
 from lingua.errors import UserError, run_cli
-from lingua.files.lock import make_writable, own_folders
+from lingua.files.lock import make_and_lock_folders, make_writable
 from lingua.logger import init_logger
 from lingua.parallel.args import DistributedArgs
 
@@ -45,7 +45,7 @@ def launch_eval(given: EvalArgs) -> dict[str, Scores]:
     # What the checkpoint lies in is the training run's to hold, which may go on.
     is_of_training = Path(args.dump_dir).resolve() in Path(args.ckpt_dir).resolve().parents
     folders = {} if is_of_training else {"dump_dir": args.dump_dir}
-    with own_folders(folders, is_master=get_is_master()):
+    with make_and_lock_folders(folders, is_master=get_is_master()):
         init_logger(Path(args.dump_dir, "eval.log"))
         setup_torch_distributed(DistributedArgs(model_dtype="fp32"))  # no group in one process
         return evaluate(args)

@@ -72,7 +72,7 @@ from lingua.distributed import (
 )
 from lingua.errors import run_cli
 from lingua.files.atomic import write_atomic
-from lingua.files.lock import own_folders
+from lingua.files.lock import make_and_lock_folders
 from lingua.logger import end_in_log_file, init_logger, log_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.optim import ScheduledLR, build_optimizer
@@ -107,7 +107,7 @@ def train(given: TrainArgs) -> None:
         return
     with ExitStack() as resources:
         folders = {"dump_dir": args.dump_dir, "checkpoint.path": str(args.checkpoint.path)}
-        resources.enter_context(own_folders(folders, is_master=get_is_master()))
+        resources.enter_context(make_and_lock_folders(folders, is_master=get_is_master()))
         with ending_with_torchrun():  # from the first step on, a signal has the run save
             start(args)
             resources.enter_context(end_in_log_file())

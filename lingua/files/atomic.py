@@ -1,4 +1,4 @@
-"""Write a file whole or not at all."""
+"""Write a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import BinaryIO
 
 
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
-    """Replace a file by one that holds `data`; after a crash the old or the new one is there."""
+    """Replace the content of a file. After a crash, the file has the old or the new content."""
     with open_atomic(path) as f:
         f.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 @contextmanager
 def open_atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write that replaces `path`, durably, when the block is left without an error."""
+    """Open a temporary file that durably replaces `path` when the block ends without an error."""
     target = Path(path)
-    aside = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
-        with open(aside, "wb") as f:
+        with open(temporary, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(aside, target)
+        os.replace(temporary, target)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    fsync_path(target.parent)  # the rename itself must survive a power cut, too
+    fsync_path(target.parent)  # the rename itself must survive a power failure
 
 
 def fsync_path(path: str | os.PathLike) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut."""
+    """Flush a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

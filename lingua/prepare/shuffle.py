@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 
 from lingua.errors import UserError
 from lingua.files.atomic import fsync_path, write_atomic
-from lingua.files.lock import LOCK_NAME, hold_folders, make_writable
+from lingua.files.lock import LOCK_NAME, lock_folders, make_writable
 from lingua.prepare.sources import check_document_file, estimate_text_bytes, read_documents
 
 PROGRESS_NAME = "progress.json"
@@ -81,7 +81,7 @@ def shuffle_documents(
         return finished
     work = out.with_name(f"{out.name}.unfinished")
     make_writable("--data_dir", work)
-    with hold_folders({"--data_dir": work}):
+    with lock_folders({"--data_dir": work}):
         manifest = _read_json(work / MANIFEST_NAME)
         if manifest is not None:  # killed before it was renamed
             _refuse_other(work, manifest["request"], plan.request)

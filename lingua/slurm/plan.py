@@ -6,7 +6,6 @@ import importlib
 import itertools
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 from lingua.args import config_as_yaml, parse_args
 from lingua.errors import UserError, is_machine_fault
 from lingua.files.atomic import write_atomic
-from lingua.files.lock import LOCK_NAME, check_writable, find_holder, hold_folders, make_writable
+from lingua.files.lock import LOCK_NAME, check_unlocked, check_writable, lock_folders, make_writable
 from lingua.slurm.code import CODE_VERSION, code_version, snapshot_code, version_record
 from lingua.slurm.script import Job, StoolArgs, render_submit
 
@@ -169,19 +168,12 @@ def time_limit(args: StoolArgs) -> str:
 
 def check_dump_dir(job: Job, inputs: Mapping[str, Path]) -> None:
     """Refuse a dump_dir that cannot be written, is in use, or may not be reused or renamed."""
-    folder = job.dump_dir
     try:
         check_may_use(job, inputs)
-        check_writable("dump_dir", folder)
-        holder = find_holder(folder)
     except OSError as error:
-        raise UserError(f"dump_dir={folder}: cannot be read ({error.strerror})") from None
-    if holder is not None:
-        raise UserError(
-            f"dump_dir={folder}: another run writes there ({holder}); wait for it, stop it, or "
-            "name another folder (to continue it when it ends: sbatch --dependency=afterany:"
-            f"<its id> {shlex.quote(str(job.script))})"
-        )
+        raise UserError(f"dump_dir={job.dump_dir}: cannot be read ({error.strerror})") from None
+    check_writable("dump_dir", job.dump_dir)
+    check_unlocked("dump_dir", job.dump_dir)
 
 
 def check_may_use(job: Job, inputs: Mapping[str, Path]) -> None:
@@ -240,7 +232,7 @@ def write_run(plan: RunPlan, without: Path | None = None) -> Path:
         if plan.job.args.override and not is_free(folder):
             rename_old(folder)
         make_writable("dump_dir", folder)
-        with hold_folders({"dump_dir": folder}):
+        with lock_folders({"dump_dir": folder}):
             check_may_use(plan.job, {})  # another stool may have been faster
             return fill_run_folder(plan, without or folder)
     except OSError as error:
@@ -251,7 +243,7 @@ def write_run(plan: RunPlan, without: Path | None = None) -> Path:
 
 def rename_old(folder: Path) -> None:
     """Rename the folder of an older run to a free name."""
-    with hold_folders({"dump_dir": folder}):
+    with lock_folders({"dump_dir": folder}):
         target = old_name(folder)
         folder.rename(target)
     print(f"stool: renamed {folder} to {target}", flush=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 HOLD = """
 import sys, time
-from lingua.files.lock import hold_folders  # which comes without torch
-with hold_folders({"dump_dir": sys.argv[1]}):
+from lingua.files.lock import lock_folders  # which comes without torch
+with lock_folders({"dump_dir": sys.argv[1]}):
     print("held", flush=True)
     time.sleep(60)
 """

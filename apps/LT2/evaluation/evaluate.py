@@ -29,7 +29,7 @@ from lingua.dataloader.args import DataArgs
 from lingua.distributed import get_is_master, run_on_rank_0, run_together
 from lingua.errors import UserError
 from lingua.files.atomic import write_atomic
-from lingua.files.jsonl_log import append_whole, json_line, mend_jsonl
+from lingua.files.jsonl_log import append_whole, json_line, repair_jsonl
 from lingua.metrics import start_wandb
 from lingua.tokenizer import Tokenizer
 
@@ -201,7 +201,7 @@ def append_record(args: EvalArgs, name: str, scores: Scores) -> None:
     if args.global_step is not None:
         record["global_step"] = args.global_step
     file = Path(args.metric_log_dir, name)
-    mend_jsonl(file, None)
+    repair_jsonl(file, None)
     append_whole(file, json_line(record | scores).encode())
 
 

@@ -34,7 +34,7 @@ from lingua.distributed import (
     run_together,
 )
 from lingua.errors import UserError
-from lingua.files.jsonl_log import is_recorded, mend_jsonl
+from lingua.files.jsonl_log import is_recorded, repair_jsonl
 from lingua.logger import log_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.rng import get_rng_state, set_rng_state
@@ -64,7 +64,7 @@ class CheckpointEvaluator:
         if self.eval.harness is None:
             return
         if self.args.async_eval_gpus is None:
-            run_on_rank_0(lambda: mend_jsonl(Path(self.args.dump_dir, RECORDS), step))
+            run_on_rank_0(lambda: repair_jsonl(Path(self.args.dump_dir, RECORDS), step))
         owed = run_on_rank_0(lambda: owed_evaluation(self.args, step))
         if owed is not None:
             self(owed)

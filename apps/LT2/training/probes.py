@@ -23,7 +23,7 @@ from lingua.distributed import (
     run_on_rank_0,
     sync_replicated_grads,
 )
-from lingua.files.jsonl_log import is_recorded, mend_jsonl
+from lingua.files.jsonl_log import is_recorded, repair_jsonl
 from lingua.metrics import MetricLogger
 from lingua.probe import Probe
 
@@ -59,7 +59,7 @@ def probe_now_and_then(trainer: Trainer, metrics: MetricLogger) -> None:
     is_done = run_on_rank_0(lambda: is_recorded(metrics.path, state.step, first_key))
     done_step = state.step if is_done else None
     if file is not None:
-        mend_jsonl(file, state.step if is_done else state.step - 1)
+        repair_jsonl(file, state.step if is_done else state.step - 1)
 
     def look(batch: Batch) -> None:
         if not every_n_steps(state, freq, acc_step=0) or state.step == done_step:

@@ -74,11 +74,11 @@ import sys
 from pathlib import Path
 from lingua.slurm.code import snapshot_code
 from lingua.errors import UserError
-from lingua.files.lock import hold_folders
+from lingua.files.lock import lock_folders
 
 root, run = map(Path, sys.argv[1:])
 for attempt in (
-    lambda: hold_folders({"dump_dir": run}).__enter__(),
+    lambda: lock_folders({"dump_dir": run}).__enter__(),
     lambda: snapshot_code(root, run / "code", without=run),
 ):
     try:
