@@ -1,23 +1,23 @@
-"""Text on disk to batches of token ids, with a state that resumes the stream to the bit.
+"""Turn text on disk into batches of token ids, with a state that resumes the stream exactly.
 
-A chain of generators, each yielding `(item, state)`. A state is a plain dict that JSON can hold,
-with the state of the stage before it nested inside, so a batch and all it takes to go on after it
-travel together, through a worker process too. Building the chain from a state is resuming.
+The loader is a chain of generators that yield `(item, state)`. A state is a plain dict that JSON
+can hold, and contains the state of the stage before it. So a batch travels with everything that is
+needed to resume after it, also through a worker process. To resume, build the chain from a state.
 
-    loop_on_jsonl      documents of one source, without end               (dataloader/jsonl.py)
+    loop_on_jsonl      documents of one source, forever                   (dataloader/jsonl.py)
     choose_source      mixes the sources by weight, document by document
-    tokenize           document -> token ids; or read as such           (dataloader/pretokenized.py)
+    tokenize           document -> token ids; or reads token ids        (dataloader/pretokenized.py)
     pack_tokens        token ids -> rows of seq_len, no padding           (dataloader/packing.py)
     batch_and_shuffle_prefetched_sequences      rows -> shuffled batches  (dataloader/packing.py)
-    async_iterator     all of it in a process of its own, ahead of time   (dataloader/prefetch.py)
+    async_iterator     runs the chain ahead in a worker process           (dataloader/prefetch.py)
 
 Example: `root_dir: data, sources: {web: 3, code: 1}`, 8 ranks, 2 chunks in each source. Ranks 0-3
-share the first chunk of `web` and take its lines in turn, ranks 4-7 the second; the same in `code`.
-Three of four documents, on average, come from `web`. A rank's documents are laid end to end, cut
-into rows of `seq_len` tokens, shuffled in blocks of `prefetch_size` batches, and yielded as int64
-arrays (batch_size, seq_len, n_views), with one column more under `doc_mask`.
+share the first chunk of `web` and take its lines round-robin; ranks 4-7 share the second; the same
+for `code`. Three of four documents, on average, come from `web`. A rank's documents are
+concatenated, cut into rows of `seq_len` tokens, shuffled in blocks of `prefetch_size` batches, and
+yielded as int64 arrays (batch_size, seq_len, n_views), with one more column if `doc_mask`.
 
-Ranks here are data-parallel ranks; ranks that share a batch read the same data.
+Ranks here are data-parallel ranks; tensor-parallel ranks of one data-parallel rank read the same.
 """
 
 from __future__ import annotations
@@ -32,64 +32,36 @@ from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import (
     TRAIN_PATTERN,
     ChunksState,
-    JSONLState,
     ReadFile,
     distribute_data_to_rank,
     document_text,
     find_and_sanitize_chunks,
-    find_val_files,
-    iter_val_documents,
     loop_on_jsonl,
     read_jsonl,
 )
+from lingua.dataloader.jsonl import JSONLState as JSONLState
+from lingua.dataloader.jsonl import find_val_files as find_val_files
+from lingua.dataloader.jsonl import iter_val_documents as iter_val_documents
 from lingua.dataloader.packing import (
     PackTokensState,
     PrefetchState,
     batch_and_shuffle_prefetched_sequences,
-    document_offsets,
     init_pack_state,
     pack_tokens,
 )
-from lingua.dataloader.prefetch import async_iterator, consume_buffer, feed_buffer
+from lingua.dataloader.packing import document_offsets as document_offsets
+from lingua.dataloader.prefetch import async_iterator
+from lingua.dataloader.prefetch import consume_buffer as consume_buffer
+from lingua.dataloader.prefetch import feed_buffer as feed_buffer
 from lingua.dataloader.pretokenized import TokenRecipe, check_token_files, read_tokens
-from lingua.dataloader.reshard import DataState, is_resharded, open_resharded
-from lingua.dataloader.resume import check_state_matches, fit_state_to_args
+from lingua.dataloader.reshard import DataState, is_resharded, open_resharded, streams_of
+from lingua.dataloader.resume import check_state_matches as check_state_matches
+from lingua.dataloader.resume import fit_state_to_args
 from lingua.errors import UserError
-from lingua.tokenizer import TokenizerArgs, build_tokenizer, find_tokenizer_file
+from lingua.tokenizer import TokenizerArgs as TokenizerArgs
+from lingua.tokenizer import build_tokenizer, find_tokenizer_file
 
-__all__ = [
-    "DataArgs",
-    "JSONLState",
-    "MultiChoiceState",
-    "PackTokensState",
-    "PrefetchState",
-    "TokenizerArgs",
-    "TokenizerState",
-    "async_iterator",
-    "batch_and_shuffle_prefetched_sequences",
-    "build_dataloader",
-    "build_dataloader_from_args",
-    "check_state_matches",
-    "choose_source",
-    "consume_buffer",
-    "distribute_data_to_rank",
-    "document_offsets",
-    "feed_buffer",
-    "find_and_sanitize_chunks",
-    "find_val_files",
-    "init_choice_state",
-    "init_dataloader_state_from_args",
-    "init_state",
-    "iter_val_documents",
-    "loop_on_jsonl",
-    "pack_tokens",
-    "read_jsonl",
-    "setup_sources",
-    "tokenize",
-    "validate_data_args",
-]
-
-# Batches that the worker holds ready. They even out slow reads; the shuffling has its own buffer.
+# Batches that the worker holds ready, to even out slow reads. Shuffling has its own buffer.
 MAX_BATCHES_AHEAD = 16
 
 
@@ -97,7 +69,7 @@ class MultiChoiceState(TypedDict):
     root_dir: str
     sources: dict[str, float]
     source_to_state: dict[str, ChunksState]
-    rng_state: dict[str, Any]  # of numpy's PCG64, after the draw of the last document
+    rng_state: dict[str, Any]  # of numpy's PCG64, after the last draw
 
 
 class TokenizerState(TypedDict):
@@ -115,27 +87,25 @@ def choose_source(
     sources: dict[str, float],
     rng_state: dict[str, Any],
 ) -> Iterator[tuple[dict[str, Any], MultiChoiceState]]:
-    """Draw a source for every document, with odds in proportion to the weights."""
+    """Draw a source for every document, with probabilities proportional to the weights."""
     import numpy as np
 
     names = list(sources)
     weights = np.array([sources[name] for name in names], dtype=np.float64)
-    odds = weights / weights.sum()
+    probabilities = weights / weights.sum()
     rng = np.random.default_rng()
     rng.bit_generator.state = rng_state
     while True:
-        name = names[rng.choice(len(names), p=odds)]
+        name = names[rng.choice(len(names), p=probabilities)]
         document, state = next(source_to_iterator[name])
         source_to_state = {**source_to_state, name: state}
-        yield (
-            document,
-            MultiChoiceState(
-                root_dir=root_dir,
-                sources=sources,
-                source_to_state=source_to_state,
-                rng_state=rng.bit_generator.state,
-            ),
+        after = MultiChoiceState(
+            root_dir=root_dir,
+            sources=sources,
+            source_to_state=source_to_state,
+            rng_state=rng.bit_generator.state,
         )
+        yield document, after
 
 
 def tokenize(
@@ -145,27 +115,17 @@ def tokenize(
     tokenizer_type: str,
     tokenizer_path: str | None = None,
 ) -> Iterator[tuple[list[int], TokenizerState]]:
-    # built here, so in the worker where there is one
+    """Tokenize documents. The tokenizer is built on first use, so in the worker process."""
     tokenizer = build_tokenizer(tokenizer_type, tokenizer_path)
     for document, state in iterator:
-        yield (
-            tokenizer.encode(document_text(document), add_bos, add_eos),
-            TokenizerState(
-                it_state=state,
-                name=tokenizer_type,
-                add_bos=add_bos,
-                add_eos=add_eos,
-                path=tokenizer_path,
-            ),
+        after = TokenizerState(
+            it_state=state,
+            name=tokenizer_type,
+            add_bos=add_bos,
+            add_eos=add_eos,
+            path=tokenizer_path,
         )
-
-
-def already_tokenized(
-    iterator: Iterator[tuple[Any, Any]], state: TokenizerState
-) -> Iterator[tuple[Any, TokenizerState]]:
-    """What `tokenize` would yield, of documents that are token ids."""
-    for tokens, it_state in iterator:
-        yield tokens, TokenizerState(**{**state, "it_state": it_state})
+        yield tokenizer.encode(document_text(document), add_bos, add_eos), after
 
 
 def setup_sources(
@@ -180,18 +140,18 @@ def setup_sources(
 def build_dataloader(
     state: DataState, pretokenized: bool = False
 ) -> AbstractContextManager[Iterator[tuple[Any, DataState]]]:
-    """The loader that goes on from `state`, of this rank's own stream or of several dealt ones."""
+    """Open the loader that resumes from `state`: one stream, or several after resharding."""
     build = partial(open_stream, pretokenized=pretokenized)
-    return (
-        open_resharded(state, build) if is_resharded(state) else build(cast(PrefetchState, state))
-    )
+    if is_resharded(state):
+        return open_resharded(state, build)
+    return build(cast(PrefetchState, state))
 
 
 @contextmanager
 def open_stream(
     state: PrefetchState, pretokenized: bool = False
 ) -> Iterator[Iterator[tuple[Any, PrefetchState]]]:
-    """The chain of generators that goes on from `state`; their files are closed at the end."""
+    """Open one stream, built from `state`; close its files at the end."""
     pack_state: PackTokensState = state["it_state"]
     tokenizer_state: TokenizerState = pack_state["it_state"]
     multi_state: MultiChoiceState = tokenizer_state["it_state"]
@@ -201,7 +161,10 @@ def open_stream(
             stack.enter_context(closing(iterator))  # type: ignore[type-var]
         mixed = choose_source(documents, **multi_state)
         if pretokenized:
-            tokens = already_tokenized(mixed, tokenizer_state)
+            tokens = (
+                (ids, TokenizerState(**{**tokenizer_state, "it_state": after}))
+                for ids, after in mixed
+            )
         else:
             tokens = tokenize(
                 mixed,
@@ -269,7 +232,7 @@ def init_state(
     )
     return PrefetchState(
         it_state=init_pack_state(tokenizer_state, seq_len, n_views, doc_mask),
-        rng_state=_rng_state(seed + 1, rank, world_size),  # not that of the choice of sources
+        rng_state=_rng_state(seed + 1, rank, world_size),  # differs from the one of choose_source
         seq_idx=0,
         prefetch_size=prefetch_size,
         batch_size=batch_size,
@@ -286,8 +249,8 @@ def _rng_state(seed: int, rank: int, world_size: int) -> dict[str, Any]:
 
 
 def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) -> PrefetchState:
-    """Where `rank` of `world_size` data-parallel ranks begins."""
-    assert args.seed is not None, "give data.seed the top-level seed before building the loader"
+    """Return the state in which `rank` of `world_size` data-parallel ranks starts."""
+    assert args.seed is not None, "set data.seed to the top-level seed before building the loader"
     return init_state(
         root_dir=require_root_dir(args),
         sources=args.sources,
@@ -309,10 +272,10 @@ def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) 
 def build_dataloader_from_args(
     args: DataArgs, state: DataState | None = None
 ) -> AbstractContextManager[Iterator[tuple[Any, DataState]]]:
-    """A context manager that opens an endless iterator of `(batch, state)`.
+    """Return a context manager that opens an endless iterator of `(batch, state)`.
 
-    `state` comes from `init_dataloader_state_from_args`, or came with a batch: then the iterator
-    goes on after that batch. A state that does not fit `args` or the files is refused here.
+    `state` is from `init_dataloader_state_from_args`, or came with a batch: then the iterator
+    resumes after that batch. UserError if the state doesn't fit `args` or the files.
     """
     if state is None:
         state = init_dataloader_state_from_args(args, rank=0, world_size=1)
@@ -321,7 +284,7 @@ def build_dataloader_from_args(
         find_tokenizer_file(args.tokenizer.name, args.tokenizer.path)
         state = fit_state_to_args(args, state)
     if args.pretokenized:
-        require_token_files(args, 1)
+        check_own_token_files(args, state)
     if args.load_async:
         ahead = min(args.prefetch_size, MAX_BATCHES_AHEAD)
         return async_iterator(ahead, partial(build_dataloader, state, args.pretokenized))
@@ -329,9 +292,9 @@ def build_dataloader_from_args(
 
 
 def validate_data_args(args: DataArgs, world_size: int) -> None:
-    """Refuse what can be seen cheaply: folders, chunks, their first lines, the tokenizer's file.
+    """Check what is cheap: folders, chunks and their first lines, tokenizer and token files.
 
-    It reads the same on every rank, so all ranks stop with the same message.
+    Every rank does the same checks, so all ranks raise the same UserError.
     """
     find_tokenizer_file(args.tokenizer.name, args.tokenizer.path)
     root_dir = require_root_dir(args)
@@ -342,15 +305,29 @@ def validate_data_args(args: DataArgs, world_size: int) -> None:
 
 
 def require_token_files(args: DataArgs, world_size: int) -> None:
-    recipe = TokenRecipe.of(args.tokenizer.name, args.tokenizer.path, args.add_bos, args.add_eos)
+    """Raise UserError unless all chunks have token files that fit; hash no chunk."""
+    recipe = TokenRecipe.of(args)
     for source in args.sources:
-        folder = str(Path(require_root_dir(args), source))
-        check_token_files(find_and_sanitize_chunks(folder, world_size), recipe)
+        chunks = find_and_sanitize_chunks(str(Path(require_root_dir(args), source)), world_size)
+        check_token_files(chunks, recipe, may_hash=False)
+
+
+def check_own_token_files(args: DataArgs, state: DataState) -> None:
+    """Check the token files that a rank reads.
+
+    Hashing a large chunk takes minutes. So only the rank that reads its first line may hash it.
+    """
+    recipe = TokenRecipe.of(args)
+    for stream in streams_of(state):
+        multi_state: MultiChoiceState = stream["it_state"]["it_state"]["it_state"]
+        for share in multi_state["source_to_state"].values():
+            for place in (share, *share["waiting"]):
+                check_token_files([place["file_path"]], recipe, may_hash=place["offset"] == 0)
 
 
 def require_root_dir(args: DataArgs) -> str:
     if not args.root_dir:
-        raise UserError("data.root_dir is not set: give the folder that holds the sources")
+        raise UserError("data.root_dir is not set: give the folder that contains the sources")
     root = Path(args.root_dir)
     if not root.is_dir():
         raise UserError(f"data.root_dir={args.root_dir}: no such folder (seen from {Path.cwd()})")

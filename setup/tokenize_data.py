@@ -2,9 +2,9 @@
 
     python setup/tokenize_data.py config=apps/LT2/configs/600M/debug.yaml --workers 8
 
-takes the run's options, so that tokenizer, BOS and EOS are those of the run, and writes files
-beside each chunk of its sources (dataloader/pretokenized.py). Chunks whose files are whole and
-right are left alone, and half-made ones gone on with, so the same command resumes.
+takes the run's options, so that the tokenizer, BOS and EOS match the run. It writes files beside
+each chunk of the run's sources (lingua/dataloader/pretokenized.py). Chunks with complete files are
+skipped and incomplete files are resumed, so an interrupted command can be run again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lingua
 
 from apps.LT2.training.args import TrainArgs
 from lingua.args import parse_args
@@ -31,7 +31,7 @@ from lingua.dataloader.jsonl import find_and_sanitize_chunks
 from lingua.dataloader.prefetch import exit_with_parent
 from lingua.dataloader.pretokenized import TokenFiles, TokenRecipe, write_token_files
 from lingua.errors import UserError, run_cli
-from lingua.tokenizer import TokenizerArgs, build_tokenizer
+from lingua.tokenizer import build_tokenizer
 
 
 def parse_options(argv: Sequence[str]) -> tuple[DataArgs, int]:
@@ -39,25 +39,25 @@ def parse_options(argv: Sequence[str]) -> tuple[DataArgs, int]:
         description=(__doc__ or "").splitlines()[0],
         epilog="key=value: the run's options, as for apps.LT2.train: config=FILE.yaml, data.*",
     )
-    parser.add_argument("--workers", type=int, default=1, help="chunks that are read at a time")
+    parser.add_argument("--workers", type=int, default=1, help="chunks to tokenize in parallel")
     given, overrides = parser.parse_with_overrides(argv)
     parser.require_positive(given, "workers")
     return parse_args(TrainArgs, overrides).data, given.workers
 
 
-def tokenize_chunk(chunk: Path, tokenizer: TokenizerArgs, recipe: TokenRecipe) -> dict[str, Any]:
-    return write_token_files(chunk, build_tokenizer(tokenizer.name, tokenizer.path), recipe)
+def tokenize_chunk(chunk: Path, args: DataArgs, recipe: TokenRecipe) -> dict[str, Any]:
+    tokenizer = build_tokenizer(args.tokenizer.name, args.tokenizer.path)
+    return write_token_files(chunk, tokenizer, recipe)
 
 
 def end_with_parent() -> None:
-    """A worker whose program was killed writes no more: the next run goes on with its files."""
+    """End this worker if the program is killed: the next run resumes its files."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def main(argv: Sequence[str]) -> None:
     args, n_workers = parse_options(argv)
-    recipe = TokenRecipe.of(args.tokenizer.name, args.tokenizer.path, args.add_bos, args.add_eos)
-    root = Path(require_root_dir(args))
+    recipe, root = TokenRecipe.of(args), Path(require_root_dir(args))
     chunks = [
         Path(chunk)
         for source in args.sources
@@ -65,32 +65,32 @@ def main(argv: Sequence[str]) -> None:
     ]
     todo = [chunk for chunk in chunks if TokenFiles(chunk).find_problem(recipe) is not None]
     print(f"{len(chunks)} chunks, {len(todo)} to tokenize")
-    tokenize = partial(tokenize_chunk, tokenizer=args.tokenizer, recipe=recipe)
-    began, n_tokens = time.perf_counter(), 0
+    started, n_tokens = time.perf_counter(), 0
+    # fork: workers need not import torch again
+    context = multiprocessing.get_context("fork")
     try:
-        # Forked, so that no worker imports torch anew, whatever the default is by now.
-        context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(n_workers, context, initializer=end_with_parent) as pool:
+            tokenize = partial(tokenize_chunk, args=args, recipe=recipe)
             running = {pool.submit(tokenize, chunk): chunk for chunk in todo}
             try:
                 for n_done, done in enumerate(as_completed(running), start=1):
                     facts = done.result()
                     n_tokens += facts["tokens"]
-                    rate = n_tokens / (time.perf_counter() - began)
+                    rate = n_tokens / (time.perf_counter() - started)
                     print(
                         f"{running[done]}: {facts['tokens']:,} tokens; {n_done} of {len(todo)} "
-                        f"done, {rate:,.0f} tokens/s, all workers together"
+                        f"done, {rate:,.0f} tokens/s over all workers"
                     )
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
     except BrokenProcessPool:
         raise UserError(
-            f"--workers {n_workers}: one of them was killed, most often because memory ran out; "
-            "the same command with fewer of them, or with more memory, goes on"
+            f"--workers {n_workers}: a worker was killed, most often because memory ran out; run "
+            "the same command with fewer workers or more memory to resume"
         ) from None
     except OSError as error:
-        raise UserError(f"{error}; mend it and run the same command again, which goes on") from None
+        raise UserError(f"{error}; fix it and run the same command again to resume") from None
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Files of one JSON document a line, and which rank reads which of their lines.
+"""Read JSONL files, and share their lines among ranks.
 
-A source is a folder with `*.chunk.*.jsonl` to train on and `*.val.jsonl` to evaluate on. A document
-is an object with its text under `text`, or under `content` where there is no `text`. Blank lines
-are skipped and do not count.
+A source is a folder with `*.chunk.*.jsonl` for training and `*.val.jsonl` for evaluation. Each line
+is a JSON object with a string under `text` or, if missing, under `content`. Blank lines are
+ignored.
 
-Which rank reads what, chunks in order of their names, `world` ranks:
-1. every whole round of `world` chunks gives one whole chunk to each rank;
-2. the n_chunks % world that remain are shared: they and the ranks are split into as many equal
-   groups as their numbers allow (the gcd), and the ranks of a group take its lines in turn.
-So any number of chunks feeds any number of ranks, and one pass over all ranks reads each line once.
+`world` ranks share the chunks, sorted by name, as follows:
+1. Each full round of `world` chunks gives every rank one whole chunk.
+2. The remaining n_chunks % world chunks and the ranks are split into gcd(remaining, world) groups.
+   The ranks of a group read the lines of its chunks round-robin.
+So any number of chunks works with any number of ranks, and all ranks together read each line once.
 """
 
 from __future__ import annotations
@@ -28,40 +28,43 @@ VAL_PATTERN = "*.val.jsonl"
 
 
 class JSONLState(TypedDict):
-    """A place in a file of which this rank reads the lines with line % block_size == offset."""
+    """A position in a file. The rank reads the lines with line % block_size == offset."""
 
     file_path: str
     position: int  # the byte after the last line that was yielded
     block_size: int
     offset: int
-    current_iter: int  # whole passes over this file so far
+    current_iter: int  # completed passes over this file
 
 
 class ChunksState(JSONLState):
-    """The same of the chunk being read, and the rank's other chunks."""
+    """The position in the current chunk, and the rank's other chunks."""
 
     waiting: list[JSONLState]  # next one first
+
+
+ReadFile = Callable[..., Iterator[tuple[Any, JSONLState]]]  # takes the fields of a JSONLState
+
+
+def jsonl_state(
+    file_path: str, position: int, block_size: int, offset: int, current_iter: int
+) -> JSONLState:
+    return JSONLState(
+        file_path=file_path,
+        position=position,
+        block_size=block_size,
+        offset=offset,
+        current_iter=current_iter,
+    )
 
 
 def read_jsonl(
     file_path: str, position: int, block_size: int, offset: int, current_iter: int
 ) -> Iterator[tuple[dict[str, Any], JSONLState]]:
-    """This rank's documents of one file, once, from `position` on."""
+    """Yield this rank's documents of one file, once, starting at `position`."""
     for line, end in own_lines(file_path, position, block_size, offset):
         document = parse_line(line, file_path, end)
-        yield (
-            document,
-            JSONLState(
-                file_path=file_path,
-                position=end,
-                block_size=block_size,
-                offset=offset,
-                current_iter=current_iter,
-            ),
-        )
-
-
-ReadFile = Callable[..., Iterator[tuple[Any, JSONLState]]]  # called with the keys of a JSONLState
+        yield document, jsonl_state(file_path, end, block_size, offset, current_iter)
 
 
 def loop_on_jsonl(
@@ -73,25 +76,18 @@ def loop_on_jsonl(
     waiting: list[JSONLState] | None = None,
     read: ReadFile = read_jsonl,
 ) -> Iterator[tuple[Any, ChunksState]]:
-    """This rank's documents without end: a file read to its end goes behind the waiting ones.
+    """Yield this rank's documents forever. A finished file moves to the end of `waiting`.
 
-    `read` gives the documents of one file, as texts or as tokens (see token_files.py).
+    `read` reads one file: `read_jsonl`, or `read_tokens` of pretokenized.py.
     """
-    share = JSONLState(
-        file_path=file_path,
-        position=position,
-        block_size=block_size,
-        offset=offset,
-        current_iter=current_iter,
-    )
+    share = jsonl_state(file_path, position, block_size, offset, current_iter)
     queue = list(waiting or [])
     while True:
         found = share["position"] > 0
         for document, state in read(**share):
             found = True
-            # the queue is never changed in place, so states may share it
-            yield document, ChunksState(**state, waiting=queue)
-        if not found:  # the checks before the start saw to it, so the file has changed since
+            yield document, ChunksState(**state, waiting=queue)  # `queue` is never mutated
+        if not found:  # lines were counted before the start, so the file has changed since
             raise UserError(f"{share['file_path']} has no line for this rank: remove it")
         done = JSONLState(**{**share, "position": 0, "current_iter": share["current_iter"] + 1})
         share, *queue = [*queue, done]
@@ -100,9 +96,8 @@ def loop_on_jsonl(
 def own_lines(
     file_path: str, position: int, block_size: int, offset: int
 ) -> Iterator[tuple[bytes, int]]:
-    """This rank's lines that are not blank, each with the byte position after it."""
-    # a position above 0 lies just after a line of ours
-    number = offset + 1 if position > 0 else 0
+    """Yield this rank's non-blank lines, each with the byte position after it."""
+    number = offset + 1 if position > 0 else 0  # a saved position follows one of this rank's lines
     try:
         with open(file_path, "rb") as file:
             file.seek(position)
@@ -118,6 +113,7 @@ def own_lines(
 
 
 def parse_line(line: bytes, file_path: str, end: int) -> dict[str, Any]:
+    """Parse a document; `end`, the byte position after it, is used to find its line number."""
     try:
         document = parse_object(line)
         if not isinstance(document.get("text", document.get("content")), str):
@@ -128,10 +124,10 @@ def parse_line(line: bytes, file_path: str, end: int) -> dict[str, Any]:
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line; a ValueError says what else it is."""
+    """Parse a JSON object; raise ValueError for anything else."""
     try:
-        document = json.loads(line.decode("utf-8"), object_pairs_hook=_without_doubles)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets without end
+        document = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except ValueError as error:
         raise ValueError(f"not JSON in UTF-8: {error}") from None
     if not isinstance(document, dict):
         raise ValueError(f"a line must be a JSON object, got {type(document).__name__}")
@@ -139,12 +135,11 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def name_keys(document: dict[str, Any]) -> str:
-    # quoted and cut: a key may hold anything, and as much as it likes
-    return ", ".join(json.dumps(key[:30]) for key in sorted(document)[:10]) or "no key"
+    return ", ".join(map(repr, sorted(document)[:10])) or "no key"
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of two texts under one key, Python's reader would drop one in silence."""
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a repeated key: `json` would silently drop all but its last value."""
     document = dict(pairs)
     if len(document) < len(pairs):
         raise ValueError("a key is given twice in an object")
@@ -156,7 +151,7 @@ def document_text(document: dict[str, Any]) -> str:
 
 
 def line_error(file_path: str, end: int, problem: str) -> UserError:
-    """Names the line that ends at byte `end`; counting the lines may take time, but only once."""
+    """Return an error that names the line that ends at byte `end`."""
     number = position = 0
     with open(file_path, "rb") as file:
         for line in file:
@@ -169,10 +164,10 @@ def line_error(file_path: str, end: int, problem: str) -> UserError:
 def find_and_sanitize_chunks(
     dataset_path: str, world_size: int, file_pattern: str = TRAIN_PATTERN
 ) -> list[str]:
-    """The chunks of a source by name, after checks that would otherwise stop a run late.
+    """Return the chunks of a source, sorted by name; check that `world_size` ranks can share them.
 
-    Reads no more than the first `world_size` lines of a chunk, and the same on every rank, so that
-    all ranks stop with the same message.
+    Reads at most the first `world_size` lines of a chunk. Every rank does the same checks, so all
+    ranks raise the same UserError.
     """
     folder = Path(dataset_path)
     if not folder.is_dir():
@@ -202,28 +197,23 @@ def check_chunk(chunk: str, n_readers: int) -> None:
 def distribute_data_to_rank(
     dataset_path: str, rank: int, world_size: int, file_pattern: str = TRAIN_PATTERN
 ) -> ChunksState:
-    """Where `rank` begins to read a source; the rule is at the top of this file."""
+    """Return where `rank` starts to read a source, by the rule in the module docstring."""
     chunks = find_and_sanitize_chunks(dataset_path, world_size, file_pattern)
     n_whole = len(chunks) - len(chunks) % world_size
     whole, shared = chunks[:n_whole], chunks[n_whole:]
     shares = [(chunk, 1, 0) for chunk in whole[rank::world_size]]
     if shared:
         n_groups = math.gcd(len(shared), world_size)
-        ranks_a_group, chunks_a_group = world_size // n_groups, len(shared) // n_groups
-        group, place = divmod(rank, ranks_a_group)
-        ours = shared[group * chunks_a_group : (group + 1) * chunks_a_group]
-        shares += [(chunk, ranks_a_group, place) for chunk in ours]
-    first, *rest = (
-        JSONLState(
-            file_path=chunk, position=0, block_size=block_size, offset=offset, current_iter=0
-        )
-        for chunk, block_size, offset in shares
-    )
+        ranks_per_group, chunks_per_group = world_size // n_groups, len(shared) // n_groups
+        group, offset = divmod(rank, ranks_per_group)
+        own = shared[group * chunks_per_group : (group + 1) * chunks_per_group]
+        shares += [(chunk, ranks_per_group, offset) for chunk in own]
+    first, *rest = (jsonl_state(chunk, 0, size, offset, 0) for chunk, size, offset in shares)
     return ChunksState(**first, waiting=rest)
 
 
 def find_val_files(root_dir: str, sources: Iterable[str]) -> list[str]:
-    """All `*.val.jsonl` of these sources: sources in the order given, files by name."""
+    """Return all `*.val.jsonl` of these sources: sources in the order given, files by name."""
     return [
         str(path)
         for source in sources
@@ -235,7 +225,7 @@ def find_val_files(root_dir: str, sources: Iterable[str]) -> list[str]:
 def iter_val_documents(
     root_dir: str, sources: Iterable[str], rank: int = 0, world_size: int = 1
 ) -> Iterator[str]:
-    """The texts held out for evaluation, once, dealt to the ranks one by one."""
+    """Iterate once over this rank's validation texts; ranks take documents round-robin."""
     sources = list(sources)
     files = find_val_files(root_dir, sources)
     if not files:

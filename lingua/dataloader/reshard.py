@@ -1,22 +1,20 @@
-"""The data of a run that goes on with another number of data-parallel ranks.
+"""Resume data streams with a different number of data-parallel ranks.
 
-Every rank that saved had a stream of batches of its own. Those streams stay as they are, cut loose
-from the ranks, and are laid end to end along the ranks, so that each rank gets as many batches of
-as few streams as can be:
+Every rank that saved had one stream of batches. The streams are kept and laid end to end along the
+new ranks, so that each rank takes the same number of batches from as few streams as possible:
 
-    3 streams a, b, c dealt to 2 ranks      a a b b c c      a round: 3 batches a rank, 2 a stream
-                                            0 0 0 1 1 1
+    3 streams a, b, c on 2 ranks            a a b b c c     a round: 3 batches per rank,
+                                            0 0 0 1 1 1     2 per stream
     rank 0 takes a0 a1 b1, a2 a3 b3, ...    rank 1 takes b0 c0 c1, b2 c2 c3, ...
 
-A stream that several ranks share (b) gives its next batch to the rank that comes first, by steps
-and then by ranks. So what all ranks have read after a step is a beginning of each stream, without
-a gap, and each batch is read by one rank, once, however often the number of ranks changes.
+A stream that several ranks share (b) gives its next batch by step first, then by rank. So after
+any step, all ranks together have read a prefix of each stream. Every batch is read by one rank,
+once, however often the number of ranks changes.
 
-What it costs: ranks that share a stream each read and tokenize all of it, and pass over what is not
-theirs. A rank reads n_streams / n_ranks + 1 streams, rounded up, at most, and less than
-1 + 2 n_ranks / n_streams times the tokens that it trains on; every stream has a buffer of
-`data.prefetch_size` batches. Where one number divides the other there is least to share: fewer
-ranks share nothing, and twice as many read twice their tokens.
+The cost: ranks that share a stream each read and tokenize all of it, and skip the other ranks'
+batches. A rank opens at most ceil(n_streams / n_ranks) + 1 streams, each with a buffer of
+`data.prefetch_size` batches. It reads less than 1 + 2 n_ranks / n_streams times the tokens that it
+trains on. If n_ranks divides n_streams, nothing is shared; twice the ranks read twice their tokens.
 """
 
 from __future__ import annotations
@@ -32,15 +30,15 @@ from lingua.dataloader.packing import PrefetchState
 
 class StreamState(TypedDict):
     state: PrefetchState
-    n_taken: int  # batches that it gave, to any rank, since the streams were dealt
+    n_taken: int  # batches that any rank has taken since resharding
 
 
 class ReshardedState(TypedDict):
-    streams: dict[str, StreamState]  # those that this rank reads, by number
+    streams: dict[str, StreamState]  # the streams that this rank reads, by number
     n_streams: int
     rank: int
     n_ranks: int
-    n_read: int  # batches that this rank took since the streams were dealt
+    n_read: int  # batches that this rank has taken since resharding
 
 
 DataState = PrefetchState | ReshardedState
@@ -51,46 +49,55 @@ def is_resharded(state: DataState) -> TypeGuard[ReshardedState]:
     return "streams" in state
 
 
+def streams_of(state: DataState) -> list[PrefetchState]:
+    """Return the states of all streams that a rank reads."""
+    if is_resharded(state):
+        return [stream["state"] for stream in state["streams"].values()]
+    return [cast(PrefetchState, state)]
+
+
 @dataclass(frozen=True)
 class ReshardPlan:
-    """Which batches of which streams a rank takes; `n` counts the batches of a rank."""
+    """Which rank takes which batches of which streams; `n` counts a rank's batches."""
 
     n_streams: int
     n_ranks: int
 
     @property
     def batches_per_rank(self) -> int:
-        """Batches of a rank in a round."""
+        """Batches that a rank takes per round."""
         return self.n_streams // math.gcd(self.n_streams, self.n_ranks)
 
     @property
     def batches_per_stream(self) -> int:
-        """Batches of a stream in a round."""
+        """Batches that a stream gives per round."""
         return self.n_ranks // math.gcd(self.n_streams, self.n_ranks)
 
     def streams(self, rank: int) -> list[int]:
         return sorted({self.stream(rank, n) for n in range(self.batches_per_rank)})
 
     def stream(self, rank: int, n: int) -> int:
-        """The stream that the n-th batch of `rank` comes from."""
-        return (rank * self.batches_per_rank + n % self.batches_per_rank) // self.batches_per_stream
+        """Return the stream of the n-th batch of `rank`."""
+        slot = rank * self.batches_per_rank + n % self.batches_per_rank
+        return slot // self.batches_per_stream
 
-    def place(self, rank: int, n: int) -> int:
-        """The place of that batch in its stream: how many its ranks have taken before it."""
-        stream, (rounds, n) = self.stream(rank, n), divmod(n, self.batches_per_rank)
-        begin, end = stream * self.batches_per_stream, (stream + 1) * self.batches_per_stream
-        before = 0
-        for other in range(begin // self.batches_per_rank, (end - 1) // self.batches_per_rank + 1):
-            first = max(0, begin - other * self.batches_per_rank)
-            last = min(self.batches_per_rank, end - other * self.batches_per_rank)
-            done = n + 1 if other < rank else n
-            before += min(max(done, first), last) - first
-        return rounds * self.batches_per_stream + before
+    def position(self, rank: int, n: int) -> int:
+        """Return how many batches of its stream are taken before the n-th batch of `rank`."""
+        stream, (rounds, step) = self.stream(rank, n), divmod(n, self.batches_per_rank)
+        per_rank, per_stream = self.batches_per_rank, self.batches_per_stream
+        first, last = stream * per_stream // per_rank, ((stream + 1) * per_stream - 1) // per_rank
+        taken = sum(
+            self.stream(other, i) == stream
+            for other in range(first, last + 1)  # the ranks that share the stream
+            for i in range(step + 1)
+            if (i, other) < (step, rank)
+        )
+        return rounds * per_stream + taken
 
 
 def reshard_streams(states: Sequence[DataState], rank: int, n_ranks: int) -> ReshardedState:
-    """Where `rank` of `n_ranks` goes on after a step that left other ranks at `states`."""
-    streams = _joined_streams(states)
+    """Return where `rank` of `n_ranks` resumes from the states that all saved ranks had."""
+    streams = _furthest_streams(states)
     own = ReshardPlan(len(streams), n_ranks).streams(rank)
     return ReshardedState(
         streams={str(number): StreamState(state=streams[number], n_taken=0) for number in own},
@@ -101,14 +108,14 @@ def reshard_streams(states: Sequence[DataState], rank: int, n_ranks: int) -> Res
     )
 
 
-def _joined_streams(states: Sequence[DataState]) -> list[PrefetchState]:
-    """Each stream where the rank that is furthest in it has left it."""
+def _furthest_streams(states: Sequence[DataState]) -> list[PrefetchState]:
+    """Return each stream in the state of the rank that has read furthest into it."""
     first = states[0]
     if not is_resharded(first):
         return list(cast(Sequence[PrefetchState], states))
     furthest: dict[int, StreamState] = {}
     for state in cast(Sequence[ReshardedState], states):
-        assert state["n_read"] == first["n_read"], "ranks at several steps"
+        assert state["n_read"] == first["n_read"], "ranks are at different steps"
         for key, stream in state["streams"].items():
             number = int(key)
             if number not in furthest or stream["n_taken"] > furthest[number]["n_taken"]:
@@ -121,25 +128,25 @@ def _joined_streams(states: Sequence[DataState]) -> list[PrefetchState]:
 def open_resharded(
     state: ReshardedState, build: Builder
 ) -> Iterator[Iterator[tuple[Any, ReshardedState]]]:
-    """This rank's batches, each with the state that goes on after it."""
+    """Iterate over this rank's batches, each with the state that resumes after it."""
     with ExitStack() as stack:
         opened = {
             key: stack.enter_context(build(stream["state"]))
             for key, stream in state["streams"].items()
         }
-        yield _take_turns(opened, state)
+        yield _interleave(opened, state)
 
 
-def _take_turns(
+def _interleave(
     opened: dict[str, Iterator[tuple[Any, PrefetchState]]], state: ReshardedState
 ) -> Iterator[tuple[Any, ReshardedState]]:
     plan, rank = ReshardPlan(state["n_streams"], state["n_ranks"]), state["rank"]
     streams, n = state["streams"], state["n_read"]
     while True:
-        key, place = str(plan.stream(rank, n)), plan.place(rank, n)
+        key, position = str(plan.stream(rank, n)), plan.position(rank, n)
+        for _ in range(position - streams[key]["n_taken"]):
+            next(opened[key])  # another rank's batch
         batch, after = next(opened[key])
-        for _ in range(place - streams[key]["n_taken"]):
-            batch, after = next(opened[key])
-        streams = {**streams, key: StreamState(state=after, n_taken=place + 1)}
+        streams = {**streams, key: StreamState(state=after, n_taken=position + 1)}
         n += 1
         yield batch, ReshardedState(**{**state, "streams": streams, "n_read": n})

@@ -1,4 +1,4 @@
-"""Rows and batches against plain lists, and resume at every place, for all shapes of documents."""
+"""Rows and batches equal plain lists and resume at every position, for all document lengths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ N_VIEWS = st.sampled_from([1, 2, 3, 5])
 
 @st.composite
 def documents_for(draw, seq_len):
-    """Lengths 0, 1, exact multiples of a row, one off them, and huge beside it."""
+    """Documents of length 0, 1, multiples of a row, one more, and 20 rows."""
     multiples = st.integers(1, 3).map(lambda n: n * seq_len)
     lengths = st.one_of(
         st.sampled_from([0, 1]),
@@ -44,7 +44,7 @@ def documents_for(draw, seq_len):
 
 
 def stage(documents, state=0):
-    """The documents over and over; a state is the number of documents gone by."""
+    """Repeat the documents; a state is the number of documents so far."""
     for i in count(state):
         yield documents[i % len(documents)], i + 1
 
@@ -96,19 +96,19 @@ def test_packing_resumes_after_every_row(data, seq_len, n_views, doc_mask):
             assert new_state == want_state
 
 
-def test_no_token_predicts_another_document_wherever_its_row_ends():
+def test_no_token_predicts_another_document():
     documents = [[10, 11, 12], [20], [], [30, 31, 32, 33, 34]]
     rows = pack_tokens(stage(documents), init_pack_state(0, 4, 2, doc_mask=True))
     first, second, third = (next(rows)[0] for _ in range(3))
     assert first[:, 0].tolist() == [10, 11, 12, 20] and first[:, 2].tolist() == [1, 0, 0, 1]
     assert second[:, 0].tolist() == [30, 31, 32, 33] and second[:, 2].tolist() == [1, 0, 0, 0]
-    # this row continues the document of the one before
+    # this row continues the document of the previous row
     assert third[:, 0].tolist() == [34, 10, 11, 12] and third[:, 2].tolist() == [0, 1, 0, 0]
     assert first[:, 1].tolist() == [11, 12, NO_TARGET, NO_TARGET]  # inside the row, and at its end
     assert second[:, 1].tolist() == [31, 32, 33, 34] and third[0, 1] == NO_TARGET
 
 
-def test_a_document_shorter_than_the_saved_place_is_refused():
+def test_a_document_shorter_than_the_saved_position_is_refused():
     state = {**init_pack_state(0, 4, 2), "start_token": 5}
     with pytest.raises(UserError, match="token 5 of a document that has 3 now"):
         next(pack_tokens(stage([[1, 2, 3]]), state))

@@ -1,4 +1,4 @@
-"""The worker process: same items, its errors in the parent, and no worker left behind."""
+"""The worker process gives the same items, reports its errors and never outlives its parent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from lingua.dataloader.prefetch import async_iterator
 from lingua.errors import UserError
 
-BIG = 1 << 20  # more than a pipe holds, so a worker that is ahead is in the middle of a message
+BIG = 1 << 20  # more than a pipe holds: a worker that is ahead blocks inside a message
 
 
 @contextmanager
@@ -57,10 +57,10 @@ def build_pids() -> Iterator[Iterator]:
 
 @pytest.fixture(autouse=True)
 def never_hang():
-    """A parent that waits forever is the failure that these tests look for."""
+    """Fail if the parent waits forever."""
 
     def fail(*_):
-        raise AssertionError("the parent waits for a worker that will not answer")
+        raise AssertionError("the parent waits for a dead worker")
 
     previous = signal.signal(signal.SIGALRM, fail)
     signal.alarm(30)
@@ -94,11 +94,11 @@ def test_the_worker_runs_ahead_but_no_further_than_its_buffer(tmp_path):
     with async_iterator(3, partial(build_recorded, 100, str(marker))) as items:
         assert next(items)[0] == 0
         time.sleep(0.5)
-        # taken: 1; waiting in the buffer: 3; in the pipe: 1; made, but without room: 1
+        # taken: 1; in the buffer: 3; in the pipe: 1; made, waiting for room: 1
         assert len(marker.read_text().splitlines()) == 6
 
 
-def test_a_failing_worker_delivers_what_it_had_and_then_its_traceback():
+def test_a_failing_worker_delivers_its_items_and_then_its_traceback():
     got = []
     with (
         pytest.raises(RuntimeError, match="(?s)Traceback.*ZeroDivisionError: seven"),
@@ -117,7 +117,7 @@ def test_a_user_error_stays_one():
         list(items)
 
 
-def test_an_item_that_cannot_travel_is_an_error():
+def test_an_item_that_cannot_be_pickled_is_an_error():
     with (
         pytest.raises(RuntimeError, match="(?s)data worker failed.*pickle"),
         async_iterator(4, build_unpicklable) as items,
@@ -125,12 +125,12 @@ def test_an_item_that_cannot_travel_is_an_error():
         list(items)
 
 
-def test_a_killed_worker_is_noticed_in_the_middle_of_a_message():
+def test_a_worker_killed_inside_a_message_raises():
     import multiprocessing
 
     with async_iterator(4, partial(build, None, None, BIG)) as items:
         next(items)
-        time.sleep(0.3)  # the worker is now writing a message that nobody reads
+        time.sleep(0.3)  # the worker now writes a message that nobody reads
         (worker,) = multiprocessing.active_children()
         os.kill(worker.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="exit code -9: killed"):
@@ -165,7 +165,7 @@ def test_signals_meant_for_the_trainer_do_not_end_the_worker():
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn", "fork"])
 def test_no_worker_outlives_a_killed_trainer(tmp_path, method):
-    """Also one that is busy: this one never comes to its second item."""
+    """Also a busy one: this worker never reaches its second item."""
     script = tmp_path / "trainer.py"
     script.write_text(
         textwrap.dedent(f"""

@@ -1,8 +1,9 @@
-"""Chunks of documents, and tokens made of them: what the tests of token files share."""
+"""Chunks of documents and their token files, for the tests of pretokenized data."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ script = load_script("tokenize_data")
 def write_chunk(path: Path, texts: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text}) for text in texts]
-    lines.insert(2, "   ")  # blank lines do not count
-    path.write_text("\n".join(lines))  # and the last line need not end
+    lines.insert(2, "   ")  # blank lines don't count
+    path.write_text("\n".join(lines))  # no newline at the end
 
 
 def data_args(tmp_path: Path) -> DataArgs:
@@ -57,16 +58,19 @@ def tokenize(args: DataArgs, *options: str) -> None:
 
 
 def write(args: DataArgs, chunk: Path) -> None:
-    write_token_files(chunk, build_tokenizer(args.tokenizer.name), recipe_of(args))
-
-
-def recipe_of(args: DataArgs) -> TokenRecipe:
-    return TokenRecipe.of(args.tokenizer.name, None, args.add_bos, args.add_eos)
+    write_token_files(chunk, build_tokenizer(args.tokenizer.name), TokenRecipe.of(args))
 
 
 def replace_text(chunk: Path, old: str, new: str) -> None:
     assert len(old) == len(new) and old in chunk.read_text()
     chunk.write_text(chunk.read_text().replace(old, new))
+    touch(chunk)
+
+
+def touch(file: Path) -> None:
+    """Move the mtime by a second, however coarse the file system's clock is."""
+    now = file.stat().st_mtime_ns + 10**9
+    os.utime(file, ns=(now, now))
 
 
 def set_row(index: Path, at: tuple[int, int], value: int) -> None:
