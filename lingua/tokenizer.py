@@ -1,14 +1,14 @@
 """Tokenizers: text to token ids and back, behind one small interface.
 
     bytes     256 byte values, then bos and eos; needs no file
-    mock      printable ASCII, one id a character; for tests
-    tiktoken  a file of mergeable ranks in base64, read as Llama 3 does
+    mock      printable ASCII, one id per character; for tests
+    tiktoken  a file of mergeable ranks in base64, read as in Llama 3
     sp        a SentencePiece model
-    hf        a Hugging Face tokenizer.json, or a folder that holds one
+    hf        a Hugging Face tokenizer.json, or a folder that contains one
 
-`encode` never reads special tokens out of the text: only `add_bos` and `add_eos` make them.
-`decode` leaves bos and eos out, and shows bytes that are not (yet) UTF-8 as U+FFFD, so any prefix
-of a stream can be decoded. The packages behind the last three are imported when one is built.
+`encode` adds special tokens only for `add_bos` and `add_eos`, never for their names in the text.
+`decode` drops bos and eos, and shows incomplete UTF-8 as U+FFFD, so any prefix of a stream can be
+decoded. The packages of the last three are imported when a tokenizer is built.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from lingua.errors import UserError, import_optional
 @dataclass
 class TokenizerArgs:
     name: str = "bytes"  # bytes, tiktoken (Llama 3 files), sp (SentencePiece), hf or mock
-    # file of the tokenizer, or its folder; null for bytes and mock, which need none
-    path: str | None = None
+    path: str | None = None  # the tokenizer's file or folder; null for bytes and mock
 
     def __post_init__(self) -> None:
         if self.name not in TOKENIZERS:
@@ -41,25 +40,24 @@ class TokenizerArgs:
 
 class Tokenizer(ABC):
     n_words: int  # size of the vocabulary, special tokens included
-    bos_id: int  # -1 where the vocabulary has none
+    bos_id: int  # -1 if the vocabulary has none
     eos_id: int
 
     def encode(self, text: str, add_bos: bool, add_eos: bool) -> list[int]:
-        if add_bos and self.bos_id < 0:
-            raise UserError("data.add_bos is true, but the tokenizer has no such token: set false")
-        if add_eos and self.eos_id < 0:
-            raise UserError("data.add_eos is true, but the tokenizer has no such token: set false")
+        for option, added, token in (("bos", add_bos, self.bos_id), ("eos", add_eos, self.eos_id)):
+            if added and token < 0:
+                raise UserError(f"data.add_{option}=true: the tokenizer has no {option}; set false")
         tokens = self._encode(well_formed(text))
         return [self.bos_id] * add_bos + tokens + [self.eos_id] * add_eos
 
     def get_token_offsets(
         self, text: str, tokens: list[int] | None = None
     ) -> tuple[list[str], list[int]]:
-        """For each token the piece of `text` it stands for, and the character where it begins.
+        """Return for each token its part of `text`, and the character where it starts.
 
-        Several tokens may share a character of many bytes: each begins at it, the last one gets it
-        as piece and the others get "". So the pieces always join up to `text`. bos and eos begin
-        where the next token does. `tokens` is what `encode` gave for `text`.
+        Tokens may share a character of several bytes: all start at it, the last one gets it as its
+        part and the others get "". So the parts join to `text`. bos and eos start where the next
+        token does. `tokens` must be the result of `encode` for `text`.
         """
         text = well_formed(text)
         if tokens is None:
@@ -67,7 +65,7 @@ class Tokenizer(ABC):
         special = {self.bos_id, self.eos_id}
         starts = self._token_starts(text, [t for t in tokens if t not in special])
         offsets: list[int] = []
-        upcoming = len(text)  # from the right, since a special begins where the next token does
+        upcoming = len(text)  # from the right, as a special starts where the next token does
         for token in reversed(tokens):
             if token not in special:
                 upcoming = starts.pop()
@@ -84,7 +82,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
-        """The character of `text` in which each of its tokens begins."""
+        """Return the character of `text` in which each token starts."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -102,7 +100,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class MockTokenizer(Tokenizer):
-    """One id for each printable ASCII character; anything else reads as a question mark."""
+    """One id per printable ASCII character; other characters become a question mark."""
 
     FIRST, LAST = ord(" "), ord("~")
 
@@ -122,14 +120,14 @@ class MockTokenizer(Tokenizer):
 
 
 class TikTokenTokenizer(Tokenizer):
-    """Llama 3's way to read mergeable ranks: its split rule, and 256 specials after the ranks."""
+    """Mergeable ranks with the split rule of Llama 3, and 256 special tokens after the ranks."""
 
     SPLIT = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     N_SPECIAL = 256
-    NAMED_SPECIALS = {  # place among the 256; the others are reserved
+    NAMED_SPECIALS = {  # by position among the 256; the others are reserved
         0: "<|begin_of_text|>",
         1: "<|end_of_text|>",
         6: "<|start_header_id|>",
@@ -182,12 +180,12 @@ class SentencePieceTokenizer(Tokenizer):
         return self.model.decode([t for t in tokens if t not in (self.bos_id, self.eos_id)])
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
-        # the second name is that of sentencepiece before 0.2.2
+        # the second name is for sentencepiece before 0.2.2
         names = ("encode_as_proto", "encode_as_immutable_proto")
         encode = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
         pieces = encode(text).pieces
-        assert [p.id for p in pieces] == tokens, "tokens must be what encode gave for this text"
-        # not from `begin`, which counts characters or bytes, depending on the version
+        assert [p.id for p in pieces] == tokens, "tokens must be the result of encode"
+        # not from `begin`: depending on the version it counts characters or bytes
         return list(accumulate((len(p.surface) for p in pieces[:-1]), initial=0))[: len(pieces)]
 
 
@@ -205,51 +203,29 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizers = import_optional("tokenizers", extra="", needed_by="data.tokenizer.name=hf")
         try:
             self.model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust side raises bare Exception, with the reason
+        except Exception as error:  # the Rust side raises plain Exception
             raise UserError(
                 f"data.tokenizer.path={path} is not a tokenizer.json: {error}"
             ) from error
-        self.model.encode_special_tokens = True  # "<s>" inside a document is text, not a token
+        self.model.encode_special_tokens = True  # "<s>" in a document is text, not a token
         self.model.no_padding()
         self.model.no_truncation()
         vocab = self.model.get_vocab(with_added_tokens=True)
-        self.n_words = max(vocab.values()) + 1  # not its length: ids may have holes
-        declared = self.declared_specials(path.with_name("tokenizer_config.json"))
-        self.bos_id = self._special(path, vocab, "bos", declared, self.BOS_NAMES)
-        self.eos_id = self._special(path, vocab, "eos", declared, self.EOS_NAMES)
+        self.n_words = max(vocab.values()) + 1  # not its length: ids may have gaps
+        declared = declared_specials("hf", path) or {}
 
-    @staticmethod
-    def declared_specials(path: Path) -> dict[str, str]:
-        """What tokenizer_config.json, if it lies beside the tokenizer, calls bos and eos."""
-        if not path.is_file():
-            return {}
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"data.tokenizer.path: {path} is not JSON: {error}") from error
-        named = {role: config.get(f"{role}_token") for role in ("bos", "eos")}
-        return {
-            role: name["content"] if isinstance(name, dict) else name
-            for role, name in named.items()
-            if name
-        }
+        def special(role: str, usual: tuple[str, ...]) -> int:
+            names = (declared[role],) if role in declared else usual
+            for name in names:
+                if name in vocab:
+                    return vocab[name]
+            raise UserError(
+                f"data.tokenizer.path={path} has no {role} token: looked for {' '.join(names)}; "
+                f"set {role}_token in a tokenizer_config.json in the same folder"
+            )
 
-    @staticmethod
-    def _special(
-        path: Path,
-        vocab: dict[str, int],
-        role: str,
-        declared: dict[str, str],
-        usual: tuple[str, ...],
-    ) -> int:
-        names = (declared[role],) if role in declared else usual
-        for name in names:
-            if name in vocab:
-                return vocab[name]
-        raise UserError(
-            f"data.tokenizer.path={path} has no {role} token: looked for {' '.join(names)}; "
-            f"name it as {role}_token in a tokenizer_config.json beside it"
-        )
+        self.bos_id = special("bos", self.BOS_NAMES)
+        self.eos_id = special("eos", self.EOS_NAMES)
 
     def _encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
@@ -260,11 +236,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
         encoding = self.model.encode(text, add_special_tokens=False)
-        assert encoding.ids == tokens, "tokens must be what encode gave for this text"
+        assert encoding.ids == tokens, "tokens must be the result of encode"
         return [start for start, _ in encoding.offsets]
 
 
-# name -> (class, name of its file inside a folder; None: it needs no file)
+# name -> (class, file name inside a folder; None: no file)
 TOKENIZERS: dict[str, tuple[Any, str | None]] = {
     "bytes": (ByteTokenizer, None),
     "mock": (MockTokenizer, None),
@@ -281,7 +257,7 @@ def build_tokenizer(name: str, path: str | None = None) -> Tokenizer:
 
 
 def find_tokenizer_file(name: str, path: str | None) -> Path | None:
-    """The file that `build_tokenizer` would open; None for tokenizers without one."""
+    """Return the file that `build_tokenizer` opens, or None for tokenizers without one."""
     _, file_name = TOKENIZERS[name]
     if file_name is None:
         return None
@@ -292,21 +268,31 @@ def find_tokenizer_file(name: str, path: str | None) -> Path | None:
         file = file / file_name
     if not file.is_file():
         raise UserError(
-            f"data.tokenizer.path={path}: no file {file} (seen from {Path.cwd()}); name the "
+            f"data.tokenizer.path={path}: no file {file} (seen from {Path.cwd()}); give the "
             f"tokenizer's file, or a folder with {file_name}"
         )
     return file
 
 
 def declared_specials(name: str, file: Path | None) -> dict[str, str] | None:
-    """What a file beside the tokenizer's calls bos and eos; None where no such file counts."""
-    if name != "hf" or file is None:
+    """Return bos and eos as named by tokenizer_config.json, next to the file of an hf tokenizer."""
+    path = None if file is None else file.with_name("tokenizer_config.json")
+    if name != "hf" or path is None or not path.is_file():
         return None
-    return HuggingFaceTokenizer.declared_specials(file.with_name("tokenizer_config.json")) or None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"data.tokenizer.path: {path} is not JSON: {error}") from error
+    named = {role: config.get(f"{role}_token") for role in ("bos", "eos")}
+    return {
+        role: name["content"] if isinstance(name, dict) else name
+        for role, name in named.items()
+        if name
+    } or None
 
 
 def read_mergeable_ranks(path: Path) -> dict[bytes, int]:
-    """Lines of `base64 rank`. Read here because tiktoken's own reader keeps copies in /tmp."""
+    """Read lines of `base64 rank`. tiktoken's own reader would keep a copy in /tmp."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -320,12 +306,12 @@ def read_mergeable_ranks(path: Path) -> dict[bytes, int]:
                 "file? (a SentencePiece model needs data.tokenizer.name=sp)"
             ) from error
     if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(f"data.tokenizer.path={path}: ranks must run from 0 without holes")
+        raise UserError(f"data.tokenizer.path={path}: ranks must run from 0 without gaps")
     return ranks
 
 
 def well_formed(text: str) -> str:
-    """`text` with halves of surrogate pairs, which JSON allows and UTF-8 does not, made U+FFFD."""
+    """Replace lone surrogates by U+FFFD: JSON allows them, UTF-8 doesn't."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -333,14 +319,14 @@ def well_formed(text: str) -> str:
     return text
 
 
-def starts_from_bytes(pieces: list[bytes]) -> list[int]:
-    """The character in which each piece begins, of the text that the pieces join up to."""
+def starts_from_bytes(tokens: list[bytes]) -> list[int]:
+    """Return the character in which each token starts, in the text that the tokens join to."""
     starts = []
     n_chars = 0
-    for piece in pieces:
-        inside = bool(piece) and 0x80 <= piece[0] < 0xC0  # begins within a character
-        starts.append(n_chars - inside)
-        n_chars += sum(not 0x80 <= byte < 0xC0 for byte in piece)
+    for token in tokens:
+        is_inside = bool(token) and 0x80 <= token[0] < 0xC0  # starts inside a character
+        starts.append(n_chars - is_inside)
+        n_chars += sum(not 0x80 <= byte < 0xC0 for byte in token)
     return starts
 
 
@@ -349,14 +335,15 @@ SAFE_CUT = re.compile(r"(?<=\S)(?= )|(?<=[\r\n])(?=\S)")
 
 
 def split_safely(text: str, limit: int = 400_000) -> Iterator[str]:
-    """Parts of at most `limit` characters, since the split rule backtracks on very long texts.
+    """Split a text into parts of at most `limit` characters: the split rule of tiktoken is slow on
+    very long texts.
 
-    No piece that the split rule makes crosses a place that SAFE_CUT matches, so the tokens are
-    those of the whole text. Only a text with no such place within `limit` is cut elsewhere.
+    No token crosses a match of SAFE_CUT, so the parts give the same tokens as the whole text. Only
+    a text without a match within `limit` is cut elsewhere.
     """
     start = 0
     while len(text) - start > limit:
-        # one character more, since a cut looks at the one after it
+        # one more character, as SAFE_CUT looks ahead by one
         cuts = [m.start() for m in SAFE_CUT.finditer(text, start + 1, start + limit + 1)]
         cut = cuts[-1] if cuts else start + limit
         yield text[start:cut]

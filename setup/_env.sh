@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the scripts of this folder share; they source it, it is not run by itself.
+# Shared by the scripts of this folder, which source it.
 #
-#   ROOT     the repository          VENV     its environment: $ROOT/.venv unless set by the caller
-#   PYTHON   set by the caller: the Python that a new environment is made with
+#   ROOT     the repository          VENV     its environment, default $ROOT/.venv
+#   PYTHON   the Python for a new environment, if the caller sets it
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$ROOT/.venv}
@@ -10,10 +10,10 @@ VENV_PYTHON=$VENV/bin/python
 CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-# Threads of torch that wait for each other sleep instead of spinning: where other programs use the
-# same cores, spinning made CPU training more than 20 times slower; on an idle machine it gains little.
+# Waiting torch threads sleep instead of spinning. On shared cores, spinning made CPU training more
+# than 20 times slower; on an idle machine it gains little.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-unset PYTHONHOME # of another environment; it would send ours to the wrong library
+unset PYTHONHOME # of another environment: it would load the wrong library
 
 step() { printf '\n==> %s\n' "$*"; }
 
@@ -22,7 +22,7 @@ die() {
     exit 1
 }
 
-# Fails for a Python that is too old or cannot make environments (Debian splits venv off).
+# Fails if the Python is too old or has no venv module (a separate package in Debian).
 is_usable_python() {
     "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
@@ -31,7 +31,7 @@ find_python() {
     local candidate
     if [[ -n ${PYTHON:-} ]]; then
         is_usable_python "$PYTHON" ||
-            die "PYTHON=$PYTHON is no Python 3.11 or newer with the venv module"
+            die "PYTHON=$PYTHON must be Python 3.11 or newer with the venv module"
         printf '%s\n' "$PYTHON"
         return
     fi
@@ -41,13 +41,13 @@ find_python() {
             return
         fi
     done
-    die "no Python 3.11 or newer with the venv module found; install one (Debian, Ubuntu:" \
-        "apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.12 bash $0"
+    die "no Python 3.11 or newer with the venv module found; install it (Debian, Ubuntu:" \
+        "apt install python3 python3-venv) or give its path: PYTHON=/path/to/python3.12 bash $0"
 }
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 
-# Make $VENV unless a working one is there. One that was left half made is made again.
+# Create $VENV unless it works already. An incomplete one is recreated.
 make_venv() {
     if "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
         "$VENV_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -55,24 +55,24 @@ make_venv() {
         return
     fi
     if [[ -e $VENV && ! -e $VENV/pyvenv.cfg && -n $(ls -A "$VENV") ]]; then
-        die "$VENV is in the way: it exists and is no Python environment"
+        die "$VENV exists and is not a Python environment; move it away or set VENV"
     fi
     local python
     python=$(find_python) || exit 1
-    step "Making $VENV with $("$python" -V)"
+    step "Creating $VENV with $("$python" -V)"
     "$python" -m venv --clear "$VENV" || die "$python -m venv failed; see above"
 }
 
-# pip, quiet; its output is shown when it fails.
+# Run pip quietly; print its output if it fails.
 quiet_pip() {
     local log=$VENV/pip.log
     if ! "$VENV_PYTHON" -m pip "$@" >"$log" 2>&1; then
         tail -n 25 "$log" >&2
-        die "pip $1 failed; the whole output is in $log"
+        die "pip $1 failed; the full output is in $log"
     fi
 }
 
-# is_installed NAME==VERSION: whether $VENV has it; 2.13.0+cpu counts as 2.13.0.
+# is_installed NAME==VERSION: succeeds if $VENV has it; 2.13.0+cpu counts as 2.13.0.
 is_installed() {
     "$VENV_PYTHON" - "$1" <<'EOF' 2>/dev/null
 import sys
@@ -82,8 +82,8 @@ sys.exit(version(name).partition("+")[0] != wanted)
 EOF
 }
 
-# The index of CPU wheels, as pip options, where it can be reached: elsewhere than on Linux, and on
-# indexes that serve a CPU wheel themselves, plain `pip install torch` is right already.
+# Print pip options for the index of CPU wheels, if it can be reached. Outside Linux, and with an
+# index that serves CPU wheels, plain `pip install torch` is right.
 cpu_index_options() {
     [[ $(uname -s) == Linux ]] || return 0
     "$VENV_PYTHON" - "$CPU_TORCH_INDEX" <<'EOF' >/dev/null 2>&1 || return 0
@@ -93,8 +93,8 @@ EOF
     printf '%s\n' --extra-index-url "$CPU_TORCH_INDEX"
 }
 
-# install_requirements FILE...: bring $VENV to these requirement files and to this repository, once.
-# A stamp remembers what was installed; while nothing it depends on has changed, nothing is done.
+# install_requirements FILE...: install these requirement files and this repository into $VENV.
+# A stamp file records the inputs; nothing is installed until they change.
 install_requirements() {
     local files="$*" stamp wanted file torch arguments=()
     for file in "$@"; do arguments+=(-r "$ROOT/$file"); done
@@ -108,9 +108,9 @@ print(hashlib.sha256(sys.version.encode() + sys.stdin.buffer.read()).hexdigest()
 
     torch=$(grep '^torch==' "$ROOT/requirements.txt")
     if ! has_gpu && ! is_installed "$torch"; then
-        # First and alone, so that the CPU wheel is there when other packages ask for torch.
+        # First, so that packages which need torch find the CPU wheel.
         step "Installing $torch for the CPU: no GPU found (takes a minute or two)"
-        # No array: bash before 4.4, as on macOS and older clusters, takes an empty one for unset.
+        # Not an array: bash before 4.4 (macOS, older clusters) treats an empty one as unset.
         # shellcheck disable=SC2046 # no option, or two words
         quiet_pip install -q $(cpu_index_options) "$torch"
     fi

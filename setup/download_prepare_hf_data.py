@@ -1,18 +1,17 @@
-"""Download a corpus from Hugging Face, shuffle it, and deal it into chunks to train on.
+"""Download a corpus from Hugging Face, shuffle it, and split it into chunks for training.
 
     python setup/download_prepare_hf_data.py fineweb_edu 64 --data_dir ./data --seed 42 --nchunks 32
 
-makes ./data/fineweb_edu_shuffled, a folder for `data.sources`, within 64 GB of memory:
+makes ./data/fineweb_edu_shuffled, a folder for `data.sources`, in 64 GB of memory:
 
-    fineweb_edu.chunk.00.jsonl ...   training documents, one JSON object a line
-    fineweb_edu.val.jsonl            documents that no chunk has, if --validation_documents isn't 0
+    fineweb_edu.chunk.00.jsonl ...   training documents, one JSON object per line
+    fineweb_edu.val.jsonl            held-out documents, if --validation_documents isn't 0
     manifest.json                    documents, bytes and sha256 of each file
 
-Killed at any moment, the same command goes on where it was and ends with the same bytes, which
-depend on the seed and not on the memory. With --source_dir the documents come from files on disk
-(parquet, or JSON lines as they are or in .gz or .zst), and nothing is downloaded. Downloads stay in
-<data_dir>/<dataset> and may be removed when all is done. The disk must hold them, and the text
-twice.
+If it is interrupted, the same command resumes and ends with the same bytes. They depend on the
+seed, not on the memory. With --source_dir the documents come from files on disk (parquet, or JSON
+lines, plain, .gz or .zst), and nothing is downloaded. Downloads stay in <data_dir>/<dataset> and
+can be removed at the end. The disk must hold them, and the text twice.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lingua
 
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, first_line, import_optional, run_cli
 from lingua.files.atomic import write_atomic
 from lingua.prepare.shuffle import ShufflePlan, find_finished, shuffle_documents
-from lingua.prepare.sources import describe_passed_over, find_document_files
+from lingua.prepare.sources import describe_skipped, find_document_files
 
 GB = 10**9
 MIN_MEMORY = 0.01  # GB
@@ -42,7 +41,7 @@ MIN_MEMORY = 0.01  # GB
 @dataclass(frozen=True)
 class Corpus:
     repo_id: str  # on Hugging Face
-    patterns: tuple[str, ...]  # of the files in it
+    patterns: tuple[str, ...]  # of its files
 
 
 CORPORA = {
@@ -59,37 +58,37 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     corpora = ", ".join(sorted(CORPORA))
-    add("dataset", help=f"{corpora}, or any name with --source_dir; names the files, too")
+    add("dataset", help=f"{corpora}, or any name with --source_dir; it also names the files")
     add("memory", type=float, help="GB of memory to shuffle in")
-    add("--data_dir", type=Path, default=Path("data"), help="where all of it goes")
-    add("--seed", type=int, default=42, help="of the shuffle")
+    add("--data_dir", type=Path, default=Path("data"), help="output folder")
+    add("--seed", type=int, default=42, help="seed of the shuffle")
     add("--nchunks", type=int, default=32, help="training files: 1, or the number of GPUs")
     add(
         "--validation_documents",
         type=int,
         default=10_000,
-        help="documents held out for the validation loss; 0: none, and no file of them",
+        help="documents held out for the validation loss; 0: no validation file",
     )
-    add("--source_dir", type=Path, help="read the files of this folder; download nothing")
+    add("--source_dir", type=Path, help="read the files of this folder instead of downloading")
     given = parser.parse_args(argv)
     if not MIN_MEMORY <= given.memory < float("inf"):
-        raise UserError(f"memory={given.memory}: give {MIN_MEMORY} GB at least")
+        raise UserError(f"memory={given.memory} must be at least {MIN_MEMORY} (GB)")
     parser.require_positive(given, "nchunks")
     parser.require_at_least(0, given, "validation_documents")
     if given.source_dir is None and given.dataset not in CORPORA:
         raise UserError(
-            f"dataset {given.dataset!r} is none of {corpora}; your own needs --source_dir FOLDER"
+            f"dataset {given.dataset!r} must be one of {corpora}, or have --source_dir FOLDER"
         )
     if not re.fullmatch(r"\w[\w.-]*", given.dataset):
-        raise UserError(f"dataset {given.dataset!r} names a folder: letters, digits, '_', '.', '-'")
+        raise UserError(f"dataset {given.dataset!r} must be letters, digits, '_', '.' or '-'")
     return given
 
 
 def download(dataset: str, folder: Path) -> None:
-    """All files of the corpus into `folder`; those that are there are not fetched again.
+    """Download all files of the corpus into `folder`, except files that are already there.
 
-    They are of one commit, chosen at the start and kept in `download.json`, whatever happens to the
-    corpus in the days that it takes. While all that arrived is there the hub is not asked again.
+    All files are from one commit, chosen at the start and kept in `download.json`: the corpus may
+    change while it downloads. Once everything is there, the hub is not asked again.
     """
     corpus, record_file = CORPORA[dataset], folder / "download.json"
     record = json.loads(record_file.read_text()) if record_file.exists() else {}
@@ -113,21 +112,21 @@ def download(dataset: str, folder: Path) -> None:
         files = wanted_files(corpus, info.siblings)
         if problem := find_incomplete(files, folder):
             raise UserError(
-                f"{problem}; run the same command again to go on (a file that is too long must be "
-                "removed first)"
+                f"{problem}; run the same command again to resume (remove a file that is too long "
+                "first)"
             )
     except UserError:
         raise
-    except Exception as error:  # of the hub, of its HTTP library, of the network, of the disk
+    except Exception as error:  # from the hub, its HTTP library, the network or the disk
         raise UserError(
             f"{dataset} could not be downloaded from {corpus.repo_id}: {first_line(error)}; run "
-            "the same command again to go on, or give --source_dir"
+            "the same command again to resume, or give --source_dir"
         ) from None
     write_atomic(record_file, json.dumps({**record, "files": files}))
 
 
 def wanted_files(corpus: Corpus, siblings: Sequence[Any]) -> dict[str, int]:
-    """Name -> bytes of the corpus's files in its repository."""
+    """Return name -> bytes of the corpus's files in its repository."""
     files = {
         file.rfilename: file.size
         for file in siblings
@@ -139,13 +138,15 @@ def wanted_files(corpus: Corpus, siblings: Sequence[Any]) -> dict[str, int]:
 
 
 def find_incomplete(files: Mapping[str, int], folder: Path) -> str | None:
-    """The first that is not whole. Without a network the hub's client returns in peace if the
-    folder has files, and one that was broken may have been removed."""
+    """Describe the first incomplete file, if any.
+
+    Without a network the hub's client succeeds if the folder has any file.
+    """
     for name, size in files.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else 0
         if found != size:
-            return f"{path} is not whole: {found} of {size} bytes"
+            return f"{path} is incomplete: {found} of {size} bytes"
     return None
 
 
@@ -166,24 +167,24 @@ def main(argv: Sequence[str]) -> None:
             if given.source_dir is None:
                 download(given.dataset, root)
             sources = find_document_files(root)
-            if given.source_dir and (passed_over := describe_passed_over(root)):
-                print(passed_over)
+            if given.source_dir and (skipped := describe_skipped(root)):
+                print(skipped)
             manifest = shuffle_documents(sources, root, out, plan)
     except OSError as error:
-        raise UserError(f"{error}; mend it and run the same command again, which goes on") from None
+        raise UserError(f"{error}; fix it and run the same command again to resume") from None
     print(f"{out}: {describe(manifest)}")
 
 
 def describe(manifest: Mapping[str, Any]) -> str:
-    """What was made, in a line."""
-    n_chunks = manifest["request"]["nchunks"]
-    n_validation = manifest["request"]["validation_documents"]
+    """Describe a corpus in one line."""
+    n_validation, n_empty = manifest["request"]["validation_documents"], manifest["without_text"]
     size = format_bytes(sum(facts["bytes"] for facts in manifest["files"].values()))
-    held_out = f" and a validation file of {n_validation:,} documents" if n_validation else ""
-    left_out = manifest["without_text"]
-    return f"{manifest['documents']:,} documents, {size}, in {n_chunks} chunks{held_out}" + (
-        f"; {left_out:,} without text were left out" if left_out else ""
+    line = (
+        f"{manifest['documents']:,} documents, {size}, in {manifest['request']['nchunks']} chunks"
     )
+    if n_validation:
+        line += f" and a validation file of {n_validation:,} documents"
+    return f"{line}; skipped {n_empty:,} without text" if n_empty else line
 
 
 def format_bytes(n: int) -> str:

@@ -2,10 +2,10 @@
 
     python setup/download_tokenizer.py llama3 tokenizer --api_key <HUGGINGFACE_TOKEN>
 
-puts the file where the repository has it (tokenizer/original/tokenizer.model for llama3) and prints
-the lines for a recipe. Llama and Gemma are licensed: accept the terms on their pages first. Without
---api_key the token is that of HF_TOKEN or of `hf auth login`. cl100k_base, of tiktoken's own
-encodings the one that cuts text as Llama 3 does, makes a file of the same kind and needs no token.
+saves the file under its path in the repository (tokenizer/original/tokenizer.model for llama3) and
+prints the options for a recipe. Llama and Gemma are licensed: accept the terms on their pages
+first. Without --api_key, the token comes from HF_TOKEN or `hf auth login`. cl100k_base needs no
+token: it is an encoding of tiktoken with Llama 3's split rule, saved in the same format.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lingua
 
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, first_line, import_optional, run_cli
@@ -37,9 +37,8 @@ TOKENIZERS = {
     "gemma": HubFile("google/gemma-2b", "tokenizer.model", "sp"),
 }
 
-
-# data.tokenizer.name=tiktoken cuts text into words by Llama 3's rule, which is this encoding's.
-# With the pieces of another one it would give, without a word, other tokens than that one does.
+# data.tokenizer.name=tiktoken splits text by Llama 3's rule, which this encoding shares. With the
+# ranks of another encoding it would silently give other tokens.
 CL100K = "cl100k_base"
 
 
@@ -47,8 +46,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("name", help=f"{', '.join(TOKENIZERS)} or {CL100K}")
-    add("path_to_save", type=Path, help="folder that the file goes into")
-    add("--api_key", help="token of Hugging Face; never shown or stored")
+    add("path_to_save", type=Path, help="output folder")
+    add("--api_key", help="Hugging Face token; never printed or stored")
     return parser.parse_args(argv)
 
 
@@ -58,7 +57,7 @@ def download_from_hub(wanted: HubFile, folder: Path, api_key: str | None) -> Pat
         path = hub.hf_hub_download(
             wanted.repo_id, filename=wanted.file, local_dir=folder, token=api_key
         )
-    except Exception as error:  # of the hub, of its HTTP library, of the network, of the disk
+    except Exception as error:  # from the hub, its HTTP library, the network or the disk
         reason = first_line(error)
         if api_key:
             reason = reason.replace(api_key, "<api_key>")
@@ -70,20 +69,20 @@ def download_from_hub(wanted: HubFile, folder: Path, api_key: str | None) -> Pat
 
 
 def save_tiktoken(name: str, folder: Path) -> Path:
-    """The pieces of an encoding in tiktoken's own format: base64 and number, one a line."""
+    """Save the ranks of an encoding in tiktoken's format: lines of base64 and rank."""
     if name != CL100K:
         raise UserError(
-            f"name={name} is none of {', '.join([*TOKENIZERS, CL100K])}; for other tokenizers give "
-            "their tokenizer.json with data.tokenizer.name=hf"
+            f"name={name} must be one of {', '.join([*TOKENIZERS, CL100K])}; for other tokenizers "
+            "use their tokenizer.json with data.tokenizer.name=hf"
         )
     tiktoken = import_optional("tiktoken", extra="", needed_by=name)
     try:
         ranks = tiktoken.get_encoding(name)._mergeable_ranks
-    except Exception as error:  # of its HTTP library, of the network
+    except Exception as error:  # from its HTTP library or the network
         raise UserError(f"{name} could not be downloaded: {first_line(error)}") from None
     lines = (
-        base64.b64encode(piece) + f" {rank}\n".encode()
-        for piece, rank in sorted(ranks.items(), key=lambda item: item[1])
+        base64.b64encode(token) + f" {rank}\n".encode()
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.tiktoken"
@@ -94,7 +93,7 @@ def save_tiktoken(name: str, folder: Path) -> Path:
 def main(argv: Sequence[str]) -> None:
     given = parse_options(argv)
     if given.path_to_save.exists() and not given.path_to_save.is_dir():
-        raise UserError(f"path_to_save={given.path_to_save} is a file: give a folder")
+        raise UserError(f"path_to_save={given.path_to_save} is a file; give a folder")
     wanted = TOKENIZERS.get(given.name)
     if wanted is None:
         path, kind = save_tiktoken(given.name, given.path_to_save), "tiktoken"

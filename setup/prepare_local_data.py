@@ -1,16 +1,16 @@
-"""Make a small corpus of real English from this Python's own standard library, without a network.
+"""Make a small corpus of English from this Python's standard library, without a network.
 
     python setup/prepare_local_data.py --out ./data/local --nchunks 4
 
-Read are the language reference topics that ship for `help()` (`pydoc_data/topics.py`) and the
-docstrings and comments of every library module; nothing is imported or executed. Code examples,
-tables and signatures are filtered out and passages that repeat are kept once, which leaves about
-2 MB. One document is one module or one topic. Written are, in the form the data loader reads:
+The text comes from the topics of `help()` (`pydoc_data/topics.py`) and from the docstrings and
+comments of all library modules; nothing is imported or executed. Code, tables and signatures are
+filtered out and repeated passages are kept once, which leaves about 2 MB. A document is a module or
+a topic. The output folder is a source for the data loader:
 
-    <name>.chunk.NN.jsonl   training documents, shuffled, chunks of about equal size
-    <name>.val.jsonl        whole documents held out for validation
-    tokenizer.json          byte-level BPE of --vocab-size pieces, trained on the training documents
-    manifest.json           counts and sha256 of the above, written last: then all is complete
+    <name>.chunk.NN.jsonl   training documents, shuffled, in chunks of about equal size
+    <name>.val.jsonl        documents held out for validation
+    tokenizer.json          byte-level BPE of --vocab-size tokens, trained on the chunks
+    manifest.json           counts and sha256 of the other files; written last
 
 The same Python gives the same bytes on every run. A complete folder is left alone.
 """
@@ -32,27 +32,27 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where this checkout's lingua lies
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lingua
 
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, import_optional, run_cli
 from lingua.files.atomic import write_atomic
 
-FORMAT = 1  # raise it when the same input would give other bytes: older folders are then rebuilt
+FORMAT = 1  # increase it if the same input gives other bytes, to rebuild older folders
 SHUFFLE_SEED = 1234
-MAX_VOCABULARY = 100_000  # the text has fewer pieces; far above, the trainer runs out of memory
+MAX_VOCABULARY = 100_000  # more than the text has; far above, the trainer runs out of memory
 VAL_SHARE = 0.05  # of all characters
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>"]
 
 SKIPPED_DIRS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
-SKIPPED_DIRS |= {"test", "tests", "idle_test"}  # not every distribution ships the tests
+SKIPPED_DIRS |= {"test", "tests", "idle_test"}  # some distributions ship no tests
 MIN_DOCUMENT = 200  # characters
-SHINGLE = 6  # words; two passages that share half of these runs count as the same passage
+SHINGLE = 6  # words; a passage with more than half of its shingles seen before is a repeat
 
 COMMENT = re.compile(r"^(\s*)#(?!!) ?(.*)$")
 WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 LIST_ITEM = re.compile(r"^\s*([-*•]|\(?\d+[.)])\s+")
-RULE = re.compile(r"([-=*#~_^+.])\1{3,}")  # an underline or a divider drawn with characters
+RULE = re.compile(r"([-=*#~_^+.])\1{3,}")  # an underline or a divider
 SYMBOLS = re.compile(r"[^A-Za-z0-9\s.,;:'\"()?!-]")
 COMMON = (
     "a an and any are as at be been but by can do does for from has have if in into is it its may "
@@ -66,7 +66,7 @@ COMMON_WORDS = frozenset(COMMON.split())
 
 
 def is_prose(passage: str) -> bool:
-    """Whether a passage reads as English sentences, rather than code, a table or a signature."""
+    """Return whether a passage is English prose, not code, a table or a signature."""
     words = WORD.findall(passage)
     if len(words) < 6 or not passage.endswith((".", ":", "!", "?", ".)", '."', ";")):
         return False
@@ -77,7 +77,7 @@ def is_prose(passage: str) -> bool:
 
 
 def items(block: str) -> Iterator[str]:
-    """A paragraph, or each item of a list, unwrapped to one line."""
+    """Yield a paragraph, or each item of a list, as one line."""
     lines: list[str] = []
     for line in textwrap.dedent(block).splitlines():
         is_rule = RULE.search(line)
@@ -90,14 +90,14 @@ def items(block: str) -> Iterator[str]:
 
 
 def passages(text: str) -> Iterator[str]:
-    """The prose of a text, a paragraph or list item at a time."""
+    """Yield the prose of a text by paragraphs and list items."""
     for block in re.split(r"\n\s*\n", text):
         if ">>>" not in block:
             yield from filter(is_prose, items(block))
 
 
 def docstrings(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
-    """(line, text) of each docstring in a module."""
+    """Yield (line, text) of each docstring in a module."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in nodes:
         if isinstance(node, owners) and (text := ast.get_docstring(node, clean=False)):
@@ -105,7 +105,7 @@ def docstrings(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
 
 
 def comments(source: str, nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
-    """(line, text) of each block of whole-line comments."""
+    """Yield (line, text) of each block of whole-line comments."""
     inside_string: set[int] = set()
     for node in nodes:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.end_lineno:
@@ -123,7 +123,7 @@ def comments(source: str, nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
 
 
 def read_module(path: Path) -> tuple[str, ast.Module] | None:
-    """Source and syntax tree, or None for a file that is no Python 3 in UTF-8 (a few are not)."""
+    """Return source and syntax tree, or None if the file is not Python 3 in UTF-8."""
     try:
         source = path.read_text(encoding="utf-8")
         return source, ast.parse(source)
@@ -132,18 +132,18 @@ def read_module(path: Path) -> tuple[str, ast.Module] | None:
 
 
 def module_passages(path: Path) -> list[str]:
-    """Docstrings and comments of a module in the order they stand in the file."""
+    """Return the docstrings and comments of a module in file order."""
     parsed = read_module(path)
     if parsed is None:
         return []
     source, tree = parsed
-    nodes = list(ast.walk(tree))  # once: of a whole library it takes longer than all the rest
+    nodes = list(ast.walk(tree))  # once: it takes most of the time
     texts = sorted([*docstrings(nodes), *comments(source, nodes)])
     return [passage for _, text in texts for passage in passages(text)]
 
 
 def topic_passages(path: Path) -> dict[str, list[str]]:
-    """The topics of `help()`, read from the one dict literal in pydoc_data/topics.py."""
+    """Return the topics of `help()`, from the dict literal in pydoc_data/topics.py."""
     parsed = read_module(path) if path.exists() else None
     for node in parsed[1].body if parsed else []:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
@@ -152,27 +152,21 @@ def topic_passages(path: Path) -> dict[str, list[str]]:
     return {}
 
 
-class Repeats:
-    """Remembers runs of words, to tell a passage that is new from one that mostly is not."""
-
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-
-    def add(self, passage: str) -> bool:
-        """Remember a passage; whether more than half of it had been seen before."""
-        words = [word.lower() for word in WORD.findall(passage)]
-        starts = range(max(1, len(words) - SHINGLE + 1))
-        runs = {" ".join(words[start : start + SHINGLE]) for start in starts}
-        repeated = 2 * len(runs & self.seen) > len(runs)
-        self.seen |= runs
-        return repeated
+def is_repeat(passage: str, seen: set[str]) -> bool:
+    """Return whether more than half of the passage's shingles are in `seen`; add them to it."""
+    words = [word.lower() for word in WORD.findall(passage)]
+    starts = range(max(1, len(words) - SHINGLE + 1))
+    shingles = {" ".join(words[start : start + SHINGLE]) for start in starts}
+    n_seen = len(shingles & seen)
+    seen |= shingles
+    return 2 * n_seen > len(shingles)
 
 
 def collect_documents(stdlib: Path) -> list[dict[str, str]]:
-    """One document for every topic and module with enough prose, in a fixed order.
+    """Return a document for each topic and module with enough prose, in a fixed order.
 
-    Repeats are dropped over the whole corpus, before any document is held out: validation text
-    does not recur in training, not even with a word changed.
+    Repeats are dropped in the whole corpus before documents are held out, so validation text does
+    not recur in training, not even with a word changed.
     """
     found = {
         f"topic:{name}": texts
@@ -180,14 +174,14 @@ def collect_documents(stdlib: Path) -> list[dict[str, str]]:
     }
     for path in sorted(stdlib.rglob("*.py"), key=lambda path: path.relative_to(stdlib).as_posix()):
         module = path.relative_to(stdlib)
-        # names such as _sysconfigdata__linux_x86_64-linux-gnu.py differ from machine to machine
+        # names such as _sysconfigdata__linux_x86_64-linux-gnu.py differ between machines
         if SKIPPED_DIRS.isdisjoint(module.parts) and not module.name.startswith("_sysconfigdata"):
             found[f"module:{'.'.join(module.with_suffix('').parts)}"] = module_passages(path)
 
-    repeats = Repeats()
+    seen: set[str] = set()
     documents = []
     for source, texts in found.items():
-        text = "\n\n".join(passage for passage in texts if not repeats.add(passage))
+        text = "\n\n".join(passage for passage in texts if not is_repeat(passage, seen))
         if len(text) >= MIN_DOCUMENT:
             documents.append({"source": source, "text": text})
     return documents
@@ -202,7 +196,7 @@ def hold_out(documents: list[dict[str, str]]) -> tuple[list[dict[str, str]], lis
     random.Random(SHUFFLE_SEED).shuffle(documents)
     total = sum(len(document["text"]) for document in documents)
     wanted = VAL_SHARE * total
-    # One long document must not make up the validation set by itself.
+    # One long document must not dominate the validation set.
     longest = max(wanted / 4, total / len(documents))
     train, val, held = [], [], 0
     for document in documents:
@@ -215,7 +209,7 @@ def hold_out(documents: list[dict[str, str]]) -> tuple[list[dict[str, str]], lis
 
 
 def split_evenly(documents: list[dict[str, str]], nchunks: int) -> list[list[dict[str, str]]]:
-    """Chunks of about equal size: the longest documents first, each to the lightest chunk."""
+    """Split into chunks of about equal size: longest document first, to the lightest chunk."""
     chunks: list[list[int]] = [[] for _ in range(nchunks)]
     sizes = [0] * nchunks
     by_length = sorted(range(len(documents)), key=lambda i: (-len(documents[i]["text"]), i))
@@ -259,7 +253,7 @@ def read_manifest(out: Path) -> dict:
 
 
 def is_complete(out: Path, request: dict) -> bool:
-    """Whether `out` holds what `request` asks for, every file whole."""
+    """Return whether `out` has everything that `request` asks for, undamaged."""
     manifest = read_manifest(out)
     if manifest.get("request") != request:
         return False
@@ -270,14 +264,14 @@ def is_complete(out: Path, request: dict) -> bool:
 
 
 def refuse_others(out: Path, request: dict) -> None:
-    """UserError for a folder that another program made: what its manifest names is not ours."""
+    """Raise UserError if another program made the folder: its files are not ours to delete."""
     manifest = read_manifest(out)
     if manifest and manifest.get("request", {}).keys() != request.keys():
-        raise UserError(f"--out {out}: holds other data, by its manifest.json; name another folder")
+        raise UserError(f"--out {out}: its manifest.json describes other data; give another folder")
 
 
 def build(documents: list[dict[str, str]], request: dict) -> tuple[dict[str, bytes], dict]:
-    """The files to write and the manifest that describes them."""
+    """Return the files to write, and their manifest."""
     train, val = hold_out(documents)
     parts = {f"{request['name']}.val.jsonl": val}
     for i, chunk in enumerate(split_evenly(train, request["nchunks"])):
@@ -293,7 +287,7 @@ def build(documents: list[dict[str, str]], request: dict) -> tuple[dict[str, byt
 
 
 def publish(out: Path, files: dict[str, bytes], manifest: dict) -> None:
-    """Write `files` into `out`; the manifest goes first when it is old and comes last when new."""
+    """Write `files` into `out`. The old manifest is removed first, the new one written last."""
     out.mkdir(parents=True, exist_ok=True)
     stale = set(read_manifest(out).get("files", {})) - set(files)
     (out / "manifest.json").unlink(missing_ok=True)
@@ -306,12 +300,12 @@ def publish(out: Path, files: dict[str, bytes], manifest: dict) -> None:
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/local"), help="folder to write to")
-    parser.add_argument("--name", default="stdlib", help="start of the file names")
+    parser.add_argument("--out", type=Path, default=Path("data/local"), help="output folder")
+    parser.add_argument("--name", default="stdlib", help="prefix of the file names")
     parser.add_argument(
-        "--nchunks", type=int, default=4, help="training files, 1 to 100: at least one a GPU"
+        "--nchunks", type=int, default=4, help="training files, 1 to 100: at least one per GPU"
     )
-    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer")
     given = parser.parse_args(argv)
     if not 1 <= given.nchunks <= 100:
         raise UserError(f"--nchunks must be 1 to 100, got {given.nchunks}")
@@ -349,7 +343,7 @@ def main(argv: Sequence[str], stdlib: Path | None = None) -> None:
     try:
         publish(given.out, files, manifest)
     except OSError as error:
-        raise UserError(f"--out {given.out}: {error}; name a folder that can be made") from None
+        raise UserError(f"--out {given.out}: {error}; give a folder that can be created") from None
     total = sum(len(content) for name, content in files.items() if name.endswith(".jsonl"))
     print(
         f"{given.out}: {len(documents)} documents, {total / 1e6:.2f} MB of text in {given.nchunks} "

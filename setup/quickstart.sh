@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From a clean clone to a trained model that speaks, in under ten minutes on two CPU cores.
+# Train a small model and generate text from a clean clone, in under ten minutes on two CPU cores.
 #
 #   bash setup/quickstart.sh [OVERRIDE...]        for example: model.loop_count=4 steps=500
 #
-# Makes .venv, installs, prepares a corpus from Python's own library, trains
-# apps/LT2/configs/600M/debug.yaml into runs/quickstart, lets it write a few words and draws its
-# loss. Run again, it goes on where it stopped. PYTHON=... chooses the Python of a new .venv.
+# Creates .venv, installs, prepares a corpus from Python's standard library, trains
+# apps/LT2/configs/600M/debug.yaml into runs/quickstart, generates text and plots the loss. The same
+# command resumes an interrupted run. PYTHON=... sets the Python of a new .venv.
 set -euo pipefail
 # shellcheck source=setup/_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
@@ -28,7 +28,7 @@ step "Training into $DUMP_DIR"
 "$VENV_PYTHON" -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml \
     "dump_dir=$DUMP_DIR" "$@"
 
-step "Writing a few words"
+step "Generating text"
 "$VENV_PYTHON" -m apps.LT2.generate "ckpt=$DUMP_DIR" max_gen_len=64 temperature=0.7 \
     'prompts=["The function returns"]'
 

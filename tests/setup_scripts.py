@@ -1,4 +1,4 @@
-"""The programs in setup/, which is no package, as modules."""
+"""Import the scripts of setup/, which is not a package."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def load_script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, SETUP / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look, and worker processes for its functions
+    sys.modules[name] = module  # for dataclasses, and for pickled functions
     spec.loader.exec_module(module)
     return module

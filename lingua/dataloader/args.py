@@ -11,22 +11,21 @@ from lingua.tokenizer import TokenizerArgs
 
 @dataclass
 class DataArgs:
-    root_dir: str | None = None  # folder that holds the sources
-    # sub-folder of root_dir -> weight; weights need not sum to 1. They are shares of *documents*:
-    # of two sources of equal weight the one with longer documents gives more tokens. Sources on the
-    # command line replace those of the config
+    root_dir: str | None = None  # folder that contains the sources
+    # sub-folder of root_dir -> weight. Weights are shares of *documents* and need not sum to 1:
+    # with equal weights, the source with longer documents gives more tokens. Sources on the
+    # command line replace the sources of the config
     sources: dict[str, float] = field(default_factory=dict)
-    batch_size: int = 2  # rows a data-parallel rank reads per micro-batch
-    seq_len: int = 2048  # tokens a row
-    n_views: int = 2  # the input, and n_views - 1 targets, each one token further ahead
+    batch_size: int = 2  # rows per micro-batch and data-parallel rank
+    seq_len: int = 2048  # tokens per row
+    n_views: int = 2  # the input, and n_views - 1 targets, each shifted by one more token
     seed: int | None = None  # order of sources and rows; null = the top-level seed
-    add_bos: bool = True  # begin each document with the tokenizer's bos token
+    add_bos: bool = True  # start each document with the tokenizer's bos token
     add_eos: bool = True  # end each document with the tokenizer's eos token
-    # true: nothing passes from a document to the next one in its row; false: rows are plain text
+    # true: documents in the same row do not see each other; false: a row is plain text
     doc_mask: bool = False
-    load_async: bool = True  # read and tokenize in a process of its own; the stream is the same
-    # read the tokens that setup/tokenize_data.py wrote beside the chunks; the stream is the same
-    pretokenized: bool = False
+    load_async: bool = True  # read and tokenize in a worker process; same stream
+    pretokenized: bool = False  # read the tokens of setup/tokenize_data.py; same stream
     prefetch_size: int = 64  # batches that are shuffled together; filled before the first step
     tokenizer: TokenizerArgs = field(default_factory=TokenizerArgs)
 
@@ -38,9 +37,7 @@ class DataArgs:
         if self.seed is not None and self.seed < 0:
             raise UserError(f"data.seed must be 0 or more, got {self.seed}")
         for source, weight in self.sources.items():
-            if not (math.isfinite(weight) and weight >= 0):
+            if not 0 <= weight < math.inf:
                 raise UserError(f"data.sources.{source} must be 0 or more, got {weight}")
         if self.sources and not any(self.sources.values()):
-            raise UserError("data.sources: all weights are 0, so there is nothing to read")
-        if not math.isfinite(sum(self.sources.values())):
-            raise UserError("data.sources: the sum of the weights is beyond a float; lower them")
+            raise UserError("data.sources: all weights are 0; give at least one above 0")

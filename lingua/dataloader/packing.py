@@ -1,11 +1,11 @@
-"""From documents of tokens to rows, and from rows to shuffled batches.
+"""Pack tokenized documents into rows, and shuffle rows into batches.
 
-Shapes: T seq_len, V n_views, B batch_size, P prefetch_size. A row is T + V - 1 tokens in a line,
-seen through V views: view v holds the tokens v places ahead, so view 0 is the input and view 1 its
-target. With `doc_mask` a last column says where documents begin, and a target that belongs to
-another document than its input is NO_TARGET, inside a row as at its end.
+Shapes: T seq_len, V n_views, B batch_size, P prefetch_size. A row is T + V - 1 consecutive tokens,
+seen through V views: view v is shifted by v tokens, so view 0 is the input and view 1 its target.
+With `doc_mask`, a last column is 1 at the first token of each document, and a target that belongs
+to another document than its input is NO_TARGET.
 
-Each stage yields `(item, state)`; built anew from a state, it yields what would have followed.
+Each stage yields `(item, state)`. Rebuilt from a state, it yields the items that follow.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-NO_TARGET = -100  # what cross-entropy passes over
-MAX_EMPTY = 30_000  # documents without a token in a row
+NO_TARGET = -100  # ignore_index of cross-entropy
+MAX_EMPTY = 30_000  # consecutive documents without a token
 
 
 class PackTokensState(TypedDict):
     it_state: Any  # of the stage before, just before the document that fills the next row
     start_token: int  # tokens of that document already used
-    carry: list[int]  # the V - 1 last tokens of the row before, which begin the next one
-    carry_starts: list[int]  # 1 where such a token is the first of its document
+    carry: list[int]  # the last V - 1 tokens of the row before; they start the next row
+    carry_starts: list[int]  # 1 if that token is the first of its document
     output_seq_len: int  # T
     n_views: int
     doc_mask: bool
@@ -39,8 +39,8 @@ class PrefetchState(TypedDict):
     seq_idx: int  # batches of the block already yielded
     prefetch_size: int
     batch_size: int
-    seed: int  # only to compare a later run's with
-    rank: int  # whose share of the chunks it reads
+    seed: int  # only compared with the options of a later run
+    rank: int  # of the run that chose the share of the chunks
     world_size: int
 
 
@@ -61,10 +61,10 @@ def init_pack_state(
 def pack_tokens(
     iterator: Iterable[tuple[list[int], Any]], empty_buffer_state: PackTokensState
 ) -> Iterator[tuple[np.ndarray, PackTokensState]]:
-    """Lay documents end to end and cut them into rows (T, V), or (T, V + 1) with `doc_mask`.
+    """Concatenate documents and cut them into rows (T, V), int64; (T, V + 1) with `doc_mask`.
 
-    Nothing is padded or dropped. The last V - 1 tokens of a row begin the next one: they were only
-    targets so far. The state holds them as they are, so no document need be found again for them.
+    Nothing is padded or dropped. The last V - 1 tokens of a row were only targets, so they start
+    the next row. The state contains them, so resuming doesn't need the document they came from.
 
         T = 4, V = 2, documents abc, defgh, ij     rows  abcd|e  efgh|i  ...
         with `doc_mask` their targets                    bc-e    fgh-
@@ -75,7 +75,7 @@ def pack_tokens(
     state = empty_buffer_state
     seq_len, n_views = state["output_seq_len"], state["n_views"]
     row = np.empty(seq_len + n_views - 1, dtype=np.int64)
-    starts = np.zeros_like(row)  # kept without `doc_mask`, too: it is cheap
+    starts = np.zeros_like(row)  # also without `doc_mask`: it is cheap
     filled = len(state["carry"])
     row[:filled] = state["carry"]
     starts[:filled] = state["carry_starts"]
@@ -85,12 +85,12 @@ def pack_tokens(
     for tokens, after in iterator:
         tokens = np.asarray(tokens, dtype=np.int64)
         n_empty = 0 if len(tokens) else n_empty + 1
-        if n_empty == MAX_EMPTY:  # else a run would wait for a row for ever
+        if n_empty == MAX_EMPTY:  # otherwise a run could wait forever for a row
             raise UserError(f"data.sources: {n_empty} documents in a row have no text")
         if used > len(tokens):
             raise UserError(
                 f"the data has changed since the checkpoint: it was at token {used} of a document "
-                f"that has {len(tokens)} now; restore the data, or begin a new run"
+                f"that has {len(tokens)} now; restore the data, or start a new run"
             )
         while used < len(tokens):
             n = min(len(row) - filled, len(tokens) - used)
@@ -102,13 +102,13 @@ def pack_tokens(
             if filled == len(row):
                 carry, carry_starts = row[seq_len:], starts[seq_len:]
                 state = PackTokensState(
-                    it_state=before,
-                    start_token=used,
-                    carry=carry.tolist(),
-                    carry_starts=carry_starts.tolist(),
-                    output_seq_len=seq_len,
-                    n_views=n_views,
-                    doc_mask=state["doc_mask"],
+                    **{
+                        **state,
+                        "it_state": before,
+                        "start_token": used,
+                        "carry": carry.tolist(),
+                        "carry_starts": carry_starts.tolist(),
+                    }
                 )
                 yield view_row(row, n_views, starts if state["doc_mask"] else None), state
                 filled = len(carry)
@@ -117,8 +117,11 @@ def pack_tokens(
 
 
 def view_row(row: np.ndarray, n_views: int, starts: np.ndarray | None) -> np.ndarray:
-    """The views (T, V) of T + V - 1 tokens, a copy. `starts`, 1 at the first token of a document,
-    separates documents: (T, V + 1), see the top of this file."""
+    """Return a copy of the views (T, V) of a row of T + V - 1 tokens.
+
+    `starts` is 1 at the first token of each document. With it, the result is (T, V + 1): targets
+    don't cross documents, and the last column is `starts`.
+    """
     import numpy as np
 
     views_TV = np.lib.stride_tricks.sliding_window_view(row, n_views)
@@ -139,20 +142,20 @@ def batch_and_shuffle_prefetched_sequences(
 ) -> Iterator[tuple[np.ndarray, PrefetchState]]:
     """Shuffle the rows in blocks of P * B and yield them as batches (B, T, columns), int64.
 
-    A batch that was yielded makes room for rows of the next block, so that after the first block
+    After each batch, its places in the buffer are filled with rows of the next block, so that
     reading is spread evenly. To resume, the current block is read and shuffled again, and as much
-    of the next one as had been read. `n_views` is the number of columns of a row.
+    of the next block as had been read. `n_views` is the number of columns of a row.
     """
     import numpy as np
 
     n_rows = prefetch_size * batch_size
-    # token ids fit in 32 bits, and the buffer is the largest thing that the loader holds
+    # Token ids fit in 32 bits, and the buffer takes most of the loader's memory.
     buffer = np.empty((n_rows, seq_len, n_views), dtype=np.int32)
     rng = np.random.default_rng()
     rng.bit_generator.state = state["rng_state"]
     block_state, block_rng = state["it_state"], state["rng_state"]
 
-    # Place i of a block lies in row order[i] of the buffer: row numbers are shuffled, not rows.
+    # Place i of a block is row order[i] of the buffer: row numbers are shuffled, not rows.
     order = np.arange(n_rows)
     last_state = block_state
 
@@ -173,17 +176,8 @@ def batch_and_shuffle_prefetched_sequences(
         batch_idx = (batch_idx + 1) % prefetch_size
         if batch_idx == 0:
             block_state, block_rng = next_block_state, rng.bit_generator.state
-        yield (
-            batch,
-            PrefetchState(
-                **{
-                    **state,
-                    "it_state": block_state,
-                    "rng_state": block_rng,
-                    "seq_idx": batch_idx,
-                }
-            ),
-        )
+        progress = {"it_state": block_state, "rng_state": block_rng, "seq_idx": batch_idx}
+        yield batch, PrefetchState(**{**state, **progress})
         read(places)
         if batch_idx == 0:
             next_block_state = last_state
@@ -191,10 +185,10 @@ def batch_and_shuffle_prefetched_sequences(
 
 
 def document_offsets(starts_BT: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """cu_seqlens of a batch laid out as one line of B * T tokens, from the mask column.
+    """Return cu_seqlens (n_documents + 1,), int32, of a batch flattened to B * T tokens.
 
-    Returns (n_documents + 1,) int32: where each document begins, and B * T. Each row begins one, as
-    rows do not see each other. Best on the CPU: the size of the result depends on the data.
+    `starts_BT` is the mask column. Each row starts a document too, as rows don't see each other.
+    Best called on the CPU: the size of the result depends on the data.
     """
     import torch
 

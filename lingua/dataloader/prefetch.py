@@ -1,9 +1,8 @@
-"""Run an iterator in a process of its own, a few items ahead.
+"""Run an iterator in a worker process, a few items ahead.
 
-The items travel through a pipe of which the parent holds only the reading end: when the worker
-dies, however it dies, the parent reads to the end and then knows, and never waits for the rest of
-a message that nobody will write. (A multiprocessing.Queue would.) What the worker raises is raised
-in the parent, after all items that came before it.
+The parent holds only the reading end of a pipe. If the worker dies, the parent reads to the end of
+the pipe and raises; with a multiprocessing.Queue it could wait forever for the rest of a message.
+An error in the worker is raised in the parent, after all items that came before it.
 """
 
 from __future__ import annotations
@@ -25,14 +24,13 @@ from lingua.parallel.signals import PARENT_SIGNALS, blocked_parent_signals
 
 ITEM, END, USER_ERROR, ERROR = range(4)
 
-
 IteratorBuilder = Callable[[], AbstractContextManager[Iterator[Any]]]
 
 
 @contextmanager
 def async_iterator(buffer_size: int, iterator_builder: IteratorBuilder) -> Iterator[Iterator[Any]]:
-    """Iterate over what `iterator_builder` (picklable) opens, up to `buffer_size` items ahead."""
-    # what setup_torch_distributed chose; forking a process that has threads or CUDA is unsafe
+    """Run the iterator of `iterator_builder` (picklable) in a worker, `buffer_size` items ahead."""
+    # The method that setup_torch_distributed chose; forking is unsafe with threads or CUDA.
     method = multiprocessing.get_start_method(allow_none=True) or "forkserver"
     context: Any = multiprocessing.get_context(method)
     reader, writer = context.Pipe(duplex=False)
@@ -49,7 +47,7 @@ def async_iterator(buffer_size: int, iterator_builder: IteratorBuilder) -> Itera
         yield consume_buffer(producer, reader)
     finally:
         reader.close()
-        producer.kill()  # it has nothing to save, and SIGTERM does not reach it
+        producer.kill()  # it has nothing to save, and it blocks SIGTERM
         producer.join()
 
 
@@ -74,8 +72,8 @@ def consume_buffer(producer: BaseProcess, reader: Connection) -> Iterator[Any]:
 
 
 def feed_buffer(writer: Connection, buffer_size: int, iterator_builder: IteratorBuilder) -> None:
-    """The worker's main: fill a bounded buffer, which a thread of its own empties into the pipe."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)  # a fork server may not have done so
+    """Run the worker: fill a bounded buffer that a thread sends through the pipe."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)  # not inherited from a fork server
     threading.Thread(target=exit_with_parent, daemon=True).start()
     buffer: queue.Queue[tuple[int, Any]] = queue.Queue(buffer_size)
     sender = threading.Thread(target=send_all, args=(buffer, writer), daemon=True)
@@ -87,7 +85,7 @@ def feed_buffer(writer: Connection, buffer_size: int, iterator_builder: Iterator
         buffer.put((END, None))
     except UserError as error:
         buffer.put((USER_ERROR, str(error)))
-    except BaseException:  # a MemoryError, too, must reach the parent
+    except BaseException:  # the parent needs to see a MemoryError too
         buffer.put((ERROR, traceback.format_exc()))
     sender.join()
 
@@ -98,7 +96,7 @@ def send_all(buffer: queue.Queue[tuple[int, Any]], writer: Connection) -> None:
         kind, payload = buffer.get()
         try:
             writer.send((kind, payload))
-        except BrokenPipeError:  # the parent has what it wants
+        except BrokenPipeError:  # the parent has closed the iterator
             os._exit(0)
         except Exception:  # an item that cannot be pickled
             kind = ERROR
@@ -107,7 +105,7 @@ def send_all(buffer: queue.Queue[tuple[int, Any]], writer: Connection) -> None:
 
 
 def exit_with_parent() -> None:
-    """No worker outlives its trainer, even one that was killed while the worker reads."""
+    """Exit when the parent does, even if the parent is killed while this process reads."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "feed_buffer runs in a child process"
     parent.join()

@@ -1,8 +1,8 @@
-"""A saved state of the data, held against the options and files of the run that resumes from it.
+"""Check a saved data state against the options and files of the run that resumes from it.
 
-The state, not the YAML, says where the stream goes on. So where the two disagree the run is
-refused: going on either way would ignore something. Only places may change: `data.root_dir`,
-`data.tokenizer.path`, and what does not show in the stream: `data.load_async`, `data.pretokenized`.
+The state, not the YAML, decides where the stream resumes. If the two disagree, the run is refused.
+Only `data.root_dir` and `data.tokenizer.path` may change, and options that don't change the stream:
+`data.load_async` and `data.pretokenized`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_state_matches(args: DataArgs, state: PrefetchState) -> list[str]:
-    """How a saved state differs from what is asked for now, one line each; none: it can resume."""
+    """Return a line for each difference between a saved state and `args`; if none, it resumes."""
     pack_state = state["it_state"]
     tokenizer_state = pack_state["it_state"]
     multi_state = tokenizer_state["it_state"]
@@ -46,7 +46,7 @@ def check_state_matches(args: DataArgs, state: PrefetchState) -> list[str]:
 
 
 def fit_state_to_args(args: DataArgs, state: DataState) -> DataState:
-    """`state` with the paths that `args` gives; refused if anything else is not as it was."""
+    """Return `state` with the paths of `args`; raise UserError for any other difference."""
     if not is_resharded(state):
         return _fit_stream(args, cast(PrefetchState, state))
     streams = {
@@ -60,21 +60,21 @@ def _fit_stream(args: DataArgs, state: PrefetchState) -> PrefetchState:
     differences = check_state_matches(args, state)
     if differences:
         raise UserError(
-            f"cannot resume the data: {'; '.join(differences)}. Set it back, or begin a new run "
-            "from the weights with checkpoint.init_ckpt_path"
+            f"cannot resume the data: {'; '.join(differences)}. Restore the old values, or start a "
+            "new run from the weights with checkpoint.init_ckpt_path"
         )
     pack_state = state["it_state"]
     tokenizer_state = pack_state["it_state"]
     multi_state = tokenizer_state["it_state"]
     if args.tokenizer.path != tokenizer_state["path"]:
         logger.warning(
-            "data.tokenizer.path was %s and is %s now: the file must be the same one",
+            "data.tokenizer.path was %s and is now %s: it must be the same tokenizer",
             tokenizer_state["path"],
             args.tokenizer.path,
         )
     root_dir = args.root_dir or multi_state["root_dir"]
     moved = {
-        source: _move(share, str(Path(root_dir, source)), state["rank"], state["world_size"])
+        source: _move_share(share, str(Path(root_dir, source)), state["rank"], state["world_size"])
         for source, share in multi_state["source_to_state"].items()
     }
     multi_state = {**multi_state, "root_dir": root_dir, "source_to_state": moved}
@@ -82,34 +82,32 @@ def _fit_stream(args: DataArgs, state: PrefetchState) -> PrefetchState:
     return {**state, "it_state": {**pack_state, "it_state": tokenizer_state}}
 
 
-def _move(share: ChunksState, folder: str, rank: int, world_size: int) -> ChunksState:
-    """A rank's place in a source, now in `folder`, after a look whether its files are the same."""
-    places = [share, *share["waiting"]]
-    moved, *waiting = (
-        JSONLState(
-            file_path=str(Path(folder, Path(place["file_path"]).name)),
-            position=place["position"],
-            block_size=place["block_size"],
-            offset=place["offset"],
-            current_iter=place["current_iter"],
-        )
-        for place in places
-    )
-    now = distribute_data_to_rank(folder, rank, world_size)
-    saved_files = {(s["file_path"], s["block_size"], s["offset"]) for s in (moved, *waiting)}
-    files = {(s["file_path"], s["block_size"], s["offset"]) for s in (now, *now["waiting"])}
-    if files != saved_files:
-        names = ", ".join(sorted({Path(path).name for path, *_ in files ^ saved_files}))
+def _move_share(share: ChunksState, folder: str, rank: int, world_size: int) -> ChunksState:
+    """Return a rank's share of a source with its files in `folder`; check that they match."""
+
+    def move(state: JSONLState) -> JSONLState:
+        path = str(Path(folder, Path(state["file_path"]).name))
+        return JSONLState(**{**state, "file_path": path})
+
+    def files(share: ChunksState) -> set[tuple[str, int, int]]:
+        states = (share, *share["waiting"])
+        return {(s["file_path"], s["block_size"], s["offset"]) for s in states}
+
+    waiting = [move(state) for state in share["waiting"]]
+    moved = ChunksState(**{**move(share), "waiting": waiting})
+    differing = files(moved) ^ files(distribute_data_to_rank(folder, rank, world_size))
+    if differing:
+        names = ", ".join(sorted({Path(path).name for path, *_ in differing}))
         raise UserError(
             f"cannot resume the data: the chunks in {folder} are not those of the checkpoint "
-            f"(differing: {names}); restore them, or begin a new run"
+            f"(differing: {names}); restore them, or start a new run"
         )
     _check_position(moved)
-    return ChunksState(**moved, waiting=waiting)
+    return moved
 
 
 def _check_position(state: JSONLState) -> None:
-    """A position lies after a line; where it does not, the file is another one."""
+    """Check that the saved position follows a line: otherwise the file has changed."""
     if state["position"] == 0:
         return
     with open(state["file_path"], "rb") as file:
@@ -119,5 +117,5 @@ def _check_position(state: JSONLState) -> None:
     if not byte_before or (byte_before != b"\n" and not at_end):
         raise UserError(
             f"cannot resume the data: {state['file_path']} has no line that ends at byte "
-            f"{state['position']}, so it has changed; restore it, or begin a new run"
+            f"{state['position']}, so it has changed; restore it, or start a new run"
         )

@@ -1,17 +1,16 @@
-"""Shuffle more documents than memory holds, and deal them into a source of training data.
+"""Shuffle more documents than fit in memory, and write them as a source of training data.
 
-    sources  ->  piles on disk      each document by its key, pile i of n from i/n of the keys on
-    piles    ->  one order          each pile is sorted in memory, and they follow each other
-    order    ->  <name>.val.jsonl   the first `n_validation` documents, where that is not 0,
-                 <name>.chunk.*     and the others in turn: chunks differ by a document at most
+    sources  ->  piles on disk      pile i of n gets the documents with keys from i/n to (i + 1)/n
+    piles    ->  one order          each pile is sorted by key in memory
+    order    ->  <name>.val.jsonl   the first `n_validation` documents, if that isn't 0
+                 <name>.chunk.*     the rest, round-robin
 
-A key is 64 random bits that follow from the seed, the name of the source file and the place in it.
-So every order is as likely as any other, and which one it is does not depend on the memory, on the
-number of piles, or on an interruption.
+A document's key is 64 random bits, computed from the seed, the source file's name and the position
+in that file. So every order is equally likely, and the order does not depend on memory, on the
+number of piles or on interruptions.
 
-What is done is written down now and then between source files, and after each pile, with the
-lengths that the files had then. A run that was killed cuts its files back to them and goes on, to
-the same bytes.
+Progress is saved between source files and after each pile, with the lengths of all files. A killed
+run truncates the files to these lengths, resumes, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -34,28 +33,28 @@ from lingua.prepare.sources import check_document_file, estimate_text_bytes, rea
 
 PROGRESS_NAME = "progress.json"
 MANIFEST_NAME = "manifest.json"
-MAX_PILES = 256  # files that are open at a time
-MEMORY_SHARE = 0.7  # of the memory that is given, for the lines of a pile; the rest is overhead
-LINE_OVERHEAD = 64  # bytes in memory that a line takes beside its own
+MAX_PILES = 256  # open files
+MEMORY_SHARE = 0.7  # of `memory`, for the lines of a pile; the rest is overhead
+LINE_OVERHEAD = 64  # bytes of memory per line, apart from its text
 KEY_BITS = 64
 KEY_DIGITS = KEY_BITS // 4
-TELL_EVERY = 10.0  # seconds
-SAVE_EVERY = 30.0  # seconds, between source files: hundreds of piles must reach the disk
+LOG_EVERY = 10.0  # seconds
+SAVE_EVERY = 30.0  # seconds between saves in `scatter`: each one syncs hundreds of piles
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ShufflePlan:
-    name: str  # start of the names of the files
+    name: str  # prefix of the file names
     seed: int
     n_chunks: int
-    n_validation: int  # documents; with 0 there is no such file
+    n_validation: int  # documents; 0: no validation file
     memory: int  # bytes
 
     @property
     def request(self) -> dict[str, Any]:
-        """What the result follows from, beside the sources."""
+        """What determines the result, apart from the sources."""
         return {
             "name": self.name,
             "seed": self.seed,
@@ -65,30 +64,29 @@ class ShufflePlan:
 
 
 def shuffle_documents(
-    sources: Sequence[Path], root: Path, out: Path, plan: ShufflePlan, tell: Tell = print
+    sources: Sequence[Path], root: Path, out: Path, plan: ShufflePlan, log: Log = print
 ) -> dict[str, Any]:
-    """Make the folder `out`, a source for `data.sources`, of files below `root`; its manifest.
+    """Shuffle the files `sources` below `root` into the folder `out`; return its manifest.
 
-    `out` appears when all of it is there; until then the work lies in `<out>.unfinished`, which one
-    process holds at a time. A folder that is complete is left alone, and one that was made of
-    something else is a UserError.
+    Works in `<out>.unfinished`, which one process holds at a time, and renames it at the end. A
+    complete folder is left alone; UserError if it was made from something else.
     """
     finished = find_finished(out, plan)
     if finished is not None:
         if finished["sources"] != _sizes(sources, root):
-            raise UserError(f"{out} was made with other source files; move it away")
-        tell(f"{out}: complete, nothing to do")
+            raise UserError(f"{out} was made from other source files; move it away")
+        log(f"{out}: complete, nothing to do")
         return finished
     work = out.with_name(f"{out.name}.unfinished")
     make_writable("--data_dir", work)
     with lock_folders({"--data_dir": work}):
         manifest = _read_json(work / MANIFEST_NAME)
-        if manifest is not None:  # killed before it was renamed
+        if manifest is not None:  # killed before the rename
             _refuse_other(work, manifest["request"], plan.request)
         else:
-            shuffle = _Shuffle(work, plan, tell)
+            shuffle = _Shuffle(work, plan, log)
             shuffle.scatter(sources, root)
-            shuffle.deal()
+            shuffle.write_chunks()
             manifest = shuffle.finish()
         for left in [work / PROGRESS_NAME, work / LOCK_NAME, *work.glob(".*.tmp-*")]:
             left.unlink(missing_ok=True)
@@ -99,9 +97,9 @@ def shuffle_documents(
 
 
 def find_finished(out: Path, plan: ShufflePlan) -> dict[str, Any] | None:
-    """The manifest of a complete folder; refused where it was not made by `plan`, or is damaged.
+    """Return the manifest of a complete folder, or None if there is no folder.
 
-    That it is whole is seen by the lengths of its files.
+    UserError if `plan` did not make it, or if a file is missing or has another length.
     """
     if not out.exists():
         return None
@@ -122,10 +120,10 @@ def find_finished(out: Path, plan: ShufflePlan) -> dict[str, Any] | None:
     return manifest
 
 
-def _refuse_other(work: Path, begun_with: dict[str, Any], now: dict[str, Any]) -> None:
-    if begun_with != now:
-        told = _differences(begun_with, now)
-        raise UserError(f"{work} was begun with {told}: remove it to begin anew")
+def _refuse_other(work: Path, started_with: dict[str, Any], now: dict[str, Any]) -> None:
+    if started_with != now:
+        differences = _differences(started_with, now)
+        raise UserError(f"{work} was started with {differences}: remove it to start again")
 
 
 def _sizes(sources: Sequence[Path], root: Path) -> dict[str, int]:
@@ -133,52 +131,53 @@ def _sizes(sources: Sequence[Path], root: Path) -> dict[str, int]:
 
 
 class _Shuffle:
-    """The work in a folder, as far as `progress` says."""
+    """The work in the folder `work`; `progress` says how far it is."""
 
-    def __init__(self, work: Path, plan: ShufflePlan, tell: Tell):
-        self.work, self.plan, self.tell = work, plan, tell
-        self.told = self.saved = time.monotonic()
-        # what the piles follow from; the rest of the request counts when they are dealt
+    def __init__(self, work: Path, plan: ShufflePlan, log: Log):
+        self.work, self.plan, self.log = work, plan, log
+        self.logged = self.saved = time.monotonic()
+        self.budget = max(int(plan.memory * MEMORY_SHARE), 1)
+        # What determines the piles; the rest of the request matters when chunks are written.
         piled = {"name": plan.name, "seed": plan.seed}
         self.progress: dict[str, Any] = _read_json(work / PROGRESS_NAME) or {
             "piled": piled,
             "n_piles": None,
-            "sources": {},  # those that are in the piles, with their sizes
+            "sources": {},  # name -> size of the files that are in the piles
             "is_piled": False,
             "documents": 0,
             "without_text": 0,
-            "dealing": None,  # the request, once that has begun
-            "dealt": 0,  # piles
+            "dealing": None,  # the request, once chunks are being written
+            "dealt": 0,  # piles that are in the chunks
             "dealt_documents": 0,
             "lengths": {},  # of files, when this was written
         }
         _refuse_other(work, self.progress["piled"], piled)
 
     def scatter(self, sources: Sequence[Path], root: Path) -> None:
-        """Every source file into the piles."""
+        """Write the documents of all source files into the piles."""
         progress = self.progress
         if progress["is_piled"]:
             self._check_sources(_sizes(sources, root))
             return
-        # the ends of all parquet files first: a broken one is told before hours of work
-        for source in sources:
+        for source in sources:  # find a broken parquet file before hours of work
             check_document_file(source)
         self._check_sources(_sizes(sources[: len(progress["sources"])], root))
         if progress["n_piles"] is None:
             expected = sum(map(estimate_text_bytes, sources))
-            progress["n_piles"] = min(_n_piles(expected, self._budget), MAX_PILES)
+            progress["n_piles"] = min(_n_piles(expected, self.budget), MAX_PILES)
         piles = [self._pile(i) for i in range(progress["n_piles"])]
         with _Appended(piles, progress["lengths"]) as files:
             for source in sources[len(progress["sources"]) :]:
                 name = source.relative_to(root).as_posix()
-                for place, document in enumerate(read_documents(source)):
+                for number, document in enumerate(read_documents(source)):
                     if not document["text"]:
                         progress["without_text"] += 1
                         continue
-                    key = _key(f"{self.plan.seed}/{name}/{place}")
-                    files.write(key * len(piles) >> KEY_BITS, _keyed(key, _to_line(document)))
+                    key = _key(f"{self.plan.seed}/{name}/{number}")
+                    line = (json.dumps(document, ensure_ascii=False) + "\n").encode("utf-8")
+                    files.write(key * len(piles) >> KEY_BITS, b"%016x" % key + line)
                     progress["documents"] += 1
-                    self._tell("{:,} documents read, now {}", progress["documents"], name)
+                    self._log("{:,} documents read, now {}", progress["documents"], name)
                 progress["sources"][name] = source.stat().st_size
                 if time.monotonic() - self.saved >= SAVE_EVERY:
                     self._save(files.lengths())
@@ -186,46 +185,49 @@ class _Shuffle:
             self._save(files.lengths())
 
     def _check_sources(self, now: dict[str, int]) -> None:
-        """Files that are in the piles must be as they were; those to come may have been mended."""
+        """Check that files in the piles have not changed; later files may have been repaired."""
         for name, size in self.progress["sources"].items():
             if now.get(name) != size:
                 raise UserError(
-                    f"{self.work} was begun with other source files: {name} had {size} bytes; "
-                    "restore it, or remove the folder to begin anew"
+                    f"{self.work} was started with other source files: {name} had {size} bytes; "
+                    "restore it, or remove the folder to start again"
                 )
         if len(now) != len(self.progress["sources"]):
             raise UserError(
-                f"{self.work} was begun with fewer source files: remove it to begin anew"
+                f"{self.work} was started with fewer source files: remove it to start again"
             )
 
-    def deal(self) -> None:
-        """The piles, each sorted by its keys, into validation and chunks."""
+    def write_chunks(self) -> None:
+        """Sort each pile by key and write its documents to the validation file and the chunks."""
         progress, plan = self.progress, self.plan
         if progress["documents"] < plan.n_validation + plan.n_chunks:
-            raise UserError(_too_few(progress["documents"], plan))
+            raise UserError(
+                f"{progress['documents']} documents with text are too few for --nchunks "
+                f"{plan.n_chunks} and --validation_documents {plan.n_validation}; lower one"
+            )
         _refuse_other(self.work, progress["dealing"] or plan.request, plan.request)
         if progress["dealing"] is None:
             progress["dealing"] = plan.request
             self._save(progress["lengths"])
         outputs = [self.work / name for name in self._outputs()]
         first_chunk = len(outputs) - plan.n_chunks
-        for i in range(progress["dealt"]):  # killed before it could remove them
+        for i in range(progress["dealt"]):  # in case a run was killed before removing them
             self._pile(i).unlink(missing_ok=True)
         with _Appended(outputs, progress["lengths"]) as files:
             for i in range(progress["dealt"], progress["n_piles"]):
-                n_dealt = progress["dealt_documents"]
-                for line in _sorted_lines(self._pile(i), self._budget, progress["n_piles"]):
-                    after_validation = n_dealt - plan.n_validation
-                    turn = first_chunk + after_validation % plan.n_chunks
-                    files.write(0 if after_validation < 0 else turn, line)
-                    n_dealt += 1
-                    self._tell("{:,} of {:,} documents dealt", n_dealt, progress["documents"])
-                progress["dealt"], progress["dealt_documents"] = i + 1, n_dealt
+                n_written = progress["dealt_documents"]
+                for line in _sorted_lines(self._pile(i), self.budget, progress["n_piles"]):
+                    number = n_written - plan.n_validation  # of a training document
+                    chunk = first_chunk + number % plan.n_chunks
+                    files.write(0 if number < 0 else chunk, line)
+                    n_written += 1
+                    self._log("{:,} of {:,} documents written", n_written, progress["documents"])
+                progress["dealt"], progress["dealt_documents"] = i + 1, n_written
                 self._save(files.lengths())
-                self._pile(i).unlink()  # only now: whoever goes on reads it no more
+                self._pile(i).unlink()  # after the save: a resumed run doesn't need it
 
     def finish(self) -> dict[str, Any]:
-        """The manifest, which says that all is there."""
+        """Write the manifest, which marks the folder as complete."""
         progress = self.progress
         assert progress["dealt_documents"] == progress["documents"], "documents were lost"
         files = {}
@@ -245,18 +247,14 @@ class _Shuffle:
         write_atomic(self.work / MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
         return manifest
 
-    @property
-    def _budget(self) -> int:
-        return max(int(self.plan.memory * MEMORY_SHARE), 1)
-
     def _outputs(self) -> dict[str, int]:
-        """File -> its documents: validation first, if there is any, then the chunks."""
+        """Return file -> number of documents: the validation file, if any, then the chunks."""
         name, n_chunks, n_validation = self.plan.name, self.plan.n_chunks, self.plan.n_validation
-        width = max(len(str(n_chunks - 1)), 2)
+        n_digits = max(len(str(n_chunks - 1)), 2)
         whole, rest = divmod(self.progress["documents"] - n_validation, n_chunks)
         validation = {f"{name}.val.jsonl": n_validation} if n_validation else {}
         return validation | {
-            f"{name}.chunk.{i:0{width}d}.jsonl": whole + (i < rest) for i in range(n_chunks)
+            f"{name}.chunk.{i:0{n_digits}d}.jsonl": whole + (i < rest) for i in range(n_chunks)
         }
 
     def _pile(self, i: int) -> Path:
@@ -267,59 +265,37 @@ class _Shuffle:
         write_atomic(self.work / PROGRESS_NAME, json.dumps(self.progress))
         self.saved = time.monotonic()
 
-    def _tell(self, message: str, *values: Any) -> None:
+    def _log(self, message: str, *values: Any) -> None:
         now = time.monotonic()
-        if now - self.told > TELL_EVERY:
-            self.told = now
-            self.tell(message.format(*values))
+        if now - self.logged > LOG_EVERY:
+            self.logged = now
+            self.log(message.format(*values))
 
 
-def _too_few(n_documents: int, plan: ShufflePlan) -> str:
-    begins = f"there are {n_documents} documents with text, too few for"
-    chunks = f"one in each of {plan.n_chunks} chunks; lower --nchunks"
-    if not plan.n_validation:
-        return f"{begins} {chunks}"
-    return (
-        f"{begins} --validation_documents {plan.n_validation} and {chunks} or "
-        "--validation_documents (0: none are held out)"
-    )
-
-
-class _Appended:
-    """Files that are written at their ends, first cut back to the lengths that are known."""
+class _Appended(ExitStack):
+    """Files to append to, first truncated to their known lengths."""
 
     def __init__(self, paths: Sequence[Path], lengths: dict[str, int]):
-        self.paths = paths
-        self.begin = [lengths.get(path.name, 0) for path in paths]
-
-    def __enter__(self) -> _Appended:
-        self.stack = ExitStack()
+        super().__init__()
         self.files: list[BinaryIO] = []
-        with ExitStack() as opening:
-            for path, length in zip(self.paths, self.begin, strict=True):
-                path.parent.mkdir(exist_ok=True)
-                file = opening.enter_context(open(path, "ab"))
-                if file.tell() < length:
-                    raise UserError(
-                        f"{path} is shorter than it was: remove {path.parent}, begin anew"
-                    )
-                file.truncate(length)
-                self.files.append(file)
-            self.stack = opening.pop_all()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.stack.close()
+        for path in paths:
+            path.parent.mkdir(exist_ok=True)
+            file = self.enter_context(open(path, "ab"))  # noqa: SIM115 (closed by the stack)
+            length = lengths.get(path.name, 0)
+            if file.tell() < length:
+                raise UserError(f"{path} has lost data: remove {path.parent} to start again")
+            file.truncate(length)
+            self.files.append(file)
 
     def write(self, number: int, line: bytes) -> None:
         self.files[number].write(line)
 
     def lengths(self) -> dict[str, int]:
-        """Of the files by name; all that was written is on the disk."""
+        """Return the lengths by name, with everything on disk."""
         for file in self.files:
             file.flush()
             os.fsync(file.fileno())
-        return {path.name: file.tell() for path, file in zip(self.paths, self.files, strict=True)}
+        return {Path(file.name).name: file.tell() for file in self.files}
 
 
 def _n_piles(n_bytes: int, budget: int) -> int:
@@ -331,23 +307,18 @@ def _key(name: str) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
-def _keyed(key: int, line: bytes) -> bytes:
-    """A line of a pile: the key in KEY_DIGITS hexadecimal digits, then the line."""
-    return b"%016x" % key + line
-
-
 def _sorted_lines(pile: Path, budget: int, scale: int) -> Iterator[bytes]:
-    """The lines of a pile by their keys, and without them; at most `budget` bytes are held.
+    """Yield the lines of a pile sorted by key, without the key, in `budget` bytes of memory.
 
-    What is larger is piled again. `scale` is the product of the numbers of piles: the keys here lie
-    in one part in `scale` of all.
+    A larger pile is split into piles. `scale` is the product of the numbers of piles so far: the
+    keys of this pile lie in a range of 1 / scale of all keys.
     """
     lines: list[bytes] = []
     held = 0
     with open(pile, "rb") as file:
         for line in file:
             held += len(line) + LINE_OVERHEAD
-            if held > budget and lines:  # one line is held, however long it is
+            if held > budget and lines:  # a single line may be longer than the budget
                 break
             lines.append(line)
         else:
@@ -366,10 +337,6 @@ def _sorted_lines(pile: Path, budget: int, scale: int) -> Iterator[bytes]:
         part.unlink()
 
 
-def _to_line(document: dict[str, str]) -> bytes:
-    return (json.dumps(document, ensure_ascii=False) + "\n").encode("utf-8")
-
-
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -380,5 +347,5 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What the old request asks for where the new one does not."""
+    """Return the options of the old request that differ from the new one."""
     return ", ".join(f"{key}={old.get(key)}" for key in new if old.get(key) != new[key])

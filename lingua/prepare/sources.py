@@ -1,9 +1,9 @@
-"""Files of documents as they are handed out: parquet, and JSON lines, compressed or not.
+"""Read published files of documents: parquet and JSON lines, compressed or not.
 
     for document in read_documents(Path("000_00000.parquet")): ...     {"text": ..., "id": ...}
 
-Read is the text, from the field `text` or, where there is none, `content`, and the `id` if there is
-one. All else is left behind: training reads the text alone.
+Only the text (field `text` or, if missing, `content`) and the `id`, if any, are kept: training
+reads nothing else.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from lingua.errors import UserError, first_line, import_optional
 from lingua.tokenizer import well_formed
 
 TEXT_KEYS = ("text", "content")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
 MAX_NAMED = 3  # of the files that are not read
-BATCH_ROWS = 1024  # of a parquet file at a time
-# Bytes of text for each byte of such a file, to plan with: what is planned wrongly costs time only.
+BATCH_ROWS = 1024  # of a parquet file
+# Bytes of text per byte of file. A wrong estimate costs only time.
 EXPANSION = {".parquet": 2.0, ".gz": 3.0, ".zst": 3.0}
 
 
 def find_document_files(folder: Path) -> list[Path]:
-    """All files under `folder` that `read_documents` reads, in the order of their paths."""
+    """Return all files below `folder` that `read_documents` can read, sorted by path."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (seen from {Path.cwd()})")
     found = sorted(path for path in folder.rglob("*") if _is_read(path, folder))
@@ -39,25 +38,25 @@ def find_document_files(folder: Path) -> list[Path]:
     return found
 
 
-def describe_passed_over(folder: Path) -> str | None:
-    """In a line, the files under `folder` that `find_document_files` leaves out.
+def describe_skipped(folder: Path) -> str | None:
+    """List in one line the files below `folder` that `find_document_files` skips.
 
-    Hidden files are left out without a word, unless they end like documents.
+    Hidden files are listed only if their names end like those of documents.
     """
-    others = sorted(
+    skipped = sorted(
         path
         for path in folder.rglob("*")
         if not _is_read(path, folder)
         and (path.is_symlink() or not path.is_dir())  # links to folders are not followed
         and (not _is_hidden(path, folder) or path.name.endswith(SUFFIXES))
     )
-    if not others:
+    if not skipped:
         return None
-    names = [path.relative_to(folder).as_posix() for path in others[:MAX_NAMED]]
-    more = ", ..." if len(others) > MAX_NAMED else ""
+    names = [path.relative_to(folder).as_posix() for path in skipped[:MAX_NAMED]]
+    more = ", ..." if len(skipped) > MAX_NAMED else ""
     return (
-        f"{folder}: files not read: {len(others):,} ({', '.join(names)}{more}); read are those "
-        f"that end in {', '.join(SUFFIXES)}, but no hidden ones, and no linked folders"
+        f"{folder}: {len(skipped):,} files skipped ({', '.join(names)}{more}): only files that end "
+        f"in {', '.join(SUFFIXES)} are read, no hidden files and no linked folders"
     )
 
 
@@ -74,16 +73,16 @@ def estimate_text_bytes(file: Path) -> int:
 
 
 def check_document_file(file: Path) -> None:
-    """Refuse what shows without reading all: a parquet file without an end, or without text."""
+    """Refuse a parquet file that is truncated or has no text, without reading all of it."""
     if file.suffix == ".parquet":
         with _naming_broken(file), _open_parquet(file) as table:
             _text_column(file, table.schema_arrow)
 
 
 def read_documents(file: Path) -> Iterator[dict[str, str]]:
-    """Documents in their order; "" is the text of one that has none, or only blanks.
+    """Yield the documents in order. The text is "" if it is missing, null or blank.
 
-    A file that cannot be read to its end is a UserError that names it.
+    UserError that names the file if it cannot be read to its end.
     """
     return _read_parquet(file) if file.suffix == ".parquet" else _read_lines(file)
 
@@ -108,7 +107,7 @@ def _text_column(file: Path, schema: Any) -> str:
         raise UserError(f"{file} has no column text or content, but {', '.join(schema.names)}")
     kind = str(schema.field(text).type)
     if kind not in ("string", "large_string", "string_view"):
-        raise UserError(f"{file}: the column {text} holds {kind}, not text")
+        raise UserError(f"{file}: the column {text} has type {kind}, not text")
     return text
 
 
@@ -135,13 +134,12 @@ def _text_of(row: dict[str, Any]) -> str | None:
 
 
 def _open(file: Path) -> BinaryIO:
-    compression = COMPRESSIONS.get(file.suffix)
-    if compression is None:
-        return open(file, "rb")
-    if compression == "gzip":
+    if file.suffix == ".gz":
         return gzip.open(file)  # pyright: ignore[reportReturnType]
-    pyarrow = import_optional("pyarrow", extra="data", needed_by=f"reading {file.name}")
-    return io.BufferedReader(pyarrow.input_stream(str(file), compression=compression), 2**20)
+    if file.suffix == ".zst":
+        pyarrow = import_optional("pyarrow", extra="data", needed_by=f"reading {file.name}")
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), 2**20)
+    return open(file, "rb")
 
 
 def _document(text: str | None, identity: Any) -> dict[str, str]:
@@ -153,15 +151,15 @@ def _document(text: str | None, identity: Any) -> dict[str, str]:
 
 @contextmanager
 def _naming_broken(file: Path) -> Iterator[None]:
-    """What a decoder says about a broken file becomes a UserError that names the file."""
+    """Turn a decoder's error into a UserError that names the file."""
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # pyarrow, gzip and zlib all have their own kinds
+    except Exception as error:  # pyarrow, gzip and zlib raise different types
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk, not of the file
         raise UserError(
-            f"{file} is broken ({first_line(error)}): remove it and run the same command again (a "
-            "download fetches what is missing), or put a whole one in its place first"
+            f"{file} is broken ({first_line(error)}): remove it and run the same command again to "
+            "download it again, or replace it first"
         ) from None

@@ -32,7 +32,7 @@ PRELOAD = [
     "torch._dynamo",  # the first optimizer step imports it
     "pytest",
     "apps.LT2.train",
-    "tests.lingua.dataloader.frozen",
+    "tests.lingua.frozen",
 ]
 if mp.parent_process() is None:
     mp.get_context("forkserver").set_forkserver_preload(PRELOAD)

@@ -1,4 +1,4 @@
-"""What every tokenizer promises. The files are made here, from a few sentences."""
+"""Properties of every tokenizer, with files that are made here from a few sentences."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_decode_gives_the_text_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text, True, True)) == text
 
 
-def test_bos_and_eos_stand_at_the_ends_and_inside_the_vocabulary(tokenizer):
+def test_bos_and_eos_are_at_the_ends_and_in_the_vocabulary(tokenizer):
     plain = tokenizer.encode(SENTENCES[0], False, False)
     both = tokenizer.encode(SENTENCES[0], True, True)
     assert both == [tokenizer.bos_id, *plain, tokenizer.eos_id]
@@ -116,16 +116,16 @@ def test_special_tokens_written_in_a_text_are_text(tokenizer):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_offsets_are_characters_and_pieces_join_up(tokenizer, text):
+def test_offsets_are_characters_and_parts_join_to_the_text(tokenizer, text):
     tokens = tokenizer.encode(text, True, True)
-    pieces, offsets = tokenizer.get_token_offsets(text, tokens)
-    assert len(pieces) == len(offsets) == len(tokens)
-    assert "".join(pieces) == text
+    parts, offsets = tokenizer.get_token_offsets(text, tokens)
+    assert len(parts) == len(offsets) == len(tokens)
+    assert "".join(parts) == text
     assert offsets == sorted(offsets)
     assert offsets[0] == 0 and offsets[-1] == len(text)
-    assert all(text.startswith(p, o) for p, o in zip(pieces, offsets, strict=True))
+    assert all(text.startswith(p, o) for p, o in zip(parts, offsets, strict=True))
     plain = tokenizer.get_token_offsets(text)
-    assert plain == (pieces[1:-1], offsets[1:-1])
+    assert plain == (parts[1:-1], offsets[1:-1])
 
 
 def test_offsets_of_characters_of_many_bytes():
@@ -142,7 +142,7 @@ def test_any_prefix_of_a_stream_can_be_decoded(tokenizer, text):
         assert text.startswith(decoded.rstrip("\ufffd"))
 
 
-def test_half_a_surrogate_pair_is_replaced(tokenizer):
+def test_a_lone_surrogate_is_replaced(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud83d b", True, True)) == "a\ufffd b"
     assert well_formed("\ud83d\ude00") == "😀"
 
@@ -160,7 +160,7 @@ def test_tokens_of_known_texts(tmp_path):
 
 
 def test_llama3_names_and_numbers(tmp_path):
-    """128,000 ranks and 256 specials; the places of the named ones are those of Llama 3."""
+    """128,000 ranks and 256 special tokens, with the ids of Llama 3."""
     pytest.importorskip("tiktoken")
     ranks = [bytes([b]) for b in range(256)]
     ranks += [i.to_bytes(3, "big") for i in range(128_000 - 256)]
@@ -186,28 +186,28 @@ def test_llama3_names_and_numbers(tmp_path):
         ("DON'T stop...", ["DON", "'T", " stop", "..."]),
     ],
 )
-def test_llama3_splits_text_this_way(tmp_path, text, want):
-    """With ranks for whole pieces and bytes only, tokens longer than a byte are whole pieces."""
+def test_llama3_split_rule(tmp_path, text, want):
+    """With ranks for whole words and bytes only, tokens longer than a byte are whole words."""
     tiktoken = pytest.importorskip("tiktoken")
     ranks = {bytes([b]): b for b in range(256)}
     long = [p.encode() for p in dict.fromkeys(want) if len(p) > 1]
     encoding = tiktoken.Encoding(
-        "pieces",
+        "words",
         pat_str=TikTokenTokenizer.SPLIT,
         mergeable_ranks={**ranks, **{p: 256 + i for i, p in enumerate(long)}},
         special_tokens={},
     )
-    # a piece that is itself a rank becomes one token, and no token crosses two pieces
+    # a word with a rank becomes one token, and no token crosses two words
     assert [
         p.decode() for p in encoding.decode_tokens_bytes(encoding.encode_ordinary(text))
     ] == want
 
 
-def test_long_texts_are_cut_where_no_token_is(tmp_path):
+def test_long_texts_are_cut_between_tokens(tmp_path):
     tokenizer = build_tokenizer("tiktoken", make_tiktoken(tmp_path))
     text = " ".join(TEXTS) * 3 + "\n\n  the the\t the" * 5
     want = tokenizer.model.encode_ordinary(text)
-    for limit in range(24, 70):  # no stretch of 24 characters here is without a safe place
+    for limit in range(24, 70):  # every 24 characters here have a safe cut
         parts = list(split_safely(text, limit))
         assert "".join(parts) == text
         assert max(map(len, parts)) <= limit
@@ -222,20 +222,20 @@ def test_hf_takes_a_folder_and_finds_the_usual_names(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
 
 
-def test_hf_trusts_its_config_before_usual_names(tmp_path):
+def test_hf_prefers_its_config_to_usual_names(tmp_path):
     config = {"bos_token": {"content": "<go>"}, "eos_token": "<halt>"}
     path = make_hf(tmp_path, specials=("<s>", "</s>", "<go>", "<halt>"), config=config)
     tokenizer = build_tokenizer("hf", path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
 
 
-def test_hf_without_a_bos_says_what_it_looked_for(tmp_path):
+def test_hf_without_a_bos_lists_the_names_it_looked_for(tmp_path):
     path = make_hf(tmp_path, specials=("</s>",))
     with pytest.raises(UserError, match=r"has no bos token: looked for .*<s>.*bos_token"):
         build_tokenizer("hf", path)
 
 
-def test_hf_padding_and_truncation_in_the_file_are_off(tmp_path):
+def test_hf_padding_and_truncation_of_the_file_are_turned_off(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     path = make_hf(tmp_path)
     model = tokenizers.Tokenizer.from_file(path)
@@ -256,7 +256,7 @@ def test_a_missing_or_wrong_file_names_the_option(tmp_path, name):
         build_tokenizer(name, str(tmp_path))  # a folder without the file
     pytest.importorskip({"sp": "sentencepiece", "hf": "tokenizers"}.get(name, name))
     wrong = tmp_path / "wrong"
-    wrong.write_text("this is no tokenizer at all\n")
+    wrong.write_text("not a tokenizer\n")
     with pytest.raises(UserError, match="data.tokenizer.path.*wrong"):
         build_tokenizer(name, str(wrong))
 
@@ -266,10 +266,10 @@ def test_an_unknown_name_lists_the_known_ones():
         TokenizerArgs("llama")
 
 
-def test_a_tokenizer_without_bos_says_so(tmp_path):
+def test_a_tokenizer_without_bos_is_refused(tmp_path):
     tokenizer = build_tokenizer("bytes")
     tokenizer.bos_id = -1
-    with pytest.raises(UserError, match="data.add_bos is true"):
+    with pytest.raises(UserError, match="data.add_bos=true"):
         tokenizer.encode("a", True, False)
     assert tokenizer.encode("a", False, True) == [97, 257]
 

@@ -1,4 +1,4 @@
-"""The download scripts: what they ask the hub for, what they make, and what they refuse."""
+"""The download scripts: their requests to the hub, their output, and bad options."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prepare(tmp_path: Path, *options: str, name: str = "fineweb_edu_10bt") -> Pa
 
 
 class Hub:
-    """Stands in for huggingface_hub: notes what it is asked for, and fetches a file of lines."""
+    """Replaces huggingface_hub: records requests, and "downloads" a file of lines."""
 
     def __init__(self, failure: Exception | None = None):
         self.calls: list[tuple[str, dict]] = []
@@ -83,7 +83,7 @@ class Hub:
             raise self.failure
         path = Path(options["local_dir"]) / options["filename"]
         path.parent.mkdir(parents=True)
-        path.write_bytes(b"pieces")
+        path.write_bytes(b"tokens")
         return str(path)
 
 
@@ -105,8 +105,10 @@ def test_a_local_folder_becomes_a_source_that_training_reads(tmp_path, capsys):
     source = write_lines(tmp_path / "some texts", 60)
     options = ("--source_dir", str(source), "--validation_documents", "10")
     out = prepare(tmp_path, *options, name="some_texts")
-    said = capsys.readouterr().out
-    assert re.search(r"60 documents, 1\.\d kB, in 2 chunks and a validation file of 10 doc", said)
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"60 documents, 1\.\d kB, in 2 chunks and a validation file of 10 doc", printed
+    )
     args = DataArgs(
         root_dir=str(out.parent),
         sources={out.name: 1.0},
@@ -122,8 +124,8 @@ def test_a_local_folder_becomes_a_source_that_training_reads(tmp_path, capsys):
         assert next(batches)[0].shape == (2, 16, 2)
 
 
-def test_without_held_out_documents_training_has_all(tmp_path, capsys):
-    """... and needs no `eval.validation=null`."""
+def test_without_validation_documents_training_needs_no_option(tmp_path, capsys):
+    """`eval.validation=null` is not needed."""
     source = write_lines(tmp_path / "texts", 60)
     out = prepare(tmp_path, "--source_dir", str(source), "--validation_documents", "0")
     assert capsys.readouterr().out.endswith("kB, in 2 chunks\n")
@@ -135,25 +137,25 @@ def test_without_held_out_documents_training_has_all(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "n, told", [(9, "9 bytes"), (1500, "1.5 kB"), (2_000_000, "2.0 MB"), (10**12, "1000.0 GB")]
+    "n, text", [(9, "9 bytes"), (1500, "1.5 kB"), (2_000_000, "2.0 MB"), (10**12, "1000.0 GB")]
 )
-def test_bytes_are_told_in_a_unit_that_fits(n, told):
-    assert data.format_bytes(n) == told
+def test_format_bytes(n, text):
+    assert data.format_bytes(n) == text
 
 
-def test_files_that_are_not_read_are_told(tmp_path, capsys):
+def test_skipped_files_are_listed(tmp_path, capsys):
     source = write_lines(tmp_path / "texts", 60)
     options = ("--source_dir", str(source), "--validation_documents", "10")
     prepare(tmp_path, *options)
-    assert "files not read" not in capsys.readouterr().out
+    assert "skipped" not in capsys.readouterr().out
     for name in ("x.txt", "e.json", ".hidden.txt", ".hidden.jsonl"):
         (source / name).write_text("")
     (source / "linked").symlink_to(source)
     (source / "gone.jsonl").symlink_to(source / "nothing")
     prepare(tmp_path, *options)
     [line, *_] = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{source}: files not read: 5 (.hidden.jsonl, e.json, gone.jsonl, ...)")
-    assert "read are those that end in .parquet, .jsonl, .jsonl.gz" in line
+    assert line.startswith(f"{source}: 5 files skipped (.hidden.jsonl, e.json, gone.jsonl, ...)")
+    assert "end in .parquet, .jsonl, .jsonl.gz" in line
 
 
 @pytest.mark.parametrize(
@@ -169,9 +171,9 @@ def test_files_that_are_not_read_are_told(tmp_path, capsys):
         ),
     ],
 )
-def test_what_is_asked_of_the_hub(tmp_path, hub, dataset, repo_id, pattern, monkeypatch):
+def test_requests_to_the_hub(tmp_path, hub, dataset, repo_id, pattern, monkeypatch):
     stand_in = hub()
-    # lines, whatever the names say
+    # lines, not parquet
     monkeypatch.setattr(
         data, "find_document_files", lambda root: [write_lines(root / "lines", 99) / "a.jsonl"]
     )
@@ -183,8 +185,7 @@ def test_what_is_asked_of_the_hub(tmp_path, hub, dataset, repo_id, pattern, monk
     assert len(list((tmp_path / f"{dataset}_shuffled").glob(f"{dataset}.chunk.*.jsonl"))) == 3
 
 
-def test_the_hubs_function_takes_what_it_is_given():
-    """A stand-in takes anything; the package in use may not."""
+def test_the_installed_hub_takes_these_options():
     import inspect
 
     hub = pytest.importorskip("huggingface_hub")
@@ -205,16 +206,16 @@ def parquet_hub(hub):
     return stand_in
 
 
-def test_a_download_goes_on_with_the_commit_that_it_began_with(tmp_path, parquet_hub):
+def test_a_download_resumes_with_its_first_commit(tmp_path, parquet_hub):
     few = ("--validation_documents", "5")
-    parquet_hub.failure = RuntimeError("no route\nto host")  # HTTP libraries have their own kinds
+    parquet_hub.failure = RuntimeError("no route\nto host")  # HTTP libraries raise their own types
     with pytest.raises(UserError, match="no route; run the same command again"):
         prepare(tmp_path, *few)
     parquet_hub.failure, parquet_hub.commit = None, "def"
     out = prepare(tmp_path, *few)
     assert [options["revision"] for _, options in parquet_hub.calls] == ["abc", "abc"]
     assert json.loads((out / "manifest.json").read_text())["documents"] == 100
-    parquet_hub.dataset_info = None  # from here on the hub is not asked
+    parquet_hub.dataset_info = None  # the hub is not asked again
     prepare(tmp_path, *few)
     out.rename(tmp_path / "away")
     prepare(tmp_path, *few)
@@ -222,16 +223,16 @@ def test_a_download_goes_on_with_the_commit_that_it_began_with(tmp_path, parquet
     prepare(tmp_path, *few)
 
 
-def test_a_download_that_lacks_a_file_is_not_taken_for_whole(tmp_path, parquet_hub):
-    """The client returns in peace when it has no network and the folder is not empty."""
+def test_a_download_without_a_file_is_incomplete(tmp_path, parquet_hub):
+    """Without a network the client succeeds if the folder is not empty."""
     parquet_hub.missing = 1
-    with pytest.raises(UserError, match=r"10BT/0.parquet is not whole: 0 of \d+ bytes; run"):
+    with pytest.raises(UserError, match=r"10BT/0.parquet is incomplete: 0 of \d+ bytes"):
         prepare(tmp_path)
     parquet_hub.missing = 0
     prepare(tmp_path, "--validation_documents", "5")
 
 
-def test_a_file_that_was_removed_for_being_broken_is_fetched_again(tmp_path, parquet_hub):
+def test_a_removed_file_is_downloaded_again(tmp_path, parquet_hub):
     few = ("--validation_documents", "5")
     prepare(tmp_path, *few).rename(tmp_path / "away")
     (tmp_path / "data/fineweb_edu_10bt/sample/10BT/1.parquet").unlink()
@@ -247,7 +248,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     options = ("--source_dir", str(source), "--validation_documents", "10")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left.*goes on"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left.*resume"):
         patch.setattr("lingua.prepare.shuffle.os.fsync", full)
         prepare(tmp_path, *options)
     assert (prepare(tmp_path, *options) / "manifest.json").is_file()
@@ -256,12 +257,12 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["fineweb", "64"], "'fineweb' is none of .*fineweb_edu_10bt.*--source_dir"),
-        (["a/b", "64", "--source_dir", "."], "'a/b' names a folder"),
+        (["fineweb", "64"], "'fineweb' must be one of .*fineweb_edu_10bt.*--source_dir"),
+        (["a/b", "64", "--source_dir", "."], "'a/b' must be letters"),
         (["fineweb_edu"], "memory"),
         (["fineweb_edu", "lots"], "lots"),
-        (["fineweb_edu", "0"], "memory=0.0: give"),
-        (["fineweb_edu", "nan"], "memory=nan: give"),
+        (["fineweb_edu", "0"], "memory=0.0 must be"),
+        (["fineweb_edu", "nan"], "memory=nan must be"),
         (["fineweb_edu", "64", "--nchunks", "0"], "--nchunks 0 must be at least 1"),
         (["fineweb_edu", "64", "--validation_documents", "-1"], "documents -1 must be at least 0"),
         (["fineweb_edu", "64", "--source_dir", "/no/such"], "/no/such: no such folder"),
@@ -284,25 +285,25 @@ def test_a_mistake_ends_the_script_with_status_2(tmp_path):
 # ---- tokenizers
 
 
-def test_llama3_lies_where_the_recipes_look_for_it(tmp_path, hub, capsys, monkeypatch):
+def test_llama3_is_saved_where_the_recipes_expect_it(tmp_path, hub, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stand_in = hub()
     tokenizers.main(["llama3", "tokenizer", "--api_key", "hf_secret"])
     [(asked, options)] = stand_in.calls
     assert asked == "meta-llama/Meta-Llama-3-8B" and options["token"] == "hf_secret"
-    said = capsys.readouterr().out
-    assert "data.tokenizer.path=tokenizer/original/tokenizer.model" in said
-    assert "data.tokenizer.name=tiktoken" in said and "secret" not in said
+    printed = capsys.readouterr().out
+    assert "data.tokenizer.path=tokenizer/original/tokenizer.model" in printed
+    assert "data.tokenizer.name=tiktoken" in printed and "secret" not in printed
 
 
-def test_without_a_key_the_hub_looks_for_its_own(tmp_path, hub):
+def test_without_a_key_the_hub_uses_its_own(tmp_path, hub):
     stand_in = hub()
     tokenizers.main(["gemma", str(tmp_path / "t")])
     assert stand_in.calls[0][1]["token"] is None
 
 
-@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # HTTP libraries have their own
-def test_a_key_is_not_shown_when_the_download_fails(tmp_path, hub, kind):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_key_is_not_printed_if_the_download_fails(tmp_path, hub, kind):
     hub(kind("401 for token hf_secret"))
     with pytest.raises(UserError) as raised:
         tokenizers.main(["llama2", str(tmp_path), "--api_key", "hf_secret"])
@@ -320,15 +321,17 @@ def test_an_encoding_of_tiktoken_becomes_a_file_that_loads(tmp_path, monkeypatch
     assert tokenizer.encode("th", add_bos=False, add_eos=False) == [256]
 
 
-def test_a_missing_tiktoken_is_named_only_where_it_is_needed(tmp_path, monkeypatch):
+def test_a_missing_tiktoken_is_named_only_if_needed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(UserError, match="cl100k_base needs the package tiktoken: pip install"):
         tokenizers.main(["cl100k_base", str(tmp_path)])
-    with pytest.raises(UserError, match="name=llama9 is none of"):
+    with pytest.raises(UserError, match="name=llama9 must be one of"):
         tokenizers.main(["llama9", str(tmp_path)])
 
 
 def test_unknown_names_list_the_known_ones(tmp_path):
-    for name in ("llama9", "o200k_base"):  # the latter cuts text by another rule
-        with pytest.raises(UserError, match=f"name={name} is none of llama2, llama3, gemma, cl"):
+    for name in ("llama9", "o200k_base"):  # the latter has another split rule
+        with pytest.raises(
+            UserError, match=f"name={name} must be one of llama2, llama3, gemma, cl"
+        ):
             tokenizers.main([name, str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The local corpus: prose only, nothing twice, the same bytes every time, safe to run again."""
+"""The local corpus has only prose, no repeats, and the same bytes on every run."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ prepare = load_script("prepare_local_data")
 
 @pytest.fixture
 def stdlib(tmp_path: Path) -> Path:
-    """A library of 40 modules of different length, with what must stay out."""
+    """A library of 40 modules of different length, and files that must be skipped."""
     root = tmp_path / "lib"
     (root / "test").mkdir(parents=True)
     for i in range(40):
-        # other words in each sentence, or it would count as a repeat
+        # different words in each sentence, or it would be a repeat
         words = [f"{chr(97 + i % 26)}{chr(97 + i // 26)}{chr(97 + j)}" for j in range(4 + i % 7)]
         text = "\n\n".join(
             f"Of {w} and {w}s: this {w} is what the {w} of {w} will be when it has {w}ed."
@@ -64,7 +64,7 @@ def documents(files: dict[str, bytes], part: str) -> list[dict[str, str]]:
         ("A heading of the section without a full stop in it", False),
     ],
 )
-def test_prose_is_told_from_code(passage, prose):
+def test_is_prose(passage, prose):
     assert prepare.is_prose(passage) == prose
 
 
@@ -147,13 +147,13 @@ def test_the_split_does_not_depend_on_the_number_of_chunks(tmp_path, stdlib):
     assert one["tokenizer.json"] == many["tokenizer.json"]
 
 
-def test_a_second_run_does_nothing_and_another_folder_gets_the_same_bytes(
+def test_a_second_run_does_nothing_and_another_folder_has_the_same_bytes(
     tmp_path, stdlib, monkeypatch, capsys
 ):
     first = run(tmp_path / "a", stdlib)
     assert run(tmp_path / "b", stdlib) == first
 
-    monkeypatch.setattr(prepare, "collect_documents", None)  # would fail if it were called
+    monkeypatch.setattr(prepare, "collect_documents", None)  # fails if called
     capsys.readouterr()
     assert run(tmp_path / "a", stdlib) == first
     assert "complete" in capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_a_second_run_does_nothing_and_another_folder_gets_the_same_bytes(
 
 @pytest.mark.parametrize("name", ["stdlib.chunk.01.jsonl", "tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["removed", "cut short"])
-def test_a_damaged_folder_is_made_again(tmp_path, stdlib, name, damage):
+def test_a_damaged_folder_is_rebuilt(tmp_path, stdlib, name, damage):
     out = tmp_path / "out"
     want = run(out, stdlib)
     if damage == "removed":
@@ -171,7 +171,7 @@ def test_a_damaged_folder_is_made_again(tmp_path, stdlib, name, damage):
     assert run(out, stdlib) == want
 
 
-def test_fewer_chunks_leave_no_chunk_of_before_and_no_file_of_the_user_is_touched(tmp_path, stdlib):
+def test_fewer_chunks_remove_old_chunks_but_no_other_file(tmp_path, stdlib):
     out = tmp_path / "out"
     run(out, stdlib, "--nchunks", "6")
     (out / "mine.chunk.00.jsonl").write_text("{}\n")
@@ -180,23 +180,23 @@ def test_fewer_chunks_leave_no_chunk_of_before_and_no_file_of_the_user_is_touche
     assert chunks == ["mine.chunk.00.jsonl", "stdlib.chunk.00.jsonl", "stdlib.chunk.01.jsonl"]
 
 
-def test_a_corpus_of_another_program_is_not_taken_for_an_older_one(tmp_path, stdlib):
+def test_a_corpus_of_another_program_is_refused(tmp_path, stdlib):
     out = tmp_path / "out"
     out.mkdir()
     (out / "fineweb.chunk.00.jsonl").write_text('{"text": "a"}\n')
     manifest = {"request": {"seed": 42}, "files": {"fineweb.chunk.00.jsonl": {"bytes": 14}}}
     (out / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=f"--out {out}: holds other data"):
+    with pytest.raises(UserError, match=f"--out {out}: "):
         run(out, stdlib)
     assert {path.name for path in out.iterdir()} == {"fineweb.chunk.00.jsonl", "manifest.json"}
 
 
-def test_tokenizer_gives_any_text_back(tmp_path, stdlib):
+def test_the_tokenizer_decodes_any_text(tmp_path, stdlib):
     tokenizers = pytest.importorskip("tokenizers")
     run(tmp_path / "out", stdlib)
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 300
-    assert [tokenizer.token_to_id(piece) for piece in prepare.SPECIAL_TOKENS] == [0, 1]
+    assert [tokenizer.token_to_id(token) for token in prepare.SPECIAL_TOKENS] == [0, 1]
     for text in ["The name  of it.\n\tNext", "Grüße, 世界 🙂", "", "\x00\x7f"]:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
@@ -211,13 +211,13 @@ def test_tokenizer_gives_any_text_back(tmp_path, stdlib):
         (["--name", "a/b"], "--name must be letters"),
     ],
 )
-def test_impossible_requests_are_refused(tmp_path, stdlib, argv, message):
+def test_impossible_options_are_refused(tmp_path, stdlib, argv, message):
     with pytest.raises(UserError, match=re.escape(message)):
         prepare.main(["--out", str(tmp_path / "out"), *argv], stdlib)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, stdlib):
+def test_an_output_folder_that_cannot_be_created_is_named(tmp_path, stdlib):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match=f"^--out {tmp_path / 'out'}: "):
         prepare.main(["--out", str(tmp_path / "out"), "--vocab-size", "300"], stdlib)
@@ -232,7 +232,7 @@ def test_a_mistake_is_one_line():
 
 
 def test_this_python_has_enough_english(tmp_path):
-    """The real library: about 2 MB, mostly words, and no validation text in the training files."""
+    """The real library gives about 2 MB, and no validation text in the training files."""
     out = tmp_path / "local"
     prepare.main(["--out", str(out)])
     files = {path.name: path.read_bytes() for path in out.iterdir()}

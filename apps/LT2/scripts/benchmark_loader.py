@@ -1,11 +1,10 @@
-"""Tokens a second that the data loader gives, from lines and from tokens made ahead of time.
+"""Measure tokens/s of the data loader, from text and from pretokenized files.
 
     python -m apps.LT2.scripts.benchmark_loader config=apps/LT2/configs/600M/debug.yaml
 
-The two take turns, repeat by repeat; a row is the median of the repeats with their quartiles, and
-the last line of stdout is all of it as JSON. Token files are those of setup/tokenize_data.py; where
-there are none, only lines are measured. The first block of `data.prefetch_size` batches is read
-before the clock starts.
+The two kinds run alternately. A row is the median of the repeats with quartiles; the last line of
+stdout is the result as JSON. Token files come from setup/tokenize_data.py; if missing, only text is
+measured. The first block of `data.prefetch_size` batches is read before the clock starts.
 """
 
 from __future__ import annotations
@@ -39,16 +38,17 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, DataArgs]:
         description=(__doc__ or "").splitlines()[0],
         epilog="key=value: options of a run, as for apps.LT2.train: config=FILE.yaml, data.*, seed",
     )
-    parser.add_argument("--batches", type=int, default=100, metavar="N", help="of a repeat")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each kind")
+    parser.add_argument("--batches", type=int, default=100, metavar="N", help="per repeat")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="per kind")
     given, overrides = parser.parse_with_overrides(argv)
     parser.require_positive(given, "batches", "repeats")
     for override in overrides:
         if not override.startswith(("config=", "data.", "seed=")):
-            raise UserError(f"{override}: this benchmark reads data.* and seed of a run, no more")
+            raise UserError(f"{override}: this benchmark takes only config, data.* and seed")
     args = parse_args(TrainArgs, overrides)
-    data = replace(args.data, seed=args.data.seed if args.data.seed is not None else args.seed)
-    return given, data
+    seed = args.data.seed if args.data.seed is not None else args.seed
+    # A worker process would run ahead between the repeats.
+    return given, replace(args.data, seed=seed, load_async=False)
 
 
 def kinds_of(data: DataArgs) -> dict[str, DataArgs]:
@@ -76,16 +76,14 @@ def measure(kinds: dict[str, DataArgs], n_batches: int, n_repeats: int) -> dict[
             next(loader)
         for _ in range(n_repeats):
             for name, loader in loaders.items():
-                began = time.perf_counter()
+                started = time.perf_counter()
                 n_tokens = sum(next(loader)[0][..., 0].size for _ in range(n_batches))
-                rates[name].append(n_tokens / (time.perf_counter() - began))
+                rates[name].append(n_tokens / (time.perf_counter() - started))
     return {name: Spread.of(values) for name, values in rates.items()}
 
 
 def main(argv: Sequence[str]) -> None:
     given, data = parse_options(argv)
-    if data.load_async:  # a process that runs ahead between the repeats would flatter
-        data = replace(data, load_async=False)
     found = measure(kinds_of(data), given.batches, given.repeats)
     for name, rate in found.items():
         print(f"{name:12s} {rate.median:12,.0f} tokens/s ({rate.low:,.0f}-{rate.high:,.0f})")
