@@ -147,7 +147,7 @@ def test_skipped_files_are_listed(tmp_path, capsys):
     source = write_lines(tmp_path / "texts", 60)
     options = ("--source_dir", str(source), "--validation_documents", "10")
     prepare(tmp_path, *options)
-    assert "skipped" not in capsys.readouterr().out
+    assert "files skipped" not in capsys.readouterr().out
     for name in ("x.txt", "e.json", ".hidden.txt", ".hidden.jsonl"):
         (source / name).write_text("")
     (source / "linked").symlink_to(source)
