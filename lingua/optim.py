@@ -1,14 +1,14 @@
-"""Optimizer and learning rate: which parameters decay, how the rate moves, when a step is skipped.
+"""Build the optimizer and the learning rate schedule, and skip steps with a non-finite gradient.
 
-Learning rate schedules are functions of s, the number of the optimizer step counted from 1, and
-return a factor for `optim.lr`. All but `constant` rise to 1 over `warmup` steps. They have no jump
-but the restarts that `cycle_length` asks for, never go below `lr_min_ratio` after the warmup, and
-stay as they are after the last step, except that inv_sqrt goes on. linear, wsd, and a cosine of
-whole cycles end at `lr_min_ratio`.
+A schedule maps the optimizer step s = 1, 2, ... to a factor on `optim.lr`. All schedules except
+`constant` rise linearly to 1 over `warmup` steps. After that they stay at or above `lr_min_ratio`.
+linear, wsd and a cosine of whole cycles end at `lr_min_ratio`. Past the last step the factor stays
+constant, except for inv_sqrt, which keeps falling.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Callable
@@ -22,17 +22,16 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lingua.errors import UserError
+from lingua.logger import log_on_rank_0
 from lingua.muon import MOMENTUM_BUFFER, Muon
 
-logger = logging.getLogger(__name__)
-
 OPTIMIZERS = ("adamw", "muon")
-ANNEALING_STEP = 1000  # kept so that Lingua's YAML files load; it never had an effect
+ANNEALING_STEP = 1000  # Lingua's option; it never had an effect
 
 
 @dataclass
 class MuonArgs:
-    momentum: float = 0.95  # of the gradient, Nesterov's
+    momentum: float = 0.95  # Nesterov momentum
     newton_schulz_steps: int = 5  # iterations that orthogonalize an update
 
     def __post_init__(self):
@@ -43,63 +42,44 @@ class MuonArgs:
 
 @dataclass
 class OptimArgs:
-    # adamw; or muon for the weight matrices of the layers, and AdamW for all else (see muon.py)
-    name: str = "adamw"
-    muon: MuonArgs = field(default_factory=MuonArgs)
+    name: str = "adamw"  # adamw; or muon: Muon for the layers' weight matrices, AdamW for the rest
+    muon: MuonArgs = field(default_factory=MuonArgs)  # options of name=muon
     lr: float = 3e-4  # peak learning rate
-    weight_decay: float = (
-        0.1  # decay of weight matrices; norms, gates, biases, convolutions have none
-    )
-    epsilon: float = 1e-8  # AdamW's term in the denominator
-    beta1: float = 0.9  # AdamW's decay of the gradient mean
-    beta2: float = 0.95  # AdamW's decay of the squared gradient mean
-    clip: float | None = 1.0  # largest norm of the whole gradient; 0 or null does not clip
+    weight_decay: float = 0.1  # of weight matrices; norms, gates, biases, convolutions: none
+    epsilon: float = 1e-8  # AdamW: added to the denominator
+    beta1: float = 0.9  # AdamW: decay of the gradient mean
+    beta2: float = 0.95  # AdamW: decay of the squared gradient mean
+    clip: float | None = 1.0  # maximum norm of the whole gradient; 0 or null turns clipping off
     scheduler: str = "cosine"  # constant, linear, inv_sqrt, cosine or wsd
-    warmup: int = 2000  # steps of linear rise to lr; 0 starts at lr; `constant` has no warmup
+    warmup: int = 2000  # steps of linear warmup; 0 starts at lr; `constant` has no warmup
     lr_min_ratio: float = 0.1  # final learning rate / lr, 0 to 1; `constant` stays at lr
-    # cosine, wsd: length of a cycle / steps; 0.5 restarts once, 1.0 never. A cosine over 1.0 ends
-    # above lr_min_ratio
+    # cosine, wsd: cycle length / steps; 0.5 restarts once, 1.0 never. A cosine with more than 1.0
+    # ends above lr_min_ratio
     cycle_length: float = 1.0
-    cosine_theta: float = 1.0  # cosine: exponent on the progress; above 1 stays high for longer
+    cosine_theta: float = 1.0  # cosine: exponent of the progress; above 1 decays later
     annealing_step: int = ANNEALING_STEP  # no effect, and no other value is accepted
-    decay_fraction: float = 0.1  # wsd: share of the steps so far that decays, below cycle_length
+    decay_fraction: float = 0.1  # wsd: decay length / steps so far, below cycle_length
     exp_factor: float = 0.5  # inv_sqrt: the rate falls as step ** -exp_factor
-    # steps in a row whose gradient is NaN or infinite that are skipped; one more stops the run
+    # skip up to this many consecutive steps whose gradient is NaN or infinite, then stop the run
     skip_nonfinite: int = 0
 
     def __post_init__(self):
         _require(self.name in OPTIMIZERS, "name", self.name, " or ".join(OPTIMIZERS))
-        if self.name != "muon":
-            _require(self.muon == MuonArgs(), "muon", self.muon, "left out without optim.name=muon")
-        _require(self.lr > 0, "lr", self.lr, "above 0")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        _require(self.epsilon > 0, "epsilon", self.epsilon, "above 0")
-        _require(0 <= self.beta1 < 1, "beta1", self.beta1, "from 0 to below 1")
-        _require(0 <= self.beta2 < 1, "beta2", self.beta2, "from 0 to below 1")
-        _require(self.clip is None or self.clip >= 0, "clip", self.clip, "0 or more, or null")
         _require(self.scheduler in SCHEDULERS, "scheduler", self.scheduler, ", ".join(SCHEDULERS))
-        _require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
+        for name in ("lr", "epsilon", "cycle_length", "cosine_theta", "exp_factor"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("weight_decay", "warmup", "skip_nonfinite"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
+        _require(self.clip is None or self.clip >= 0, "clip", self.clip, "0 or more, or null")
         _require(0 <= self.lr_min_ratio <= 1, "lr_min_ratio", self.lr_min_ratio, "from 0 to 1")
-        _require(self.cycle_length > 0, "cycle_length", self.cycle_length, "above 0")
-        _require(self.cosine_theta > 0, "cosine_theta", self.cosine_theta, "above 0")
-        _require(self.exp_factor > 0, "exp_factor", self.exp_factor, "above 0")
-        _require(self.skip_nonfinite >= 0, "skip_nonfinite", self.skip_nonfinite, "0 or more")
         _require(
             self.annealing_step == ANNEALING_STEP,
             "annealing_step",
             self.annealing_step,
             f"left out (it has no effect; only {ANNEALING_STEP} is accepted)",
         )
-        for name, readers in READ_BY.items():
-            if self.scheduler not in readers:
-                unset = getattr(OptimArgs, name)
-                allowed = (unset, *SAYS_CONSTANT.get(name, ()))
-                wanted = (
-                    f"left out, or {' or '.join(map(str, allowed))}, under optim.scheduler="
-                    f"{self.scheduler}: only optim.scheduler={' and '.join(readers)} read it"
-                )
-                value = getattr(self, name)
-                _require(value in allowed, name, value, wanted)
         if self.scheduler == "wsd":
             _require(self.cycle_length <= 1, "cycle_length", self.cycle_length, "at most 1 for wsd")
             _require(
@@ -112,10 +92,10 @@ class OptimArgs:
 
 def _require(ok: bool, field: str, value: Any, wanted: str) -> None:
     if not ok:
-        raise UserError(f"optim.{field}={value}: must be {wanted}")
+        raise UserError(f"optim.{field}={value} must be {wanted}")
 
 
-# ---- schedules: step is counted from 1, the result multiplies optim.lr
+# ---- schedules: step counts from 1, the result multiplies optim.lr
 
 
 def lr_linear(step: int, warmup: int, n_steps: int, min_ratio: float) -> float:
@@ -137,7 +117,7 @@ def lr_cosine(
     if step < warmup:
         return step / warmup
     cycles = _progress(step, warmup, n_steps) ** theta / cycle_length
-    done = cycles - _cycles_before(cycles)
+    done = cycles - _completed_cycles(cycles)
     return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -149,19 +129,19 @@ def lr_wsd(
     cycle_length: float,
     min_ratio: float,
 ) -> float:
-    """Warm up, stay, decay: each cycle ends in a decay over `decay_fraction` of the steps so far.
+    """Warm up, stay constant, decay; each cycle ends with a decay.
 
-    The decay is harmonic (1 / lr grows linearly), which cannot reach 0: with min_ratio 0 it is
-    linear.
+    A decay lasts `decay_fraction` of the steps so far. It is harmonic (1 / lr grows linearly).
+    With min_ratio 0, which a harmonic decay cannot reach, it is linear.
     """
     if step < warmup:
         return step / warmup
     step = min(step, n_steps)
     cycle = n_steps * cycle_length
-    begin = _cycles_before(step / cycle) * cycle
-    end = min(begin + cycle, n_steps)
-    # A decay lasts one step at least, and starts after warmup and after the cycle before.
-    start = max(end - max(end * decay_fraction, 1), begin, warmup)
+    cycle_start = _completed_cycles(step / cycle) * cycle
+    end = min(cycle_start + cycle, n_steps)
+    # A decay lasts at least one step. It starts after the warmup and after the previous cycle.
+    start = max(end - max(end * decay_fraction, 1), cycle_start, warmup)
     done = _progress(step, start, end)
     if min_ratio == 0:
         return 1 - done
@@ -173,14 +153,14 @@ def lr_constant(step: int) -> float:
 
 
 def _progress(step: float, start: float, end: float) -> float:
-    """How far step is on the way from start to end, 0 to 1; 0 where there is no way to go."""
+    """Return the fraction of the way from start to end, 0 to 1; 0 if the interval is empty."""
     if end <= start:
         return 0.0
     return min(max((step - start) / (end - start), 0.0), 1.0)
 
 
-def _cycles_before(cycles: float) -> int:
-    """Whole cycles that ended before this point; the end of a cycle still belongs to it."""
+def _completed_cycles(cycles: float) -> int:
+    """Return the number of cycles that ended before this point. A cycle includes its end."""
     return max(math.ceil(round(cycles, 9)) - 1, 0)  # rounded: 1 / (1 / 49) exceeds 49
 
 
@@ -191,53 +171,51 @@ SCHEDULERS: dict[str, Callable[..., float]] = {
     "cosine": lr_cosine,
     "wsd": lr_wsd,
 }
-
-
-READ_BY = {  # options that not every schedule reads
-    "warmup": ("linear", "inv_sqrt", "cosine", "wsd"),
-    "lr_min_ratio": ("linear", "inv_sqrt", "cosine", "wsd"),
-    "cycle_length": ("cosine", "wsd"),
-    "cosine_theta": ("cosine",),
-    "decay_fraction": ("wsd",),
-    "exp_factor": ("inv_sqrt",),
+OPTION_OF_PARAMETER = {  # a schedule reads the options that its parameters name
+    "warmup": "warmup",
+    "min_ratio": "lr_min_ratio",
+    "cycle_length": "cycle_length",
+    "theta": "cosine_theta",
+    "decay_fraction": "decay_fraction",
+    "exp_factor": "exp_factor",
 }
-SAYS_CONSTANT = {"warmup": (0,), "lr_min_ratio": (1.0,)}  # values that mean what `constant` does
+MEANS_CONSTANT = {"warmup": 0, "lr_min_ratio": 1.0}  # values that describe `constant`
 
 
 def build_lr_fn(args: OptimArgs, n_steps: int) -> Callable[[int], float]:
-    """The factor on optim.lr at optimizer step s = 1, 2, ..., n_steps (and beyond)."""
-    options: dict[str, dict[str, Any]] = {
-        "constant": {},
-        "linear": {"n_steps": n_steps},
-        "inv_sqrt": {"exp_factor": args.exp_factor},
-        "cosine": {
-            "n_steps": n_steps,
-            "cycle_length": args.cycle_length,
-            "theta": args.cosine_theta,
-        },
-        "wsd": {
-            "n_steps": n_steps,
-            "cycle_length": args.cycle_length,
-            "decay_fraction": args.decay_fraction,
-        },
-    }
-    chosen = options[args.scheduler]
-    if args.scheduler != "constant":
-        chosen |= {"warmup": args.warmup, "min_ratio": args.lr_min_ratio}
-        if args.warmup >= n_steps:
-            reached = args.lr * n_steps / max(args.warmup, 1)
-            logger.warning(
-                f"optim.warmup={args.warmup} is not below steps={n_steps}: "
-                f"the learning rate only rises, to {reached:.3g}"
-            )
-    return partial(SCHEDULERS[args.scheduler], **chosen)
+    """Return the factor on optim.lr as a function of the optimizer step s = 1, 2, ..."""
+    schedule = SCHEDULERS[args.scheduler]
+    values = {p: getattr(args, option) for p, option in OPTION_OF_PARAMETER.items()}
+    values["n_steps"] = n_steps
+    parameters = inspect.signature(schedule).parameters
+    if "warmup" in parameters and args.warmup >= n_steps:
+        reached = args.lr * n_steps / max(args.warmup, 1)
+        _warn(
+            f"optim.warmup={args.warmup} is not below steps={n_steps}: "
+            f"the learning rate only rises, to {reached:.3g}"
+        )
+    return partial(schedule, **{p: value for p, value in values.items() if p in parameters})
+
+
+def _warn_of_unused_options(args: OptimArgs) -> None:
+    if args.name != "muon" and args.muon != MuonArgs():
+        _warn(f"optim.muon has no effect with optim.name={args.name}")
+    parameters = inspect.signature(SCHEDULERS[args.scheduler]).parameters
+    for parameter, option in OPTION_OF_PARAMETER.items():
+        value, default = getattr(args, option), getattr(OptimArgs, option)
+        if parameter not in parameters and value not in (default, MEANS_CONSTANT.get(option)):
+            _warn(f"optim.{option}={value} has no effect with optim.scheduler={args.scheduler}")
+
+
+def _warn(message: str) -> None:
+    log_on_rank_0(message, level=logging.WARNING)
 
 
 class ScheduledLR(LambdaLR):
-    """LambdaLR whose only state is the number of steps done.
+    """A LambdaLR whose only state is the number of completed steps.
 
-    Loading sets the optimizer's rate at once, so that the first step after a resume has the right
-    one; peak rate and shape come from the config of the run that resumes.
+    Loading sets the optimizer's learning rate, so the first step after a resume uses the right
+    one. The peak rate and the schedule come from the config of the resumed run.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,74 +235,68 @@ class ScheduledLR(LambdaLR):
 # ---- parameters
 
 
-EMBEDDING_NAMES = ("tok_embeddings", "output")  # of the vocabulary
-VECTOR_NAMES = ("rho", "A_log", "D", "dt_bias", "bias")
+EMBEDDING_NAMES = ("tok_embeddings", "output")
+NOT_MATRICES = ("rho", "A_log", "D", "dt_bias", "bias")
 
 
 def is_matrix(name: str, param: Tensor) -> bool:
-    """Whether a parameter is a weight matrix: it decays, and FSDP shards it and casts it.
+    """Return whether a parameter is a weight matrix, which decays and which FSDP shards and casts.
 
-    Matrices are the 2-D weights of projections, FFN, embeddings and head. All others (norms, gates
-    and biases, A_log, D, dt_bias, convolutions, the (loops, dim) rho) are "vectors": few numbers
-    that stay whole and in fp32 on every rank.
+    Weight matrices are the 2-D weights of projections, FFN, embeddings and head. All others stay
+    whole and in fp32 on every rank: norms, gates, biases, A_log, D, dt_bias, convolutions, and rho
+    of shape (loops, dim).
     """
     if param.ndim != 2 or "norm" in name or "conv" in name:
         return False
     leaf = name.rsplit(".", 1)[-1]
-    return not any(leaf == v or leaf.endswith(f"_{v}") for v in VECTOR_NAMES)
+    return not any(leaf == n or leaf.endswith(f"_{n}") for n in NOT_MATRICES)
 
 
 def is_hidden_matrix(name: str, param: Tensor) -> bool:
-    """Whether a parameter is a matrix of a layer, and so one that Muon is for."""
+    """Return whether a parameter is a weight matrix of a layer; Muon updates these."""
     return is_matrix(name, param) and name.split(".")[0] not in EMBEDDING_NAMES
 
 
 def build_param_groups(
     model: nn.Module, weight_decay: float, *, muon: bool = False
 ) -> list[dict[str, Any]]:
-    """Matrices decay, vectors do not; DTensors share a group only with those of their mesh.
+    """Group parameters by weight decay and by mesh, since a group must not mix meshes.
 
-    `muon` puts the matrices of the layers into groups of their own.
+    With `muon`, the weight matrices of layers get separate groups.
     """
-    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}  # (muon, decays, mesh dims)
     for name, param in model.named_parameters():
         if param.requires_grad:
-            by_muon = muon and is_hidden_matrix(name, param)
             n_mesh_dims = param.device_mesh.ndim if isinstance(param, DTensor) else 0
+            by_muon = muon and is_hidden_matrix(name, param)
             key = (by_muon, is_matrix(name, param), n_mesh_dims)
             groups.setdefault(key, []).append(param)
     return [
-        {"params": params, "weight_decay": weight_decay if matrix else 0.0, "muon": by_muon}
-        for (by_muon, matrix, _), params in sorted(
-            groups.items(), key=lambda item: item[0], reverse=True
-        )
+        {"params": groups[key], "weight_decay": weight_decay if key[1] else 0.0, "muon": key[0]}
+        for key in sorted(groups, reverse=True)
     ]
 
 
 def build_optimizer(
     model: nn.Module, args: OptimArgs, n_steps: int
 ) -> tuple[Optimizer, ScheduledLR]:
-    """The optimizer and its schedule. Build them after the model was parallelized and
-    materialized."""
+    """Build the optimizer and its schedule for a model that is parallelized and materialized."""
+    _warn_of_unused_options(args)
     groups = build_param_groups(model, args.weight_decay, muon=args.name == "muon")
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    options = {
-        "lr": args.lr,
-        "betas": (args.beta1, args.beta2),
-        "eps": args.epsilon,
-        "fused": fused,
-    }
+    betas = (args.beta1, args.beta2)
+    options = {"lr": args.lr, "betas": betas, "eps": args.epsilon, "fused": fused}
     if args.name == "muon":
         optimizer = Muon(groups, **options, **asdict(args.muon))
     else:
         optimizer = AdamW(groups, **options)
     lr_fn = build_lr_fn(args, n_steps)
-    # The scheduler counts steps done: the step that it sets the rate for is the next one.
+    # The scheduler counts completed steps, and sets the rate of the next one.
     return optimizer, ScheduledLR(optimizer, lambda done: lr_fn(done + 1))
 
 
 def state_fields(optimizer: Optimizer) -> dict[nn.Parameter, set[str]]:
-    """Names of the tensors that the optimizer keeps for a parameter once it has moved it."""
+    """Return the names of the state tensors that the optimizer keeps for each parameter."""
     return {
         param: {MOMENTUM_BUFFER} if group.get("muon") else {"step", "exp_avg", "exp_avg_sq"}
         for group in optimizer.param_groups
@@ -333,9 +305,9 @@ def state_fields(optimizer: Optimizer) -> dict[nn.Parameter, set[str]]:
 
 
 class NonfiniteGuard:
-    """Decides whether an optimizer step is skipped because its gradient is not finite.
+    """Skip optimizer steps with a non-finite gradient, up to `limit` in a row.
 
-    The norm of the whole gradient is the same number on every rank, so all ranks decide alike.
+    The gradient norm is the same number on every rank, so all ranks make the same decision.
     """
 
     def __init__(self, limit: int):
@@ -343,6 +315,7 @@ class NonfiniteGuard:
         self.in_a_row = 0
 
     def skip(self, grad_norm: float) -> bool:
+        """Return whether to skip this step; FloatingPointError beyond the limit."""
         if math.isfinite(grad_norm):
             self.in_a_row = 0
             return False

@@ -1,4 +1,4 @@
-"""The random generators of this process: seeded together, and their state as JSON."""
+"""Seed the random generators of this process, and save their state as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def seed_everything(seed: int) -> None:
 
 
 def get_rng_state() -> dict[str, Any]:
-    """States of torch (CPU and current GPU), Python, and NumPy where somebody imported it."""
+    """Return the states of torch (CPU and current GPU), Python, and NumPy if it is imported."""
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
         "torch": _to_text(torch.get_rng_state()),
@@ -35,7 +35,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Continue from a state; a generator that is not here, or was not there, is left alone."""
+    """Restore the generators that are both in `state` and in this process."""
     torch.set_rng_state(_to_tensor(state["torch"]))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

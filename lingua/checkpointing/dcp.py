@@ -1,18 +1,20 @@
-"""Model and optimizer tensors in a folder, written by all ranks, readable by any number of them.
+"""Model and optimizer tensors in torch's distributed checkpoint format (DCP).
 
-The format is torch's distributed checkpoint (DCP): keys are `model.<parameter>` and
-`optim.state.<parameter>.<exp_avg | exp_avg_sq | step>`, or `momentum_buffer` for a matrix that Muon
-moves. Learning rates and other hyperparameters are not in it: they come from the config of the run
-that loads.
+All ranks write one folder, and any number of ranks can read it. Keys are `model.<parameter>` and
+`optim.state.<parameter>.<field>`. AdamW's fields are step, exp_avg and exp_avg_sq; Muon's field is
+momentum_buffer. Learning rates and other hyperparameters come from the config, not from here.
+
+torch.distributed.checkpoint.state_dict produces the same keys, but does not fit here. On a fresh
+optimizer it takes a fake step, so `step` becomes 1. It requires state of parameters that were never
+updated. Loading replaces the param_groups and the state dict, which Muon shares with its AdamW.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +24,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from lingua.errors import UserError
-from lingua.files.atomic import open_atomic, write_atomic
+from lingua.errors import UserError, first_line
 from lingua.logger import log_on_rank_0
 from lingua.optim import state_fields
-
-logger = logging.getLogger(__name__)
 
 MODEL_KEY, OPTIM_KEY = "model", "optim"
 METADATA_NAME = ".metadata"
 CONFIG_NAME = "params.json"
-CONSOLIDATE_FOLDER = "consolidated"
-CONSOLIDATE_NAME = "consolidated.pth"
-
-Metadata = dict[str, Any]  # DCP key -> what is stored there
-
-
-def find_missing_tensors(folder: Path) -> str | None:
-    """What the index names and the files are too short for."""
-    metadata = FileSystemReader(folder).read_metadata()
-    for key, place in (metadata.storage_data or {}).items():
-        file = folder / place.relative_path
-        if not file.is_file() or file.stat().st_size < place.offset + place.length:
-            return f"{file.name} has no {key.fqn}"
-    return None
 
 
 def load_from_checkpoint(
@@ -58,73 +43,125 @@ def load_from_checkpoint(
     model_key: str = MODEL_KEY,
     optim_key: str = OPTIM_KEY,
 ) -> None:
-    """Fill model and optimizer in place. An empty `model_key` reads a folder that is all model.
+    """Load a step folder into a model and optimizer, in place. A collective.
 
-    Weights that are in the folder and not in the model are left out, with a warning; with an
-    optimizer, which says that a run goes on, that is a UserError. So is the opposite, or another
-    shape. A collective: call it on all ranks.
+    An empty `model_key` means that the model's tensors have no prefix. Without an optimizer,
+    stored weights that the model lacks are skipped with a warning; with one, they are a UserError.
+    Weights that the folder lacks, and other shapes, are always a UserError.
     """
     folder = Path(ckpt_dir)
-    if not (folder / METADATA_NAME).is_file():
-        raise UserError(
-            f"{folder} is no checkpoint folder: it has no {METADATA_NAME} file; give a folder "
-            "such as <dump_dir>/checkpoints/0000001000"
-        )
-    metadata: Metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    require_files(folder, METADATA_NAME)
+    metadata = read_metadata(folder)
     weights = model.state_dict()
-    prefix = f"{model_key}." if model_key else ""
-    stored = {
-        key.removeprefix(prefix): tuple(value.size)
-        for key, value in metadata.items()
-        if key.startswith(prefix) and isinstance(value, TensorStorageMetadata)
-    }
-    if not prefix:  # whatever else lies at the root is no weight
+    stored = {name: entry.size for name, entry in tensors_under(model_key, metadata).items()}
+    if not model_key:  # the root may hold other tensors
         stored = {name: size for name, size in stored.items() if name in weights}
-    check_fits(folder, weights, stored, may_leave_out=optimizer is None)
+    check_fits(f"checkpoint {folder}", weights, stored, may_leave_out=optimizer is None)
     state: dict[str, Any] = {model_key: weights} if model_key else dict(weights)
-    filled: dict[str, dict[str, Tensor]] = {}
+    moments: dict[str, dict[str, Tensor]] = {}
     if optimizer is not None:
-        filled = _empty_optimizer_state(model, optimizer, metadata, f"{optim_key}.state.")
-        check_same_optimizer(folder, model, optimizer, filled)
-        state[optim_key] = {"state": filled}
-    with _dcp():
-        dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=not dist.is_initialized())
+        moments = _empty_optimizer_state(model, optimizer, metadata, optim_key)
+        _check_same_optimizer(folder, model, optimizer, moments)
+        state[optim_key] = {"state": moments}
+    read_tensors(folder, state, is_collective=dist.is_initialized())
     if optimizer is not None:
         for name, param in _optimized(model, optimizer).items():
-            optimizer.state[param] = filled.get(name, {})
+            optimizer.state[param] = moments.get(name, {})
+
+
+def require_files(folder: Path, *names: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} is not a checkpoint folder: {name} is missing; name a folder such as "
+                "<dump_dir>/checkpoints/0000001000"
+            )
+
+
+def read_metadata(folder: Path) -> Metadata:
+    return FileSystemReader(folder).read_metadata()
+
+
+def tensors_under(prefix: str, metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Return size and dtype of the stored tensors whose key starts with `prefix`, without it."""
+    prefix = f"{prefix}." if prefix else ""
+    return {
+        key.removeprefix(prefix): entry
+        for key, entry in metadata.state_dict_metadata.items()
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read_tensors(folder: Path, state: dict[str, Any], *, is_collective: bool) -> None:
+    """Fill the tensors of a nested `state` in place; RuntimeError if a file is not readable."""
+    try:
+        with warnings.catch_warnings():  # DCP warns even if no_dist is set
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=not is_collective)
+    except CheckpointException as error:  # a BaseException
+        rank, (cause, _) = sorted(error.failures.items())[0]
+        message = f"rank {rank}: {type(cause).__name__}: {first_line(cause)}"
+        raise RuntimeError(message) from error
+
+
+def find_missing_tensors(folder: Path) -> str | None:
+    """Describe the first tensor of the index that the files are too short for."""
+    for key, place in (read_metadata(folder).storage_data or {}).items():
+        file = folder / place.relative_path
+        if not file.is_file() or file.stat().st_size < place.offset + place.length:
+            return f"{file.name} does not contain {key.fqn}"
+    return None
 
 
 def check_fits(
-    source: Path,
-    weights: Mapping[str, Any],
+    source: str,
+    weights: Mapping[str, Tensor],
     stored: Mapping[str, tuple[int, ...]],
     *,
     may_leave_out: bool,
 ) -> None:
-    """UserError where a model's `weights` are not all `stored`, or not in their shapes.
+    """Raise UserError unless the shapes of a model's `weights` are those of the `stored` tensors.
 
-    What is stored and not in the model is one, too, unless it `may_leave_out` that with a warning.
+    With `may_leave_out`, stored tensors that the model lacks are only a warning.
     """
-    wanted = {name: tuple(t.shape) for name, t in weights.items() if isinstance(t, Tensor)}
-    wrong = [
-        f"{name} is {stored.get(name, 'not there')}, the model has {shape}"
-        for name, shape in wanted.items()
-        if stored.get(name) != shape
-    ]
-    unused = sorted(stored.keys() - wanted.keys())
-    if not may_leave_out:
-        wrong += [f"{name} is {stored[name]}, the model has no such tensor" for name in unused]
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise UserError(
-            f"the checkpoint {source} does not fit the model: {'; '.join(wrong[:3])}{more}"
+    model = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    file = {name: tuple(size) for name, size in stored.items()}
+    wrong = sorted(n for n in model.keys() | file.keys() if model.get(n) != file.get(n))
+    unused = [name for name in wrong if name not in model]
+    if may_leave_out and unused:
+        log_on_rank_0(
+            "not loaded from %s, unknown to the model: %s", source, unused, level=logging.WARNING
         )
-    if unused:
-        told = "not loaded from %s, the model has no such tensors: %s"
-        log_on_rank_0(told, source, unused, level=logging.WARNING)
+        wrong = [name for name in wrong if name in model]
+    if wrong:
+        shapes = [
+            f"{name}: {file.get(name, 'missing')} in the checkpoint, "
+            f"{model.get(name, 'missing')} in the model"
+            for name in wrong[:3]
+        ]
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise UserError(f"{source} does not fit the model: {'; '.join(shapes)}{more}")
 
 
 # ---- optimizer state by parameter name
+
+
+def tensors_to_save(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+    # The order matters: state_dict makes FSDP register the sharded parameters, which the optimizer
+    # knows. A forward without backward (validation) leaves the gathered ones registered.
+    state: dict[str, Any] = {MODEL_KEY: model.state_dict()}
+    if optimizer is not None:
+        state[OPTIM_KEY] = {"state": optimizer_state(model, optimizer)}
+    return state
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Return the optimizer's own tensors by parameter name, for parameters that have any."""
+    return {
+        name: dict(optimizer.state[param])
+        for name, param in _optimized(model, optimizer).items()
+        if optimizer.state.get(param)
+    }
 
 
 def _optimized(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
@@ -134,101 +171,38 @@ def _optimized(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter
     return {names[param]: param for param in params}
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's own tensors by parameter name; a parameter that never moved has none."""
-    return {
-        name: dict(optimizer.state[param])
-        for name, param in _optimized(model, optimizer).items()
-        if optimizer.state.get(param)
-    }
-
-
-def check_same_optimizer(
-    folder: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    stored: Mapping[str, Mapping[str, Tensor]],
-) -> None:
-    """UserError where what is stored for a parameter is another optimizer's."""
-    wanted = state_fields(optimizer)
-    for name, param in _optimized(model, optimizer).items():
-        found = stored.get(name, {}).keys()
-        if found and found != wanted[param]:
-            raise UserError(
-                f"optim.name: the checkpoint {folder} has {', '.join(sorted(found))} of {name}, "
-                f"where this optimizer keeps {', '.join(sorted(wanted[param]))}; leave optim.name "
-                "as it was, or start a new run from the weights by checkpoint.init_ckpt_path"
-            )
-
-
 def _empty_optimizer_state(
-    model: nn.Module, optimizer: Optimizer, metadata: Metadata, prefix: str
+    model: nn.Module, optimizer: Optimizer, metadata: Metadata, optim_key: str
 ) -> dict[str, dict[str, Tensor]]:
-    """Tensors to load into: as a parameter is laid out where shapes agree, else plain ones."""
+    """Allocate the stored state, sharded like the parameter where the shapes agree."""
     fused = any(group.get("fused") for group in optimizer.param_groups)
-    empty: dict[str, dict[str, Tensor]] = {}
     params = _optimized(model, optimizer)
-    for key, stored in metadata.items():
-        name, _, field = key.removeprefix(prefix).rpartition(".")
-        if not key.startswith(prefix) or name not in params:
+    empty: dict[str, dict[str, Tensor]] = {}
+    for key, stored in tensors_under(f"{optim_key}.state", metadata).items():
+        name, _, field = key.rpartition(".")
+        if name not in params:
             continue
         param, dtype = params[name], stored.properties.dtype
         if tuple(stored.size) == tuple(param.shape):
             tensor = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-        else:  # the step count, which fused kernels want on their device
+        else:  # the step count; fused kernels need it on their device
             tensor = torch.zeros(stored.size, dtype=dtype, device=param.device if fused else "cpu")
         empty.setdefault(name, {})[field] = tensor
     return empty
 
 
-# ---- one file for inference
-
-
-def consolidate_checkpoints(ckpt_dir: str | os.PathLike) -> Path:
-    """Gather a checkpoint's weights into `consolidated/consolidated.pth`; returns that folder.
-
-    The file holds {"model": {name: tensor}} and nothing else. It appears whole or not at all; if
-    it and its config are there, nothing is done. For one process: others wait for it in
-    `run_on_rank_0`.
-    """
-    source = Path(ckpt_dir)
-    folder = source / CONSOLIDATE_FOLDER
-    target = folder / CONSOLIDATE_NAME
-    if target.is_file() and (folder / CONFIG_NAME).is_file():
-        return folder
-    for name in (METADATA_NAME, CONFIG_NAME):
-        if not (source / name).is_file():
-            raise UserError(f"{source} is no checkpoint folder: it has no {name} file")
-    reader = FileSystemReader(source)
-    prefix = f"{MODEL_KEY}."
-    weights = {
-        key.removeprefix(prefix): torch.empty(stored.size, dtype=stored.properties.dtype)
-        for key, stored in reader.read_metadata().state_dict_metadata.items()
-        if key.startswith(prefix) and isinstance(stored, TensorStorageMetadata)
-    }
-    with _dcp():
-        dcp.load({MODEL_KEY: weights}, storage_reader=reader, no_dist=True)
-
-    folder.mkdir(exist_ok=True)
-    write_atomic(folder / CONFIG_NAME, (source / CONFIG_NAME).read_bytes())
-    with open_atomic(target) as f:
-        torch.save({MODEL_KEY: weights}, f)
-    logger.info(f"consolidated weights in {target}")
-    return folder
-
-
-@contextlib.contextmanager
-def _dcp() -> Iterator[None]:
-    """Mend two habits of DCP.
-
-    It warns about a missing process group even where it was told that there is none, and its
-    exception is not an Exception.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    except CheckpointException as error:
-        rank, (cause, _) = sorted(error.failures.items())[0]
-        reason = str(cause).partition("\n")[0]
-        raise RuntimeError(f"rank {rank}: {type(cause).__name__}: {reason}") from error
+def _check_same_optimizer(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    stored: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    wanted = state_fields(optimizer)
+    for name, param in _optimized(model, optimizer).items():
+        found = stored.get(name, {}).keys()
+        if found and found != wanted[param]:
+            raise UserError(
+                f"optim.name: for {name}, checkpoint {folder} has {', '.join(sorted(found))}; this "
+                f"optimizer needs {', '.join(sorted(wanted[param]))}. Keep the saved optim.name, "
+                "or start a new run from the weights with checkpoint.init_ckpt_path"
+            )

@@ -1,6 +1,6 @@
-"""One checkpoint folder on disk: written aside, published by a rename, checked, deleted.
+"""One checkpoint folder on disk: write, publish by rename, check, delete.
 
-Nothing here is a collective. `checkpoint.py` has the picture of a folder.
+Nothing here is a collective. See `lingua/checkpoint.py` for the files of a folder.
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lingua.checkpointing.dcp import (
-    CONFIG_NAME,
-    METADATA_NAME,
-    find_missing_tensors,
-)
+from lingua.checkpointing.dcp import CONFIG_NAME, METADATA_NAME, find_missing_tensors
 from lingua.errors import UserError
 from lingua.files.atomic import fsync_path, write_atomic
 
@@ -32,12 +28,12 @@ TRAIN_STATE_NAME = "train_state_{:05d}.json"
 MANIFEST_NAME = "manifest.json"
 FOLDER_PATTERN = re.compile(r"[0-9]{10}")
 UNFINISHED, REPLACED = ".tmp", ".replaced"  # suffixes of folders that are not checkpoints
-# The files of a checkpoint, by name; those that were being written when a run was killed, too.
+# Names of the files that we write, temporary files of a killed run included.
 OWN_NAME = re.compile(
     r"\.metadata(\.tmp)?|__\d+_\d+\.distcp|train_state_\d{5}\.json|(params|manifest)\.json"
     r"|consolidated(\.pth)?|\..+\.tmp-\d+"
 )
-CHUNK = 1 << 24  # bytes that are read at a time
+CHUNK = 1 << 24  # bytes to read at a time
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -45,28 +41,28 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a save came to its end here; what it wrote may have been damaged since."""
+    """Return whether a save completed here. Its files may be damaged since."""
     manifest = _read_manifest(folder)
     return manifest is not None and FOLDER_NAME.format(manifest["step"]) == folder.stem
 
 
+def has_only_own_files(folder: Path) -> bool:
+    return all(OWN_NAME.fullmatch(path.name) for path in folder.rglob("*"))
+
+
+# ---- write and publish
+
+
 def make_empty(folder: Path) -> None:
     if folder.exists():
-        if not is_all_ours(folder):
-            raise UserError(
-                f"{folder} is in the way of a checkpoint and holds files of somebody else: move it"
-            )
+        if not has_only_own_files(folder):
+            raise UserError(f"{folder} blocks a checkpoint and holds files of others: move it away")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 
 
-def is_all_ours(folder: Path) -> bool:
-    """Whether every file, in the folder and below, has a name that this module gives."""
-    return all(OWN_NAME.fullmatch(path.name) for path in folder.rglob("*"))
-
-
 def write_train_state(folder: Path, name: str | None, text: str) -> dict[str, Any]:
-    """Write this rank's file; returns what the manifest says about all files of this rank."""
+    """Write this rank's train state; return the manifest entries of all files of this rank."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     files = {p.name: _entry(p) for p in folder.glob(f"__{rank}_*.distcp")}
     if name is not None:
@@ -75,14 +71,52 @@ def write_train_state(folder: Path, name: str | None, text: str) -> dict[str, An
     return files
 
 
+def publish(
+    unfinished: Path, final: Path, step: int, files: dict[str, Any], config: dict[str, Any]
+) -> None:
+    """Complete a folder that all ranks have written, check it, and rename it to `final`."""
+    write_atomic(unfinished / CONFIG_NAME, json.dumps(config, indent=2))
+    for name in (METADATA_NAME, CONFIG_NAME):
+        files[name] = _entry(unfinished / name)
+    write_atomic(unfinished / MANIFEST_NAME, json.dumps({"step": step, "files": files}, indent=2))
+    problem = find_problem(unfinished) or find_missing_tensors(unfinished)
+    if problem is not None:
+        raise OSError(f"{unfinished}: {problem}")
+    if final.exists():
+        os.rename(final, _unused_name(final.with_name(final.name + REPLACED)))
+    os.rename(unfinished, final)
+    fsync_path(final.parent)
+    clear_leftovers(final.parent)
+
+
+def _unused_name(path: Path) -> Path:
+    """Append a number if `path` exists, because it holds files of others."""
+    return next(p for i in range(10**9) if not (p := Path(f"{path}{i or ''}")).exists())
+
+
+# ---- check
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read the step and the files' entries; None if damaged or of another program."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text())
+        entries, step = manifest["files"].items(), manifest["step"]
+        is_ours = all(entry.keys() == {"bytes", _digest_name(name)} for name, entry in entries)
+        return manifest if is_ours and isinstance(step, int) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def _entry(file: Path) -> dict[str, Any]:
-    """Tensor files are large: their checksum is one that is quick to take."""
-    digest = (
-        {"crc32": _crc32(file)}
-        if file.suffix == ".distcp"
-        else {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-    )
-    return {"bytes": file.stat().st_size, **digest}
+    digest = _digest_name(file.name)
+    value = _crc32(file) if digest == "crc32" else hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"bytes": file.stat().st_size, digest: value}
+
+
+def _digest_name(file_name: str) -> str:
+    """Choose a fast checksum for tensor files, which are large."""
+    return "crc32" if file_name.endswith(".distcp") else "sha256"
 
 
 def _crc32(file: Path) -> str:
@@ -93,70 +127,8 @@ def _crc32(file: Path) -> str:
     return f"{value:08x}"
 
 
-def publish(
-    unfinished: Path, final: Path, step: int, files: dict[str, Any], config: dict[str, Any]
-) -> None:
-    """Complete a folder that all ranks have written to, try it, and give it its name."""
-    write_atomic(unfinished / CONFIG_NAME, json.dumps(config, indent=2))
-    for name in (METADATA_NAME, CONFIG_NAME):
-        files[name] = _entry(unfinished / name)
-    write_atomic(unfinished / MANIFEST_NAME, json.dumps({"step": step, "files": files}, indent=2))
-    problem = find_problem(unfinished) or find_missing_tensors(unfinished)
-    if problem is not None:
-        raise OSError(f"{unfinished} is not what was written to it: {problem}")
-    replaced = _unused_name(final.with_name(final.name + REPLACED))
-    if final.exists():
-        os.rename(final, replaced)
-    os.rename(unfinished, final)
-    fsync_path(final.parent)
-    clear_leftovers(final.parent)
-
-
-def _unused_name(path: Path) -> Path:
-    """Where somebody's files have kept a folder from being deleted, another name is free."""
-    return next(p for i in range(10**9) if not (p := Path(f"{path}{i or ''}")).exists())
-
-
-def clear_leftovers(parent: Path) -> None:
-    """Finish or undo what saves and deletions that were killed have left beside checkpoints."""
-    for folder in list(parent.iterdir()) if parent.is_dir() else []:
-        if not FOLDER_PATTERN.fullmatch(folder.stem) or not folder.is_dir():
-            continue
-        if (
-            folder.suffix.startswith(REPLACED)
-            and is_published(folder)
-            and not folder.with_suffix("").exists()
-        ):
-            os.rename(folder, folder.with_suffix(""))
-        elif folder.suffix == UNFINISHED or folder.suffix.startswith(REPLACED):
-            if is_all_ours(folder):
-                shutil.rmtree(folder)
-            else:
-                logger.warning(f"{folder} is left: it holds files that are no checkpoint's")
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """None where there is no manifest, or none of the form that `publish` gives it: it may be
-    damaged, or of somebody else."""
-    try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(manifest, dict) or manifest.keys() != {"step", "files"}:
-        return None
-    files = manifest["files"]
-    if not isinstance(manifest["step"], int) or not isinstance(files, dict):
-        return None
-    return manifest if all(map(_is_entry, files.values())) else None
-
-
-def _is_entry(value: Any) -> bool:
-    digests = ({"bytes", "crc32"}, {"bytes", "sha256"})
-    return isinstance(value, dict) and value.keys() in digests
-
-
 def find_problem(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint. Tensor files are only held to their size."""
+    """Describe the first file that differs from the manifest. Of tensor files, check the size."""
     manifest = _read_manifest(folder)
     if manifest is None:
         return f"no readable {MANIFEST_NAME}"
@@ -164,31 +136,54 @@ def find_problem(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        is_small = "sha256" in want
-        if file.stat().st_size != want["bytes"] or (is_small and _entry(file) != want):
-            return f"{name} is not what was written"
+        if file.stat().st_size != want["bytes"] or ("sha256" in want and _entry(file) != want):
+            return f"{name} differs from what was written"
     return None
 
 
+def check_files(folder: Path, source: str) -> None:
+    """Raise UserError if a file is damaged. A folder that torch wrote has no manifest to check."""
+    problem = find_problem(folder) if (folder / MANIFEST_NAME).exists() else None
+    if problem is not None:
+        raise UserError(f"{source}: the checkpoint is damaged: {problem}; name another one")
+
+
 def check_tensor_files(folder: Path, rank: int, world_size: int) -> None:
-    """Read this rank's share of the tensor files, and raise where one is not what was written."""
-    manifest = _read_manifest(folder) or {"files": {}}  # without one: of torch's own making
-    wants = sorted((n, w["crc32"]) for n, w in manifest["files"].items() if "crc32" in w)
+    """Compare the checksums of this rank's share of the tensor files; OSError if one differs."""
+    manifest = _read_manifest(folder) or {"files": {}}  # torch wrote the folder
+    wants = sorted((n, e["crc32"]) for n, e in manifest["files"].items() if "crc32" in e)
     for name, want in wants[rank::world_size]:
         if _crc32(folder / name) != want:
-            raise OSError(f"{folder / name} is not what was written: its checksum is another")
+            raise OSError(f"{folder / name} differs from what was written")
+
+
+# ---- delete
 
 
 def is_own(folder: Path) -> bool:
-    """Whether everything in the folder was written by this module."""
-    return is_published(folder) and is_all_ours(folder)
+    return is_published(folder) and has_only_own_files(folder)
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Take the name away first: a deletion that is cut off leaves no half checkpoint."""
-    doomed = folder.with_name(folder.name + UNFINISHED)
-    if doomed.exists():
-        logger.warning(f"{folder} is not deleted: {doomed} is in the way")
+    """Delete a checkpoint. It is renamed first, so an interrupted deletion leaves no half one."""
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    if unfinished.exists():
+        logger.warning(f"{folder} is not deleted because {unfinished} exists")
         return
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    os.rename(folder, unfinished)
+    shutil.rmtree(unfinished)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Finish or undo saves and deletions that were killed."""
+    for folder in list(parent.iterdir()) if parent.is_dir() else []:
+        if not FOLDER_PATTERN.fullmatch(folder.stem) or not folder.is_dir():
+            continue
+        final, was_replaced = folder.with_suffix(""), folder.suffix.startswith(REPLACED)
+        if was_replaced and is_published(folder) and not final.exists():
+            os.rename(folder, final)
+        elif was_replaced or folder.suffix == UNFINISHED:
+            if has_only_own_files(folder):
+                shutil.rmtree(folder)
+            else:
+                logger.warning(f"{folder} is kept: it holds files of others")

@@ -1,12 +1,14 @@
-"""Weights in one file, without optimizer: `consolidated.pth` or `model.safetensors`.
+"""Weights without optimizer state: read from a step folder or one file, written to one file.
 
-A `.pth` holds {"model": {name: tensor}}, as torch.save writes it; more keys may stand beside
-"model", as in what `dcp_to_torch_save` makes of a step folder. A `.safetensors` holds the tensors
-by name. The `params.json` beside the file says what model they belong to.
+A `.pth` file holds {"model": {name: tensor}}, as torch.save writes it. Other keys beside "model"
+are ignored, so a file that `dcp_to_torch_save` made from a step folder works. A `.safetensors` file
+holds tensors by name. The `params.json` in the same folder describes the model.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,104 +18,162 @@ import torch
 from torch import Tensor, nn
 
 from lingua.checkpointing.dcp import (
-    CONSOLIDATE_FOLDER,
-    CONSOLIDATE_NAME,
+    CONFIG_NAME,
     METADATA_NAME,
     MODEL_KEY,
     check_fits,
     load_from_checkpoint,
+    read_metadata,
+    read_tensors,
+    require_files,
+    tensors_under,
 )
-from lingua.errors import UserError, import_optional
+from lingua.checkpointing.folder import check_files
+from lingua.errors import UserError, first_line, import_optional
+from lingua.files.atomic import open_atomic, write_atomic
+from lingua.optim import is_matrix
 from lingua.parallel.tensor_parallel import copy_whole
 
+logger = logging.getLogger(__name__)
+
+CONSOLIDATE_FOLDER = "consolidated"
+CONSOLIDATE_NAME = "consolidated.pth"
 SAFETENSORS_NAME = "model.safetensors"
+WEIGHT_FILES = (CONSOLIDATE_NAME, SAFETENSORS_NAME, f"{CONSOLIDATE_FOLDER}/{CONSOLIDATE_NAME}")
 
 
-def find_weight_file(path: Path) -> Path | None:
-    """The file of weights that `path` is, or that lies in it under one of the usual names."""
-    if path.is_file():
+def find_weights(path: Path) -> Path | None:
+    """Return the step folder or weight file that `path` is, or the weight file inside it."""
+    if path.is_file() or (path / METADATA_NAME).is_file():
         return path
-    for name in (CONSOLIDATE_NAME, SAFETENSORS_NAME, f"{CONSOLIDATE_FOLDER}/{CONSOLIDATE_NAME}"):
-        if (path / name).is_file():
-            return path / name
-    return None
+    return next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
 
 
-def read_weights(file: Path, option: str) -> dict[str, Tensor]:
-    """CPU tensors by name, mapped: pages are read when a tensor is copied or used.
+def read_weights(
+    source: Path,
+    option: str,
+    *,
+    device: torch.device | str = "cpu",
+    matrix_dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Read whole tensors by name, from a step folder or a weight file. Not a collective.
 
-    A file that holds anything else is a UserError that names `option`.
+    `matrix_dtype` is the dtype of weight matrices; all other tensors become fp32. None keeps the
+    stored dtypes. On the CPU, tensors of a file are memory-mapped unless their dtype changes.
+    UserError, naming `option`, if `source` is damaged or does not hold weights.
     """
-    if file.suffix == ".safetensors":
-        return _read_safetensors(file, option)
     try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise _not_weights(file, option, error) from None
-    weights = content.get(MODEL_KEY, content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise UserError(f"{option}={file}: expected {{'{MODEL_KEY}': {{name: tensor}}}}")
+        if source.is_dir():
+            check_files(source, f"{option}={source}")
+            return _read_step_folder(source, device, matrix_dtype)
+        weights = _read_file(source, option)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = f"weights are not readable: {first_line(error)}"
+        raise UserError(f"{option}={source}: {reason}") from None
+    return {
+        name: tensor.to(device=device, dtype=weight_dtype(name, tensor, matrix_dtype))
+        for name, tensor in weights.items()
+    }
+
+
+def weight_dtype(name: str, tensor: Tensor, matrix_dtype: torch.dtype | None) -> torch.dtype:
+    if matrix_dtype is None:
+        return tensor.dtype
+    return matrix_dtype if is_matrix(name, tensor) else torch.float32
+
+
+def _read_step_folder(
+    folder: Path, device: torch.device | str, matrix_dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for name, entry in tensors_under(MODEL_KEY, read_metadata(folder)).items():
+        like = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        dtype = weight_dtype(name, like, matrix_dtype)
+        weights[name] = torch.empty(entry.size, dtype=dtype, device=device)
+    read_tensors(folder, {MODEL_KEY: weights}, is_collective=False)
     return weights
 
 
-def _read_safetensors(file: Path, option: str) -> dict[str, Tensor]:
-    package = _safetensors(f"{option}={file}")
-    try:
-        return package.torch.load_file(file)
-    except (package.SafetensorError, OSError) as error:
-        raise _not_weights(file, option, error) from None
-
-
-def _not_weights(file: Path, option: str, error: Exception) -> UserError:
-    reason = str(error).partition("\n")[0]
-    return UserError(f"{option}={file}: not a file of weights: {reason}")
+def _read_file(file: Path, option: str) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        package = _import_safetensors(f"{option}={file}")
+        try:
+            return package.torch.load_file(file)
+        except package.SafetensorError as error:
+            raise RuntimeError(str(error)) from None
+    content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    weights = content.get(MODEL_KEY, content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise UserError(f"{option}={file} must hold {{'{MODEL_KEY}': {{name: tensor}}}}")
+    return weights
 
 
 def write_weights(file: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write CPU tensors in the form that the name says; `metadata` goes into a safetensors file."""
+    """Write CPU tensors in the format of the suffix; only safetensors stores `metadata`."""
     if file.suffix == ".safetensors":
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-        _safetensors(file.name).torch.save_file(contiguous, file, metadata=metadata)
-    else:
-        torch.save({MODEL_KEY: dict(weights)}, file)
+        _import_safetensors(file.name).torch.save_file(contiguous, file, metadata=metadata)
+        return
+    with open_atomic(file) as stream:
+        torch.save({MODEL_KEY: dict(weights)}, stream)
 
 
 def check_can_write(name: str, needed_by: str) -> None:
-    """UserError where the package that writes files of this name is not installed."""
+    """Raise UserError if the package that writes files of this name is not installed."""
     if name.endswith(".safetensors"):
-        _safetensors(needed_by)
+        _import_safetensors(needed_by)
 
 
-def _safetensors(needed_by: str) -> Any:
+def _import_safetensors(needed_by: str) -> Any:
     import_optional("safetensors.torch", extra="safetensors", needed_by=needed_by)
     return import_optional("safetensors", extra="safetensors", needed_by=needed_by)
+
+
+def consolidate_checkpoints(ckpt_dir: str | os.PathLike) -> Path:
+    """Write a step folder's weights to `consolidated/consolidated.pth`; return that folder.
+
+    If the file and its config exist, do nothing. Call it in one process, with `run_on_rank_0`.
+    """
+    source = Path(ckpt_dir)
+    folder = source / CONSOLIDATE_FOLDER
+    target = folder / CONSOLIDATE_NAME
+    if not target.is_file() or not (folder / CONFIG_NAME).is_file():
+        require_files(source, METADATA_NAME, CONFIG_NAME)
+        weights = read_weights(source, "ckpt_dir")
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / CONFIG_NAME, (source / CONFIG_NAME).read_bytes())
+        write_weights(target, weights, metadata={})
+        logger.info(f"consolidated weights in {target}")
+    return folder
 
 
 # ---- into a model
 
 
 def check_init_path(path: str | None) -> None:
-    """Refuse a checkpoint.init_ckpt_path that `load_initial_weights` would find nothing in."""
-    if path is None or Path(path, METADATA_NAME).is_file() or find_weight_file(Path(path)):
-        return
-    raise UserError(
-        f"checkpoint.init_ckpt_path={path}: no checkpoint there (no {METADATA_NAME}); name a step "
-        f"folder such as <dump_dir>/checkpoints/0000001000, or a {CONSOLIDATE_NAME} or "
-        f"{SAFETENSORS_NAME}"
-    )
+    """Raise UserError if checkpoint.init_ckpt_path names no weights."""
+    if path is not None and find_weights(Path(path)) is None:
+        raise UserError(
+            f"checkpoint.init_ckpt_path={path}: no checkpoint found (no {METADATA_NAME}); name a "
+            "step folder such as <dump_dir>/checkpoints/0000001000, or a weight file "
+            f"({CONSOLIDATE_NAME} or {SAFETENSORS_NAME})"
+        )
 
 
 def load_initial_weights(path: str, model: nn.Module) -> None:
-    """Fill a model, sharded or not, from a step folder or a file of weights. A collective."""
+    """Fill a model, sharded or not, from a step folder or a weight file. A collective."""
     check_init_path(path)
-    if Path(path, METADATA_NAME).is_file():
-        load_from_checkpoint(path, model)
+    source = find_weights(Path(path))
+    assert source is not None
+    if source.is_dir():
+        load_from_checkpoint(source, model)
         return
-    file = find_weight_file(Path(path))
-    assert file is not None, "check_init_path has found it"
-    weights = read_weights(file, "checkpoint.init_ckpt_path")
-    state = model.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    check_fits(file, state, shapes, may_leave_out=True)
-    for name, tensor in state.items():
-        copy_whole(tensor, weights[name])
+    option = "checkpoint.init_ckpt_path"
+    weights = read_weights(source, option)
+    targets = model.state_dict()
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    check_fits(f"{option}={source}", targets, shapes, may_leave_out=True)
+    for name, target in targets.items():
+        copy_whole(target, weights[name])

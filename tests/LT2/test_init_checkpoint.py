@@ -1,4 +1,4 @@
-"""Runs that start from the checkpoint of another one, and outlive it."""
+"""Runs that start from the checkpoint of another run."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def other(data, tmp_path_factory) -> Path:
     return train(data, tmp_path_factory.mktemp("other"), **SMALL, seed=11)
 
 
-def test_weights_begin_a_new_run_and_are_not_needed_again(data, other, tmp_path):
+def test_a_run_starts_from_weights_and_resumes_without_them(data, other, tmp_path):
     source = consolidate_checkpoints(shutil.copytree(checkpoint(other, N), tmp_path / "source"))
     options = {**SMALL, "checkpoint.init_ckpt_path": source}
     train(data, tmp_path / "whole", **options)
-    assert column(tmp_path / "whole", "optim/total_tokens")[0] < 100, "a step of its own, from 1"
+    assert column(tmp_path / "whole", "optim/total_tokens")[0] < 100, "the new run starts at step 1"
     assert column(tmp_path / "whole", "loss/out")[0] < column(other, "loss/out")[0] - 0.5
 
     with stopped_after(3):
@@ -41,9 +41,11 @@ def test_weights_begin_a_new_run_and_are_not_needed_again(data, other, tmp_path)
     assert_same_run(tmp_path / "parts", tmp_path / "whole", N)
 
 
-def test_weights_alone_are_nothing_to_go_on_from(data, other, tmp_path):
+def test_continuing_from_a_weight_file_fails(data, other, tmp_path):
     file = consolidate_checkpoints(checkpoint(other, N)) / "consolidated.pth"
     options = {"checkpoint.init_ckpt_path": file, "checkpoint.continue_training_from_init": True}
-    with pytest.raises(UserError, match=f"{file} has no .metadata: .*leave it false"):
+    with pytest.raises(
+        UserError, match=r"checkpoint\.init_ckpt_path.*continue_training_from_init=false"
+    ):
         train(data, tmp_path / "run", **SMALL, **options)
     assert not (tmp_path / "run").exists()

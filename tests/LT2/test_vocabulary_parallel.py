@@ -16,8 +16,7 @@ from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy, naive_lin
 from apps.LT2.parallel import build_fsdp_grouping_plan, tp_parallelize
 from apps.LT2.transformer import LoopedTransformer
 from lingua.checkpoint import CheckpointArgs, CheckpointManager
-from lingua.checkpointing.dcp import consolidate_checkpoints
-from lingua.checkpointing.weights import find_weight_file, read_weights
+from lingua.checkpointing.weights import consolidate_checkpoints, find_weights, read_weights
 from lingua.distributed import (
     check_model_value_range,
     get_device_mesh,
@@ -258,7 +257,7 @@ def test_new_model_is_that_of_one_process(ranks, folder, size):
 @pytest.mark.parametrize("size", MESHES)
 def test_exported_weights_are_whole(ranks, folder, size):
     (step,) = (path for path in (folder / f"new {size}").iterdir() if path.is_dir())
-    file = find_weight_file(consolidate_checkpoints(step))
+    file = find_weights(consolidate_checkpoints(step))
     assert file is not None
     got, want = read_weights(file, "file"), ranks[0][f"new {size}"]["weights"]
     assert got.keys() == want.keys()

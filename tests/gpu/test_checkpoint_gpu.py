@@ -1,4 +1,4 @@
-"""Checkpoints of a model on a GPU: what is written in the background is what was there."""
+"""Checkpoints of a model on a GPU: a background save holds the state at its start."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def train(upto, model, optimizer, state):
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_save_holds_what_was_on_the_gpu_when_it_began(tmp_path, async_save):
+def test_a_save_holds_the_state_at_its_start(tmp_path, async_save):
     args = CheckpointArgs(path=str(tmp_path), async_save=async_save)
     run = build()
     train(2, *run)
     want, random_state = tensors(*run[:2]), torch.cuda.get_rng_state()
     with CheckpointManager.instantiate_and_make_dir(args) as manager:
         manager.save(*run, CONFIG)
-        train(STEPS, *run)  # at once, and in place: the copies must have been made by then
+        train(STEPS, *run)  # in place, so the save must hold copies
         torch.rand(3, device="cuda")
 
     fresh = build()
@@ -53,5 +53,5 @@ def test_a_save_holds_what_was_on_the_gpu_when_it_began(tmp_path, async_save):
     assert loaded is not None and loaded.step == fresh[2].step == 2
     assert_same_bits(tensors(*fresh[:2]), want)
     assert torch.equal(torch.cuda.get_rng_state(), random_state)
-    train(3, *fresh)  # the optimizer takes its loaded state where it lies
+    train(3, *fresh)  # the loaded optimizer state must be on the right device
     assert all(p.is_cuda and p.isfinite().all() for p in fresh[0].parameters())

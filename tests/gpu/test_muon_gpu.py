@@ -1,4 +1,4 @@
-"""Muon in bf16, and with its matrices shared out over two GPUs."""
+"""Muon in bf16, and with matrices sharded over two GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from lingua.optim import OptimArgs, build_optimizer
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
-SHAPES = [(256, 1024), (1024, 256), (512, 512), (8, 256), (7, 33)]  # five for two ranks, one uneven
+SHAPES = [
+    (256, 1024),
+    (1024, 256),
+    (512, 512),
+    (8, 256),
+    (7, 33),
+]  # five matrices on two ranks, one uneven
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -30,7 +36,7 @@ def test_bf16_keeps_singular_values_near_one_and_the_direction(shape):
     assert got.dtype == torch.bfloat16
     values = torch.linalg.svdvals(got.float())
     assert values.max() < 1.3
-    if shape[0] != shape[1]:  # a random square matrix has values that are too small to get there
+    if shape[0] != shape[1]:  # a random square matrix has very small singular values
         assert values.min() > 0.55
     want = orthogonalize(matrix, 5)
     assert torch.cosine_similarity(got.float().cpu().flatten(), want.flatten(), dim=0) > 0.999
@@ -40,17 +46,17 @@ def test_master_weights_stay_in_fp32():
     model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.RMSNorm(32)).cuda()
     optimizer, _ = build_optimizer(model, OptimArgs(name="muon", warmup=0, lr=1e-4), 10)
     before = model[0].weight.detach().clone()
-    # As many tokens as inputs, or the gradient has not full rank, and its step is shorter.
+    # Use as many tokens as inputs: a rank-deficient gradient gives a smaller update.
     model(torch.randn(64, 64, device="cuda")).square().sum().backward()
     optimizer.step()
     assert model[0].weight.dtype == torch.float32
     assert optimizer.state[model[0].weight]["momentum_buffer"].dtype == torch.float32
     rms = (model[0].weight.detach() - before).square().mean().sqrt()
-    assert 0.14 * 1e-4 < rms < 0.26 * 1e-4, "bf16 weights would not have moved by so little"
+    assert 0.14 * 1e-4 < rms < 0.26 * 1e-4, "bf16 weights could not change by so little"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_move_sharded_matrices_as_one_does():
+def test_sharded_step_on_two_gpus_matches_one():
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, __file__],
@@ -64,7 +70,7 @@ def test_two_gpus_move_sharded_matrices_as_one_does():
 
 
 def step_on_this_rank() -> None:
-    """A step of the same matrices, whole and sharded by rows and by columns; they must agree."""
+    """Take a step with whole matrices, and with shards of rows or columns; compare."""
     rank, has_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     device = torch.device("cuda", rank) if has_gpu else torch.device("cpu")
     if has_gpu:

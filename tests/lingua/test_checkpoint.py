@@ -1,4 +1,4 @@
-"""Checkpoints: exact resume, survival of kills and damage, and what is refused."""
+"""Checkpoints: exact resume, kills, damage, and mismatches."""
 
 from __future__ import annotations
 
@@ -15,16 +15,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
-import lingua.checkpointing.dcp
 import lingua.checkpointing.folder
-import lingua.checkpointing.save
 from lingua import distributed as ld
-from lingua.checkpoint import (
-    CheckpointArgs,
-    CheckpointManager,
-    SaveEvery,
-    load_from_checkpoint,
-)
+from lingua.checkpoint import CheckpointArgs, CheckpointManager, SaveEvery, load_from_checkpoint
 from lingua.checkpointing.folder import find_problem
 from lingua.errors import UserError
 from lingua.optim import OptimArgs, build_optimizer
@@ -45,7 +38,7 @@ from tests.lingua.toy import Looped, make_batches, make_model
 
 
 def check_resume(rank, world_size, folder, kwargs, async_save=False):
-    """Train STEPS; train STOP, save, come back in a fresh model, go on: all must be equal."""
+    """Compare STEPS of training with STOP steps, a save, and the rest in a fresh model."""
     args = kwargs and ld.DistributedArgs(model_dtype="fp32", **kwargs)
     mesh = ld.get_device_mesh(args) if args else None
     seed_all(rank)
@@ -67,7 +60,7 @@ def check_resume(rank, world_size, folder, kwargs, async_save=False):
     assert loaded is not None and loaded.step == state.step == STOP and not loaded.differences
     assert_same_bits(tensors(model, optimizer), saved)
     again = train(STEPS, model, optimizer, state, mesh)
-    assert again == log[STOP:], "losses, norms and learning rates to the last bit"
+    assert again == log[STOP:], "losses, norms and learning rates must be bit-exact"
     assert_same_bits(tensors(model, optimizer), want)
     return saved
 
@@ -85,12 +78,12 @@ def check_two_ranks(rank, world_size, folder):
     saved = check_resume(rank, world_size, folder / "full_shard", FULL_SHARD)
     check_other_world_size(folder / "one")
     check_resume(rank, world_size, folder / "async", FULL_SHARD, async_save=True)
-    check_failure_is_everyones(rank, folder / "full_shard")
+    check_failure_on_one_rank(rank, folder / "full_shard")
     return saved
 
 
 def check_other_world_size(folder):
-    """Written by one process, and gone on with by two."""
+    """Load on two ranks what one process has saved."""
     args = ld.DistributedArgs(model_dtype="fp32", **FULL_SHARD)
     mesh = ld.get_device_mesh(args)
     model, optimizer, state = build(mesh, args)
@@ -99,8 +92,8 @@ def check_other_world_size(folder):
     torch.save(tensors(model, optimizer), folder / f"on_two_{torch.distributed.get_rank()}.pt")
 
 
-def check_failure_is_everyones(rank, folder):
-    """A disk that fills up under one rank: all ranks raise, and the older checkpoint is there."""
+def check_failure_on_one_rank(rank, folder):
+    """A full disk on one rank raises on all ranks and keeps the older checkpoint."""
     args = ld.DistributedArgs(model_dtype="fp32", **FULL_SHARD)
     mesh = ld.get_device_mesh(args)
     model, optimizer, state = build(mesh, args)
@@ -119,7 +112,7 @@ def check_failure_is_everyones(rank, folder):
     except ld.RanksFailed as error:
         assert "rank 1: OSError: no space left" in str(error)
     else:
-        raise AssertionError("a failed save went unnoticed")
+        raise AssertionError("a failed save raised nothing")
     finally:
         lingua.checkpointing.folder.write_atomic = real
     loaded = manager.load(model, optimizer, state, mesh)
@@ -147,7 +140,7 @@ def test_two_ranks_resume_exactly_and_fail_together(tmp_path):
 
 
 def die_at_call(n, model, optimizer, state, folder, rule, async_save):
-    """Save step 3 over step 2's rule, and SIGKILL this process at the n-th touch of the disk."""
+    """Save, and SIGKILL this process at the n-th system call that changes the disk."""
     calls = 0
 
     def mortal(real):
@@ -172,7 +165,7 @@ def die_at_call(n, model, optimizer, state, folder, rule, async_save):
     [(False, False), (True, False), (False, True)],
     ids=["next step", "same step", "in the background"],
 )
-def test_a_kill_at_any_moment_of_save_leaves_a_checkpoint(run, tmp_path, again, async_save):
+def test_a_kill_during_a_save_keeps_a_checkpoint(run, tmp_path, again, async_save):
     manager, model, optimizer, state = run
     shutil.copytree(manager.path, tmp_path / "before")
     if not again:
@@ -196,7 +189,7 @@ def test_a_kill_at_any_moment_of_save_leaves_a_checkpoint(run, tmp_path, again, 
         assert all(len(name) == 10 for name in names), f"leftovers after a kill at {n}: {names}"
         if child.exitcode == 0:
             break
-    assert child.exitcode == 0 and n > 10, "the kills must have covered the whole save"
+    assert child.exitcode == 0 and n > 10, "the kills must cover the whole save"
     assert names == {f"{state.step:010d}"}
 
 
@@ -227,13 +220,13 @@ def damage_manifest(folder):
 
 
 def edit_manifest(folder):
-    """One letter of a key: else a file would be held to its length alone."""
+    """Without a known checksum only the size of a file would be checked."""
     file = folder / "manifest.json"
     file.write_text(file.read_text().replace('"sha256"', '"sha266"', 1))
 
 
 def flip_a_bit(folder):
-    """Of a weight: such a file still loads."""
+    """Flip a bit of a weight; the file still loads."""
     file, weight = folder / "__0_0.distcp", "model.output.weight"
     metadata = FileSystemReader(folder).read_metadata()
     (place,) = [p for key, p in metadata.storage_data.items() if key.fqn == weight]
@@ -259,7 +252,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(run, damage):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_previous_one(run, damage):
     manager, model, optimizer, state = run
     damage(manager.existing_saves[-1])
     model, optimizer, state = build()
@@ -273,16 +266,16 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(run, damage):
 
 
 @pytest.mark.parametrize("damage", [edit_train_state, truncate_tensors, flip_a_bit])
-def test_a_damaged_checkpoint_that_was_named_is_refused(run, damage, tmp_path):
+def test_a_damaged_named_checkpoint_fails(run, damage, tmp_path):
     manager, *_ = run
     named = manager.existing_saves[0]
     damage(named)
     args = {"init_ckpt_path": str(named), "continue_training_from_init": True}
-    with pytest.raises((UserError, ld.RanksFailed), match="is not what was written"):
+    with pytest.raises((UserError, ld.RanksFailed), match="differs from what was written"):
         manager_at(tmp_path / "new", **args).load(*build())
 
 
-def test_clean_up_leaves_a_folder_with_the_manifest_of_others(run):
+def test_clean_up_keeps_a_folder_with_a_foreign_manifest(run):
     manager, *_ = run
     replace_manifest(manager.existing_saves[0])
     manager.args.dump = SaveEvery(every=1, keep=1)
@@ -290,7 +283,7 @@ def test_clean_up_leaves_a_folder_with_the_manifest_of_others(run):
     assert [int(p.name) for p in manager.existing_saves] == [1, 2]
 
 
-def test_a_damaged_checkpoint_does_not_crowd_out_those_that_can_be_read(run):
+def test_a_damaged_checkpoint_does_not_displace_readable_ones(run):
     manager, model, optimizer, state = run
     train(4, model, optimizer, state)
     manager.save(model, optimizer, state, CONFIG)
@@ -306,7 +299,7 @@ def test_a_damaged_checkpoint_does_not_crowd_out_those_that_can_be_read(run):
     assert loaded is not None and loaded.step == 3
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run):
+def test_a_run_with_only_damaged_checkpoints_does_not_restart(run):
     manager, *fresh = run
     for folder in manager.existing_saves:
         truncate_tensors(folder)
@@ -314,14 +307,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run):
         manager.load(*fresh)
 
 
-# ---- what is loaded
+# ---- load
 
 
-def test_no_checkpoint_is_no_error(tmp_path):
+def test_loading_without_checkpoints_returns_none(tmp_path):
     assert manager_at(tmp_path).load(*build()) is None
 
 
-def test_changes_between_saved_and_given_config_are_told(run):
+def test_changes_of_the_config_are_reported(run):
     manager, *_ = run
     now = {"optim": {"lr": 0.01, "clip": 1.0}, "steps": STEPS}
     loaded = manager.load(*build(), config=now)
@@ -330,7 +323,7 @@ def test_changes_between_saved_and_given_config_are_told(run):
     assert loaded.differences[0].startswith("optim.lr: 0.05 -> 0.01")
 
 
-def test_a_new_run_continues_from_init_where_asked(run, tmp_path):
+def test_a_new_run_continues_from_init_ckpt_path(run, tmp_path):
     manager, *_ = run
     args = {"init_ckpt_path": str(manager.existing_saves[0]), "continue_training_from_init": True}
     model, optimizer, state = build()
@@ -339,24 +332,24 @@ def test_a_new_run_continues_from_init_where_asked(run, tmp_path):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * 2 / 4)
 
 
-def test_a_checkpoint_of_another_shape_is_refused_by_name(run):
+def test_another_shape_is_an_error_that_names_the_tensor(run):
     manager, *_ = run
     model, optimizer, state = build()
     model.rho = nn.Parameter(torch.zeros(7, 6))
-    with pytest.raises(UserError, match=r"rho is \(3, 6\), the model has \(7, 6\)"):
+    with pytest.raises(UserError, match=r"rho: \(3, 6\) in the checkpoint, \(7, 6\) in the model"):
         load_from_checkpoint(manager.existing_saves[-1], model)
-    with pytest.raises(UserError, match="is no checkpoint folder"):
+    with pytest.raises(UserError, match="not a checkpoint folder"):
         load_from_checkpoint(manager.path, model)
 
 
-def test_a_checkpoint_that_is_all_model_loads_with_an_empty_key(tmp_path):
+def test_a_checkpoint_without_prefix_loads_with_an_empty_model_key(tmp_path):
     dcp.save(make_model().state_dict(), checkpoint_id=tmp_path, no_dist=True)
     model = Looped()
     load_from_checkpoint(tmp_path, model, model_key="")
     assert_same_bits(dict(model.named_parameters()), dict(make_model().named_parameters()))
 
 
-def test_parameters_without_optimizer_state_stay_so(tmp_path):
+def test_parameters_without_optimizer_state_stay_without(tmp_path):
     model, optimizer, state = build()
     model.rho.requires_grad_(False)
     train(1, model, optimizer, state)
@@ -367,8 +360,8 @@ def test_parameters_without_optimizer_state_stay_so(tmp_path):
     assert not fresh.state[fresh_model.rho] and fresh.state[fresh_model.output.weight]
 
 
-def test_a_model_that_changed_is_refused_with_what_changed(tmp_path):
-    """Also one that lost layers: going on without them would throw away what they learned."""
+def test_a_changed_model_is_an_error_that_names_the_options(tmp_path):
+    """Resuming with fewer layers would silently drop what they learned."""
     model, optimizer, state = build()
     manager = manager_at(tmp_path)
     saved = {"model": {"n_layers": 2}, "optim": {"lr": 0.05}}
@@ -378,13 +371,15 @@ def test_a_model_that_changed_is_refused_with_what_changed(tmp_path):
     smaller.layers = smaller.layers[:1]
     smaller_optimizer, _ = build_optimizer(smaller, OptimArgs(lr=0.05, warmup=4), STEPS)
     now = {"model": {"n_layers": 1}, "optim": {"lr": 0.1}}
-    with pytest.raises(UserError, match="layers.1.norm.weight.*no such tensor") as caught:
+    with pytest.raises(UserError, match="layers.1.norm.weight") as caught:
         manager.load(smaller, smaller_optimizer, state, config=now)
-    assert "model.n_layers: 2 -> 1. Set it back" in str(caught.value)
+    assert "model.n_layers: 2 -> 1" in str(caught.value)
     assert "optim.lr" not in str(caught.value)
-    load_from_checkpoint(manager.existing_saves[-1], smaller)  # weights alone may be fewer
+    load_from_checkpoint(
+        manager.existing_saves[-1], smaller
+    )  # without optimizer this is only a warning
 
 
-def test_no_path_is_null_and_not_empty():
-    with pytest.raises(UserError, match="checkpoint.path is empty: name a folder, or null"):
+def test_an_empty_path_is_an_error():
+    with pytest.raises(UserError, match=r"checkpoint\.path"):
         CheckpointArgs(path="")

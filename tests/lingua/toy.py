@@ -1,4 +1,4 @@
-"""A looped model of a few hundred weights and its training, to test distributed training with."""
+"""A looped model of a few hundred weights, and a training loop for it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class Looped(nn.Module):
-    """The same blocks run LOOPS times in one forward, with a gate per loop."""
+    """Run the same blocks LOOPS times in one forward, with a gate per loop."""
 
     def __init__(self):
         super().__init__()
@@ -62,12 +62,12 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# fp32: ranks add up in another order than one process does
+# fp32; several ranks sum in another order than one process
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 
 
 def train(mesh, args: ld.DistributedArgs | None, *, steps=3, accumulate=2, clip=0.05):
-    """Losses, norms, gradients (before clipping) and final weights, whole on every rank."""
+    """Return losses, norms, gradients (before clipping) and final weights, not sharded."""
     model = make_model()
     if args is not None:
         ld.parallelize_model(model, mesh, None, args, PLAN)

@@ -1,43 +1,37 @@
-"""A checkpoint becomes a model: weights, config and tokenizer, ready for inference.
+"""Load a checkpoint for inference: weights, config and tokenizer.
 
     model, tokenizer, config = load_model_and_tokenizer("runs/demo", dtype="auto", device="auto")
 
-Optimizer states are not read. Weight matrices are cast to `dtype`; vectors (norms, gates, decays,
-convolutions: what `lingua.optim.is_matrix` says no to) stay in fp32, as in training.
+Weight matrices are cast to `dtype`. All other parameters (norms, gates, decays, convolutions, see
+`lingua.optim.is_matrix`) stay in fp32, as in training. Optimizer state is not read.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch import nn
 
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.mixers import MIXERS, Mixer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, fit_loop_gates
 from lingua.args import dataclass_from_dict
-from lingua.checkpoint import (
-    CONFIG_NAME,
-    CONSOLIDATE_NAME,
-    CheckpointArgs,
-    CheckpointManager,
-    load_from_checkpoint,
+from lingua.checkpoint import CONFIG_NAME, CONSOLIDATE_NAME, CheckpointArgs, CheckpointManager
+from lingua.checkpointing.dcp import check_fits
+from lingua.checkpointing.weights import (
+    SAFETENSORS_NAME,
+    find_weights,
+    read_weights,
+    weight_dtype,
 )
-from lingua.checkpointing.dcp import METADATA_NAME, MODEL_KEY
-from lingua.checkpointing.folder import MANIFEST_NAME, find_problem
-from lingua.checkpointing.weights import SAFETENSORS_NAME, find_weight_file, read_weights
 from lingua.errors import UserError
-from lingua.optim import is_matrix
 from lingua.parallel.args import DTYPES, resolve_dtype
 from lingua.parallel.ranks import get_device
 from lingua.tokenizer import TOKENIZERS, Tokenizer, TokenizerArgs, build_tokenizer
@@ -49,7 +43,7 @@ logger = logging.getLogger(__name__)
 class LoadedModel(NamedTuple):
     model: LoopedTransformer  # in eval mode, without gradients
     tokenizer: Tokenizer
-    config: dict[str, Any]  # the run's whole config, as it saved it
+    config: dict[str, Any]  # the whole config of the training run
 
 
 def load_model_and_tokenizer(
@@ -60,10 +54,10 @@ def load_model_and_tokenizer(
     loop_count: int | None = None,
     tokenizer_path: str | None = None,
 ) -> LoadedModel:
-    """Load a run's dump folder (its newest checkpoint), a step folder, or a file of weights alone.
+    """Load a run's dump folder (its newest checkpoint), a step folder, or a weight file.
 
-    `loop_count` runs the stack another number of times than in training; `tokenizer_path` says
-    where the tokenizer's file lies now. What does not fit is a UserError.
+    `loop_count` replaces the number of loops of training; `tokenizer_path` is the new place of a
+    tokenizer file that has moved. UserError if the parts do not fit together.
     """
     check_dtype(dtype)
     on = resolve_device(device)
@@ -71,24 +65,20 @@ def load_model_and_tokenizer(
     source = find_checkpoint(ckpt)
     config = read_config(source)
     tokenizer = _build_tokenizer(source, config, tokenizer_path)
-    trained = _model_args(config, tokenizer, source)
-    args = replace(trained, loop_count=trained.loop_count if loop_count is None else loop_count)
+    args = _model_args(config, tokenizer, source)
+    if loop_count is not None:
+        args = replace(args, loop_count=loop_count)
     args = _fit_to_device(args, on.type, matrix_dtype)
     with torch.device("meta"):
         model = LoopedTransformer(args)
-    if source.is_dir():
-        weights = _read_step_folder(source, trained, on, matrix_dtype)
-    else:
-        weights = {
-            name: _cast(name, tensor, on, matrix_dtype)
-            for name, tensor in read_weights(source, "ckpt").items()
-        }
+    weights = read_weights(source, "ckpt", device=on, matrix_dtype=matrix_dtype)
     if "rho" in weights and args.use_residual:
         weights["rho"] = fit_loop_gates(weights["rho"], args.loop_count)
-    _check_fits(source, model, {name: tuple(t.shape) for name, t in weights.items()})
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    check_fits(f"ckpt={source}", model.state_dict(), shapes, may_leave_out=False)
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False).eval()
-    if on.type == "cuda":  # on a CPU mapped files stay mapped
+    if on.type == "cuda":  # fusing copies the weights, which may be memory-mapped on a CPU
         fuse_projections(model)
     return LoadedModel(model, tokenizer, config)
 
@@ -110,47 +100,45 @@ def resolve_device(device: str) -> torch.device:
     if chosen.type == "cuda":
         count = torch.cuda.device_count()
         if (chosen.index or 0) >= count:
-            there = f"cuda:0 to cuda:{count - 1}, or " if count else ""
-            raise UserError(f"device={device}: this machine shows {count} GPUs; use {there}cpu")
+            available = f"cuda:0 to cuda:{count - 1}, or " if count else ""
+            raise UserError(f"device={device}: this machine has {count} GPUs; use {available}cpu")
         return get_device() if chosen.index is None else chosen
     return chosen
 
 
 def find_checkpoint(ckpt: str) -> Path:
-    """The step folder, or the file of weights, that `ckpt` means."""
+    """Return the step folder or weight file that `ckpt` names; a run's newest checkpoint."""
     path = Path(ckpt)
     if not ckpt or not path.exists():
-        raise UserError(f"ckpt={ckpt}: no such file or folder (seen from {Path.cwd()})")
-    if (path / METADATA_NAME).is_file():
-        return path
-    file = find_weight_file(path)
-    if file is not None:
-        return file
+        raise UserError(f"ckpt={ckpt}: no such file or folder (relative to {Path.cwd()})")
+    found = find_weights(path)
     for folder in (path / "checkpoints", path):
-        newest = CheckpointManager(CheckpointArgs(path=str(folder))).get_last_step_path()
-        if newest is not None:
-            return newest
-    raise UserError(
-        f"ckpt={ckpt} holds no complete checkpoint: give a run's dump_dir, a step folder such as "
-        f"<dump_dir>/checkpoints/0000001000, or a {CONSOLIDATE_NAME} or {SAFETENSORS_NAME}"
-    )
+        manager = CheckpointManager(CheckpointArgs(path=str(folder)))
+        found = found or manager.get_last_step_path()
+    if found is None:
+        raise UserError(
+            f"ckpt={ckpt} holds no complete checkpoint; name a run's dump_dir, a step folder such "
+            "as <dump_dir>/checkpoints/0000001000, or a weight file "
+            f"({CONSOLIDATE_NAME} or {SAFETENSORS_NAME})"
+        )
+    return found
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    """The run's config from beside its weights."""
+    """Read the run's config from the folder of its weights."""
     folder = source if source.is_dir() else source.parent
     file = folder / CONFIG_NAME
     if not file.is_file() and (folder / "config.json").is_file():
         raise UserError(
-            f"ckpt={source}: this is a Hugging Face folder; make it one of ours with "
+            f"ckpt={source}: this is a Hugging Face folder; convert it with "
             f"python -m apps.LT2.scripts.import_hf hf={folder} out=..."
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"ckpt={source}: {file} is missing, which says what model this is; "
-            "the checkpoint is incomplete, or no run of this program wrote it"
+            f"ckpt={source}: {file}, which describes the model, is missing; "
+            "the checkpoint is incomplete or from another program"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"ckpt={source}: {file} is not readable: {error}") from None
@@ -164,7 +152,7 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def resolve_tokenizer(source: Path, config: Mapping[str, Any], path: str | None) -> TokenizerArgs:
-    """The run's tokenizer, its file at `path`, beside a file of weights, or where it was."""
+    """Locate the tokenizer file: at `path`, next to a weight file, or where training found it."""
     saved = dataclass_from_dict(TokenizerArgs, config["data"]["tokenizer"])
     if path is not None and saved.path is None:
         raise UserError(f"tokenizer_path={path}: the tokenizer {saved.name} has no file")
@@ -175,15 +163,13 @@ def resolve_tokenizer(source: Path, config: Mapping[str, Any], path: str | None)
 
 
 def _build_tokenizer(source: Path, config: Mapping[str, Any], path: str | None) -> Tokenizer:
-    saved = resolve_tokenizer(source, config, path)
-    if path is None:
-        try:
-            return build_tokenizer(saved.name, saved.path)
-        except UserError as error:
-            if saved.path is None:
-                raise
-            raise UserError(f"{error}; if it has moved, say tokenizer_path=...") from None
-    return build_tokenizer(saved.name, saved.path)
+    args = resolve_tokenizer(source, config, path)
+    try:
+        return build_tokenizer(args.name, args.path)
+    except UserError as error:
+        if path is not None or args.path is None:
+            raise
+        raise UserError(f"{error}; if the file has moved, set tokenizer_path=...") from None
 
 
 def _model_args(
@@ -195,8 +181,8 @@ def _model_args(
         raise UserError(f"ckpt={source}: {CONFIG_NAME}, section model: {error}") from None
     if args.vocab_size < tokenizer.n_words:
         raise UserError(
-            f"ckpt={source}: the model has a vocabulary of {args.vocab_size} pieces and its "
-            f"tokenizer one of {tokenizer.n_words}: this is not the tokenizer of the training run"
+            f"ckpt={source}: model.vocab_size={args.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer.n_words} tokens; use the tokenizer of the training run"
         )
     return args
 
@@ -204,7 +190,7 @@ def _model_args(
 def _fit_to_device(
     args: LoopedTransformerArgs, device_type: str, dtype: torch.dtype
 ) -> LoopedTransformerArgs:
-    """The backend that a run trained with is not part of its weights: take one that works here."""
+    """Replace an attention backend that does not work here; the weights do not depend on it."""
     check_kernels(args, device_type)
     try:
         check_attention_device(args.attn_impl, device_type=device_type, dtype=dtype)
@@ -215,68 +201,20 @@ def _fit_to_device(
 
 
 def check_kernels(args: LoopedTransformerArgs, device_type: str) -> None:
-    """Refuse a GPU machine on which kernels of these mixers do not run."""
+    """Raise UserError on a GPU machine that cannot run the kernels of these mixers."""
     mixers = {MIXERS[spec.mixer] for loop in args.layout() for spec in loop}
     if device_type == "cuda" and any(mixer.uses_fla for mixer in mixers):
         check_gpu_stack()
 
 
 def cast_for_inference(model: nn.Module, matrix_dtype: torch.dtype) -> None:
-    """Matrices to `matrix_dtype` and vectors to fp32, in place."""
+    """Cast weight matrices to `matrix_dtype` and all other parameters to fp32, in place."""
     for name, param in model.named_parameters():
-        param.data = _cast(name, param.data, param.device, matrix_dtype)
+        param.data = param.data.to(weight_dtype(name, param.data, matrix_dtype))
 
 
 def fuse_projections(model: LoopedTransformer) -> None:
-    """Lay the weights of linears that read the same input side by side, in place, for decoding."""
+    """Fuse the weights of linears that read the same input, in place, for decoding."""
     for module in model.modules():
         if isinstance(module, Mixer | FeedForward):
             fuse_weights(module.fused_linears())
-
-
-def _cast(name: str, tensor: Tensor, device: torch.device, matrix_dtype: torch.dtype) -> Tensor:
-    dtype = matrix_dtype if is_matrix(name, tensor) else torch.float32
-    return tensor.to(device=device, dtype=dtype)
-
-
-def _read_step_folder(
-    folder: Path, args: LoopedTransformerArgs, device: torch.device, matrix_dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Weights by name. They are read into tensors that already have their device and dtype."""
-    problem = find_problem(folder) if (folder / MANIFEST_NAME).exists() else None
-    if problem is not None:
-        raise UserError(f"ckpt={folder}: the checkpoint is damaged: {problem}; take another one")
-    with torch.device("meta"):
-        model = LoopedTransformer(args)
-    cast_for_inference(model, matrix_dtype)
-    try:
-        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-        prefix = f"{MODEL_KEY}."
-        sizes = {
-            key.removeprefix(prefix): tuple(entry.size)
-            for key, entry in stored.items()
-            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-        }
-        _check_fits(folder, model, sizes)
-        model.to_empty(device=device)
-        load_from_checkpoint(folder, model)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"ckpt={folder}: the checkpoint is not readable: {reason}") from None
-    return model.state_dict()
-
-
-def _check_fits(source: Path, model: nn.Module, given: Mapping[str, tuple[int, ...]]) -> None:
-    """Names and shapes that are `given` must be all that the model has, and no more."""
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    wrong = sorted(
-        name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
-    )
-    if wrong:
-        name = wrong[0]
-        raise UserError(
-            f"ckpt={source}: {len(wrong)} tensors do not fit the model of {CONFIG_NAME}, such as "
-            f"{name}: {given.get(name, 'absent')} here, {wanted.get(name, 'absent')} in the model"
-        )

@@ -27,8 +27,13 @@ from apps.LT2.inference.load import (
 from apps.LT2.scripts.llama import check_is_llama, llama_config, to_llama
 from apps.LT2.scripts.weight_folder import copy_tokenizer, new_folder, write_json
 from lingua.args import parse_args
-from lingua.checkpointing.dcp import CONFIG_NAME, CONSOLIDATE_NAME
-from lingua.checkpointing.weights import SAFETENSORS_NAME, check_can_write, write_weights
+from lingua.checkpointing.dcp import CONFIG_NAME
+from lingua.checkpointing.weights import (
+    CONSOLIDATE_NAME,
+    SAFETENSORS_NAME,
+    check_can_write,
+    write_weights,
+)
 from lingua.errors import UserError, run_cli
 from lingua.parallel.args import DTYPES
 from lingua.tokenizer import HuggingFaceTokenizer, TokenizerArgs

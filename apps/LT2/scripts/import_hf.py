@@ -21,8 +21,13 @@ from apps.LT2.scripts.llama import from_llama, read_llama_config
 from apps.LT2.scripts.weight_folder import copy_tokenizer, new_folder, write_json
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.args import parse_args
-from lingua.checkpointing.dcp import CONFIG_NAME, CONSOLIDATE_NAME, check_fits
-from lingua.checkpointing.weights import SAFETENSORS_NAME, read_weights, write_weights
+from lingua.checkpointing.dcp import CONFIG_NAME, check_fits
+from lingua.checkpointing.weights import (
+    CONSOLIDATE_NAME,
+    SAFETENSORS_NAME,
+    read_weights,
+    write_weights,
+)
 from lingua.errors import UserError, run_cli
 from lingua.tokenizer import TOKENIZERS, TokenizerArgs, build_tokenizer
 
@@ -50,8 +55,8 @@ def import_llama(args: ImportArgs) -> None:
         weights = from_llama(read_folder(source), model_args, f"hf={args.hf}")
         with torch.device("meta"):
             model = LoopedTransformer(model_args)
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        check_fits(source, model.state_dict(), shapes, may_leave_out=False)
+        shapes = {name: tensor.shape for name, tensor in weights.items()}
+        check_fits(f"hf={args.hf}", model.state_dict(), shapes, may_leave_out=False)
         copy_tokenizer(folder, tokenizer)
         data = {"tokenizer": asdict(tokenizer)}
         write_json(folder / CONFIG_NAME, {"model": asdict(model_args), "data": data})

@@ -1,4 +1,4 @@
-"""Small runs that are saved and come back: what the tests of checkpoints share."""
+"""Small runs to save and resume, shared by the tests of checkpoints."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import lingua.checkpointing.dcp
-import lingua.checkpointing.folder
-import lingua.checkpointing.save
 from lingua import distributed as ld
-from lingua.checkpoint import (
-    CheckpointArgs,
-    CheckpointManager,
-)
+from lingua.checkpoint import CheckpointArgs, CheckpointManager
+from lingua.checkpointing.dcp import optimizer_state
 from lingua.optim import OptimArgs, build_optimizer
 from tests.lingua.toy import PLAN, ROWS, make_batches, make_model, whole
 
@@ -54,7 +49,7 @@ def build(mesh=None, args=None):
 
 
 def train(upto, model, optimizer, state, mesh=None):
-    """Train with noise from every generator, so that a resume must restore them all."""
+    """Train with noise from every random generator, so a resume must restore them all."""
     rank, degree = ld.get_dp_rank_and_degree(mesh)
     mine = slice(rank * ROWS // degree, (rank + 1) * ROWS // degree)
     log = []
@@ -74,7 +69,7 @@ def train(upto, model, optimizer, state, mesh=None):
 
 
 def tensors(model, optimizer):
-    moments = lingua.checkpointing.dcp.optimizer_state(model, optimizer)
+    moments = optimizer_state(model, optimizer)
     return {
         "model": {n: whole(p).detach().clone() for n, p in model.named_parameters()},
         "optim": {n: {k: whole(t).clone() for k, t in s.items()} for n, s in moments.items()},
