@@ -170,7 +170,7 @@ class CheckpointManager:
         config: Any,
         device_mesh: DeviceMesh | None = None,
     ) -> bool:
-        """Save a checkpoint of `train_state`'s step, then delete those that no rule keeps.
+        """Save a checkpoint of `train_state`'s step, then delete checkpoints that no rule keeps.
 
         A collective. On return the checkpoint is complete on disk. With checkpoint.async_save it is
         complete after the next `finish`, or the `poll` that finds it written. Ctrl-C waits for it;
@@ -270,7 +270,7 @@ class CheckpointManager:
         config: Any = None,
         path: str | os.PathLike | None = None,
     ) -> Loaded | None:
-        """Load `path` or the newest readable checkpoint; None if there is no checkpoint.
+        """Load `path` or the newest readable checkpoint; return None without any checkpoint.
 
         Restores tensors, train state and random generators in place. Reports where `config` differs
         from the saved one. Without a checkpoint, `continue_training_from_init` resumes from

@@ -120,7 +120,7 @@ def check_fits(
     *,
     may_leave_out: bool,
 ) -> None:
-    """Raise UserError unless the shapes of a model's `weights` are those of the `stored` tensors.
+    """Raise UserError unless a model's `weights` and the `stored` tensors have the same shapes.
 
     With `may_leave_out`, stored tensors that the model lacks are only a warning.
     """

@@ -2,7 +2,7 @@
 
 A thread can write while training continues. Like torch's own `dcp.save`, a save has three parts:
 plan on all ranks, write the tensors, write the metadata. Only the middle part runs in the thread,
-because a collective there could interleave with those of the training step.
+because a collective there could interleave with the collectives of training.
 """
 
 from __future__ import annotations

@@ -270,7 +270,7 @@ def test_a_half_written_file_is_told(tmp_path):
     for form, name in export_weights.FILES.items():
         file = export(tmp_path / "run", tmp_path / form, form) / name
         file.write_bytes(file.read_bytes()[:1000])
-        with pytest.raises(UserError, match="not a file of weights"):
+        with pytest.raises(UserError, match="not readable"):
             if form == "hf":
                 import_(tmp_path / form, tmp_path / "out", "tokenizer.name=bytes")
             else:
