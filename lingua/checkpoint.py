@@ -57,7 +57,7 @@ from lingua.distributed import (
 )
 from lingua.errors import UserError
 from lingua.logger import log_on_rank_0
-from lingua.parallel.signals import finished_before_interrupt
+from lingua.parallel.signals import defer_interrupt
 from lingua.redact import redact_all
 from lingua.rng import get_rng_state, set_rng_state
 
@@ -176,7 +176,7 @@ class CheckpointManager:
         complete after the next `finish`, or the `poll` that finds it written. Ctrl-C waits for it;
         a second Ctrl-C does not.
         """
-        with finished_before_interrupt(PENDING_SAVE):
+        with defer_interrupt(PENDING_SAVE):
             self.finish()
             state = train_state.state_dict()
             assert RNG_KEY not in state, f"{RNG_KEY!r} is the manager's own key in the train state"
@@ -198,7 +198,7 @@ class CheckpointManager:
 
     def finish(self) -> None:
         """Wait for the pending save, if any, and publish it. A collective."""
-        with finished_before_interrupt(PENDING_SAVE):
+        with defer_interrupt(PENDING_SAVE):
             self._publish()
 
     def _publish(self) -> None:

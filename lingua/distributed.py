@@ -55,7 +55,7 @@ from lingua.parallel.ranks import setup_env as setup_env
 from lingua.parallel.signals import blocked_parent_signals
 from lingua.parallel.signals import init_signal_handler as init_signal_handler
 from lingua.parallel.signals import requeue_slurm_job as requeue_slurm_job
-from lingua.parallel.torchrun import ending_with_torchrun, leave_with_torchrun
+from lingua.parallel.torchrun import exit_with_torchrun, signal_when_torchrun_dies
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -83,7 +83,7 @@ def fit_to_world(args: DistributedArgs, world_size: int) -> DistributedArgs:
 
 def setup_torch_distributed(args: DistributedArgs) -> None:
     """Set torch's switches and join the process group, if there is any use for one."""
-    leave_with_torchrun()
+    signal_when_torchrun_dies()
     multiprocessing.set_start_method(args.spawn_method, force=True)
     if args.spawn_method == "forkserver":
         # Started now, the server is a copy of a process without CUDA and threads.
@@ -109,7 +109,7 @@ def setup_torch_distributed(args: DistributedArgs) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if needs_fsdp(args, get_world_size(), device.type) and not dist.is_initialized():
-        with ending_with_torchrun():
+        with exit_with_torchrun():
             _init_process_group(device, timedelta(minutes=args.timeout_minutes))
         atexit.register(destroy_process_group)
 
@@ -232,14 +232,14 @@ class RanksFailed(RuntimeError):
     """Work shared by all ranks failed on at least one; raised on every rank, naming the first."""
 
 
-class RankMetFault(RanksFailed, MachineFault):
+class RankMachineFault(RanksFailed, MachineFault):
     """The same, where what failed was the machine."""
 
 
 def run_together(work: Callable[[], T]) -> T:
     """Do this rank's part of a shared piece of work; if any rank fails, all of them raise.
 
-    A UserError stays one, a full disk becomes RankMetFault, everything else RanksFailed. A
+    A UserError stays one, a full disk becomes RankMachineFault, everything else RanksFailed. A
     collective.
     """
     result, error = None, None
@@ -269,7 +269,7 @@ def _describe(error: Exception) -> tuple[type[Exception], str]:
     """What to raise for it on all ranks."""
     if isinstance(error, UserError):
         return UserError, str(error)
-    kind = RankMetFault if is_machine_fault(error) else RanksFailed
+    kind = RankMachineFault if is_machine_fault(error) else RanksFailed
     return kind, f"{type(error).__name__}: {error}"
 
 

@@ -77,7 +77,7 @@ from lingua.logger import end_in_log_file, init_logger, log_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallel.args import resolve_dtype
-from lingua.parallel.torchrun import ending_with_torchrun
+from lingua.parallel.torchrun import exit_with_torchrun
 from lingua.parallel.watchdog import HangWatchdog
 from lingua.profiling import maybe_run_profiler
 from lingua.rng import seed_everything
@@ -108,7 +108,7 @@ def train(given: TrainArgs) -> None:
     with ExitStack() as resources:
         folders = {"dump_dir": args.dump_dir, "checkpoint.path": str(args.checkpoint.path)}
         resources.enter_context(make_and_lock_folders(folders, is_master=get_is_master()))
-        with ending_with_torchrun():  # from the first step on, a signal has the run save
+        with exit_with_torchrun():  # from the first step on, a signal has the run save
             start(args)
             resources.enter_context(end_in_log_file())
             resources.enter_context(manual_garbage_collection())

@@ -41,7 +41,7 @@ from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.pattern import LayerSpec, Layout, LayoutPlan, PatternParser
 from lingua.errors import UserError
-from lingua.parallel.tensor_parallel import own_weight, parallel_of
+from lingua.parallel.tensor_parallel import local_weight, tp_of
 from lingua.transformer import (
     RMSNorm,
     depth_factor,
@@ -166,7 +166,7 @@ class LoopedTransformer(nn.Module):
         if target is None:
             return self._logits(h)
         loss = linear_cross_entropy(
-            h.flatten(0, 1), self.head_weight, target.flatten(), tp=parallel_of(self.head)
+            h.flatten(0, 1), self.head_weight, target.flatten(), tp=tp_of(self.head)
         )
         return self._add_mixer_losses(loss, mixer_losses)
 
@@ -222,7 +222,7 @@ class LoopedTransformer(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(V, D); under tensor parallelism the rows of this rank's pieces."""
-        return own_weight(self.head)
+        return local_weight(self.head)
 
     def init_cache(
         self,
@@ -339,7 +339,7 @@ class LoopedTransformer(nn.Module):
         return (h.float() + self.rho[loop].float() * u.float()).type_as(h)
 
     def _logits(self, h: Tensor) -> Tensor:
-        tp = parallel_of(self.head)
+        tp = tp_of(self.head)
         return tp.gather_from(F.linear(tp.copy_to(h), self.head_weight)).float()
 
 

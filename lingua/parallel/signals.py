@@ -35,10 +35,10 @@ def init_signal_handler(handler: Callable[[int, FrameType | None], None]) -> Non
 
 
 @contextlib.contextmanager
-def finished_before_interrupt(what: str) -> Iterator[None]:
+def defer_interrupt(what: str) -> Iterator[None]:
     """A Ctrl-C (SIGINT) inside takes effect at the end, after a word about `what`; a second one,
     as usual, at once. Changes nothing where SIGINT is ignored, or is not Python's own to handle, as
-    inside of another `finished_before_interrupt`."""
+    inside of another `defer_interrupt`."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

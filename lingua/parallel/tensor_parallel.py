@@ -182,11 +182,11 @@ class SplitLinear(nn.Linear):
         self.tp, self.dim = tp, dim
         self.weight = _split_weight(whole.weight, tp, dim)
         self.register_parameter("bias", None)
-        self.out_features, self.in_features = own_weight(self).shape
+        self.out_features, self.in_features = local_weight(self).shape
         self.part: Tensor | None = None  # of the weight, for compiled code
 
     def forward(self, input: Tensor) -> Tensor:
-        y = F.linear(input, own_weight(self))
+        y = F.linear(input, local_weight(self))
         return self.tp.reduce_from(y) if self.dim == INPUTS else y
 
 
@@ -202,14 +202,14 @@ class SplitEmbedding(nn.Embedding):
         assert whole.padding_idx is None and whole.max_norm is None
         self.tp = tp
         self.weight = _split_weight(whole.weight, tp, OUTPUTS)
-        self.num_embeddings, self.embedding_dim = own_weight(self).shape
+        self.num_embeddings, self.embedding_dim = local_weight(self).shape
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.num_embeddings
         # Beyond the last rank's rows, or before the first one's, there is none to look up.
         owner = input.div(rows, rounding_mode="floor").clamp(0, self.tp.size - 1)
         # A piece of another rank looks up any row, and what it found there is dropped.
-        found = F.embedding(input - owner * rows, own_weight(self))
+        found = F.embedding(input - owner * rows, local_weight(self))
         is_own = owner == self.tp.rank
         return self.tp.reduce_from(found.masked_fill(~is_own[..., None], 0))
 
@@ -222,7 +222,7 @@ def _split_weight(whole: Tensor, tp: TensorParallel, dim: int) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=whole.requires_grad)
 
 
-def own_weight(module: nn.Linear | nn.Embedding) -> Tensor:
+def local_weight(module: nn.Linear | nn.Embedding) -> Tensor:
     """What this rank computes with: its part of a split weight, else the weight."""
     if not isinstance(module, (SplitLinear, SplitEmbedding)):
         return module.weight
@@ -235,7 +235,7 @@ def own_weight(module: nn.Linear | nn.Embedding) -> Tensor:
     return module.weight.to_local()
 
 
-def parallel_of(module: nn.Module) -> TensorParallel:
+def tp_of(module: nn.Module) -> TensorParallel:
     """The ranks that share a layer."""
     return getattr(module, "tp", ALONE)
 
@@ -278,5 +278,5 @@ def partial_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Those of modules with a `tp`. Each rank reads its own part of their vectors, or uses them for
     its own heads, so that the gradients are parts of a sum over the ranks."""
     for module in model.modules():
-        if parallel_of(module).size > 1:
+        if tp_of(module).size > 1:
             yield from module.parameters()

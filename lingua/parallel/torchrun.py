@@ -32,7 +32,7 @@ def _note_parent() -> None:
 os.register_at_fork(after_in_child=_note_parent)
 
 
-def leave_with_torchrun() -> None:
+def signal_when_torchrun_dies() -> None:
     """Get SIGUSR2 when torchrun is gone: killed by SIGKILL it can end none of its ranks, and these
     would go on unseen, holding their GPUs. Under other launchers, and off Linux, nothing changes.
     Where it is gone already, a MachineFault.
@@ -68,7 +68,7 @@ def _is_store_served() -> bool:
 
 
 @contextlib.contextmanager
-def ending_with_torchrun() -> Iterator[None]:
+def exit_with_torchrun() -> Iterator[None]:
     """Inside, the process ends as soon as torchrun is gone. For the time before there is anything
     to save: who waits for torchrun's store then runs no signal handler of Python."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -31,7 +31,7 @@ from apps.LT2.mixers.base import (
 )
 from apps.LT2.mixers.parts import ShortConv
 from lingua.errors import UserError
-from lingua.parallel.tensor_parallel import TensorParallel, own_weight
+from lingua.parallel.tensor_parallel import TensorParallel, local_weight
 from lingua.probe import is_probing
 from lingua.transformer import check_sizes, fused_weight
 
@@ -284,7 +284,7 @@ def project_streams(
         outputs = [linear(x) for linear in linears]
         return torch.cat(outputs[: len(streams)], dim=-1), tuple(outputs[len(streams) :])
     if weight is None:
-        weight = torch.cat([own_weight(linear) for linear in linears])
+        weight = torch.cat([local_weight(linear) for linear in linears])
     widths = [sum(linear.out_features for linear in streams)]
     widths += [linear.out_features for linear in rest]
     first, *others = F.linear(x, weight).split(widths, dim=-1)

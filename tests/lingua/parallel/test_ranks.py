@@ -17,7 +17,7 @@ from lingua.parallel.ranks import (
     get_world_size,
     setup_env,
 )
-from lingua.parallel.signals import finished_before_interrupt, requeue_slurm_job
+from lingua.parallel.signals import defer_interrupt, requeue_slurm_job
 from tests.lingua.dist_utils import RANK_NAMES
 
 
@@ -80,9 +80,9 @@ def test_requeue_asks_scontrol_once_and_only_inside_slurm(monkeypatch, tmp_path)
 
 def test_a_second_ctrl_c_leaves_at_once_wherever_it_comes():
     reached = []
-    with pytest.raises(KeyboardInterrupt), finished_before_interrupt("the whole"):
+    with pytest.raises(KeyboardInterrupt), defer_interrupt("the whole"):
         signal.raise_signal(signal.SIGINT)
-        with finished_before_interrupt("a part"):
+        with defer_interrupt("a part"):
             reached.append("part")
             signal.raise_signal(signal.SIGINT)
             reached.append("rest of the part")
@@ -93,8 +93,8 @@ def test_a_second_ctrl_c_leaves_at_once_wherever_it_comes():
 def test_a_ctrl_c_in_a_part_takes_effect_after_the_whole():
     reached = []
     with pytest.raises(KeyboardInterrupt):
-        with finished_before_interrupt("the whole"):
-            with finished_before_interrupt("a part"):
+        with defer_interrupt("the whole"):
+            with defer_interrupt("a part"):
                 signal.raise_signal(signal.SIGINT)
             reached.append("rest")
         reached.append("more")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lingua.parallel.signals import init_signal_handler
-from lingua.parallel.torchrun import leave_with_torchrun
+from lingua.parallel.torchrun import signal_when_torchrun_dies
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells of dead parents")
 
@@ -40,7 +40,7 @@ def test_a_rank_is_told_that_torchrun_was_killed(monkeypatch, launcher, told):
 
 def rank(writer: int) -> None:
     init_signal_handler(lambda *_: os.write(writer, b"2") and os._exit(0))
-    leave_with_torchrun()
+    signal_when_torchrun_dies()
     os.write(writer, b"1")
     signal.sigtimedwait([], 5)
     os._exit(0)
