@@ -1,4 +1,4 @@
-"""Command lines that have both --options and key=value overrides of a config.
+"""Parse command lines that mix --options and key=value overrides of a config.
 
 parser = OneLineParser(description=...)
 given, overrides = parser.parse_with_overrides(argv)     overrides go to args.parse_args
@@ -13,24 +13,23 @@ from typing import Any, NoReturn
 
 from lingua.errors import UserError
 
-OVERRIDE = re.compile(r"[^-/=][^/=]*=")  # a path may have "=" in it, but has a slash before
+OVERRIDE = re.compile(r"[^-/=][^/=]*=")  # the "=" of a path comes after a slash
 
 
 class DefaultsShown(argparse.HelpFormatter):
-    """Each default behind its option's help. Switches, and what is not set by itself, have none."""
+    """Append the default to each option's help, except for switches and empty defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
         if default in (None, argparse.SUPPRESS) or isinstance(default, bool) or default == []:
             return action.help
         values = default if isinstance(default, list) else [default]
-        shown = " ".join(map(str, values)).replace("%", "%%")  # argparse fills help texts in
+        shown = " ".join(map(str, values)).replace("%", "%%")  # argparse formats help texts
         return f"{action.help or ''} (default: {shown})".lstrip()
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors, without the usage in front of them, and whose
-    --help shows defaults."""
+    """An argparse parser whose errors are UserErrors and whose --help shows defaults."""
 
     def __init__(self, **options: Any):
         super().__init__(formatter_class=DefaultsShown, **options)
@@ -39,7 +38,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists all options)")
 
     def parse_with_overrides(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The options, and every `key=value` wherever it stands, save as the value of an option."""
+        """Separate `key=value` arguments, at any position, from the --options."""
         overrides: list[str] = []
         others: list[str] = []
         for before, arg in zip(["", *argv], argv, strict=False):
@@ -55,11 +54,9 @@ class OneLineParser(argparse.ArgumentParser):
         self.require_at_least(1, given, *names)
 
     def require_at_least(self, least: int, given: argparse.Namespace, *names: str) -> None:
-        """UserError where an option, or one of its values, is below `least`."""
+        """Raise UserError if an option, or one value of a list, is below `least`."""
         for action in self._actions:
-            if action.dest in names:
-                values = getattr(given, action.dest)
-                for value in values if isinstance(values, list) else [values]:
-                    if value is not None and value < least:
-                        option = action.option_strings[0]
-                        raise UserError(f"{option} {value} must be at least {least}")
+            values = getattr(given, action.dest, None) if action.dest in names else None
+            for value in values if isinstance(values, list) else [values]:
+                if value is not None and value < least:
+                    raise UserError(f"{action.option_strings[0]} {value} must be at least {least}")

@@ -1,263 +1,198 @@
-"""Plain containers, as YAML and JSON give them, turned into config dataclasses by their type hints.
+"""Fill config dataclasses with OmegaConf; every error names the dotted option.
 
-A number may be written in any way that keeps its value (1e5 for an int, "3e-4" for a float); what
-does not fit is a UserError with the dotted option, the value and the type.
+OmegaConf checks and converts values, and resolves `${a.b}` and `???`. Added here: an option that is
+not a section is replaced, never merged; 1e5 fits an integer; `true` is not text; floats are finite.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
-import os
 import re
 import typing
-from collections.abc import Callable, Container, Mapping, Sequence
-from enum import Enum
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Container, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from lingua.config.help import (
     dataclass_in,
     describe_type,
-    field_default,
     field_types,
     format_value,
     union_members,
     walk_fields,
 )
-from lingua.errors import UserError
+from lingua.config.yaml import yaml_value
+from lingua.errors import UserError, first_line, import_optional
 
 T = TypeVar("T")
 
-TRUE_WORDS = ("true", "yes", "on", "1")
-NOT_FINITE = ("nan", "inf", "infinity")
-FALSE_WORDS = ("false", "no", "off", "0")
+
+class Text(str):
+    """A value as typed on the command line, to be read by the type of its option."""
 
 
-class _Mismatch(Exception):
-    """The value is not of this type; another alternative of the field may still take it."""
+class Given(NamedTuple):
+    value: Any
+    hint: Any
+    place: str = ""  # "run.yaml:3: " for an option from a file
+    is_typed: bool = False  # on the command line
 
 
-class Reader:
-    """Builds dataclasses from plain containers; every complaint names the dotted option.
+class Options(Generic[T]):
+    """Options of the dataclass `cls`, by dotted name. `strict=False` ignores unknown ones."""
 
-    `origins` tells the file and line of the options that came from a file.
-    """
-
-    def __init__(self, root: type, origins: Mapping[str, str], strict: bool = True):
-        self.root = root
-        self.origins = origins
+    def __init__(self, cls: type[T], strict: bool = True):
+        self.cls = cls
         self.strict = strict
+        self.given: dict[str, Given] = {}
 
-    def section(self, cls: type[T], data: Any, path: str, base: Any = None) -> T:
-        """`cls` from a mapping; what is not given comes from `base` or from the defaults."""
-        if not isinstance(data, Mapping):
-            raise self._wrong(path, data, cls)
-        hints = field_types(cls)
-        fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-        if self.strict:
-            for key, value in data.items():
-                if key not in fields:
-                    raise self._unknown(cls, path, str(key), value)
-        values = {}
-        for name, f in fields.items():
-            below = f"{path}.{name}" if path else name
-            default = getattr(base, name) if base is not None else field_default(f)
-            inner = dataclass_in(hints[name])
-            if name in data:
-                values[name] = self._given(hints[name], inner, data[name], below, default)
-            elif default is dataclasses.MISSING:
-                raise UserError(f"{below} is not set: give it as {below}=...")
-            elif inner is not None and default is inner:
-                values[name] = self.section(inner, {}, below)
-            else:
-                values[name] = default
-        try:
-            return cls(**values)
-        except UserError as error:
-            raise UserError(with_path(str(error), path, fields)) from None
+    def add(self, data: Mapping[str, Any], lines: Mapping[str, str] | None = None) -> None:
+        """Merge sections option by option, and replace everything else, dicts included.
 
-    def _given(self, hint: Any, inner: type | None, value: Any, path: str, default: Any) -> Any:
-        if inner is None:
-            return self.value(hint, value, path)
-        if isinstance(value, inner):
-            return value
-        if value is None and type(None) in union_members(hint):
-            return None
-        # An empty section in YAML (`optim:`, nothing below) reads as null: it means the defaults.
-        base = default if isinstance(default, inner) else None
-        return self.section(inner, {} if value is None else value, path, base)
+        A key may be dotted. `lines` maps dotted names to "file:line".
+        """
+        self._add(self.cls, data, "", lines or {})
 
-    def value(self, hint: Any, value: Any, path: str) -> Any:
-        members = union_members(hint)
-        if value is None and type(None) in members:
-            return None
-        # Where several types could take a value, its own type goes before a conversion.
-        for member in sorted(members, key=lambda m: type(value) is not m):
+    def build(self) -> T:
+        """Construct the dataclass, inner sections first."""
+        omegaconf = import_optional("omegaconf", extra="", needed_by="reading options")
+        config = omegaconf.OmegaConf.structured(self.cls)
+        for name, (value, hint, *_) in self.given.items():
+            is_section = dataclass_in(hint) is not None and value == {}
             try:
-                return self._as(member, value, path)
-            except _Mismatch:
+                omegaconf.OmegaConf.update(config, name, _fit(hint, value), merge=is_section)
+            except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
+                is_interpolation = "${" in str(value)  # that does not parse
+                raise self._wrong(
+                    name, first_line(error) if is_interpolation else _expected(hint, value)
+                ) from None
+        return self._construct(omegaconf, config, "")
+
+    def _add(
+        self, cls: type, data: Mapping[str, Any], above: str, lines: Mapping[str, str]
+    ) -> None:
+        for key, value in data.items():
+            place = f"{lines[above + key]}: " if above + key in lines else ""
+            field, _, rest = key.partition(".")
+            if field not in field_types(cls):
+                if self.strict:
+                    raise UserError(place + unknown_option(self.cls, cls, above, field))
                 continue
-        raise self._wrong(path, value, hint)
+            name, hint = above + field, field_types(cls)[field]
+            section, is_typed = dataclass_in(hint), isinstance(value, Text)
+            if rest:
+                value = {rest: value} if section else self._with_key(name, hint, rest, value)
+            elif is_typed:
+                value = read_text(hint, value, name)
+            if section and isinstance(value, Mapping):
+                if name not in self.given or self.given[name].value is None:
+                    self.given[name] = Given({}, hint, place)
+                self._add(section, value, f"{name}.", lines)
+                continue
+            for old in [o for o in self.given if f"{o}.".startswith(f"{name}.")]:
+                del self.given[old]
+            # An empty section in YAML (`optim:`) reads as null and means the defaults.
+            if value is not None or section is None or type(None) in union_members(hint):
+                self.given[name] = Given(value, hint, place, is_typed)
 
-    def _as(self, hint: Any, value: Any, path: str) -> Any:
-        origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
-        if hint is Any:
-            return value
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            return self.section(typing.cast(type, hint), value, path)
-        if origin is typing.Literal and value in args:
-            return value
-        if origin in (list, tuple, Sequence) and isinstance(value, list | tuple):
-            items = self._items(origin, args, value, path)
-            return tuple(items) if origin is tuple else items
-        if origin in (dict, Mapping) and isinstance(value, Mapping):
-            key_type, value_type = args or (Any, Any)
-            return {
-                self.value(key_type, k, f"{path} (key)"): self._entry(value_type, v, path, k)
-                for k, v in value.items()
-            }
-        if isinstance(hint, type) and issubclass(hint, Enum):
-            return _to_enum(hint, value)
-        if hint in CONVERSIONS:
-            return CONVERSIONS[hint](value)
-        raise _Mismatch
+    def _with_key(self, name: str, hint: Any, key: str, value: Any) -> dict[str, Any]:
+        """Add a key to a dict. The first one on the command line replaces the dict of the file."""
+        types = [typing.get_args(m)[1] for m in union_members(hint) if typing.get_origin(m) is dict]
+        if not types:
+            raise UserError(f"{name}.{key}: {name} is {describe_type(hint)}; set {name}=VALUE")
+        is_typed = isinstance(value, Text)
+        old = self.given.get(name, Given({}, hint))
+        before = old.value if old.is_typed == is_typed and isinstance(old.value, dict) else {}
+        return before | {key: read_text(types[0], value, f"{name}.{key}") if is_typed else value}
 
-    def _entry(self, hint: Any, value: Any, path: str, key: Any) -> Any:
+    def _construct(self, omegaconf: Any, config: Any, above: str) -> Any:
+        section = dataclass_in(omegaconf.OmegaConf.get_type(config))
+        if section is None:
+            return omegaconf.OmegaConf.to_container(config, resolve=True)
+        values = {}
+        for key in field_types(section):
+            name = above + key
+            try:
+                value = config[key]
+                if omegaconf.OmegaConf.is_config(value):
+                    value = self._construct(omegaconf, value, f"{name}.")
+            except omegaconf.MissingMandatoryValue:
+                raise UserError(f"{name} is not set; give it as {name}=...") from None
+            except omegaconf.errors.OmegaConfBaseException as error:
+                raise self._wrong(name, first_line(error)) from None
+            if isinstance(value, float) and not math.isfinite(value):
+                raise self._wrong(name, "expected a finite number")
+            values[key] = value
         try:
-            return self.value(hint, value, f"{path}.{key}")
+            return section(**values)
         except UserError as error:
-            raise UserError(f"{error}{_missing_space(str(key), value)}") from None
+            raise UserError(with_path(str(error), above, values)) from None
 
-    def _items(self, origin: Any, args: tuple[Any, ...], value: Sequence[Any], path: str) -> list:
-        fixed = origin is tuple and bool(args) and args[-1] is not Ellipsis
-        if fixed and len(args) != len(value):
-            raise _Mismatch
-        types = args if fixed else (args[0] if args else Any,) * len(value)
-        return [
-            self.value(t, v, f"{path}[{i}]")
-            for i, (t, v) in enumerate(zip(types, value, strict=True))
-        ]
-
-    def _wrong(self, path: str, value: Any, hint: Any) -> UserError:
-        advice = ""
-        if isinstance(value, bool) and str in union_members(hint):
-            advice = (
-                f" (YAML reads this word as a switch; for the text write '{format_value(value)}')"
-            )
-        if str(value).lstrip("+-.").lower() in NOT_FINITE:
-            advice = ", a finite number"
-        in_lists = [m for m in union_members(hint) if typing.get_origin(m) is list]
-        if in_lists and not advice and isinstance(value, str) and value.isprintable():
-            advice = f"; a list is written [{value}]"
-        what = "a mapping of options" if dataclass_in(hint) else describe_type(hint)
-        shown = f"{path}={format_value(value)}" if path else format_value(value)
-        return UserError(f"{self._origin(path)}{shown}: expected {what}{advice}")
-
-    def _unknown(self, cls: type, path: str, key: str, value: Any) -> UserError:
-        below = f"{path}.{key}" if path else key
-        if advice := _missing_space(key, value):
-            return UserError(f"{self._origin(below)}unknown option {below}{advice}")
-        if "." in key:  # `model.dim: 8` as one key; its name alone would look right
-            nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
-            return UserError(f"{self._origin(below)}unknown option {below}: in YAML, {nested}")
-        return UserError(f"{self._origin(below)}{unknown_option(self.root, cls, path, key)}")
-
-    def _origin(self, path: str) -> str:
-        place = self.origins.get(path) or self.origins.get(re.sub(r"\[\d+\].*| \(key\)", "", path))
-        return f"{place}: " if place else ""
+    def _wrong(self, name: str, why: str) -> UserError:
+        given = self.given.get(name, Given("", Any))
+        return UserError(f"{given.place}{name}={format_value(given.value)}: {why}")
 
 
-def _missing_space(key: str, value: Any) -> str:
-    """Advice for `{a:1}`, which YAML reads as the key `a:1` of nothing."""
-    name, colon, rest = key.rpartition(":")
-    if value is not None or not (name and rest) or rest[0] in "/\\":  # C:/data
-        return ""
-    return f"; YAML wants a space after the colon, in quotes for the shell: '{{{name}: {rest}}}'"
+def read_text(hint: Any, text: str, name: str) -> Any:
+    """Read a value of the command line as YAML; a text field keeps it as typed, unless quoted."""
+    members = union_members(hint)
+    try:
+        value = yaml_value(text)
+    except ValueError as error:
+        if str in members:
+            return str(text)
+        raise UserError(f"{name}={text}: not YAML: {error}") from None
+    if str not in members:
+        return value
+    if value is None:  # `name=` is empty text, `name=null` is an error unless null is allowed
+        return None if text.strip() or type(None) in members else ""
+    is_quoted = isinstance(value, str) and text.lstrip()[:1] in ("'", '"')
+    is_other = not isinstance(value, str) and type(value) in members  # 3, for `int | str`
+    return value if is_quoted or is_other else str(text)
 
 
-def with_path(message: str, path: str, fields: Container[str]) -> str:
-    """A section's complaint that begins with one of its `fields`, under the option's whole name.
+def _fit(hint: Any, value: Any) -> Any:
+    """Convert 1e5 to an integer; ValueError for `true` as text and for 2 as a switch."""
+    members = union_members(hint)
+    if isinstance(value, float) and value.is_integer() and int in members and float not in members:
+        return int(value)
+    if isinstance(value, bool) and str in members and bool not in members:
+        raise ValueError
+    if value not in (0, 1) and isinstance(value, int) and bool in members and int not in members:
+        raise ValueError
+    return value
 
-    A section that stands in several programs knows its own options, and not where it stands.
+
+def _expected(hint: Any, value: Any) -> str:
+    members, advice = union_members(hint), ""
+    if isinstance(value, bool) and str in members:
+        advice = f"; quote it for the text: '{format_value(value)}'"
+    elif isinstance(value, str) and any(typing.get_origin(m) is list for m in members):
+        advice = f"; a list is written [{value}]"
+    return f"expected {describe_type(hint)}{advice}"
+
+
+def unknown_option(root: type, cls: type, above: str, key: str) -> str:
+    """Explain that the section `cls` at `above` ("optim.", say) has no option `key`."""
+    siblings = list(field_types(cls))
+    everywhere = [doc.path for doc in walk_fields(root)]
+    guesses = [above + match for match in difflib.get_close_matches(key, siblings, n=1)]
+    guesses += [path for path in everywhere if path.rpartition(".")[2] == key][:2]
+    guesses = guesses or difflib.get_close_matches(above + key, everywhere, n=1, cutoff=0.8)
+    if guesses:
+        advice = f"did you mean {' or '.join(dict.fromkeys(guesses))}?"
+    else:
+        advice = f"known here: {', '.join(siblings)}"
+    return f"unknown option {above}{key}; {advice}"
+
+
+def with_path(message: str, above: str, fields: Container[str]) -> str:
+    """Complete the name of an option that begins the message of the section at `above`.
+
+    A section that several programs share knows its own options, but not where it is nested.
     """
     named = re.match(r"[\w.]+", message)
-    if named is None or not path:
+    own = named[0].rpartition(".")[2] if named else ""
+    if not above or not named or own not in fields or f".{named[0]}".endswith(f".{above}{own}"):
         return message
-    option, own = named[0], named[0].rpartition(".")[2]
-    whole = f"{path}.{own}"
-    if own not in fields or f".{option}".endswith(f".{whole}"):
-        return message
-    return re.sub(rf"(?<![\w.]){re.escape(option)}(?![\w.])", whole, message)
-
-
-def _to_bool(value: Any) -> bool:
-    word = str(value).lower()
-    if isinstance(value, bool | int | str) and word in TRUE_WORDS + FALSE_WORDS:
-        return word in TRUE_WORDS
-    raise _Mismatch
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            pass
-    number = _to_float(value)  # 1e5 is a float in YAML
-    if not number.is_integer():
-        raise _Mismatch
-    return int(number)
-
-
-def _to_float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise _Mismatch
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise _Mismatch from None
-    if not math.isfinite(number):  # no option means anything by it, and no check below sees NaN
-        raise _Mismatch
-    return number
-
-
-def _to_str(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float | os.PathLike):
-        raise _Mismatch
-    if "\0" in (text := str(value)):  # ends a file's name, for the system
-        raise _Mismatch
-    return text
-
-
-def _to_enum(cls: type[Enum], value: Any) -> Enum:
-    for member in cls:
-        if value in (member, member.value, member.name):
-            return member
-    raise _Mismatch
-
-
-CONVERSIONS: dict[Any, Callable[[Any], Any]] = {
-    bool: _to_bool,
-    int: _to_int,
-    float: _to_float,
-    str: _to_str,
-    Path: lambda value: Path(_to_str(value)),
-}
-
-
-def unknown_option(root: type, cls: type, path: str, key: str) -> str:
-    """Message for `path.key`, which `cls` has not, with what the user may have meant."""
-    prefix = f"{path}." if path else ""
-    siblings = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    everywhere = [doc.path for doc in walk_fields(root)]
-    guesses = [prefix + s for s in difflib.get_close_matches(key, siblings, n=1)]
-    guesses += [p for p in everywhere if p.rpartition(".")[2] == key][:2]
-    guesses = guesses or difflib.get_close_matches(prefix + key, everywhere, n=1, cutoff=0.8)
-    message = f"unknown option {prefix}{key}"
-    if guesses:
-        return f"{message}; did you mean {' or '.join(dict.fromkeys(guesses))}?"
-    return f"{message}; known here: {', '.join(siblings)}"
+    return re.sub(rf"(?<![\w.]){re.escape(named[0])}(?![\w.])", f"{above}{own}", message)

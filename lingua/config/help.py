@@ -1,7 +1,6 @@
-"""What a config dataclass says of its fields: dotted name, type, default and meaning, for `--help`.
+"""Describe the fields of a config dataclass: dotted name, type, default, and meaning for `--help`.
 
-The meaning is the field's comment in the source: on the lines of the field itself, or on comment
-lines directly above it.
+The meaning is the field's comment in the source, on its own lines or directly above.
 """
 
 from __future__ import annotations
@@ -9,20 +8,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import io
 import json
+import re
 import textwrap
-import tokenize
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import cache
 from typing import Any
 
 HELP_WIDTH = 100
-TOOL_COMMENTS = ("fmt:", "noqa", "type:", "pyright:", "ruff:")  # no words for people
+COMMENT = re.compile(r"(?:^\s*|  )#(?! *(?:fmt:|noqa|type:|pyright:|ruff:))\s*(.*)")
 
 
 @dataclass(frozen=True)
@@ -30,41 +27,43 @@ class FieldDoc:
     path: str  # dotted name, as on the command line
     type: str
     default: str  # as YAML would write it
-    meaning: str  # "" where the source has no comment
-    is_section: bool = False  # a nested dataclass that is always there; it has no value of its own
+    meaning: str  # "" without a comment
+    is_section: bool = False  # a nested dataclass that is never null, and so has no value itself
 
 
 def describe_fields(cls: type) -> list[FieldDoc]:
-    """Every option of `cls` and of its nested dataclasses, in the order of the source."""
+    """List every option of `cls` and its nested dataclasses, in source order."""
     return [doc for doc in walk_fields(cls) if not doc.is_section]
 
 
 def walk_fields(cls: type, prefix: str = "", base: Any = None) -> Iterator[FieldDoc]:
-    """Like describe_fields, with the sections themselves; `base`, if any, holds the defaults."""
-    hints, meanings = field_types(cls), field_meanings(cls)
+    """Yield options and sections; the instance `base`, if given, holds the defaults."""
+    meanings = field_meanings(cls)
     for f in dataclasses.fields(cls):
-        path, hint = prefix + f.name, hints[f.name]
+        path, hint = prefix + f.name, field_types(cls)[f.name]
+        default = _default(f) if base is None else getattr(base, f.name)
         section = dataclass_in(hint)
-        default = getattr(base, f.name) if base is not None else field_default(f)
-        if section is None:
-            yield FieldDoc(path, describe_type(hint), _default_text(default), meanings[f.name])
-            continue
-        optional = type(None) in union_members(hint)
-        kind = "section or null" if optional else "section"
-        text = _default_text(default) if optional and default is None else "see below"
-        yield FieldDoc(path, kind, text, meanings[f.name], is_section=not optional)
-        yield from walk_fields(section, path + ".", default if _is_instance(default) else None)
+        is_optional = type(None) in union_members(hint)
+        if default is dataclasses.MISSING:
+            text = "none, it must be given"
+        else:
+            text = "see below" if section and default is not None else format_value(default)
+        is_section = section is not None and not is_optional
+        yield FieldDoc(path, describe_type(hint), text, meanings[f.name], is_section)
+        if section:
+            is_instance = isinstance(default, section)
+            yield from walk_fields(section, f"{path}.", default if is_instance else None)
 
 
 def format_help(cls: type, *, prog: str, description: str, examples: Sequence[str]) -> str:
-    """The text of `--help`: usage, examples, and every option under its section."""
+    """Return the text of `--help`: usage, examples, and every option under its section."""
     config = "" if "config" in field_types(cls) else " [config=FILE.yaml]"
     lines = [f"usage: {prog}{config} [option=value ...]", ""]
     if description:
         lines += [*description.strip().splitlines(), ""]
     if examples:
         lines += ["examples:", *(f"  {example}" for example in examples), ""]
-    lines += ["options (the command line wins over the config file, that over the defaults):", ""]
+    lines += ["options (the command line overrides the config file, the file the defaults):"]
     docs = list(walk_fields(cls))
     headings = {doc.path: doc.meaning for doc in docs}
     sections: dict[str, list[FieldDoc]] = {}
@@ -72,124 +71,97 @@ def format_help(cls: type, *, prog: str, description: str, examples: Sequence[st
         if not doc.is_section:
             sections.setdefault(doc.path.rpartition(".")[0], []).append(doc)
     for name, members in sections.items():
-        if name:
-            heading = headings.get(name, "")
-            lines += [f"{name} ({heading})" if heading else name, ""]
+        heading = f" ({headings[name]})" if headings.get(name) else ""
+        lines += ["", f"{name}{heading}", ""] if name else [""]
         for doc in members:
             lines.append(f"  {doc.path}  ({doc.type}; default {doc.default})")
             lines += textwrap.wrap(
                 doc.meaning, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
             )
-        lines.append("")
     return "\n".join(lines)
 
 
 @cache
 def field_types(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def field_default(f: dataclasses.Field) -> Any:
-    """The default of a field: MISSING if it has none, the class itself for a section."""
-    if f.default is not dataclasses.MISSING:
-        return f.default
-    factory = f.default_factory
-    if factory is dataclasses.MISSING or dataclasses.is_dataclass(factory):
-        return factory  # sections are not built here: their own checks may reject bare defaults
-    return factory()
+    """Return the resolved type of every field."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 @cache
 def field_meanings(cls: type) -> dict[str, str]:
-    """Comment of each field, from the class that defines it; "" where there is none."""
-    meanings = {f.name: "" for f in dataclasses.fields(cls)}
+    """Return the comment of every field, from the class that defines it; "" without a comment."""
+    meanings = dict.fromkeys(field_types(cls), "")
     for owner in reversed(cls.__mro__):
         if dataclasses.is_dataclass(owner):
-            meanings.update(_own_meanings(owner))
+            meanings |= _comments(owner)
     return meanings
 
 
-def _own_meanings(cls: type) -> dict[str, str]:
+def _comments(cls: type) -> dict[str, str]:
     try:
         source = textwrap.dedent(inspect.getsource(cls))
-    except (OSError, TypeError):  # no source at hand, as in a notebook cell
+    except (OSError, TypeError):  # defined in a notebook or a shell
         return {}
-    comments: dict[int, str] = {}
-    own_line = set()  # lines that hold a comment and nothing else
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            words = token.string.lstrip("#").strip()
-            comments[token.start[0]] = "" if words.startswith(TOOL_COMMENTS) else words
-            if token.line.lstrip().startswith("#"):
-                own_line.add(token.start[0])
-    meanings = {}
+    lines = source.splitlines()
+    comments = {}
     for node in typing.cast(ast.ClassDef, ast.parse(source).body[0]).body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        first = node.lineno
-        while first - 1 in own_line:
-            first -= 1
-        lines = range(first, (node.end_lineno or node.lineno) + 1)
-        meanings[node.target.id] = " ".join(comments[n] for n in lines if comments.get(n))
-    return meanings
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            first = node.lineno - 1
+            while lines[first - 1].lstrip().startswith("#"):
+                first -= 1
+            found = map(COMMENT.search, lines[first : node.end_lineno])
+            comments[node.target.id] = " ".join(match[1] for match in found if match)
+    return comments
+
+
+def _default(f: dataclasses.Field) -> Any:
+    """Return the default; MISSING without one, and the class itself for a section."""
+    factory = f.default_factory
+    if factory is dataclasses.MISSING or dataclasses.is_dataclass(factory):
+        return f.default if factory is dataclasses.MISSING else factory
+    return factory()
 
 
 def union_members(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a type: (int, NoneType) for Optional[int], (int,) for int."""
+    """Return the alternatives of a type: (int, NoneType) for `int | None`, (int,) for `int`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return typing.get_args(hint)
     return (hint,)
 
 
 def dataclass_in(hint: Any) -> type | None:
-    """The dataclass of a nested section, optional or not; None for a plain field."""
+    """Return the dataclass of a section, optional or not; None for another field."""
     return next((m for m in union_members(hint) if dataclasses.is_dataclass(m)), None)  # type: ignore[return-value]
 
 
 def describe_type(hint: Any) -> str:
-    """A type as `--help` and the error messages write it."""
-    if hint is type(None) or hint is None:
+    """Write a type as help and error messages do: `int or null`, `list[str]`, `cosine | wsd`."""
+    if hint is type(None):
         return "null"
     if hint is Any:
         return "any"
-    members = union_members(hint)
+    members, origin, args = union_members(hint), typing.get_origin(hint), typing.get_args(hint)
     if len(members) > 1:
-        return " or ".join(describe_type(m) for m in members)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+        return " or ".join(map(describe_type, members))
     if origin is typing.Literal:
-        return " | ".join(format_value(a) for a in args)
+        return " | ".join(map(format_value, args))
     if origin is not None:
-        inner = ", ".join("..." if a is Ellipsis else describe_type(a) for a in args)
-        return f"{origin.__name__}[{inner}]"
-    if dataclasses.is_dataclass(hint):
-        return "section"
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return " | ".join(format_value(m.value) for m in hint)
-    return getattr(hint, "__name__", str(hint))
+        return f"{origin.__name__}[{', '.join(map(describe_type, args))}]"
+    return "section" if dataclasses.is_dataclass(hint) else hint.__name__
 
 
 def format_value(value: Any) -> str:
-    """A value on one line, the way one types it on the command line."""
+    """Write a value on one line, the way one types it on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, Enum):
-        return format_value(value.value)
     if isinstance(value, str):
-        return (
-            value if value and value == value.strip() and "\n" not in value else json.dumps(value)
-        )
+        is_plain = value and value == value.strip() and "\n" not in value
+        return value if is_plain else json.dumps(value)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{k}: {format_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(format_value(v) for v in value) + "]"
+        return "[" + ", ".join(map(format_value, value)) + "]"
     return str(value)
-
-
-def _default_text(default: Any) -> str:
-    return "none, it must be given" if default is dataclasses.MISSING else format_value(default)
-
-
-def _is_instance(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)

@@ -1,21 +1,16 @@
-"""Options of every type, and what a command line makes of them."""
-# ruff: noqa: UP006, UP035, UP045  (the spelling of older configs must work, too)
+"""A config with an option of every supported type."""
+# ruff: noqa: UP006, UP035, UP045  (older configs spell types as typing.Optional and typing.Dict)
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Dict, List, Optional
+from pathlib import Path
+from typing import Any, Dict, List, Literal, Optional
 
 import pytest
 
 from lingua.args import parse_args
 from lingua.errors import UserError
-
-
-class Mode(Enum):
-    FAST = "fast"
-    EXACT = "exact"
 
 
 @dataclass
@@ -35,7 +30,6 @@ class Data:
 @dataclass
 class Optim:
     lr: float = 3e-4  # peak rate
-    betas: tuple[float, float] = (0.9, 0.95)
     clip: float | None = 1.0
 
     def __post_init__(self):
@@ -58,13 +52,14 @@ class Args:
         1000  # optimizer steps
     )  # fmt: skip
     fused: bool = True
-    mode: Mode = Mode.FAST
+    mode: Literal["fast", "exact"] = "fast"
     data: Data = field(default_factory=Data)  # where text comes from
     optim: Optim = field(default_factory=Optim)
     dump: Every = field(default_factory=lambda: Every(every=50))
     eval: Optional[Eval] = None  # null = no evaluation
-    free: Optional[Any] = None
-    prompts: str | list[str] = ""
+    free: Any = None
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    folder: Path = Path("runs")
     width: str | int = "full"
 
 

@@ -1,4 +1,4 @@
-"""Command lines that mix --options with key=value overrides."""
+"""Command lines that mix --options and key=value overrides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def parse(*argv: str) -> tuple[list[str], str | None, list[str]]:
     return given.config, given.plot, overrides
 
 
-def test_overrides_are_found_wherever_they_stand():
+def test_overrides_are_found_in_any_position():
     argv = ("a.b=1", "--config", "x.yaml", "y.yaml", "data.sources[c-1.0]=2", "--quiet", "d=e=f")
     assert parse(*argv) == (
         ["x.yaml", "y.yaml"],
@@ -27,8 +27,8 @@ def test_overrides_are_found_wherever_they_stand():
     )
 
 
-def test_a_path_with_an_equals_sign_is_no_override():
-    run = "runs/tune/lr=0.0001,loop_count=4/config.yaml"  # as a sweep names the folders of its runs
+def test_a_path_with_an_equals_sign_is_not_an_override():
+    run = "runs/tune/lr=0.0001,loop_count=4/config.yaml"  # a sweep names its run folders so
     assert parse("--config", "x.yaml", run, "a=1") == (["x.yaml", run], None, ["a=1"])
     assert parse("--config", "lr=1/config.yaml", "--plot", "lr=1.png") == (
         ["lr=1/config.yaml"],
@@ -38,7 +38,7 @@ def test_a_path_with_an_equals_sign_is_no_override():
 
 
 @pytest.mark.parametrize("argv", [("--nonsense",), ("--plot",), ("word",)])
-def test_complaints_are_one_line(argv):
+def test_errors_are_one_line(argv):
     with pytest.raises(UserError, match="--help lists all options"):
         parse(*argv)
 
@@ -52,13 +52,13 @@ def test_help_shows_defaults(capsys):
     parser.add_argument("--quiet", action="store_true", help="say nothing")
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "to run (default: 20) --lengths" in said and "of prompts (default: 8 9) --name" in said
-    assert said.count("default") == 2
+    text = " ".join(capsys.readouterr().out.split())
+    assert "to run (default: 20) --lengths" in text and "of prompts (default: 8 9) --name" in text
+    assert text.count("default") == 2
 
 
 def test_every_program_shows_its_defaults():
-    """Their parsers are all of this class; programs with a dataclass of options have fields.py."""
+    """Every program uses OneLineParser, or a dataclass and parse_args."""
     folders = [ROOT / name for name in ("apps", "lingua", "setup")]
     files = [file for folder in folders for file in folder.rglob("*.py")]
     assert [file.name for file in files if "ArgumentParser(" in file.read_text()] == []

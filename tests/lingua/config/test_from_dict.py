@@ -1,4 +1,4 @@
-"""Complaints of a section under the name that its option has where the section stands."""
+"""Errors of a section name the option by its full dotted path."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Program:
     part: Part = field(default_factory=Part)
 
 
-def test_a_section_is_named_where_it_stands():
+def test_a_section_is_named_by_its_full_path():
     with pytest.raises(UserError, match=r"^size=0 must be at least 1, such as size=8$"):
         Section(size=0)
     for cls, data, path in (
@@ -38,9 +38,9 @@ def test_a_section_is_named_where_it_stands():
         (Part, {"section": {"size": 0}}, "section."),
         (Program, {"part": {"section": {"size": 0}}}, "part.section."),
     ):
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as caught:
             dataclass_from_dict(cls, data)
-        assert str(told.value) == f"{path}size=0 must be at least 1, such as {path}size=8"
+        assert str(caught.value) == f"{path}size=0 must be at least 1, such as {path}size=8"
 
 
 @pytest.mark.parametrize(
@@ -59,4 +59,4 @@ def test_a_section_is_named_where_it_stands():
     ],
 )
 def test_only_the_name_of_an_own_option_is_completed(message, want):
-    assert with_path(message, "eval.harness", {"limit"}) == want
+    assert with_path(message, "eval.harness.", {"limit"}) == want

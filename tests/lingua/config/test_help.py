@@ -1,4 +1,4 @@
-"""What --help says of a config: types, defaults, and comments as their meaning."""
+"""--help shows types, defaults and the comments of the source."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_help_prints_every_field_and_the_examples(capsys):
     assert "run me a=b" in text and "Does it." in text and "where text comes from" in text
 
 
-def test_help_may_be_cut_by_head():
+def test_help_works_with_a_closed_pipe():
     code = (
         "import dataclasses; from lingua.args import parse_args\n"
         "parse_args(dataclasses.make_dataclass('A', [('x' * 200_000, int, 1)]), ['-h'])\n"

@@ -1,4 +1,4 @@
-"""Scalars of a config read the way they look, on the command line and in a file alike."""
+"""Scalars follow YAML 1.2, on the command line and in a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lingua.errors import UserError
 @pytest.mark.parametrize(
     "text, want",
     [
-        ("4:1", "4:1"),  # 241 in YAML 1.1, as are the next ones numbers
+        ("4:1", "4:1"),  # 241 in YAML 1.1
         ("1:30:00", "1:30:00"),
         ("4:1.5", "4:1.5"),
         ("bookend:2", "bookend:2"),
@@ -27,13 +27,15 @@ from lingua.errors import UserError
         ("1.", 1.0),
         ("-.inf", float("-inf")),
         ("true", True),
+        ("on", "on"),
+        ("No", "No"),
         ("null", None),
         ("", None),
         ("[4:1, {a: 3:2}]", ["4:1", {"a": "3:2"}]),
         ("'3'", "3"),
     ],
 )
-def test_a_scalar_reads_as_it_looks(tmp_path, text, want):
+def test_scalars_follow_yaml_1_2(tmp_path, text, want):
     got = yaml_value(text)
     assert got == want and type(got) is type(want)
     file = tmp_path / "run.yaml"
@@ -54,11 +56,9 @@ def test_a_scalar_reads_as_it_looks(tmp_path, text, want):
         ("a: !!python/name:os.system\n", 1, "not YAML"),
         ("- a\n", 1, "expected a mapping"),
         ("just words\n", 1, "expected a mapping"),
-        ("a: &x [*x]\n", 1, "anchor contains itself"),
-        ("a: &x {b: *x}\n", 1, "anchor contains itself"),
     ],
 )
-def test_a_fault_names_its_line(tmp_path, text, line, why):
+def test_an_error_names_its_line(tmp_path, text, line, why):
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -73,12 +73,12 @@ def test_anchors_and_merges_work(tmp_path):
     assert read_yaml_file(file)[0]["b"] == {"x": 1, "y": 3}
 
 
-def test_a_key_is_the_text_that_it_looks_like():
-    keys = ["1e3", "1.10", "007", "12", "0x1F", "1_000", ".5", "a.b", "2024-01-01"]
+def test_keys_are_text():
+    keys = ["1e3", "1.10", "007", "12", "0x1F", "1_000", ".5", "a.b", "2024-01-01", "on"]
     assert list(yaml_value("{" + ", ".join(f"{key}: 1" for key in keys) + "}")) == keys
 
 
 def test_an_empty_file_sets_nothing(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("# nothing yet\n")
+    file.write_text("# nothing\n")
     assert read_yaml_file(file) == ({}, {})
