@@ -1,28 +1,29 @@
-"""stool, the SLURM tool: check a config, keep the code it runs with, and submit the job.
+"""stool, the SLURM tool: check a config, copy the code, and submit the job.
 
     python -m lingua.stool script=apps.LT2.train config=run.yaml nodes=8 partition=gpu
     python -m lingua.stool config=run.yaml nodes=1 ngpu=1 launcher=bash -- steps=100 dump_dir=/tmp/x
     python -m lingua.stool config=run.yaml nodes=1 sweep.optim.lr=[1e-4,3e-4] array=1
 
-Options before `--` are stool's own; those after it are the script's and win over the config. The
-config is checked against the script's TrainArgs before anything is written; a script may check more
-by a function `validate_before_submit(args, world_size)`. A function `input_paths(args)` may map
-options to paths that the run reads; `override` does not rename a folder that contains one. With
-dry_run=true stool only shows what it would write, rename and run. Else `dump_dir` gets
+Options before `--` are stool's. Options after it belong to the script and win over the config.
+stool checks the config against the script's TrainArgs before it writes anything. A script may have
+two functions: `validate_before_submit(args, world_size)` checks more, and `input_paths(args)` maps
+options to paths that the run reads, which `override` never renames. With dry_run=true stool only
+shows what it would write, rename and run. Otherwise it writes to `dump_dir`
 
-    code/               what git tracks or does not ignore; the job runs this copy
+    code/               the files that git tracks or does not ignore; the job runs this copy
     code_version.json   the commit, and whether files differed from it
     base_config.yaml    the config as it was given
     submit.slurm        relaunches the run: sbatch submit.slurm, or bash submit.slurm without SLURM
     logs/               stdout and stderr of each rank
 
-The job runs in the folder stool was called from, so that relative paths keep their meaning. With
-`sweep` each combination of values is such a run, in a folder below `dump_dir` (see sweep.py); they
-go to SLURM as one job array, or, with launcher=bash, are run here.
+The job runs in the folder where stool was called, so that relative paths stay valid. A `sweep`
+launches one run for each combination of values, in folders below `dump_dir` (see sweep.py). The
+runs are one SLURM job array, or, with launcher=bash, processes of this machine.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from dataclasses import replace
@@ -40,56 +41,43 @@ from lingua.slurm.background import (
     gpu_slots,
     has_slurm,
     import_submitit,
-    local_output,
     run_command,
     run_here,
     start_here,
     submit_to_slurm,
 )
 from lingua.slurm.dry_run import show
-from lingua.slurm.plan import (
-    LOGS,
-    RunPlan,
-    import_script,
-    parse_run_args,
-    plan_run,
-    write_run,
-)
+from lingua.slurm.plan import LOGS, RunPlan, import_script, parse_run_args, plan_run, write_run
 from lingua.slurm.plan import read_run_args as read_run_args
+from lingua.slurm.run_list import RECORD, Options
 from lingua.slurm.script import Job as Job
 from lingua.slurm.script import StoolArgs as StoolArgs
 from lingua.slurm.script import render_submit as render_submit
-from lingua.sweep import (
-    RECORD,
-    Options,
-    as_arguments,
-    combinations,
-    format_table,
-    read_record,
-    write_record,
-)
+from lingua.sweep import as_arguments, combinations, format_table, read_record, write_record
 
 
 def launch_job(args: StoolArgs) -> Path:
-    """Check, write and launch a run; the path of its submit.slurm, or of a sweep's record.
+    """Check, write and launch a run or a sweep.
 
-    `args` is not changed.
+    Return the path of the run's submit.slurm, or of the sweep's record.
     """
     if args.sweep:
         return launch_sweep(args)
     plan = plan_run(args)
     if args.dry_run:
         show([plan], f"run: {shlex.join(launch_command(plan.job))}")
-        return plan.job.script
-    script = write_run(plan)
-    submit(plan.job)
-    return script
+    else:
+        write_run(plan)
+        submit(plan.job)
+    return plan.job.script
 
 
 def launch_in_background(args: StoolArgs, *, gpus: str | None = None) -> Any:
-    """As launch_job, and returns at once with submitit's handle of the job: in SLURM where
-    `args.launcher` is sbatch, else in a process of this machine, on `gpus`."""
-    assert not args.dry_run, "there is no handle of a job that is only shown"
+    """Launch a run and return submitit's handle at once.
+
+    The run is a SLURM job, or with launcher=bash a process of this machine on `gpus`.
+    """
+    assert not args.dry_run, "a dry run has no handle"
     plan = plan_run(args)
     if args.launcher == "sbatch":
         check_slurm(plan.job)
@@ -104,26 +92,25 @@ def launch_in_background(args: StoolArgs, *, gpus: str | None = None) -> Any:
 
 
 def launch_sweep(args: StoolArgs) -> Path:
-    """Check all runs of a sweep, write them, and launch them; the path of their record."""
+    """Check all runs of a sweep, write them and launch them. Return the path of their record."""
     import_submitit("a sweep")
     if args.stdout:
-        raise UserError("stdout=true: runs of a sweep write to files, in the logs/ of each")
+        raise UserError("stdout=true: the runs of a sweep write to files in their logs/")
     runs = combinations(args.sweep)
     default = len(runs) if args.launcher == "sbatch" else 1
     at_once = min(args.array or default, len(runs))
     name, folder, plans = plan_sweep(args, runs)
-    read_record(folder)  # which the runs are added to
     jobs = [plan.job for plan in plans]
-    if args.launcher == "sbatch":
-        if has_slurm() or not args.dry_run:  # what a sweep would be is shown anywhere
-            check_slurm(jobs[0])
-    else:
-        gpu_slots(args.ngpu, at_once)  # refuses more than the machine has
+    read_record(folder)  # it must be readable
+    if args.launcher == "bash":
+        gpu_slots(args.ngpu, at_once)  # this machine must have enough GPUs
+    elif has_slurm() or not args.dry_run:
+        check_slurm(jobs[0])
     if args.dry_run:
         where = "as one SLURM job array" if args.launcher == "sbatch" else "here"
-        action = f"run these {len(jobs)} {where}, {at_once} at a time, each by its script"
-        command = shlex.join(run_command(jobs[0]))
-        show(plans, f"{action}; the first: {command}", sweep=folder)
+        first = shlex.join(run_command(jobs[0]))
+        action = f"run these {len(jobs)} {where}, {at_once} at a time; the first: {first}"
+        show(plans, action, sweep=folder)
         return folder / RECORD
     make_writable("dump_dir", folder)
     with lock_folders({"dump_dir": folder}):
@@ -133,25 +120,25 @@ def launch_sweep(args: StoolArgs) -> Path:
     if args.launcher == "sbatch":
         handles = submit_to_slurm(jobs, folder / FOLDER, name=name, at_once=at_once)
         print(f"stool: job {handles[0].job_id.partition('_')[0]}, {len(jobs)} runs in {folder}")
-        print(f"stool: their table: python -m lingua.sweep dump_dir={shlex.quote(str(folder))}")
-    else:
-        failed = run_sweep_here(jobs, folder / FOLDER, at_once)
-        print(format_table(folder), flush=True)
-        if failed:
-            raise UserError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}")
+        print(f"stool: for a table: python -m lingua.sweep dump_dir={shlex.quote(str(folder))}")
+        return folder / RECORD
+    failed = run_sweep_here(jobs, folder / FOLDER, at_once)
+    print(format_table(folder), flush=True)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}")
     return folder / RECORD
 
 
 def plan_sweep(args: StoolArgs, runs: dict[str, Options]) -> tuple[str, Path, list[RunPlan]]:
-    """Name and folder of the sweep, and its runs: each in a folder, and with a name, of its own."""
+    """Return the sweep's name and folder, and its runs, each with its own name and folder."""
     args = replace(args, sweep={}, array=None)
-    whole = parse_run_args(args, import_script(args.script))
-    folder = Path(whole.dump_dir).absolute()
-    name = getattr(whole, "name", "") or folder.name
+    base = parse_run_args(args, import_script(args.script))
+    folder = Path(base.dump_dir).absolute()
+    name = getattr(base, "name", "") or folder.name
     plans = []
     for label, options in runs.items():
         own = {"dump_dir": str(folder / label)}
-        if hasattr(whole, "name"):
+        if hasattr(base, "name"):
             own["name"] = f"{name}_{label}"
         overrides = [*args.overrides, *as_arguments({**options, **own})]
         plans.append(plan_run(replace(args, overrides=overrides)))
@@ -159,18 +146,19 @@ def plan_sweep(args: StoolArgs, runs: dict[str, Options]) -> tuple[str, Path, li
 
 
 def run_sweep_here(jobs: list[Job], folder: Path, at_once: int) -> list[str]:
-    """Run all of them, whatever becomes of one; what is to say of those that failed."""
+    """Run all jobs and return one explanation for each that failed."""
     failed = []
-    outputs = {job.dump_dir: local_output(job) for job in jobs}
+    outputs = {job.dump_dir: LocalOutput(job) for job in jobs}
 
-    def tell(job: Job, handle: Any) -> None:
-        problem = failure(handle)
-        print(f"stool: {job.dump_dir.name}: {'failed' if problem else 'done'}", flush=True)
-        if problem:  # submitit's own log is the place of what went wrong before the run
-            own = last_error_in(outputs[job.dump_dir]) or f"{problem}, and {job.dump_dir / LOGS}"
-            failed.append(f"{job.dump_dir.name} ({own})")
+    def report(job: Job, handle: Any) -> None:
+        problem, label = failure(handle), job.dump_dir.name
+        print(f"stool: {label}: {'failed' if problem else 'done'}", flush=True)
+        if problem:
+            # Only submitit's log explains a job that failed before its run started.
+            reason = outputs[job.dump_dir].explain() or f"{problem}, and {job.dump_dir / LOGS}"
+            failed.append(f"{label} ({reason})")
 
-    run_here(jobs, folder, at_once=at_once, when_done=tell)
+    run_here(jobs, folder, at_once=at_once, when_done=report)
     return failed
 
 
@@ -178,34 +166,20 @@ def run_sweep_here(jobs: list[Job], folder: Path, at_once: int) -> list[str]:
 
 
 def launch_command(job: Job) -> list[str]:
-    # On the command line alone: a relaunch does not wait for jobs that are long gone.
+    # Not in submit.slurm: a relaunch must not wait for jobs that ended long ago.
     wait_for = [f"--dependency={job.args.dependency}"] if job.args.dependency else []
     return [job.args.launcher, *wait_for, str(job.script)]
 
 
 def submit(job: Job) -> None:
-    command = launch_command(job)
+    command, output = launch_command(job), LocalOutput(job)
     print(f"stool: {shlex.join(command)}", flush=True)
-    output = local_output(job)
-    if output is not None:
-        print(f"stool: its output goes to {output.out} and {output.err.name}", flush=True)
-    done = subprocess.run(command)
-    if done.returncode != 0:
-        raise UserError(
-            f"{command[0]} {job.script}: ended with status {done.returncode}; "
-            f"{where_it_complained(job, output)}"
-        )
-
-
-def where_it_complained(job: Job, output: LocalOutput | None) -> str:
-    has_files = output is None and job.args.launcher == "bash" and not job.args.stdout
-    above = f"its messages are above{f' or in {job.dump_dir / LOGS}' if has_files else ''}"
-    return last_error_in(output) or above
-
-
-def last_error_in(output: LocalOutput | None) -> str | None:
-    error = output.last_error() if output is not None else None
-    return f"see {output.err}: {error}" if output is not None and error else None
+    if job.args.launcher == "bash" and not job.args.stdout and "SLURM_JOB_ID" not in os.environ:
+        print(f"stool: output goes to {output.out} and {output.err.name}", flush=True)
+    status = subprocess.run(command).returncode
+    if status != 0:
+        reason = output.explain() or f"see the messages above, or {job.dump_dir / LOGS}"
+        raise UserError(f"{command[0]} {job.script}: ended with status {status}; {reason}")
 
 
 def main(argv: list[str]) -> None:

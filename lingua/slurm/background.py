@@ -1,8 +1,8 @@
-"""Jobs that go on by themselves, by submitit: in SLURM, or as processes of this machine.
+"""Run jobs in the background with submitit, in SLURM or as processes of this machine.
 
-What a job runs is the submit.slurm that stool wrote, as sbatch and bash would; what submitit adds
-is one SLURM job array for many of them, a handle that knows how each ended, and the same without
-SLURM. Its files (logs, pickled commands and results) lie in a folder of their own.
+A job runs its submit.slurm, as sbatch or bash would. submitit adds one SLURM job array for several
+jobs, a handle that knows how each job ended, and the same without SLURM. Its logs and pickled
+commands are in a separate folder.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from lingua.errors import UserError, import_optional
 from lingua.slurm.script import Job, resources
 
-FOLDER = "submitit"  # below a run's or a sweep's
-TEN_YEARS = 10 * 365 * 24 * 60  # minutes: submitit's processes have a limit, ours do not
+FOLDER = "submitit"  # below the folder of a run or a sweep
+TEN_YEARS = 10 * 365 * 24 * 60  # minutes; submitit always sets a time limit
 POLL_SECONDS = 0.2
 
 
@@ -35,28 +35,27 @@ def has_slurm() -> bool:
 
 
 def check_slurm(job: Job) -> None:
-    """Refuse what submitit could not submit, before anything is written."""
     if not has_slurm():
-        raise UserError("launcher=sbatch: there is no srun on this machine; use launcher=bash")
-    if not job.time_limit:  # submitit would write a limit of five minutes
-        raise UserError("time=-1: sinfo does not tell the partition's limit; set time=MINUTES")
+        raise UserError("launcher=sbatch: this machine has no sbatch or srun; use launcher=bash")
+    if not job.time_limit:  # submitit's default is five minutes
+        raise UserError("time=-1: sinfo does not show the partition's maximum; set time=MINUTES")
 
 
 def submit_to_slurm(
     jobs: Sequence[Job], folder: Path, *, name: str, at_once: int | None = None
 ) -> list[Any]:
-    """Submit jobs of equal resources, as a job array if they are several; submitit's handles."""
+    """Submit jobs of equal resources and return submitit's handles. Several are a job array."""
     submitit = import_submitit("submitting to SLURM in the background")
     options = resources(jobs[0])
-    assert "time" in options, "check_slurm comes before"
+    assert "time" in options, "check_slurm comes first"
     executor = submitit.SlurmExecutor(folder)
     executor.update_parameters(
         job_name=name,
         nodes=options.pop("nodes"),
         array_parallelism=at_once or len(jobs),
         dependency=jobs[0].args.dependency or None,
-        use_srun=False,  # submit.slurm has its own
-        wckey=None,  # submitit's name, which a cluster may not know
+        use_srun=False,  # submit.slurm calls srun
+        wckey=None,  # submitit's default is a name that a cluster may not know
         additional_parameters=options,
     )
     try:
@@ -70,16 +69,15 @@ def submit_to_slurm(
 
 
 def start_here(job: Job, folder: Path, *, gpus: str | None = None) -> Any:
-    """Start a job in a process of its own, which outlives this one; submitit's handle.
+    """Start a job in a process that may outlive this one, and return submitit's handle.
 
-    `gpus` is its CUDA_VISIBLE_DEVICES; None leaves that as it is.
+    `gpus` is its CUDA_VISIBLE_DEVICES; None keeps the variable unchanged.
     """
-    submitit = import_submitit("running in the background")
-    executor = submitit.LocalExecutor(folder)
+    executor = import_submitit("running in the background").LocalExecutor(folder)
     executor.update_parameters(timeout_min=TEN_YEARS)
     if gpus is None:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # submitit sets the variable, so that it has to be set, or unset, behind it.
+    # `env` runs after submitit has set the variable.
     visible = ["-u", "CUDA_VISIBLE_DEVICES"] if gpus is None else [f"CUDA_VISIBLE_DEVICES={gpus}"]
     return executor.submit(_command(job, "env", *visible))
 
@@ -87,9 +85,9 @@ def start_here(job: Job, folder: Path, *, gpus: str | None = None) -> Any:
 def run_here(
     jobs: Sequence[Job], folder: Path, *, at_once: int, when_done: Callable[[Job, Any], None]
 ) -> None:
-    """Run jobs, `at_once` of them at a time, each on GPUs of its own; returns when all are done.
+    """Run all jobs, `at_once` at a time on separate GPUs. Call `when_done(job, handle)` for each.
 
-    `when_done` is called with each job and its handle, as they end.
+    A failed job does not stop the others.
     """
     slots = gpu_slots(jobs[0].args.ngpu, at_once)
     waiting, running = list(jobs), {}
@@ -104,8 +102,8 @@ def run_here(
 
 
 def visible_gpus() -> list[str]:
-    """This process's GPUs, as CUDA_VISIBLE_DEVICES names them."""
-    import torch  # takes seconds: the other commands of stool do without
+    """List this process's GPUs as CUDA_VISIBLE_DEVICES names them."""
+    import torch  # takes seconds, and other commands of stool don't need it
 
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -113,25 +111,24 @@ def visible_gpus() -> list[str]:
 
 
 def gpu_slots(ngpu: int, at_once: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each of `at_once` jobs; None where it may stay as it is."""
+    """Return CUDA_VISIBLE_DEVICES for each of `at_once` jobs; None keeps it unchanged."""
     gpus = visible_gpus()
     if at_once == 1 or not gpus:
         return [None] * at_once
     if len(gpus) < ngpu * at_once:
         raise UserError(
-            f"array={at_once} ngpu={ngpu}: this machine has {len(gpus)} GPUs, and runs at the same "
-            f"time need {ngpu * at_once}; use array={max(1, len(gpus) // ngpu)}"
+            f"array={at_once} ngpu={ngpu}: needs {ngpu * at_once} GPUs, but this machine has "
+            f"{len(gpus)}; use array={max(1, len(gpus) // ngpu)}"
         )
     return [",".join(gpus[i * ngpu : (i + 1) * ngpu]) for i in range(at_once)]
 
 
-# ---- handles
+# ---- handles and output
 
 
 def failure(handle: Any) -> str | None:
-    """Why a job failed that is done; None if it did not."""
-    error = handle.exception()
-    return None if error is None else f"see {handle.paths.stderr}"
+    """Say where to look if a finished job failed; None if it succeeded."""
+    return None if handle.exception() is None else f"see {handle.paths.stderr}"
 
 
 def run_command(job: Job) -> list[str]:
@@ -139,56 +136,33 @@ def run_command(job: Job) -> list[str]:
 
 
 def _command(job: Job, *before: str) -> Any:
-    # submitit's own class, since the job unpickles it where this package may not be on the path.
+    # A class of submitit, because the job unpickles it and may not find this package.
     submitit = import_submitit("a job in the background")
     return submitit.helpers.CommandFunction([*before, *run_command(job)], verbose=False)
 
 
-MAX_READ = 2**16  # bytes at the end of a file
+MAX_SHOWN = 300  # characters
 
-
-MAX_LENGTH = 300  # characters of a line that is shown
-
-
-# torchrun ends with a report of its own, behind the error of the rank
+# torchrun's own report comes after the error of the rank
 ERROR = re.compile(r"(\[rank\d+\]: )?(error: \S|[\w.]*(Error|Exception|Fault)(: |$))")
-
-
-# what other ranks say when one is gone
-FOLLOWS = re.compile(r"Connection (closed|reset)|ncclRemoteError|remote process exited")
-
-
-RULE = re.compile(r"[-=\s]*")
+# what the other ranks report when one is gone
+CONSEQUENCE = re.compile(r"Connection (closed|reset)|ncclRemoteError|remote process exited")
 
 
 class LocalOutput:
-    """logs/local/run.out and run.err, to which submit.slurm appends at each start."""
+    """The files run.out and run.err in logs/local, to which submit.slurm appends."""
 
     def __init__(self, job: Job):
         logs = job.dump_dir / "logs" / "local"
         self.out, self.err = logs / "run.out", logs / "run.err"
-        self._begin = size_of(self.err)
+        self._start = self.err.stat().st_size if self.err.exists() else 0
 
-    def last_error(self) -> str | None:
-        """What run.err says since this object was made, in a line; None if it says nothing."""
-        end = size_of(self.err)
-        if end <= self._begin:
-            return None
-        with open(self.err, "rb") as file:
-            file.seek(max(self._begin, end - MAX_READ))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-        said = [line.strip() for line in lines if not RULE.fullmatch(line)]
-        errors = [line for line in said if ERROR.match(line)]
-        causes = [line for line in errors if not FOLLOWS.search(line)]
-        last = (causes or errors or said or [""])[-1]
-        return last if len(last) <= MAX_LENGTH else f"{last[:MAX_LENGTH]} ..."
-
-
-def size_of(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def local_output(job: Job) -> LocalOutput | None:
-    """None where its output goes elsewhere: to stool's, or to files of SLURM's ranks."""
-    is_local = not job.args.stdout and not os.environ.get("SLURM_JOB_ID")
-    return LocalOutput(job) if job.args.launcher == "bash" and is_local else None
+    def explain(self) -> str:
+        """Return the line of run.err that explains a failure since this object was made, or ""."""
+        data = self.err.read_bytes()[self._start :] if self.err.exists() else b""
+        lines = [line.strip() for line in data.decode("utf-8", "replace").splitlines()]
+        lines = [line for line in lines if re.search(r"\w", line)]
+        errors = [line for line in lines if ERROR.match(line)]
+        causes = [line for line in errors if not CONSEQUENCE.search(line)]
+        best = causes or errors or lines
+        return f"see {self.err}: {best[-1][:MAX_SHOWN]}" if best else ""

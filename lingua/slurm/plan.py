@@ -1,16 +1,15 @@
-"""From what stool is asked for to a run's folder: all is checked before anything is written."""
+"""Plan a run and write its folder. All checks come before the first write."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
 import os
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,85 +17,97 @@ from typing import Any
 from lingua.args import config_as_yaml, parse_args
 from lingua.errors import UserError, is_machine_fault
 from lingua.files.atomic import write_atomic
-from lingua.files.lock import LOCK_NAME, check_unlocked, check_writable, lock_folders, make_writable
+from lingua.files.lock import (
+    LOCK_NAME,
+    check_unlocked,
+    check_writable,
+    lock_folders,
+    make_writable,
+)
 from lingua.slurm.code import CODE_VERSION, code_version, snapshot_code, version_record
 from lingua.slurm.script import Job, StoolArgs, render_submit
 
-RUN_MARKS = ("base_config.yaml", "config.yaml", "submit.slurm")  # what tells a run's folder
+RUN_MARKS = ("base_config.yaml", "config.yaml", "submit.slurm")  # each marks the folder of a run
 LOGS = "logs"
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run that may be written."""
+    """A run that passed all checks."""
 
     job: Job
-    config: str | Mapping[str, Any]  # as it was given: the text of a YAML file, or a mapping
+    config: str  # YAML; the text of the user's file, if there is one
     root: Path  # of the code
 
 
 def plan_run(args: StoolArgs) -> RunPlan:
-    """Check all that can be checked; a mistake is a UserError, and nothing was written."""
+    """Check everything that can be checked. A mistake is a UserError; nothing is written."""
     if args.nodes < 1:
-        raise UserError(f"nodes={args.nodes}: say on how many machines to run, e.g. nodes=1")
+        raise UserError(f"nodes={args.nodes}: set the number of machines, e.g. nodes=1")
     module = import_script(args.script)
     run_args = read_run_args(args, module)
     check_launcher(args)
-    job = plan_job(args, module, run_args)
-    check_dump_dir(job, read_inputs(job, module, run_args))
-    is_given = isinstance(args.config, Mapping)
-    config = args.config if is_given else Path(args.config).read_text(encoding="utf-8")
-    return RunPlan(job, config, code_root(args.script, module))
+    assert module.__file__, f"{args.script} has no file"
+    root = Path(module.__file__).resolve().parents[args.script.count(".")]
+    dump_dir = Path(run_args.dump_dir).absolute()
+    job = Job(
+        args=args,
+        name=getattr(run_args, "name", "") or dump_dir.name,
+        dump_dir=dump_dir,
+        workdir=Path.cwd(),
+        code=dump_dir / "code" if args.copy_code else root,
+        python=find_environment_python(args.anaconda),
+        time_limit=find_time_limit(args),
+    )
+    inputs = {"script": root, "anaconda": job.python}
+    inputs |= getattr(module, "input_paths", lambda run_args: {})(run_args)
+    if isinstance(args.config, Mapping):
+        config = config_as_yaml(args.config)
+    else:
+        config = Path(args.config).read_text(encoding="utf-8")
+        inputs["config"] = args.config
+    try:
+        check_may_use(job, inputs)
+    except OSError as error:
+        raise UserError(f"dump_dir={dump_dir}: cannot be read ({error.strerror})") from None
+    check_writable("dump_dir", dump_dir)
+    check_unlocked("dump_dir", dump_dir)
+    return RunPlan(job, config, root)
 
 
 # ---- checks
 
 
 def check_launcher(args: StoolArgs) -> None:
-    if args.launcher == "sbatch" and shutil.which("sbatch") is None and not args.dry_run:
+    if args.launcher == "sbatch":
+        if shutil.which("sbatch") is None and not args.dry_run:
+            raise UserError(
+                "launcher=sbatch: this machine has no sbatch; log in to the cluster, or use "
+                "launcher=bash to run here, or dry_run=true to see the job"
+            )
+    elif args.dependency:
+        raise UserError(f"dependency={args.dependency} needs launcher=sbatch; bash starts at once")
+    elif args.nodes > 1 and "SLURM_JOB_ID" not in os.environ:
         raise UserError(
-            "launcher=sbatch: there is no sbatch on this machine; log in to the cluster, or use "
-            "launcher=bash to run here, or dry_run=true to see what would be submitted"
-        )
-    if args.launcher == "bash" and args.dependency:
-        raise UserError(
-            f"dependency={args.dependency}: launcher=bash runs at once; leave it out, or use sbatch"
-        )
-    if args.launcher == "bash" and args.nodes > 1 and "SLURM_JOB_ID" not in os.environ:
-        raise UserError(
-            f"launcher=bash nodes={args.nodes}: without SLURM only this machine is there; use "
-            "nodes=1, or call stool inside an allocation (salloc)"
+            f"launcher=bash nodes={args.nodes} needs an allocation (salloc); use nodes=1 without"
         )
 
 
 def import_script(script: str) -> ModuleType:
-    if script.endswith(".py") or not all(part.isidentifier() for part in script.split(".")):
-        path = os.path.relpath(script) if "/" in script else script
-        parts = [part for part in re.split(r"[./]", path.removesuffix(".py")) if part]
-        raise UserError(
-            f"script={script}: is no module; name it as python -m does, e.g. "
-            f"script={'.'.join(parts) or 'apps.LT2.train'}"
-        )
+    name = script.removesuffix(".py").replace("/", ".").strip(".") or "apps.LT2.train"
+    if name != script:
+        raise UserError(f"script={script} must be a module, e.g. script={name}")
     try:
         return importlib.import_module(script)
-    except ModuleNotFoundError as error:
-        if error.name and (script == error.name or script.startswith(error.name + ".")):
-            raise UserError(
-                f"script={script}: no such module (seen from {os.getcwd()}); name it as python -m "
-                "does, e.g. script=apps.LT2.train"
-            ) from None
-        raise UserError(f"script={script}: cannot be imported: {error}") from None
     except (ImportError, SyntaxError) as error:
-        raise UserError(f"script={script}: cannot be imported: {error}") from None
-    except SystemExit as left:
         raise UserError(
-            f"script={script}: ends with status {left.code} when it is imported; what it does "
-            'belongs under if __name__ == "__main__"'
+            f"script={script}: cannot be imported from {os.getcwd()} ({error}); use a module, e.g. "
+            "script=apps.LT2.train"
         ) from None
 
 
 def read_run_args(args: StoolArgs, module: ModuleType) -> Any:
-    """The script's options, checked as the script itself will check them."""
+    """Read the script's options and apply the script's own checks."""
     run_args = parse_run_args(args, module)
     check = getattr(module, "validate_before_submit", None)
     if check is not None:
@@ -105,41 +116,21 @@ def read_run_args(args: StoolArgs, module: ModuleType) -> Any:
 
 
 def parse_run_args(args: StoolArgs, module: ModuleType) -> Any:
-    # An evaluation script may import TrainArgs, too: what it defines itself goes first.
-    named = [getattr(module, name, None) for name in ("TrainArgs", "EvalArgs")]
-    named = [c for c in named if is_dataclass(c) and isinstance(c, type)]
-    named.sort(key=lambda c: c.__module__ != module.__name__)
-    options_class = named[0] if named else None
-    if options_class is None:
-        raise UserError(f"script={args.script}: has no TrainArgs or EvalArgs to check a config by")
+    names = [name for name in ("TrainArgs", "EvalArgs") if hasattr(module, name)]
+    classes = [getattr(module, name) for name in names]
+    if not classes:
+        raise UserError(f"script={args.script} has no TrainArgs or EvalArgs to check the config")
+    # An evaluation script may also import TrainArgs.
+    own = [c for c in classes if c.__module__ == module.__name__] or classes
     if not args.config:
-        raise UserError("config is not set: name a YAML file, e.g. config=run.yaml")
+        raise UserError("config is not set: use a YAML file, e.g. config=run.yaml")
     if isinstance(args.config, Mapping):
-        run_args = parse_args(options_class, args.overrides, config=args.config)
+        run_args = parse_args(own[0], args.overrides, config=args.config)
     else:
-        run_args = parse_args(options_class, [f"config={args.config}", *args.overrides])
+        run_args = parse_args(own[0], [f"config={args.config}", *args.overrides])
     if not getattr(run_args, "dump_dir", None):
-        raise UserError("dump_dir is empty: set it in the config, or behind `--`")
+        raise UserError("dump_dir is empty: set it in the config, or after `--`")
     return run_args
-
-
-def code_root(script: str, module: ModuleType) -> Path:
-    """The folder that `python -m script` is called from."""
-    assert module.__file__, f"{script} has no file"
-    return Path(module.__file__).resolve().parents[script.count(".")]
-
-
-def plan_job(args: StoolArgs, module: ModuleType, run_args: Any) -> Job:
-    dump_dir = Path(run_args.dump_dir).absolute()
-    return Job(
-        args=args,
-        name=getattr(run_args, "name", "") or dump_dir.name,
-        dump_dir=dump_dir,
-        workdir=Path.cwd(),
-        code=dump_dir / "code" if args.copy_code else code_root(args.script, module),
-        python=find_environment_python(args.anaconda),
-        time_limit=time_limit(args),
-    )
 
 
 def find_environment_python(anaconda: str) -> Path:
@@ -148,67 +139,49 @@ def find_environment_python(anaconda: str) -> Path:
     python = Path(anaconda).expanduser().absolute() / "bin" / "python"
     if not python.is_file():
         raise UserError(
-            f"anaconda={anaconda}: no {python}; give the folder of a conda or virtual environment"
+            f"anaconda={anaconda}: no {python}; use the folder of a conda or virtual environment"
         )
     return python
 
 
-def time_limit(args: StoolArgs) -> str:
+def find_time_limit(args: StoolArgs) -> str:
+    """Return the limit in SLURM's format, by default the maximum of the partition."""
     if args.time != -1:
         return str(args.time)
     if args.launcher != "sbatch" or shutil.which("sinfo") is None:
-        return ""  # SLURM then gives the partition's default
-    asked = ["sinfo", "--noheader", "--format=%l", f"--partition={args.partition}"]
-    answer = subprocess.run(asked, capture_output=True, text=True)
-    limits = answer.stdout.split()
-    if answer.returncode == 0 and not limits:
+        return ""
+    partition = [f"--partition={args.partition}"] if args.partition else []
+    command = ["sinfo", "--noheader", "--format=%P %l", *partition]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    rows = [line.split() for line in answer.stdout.splitlines()]
+    # sinfo marks the default partition with *
+    limits = [row[-1] for row in rows if partition or row[0].endswith("*")]
+    if answer.returncode == 0 and partition and not limits:
         raise UserError(f"partition={args.partition}: SLURM has no such partition; see sinfo -s")
     return {"infinite": "UNLIMITED"}.get(limits[0], limits[0]) if limits else ""
 
 
-def check_dump_dir(job: Job, inputs: Mapping[str, Path]) -> None:
-    """Refuse a dump_dir that cannot be written, is in use, or may not be reused or renamed."""
-    try:
-        check_may_use(job, inputs)
-    except OSError as error:
-        raise UserError(f"dump_dir={job.dump_dir}: cannot be read ({error.strerror})") from None
-    check_writable("dump_dir", job.dump_dir)
-    check_unlocked("dump_dir", job.dump_dir)
+def check_may_use(job: Job, inputs: Mapping[str, str | Path | None]) -> None:
+    """Refuse a dump_dir with files, unless the run may continue in it or may rename it.
 
-
-def check_may_use(job: Job, inputs: Mapping[str, Path]) -> None:
-    """Refuse a dump_dir with files, unless the run may continue in it or may rename it."""
+    `inputs` maps options to paths that the run reads. A folder with one of them is not renamed.
+    """
     folder = job.dump_dir
     if is_free(folder):
         return
     if not folder.is_dir():
-        raise UserError(f"dump_dir={folder}: is a file; name a folder")
-    if job.args.override:
-        check_not_read(folder, inputs)
-    elif not job.args.dirs_exists_ok:
+        raise UserError(f"dump_dir={folder} is a file; use a folder")
+    if not job.args.override and not job.args.dirs_exists_ok:
         raise UserError(
-            f"dump_dir={folder}: exists; name another, continue its run with dirs_exists_ok=true, "
-            "or rename it with override=true"
+            f"dump_dir={folder} exists; use another, continue its run with dirs_exists_ok=true, or "
+            "rename it with override=true"
         )
-
-
-def read_inputs(job: Job, module: ModuleType, run_args: Any) -> dict[str, Path]:
-    """Map options to the paths that the run reads."""
-    given = {"script": code_root(job.args.script, module), "anaconda": job.python}
-    if not isinstance(job.args.config, Mapping):
-        given["config"] = job.args.config
-    given |= getattr(module, "input_paths", lambda run_args: {})(run_args)
-    return {option: Path(path) for option, path in given.items() if path}
-
-
-def check_not_read(folder: Path, inputs: Mapping[str, Path]) -> None:
-    """Refuse to rename a folder that contains an input of the new run."""
-    for option, path in inputs.items():
-        for place in (os.path.abspath, os.path.realpath):  # the path itself, and behind links
-            if Path(place(path)).is_relative_to(place(folder)):
+    for option, path in inputs.items() if job.args.override else ():
+        for resolve in (os.path.abspath, os.path.realpath):  # the link, and its target
+            if path and Path(resolve(path)).is_relative_to(resolve(folder)):
                 raise UserError(
-                    f"override=true dump_dir={folder}: would rename the folder that contains "
-                    f"{option}={path}; name another dump_dir"
+                    f"override=true dump_dir={folder} would rename a folder that contains "
+                    f"{option}={path}; use another dump_dir"
                 )
 
 
@@ -219,13 +192,13 @@ def is_free(folder: Path) -> bool:
     return folder.is_dir() and all(path.name == LOCK_NAME for path in folder.iterdir())
 
 
-# ---- what is written
+# ---- the run's folder
 
 
 def write_run(plan: RunPlan, without: Path | None = None) -> Path:
     """Write the run's folder and return the path of its submit.slurm.
 
-    Leave `without`, by default the run's folder, out of the copied code.
+    The copy of the code leaves out `without`, by default the run's folder.
     """
     folder = plan.job.dump_dir
     try:
@@ -238,11 +211,10 @@ def write_run(plan: RunPlan, without: Path | None = None) -> Path:
     except OSError as error:
         if is_machine_fault(error):
             raise
-        raise UserError(f"dump_dir={folder}: cannot be written: {error}") from None
+        raise UserError(f"dump_dir={folder}: cannot be written ({error})") from None
 
 
 def rename_old(folder: Path) -> None:
-    """Rename the folder of an older run to a free name."""
     with lock_folders({"dump_dir": folder}):
         target = old_name(folder)
         folder.rename(target)
@@ -258,8 +230,8 @@ def old_name(folder: Path) -> Path:
 def fill_run_folder(plan: RunPlan, without: Path) -> Path:
     job = plan.job
     if job.args.copy_code:
-        copied = snapshot_code(plan.root, job.code, without=without)
-        print(f"stool: {copied} files of code copied ({code_version(plan.root)})")
+        n_files = snapshot_code(plan.root, job.code, without=without)
+        print(f"stool: copied {n_files} files of code ({code_version(plan.root)})")
     (job.dump_dir / LOGS).mkdir(exist_ok=True)  # SLURM does not make it
     for name, text in run_files(plan).items():
         write_atomic(job.dump_dir / name, text)
@@ -267,10 +239,9 @@ def fill_run_folder(plan: RunPlan, without: Path) -> Path:
 
 
 def run_files(plan: RunPlan) -> dict[str, str]:
-    """Name -> text of the files that make a run, its code aside; what relaunches it comes last."""
-    given = plan.config  # comments included, where it is a file's text
+    """Map the names of a run's files to their texts, in the order of writing."""
     return {
         CODE_VERSION: version_record(plan.root),
-        "base_config.yaml": given if isinstance(given, str) else config_as_yaml(given),
+        "base_config.yaml": plan.config,
         plan.job.script.name: render_submit(plan.job),
     }

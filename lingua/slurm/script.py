@@ -1,4 +1,4 @@
-"""A job as stool is asked for it, and the submit.slurm that it comes to."""
+"""The options of stool, and the submit.slurm that it writes from them."""
 
 from __future__ import annotations
 
@@ -10,69 +10,64 @@ from typing import Any
 from lingua.errors import UserError
 
 LAUNCHERS = ("sbatch", "bash")
-CONFIG_ARGUMENT = 'config="$DUMP_DIR/base_config.yaml"'  # the options behind it win over the file
+CONFIG_ARGUMENT = 'config="$DUMP_DIR/base_config.yaml"'  # later options win over the file
 
 
 @dataclass
 class StoolArgs:
-    config: Any = None  # YAML file of the script's options (from Python also a mapping); required
+    config: Any = None  # YAML file with the script's options (in Python also a mapping); required
     launcher: str = "sbatch"  # sbatch, or bash to run here or inside an allocation
-    script: str = "apps.LT2.train"  # module to run, with a TrainArgs that says which options it has
-    copy_code: bool = True  # run a copy of the code in dump_dir/code; false runs the code as it is
-    dirs_exists_ok: bool = False  # launch into a dump_dir that exists, to go on with its run
+    script: str = "apps.LT2.train"  # module to run; its TrainArgs or EvalArgs defines the options
+    copy_code: bool = True  # run a copy of the code in dump_dir/code; false runs the code in place
+    dirs_exists_ok: bool = False  # launch into a dump_dir that exists, to continue its run
     override: bool = False  # rename a dump_dir that exists to <dump_dir>.old-<n>, and start over
-    dry_run: bool = False  # check all and show what would be written and run; nothing is touched
+    dry_run: bool = False  # check everything and show what would be written and run; write nothing
     nodes: int = -1  # machines; required
-    ngpu: int = 8  # GPUs on each node, one process each
-    ncpu: int = 16  # CPU cores for each GPU
-    mem: str = ""  # memory of each node, as SLURM writes it (200G); "" = all of it
-    anaconda: str = "default"  # folder of the environment to run in; default = the one stool is in
-    constraint: str = ""  # node features that SLURM must give, e.g. h100
+    ngpu: int = 8  # GPUs per node, with one process each
+    ncpu: int = 16  # CPU cores per GPU
+    mem: str = ""  # memory per node, in SLURM's format (200G); "" = all of it
+    anaconda: str = "default"  # folder of the environment to run in; default = stool's own
+    constraint: str = ""  # required node features, e.g. h100
     exclude: str = ""  # nodes not to use, e.g. node[3,7]
-    time: int = -1  # limit in minutes; -1 = the longest that the partition allows
+    time: int = -1  # limit in minutes; -1 = the partition's maximum
     account: str = ""  # SLURM account to charge
     qos: str = ""  # SLURM quality of service
-    partition: str = "learn"  # SLURM partition
-    dependency: str = ""  # jobs to wait for, as SLURM writes it (afterok:1234); not for relaunches
-    # values to try of the script's options, sweep.optim.lr=[1e-4,3e-4]: every combination is a run,
-    # in a folder of its own below dump_dir
+    partition: str = ""  # SLURM partition; "" = the cluster's default
+    dependency: str = ""  # jobs to wait for, in SLURM's format (afterok:1234); not for relaunches
+    # values of the script's options to try, e.g. sweep.optim.lr=[1e-4,3e-4]; each combination is a
+    # run in its own folder below dump_dir
     sweep: dict[str, list[Any]] = field(default_factory=dict)
-    # runs of a sweep at the same time; null is as many as SLURM has room for, or 1 with bash
+    # runs of a sweep at the same time; null = no limit with sbatch, 1 with bash
     array: int | None = None
-    stdout: bool = False  # true sends the output of all ranks to one place, false to a file a rank
-    # what follows `--`: options of the script that win over its config
-    overrides: list[str] = field(default_factory=list)
+    stdout: bool = False  # true prints the output of all ranks together, false uses a file per rank
+    overrides: list[str] = field(default_factory=list)  # the options after `--`
 
     def __post_init__(self) -> None:
         if self.launcher not in LAUNCHERS:
-            raise UserError(f"launcher={self.launcher}: use one of {', '.join(LAUNCHERS)}")
+            raise UserError(f"launcher={self.launcher} must be one of {', '.join(LAUNCHERS)}")
         for name in ("ngpu", "ncpu"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.array is not None and self.array < 1:
-            raise UserError(f"array={self.array}: must be at least 1, or null")
-        if self.array is not None and not self.sweep:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.array is not None and (self.array < 1 or not self.sweep):
             raise UserError(
-                f"array={self.array}: how many runs of a sweep go at the same time; name what to "
-                "sweep, e.g. sweep.optim.lr=[1e-4,3e-4]"
+                f"array={self.array} must be at least 1 and needs a sweep, e.g. "
+                "sweep.optim.lr=[1e-4,3e-4]"
             )
-        if self.time != -1 and self.time < 1:
-            raise UserError(
-                f"time={self.time}: must be a number of minutes, or -1 for the partition's limit"
-            )
+        if self.time < 1 and self.time != -1:
+            raise UserError(f"time={self.time} must be minutes, or -1 for the partition's maximum")
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that submit.slurm is made of; every path is absolute."""
+    """Everything that submit.slurm is made of. Paths are absolute."""
 
     args: StoolArgs
     name: str
     dump_dir: Path
     workdir: Path  # where the job runs
-    code: Path  # the code it runs
+    code: Path  # the code it imports
     python: Path
-    time_limit: str  # as SLURM writes it; "" = leave it to SLURM
+    time_limit: str  # in SLURM's format; "" = the partition's default
 
     @property
     def script(self) -> Path:
@@ -80,9 +75,9 @@ class Job:
 
 
 def resources(job: Job) -> dict[str, Any]:
-    """What sbatch is asked for, by the long names of its options."""
+    """Map sbatch's long options to their values, except the names of the job and its files."""
     args = job.args
-    wanted = {
+    options = {
         "nodes": args.nodes,
         "gres": f"gpu:{args.ngpu}",
         "cpus-per-gpu": args.ncpu,
@@ -94,10 +89,10 @@ def resources(job: Job) -> dict[str, Any]:
         "constraint": args.constraint,
         "exclude": args.exclude,
         "distribution": "block",
-        "signal": "USR2@120",  # two minutes before the end every rank may save
-        "open-mode": "append",  # a requeued job goes on in the same files
+        "signal": "USR2@120",  # two minutes to save a checkpoint before the time limit
+        "open-mode": "append",  # a requeued job appends to the same files
     }
-    return {key: value for key, value in wanted.items() if value != ""}
+    return {key: value for key, value in options.items() if value != ""}
 
 
 def directives(job: Job) -> list[str]:
@@ -108,7 +103,7 @@ def directives(job: Job) -> list[str]:
 
 
 def quote_sbatch(value: Any) -> str:
-    """As sbatch reads an argument: quotes and backslashes as in a shell, and no variables."""
+    """Quote a value for sbatch, which reads quotes and backslashes but expands no variables."""
     text = str(value)
     if not any(c.isspace() or c in "#'\"\\" for c in text):
         return text
@@ -117,14 +112,10 @@ def quote_sbatch(value: Any) -> str:
 
 
 def render_submit(job: Job) -> str:
+    """Write the text of submit.slurm."""
     args, q = job.args, lambda value: shlex.quote(str(value))
-    command = [
-        args.script,
-        CONFIG_ARGUMENT,
-        *map(shlex.quote, args.overrides),
-    ]
-    run = "-m " + " ".join(command)
-    rank_file = '"${logs//\\%/%%}/%j_%t'  # srun has patterns of its own for a % in the folder
+    run = " ".join(["-m", args.script, CONFIG_ARGUMENT, *map(shlex.quote, args.overrides)])
+    rank_file = '"${logs//\\%/%%}/%j_%t'  # srun expands % in names
     srun_files = "" if args.stdout else f' -o {rank_file}.out" -e {rank_file}.err"'
     files = "" if args.stdout else ' >>"$logs/run.out" 2>>"$logs/run.err"'
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {args.ngpu} "
@@ -137,7 +128,7 @@ def render_submit(job: Job) -> str:
         f"export DUMP_DIR={q(job.dump_dir)}",
         "export OMP_NUM_THREADS=1",
         *activate_conda(job.python),
-        "# PYTHONSAFEPATH: the code is taken from here, not from the folder the job runs in.",
+        "# PYTHONSAFEPATH: import the code from here, not from the working folder.",
         f"export PYTHONPATH={q(job.code)}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
         f"cd {q(job.workdir)}",
         "",
@@ -157,7 +148,7 @@ def render_submit(job: Job) -> str:
 
 
 def activate_conda(python: Path) -> list[str]:
-    """Conda environments may set variables on activation; without conda, their Python does."""
+    """Activate a conda environment if conda is there, because activation may set variables."""
     environment = python.parent.parent
     if not (environment / "conda-meta").is_dir():
         return []

@@ -1,5 +1,4 @@
-"""What several files start from: a config file, a run with checkpoints, and a project that stool
-can launch on a cluster."""
+"""Fixtures: a config file, a run with checkpoints, a project to launch, and a fake cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from tests.lingua.stool_utils import git
 
 REPOSITORY = Path(__file__).parents[2]
 
-# A training script in little: it says where it ran and what it was told.
+# A tiny training script that prints where it ran, and its options.
 SCRIPT = """
 from __future__ import annotations
 import json, os, sys
@@ -80,8 +79,8 @@ def run(tmp_path):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch, request) -> Path:
-    """A repository with a script `project.<name>.train`, as a working folder with a space in it."""
-    name = f"p{abs(hash(request.node.name))}"  # modules stay imported: each test has its own
+    """A repository with a script `project.<name>.train`. Its path has a space."""
+    name = f"p{abs(hash(request.node.name))}"  # modules stay imported, so tests don't share one
     root = tmp_path / "my project"
     package = root / "project" / name
     package.mkdir(parents=True)
@@ -95,8 +94,8 @@ def project(tmp_path, monkeypatch, request) -> Path:
     git(root, "commit", "-qm", "one")
     monkeypatch.chdir(root)
     monkeypatch.syspath_prepend(str(root))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # for lingua, in the jobs
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # tests look at what is in its folders
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # jobs import lingua
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # tests compare folders
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     for variable in [v for v in os.environ if v.startswith("SLURM_")]:
         monkeypatch.delenv(variable)
@@ -111,14 +110,15 @@ def args(project) -> StoolArgs:
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch) -> Path:
-    """A cluster made of shell scripts: sbatch runs the job, srun runs two of its ranks."""
+    """A cluster of shell scripts: sbatch runs the job, and srun runs two of its ranks."""
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     programs = {
-        # Like SLURM it needs the folder of its log file to be there.
+        # like SLURM, it fails without the folder of its log file
         "sbatch": 'test -d "$(dirname "$1")/logs" || exit 1\n'
         f'echo "$@" >>{tmp_path}/sbatch.log; SLURM_JOB_ID=7 bash "$1"',
-        "sinfo": 'case "$*" in *typo*) ;; *) echo 2-00:00:00;; esac',
+        "sinfo": 'case "$*" in *typo*) ;; *partition=*) echo gpu 2-00:00:00;; '
+        "*) echo gpu 2-00:00:00; echo 'small* 1-00:00:00';; esac",
         "srun": f'printf "%s\\n" "$*" >>{tmp_path}/srun.log\n'
         'while [ "$1" != -N ]; do shift; done; shift 2\n'
         'for RANK in 0 1; do export RANK; "$@"; done',

@@ -1,4 +1,4 @@
-"""What tests of stool look at: a repository, what a job said, and a run that holds its folder."""
+"""Helpers for tests of stool: a git repository, a job's output, and a process with a lock."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 HOLD = """
 import sys, time
-from lingua.files.lock import lock_folders  # which comes without torch
+from lingua.files.lock import lock_folders  # imports no torch
 with lock_folders({"dump_dir": sys.argv[1]}):
     print("held", flush=True)
     time.sleep(60)
@@ -21,7 +21,7 @@ with lock_folders({"dump_dir": sys.argv[1]}):
 
 @contextmanager
 def held(folder: Path) -> Iterator[int]:
-    """The id of another process, which writes to the folder as a run does, and is then killed."""
+    """Start a process that locks the folder, yield its id, and kill it."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
     )
@@ -34,7 +34,7 @@ def held(folder: Path) -> Iterator[int]:
 
 
 def without_root_powers() -> None:
-    """For a child before it starts: modes of files hold for root, too (see prctl, capabilities)."""
+    """Make file modes apply to root (see man capabilities). Call it in a child before exec."""
     drop_from_bounding_set, read_and_write_all, read_all = 24, 1, 2
     for power in (read_and_write_all, read_all):
         ctypes.CDLL(None).prctl(drop_from_bounding_set, power, 0, 0, 0)

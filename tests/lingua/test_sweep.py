@@ -1,4 +1,4 @@
-"""Sweeps through submitit: its local executor runs them, a SLURM of scripts is asked for them."""
+"""Sweeps with submitit, on this machine and on a cluster of shell scripts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_combination_is_a_run():
     assert runs["lr=0.0003,loop_count=1"] == {"optim.lr": 3e-4, "model.loop_count": 1}
 
 
-def test_names_of_folders_differ_where_options_do():
+def test_different_options_have_different_folders():
     values = [
         "4:1",
         "4 1",
@@ -64,8 +64,8 @@ def test_names_of_folders_differ_where_options_do():
     labels = [label_of({"model.attention_pattern": value}) for value in values]
     assert len(set(labels)) == len(values)
     assert all(re.fullmatch(r"[\w.,=+-]{1,200}", label) for label in labels), labels
-    assert all(len(os.fsencode(label)) < 256 for label in labels), "as file systems want names"
-    # two options whose last names are the same go by their whole names
+    assert all(len(os.fsencode(label)) < 256 for label in labels)
+    # options with the same last name use their full names
     assert label_of({"a.every": 1, "b.every": 2}) == "a.every=1,b.every=2"
 
 
@@ -95,11 +95,11 @@ class Options:
         ("shares", {"a, b": 1.0}),
     ],
 )
-def test_a_run_gets_the_values_that_were_named(option, value):
+def test_a_run_gets_the_values_of_the_sweep(option, value):
     assert getattr(parse_args(Options, as_arguments({option: value})), option) == value
 
 
-def test_the_command_line_names_options_and_values():
+def test_the_command_line_sets_options_and_values():
     args = parse_args(StoolArgs, ["sweep.optim.lr=[1e-4, 3e-4]", "sweep.name=[a]", "array=2"])
     assert args.sweep == {"optim.lr": [1e-4, 3e-4], "name": ["a"]} and args.array == 2
 
@@ -107,13 +107,13 @@ def test_the_command_line_names_options_and_values():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(sweep={"dump_dir": ["a"]}), "sweep.dump_dir: each run"),
-        (dict(sweep={"steps": []}), r"sweep.steps=\[\]: name the values"),
-        (dict(sweep={"steps": [2, 3, 2]}), "a value is there twice: steps=2"),
+        (dict(sweep={"dump_dir": ["a"]}), "sweep.dump_dir"),
+        (dict(sweep={"steps": []}), r"sweep.steps=\[\]"),
+        (dict(sweep={"steps": [2, 3, 2]}), "sweep repeats .*steps=2"),
         (dict(sweep={"stepss": [2]}), "unknown option stepss"),
         (dict(sweep={"optim.lr": [0.1, "high"]}), "optim.lr"),
         (dict(sweep={"steps": [2]}, ngpu=65), "65 processes are too many"),
-        (dict(sweep={"steps": [2]}, stdout=True), "stdout=true: runs of a sweep"),
+        (dict(sweep={"steps": [2]}, stdout=True), "stdout=true"),
         (dict(sweep={"steps": [2]}, nodes=-1), "nodes=-1"),
         (dict(sweep={"steps": [2]}, launcher="sbatch"), "no sbatch"),
     ],
@@ -128,7 +128,7 @@ def test_mistakes_are_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("change", [dict(array=0, sweep={"steps": [1]}), dict(array=2)])
-def test_array_is_of_a_sweep_and_at_least_one(change):
+def test_array_needs_a_sweep_and_is_at_least_one(change):
     with pytest.raises(UserError, match="array="):
         StoolArgs(**change)
 
@@ -143,7 +143,7 @@ def test_without_submitit_the_extra_is_named(project, args, monkeypatch):
 # ---- on this machine
 
 
-def test_a_run_that_fails_leaves_the_others_alone(project, args, capfd):
+def test_a_failed_run_does_not_stop_the_others(project, args, capfd):
     options = ["nodes=1", "ngpu=1", "launcher=bash", "array=3", "sweep.steps=[12,13,14]"]
     with pytest.raises(
         UserError,
@@ -153,22 +153,22 @@ def test_a_run_that_fails_leaves_the_others_alone(project, args, capfd):
     sweep = project / "runs" / "a b"
     assert folders(sweep) == ["steps=12", "steps=13", "steps=14"]
     for n, run in ((n, sweep / f"steps={n}") for n in (12, 13, 14)):
-        (said_once,) = seen(run)
-        assert said_once["args"]["steps"] == n and said_once["args"]["optim"] == {"lr": 0.5}
-        assert said_once["args"]["name"] == f"try_steps={n}"
-        assert said_once["args"]["dump_dir"] == said_once["dump"] == str(run)
-        assert Path(said_once["file"]).is_relative_to(run / "code")
+        (printed,) = seen(run)
+        assert printed["args"]["steps"] == n and printed["args"]["optim"] == {"lr": 0.5}
+        assert printed["args"]["name"] == f"try_steps={n}"
+        assert printed["args"]["dump_dir"] == printed["dump"] == str(run)
+        assert Path(printed["file"]).is_relative_to(run / "code")
         assert not any("runs" in path.parts for path in (run / "code").relative_to(run).rglob("*"))
     table = capfd.readouterr().out.splitlines()[-4:]
     assert [line.split()[0] for line in table] == ["steps", "12", "13", "14"]
 
-    # each is a run like any other
+    # each run can be relaunched
     submit = sweep / "steps=12" / "submit.slurm"
     subprocess.run(["bash", str(submit)], check=True, cwd="/")
     assert len(seen(sweep / "steps=12")) == 2
 
 
-def test_a_run_that_never_began_is_told_by_submitits_log(project, args, monkeypatch):
+def test_submitits_log_explains_a_run_that_never_started(project, args, monkeypatch):
     monkeypatch.setattr("lingua.slurm.background.run_command", lambda job: ["bash", "-c", "exit 4"])
     with pytest.raises(UserError, match=r"steps=2 \(see .*log.err, and .*steps=2/logs\)$"):
         launch_job(replace(args, sweep={"steps": [2]}))
@@ -176,7 +176,7 @@ def test_a_run_that_never_began_is_told_by_submitits_log(project, args, monkeypa
 
 def test_a_sweep_can_be_added_to(project, args, capfd, monkeypatch):
     monkeypatch.setattr("lingua.stool.run_sweep_here", lambda *args: [])
-    config = {"dump_dir": "runs/s", "optim": {"lr": 0.5}}  # from Python, a mapping
+    config = {"dump_dir": "runs/s", "optim": {"lr": 0.5}}
     swept = replace(args, config=config, sweep={"steps": [2]})
     launch_job(swept)
     with pytest.raises(UserError, match="exists"):
@@ -186,7 +186,7 @@ def test_a_sweep_can_be_added_to(project, args, capfd, monkeypatch):
     assert list(json.loads((project / "runs/s/sweep.json").read_text())) == ["steps=2", "steps=3"]
 
 
-def test_a_sweep_leaves_a_run_that_goes_on_alone(project, args, monkeypatch):
+def test_a_sweep_leaves_a_running_run_alone(project, args, monkeypatch):
     monkeypatch.setattr("lingua.stool.run_sweep_here", lambda *args: [])
     swept = replace(args, sweep={"steps": [2, 3]})
     launch_job(swept)
@@ -199,7 +199,7 @@ def test_a_sweep_leaves_a_run_that_goes_on_alone(project, args, monkeypatch):
         launch_job(replace(args, sweep={"steps": [2]}, override=True))
         assert not (sweep / "steps=2" / "mine").exists()
     with held(sweep), pytest.raises(UserError, match="dump_dir=.*another run writes there"):
-        launch_job(replace(args, sweep={"steps": [4]}))  # its record would be written to
+        launch_job(replace(args, sweep={"steps": [4]}))  # the sweep would write its record there
 
 
 def test_a_dry_run_of_a_sweep_names_every_run(project, args, slurm, capfd):
@@ -211,13 +211,13 @@ def test_a_dry_run_of_a_sweep_names_every_run(project, args, slurm, capfd):
     for n in (2, 3, 4):
         assert f"stool: would write to {sweep}/steps={n}:" in out
     assert f"would write {sweep}/sweep.json" in out and "#SBATCH --job-name=try_steps=2" in out
-    assert "would run these 3 as one SLURM job array, 2 at a time, each by its script" in out
+    assert "would run these 3 as one SLURM job array, 2 at a time" in out
     assert out.endswith(f" bash '{sweep}/steps=2/submit.slurm'\n")
     with pytest.raises(UserError, match="unknown option stepss"):
         launch_job(replace(swept, sweep={"stepss": [2]}, dry_run=True))
 
 
-def test_more_places_than_runs_take_no_more_gpus_than_the_runs(project, args, monkeypatch):
+def test_a_sweep_takes_no_more_gpus_than_it_has_runs(project, args, monkeypatch):
     places = []
     monkeypatch.setattr(
         "lingua.stool.run_sweep_here", lambda jobs, folder, at_once: places.append(at_once) or []
@@ -228,7 +228,7 @@ def test_more_places_than_runs_take_no_more_gpus_than_the_runs(project, args, mo
 
 
 class Handle:
-    """A job that takes two looks to be done."""
+    """A job that is done at the third look."""
 
     running: set[str | None] = set()
 
@@ -244,7 +244,7 @@ class Handle:
         return self.looks > 2
 
 
-def test_runs_at_the_same_time_have_gpus_of_their_own(monkeypatch, tmp_path):
+def test_runs_at_the_same_time_use_different_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(background, "visible_gpus", lambda: ["3", "5", "6", "7", "9"])
     monkeypatch.setattr(background, "POLL_SECONDS", 0)
     started, most, done = [], [0], []
@@ -260,7 +260,7 @@ def test_runs_at_the_same_time_have_gpus_of_their_own(monkeypatch, tmp_path):
     background.run_here(jobs, tmp_path, at_once=2, when_done=lambda job, _: done.append(job.name))
     assert set(started) == {"3,5", "6,7"} and len(started) == 5
     assert most == [2] and sorted(done) == ["0", "1", "2", "3", "4"]
-    with pytest.raises(UserError, match="array=3 ngpu=2: this machine has 5 GPUs.* use array=2"):
+    with pytest.raises(UserError, match="array=3 ngpu=2.* use array=2"):
         background.gpu_slots(2, 3)
     assert background.gpu_slots(8, 1) == [None]
 
@@ -278,7 +278,7 @@ def test_three_runs_train_and_end_in_a_table(tmp_path, monkeypatch, capfd):
     asked += ["sweep.optim.lr=[0.001, 0.003, 0.01]", "array=3"]
     main([*asked, "--", *(f"{k}={v}" for k, v in options.items())])
     table = capfd.readouterr().out
-    print_table(["dump_dir=runs/tune"])  # as it stands, at any time
+    print_table(["dump_dir=runs/tune"])
     assert table.endswith(capfd.readouterr().out)
 
     header, *rows = [line.split() for line in table.splitlines()[-4:]]
@@ -293,57 +293,56 @@ def test_three_runs_train_and_end_in_a_table(tmp_path, monkeypatch, capfd):
 def test_a_folder_without_a_sweep_has_no_table(tmp_path):
     (tmp_path / "file").write_text("")
     for options, words in (
-        ([], "dump_dir is empty: name the folder"),
-        ([f"dump_dir={tmp_path}"], f"dump_dir={tmp_path}: holds no sweep"),
-        ([f"dump_dir={tmp_path}/absent"], f"dump_dir={tmp_path}/absent: no such folder"),
-        ([f"dump_dir={tmp_path}/file"], f"dump_dir={tmp_path}/file: no folder"),
+        ([], "dump_dir is empty"),
+        ([f"dump_dir={tmp_path}"], f"dump_dir={tmp_path} has no sweep"),
+        ([f"dump_dir={tmp_path}/absent"], f"dump_dir={tmp_path}/absent is not a folder"),
+        ([f"dump_dir={tmp_path}/file"], f"dump_dir={tmp_path}/file is not a folder"),
     ):
         with pytest.raises(UserError, match=words):
             print_table(options)
     (tmp_path / "config.yaml").write_text("{}")
-    with pytest.raises(UserError, match=f"it is a run itself, name {tmp_path.parent}$"):
+    with pytest.raises(UserError, match=f"it is a run itself, use {tmp_path.parent}$"):
         format_table(tmp_path)
 
 
-def test_what_is_half_written_leaves_the_other_runs_in_the_table(tmp_path, caplog):
-    for name in ("begun", "cut", "empty", "launched", "other", "stray"):
+def test_a_half_written_run_leaves_the_others_in_the_table(tmp_path, caplog):
+    for name in ("active", "cut", "empty", "launched", "other", "stray"):
         (tmp_path / name).mkdir()
     whole = {"steps": 9, "seed": 1, "optim": {"lr": 0.1, "clip": 1.0}}
-    (tmp_path / "begun" / "config.yaml").write_text(json.dumps(whole))
-    (tmp_path / "begun" / "metrics.jsonl").write_text(
-        '[1]\n"a"\n{"global_step": 3, "loss/out": 2.5, "loss/val": "n"}\n{"global_step": 4, "lo'
+    (tmp_path / "active" / "config.yaml").write_text(json.dumps(whole))
+    (tmp_path / "active" / "metrics.jsonl").write_text(
+        '{"global_step": 3, "loss/out": 2.5}\n{"global_step": 4, "lo'
     )
     (tmp_path / "other" / "config.yaml").write_text(json.dumps(whole | {"seed": 2}))
     (tmp_path / "cut" / "config.yaml").write_text('{"steps": 9, "optim": {"l')
     (tmp_path / "empty" / "config.yaml").write_text("")
-    # by stool; what its options come to is known when it has begun
+    # launched by stool, but not started
     (tmp_path / "launched" / "base_config.yaml").write_text(json.dumps({"optim": {"lr": 0.3}}))
     (tmp_path / "stray" / ".lock").write_text("")
     header, *rows = [line.split() for line in format_table(tmp_path).splitlines()]
     assert header[:3] == ["run", "seed", "optim.lr"] and "optim.clip" not in header
     assert rows == [
-        ["begun", "1", "0.1", "3", "2.5", "n", "-", "-"],
+        ["active", "1", "0.1", "3", "2.5", "-", "-", "-"],
         ["cut", *"-----"],
         ["empty", *"-----"],
         ["launched", "0.3", *"-----"],
         ["other", "2", "0.1", *"-----"],
     ]
-    assert "cut: its options are not known" in caplog.text and "not YAML" in caplog.text
+    assert "cut: options are not readable" in caplog.text and "not YAML" in caplog.text
 
 
-@pytest.mark.parametrize("text", ['{"lr=1": {"op', "[1]", '{"lr=1": 3}'])
-def test_a_record_that_cannot_be_read_is_one_line(project, args, text):
+def test_a_record_that_cannot_be_read_is_one_line(project, args):
     sweep = project / "runs" / "a b"
     sweep.mkdir(parents=True)
-    (sweep / "sweep.json").write_text(text)
-    with pytest.raises(UserError, match="sweep.json: .*move it away"):
+    (sweep / "sweep.json").write_text('{"lr=1": {"op')
+    with pytest.raises(UserError, match="sweep.json is not readable"):
         format_table(sweep)
-    with pytest.raises(UserError, match="sweep.json: .*move it away"):
+    with pytest.raises(UserError, match="sweep.json is not readable"):
         launch_job(replace(args, sweep={"steps": [2]}))
     assert [path.name for path in sweep.iterdir()] == ["sweep.json"]
 
 
-def test_any_runs_have_a_table_of_what_differs(tmp_path):
+def test_any_runs_have_a_table_of_differences(tmp_path):
     for name, mixer, options in (("a", "gdn", {"lr": 0.1}), ("b", "full", {"lr": 0.1, "clip": 1})):
         run = tmp_path / name
         run.mkdir()
@@ -359,7 +358,7 @@ def test_any_runs_have_a_table_of_what_differs(tmp_path):
 # ---- in SLURM
 
 
-def test_slurm_gets_one_array_whose_tasks_run_each_runs_script(project, args, slurm, capfd):
+def test_slurm_gets_one_array_with_one_task_per_run(project, args, slurm, capfd):
     log = slurm / "submissions"
     sbatch = slurm / "bin" / "sbatch"
     sbatch.write_text(f'#!/bin/sh\ncp "$1" {log}\necho "Submitted batch job 7"\n')
@@ -391,10 +390,10 @@ def test_a_refused_submission_is_one_line(project, args, slurm):
         launch_job(replace(args, launcher="sbatch", sweep={"steps": [2]}))
 
 
-@pytest.mark.parametrize(
-    "missing, message", [("sinfo", "time=-1: sinfo does not tell"), ("srun", "there is no srun")]
-)
-def test_what_submitit_needs_of_slurm_is_asked_for_first(project, args, slurm, missing, message):
+@pytest.mark.parametrize("missing, message", [("sinfo", "time=-1"), ("srun", "no sbatch or srun")])
+def test_missing_parts_of_slurm_are_found_before_anything_is_written(
+    project, args, slurm, missing, message
+):
     (slurm / "bin" / missing).unlink()
     with pytest.raises(UserError, match=message):
         launch_job(replace(args, launcher="sbatch", sweep={"steps": [2]}))

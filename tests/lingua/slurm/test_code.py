@@ -1,4 +1,4 @@
-"""The copy of the code that a launch makes: which files, and what is recorded of them."""
+"""The copy of the code: its files and its recorded commit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lingua.stool import launch_job
 from tests.lingua.stool_utils import files_below, git
 
 
-def test_code_is_what_git_tracks_or_does_not_ignore(project, args, caplog):
+def test_the_copy_has_files_that_git_tracks_or_does_not_ignore(project, args, caplog):
     name = args.script.split(".")[1]
     (project / "new.txt").write_text("not added yet")
     (project / "gone.py").write_text("")
@@ -36,7 +36,7 @@ def test_code_is_what_git_tracks_or_does_not_ignore(project, args, caplog):
 
 
 def add_submodule(project: Path, tmp_path: Path) -> Path:
-    """A repository of one file, as `sub` in the project."""
+    """Add a repository with one file as the submodule `sub`."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "sub.py").write_text("")
@@ -59,10 +59,10 @@ def test_submodules_and_linked_folders_are_copied(project, args, tmp_path, caplo
     assert {"sub/sub.py", "sub/new.py"} <= files_below(code)
     assert (code / "outside").resolve() == other
     assert (code / "inside").resolve() == code / "project"
-    assert not (code / "clone").exists() and "clone/ (a git repository of its own)" in caplog.text
+    assert not (code / "clone").exists() and "git repository clone/" in caplog.text
 
 
-def test_a_submodule_that_is_not_checked_out_has_nothing_to_copy(project, tmp_path):
+def test_a_submodule_that_is_not_checked_out_is_left_out(project, tmp_path):
     add_submodule(project, tmp_path)
     git(project, "commit", "-qm", "two")
     git(tmp_path, "clone", "-q", str(project), "clone")
@@ -91,7 +91,7 @@ def test_without_git_python_and_yaml_files_are_copied(project, args):
     (project / "env" / "lib.py").write_text("")
     launch_job(replace(args, overrides=["dump_dir=runs/before"]))
     launch_job(args)
-    launch_job(replace(args, dirs_exists_ok=True))  # the run itself is not copied into its code
+    launch_job(replace(args, dirs_exists_ok=True))  # the copy leaves out the run
     dump_dir = project / "runs" / "a b"
     want = {"run.yaml", "secret.py", f"project/{name}/train.py", f"project/{name}/helper.py"}
     assert files_below(dump_dir / "code") == want
@@ -99,7 +99,7 @@ def test_without_git_python_and_yaml_files_are_copied(project, args):
     assert version["commit"] is None
 
 
-def test_commit_is_recorded_and_whether_files_differ_from_it(project, args):
+def test_the_commit_and_changes_are_recorded(project, args):
     path = project / "runs" / "a b" / "code_version.json"
     launch_job(args)
     head = git(project, "rev-parse", "HEAD").strip()
@@ -109,7 +109,7 @@ def test_commit_is_recorded_and_whether_files_differ_from_it(project, args):
     assert json.loads(path.read_text())["dirty"] is True
 
 
-def test_a_copy_that_cannot_be_put_in_place_leaves_the_older_one(tmp_path, monkeypatch):
+def test_a_copy_that_cannot_be_renamed_leaves_the_older_one(tmp_path, monkeypatch):
     root, target = tmp_path / "root", tmp_path / "run" / "code"
     (root / "a").mkdir(parents=True)
     target.parent.mkdir()

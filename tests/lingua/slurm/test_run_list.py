@@ -1,4 +1,4 @@
-"""The runs in a folder: which there are, and which of their options somebody chose."""
+"""The runs in a folder, and the options that somebody chose differently."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class TrainArgs:
     dump_dir: str = ""
     steps: int = 100
     lr: float = 1e-3
-    max_seqlen: int = 1024  # filled in
-    n_ranks: int = 1  # filled in
+    max_seqlen: int = 1024  # derived
+    n_ranks: int = 1  # derived
     eval: Eval | None = None
 """
 DEFAULTS = {"steps": 100, "lr": 1e-3, "max_seqlen": 1024, "n_ranks": 1, "eval": None}
@@ -49,7 +49,7 @@ def script(tmp_path, monkeypatch) -> str:
 
 
 def write(run: Path, **configs: Any) -> Path:
-    """Files of a run: their names without the suffix, and their options."""
+    """Write configs of a run, by name without the suffix."""
     run.mkdir(parents=True)
     for name, options in configs.items():
         (run / f"{name}.yaml").write_text(json.dumps(options))
@@ -57,7 +57,7 @@ def write(run: Path, **configs: Any) -> Path:
 
 
 def write_run(run: Path, *, ranks: int = 1, seqlen: int = 64, **asked: Any) -> Path:
-    """As a run leaves it that was not started by stool."""
+    """Write the files of a run that was started without stool."""
     base = DEFAULTS | {"dump_dir": str(run)} | asked
     return write(run, base_config=base, config=base | {"max_seqlen": seqlen, "n_ranks": ranks})
 
@@ -67,7 +67,7 @@ def columns(folder: Path, script: str) -> list[str]:
     return list(dict.fromkeys(option for run in found for option in run))
 
 
-def test_defaults_and_what_was_filled_in_are_no_columns(tmp_path, script):
+def test_defaults_and_derived_values_have_no_column(tmp_path, script):
     runs = tmp_path / "runs"
     evaluated = {"harness": None, "validation": {"max_steps": 2, "sources": []}}
     write_run(runs / "a", ranks=2)
@@ -80,7 +80,7 @@ def test_defaults_and_what_was_filled_in_are_no_columns(tmp_path, script):
     assert columns(runs, script) == ["run", "lr", "eval.validation.max_steps", "eval.validation"]
 
 
-def test_a_run_by_stool_has_its_choices_in_two_files(tmp_path, script):
+def test_options_of_a_run_by_stool_come_from_two_files(tmp_path, script):
     runs = tmp_path / "runs"
     write_run(runs / "a")
     whole = DEFAULTS | {"steps": 7, "lr": 0.5, "max_seqlen": 64, "n_ranks": 8}
@@ -88,37 +88,37 @@ def test_a_run_by_stool_has_its_choices_in_two_files(tmp_path, script):
     job = replace(some_job(overrides=["lr=0.5", "eval=null"]), dump_dir=b)
     (b / "submit.slurm").write_text(render_submit(job))
     assert columns(runs, script) == ["run", "steps", "lr"]
-    # one that has not begun shows what it was asked for
+    # a run that has not started shows its requested options
     c = write(runs / "c", base_config={"steps": 7})
     (c / "submit.slurm").write_text(render_submit(replace(job, dump_dir=c)))
     assert read_differences(runs, script)["c"] == {"run": "c", "steps": 7, "lr": 0.5}
 
 
-def test_what_a_run_went_on_with_was_chosen(tmp_path, script):
+def test_options_that_changed_on_resume_have_a_column(tmp_path, script):
     runs = tmp_path / "runs"
     write_run(runs / "a")
     b = write_run(runs / "b")
-    began = json.loads((b / "config.yaml").read_text())
+    started = json.loads((b / "config.yaml").read_text())
     for step, steps in ((100, 150), (20, 100)):
-        (b / f"config.before_step_{step}.yaml").write_text(json.dumps(began | {"steps": steps}))
-    (b / "config.yaml").write_text(json.dumps(began | {"steps": 200, "max_seqlen": 32}))
+        (b / f"config.before_step_{step}.yaml").write_text(json.dumps(started | {"steps": steps}))
+    (b / "config.yaml").write_text(json.dumps(started | {"steps": 200, "max_seqlen": 32}))
     assert columns(runs, script) == ["run", "steps"]
     assert read_differences(runs, script)["b"]["steps"] == 200
 
 
-def test_overrides_are_read_as_submit_slurm_has_them(tmp_path):
+def test_overrides_are_read_from_submit_slurm(tmp_path):
     given = ["a.b=1e-4", "pattern=4:1 -> full", "sources={x: 1.0}", "word=it's\nelse\n$HOME"]
     (tmp_path / "submit.slurm").write_text(render_submit(some_job(overrides=given)))
     assert read_overrides(tmp_path / "submit.slurm") == {
         "a.b": 1e-4,
         "pattern": "4:1 -> full",
         "sources.x": 1.0,
-        "word": "it's else $HOME",  # as YAML reads lines
+        "word": "it's else $HOME",  # YAML folds lines
     }
     assert read_overrides(tmp_path / "absent") == {}
 
 
-def test_runs_of_a_sweep_below_go_by_their_path(tmp_path, script):
+def test_runs_of_a_sweep_have_its_name_in_front(tmp_path, script):
     runs = tmp_path / "runs"
     write_run(runs / "a")
     for lr in (0.1, 0.2):
@@ -132,8 +132,8 @@ def test_runs_of_a_sweep_below_go_by_their_path(tmp_path, script):
     assert rows == [["a", "0.001", "-"], ["tune/lr=0.1", "0.1", "9"], ["tune/lr=0.2", "0.2", "-"]]
 
 
-def test_a_script_without_options_is_one_line(tmp_path):
+def test_a_script_without_options_is_refused(tmp_path):
     for lr in (0.1, 0.2):
         write(tmp_path / f"{lr}", config={"lr": lr, "only" if lr == 0.1 else "other": 1})
-    with pytest.raises(UserError, match="script=lingua.errors: has no TrainArgs"):
+    with pytest.raises(UserError, match="script=lingua.errors has no TrainArgs"):
         read_differences(tmp_path, "lingua.errors")
