@@ -221,7 +221,9 @@ class FailedJob:
 
 
 def test_a_job_that_failed_is_told_of_with_the_next_one(data, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("lingua.stool.launch_in_background", lambda args, gpus: FailedJob())
+    monkeypatch.setattr(
+        "apps.LT2.training.evaluation.launch_in_background", lambda args, gpus: FailedJob()
+    )
     train(data, tmp_path / "r", **harness(data), async_eval_gpus=1)
     assert "the evaluation job of step 3 failed: see job.err" in capfd.readouterr().err
 
