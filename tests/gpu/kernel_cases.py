@@ -1,10 +1,10 @@
-"""What every recurrence on CUDA kernels promises, against its definition in fp32.
+"""Tests that every recurrence on CUDA kernels passes, against its definition in fp32.
 
-A test file has a subclass of `KernelContract` with the door, the step and inputs of its operator,
-and tests of its own for what is special about it. Kernels are compiled for every new head count and
-width, so all share H and few widths; conftest.py keeps them from being tuned for each.
+A test file subclasses `KernelContract`, or `DecayContract` if the recurrence decays, and adds tests
+for what is special about its operator. Kernels are compiled for every new head count and head dim,
+so all tests share H and few head dims; conftest.py turns autotuning off.
 
-Shapes: B rows, T tokens, N sequences, H heads, K key and V value width.
+Shapes: B rows, T tokens, N sequences, H heads, K key and V value head dim.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apps.LT2.kernel.fla import ChunkOperator
+from lingua.errors import UserError
 from tests.tolerances import BF16_KERNEL, FP32, assert_same
 
 H = 2
@@ -31,32 +33,36 @@ def packed(lengths) -> Tensor:
 
 
 def loss_of(o: Tensor, final: Tensor) -> Tensor:
-    """A random projection, of numbers that bf16 holds: their rounding is no error of a kernel."""
+    """Project o and the final state on random bf16 numbers, which add no rounding error."""
     torch.manual_seed(1)
     losses = [(x.float() * torch.randn(x.shape).bfloat16().to(x)).sum() for x in (o, final)]
     return losses[0] + losses[1]
 
 
 class KernelContract:
-    door: ClassVar[Callable]  # door(*inputs, state=, cu_seqlens=, impl=) -> o, final state
+    recurrence: ClassVar[Callable]  # (*inputs, state=, cu_seqlens=, impl=) -> o, final state
     step: ClassVar[Callable]  # step(*inputs of a token, state) -> o
-    names: ClassVar[tuple[str, ...]]  # of the inputs, q, k and v first and the state last
+    operator: ClassVar[ChunkOperator]
+    names: ClassVar[tuple[str, ...]]  # of the inputs; q, k and v first, the state last
+    max_key_dim: ClassVar[int | None] = None
+    # Scores for later tokens are not written, so opcheck cannot compare compiled results.
+    unwritten_scores: ClassVar[bool] = False
 
     def make_inputs(self, B: int, T: int, N: int, K: int = 64, V: int = 64) -> list[Tensor]:
-        """q, k, v in bf16, what else there is and the states of N sequences in fp32, on the CPU."""
+        """Make q, k, v in bf16, the other inputs and N states in fp32, on the CPU."""
         raise NotImplementedError
 
     def inputs(self, *shape: int, **options: Any) -> list[Tensor]:
-        """The same on the GPU, all asking for gradients."""
+        """Make the same on the GPU, all requiring gradients."""
         torch.manual_seed(0)
         return [x.cuda().requires_grad_() for x in self.make_inputs(*shape, **options)]
 
     def run(self, inputs, impl: str, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         *inputs, state = inputs
-        return self.door(*inputs, state=state, cu_seqlens=cu_seqlens, impl=impl)
+        return self.recurrence(*inputs, state=state, cu_seqlens=cu_seqlens, impl=impl)
 
     def assert_kernel_is_right(self, inputs, *, cu_seqlens: Tensor | None = None) -> None:
-        """Output, final state and every gradient."""
+        """Compare output, final state and every gradient."""
         exact = [x.detach().float().requires_grad_() for x in inputs]
         o, final = self.run(inputs, "fla", cu_seqlens=cu_seqlens)
         want_o, want_final = self.run(exact, "naive", cu_seqlens=cu_seqlens)
@@ -72,7 +78,7 @@ class KernelContract:
 
     @pytest.fixture
     def poisoned_memory(self):
-        """torch.empty holds NaN, so an output that a kernel does not write cannot pass."""
+        """Fill torch.empty with NaN, so an output that a kernel does not write cannot pass."""
         torch.use_deterministic_algorithms(True, warn_only=True)
         yield
         torch.use_deterministic_algorithms(False)
@@ -84,20 +90,20 @@ class KernelContract:
 
     @pytest.mark.usefixtures("poisoned_memory")
     @pytest.mark.parametrize("T", [65, 1000])
-    def test_kernel_equals_naive_on_wide_heads(self, T):
+    def test_kernel_equals_naive_at_head_dim_128(self, T):
         self.assert_kernel_is_right(self.inputs(2, T, 2, 128, 128))
 
     @pytest.mark.usefixtures("poisoned_memory")
     @pytest.mark.parametrize("K, V", [(32, 64), (48, 32), (64, 16)])
-    def test_widths_under_64_are_right_too(self, K, V):
-        """Some of fla's own gradients are wrong there: they read past the end of q and k."""
+    def test_head_dims_under_64_are_padded(self, K, V):
+        """Some of fla's kernels read past the end of narrower q and k."""
         self.assert_kernel_is_right(self.inputs(2, 200, 2, K, V))
 
     @pytest.mark.usefixtures("poisoned_memory")
-    @pytest.mark.parametrize("width", [64, 128])
-    def test_kernel_equals_naive_on_packed_documents(self, width):
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_kernel_equals_naive_on_packed_documents(self, head_dim):
         lengths = (1, 63, 0, 65, 200, 64, 0)
-        inputs = self.inputs(1, sum(lengths), len(lengths), width, width)
+        inputs = self.inputs(1, sum(lengths), len(lengths), head_dim, head_dim)
         self.assert_kernel_is_right(inputs, cu_seqlens=packed(lengths))
 
     @pytest.mark.parametrize("used", ["o", "final state"])
@@ -107,7 +113,7 @@ class KernelContract:
         grads = []
         for xs, impl in ((inputs, "fla"), (exact, "naive")):
             result = self.run(xs, impl)[0 if used == "o" else 1]
-            # The final state does not depend on q: no gradient and one of zeros mean the same.
+            # The final state does not depend on q: its gradient may be None or zeros.
             grads.append(
                 torch.autograd.grad(
                     loss_of(result, torch.zeros(1, device="cuda")),
@@ -121,26 +127,26 @@ class KernelContract:
 
     def test_no_state_is_a_state_of_zeros(self):
         *inputs, state = self.inputs(2, 65, 2)
-        o, final = self.door(*inputs, impl="fla")
-        want_o, want_final = self.door(*inputs, state=torch.zeros_like(state), impl="fla")
+        o, final = self.recurrence(*inputs, impl="fla")
+        want_o, want_final = self.recurrence(*inputs, state=torch.zeros_like(state), impl="fla")
         assert torch.equal(o, want_o) and torch.equal(final, want_final)
         grads = torch.autograd.grad(loss_of(o, final), inputs)
         want = torch.autograd.grad(loss_of(want_o, want_final), inputs)
         assert all(torch.equal(a, b) for a, b in zip(grads, want, strict=True))
 
     def test_views_of_a_fused_projection(self):
-        """q, k, v cut out of one tensor are strided; so may the gradient of o be."""
+        """Views of one tensor are strided, and so is the gradient of o."""
         *inputs, state = self.inputs(2, 65, 2)
         fused = torch.cat(inputs[:3], dim=-1).detach().requires_grad_()
-        o, _ = self.door(*fused.split(64, dim=-1), *inputs[3:], state=state, impl="fla")
-        want_o, _ = self.door(*inputs, state=state, impl="fla")
+        o, _ = self.recurrence(*fused.split(64, dim=-1), *inputs[3:], state=state, impl="fla")
+        want_o, _ = self.recurrence(*inputs, state=state, impl="fla")
         weight = torch.randn(2, H, 65, 64, device="cuda").transpose(1, 2).bfloat16()
         (got,) = torch.autograd.grad((o * weight).sum(), fused)
         want = torch.autograd.grad((want_o * weight).sum(), inputs[:3])
         assert torch.equal(o, want_o) and torch.equal(got, torch.cat(want, dim=-1))
 
-    def test_bounds_written_anew_in_the_same_buffer(self):
-        """fla keeps chunk tables by the identity of cu_seqlens; a reused buffer needs new ones."""
+    def test_cu_seqlens_overwritten_in_place(self):
+        """fla caches chunk tables by the identity of cu_seqlens; new content needs new tables."""
         buffer = packed((100, 28))
         inputs = self.inputs(1, 128, 2)
         self.run(inputs, "fla", cu_seqlens=buffer)
@@ -156,9 +162,8 @@ class KernelContract:
 
     @pytest.mark.parametrize("documents", [None, (1, 63, 136)], ids=["dense", "packed"])
     def test_block_compiles_whole(self, documents):
-        """Forward and backward in one graph each, with eager's results."""
-        cu_seqlens = None if documents is None else packed(documents)
-        inputs = self.inputs(1, 200, 1 if documents is None else len(documents))
+        """Forward and backward are one graph each, with eager's results."""
+        inputs, cu_seqlens = self.case(documents)
 
         def block(q, *others):
             o, final = self.run((q * 2, *others), "auto", cu_seqlens=cu_seqlens)
@@ -170,7 +175,55 @@ class KernelContract:
         want_grads = torch.autograd.grad(loss_of(*want), inputs)
         got_grads = torch.autograd.grad(loss_of(*got), inputs)
         for a, b in zip((*got, *got_grads), (*want, *want_grads), strict=True):
-            assert_same(a, b, BF16_KERNEL)  # a fused silu keeps digits that eager rounds away
+            assert_same(a, b, BF16_KERNEL)  # a fused silu does not round its input
+
+    @pytest.mark.parametrize("documents", [None, (1, 63, 136)], ids=["dense", "packed"])
+    @pytest.mark.parametrize("with_state", [False, True])
+    def test_operator_is_registered_well(self, documents, with_state):
+        inputs, cu_seqlens = self.case(documents)
+        *inputs, state = inputs
+        self.assert_registered(inputs, state if with_state else None, cu_seqlens)
+
+    def assert_registered(self, inputs, state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        """Check schema, fake shapes, autograd and dynamic shapes with torch's own check."""
+        operator, scale = self.operator, inputs[0].shape[-1] ** -0.5
+        given = (*inputs, state, cu_seqlens, scale)
+        if self.unwritten_scores:
+            checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+            torch.library.opcheck(operator.forward, given, test_utils=checks)
+        else:
+            torch.library.opcheck(operator.forward, given)
+
+        with torch.no_grad():
+            o, final, *kept = operator.forward(*given)
+        inputs = list(inputs)
+        if "g" in self.names:
+            inputs[3], *kept = kept  # the summed decay
+        saved = (*inputs, *kept, state, cu_seqlens)
+        saved = (*(x if x is None else x.detach() for x in saved), scale)
+        for dfinal in (final, None):
+            torch.library.opcheck(
+                operator.backward,
+                (*saved, o, dfinal),
+                test_utils=("test_schema", "test_faketensor"),
+            )
+
+    def case(self, documents: tuple[int, ...] | None, **options: Any):
+        """Make inputs of 200 tokens, and cu_seqlens."""
+        if documents is None:
+            return self.inputs(1, 200, 1, **options), None
+        return self.inputs(1, 200, len(documents), **options), packed(documents)
+
+    def test_unsupported_inputs_name_what_works(self):
+        cases = [
+            (self.inputs(1, 4, 1, 63, 64), "even key dim.*63"),
+            ([x.detach().float() for x in self.inputs(1, 4, 1)], "impl='chunked'"),
+        ]
+        if self.max_key_dim is not None:
+            cases.append((self.inputs(1, 4, 1, 2 * self.max_key_dim, 64), f"{self.max_key_dim}"))
+        for inputs, message in cases:
+            with pytest.raises(UserError, match=message):
+                self.run(inputs, "fla")
 
     def test_auto_computes_fp32_inputs_in_fp32(self):
         exact = [x.detach().float() for x in self.inputs(2, 100, 2)]
@@ -180,13 +233,13 @@ class KernelContract:
     def test_step_in_a_cuda_graph_equals_naive(self):
         *inputs, state = [x.detach() for x in self.inputs(3, 12, 3, 96, 192)]
         exact = [x.float() for x in inputs]
-        want, want_final = self.door(*exact, state=state, impl="naive")
+        want, want_final = self.recurrence(*exact, state=state, impl="naive")
 
         token = [x[:, 0].clone() for x in inputs]
         working = state.clone()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            self.step(*token, working)  # warm-up, on a state that is reset below
+            self.step(*token, working)  # warm up; the state is reset below
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -202,3 +255,18 @@ class KernelContract:
         # Computed in fp32, stored in bf16.
         assert_same(torch.stack(got, dim=1), want, BF16_KERNEL, "o")
         assert_same(working, want_final, FP32, "state")
+
+
+class DecayContract(KernelContract):
+    """The same for a recurrence with a decay g, the fourth input."""
+
+    @pytest.mark.usefixtures("poisoned_memory")
+    @pytest.mark.parametrize("documents", [None, (1, 63, 136)], ids=["dense", "packed"])
+    def test_strong_decay_keeps_gradients_right(self, documents):
+        inputs, cu_seqlens = self.case(documents, decay=20.0)
+        g = inputs[3]
+        if g.ndim == 4:
+            with torch.no_grad():
+                g[:, 100, :, ::2] = -200.0  # half of the channels are erased, the others are not
+                g[:, 90:120, :, 1::2] = 0.0
+        self.assert_kernel_is_right(inputs, cu_seqlens=cu_seqlens)

@@ -1,10 +1,11 @@
-"""Sequences cut into chunks for the chunked forms of the recurrences, in plain torch.
+"""Split sequences into chunks, for the chunked forms of the recurrences in plain torch.
 
-Shapes: M chunks of all sequences together, H heads, C tokens in a chunk, D any width, K key and V
-value width, N sequences. Chunks are numbered step-major: the first chunk of every sequence (longest
-sequence first), then the second chunk of those that have one, and so on. So one step of a state
-recurrence serves all sequences at once and reads a contiguous slice, and one long document among
-many short ones costs no padding.
+Shapes: M chunks of all sequences, H heads, C tokens in a chunk, D any size, K key and V value head
+dim, N sequences.
+
+Chunks are numbered by step: the first chunk of every sequence, longest sequence first, then the
+second chunk of those that have one, and so on. One step of a state recurrence serves all sequences
+and reads a contiguous slice. A long document among short ones costs no padding.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ CHANNEL_CHUNK = 16
 
 
 def eager_on_documents(chunked: Callable[..., Results]) -> Callable[..., Results]:
-    """A chunked form that torch.compile leaves out where documents are packed.
+    """Hide a chunked form from torch.compile when documents are packed.
 
-    Its Python then depends on the documents' lengths, and would be compiled anew for every batch.
+    Its Python depends on the documents' lengths, so each batch would be compiled again.
     """
     eager: Any = torch.compiler.disable(chunked)
 
@@ -47,8 +48,10 @@ def eager_on_documents(chunked: Callable[..., Results]) -> Callable[..., Results
 
 @dataclass
 class ChunkLayout:
-    """Where each token goes. Unfilled slots hold zeros, and a token of zeros neither decays, writes
-    nor reads."""
+    """The slot of each token in its chunk.
+
+    Unused slots hold zeros. A token of zeros does not decay, write or read.
+    """
 
     chunk: int  # tokens in a chunk
     n_running: list[int]  # sequences that have a chunk at step 0, 1, ..
@@ -58,7 +61,7 @@ class ChunkLayout:
 
     @staticmethod
     def of(B: int, T: int, cu_seqlens: Tensor | None, chunk: int = CHUNK) -> ChunkLayout:
-        """B rows of T tokens, or the documents that cu_seqlens packs into one row of T."""
+        """Lay out B rows of T tokens, or the documents that cu_seqlens packs into one row of T."""
         if cu_seqlens is None:
             chunk = min(chunk, T)
             return ChunkLayout(chunk, [B] * -(-T // chunk))
@@ -69,6 +72,7 @@ class ChunkLayout:
         return self.n_running[0] if self.order_N is None else len(self.order_N)
 
     def to_chunks(self, x_BTHD: Tensor) -> Tensor:
+        """Return (M, H, C, D)."""
         B, T, H, D = x_BTHD.shape
         if self.slot_T is None:
             steps = len(self.n_running)
@@ -79,6 +83,7 @@ class ChunkLayout:
         return x.view(-1, self.chunk, H, D).transpose(1, 2)
 
     def from_chunks(self, o_MHCV: Tensor, B: int, T: int) -> Tensor:
+        """Return (B, T, H, V)."""
         _, H, C, V = o_MHCV.shape
         if self.slot_T is None:
             o = o_MHCV.view(len(self.n_running), B, H, C, V).permute(1, 0, 3, 2, 4)
@@ -92,6 +97,26 @@ class ChunkLayout:
         return state_NHKV if self.order_N is None else state_NHKV[self.order_N.argsort()]
 
 
+def _packed_layout(cu_seqlens: Tensor, chunk: int) -> ChunkLayout:
+    offsets, device = host_cu_seqlens(cu_seqlens), cu_seqlens.device
+    lengths = [end - start for start, end in itertools.pairwise(offsets)]
+    chunk = min(chunk, max(lengths))
+    n_chunks = [-(-length // chunk) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda n: -n_chunks[n])
+    rising = sorted(n_chunks)
+    n_running = [len(rising) - bisect_right(rising, step) for step in range(rising[-1])]
+
+    rank = [0] * len(order)
+    for place, sequence in enumerate(order):
+        rank[sequence] = place
+    first_chunk_of_step = list(itertools.accumulate(n_running, initial=0))
+    rank_N, first_of_step = (upload(x, device, torch.int64) for x in (rank, first_chunk_of_step))
+    sequence_T, position_T = document_of_tokens(cu_seqlens, offsets[-1])
+    chunk_T = first_of_step[position_T // chunk] + rank_N[sequence_T]
+    slot_T = chunk_T * chunk + position_T % chunk
+    return ChunkLayout(chunk, n_running, slot_T, upload(order, device, torch.int64))
+
+
 def pass_state(
     layout: ChunkLayout,
     *,
@@ -100,7 +125,7 @@ def pass_state(
     state: Tensor | None,
     erase: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """S <- keep * S - erase S + write, chunk after chunk.
+    """Run S <- keep * S - erase S + write over the chunks of each sequence.
 
     keep   broadcasts to (M, H, K, V)      write  (M, H, K, V)      erase  (M, H, K, K)
     state  (N, H, K, V) before the first token, zeros if None
@@ -126,74 +151,55 @@ def pass_state(
 
 @dataclass
 class HeadDecay:
-    """How much of what was written is left, for the spans of a chunk that are needed: one decay a
-    head, from its logarithm g <= 0."""
+    """The decay of spans of a chunk, from one log decay g <= 0 per head and token."""
 
     between_MHCC: Tensor  # after token j, up to and with token i; 0 for j > i
-    from_start_MHC1: Tensor  # from the start of the chunk, up to and with token i
-    to_end_MHC1: Tensor  # after token j, up to the end of the chunk
-    whole_MH11: Tensor  # over the whole chunk
+    from_start: Tensor  # (M, H, C, 1): from the chunk's start, up to and with token i
+    to_end: Tensor  # (M, H, C, 1): after token j, up to the chunk's end
+    whole: Tensor  # (M, H, 1, 1): over the whole chunk
 
     @staticmethod
     def of(g_MHC: Tensor, dtype: torch.dtype) -> HeadDecay:
-        # Summed in fp64: after strong decay the sums are large and their differences small.
+        # Sum in fp64: after strong decay the sums are large and their differences small.
         sum_MHC = g_MHC.double().cumsum(-1)
         C = g_MHC.shape[-1]
         later = torch.ones(C, C, dtype=torch.bool, device=g_MHC.device).triu(1)
-        # Masked before exp: above the diagonal the difference is positive and exp could overflow,
-        # and inf * 0 would turn the gradient into NaN.
+        # Mask before exp: above the diagonal exp could overflow, and inf * 0 is a NaN gradient.
         between = (sum_MHC[..., :, None] - sum_MHC[..., None, :]).to(dtype)
         return HeadDecay(
             between_MHCC=between.masked_fill(later, -torch.inf).exp(),
-            from_start_MHC1=sum_MHC.to(dtype).exp()[..., None],
-            to_end_MHC1=(sum_MHC[..., -1:] - sum_MHC).to(dtype).exp()[..., None],
-            whole_MH11=sum_MHC[..., -1].to(dtype).exp()[..., None, None],
+            from_start=sum_MHC.to(dtype).exp()[..., None],
+            to_end=(sum_MHC[..., -1:] - sum_MHC).to(dtype).exp()[..., None],
+            whole=sum_MHC[..., -1].to(dtype).exp()[..., None, None],
         )
+
+    def scores(self, k_MHCK: Tensor, *readers_MHCK: Tensor) -> tuple[Tensor, ...]:
+        """Return x_i . k_j times the decay between j and i, 0 for j > i, for each reader x."""
+        return tuple((x_MHCK @ k_MHCK.mT) * self.between_MHCC for x_MHCK in readers_MHCK)
 
 
 @dataclass
 class ChannelDecay:
-    """The same with a decay for each key channel. Chunks should have CHANNEL_CHUNK tokens."""
+    """The same from one log decay per key channel. Use chunks of CHANNEL_CHUNK tokens."""
 
-    sum_MHCK: Tensor  # the logarithm of the next, in fp64
-    from_start_MHCK: Tensor  # from the start of the chunk, up to and with token i
-    to_end_MHCK: Tensor  # after token j, up to the end of the chunk
-    whole_MHK1: Tensor  # over the whole chunk
+    sum_MHCK: Tensor  # log of from_start, in fp64
+    from_start: Tensor  # (M, H, C, K)
+    to_end: Tensor  # (M, H, C, K)
+    whole: Tensor  # (M, H, K, 1)
 
     @staticmethod
     def of(g_MHCK: Tensor, dtype: torch.dtype) -> ChannelDecay:
-        sum_MHCK = g_MHCK.double().cumsum(-2)  # in fp64 for HeadDecay's reason
+        sum_MHCK = g_MHCK.double().cumsum(-2)  # in fp64, as in HeadDecay
         return ChannelDecay(
             sum_MHCK=sum_MHCK,
-            from_start_MHCK=sum_MHCK.to(dtype).exp(),
-            to_end_MHCK=(sum_MHCK[..., -1:, :] - sum_MHCK).to(dtype).exp(),
-            whole_MHK1=sum_MHCK[..., -1, :, None].to(dtype).exp(),
+            from_start=sum_MHCK.to(dtype).exp(),
+            to_end=(sum_MHCK[..., -1:, :] - sum_MHCK).to(dtype).exp(),
+            whole=sum_MHCK[..., -1, :, None].to(dtype).exp(),
         )
 
     def scores(self, k_MHCK: Tensor, *readers_MHCK: Tensor) -> tuple[Tensor, ...]:
-        """For each reader x what its token i reads of the key of token j, after the decay between
-        them: sum_k x_ik k_jk exp(G_ik - G_jk) for j <= i, else 0, as (M, H, C, C)."""
-        # A view: k may be among the readers, and torch.compile stops at an autograd function that
-        # is given one tensor twice.
+        """Return sum_k x_ik k_jk exp(G_ik - G_jk), 0 for j > i, for each reader x."""
+        # A view: k may be a reader too, and torch.compile breaks at an autograd function that gets
+        # one tensor twice.
         k_MHCK = k_MHCK.view_as(k_MHCK)
         return DecayedScores.apply(k_MHCK, self.sum_MHCK, *readers_MHCK)  # pyright: ignore[reportReturnType]
-
-
-def _packed_layout(cu_seqlens: Tensor, chunk: int) -> ChunkLayout:
-    bounds, device = host_cu_seqlens(cu_seqlens), cu_seqlens.device
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    chunk = min(chunk, max(lengths))
-    n_chunks = [-(-length // chunk) for length in lengths]
-    order = sorted(range(len(lengths)), key=lambda n: -n_chunks[n])
-    rising = sorted(n_chunks)
-    n_running = [len(rising) - bisect_right(rising, step) for step in range(rising[-1])]
-
-    rank = [0] * len(order)
-    for place, sequence in enumerate(order):
-        rank[sequence] = place
-    first_chunk_of_step = list(itertools.accumulate(n_running, initial=0))
-    rank_N, first_of_step = (upload(x, device, torch.int64) for x in (rank, first_chunk_of_step))
-    sequence_T, position_T = document_of_tokens(cu_seqlens, bounds[-1])
-    chunk_T = first_of_step[position_T // chunk] + rank_N[sequence_T]
-    slot_T = chunk_T * chunk + position_T % chunk
-    return ChunkLayout(chunk, n_running, slot_T, upload(order, device, torch.int64))

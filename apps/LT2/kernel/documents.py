@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from apps.LT2.kernel.arguments import wide_dtype
+
 
 def document_of_tokens(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor]:
     """Return (document, position in it) of each token, both (T,) int64.
@@ -81,7 +83,7 @@ def by_document(
     state (N, *state_shape) before the first token, zeros if None. Inputs are computed in fp32, or
     in fp64 if `dtype` is fp64. Returns o in `dtype` and the N final states in the computed dtype.
     """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     n_sequences = len(inputs[0]) if cu_seqlens is None else len(cu_seqlens) - 1
     zeros = torch.zeros(n_sequences, *state_shape, dtype=wide, device=inputs[0].device)
     states = zeros if state is None else state.to(wide)

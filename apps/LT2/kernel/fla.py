@@ -1,6 +1,10 @@
-"""What the operators on fla's kernels share: import, packed documents, gradients, what is refused.
+"""fla's chunk kernels as custom operators of torch.
 
-fla is imported at the first call, which takes seconds.
+fla's entry points break a compiled graph. `chunk_operator` wraps its kernels as one opaque operator
+with a registered backward, so the block around it compiles whole. An operator module states only
+which functions of fla it calls, with which arguments.
+
+fla is imported at the first call: that takes seconds.
 """
 
 from __future__ import annotations
@@ -9,9 +13,11 @@ import importlib
 import itertools
 import math
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,47 +25,82 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from apps.LT2.kernel.documents import document_of_tokens, host_cu_seqlens, upload, upload_cu_seqlens
+from apps.LT2.kernel.documents import (
+    document_of_tokens,
+    host_cu_seqlens,
+    upload,
+    upload_cu_seqlens,
+)
 from lingua.errors import UserError
 
-CHUNK = 64  # tokens that fla's kernels take at a time
+CHUNK = 64  # tokens in a chunk of fla's kernels
 DTYPES = (torch.bfloat16, torch.float16)
-VALUES, DECAY = 2, 3  # places among the tensors of an operator
-MAX_KEY_WIDTH = 256  # of the state kernels
-# Below, fla 0.6.0 reads past its tensors on Hopper: wrong dq, dk and dg, and at times a crash.
-MIN_WIDTH = 64
+# fla 0.6.0 reads past the end of narrower heads on Hopper: wrong dq, dk and dg, or a crash.
+MIN_HEAD_DIM = 64
+DECAY = 3  # index of g among the inputs q, k, v, g, ..
+
+Tensors = tuple[Tensor, ...]
+Packed = dict[str, Tensor]  # fla's arguments for packed documents
+
+
+# ---- fla and its faults
 
 
 @cache
 def import_fla(module: str) -> ModuleType:
-    """A module of fla, e.g. "fla.ops.gated_delta_rule.chunk"."""
-    # Looking for other backends at every call costs more than small kernels take to run.
+    """Import a module of fla, e.g. "fla.ops.gated_delta_rule.chunk", and fix faults of 0.6.0.
+
+    Raises UserError if fla cannot be imported.
+    """
+    # fla's search for other backends at every call takes longer than small kernels.
     os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except ImportError as error:
         raise UserError(
             "linear attention on CUDA needs flash-linear-attention, which cannot be imported "
             f"({error}): pip install -e '.[gpu]'"
         ) from error
+    _fix_faults()
+    return found
 
 
 @cache
-def sum_decay_gradient_in_fp32() -> None:
-    """Mend the kernel that computes the gradient of a decay by head, in this process.
+def _fix_faults() -> None:
+    _sum_decay_gradient_in_fp32(importlib.import_module("fla.ops.common.chunk_o"))
+    # The states of gla and simple_gla, and the choice of blocks of nsa, read the size of their
+    # tables from the device. Ours know it on the host.
+    for module, name, table in (
+        ("fla.ops.common.chunk_h", "prepare_chunk_offsets", chunk_offsets),
+        (
+            "fla.ops.nsa.parallel",
+            "prepare_token_indices",
+            lambda offsets: packed_tokens(offsets)[1],
+        ),
+    ):
+        names = vars(importlib.import_module(module))
+        if name in names:
+            names[name] = table
 
-    fla 0.6.0 multiplies states by their gradients and adds up the K x V products in the dtype of
-    the inputs: 2% off in bf16 (docs/LOG.md, 2026-11-24). A version without the fault is left alone.
+
+def _sum_decay_gradient_in_fp32(chunk_o: ModuleType) -> None:
+    """Patch the kernel that computes the gradient of a decay per head.
+
+    fla 0.6.0 sums K x V products of states and their gradients in the inputs' dtype: 2% off in bf16
+    (docs/LOG.md, 2026-11-24). A version without this line stays unchanged.
     """
-    kernel = import_fla("fla.ops.common.chunk_o").chunk_bwd_kernel_dqkwg
-    while not hasattr(kernel, "src"):  # under the wrappers that tune it
+    kernel = chunk_o.chunk_bwd_kernel_dqkwg
+    while not hasattr(kernel, "src"):  # unwrap autotuners
         kernel = kernel.fn
     in_fp32 = "tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32))"
     kernel._unsafe_update_src(kernel.src.replace("tl.sum(b_h * b_dh)", in_fp32))
 
 
+# ---- inputs
+
+
 def check_fla_inputs(operator: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse what no kernel of fla takes: CPU tensors, and dtypes other than one of 16 bits."""
+    """Raise UserError unless q, k and v are CUDA tensors of one 16-bit dtype."""
     if not v.is_cuda:
         raise UserError(
             f"{operator}(impl='fla') needs CUDA tensors, got {v.device}; "
@@ -72,35 +113,44 @@ def check_fla_inputs(operator: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def check_delta_rule_inputs(operator: str, options: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """The same, with the head widths that the delta rules take; `options` is their section, such
-    as model.gdn."""
-    check_fla_inputs(operator, q, k, v)
-    K, V = k.shape[-1], v.shape[-1]
-    if K > MAX_KEY_WIDTH or K % 2 or V % 2:
+def check_head_dims(operator: str, section: str, K: int, V: int, max_key_dim: int | None) -> None:
+    """Raise UserError for head dims that fla's kernels compute wrongly or refuse.
+
+    section: the options that set them, such as model.gdn.
+    """
+    if K % 2 or V % 2 or (max_key_dim is not None and max_key_dim < K):
+        limit = "" if max_key_dim is None else f" of at most {max_key_dim}"
         raise UserError(
-            f"{operator}(impl='fla') needs an even key width of at most {MAX_KEY_WIDTH} and an "
-            f"even value width per head, got {K} and {V}; change the head widths (n_heads, "
-            f"{options}) or use impl='chunked'"
+            f"{operator}(impl='fla') needs an even key dim{limit} and an even value dim per head, "
+            f"got {K} and {V}; change n_heads or {section}, or use impl='chunked'"
         )
 
 
-def check_even_widths(operator: str, options: str, k: Tensor, v: Tensor) -> None:
-    """Refuse odd head widths, which kernels compile wrongly for 16-bit numbers; `options` is the
-    section that sets them, such as model.gdn."""
-    K, V = k.shape[-1], v.shape[-1]
-    if K % 2 or V % 2:
-        raise UserError(
-            f"{operator}(impl='fla') needs even key and value widths per head, got {K} and {V}; "
-            f"change the head widths (n_heads, {options}) or use impl='chunked'"
-        )
+def pad_head_dim(x: Tensor) -> Tensor:
+    """Pad the last axis with zeros to MIN_HEAD_DIM. Returns a contiguous tensor.
+
+    Runs outside the operators, where a compiler can fuse it with the producer of x.
+    """
+    missing = MIN_HEAD_DIM - x.shape[-1]
+    return (F.pad(x, (0, missing)) if missing > 0 else x).contiguous()
 
 
-def sum_decay(g: Tensor, packed: dict[str, Tensor], *, reverse: bool = False) -> Tensor:
-    """g (B, T, H) or (B, T, H, K) summed inside each chunk, over the tokens up to each.
+def _pad_state(state_NHKV: Tensor | None) -> Tensor | None:
+    """Do the same for both head dims of a state, in fp32."""
+    if state_NHKV is None:
+        return None
+    K, V = state_NHKV.shape[-2:]
+    state = state_NHKV.float()
+    if min(K, V) < MIN_HEAD_DIM:
+        state = F.pad(state, (0, max(MIN_HEAD_DIM - V, 0), 0, max(MIN_HEAD_DIM - K, 0)))
+    return state.contiguous()
 
-    The sums are in base 2, which is what fla's kernels raise to a power. With `reverse`: over the
-    tokens from each on, and as they are, which is the gradient of the former in base e.
+
+def sum_decay(g: Tensor, packed: Packed, *, reverse: bool = False) -> Tensor:
+    """Sum g (B, T, H) or (B, T, H, K) inside each chunk, up to each token.
+
+    The sums are in base 2, which fla's kernels raise to a power. With `reverse`, sum from each
+    token to the end of its chunk, in base e: the gradient of the sums.
     """
     scale = None if reverse else 1 / math.log(2)
     return import_fla("fla.ops.utils").chunk_local_cumsum(
@@ -108,114 +158,229 @@ def sum_decay(g: Tensor, packed: dict[str, Tensor], *, reverse: bool = False) ->
     )
 
 
-def widen(x: Tensor) -> Tensor:
-    """x with zeros up to the narrowest head (last axis) whose kernels are right.
-
-    Contiguous, and made so outside the operators, where a compiler can do it with the producer.
-    """
-    missing = MIN_WIDTH - x.shape[-1]
-    return (F.pad(x, (0, missing)) if missing > 0 else x).contiguous()
-
-
-def widen_state(state_NHKV: Tensor | None) -> Tensor | None:
-    """The same for both widths of a state, in fp32."""
-    if state_NHKV is None:
-        return None
-    K, V = state_NHKV.shape[-2:]
-    state = state_NHKV.float()
-    if min(K, V) < MIN_WIDTH:
-        state = F.pad(state, (0, max(MIN_WIDTH - V, 0), 0, max(MIN_WIDTH - K, 0)))
-    return state.contiguous()
-
-
-def register_gradient(forward: CustomOpDef, backward: CustomOpDef, *, sums_decay: bool) -> None:
-    """Make `backward` the gradient of `forward`, both operators of one recurrence:
-
-        forward(q, k, v, *rest, state, cu_seqlens, scale) -> o, final state, *kept
-        backward(q, k, v, *rest, *kept, state, cu_seqlens, scale, do, dfinal)
-            -> the gradients of q, k, v, *rest and state
-
-    sums_decay: `rest` begins with the decay and `kept` with what its sums are, which backward reads
-    in the decay's place. A decay with one axis is a constant and has no gradient.
-    """
-
-    def save(ctx, inputs, output) -> None:
-        *given, state, cu_seqlens, ctx.scale = inputs
-        _, _, *kept = output
-        ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)  # or zeros the size of `kept` are written for nothing
-        if sums_decay:
-            given[DECAY], *kept = kept
-        ctx.n_given = len(given)
-        ctx.save_for_backward(*given, *kept, state, cu_seqlens)
-
-    def differentiate(ctx, do, dfinal, *_) -> tuple[Tensor | None, ...]:
-        *saved, state, cu_seqlens = ctx.saved_tensors
-        given = saved[: ctx.n_given]
-        if do is None and dfinal is None:
-            return (None,) * (len(given) + 3)
-        if do is None:
-            do = torch.zeros_like(given[VALUES])
-        *grads, dstate = backward(*saved, state, cu_seqlens, ctx.scale, do, dfinal)
-        if given[DECAY].ndim == 1:
-            grads[DECAY] = None
-        return *grads, None if state is None else dstate, None, None
-
-    forward.register_autograd(differentiate, setup_context=save)
+# ---- the operators
 
 
 @dataclass(frozen=True)
-class PackedTables:
-    """What fla's kernels read of the bounds of packed documents.
+class ChunkOperator:
+    """The kernels of a recurrence, `lt2::<name>`, and its gradient, `lt2::<name>_backward`."""
 
-    fla builds such tables itself, for which it waits for the device, and keeps them by the identity
-    of cu_seqlens: a buffer that is written anew would get the tables of its old content. These are
-    built of numbers on the host, of a copy for every content that layers and loops share.
+    run: Callable[..., tuple[Tensor, Tensor]]  # same arguments and results as the recurrence
+    forward: CustomOpDef
+    backward: CustomOpDef
+
+
+def chunk_operator(
+    name: str,
+    inputs: Sequence[str],
+    forward: Callable[..., Tensors],
+    backward: Callable[..., Sequence[Tensor | None]],
+    *,
+    n_matrices: int,
+    matrix_dtype: torch.dtype | None = None,
+    section: str,
+    max_key_dim: int | None = None,
+) -> ChunkOperator:
+    """Define the operator `lt2::<name>` and its backward.
+
+        forward(q, k, v, *inputs, packed, **options) -> o, final state, *kept
+        backward(q, k, v, *inputs, *matrices, packed, **options)
+            -> gradients of q, k, v, *inputs and of the initial state
+
+    inputs    names after q, k, v; the first is "g" if the recurrence decays
+    kept      for backward: the summed decay, which replaces g there, if there is a g; then
+              `n_matrices` of shape (B, T, H, CHUNK) in `matrix_dtype`, k's dtype if None
+    packed    fla's arguments for packed documents; `options` are those of all its functions
+    section   options that set the head dims, for error messages
+    A constant decay (H,) has no gradient; None stands for it, and for that of a missing state.
     """
+    names = ("q", "k", "v", *inputs)
+    decays = "g" in inputs
 
-    bounds: list[int]
-    cu_seqlens: Tensor  # (n_docs + 1,) int32
-    chunk_indices: Tensor  # (chunks, 2) int32: document, and which of its chunks
+    def call_forward(*args: Any) -> Tensors:
+        *tensors, state, cu_seqlens, scale = args
+        with torch.cuda.device_of(tensors[0]):
+            return forward(
+                *tensors,
+                packed_arguments(cu_seqlens),
+                scale=scale,
+                initial_state=state,
+                output_final_state=True,
+                chunk_size=CHUNK,
+            )
 
-    @staticmethod
-    def of(bounds: list[int], device: torch.device) -> PackedTables:
-        chunks = [
-            (document, chunk)
-            for document, (start, end) in enumerate(itertools.pairwise(bounds))
-            for chunk in range(-(-(end - start) // CHUNK))
-        ]
-        flat = upload(list(itertools.chain(*chunks)), device, torch.int32)
-        return PackedTables(bounds, upload_cu_seqlens(bounds, device), flat.view(-1, 2))
+    def call_backward(*args: Any) -> Tensors:
+        *tensors, state, cu_seqlens, scale, do, dfinal = args
+        q, k, *_ = tensors
+        with torch.cuda.device_of(q):
+            dq, dk, *grads = backward(
+                *tensors,
+                packed_arguments(cu_seqlens),
+                scale=scale,
+                initial_state=state,
+                do=do.contiguous(),
+                dht=None if dfinal is None else dfinal.contiguous(),
+                chunk_size=CHUNK,
+            )
+        assert dq is not None and dk is not None
+        # Some kernels return fp32. An operator cannot return None.
+        return dq.to(q.dtype), dk.to(k.dtype), *(q.new_empty(0) if d is None else d for d in grads)
+
+    def fake_forward(*args: Any) -> Tensors:
+        q, k, v, *others = args[: len(names)]
+        cu_seqlens = args[-2]
+        n_sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        B, T, H, V = v.shape
+        final = v.new_empty(n_sequences, H, q.shape[3], V, dtype=torch.float32)
+        kept = [torch.empty_like(others[0])] if decays else []
+        dtype = matrix_dtype or k.dtype
+        kept += [k.new_empty(B, T, H, CHUNK, dtype=dtype) for _ in range(n_matrices)]
+        return torch.empty_like(v), final, *kept
+
+    def fake_backward(*args: Any) -> Tensors:
+        given, state = args[: len(names)], args[-5]
+        like = [*(x if x.ndim > 1 else None for x in given), state]
+        return tuple(given[0].new_empty(0) if x is None else torch.empty_like(x) for x in like)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        *given, state, cu_seqlens, ctx.scale = inputs
+        _, _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # else zeros of the size of `kept` are allocated
+        if decays:
+            given[DECAY], *kept = kept
+        ctx.save_for_backward(*given, *kept, state, cu_seqlens)
+
+    def differentiate(
+        ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        *saved, state, cu_seqlens = ctx.saved_tensors
+        if do is None and dfinal is None:
+            return (None,) * (len(names) + 3)
+        if do is None:
+            do = torch.zeros_like(saved[2])
+        *grads, dstate = backward_op(*saved, state, cu_seqlens, ctx.scale, do, dfinal)
+        if decays and saved[DECAY].ndim == 1:
+            grads[DECAY] = None
+        return *grads, None if state is None else dstate, None, None
+
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *others: Tensor,
+        scale: float | None = None,
+        state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        K, V = k.shape[-1], v.shape[-1]
+        check_fla_inputs(name, q, k, v)
+        check_head_dims(name, section, K, V, max_key_dim)
+        fp32 = [pad_head_dim(x.float()) if x.ndim == 4 else x.float().contiguous() for x in others]
+        o, final, *_ = forward_op(
+            pad_head_dim(q),
+            pad_head_dim(k),
+            pad_head_dim(v),
+            *fp32,
+            _pad_state(state),
+            cu_seqlens,
+            K**-0.5 if scale is None else scale,
+        )
+        return o[..., :V], final[..., :K, :V]
+
+    matrices = tuple(f"matrix_{i}" for i in range(n_matrices))
+    rest = "Tensor? state, Tensor? cu_seqlens, float scale"
+    forward_op = _define(name, names, rest, call_forward, 2 + decays + n_matrices)
+    backward_op = _define(
+        f"{name}_backward",
+        names + matrices,
+        f"{rest}, Tensor do, Tensor? dfinal",
+        call_backward,
+        len(names) + 1,
+    )
+    forward_op.register_fake(fake_forward)
+    backward_op.register_fake(fake_backward)
+    forward_op.register_autograd(differentiate, setup_context=save)
+    return ChunkOperator(run, forward_op, backward_op)
 
 
-_tables = WeakIdKeyDictionary()  # cu_seqlens -> its tables
-_tables_without_empty = WeakIdKeyDictionary()  # cu_seqlens -> (its bounds, what fla is given)
+def _define(
+    name: str, tensors: Sequence[str], rest: str, function: Callable[..., Tensors], n_outputs: int
+) -> CustomOpDef:
+    arguments = ", ".join(f"Tensor {x}" for x in tensors)
+    schema = f"({arguments}, {rest}) -> ({', '.join(['Tensor'] * n_outputs)})"
+    return torch.library.custom_op(f"lt2::{name}", function, mutates_args=(), schema=schema)
 
 
-def packed_arguments(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
-    """fla's arguments for packed documents: cu_seqlens and chunk_indices; {} where there are none.
+# ---- tables of packed documents
+#
+# fla builds tables from cu_seqlens with a sync and caches them by the identity of the tensor, so a
+# buffer with new content gets the tables of the old. Ours are built from numbers on the host, once
+# for each content, and layers and loops share them.
 
-    Where `host_cu_seqlens` knows the bounds, nothing waits for the device.
+
+def _cached_by_content(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Cache `build(offsets, device, *options)` for each cu_seqlens until its content changes."""
+    tables = WeakIdKeyDictionary()  # cu_seqlens -> (its content and the options, table)
+
+    def table(cu_seqlens: Tensor, *options: int) -> Any:
+        offsets, known = host_cu_seqlens(cu_seqlens), tables.get(cu_seqlens)
+        if known is None or known[0] != (offsets, options):
+            built = build(offsets, cu_seqlens.device, *options)
+            known = tables[cu_seqlens] = ((offsets, options), built)
+        return known[1]
+
+    return table
+
+
+def _n_chunks(offsets: list[int], chunk_size: int) -> list[int]:
+    """Count the chunks of each document."""
+    return [-(-(end - start) // chunk_size) for start, end in itertools.pairwise(offsets)]
+
+
+@_cached_by_content
+def _packed_tables(offsets: list[int], device: torch.device) -> Packed:
+    indices = [(doc, i) for doc, n in enumerate(_n_chunks(offsets, CHUNK)) for i in range(n)]
+    flat = upload(list(itertools.chain(*indices)), device, torch.int32)
+    # A copy of cu_seqlens: the original may be overwritten.
+    return {"cu_seqlens": upload_cu_seqlens(offsets, device), "chunk_indices": flat.view(-1, 2)}
+
+
+def packed_arguments(cu_seqlens: Tensor | None) -> Packed:
+    """Return fla's arguments for packed documents, {} for None.
+
+    cu_seqlens     (n_docs + 1,) int32
+    chunk_indices  (chunks, 2)   int32: document, and index of the chunk in it
     """
-    if cu_seqlens is None:
-        return {}
-    bounds, known = host_cu_seqlens(cu_seqlens), _tables.get(cu_seqlens)
-    if known is None or known.bounds != bounds:
-        known = _tables[cu_seqlens] = PackedTables.of(bounds, cu_seqlens.device)
-    return {"cu_seqlens": known.cu_seqlens, "chunk_indices": known.chunk_indices}
+    return {} if cu_seqlens is None else _packed_tables(cu_seqlens)
+
+
+@_cached_by_content
+def _token_tables(offsets: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    nonempty = upload_cu_seqlens(list(dict.fromkeys(offsets)), device)
+    return nonempty, torch.stack(document_of_tokens(nonempty, offsets[-1]), dim=1).int()
+
+
+def packed_tokens(cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Return cu_seqlens without empty documents, and (document, position) of each token (T, 2).
+
+    Both are int32. fla numbers documents by their first tokens, so an empty document would shift
+    all documents after it.
+    """
+    return (None, None) if cu_seqlens is None else _token_tables(cu_seqlens)
 
 
 class KnownNumber(int):
-    """What `.item()` finds without asking a device."""
+    """A number on the host with the `.item()` of a tensor."""
 
     def item(self) -> int:
         return int(self)
 
 
 class ChunkOffsets(Tensor):
-    """(n_docs + 1,) int64: chunks before each document; the last, all of them, the host knows."""
+    """(n_docs + 1,) int64: chunks before each document. The host knows the last, the total."""
 
-    # otherwise each use of it is looked at
+    # Without this every operation on it would go through Python.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     n_chunks: int
 
@@ -224,49 +389,10 @@ class ChunkOffsets(Tensor):
         return KnownNumber(self.n_chunks)
 
 
-_offsets = WeakIdKeyDictionary()  # cu_seqlens -> (its bounds and the size of a chunk, offsets)
-
-
-def chunk_offsets(cu_seqlens: Tensor, chunk_size: int) -> ChunkOffsets:
-    """As fla's `prepare_chunk_offsets`; nothing waits where `host_cu_seqlens` knows the bounds."""
-    key, known = (host_cu_seqlens(cu_seqlens), chunk_size), _offsets.get(cu_seqlens)
-    if known is None or known[0] != key:
-        lengths = (end - start for start, end in itertools.pairwise(key[0]))
-        ends = list(itertools.accumulate((-(-n // chunk_size) for n in lengths), initial=0))
-        offsets = upload(ends, cu_seqlens.device, torch.int64).as_subclass(ChunkOffsets)
-        offsets.n_chunks = ends[-1]
-        known = _offsets[cu_seqlens] = (key, offsets)
-    return known[1]
-
-
-def packed_tokens(cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Bounds of the documents that have tokens (n + 1,), and (document, position) of each token
-    (T, 2), both int32; shared as in `packed_arguments`.
-
-    Without the empty documents: fla's own tables number documents by their first tokens, so that
-    an empty one would shift those after it.
-    """
-    if cu_seqlens is None:
-        return None, None
-    bounds, known = host_cu_seqlens(cu_seqlens), _tables_without_empty.get(cu_seqlens)
-    if known is None or known[0] != bounds:
-        some = upload_cu_seqlens(list(dict.fromkeys(bounds)), cu_seqlens.device)
-        tokens = torch.stack(document_of_tokens(some, bounds[-1]), dim=1).int()
-        known = _tables_without_empty[cu_seqlens] = (bounds, some, tokens)
-    return known[1:]
-
-
-@cache
-def take_tables_from_host() -> None:
-    """Have fla's functions that take no tables of packed documents use ours, in this process.
-
-    In fla 0.6.0 the states of `simple_gla` and `gla` read the number of chunks back from the device
-    in every call, and the choice of blocks of `nsa` the number of tokens for every new bounds.
-    """
-    for module, name, table in (
-        ("fla.ops.common.chunk_h", "prepare_chunk_offsets", chunk_offsets),
-        ("fla.ops.nsa.parallel", "prepare_token_indices", lambda bounds: packed_tokens(bounds)[1]),
-    ):
-        names = vars(import_fla(module))
-        if name in names:
-            names[name] = table
+@_cached_by_content
+def chunk_offsets(offsets: list[int], device: torch.device, chunk_size: int) -> ChunkOffsets:
+    """Replace fla's `prepare_chunk_offsets(cu_seqlens, chunk_size)`, which needs a sync."""
+    ends = list(itertools.accumulate(_n_chunks(offsets, chunk_size), initial=0))
+    table = upload(ends, device, torch.int64).as_subclass(ChunkOffsets)
+    table.n_chunks = ends[-1]
+    return table

@@ -31,7 +31,7 @@ def packed(lengths: Sequence[int]) -> Tensor:
 
 
 class RecurrenceContract:
-    door: ClassVar[Callable]  # door(*inputs, state=, cu_seqlens=, impl=) -> o, final state
+    recurrence: ClassVar[Callable]  # (*inputs, state=, cu_seqlens=, impl=) -> o, final state
     step: ClassVar[Callable]  # step(*inputs of a token, state) -> o
     names: ClassVar[tuple[str, ...]]  # of the inputs, q, k and v first and the state last
 
@@ -48,7 +48,7 @@ class RecurrenceContract:
 
     def run(self, inputs, impl: str, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         *inputs, state = inputs
-        return self.door(*inputs, state=state, cu_seqlens=cu_seqlens, impl=impl)
+        return self.recurrence(*inputs, state=state, cu_seqlens=cu_seqlens, impl=impl)
 
     def results(self, inputs, impl: str, *, cu_seqlens: Tensor | None = None) -> dict[str, Tensor]:
         """Output, final state and the gradients of a random projection of both."""

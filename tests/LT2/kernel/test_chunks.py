@@ -46,6 +46,6 @@ def test_channel_decay_of_whole_spans():
     g = -torch.rand(2, 3, 6, 4, dtype=torch.float64)
     decay = ChannelDecay.of(g, torch.float64)
     for i in range(6):
-        assert_same(decay.from_start_MHCK[:, :, i], g[:, :, : i + 1].sum(2).exp(), FP64)
-        assert_same(decay.to_end_MHCK[:, :, i], g[:, :, i + 1 :].sum(2).exp(), FP64)
-    assert_same(decay.whole_MHK1[..., 0], g.sum(2).exp(), FP64)
+        assert_same(decay.from_start[:, :, i], g[:, :, : i + 1].sum(2).exp(), FP64)
+        assert_same(decay.to_end[:, :, i], g[:, :, i + 1 :].sum(2).exp(), FP64)
+    assert_same(decay.whole[..., 0], g.sum(2).exp(), FP64)

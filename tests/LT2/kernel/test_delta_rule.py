@@ -10,7 +10,7 @@ from tests.tolerances import FP32, FP64, assert_same
 
 
 class TestDeltaRule(RecurrenceContract):
-    door = staticmethod(delta_rule)
+    recurrence = staticmethod(delta_rule)
     step = staticmethod(delta_rule_step)
     names = ("q", "k", "v", "beta", "state")
 

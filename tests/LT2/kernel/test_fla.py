@@ -1,97 +1,170 @@
-"""What the operators on fla's kernels share, on operators that run without a GPU."""
+"""The operators on fla's kernels, without fla: gradients, arguments, and tables of documents."""
 
 from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from apps.LT2.kernel import fla
 from apps.LT2.kernel.documents import upload_cu_seqlens
-from apps.LT2.kernel.fla import (
-    chunk_offsets,
-    packed_arguments,
-    packed_tokens,
-    register_gradient,
-)
+from apps.LT2.kernel.fla import chunk_offsets, chunk_operator, packed_arguments, packed_tokens
+from tests.tolerances import FP32, assert_same
 from tests.waiting import no_waiting
 
 SCALE = 0.5
 
 
-def toy(q, k, v, g, state, scale):
-    """o (B, T, H, K) and the final state (B, H, K)."""
-    final = (k * v).sum(1)
-    return scale * q * k * v * g.exp()[..., None], final if state is None else final + 3 * state
+def toy(q, k, v, g, state):
+    """o (B, T, H, K) and the final state (B, H, K, K)."""
+    final = torch.einsum("bthk,bthv->bhkv", k, v)
+    return SCALE * q * k * v * g.exp()[..., None], final if state is None else final + 3 * state
 
 
-@torch.library.custom_op("lt2_test::toy", mutates_args=())
-def toy_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, final state, what is kept of the decay, and a product that is kept, too."""
-    return *toy(q, k, v, g, state, scale), g.exp(), q * k
+def toy_forward(q, k, v, g, packed, *, scale, initial_state, **options):
+    assert scale == SCALE and options == {"output_final_state": True, "chunk_size": 64}
+    return *toy(q, k, v, g, initial_state), g.exp(), q * k
 
 
-@torch.library.custom_op("lt2_test::toy_backward", mutates_args=())
-def toy_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    qk: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    do: Tensor,
-    dfinal: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def toy_backward(q, k, v, decay, qk, packed, *, scale, initial_state, do, dht, chunk_size):
     do = scale * do * decay[..., None]
-    dkv = torch.zeros_like(k) if dfinal is None else dfinal[:, None].expand_as(k)
-    dg = q.new_empty(0) if decay.ndim == 1 else (do * qk * v).sum(-1)
-    dstate = q.new_empty(0)
-    if state is not None:
-        dstate = torch.zeros_like(state) if dfinal is None else 3 * dfinal
-    return do * k * v, do * q * v + dkv * v, do * qk + dkv * k, dg, dstate
+    dht = torch.zeros(q.shape[0], q.shape[2], *[q.shape[3]] * 2) if dht is None else dht
+    dk = do * q * v + torch.einsum("bhkv,bthv->bthk", dht, v)
+    dv = do * qk + torch.einsum("bhkv,bthk->bthv", dht, k)
+    dg = None if decay.ndim == 1 else (do * qk * v).sum(-1)
+    return do * k * v, dk, dv, dg, None if initial_state is None else 3 * dht
 
 
-register_gradient(toy_forward, toy_backward, sums_decay=True)
+TOY = chunk_operator("test_toy", ("g",), toy_forward, toy_backward, n_matrices=1, section="model")
 
 
+def toy_inputs(K: int, *, constant_decay=False, with_state=True) -> list[Tensor | None]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 5, 3, K).requires_grad_() for _ in range(3))
+    g = torch.randn(3) if constant_decay else torch.randn(2, 5, 3).requires_grad_()
+    return [q, k, v, g, torch.randn(2, 3, K, K).requires_grad_() if with_state else None]
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(fla, "check_fla_inputs", lambda *_: None)
+
+
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("constant_decay", [False, True])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("read", ["o", "final", "both"])
 def test_gradients_reach_every_input(read, with_state, constant_decay):
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-    q, k, v = (normal(2, 5, 3, 4) for _ in range(3))
-    g = normal(3).detach() if constant_decay else normal(2, 5, 3)
-    state = normal(2, 3, 4) if with_state else None
-    inputs = [x for x in (q, k, v, g, state) if x is not None and x.requires_grad]
+    """The head dim is padded to 64 for the kernels."""
+    *inputs, state = toy_inputs(4, constant_decay=constant_decay, with_state=with_state)
+    leaves = [x for x in (*inputs, state) if x is not None and x.requires_grad]
 
     def gradients(o, final):
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = torch.zeros(())
         if read != "final":
             loss = loss + o.sin().sum()
         if read != "o":
             loss = loss + final.cos().sum()
-        # final does not depend on q and g, nor o on the state: no gradient, or one of zeros
-        found = torch.autograd.grad(loss, inputs, allow_unused=True)
-        return [torch.zeros_like(x) if d is None else d for x, d in zip(inputs, found, strict=True)]
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
-    o, final, decay, qk = toy_forward(q, k, v, g, state, None, SCALE)
-    assert not decay.requires_grad and not qk.requires_grad
-    got, want = gradients(o, final), gradients(*toy(q, k, v, g, state, SCALE))
-    for d, w in zip(got, want, strict=True):
-        torch.testing.assert_close(d, w)
+    got, want = TOY.run(*inputs, scale=SCALE, state=state), toy(*inputs, state)
+    for a, b in zip((*got, *gradients(*got)), (*want, *gradients(*want)), strict=True):
+        assert_same(a, b, FP32)
+
+
+@pytest.mark.parametrize("constant_decay", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_operator_is_registered_well(with_state, constant_decay):
+    """Check schema, fake shapes, autograd and dynamic shapes with torch's own check."""
+    inputs = toy_inputs(64, constant_decay=constant_decay, with_state=with_state)
+    torch.library.opcheck(TOY.forward, (*inputs, None, SCALE))
+    with torch.no_grad():
+        o, final, *kept = TOY.forward(*inputs, None, SCALE)
+    q, k, v, _, state = (None if x is None else x.detach() for x in inputs)
+    for dfinal in (final, None):
+        saved = (q, k, v, *kept, state, None, SCALE, o, dfinal)
+        torch.library.opcheck(TOY.backward, saved, test_utils=("test_schema", "test_faketensor"))
+
+
+# What fla 0.6.0 returns, in order, and the arguments of its backward that forward keeps.
+FORWARD = {
+    "gated_delta_rule": "g_sum o solved final _ _",
+    "kda": "o final g_sum scores solved _ _ _ _ _ _",
+    "delta_rule": "o solved final",
+    "gla": "g_sum scores _ final o",
+    "simple_gla": "o final",
+}
+BACKWARD = {
+    "gated_delta_rule": "dq dk dv dbeta dg dstate _ _",
+    "kda": "dq dk dv dbeta dg dstate _ _",
+    "delta_rule": "dq dk dv dbeta dstate",
+    "gla": "dq dk dv dg dstate",
+    "simple_gla": "dq dk dv dg dstate",
+}
+KEPT = {
+    "gated_delta_rule": {"g": "g_sum", "A": "solved"},
+    "kda": {"g": "g_sum", "Aqk": "scores", "Akk": "solved"},
+    "delta_rule": {"A": "solved"},
+    "gla": {"g_cumsum": "g_sum", "A": "scores"},
+    "simple_gla": {"g": "g_sum"},
+}
+NAMES = sorted(set(" ".join([*FORWARD.values(), *BACKWARD.values()]).split()))
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_tensor_of_fla_goes_to_its_place(monkeypatch, name, packed):
+    """Stand-ins for fla's kernels return tensors whose elements say which one it is."""
+    B, T, H, K = 1, 70, 2, 64
+    per_head, per_channel, state_shape = (B, T, H), (B, T, H, K), (1, H, K, K)
+    shapes = {"g": per_channel if name in ("gla", "kda") else per_head, "beta": per_head}
+    shapes |= {"g_sum": shapes["g"], "final": state_shape, "state": state_shape}
+    rest = [x for x in ("g", "beta") if f"d{x}" in BACKWARD[name].split()]
+    bf16 = {"o", "dq", "dk", "dv", "solved"} | ({"scores"} if name == "kda" else set())
+    calls = {}
+
+    def tensor(x: str) -> Tensor | None:
+        shape = shapes.get(x.removeprefix("d"), per_channel)
+        dtype = torch.bfloat16 if x in bf16 else torch.float32
+        return None if x == "_" else torch.full(shape, NAMES.index(x), dtype=dtype)
+
+    def stand_in(direction: str, returns: str):
+        def call(**arguments):
+            calls[direction] = arguments
+            return tuple(tensor(x) for x in returns.split())
+
+        return call
+
+    kernels = SimpleNamespace(chunk_local_cumsum=lambda g, **_: tensor("g_sum"))
+    setattr(kernels, f"chunk_{name}_fwd", stand_in("forward", FORWARD[name]))
+    setattr(kernels, f"chunk_{name}_bwd", stand_in("backward", BACKWARD[name]))
+    module = importlib.import_module(f"apps.LT2.kernel.{name}.fla")
+    for user in (fla, module):
+        monkeypatch.setattr(user, "import_fla", lambda _: kernels)
+
+    q, k, v = (torch.randn(per_channel).bfloat16().requires_grad_() for _ in range(3))
+    inputs = [q, k, v, *(torch.randn(shapes[x]).requires_grad_() for x in rest)]
+    state = torch.randn(state_shape).requires_grad_()
+    cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
+    o, final = module.OPERATOR.run(*inputs, state=state, cu_seqlens=cu_seqlens)
+    grads = torch.autograd.grad(o.sum() + final.sum(), (*inputs, state))
+
+    got = dict(zip((f"d{x}" for x in ("q", "k", "v", *rest, "state")), grads, strict=True))
+    got |= {"o": o, "final": final}
+    want = {x: x for x in got}
+    if name == "simple_gla":  # the gradient of a sum is summed again
+        want["dg"] = "g_sum"
+    got |= {x: calls["backward"][x] for x in KEPT[name]}
+    want |= KEPT[name]
+    for x, source in want.items():
+        assert (got[x] == NAMES.index(source)).all(), x
+    for arguments in calls.values():
+        assert arguments["initial_state"].equal(state) and arguments["scale"] == K**-0.5
+        assert ("chunk_indices" in arguments) == ("cu_seqlens" in arguments) == packed
 
 
 # ---- tables of packed documents
@@ -100,22 +173,22 @@ def test_gradients_reach_every_input(read, with_state, constant_decay):
 def test_chunks_are_numbered_by_document():
     packed = packed_arguments(upload_cu_seqlens([0, 64, 64, 129, 130], "cpu"))
     assert packed["cu_seqlens"].tolist() == [0, 64, 64, 129, 130]
-    # An empty document has no chunk, and its number.
+    # An empty document has a number but no chunk.
     assert packed["chunk_indices"].tolist() == [[0, 0], [2, 0], [2, 1], [3, 0]]
     assert {x.dtype for x in packed.values()} == {torch.int32}
     assert packed_arguments(None) == {}
 
 
-def test_tokens_are_numbered_by_documents_that_have_some():
-    bounds, tokens = packed_tokens(upload_cu_seqlens([0, 0, 3, 3, 3, 5, 5], "cpu"))
-    assert bounds is not None and tokens is not None
-    assert bounds.tolist() == [0, 3, 5]
+def test_tokens_are_numbered_by_nonempty_documents():
+    offsets, tokens = packed_tokens(upload_cu_seqlens([0, 0, 3, 3, 3, 5, 5], "cpu"))
+    assert offsets is not None and tokens is not None
+    assert offsets.tolist() == [0, 3, 5]
     assert tokens.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
-    assert {bounds.dtype, tokens.dtype} == {torch.int32}
+    assert {offsets.dtype, tokens.dtype} == {torch.int32}
     assert packed_tokens(None) == (None, None)
 
 
-def test_the_host_knows_how_many_chunks_there_are():
+def test_the_host_knows_the_number_of_chunks():
     cu_seqlens = upload_cu_seqlens([0, 64, 64, 129, 130], "cpu")
     with no_waiting():
         offsets = chunk_offsets(cu_seqlens, 64)
@@ -129,8 +202,8 @@ def test_the_host_knows_how_many_chunks_there_are():
 
 
 @pytest.mark.parametrize("tables", [lambda b: tuple(packed_arguments(b).values()), packed_tokens])
-def test_tables_are_shared_until_the_bounds_change(tables):
-    """fla keeps tables of its own by the identity of the bounds."""
+def test_tables_are_shared_until_cu_seqlens_changes(tables):
+    """fla caches its tables by the identity of cu_seqlens."""
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
     first = tables(cu_seqlens)
     assert all(a is b for a, b in zip(first, tables(cu_seqlens), strict=True))
@@ -141,7 +214,7 @@ def test_tables_are_shared_until_the_bounds_change(tables):
 
 
 @pytest.mark.parametrize("tables", [packed_arguments, packed_tokens])
-def test_tables_of_bounds_that_the_host_has_wait_for_nothing(tables):
+def test_tables_of_uploaded_cu_seqlens_need_no_sync(tables):
     cu_seqlens = upload_cu_seqlens([0, 2, 5], "cpu")
     with no_waiting():
         tables(cu_seqlens)

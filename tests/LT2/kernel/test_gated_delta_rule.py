@@ -11,7 +11,7 @@ from tests.tolerances import FP32, FP64, assert_same
 
 
 class TestGatedDeltaRule(RecurrenceContract):
-    door = staticmethod(gated_delta_rule)
+    recurrence = staticmethod(gated_delta_rule)
     step = staticmethod(gated_delta_step)
     names = ("q", "k", "v", "g", "beta", "state")
 

@@ -11,7 +11,7 @@ from tests.tolerances import FP64, assert_same
 
 
 class TestGLA(RecurrenceContract):
-    door = staticmethod(gla)
+    recurrence = staticmethod(gla)
     step = staticmethod(gla_step)
     names = ("q", "k", "v", "g", "state")
 

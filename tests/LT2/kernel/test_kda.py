@@ -12,7 +12,7 @@ from tests.tolerances import FP32, FP64, assert_same
 
 
 class TestKDA(RecurrenceContract):
-    door = staticmethod(kda)
+    recurrence = staticmethod(kda)
     step = staticmethod(kda_step)
     names = ("q", "k", "v", "g", "beta", "state")
 

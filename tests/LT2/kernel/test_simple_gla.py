@@ -12,7 +12,7 @@ from tests.tolerances import FP32, FP64, assert_same
 
 
 class TestSimpleGLA(RecurrenceContract):
-    door = staticmethod(simple_gla)
+    recurrence = staticmethod(simple_gla)
     step = staticmethod(simple_gla_step)
     names = ("q", "k", "v", "g", "state")
     groups = H

@@ -1,21 +1,29 @@
-"""Delta rule (https://arxiv.org/abs/2406.06484): the only door to its implementations.
+"""Delta rule (https://arxiv.org/abs/2406.06484).
 
     S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t K^-0.5
 
-Shapes: B batch, T tokens, N sequences, H heads, K key and V value width; S is stored K x V.
+Shapes: B batch, T tokens, N sequences, H heads, K key and V value head dim; S is stored K x V.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from apps.LT2.kernel.arguments import check_arguments, choose_impl
-from apps.LT2.kernel.delta_rule.chunked import delta_rule_chunked
-from apps.LT2.kernel.delta_rule.fla import delta_rule_fla
+from apps.LT2.kernel.delta import delta_rule_chunked
+from apps.LT2.kernel.delta_rule.fla import OPERATOR
 from apps.LT2.kernel.delta_rule.naive import delta_rule_naive
 from apps.LT2.kernel.recurrent_step import recurrent_step
 
-IMPLS = {"naive": delta_rule_naive, "chunked": delta_rule_chunked, "fla": delta_rule_fla}
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """Run the gated rule without decay; its factors of 1 cost C x C products per chunk."""
+    return delta_rule_chunked(q, k, v, beta.new_zeros(beta.shape), beta, **options)
+
+
+IMPLS = {"naive": delta_rule_naive, "chunked": _chunked, "fla": OPERATOR.run}
 
 
 def delta_rule(
@@ -28,27 +36,18 @@ def delta_rule(
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """All tokens of B sequences, or of the N documents packed into one row.
+    """Run all tokens of B sequences, or of the N documents packed into one row.
 
-    q, k        (B, T, H, K)   unit norm along K; q is multiplied by K**-0.5 here
+    q, k        (B, T, H, K)   unit norm along K; the kernels multiply q by K**-0.5
     v           (B, T, H, V)
     beta        (B, T, H)      write strength, in (0, 2), fp32
     state       (N, H, K, V)   fp32 state before the first token, zeros if None; not changed
-    cu_seqlens  (N + 1,)       int32 bounds of packed documents; then B is 1. None: N is B
-    Returns o (B, T, H, V) in v's dtype and the fp32 state (N, H, K, V) after the last token.
-    Differentiable in q, k, v, beta and state, through both results. `impl`: "auto" is fla's
-    kernels for 16-bit CUDA tensors and the chunked torch form otherwise; "naive", "chunked" and
-    "fla" force one.
+    cu_seqlens  (N + 1,)       int32 offsets of packed documents; then B is 1. None: N is B
+    impl                       "naive", "chunked", "fla", or "auto": fla for 16-bit CUDA tensors
+    Returns o (B, T, H, V) in v's dtype and the fp32 state (N, H, K, V) after the last token. Both
+    are differentiable in q, k, v, beta and state.
     """
-    check_arguments(
-        q_BTHK,
-        k_BTHK,
-        v_BTHV,
-        by_head={"beta": beta_BTH},
-        by_channel={},
-        state=state,
-        cu_seqlens=cu_seqlens,
-    )
+    check_arguments(q_BTHK, k_BTHK, v_BTHV, state, cu_seqlens, by_head={"beta": beta_BTH})
     compute = choose_impl(impl, IMPLS, v_BTHV)
     return compute(q_BTHK, k_BTHK, v_BTHV, beta_BTH, state=state, cu_seqlens=cu_seqlens)
 
@@ -56,5 +55,8 @@ def delta_rule(
 def delta_rule_step(
     q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, beta_BH: Tensor, state_BHKV: Tensor
 ) -> Tensor:
-    """One token of every sequence: `state_BHKV` (fp32) is updated in place; o (B, H, V)."""
+    """Run one token of every sequence and update `state_BHKV` (fp32) in place; returns o (B, H, V).
+
+    q is multiplied by K**-0.5.
+    """
     return recurrent_step(q_BHK, k_BHK, v_BHV, None, beta_BH, state_BHKV)

@@ -1,97 +1,28 @@
-"""The gated delta rule on CUDA: fla's chunk kernels as one custom operator.
+"""The gated delta rule on fla's chunk kernels: the operator `lt2::gated_delta_rule`.
 
-fla's own entry point is a graph break. As a `torch.library` operator with its backward registered,
-the kernels are one opaque node, and the block around them compiles whole. Forward keeps what fla's
-autograd function keeps: the inputs, the summed decay and the solved triangular systems; states and
-WY vectors are computed again in backward.
-
-Shapes as in `gated_delta_rule`; C is the chunk of 64 tokens.
+Kept for backward: the inputs, the summed decay and the solved triangular systems. States and WY
+vectors are recomputed. Shapes as in `gated_delta_rule`.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from apps.LT2.kernel.fla import (
-    CHUNK,
-    check_delta_rule_inputs,
-    import_fla,
-    packed_arguments,
-    register_gradient,
-    sum_decay_gradient_in_fp32,
-    widen,
-    widen_state,
-)
+from apps.LT2.kernel.fla import Packed, Tensors, chunk_operator, import_fla
 
 
-def gated_delta_rule_fla(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHV: Tensor,
-    g_BTH: Tensor,
-    beta_BTH: Tensor,
-    *,
-    state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `gated_delta_rule`, for 16-bit q, k, v on CUDA."""
-    check_delta_rule_inputs("gated_delta_rule", "model.gdn", q_BTHK, k_BTHK, v_BTHV)
-    K, V = k_BTHK.shape[-1], v_BTHV.shape[-1]
-    o_BTHV, final_NHKV, _, _ = _forward(
-        widen(q_BTHK),
-        widen(k_BTHK),
-        widen(v_BTHV),
-        g_BTH.float().contiguous(),
-        beta_BTH.float().contiguous(),
-        widen_state(state),
-        cu_seqlens,
-        K**-0.5,
-    )
-    return o_BTHV[..., :V], final_NHKV[..., :K, :V]
-
-
-@torch.library.custom_op("lt2::gated_delta_rule", mutates_args=())
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o (B, T, H, V), final state (N, H, K, V), decay summed in chunks (B, T, H), solved systems
-    (B, T, H, C)."""
-    chunk = _fla()
-    with torch.cuda.device(q.device):
-        g_sum, o, solved, final, _, _ = chunk.chunk_gated_delta_rule_fwd(
-            q=q,
-            k=k,
-            v=v,
-            g=g,
-            beta=beta,
-            scale=scale,
-            initial_state=state,
-            output_final_state=True,
-            chunk_size=CHUNK,
-            **packed_arguments(cu_seqlens),
-        )
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, packed: Packed, **options: Any
+) -> Tensors:
+    chunk = import_fla("fla.ops.gated_delta_rule.chunk")
+    g_sum, o, solved, final, *_ = chunk.chunk_gated_delta_rule_fwd(
+        q=q, k=k, v=v, g=g, beta=beta, **packed, **options
+    )
     return o, final, g_sum, solved
 
 
-@_forward.register_fake
-def _(q, k, v, g, beta, state, cu_seqlens, scale):
-    B, T, H, K = q.shape
-    n_sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = v.new_empty(n_sequences, H, K, v.shape[-1], dtype=torch.float32)
-    return torch.empty_like(v), final, torch.empty_like(g), k.new_empty(B, T, H, CHUNK)
-
-
-@torch.library.custom_op("lt2::gated_delta_rule_backward", mutates_args=())
 def _backward(
     q: Tensor,
     k: Tensor,
@@ -99,42 +30,22 @@ def _backward(
     g_sum: Tensor,
     beta: Tensor,
     solved: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    do: Tensor,
-    dfinal: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, beta and state (empty without a state)."""
-    chunk = _fla()
-    with torch.cuda.device(q.device):
-        dq, dk, dv, dbeta, dg, dstate, _, _ = chunk.chunk_gated_delta_rule_bwd(
-            q=q,
-            k=k,
-            v=v,
-            g=g_sum,
-            beta=beta,
-            A=solved,
-            scale=scale,
-            initial_state=state,
-            do=do.contiguous(),
-            dht=None if dfinal is None else dfinal.contiguous(),
-            chunk_size=CHUNK,
-            **packed_arguments(cu_seqlens),
-        )
-    return dq, dk, dv, dg, dbeta, q.new_empty(0) if dstate is None else dstate
+    packed: Packed,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    chunk = import_fla("fla.ops.gated_delta_rule.chunk")
+    dq, dk, dv, dbeta, dg, dstate, *_ = chunk.chunk_gated_delta_rule_bwd(
+        q=q, k=k, v=v, g=g_sum, beta=beta, A=solved, **packed, **options
+    )
+    return dq, dk, dv, dg, dbeta, dstate
 
 
-@_backward.register_fake
-def _(q, k, v, g_sum, beta, solved, state, cu_seqlens, scale, do, dfinal):
-    dstate = q.new_empty(0) if state is None else torch.empty_like(state)
-    dqkv = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    return *dqkv, torch.empty_like(g_sum), torch.empty_like(beta), dstate
-
-
-register_gradient(_forward, _backward, sums_decay=True)
-
-
-def _fla() -> ModuleType:
-    sum_decay_gradient_in_fp32()
-    return import_fla("fla.ops.gated_delta_rule.chunk")
+OPERATOR = chunk_operator(
+    "gated_delta_rule",
+    ("g", "beta"),
+    _forward,
+    _backward,
+    n_matrices=1,
+    section="model.gdn",
+    max_key_dim=256,
+)

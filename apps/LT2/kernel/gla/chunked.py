@@ -1,14 +1,14 @@
-"""Gated linear attention chunk by chunk, in plain torch: what trains on CPU. README.md derives it.
+"""Gated linear attention in chunks, in plain torch: what trains on CPU. README.md derives it.
 
-Shapes: M chunks of all sequences together, H heads, C tokens in a chunk, K key and V value width,
-N sequences; apps/LT2/kernel/chunks.py says how chunks are numbered.
+Shapes: M chunks of all sequences, H heads, C tokens in a chunk, K key and V value head dim, N
+sequences; apps/LT2/kernel/chunks.py describes how chunks are numbered.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from apps.LT2.kernel.arguments import wide_dtype
 from apps.LT2.kernel.chunks import (
     CHANNEL_CHUNK,
     ChannelDecay,
@@ -29,8 +29,8 @@ def gla_chunked(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `gla`; fp64 inputs are computed in fp64."""
-    dtype = torch.float64 if v_BTHV.dtype == torch.float64 else torch.float32
+    """Run `gla` in fp32, or in fp64 for fp64 inputs."""
+    dtype = wide_dtype(v_BTHV.dtype)
     B, T = q_BTHK.shape[:2]
     layout = ChunkLayout.of(B, T, cu_seqlens, CHANNEL_CHUNK)
 
@@ -41,10 +41,10 @@ def gla_chunked(
 
     starts_MHKV, final_NHKV = pass_state(
         layout,
-        keep=decay.whole_MHK1,
-        write=(k_MHCK * decay.to_end_MHCK).mT @ v_MHCV,
+        keep=decay.whole,
+        write=(k_MHCK * decay.to_end).mT @ v_MHCV,
         state=state,
     )
     (scores_MHCC,) = decay.scores(k_MHCK, q_MHCK)
-    o_MHCV = (q_MHCK * decay.from_start_MHCK) @ starts_MHKV + scores_MHCC @ v_MHCV
+    o_MHCV = (q_MHCK * decay.from_start) @ starts_MHKV + scores_MHCC @ v_MHCV
     return layout.from_chunks(o_MHCV, B, T).to(v_BTHV.dtype), final_NHKV

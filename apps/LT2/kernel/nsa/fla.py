@@ -1,13 +1,10 @@
-"""Native sparse attention on CUDA: fla's kernels as three custom operators.
+"""Native sparse attention on fla's kernels: three custom operators, so a block compiles whole.
 
-Compressed attention, the choice of blocks and selected attention are an operator each; the first
-and the last have their backward registered, and the means of blocks are plain torch of fixed
-shapes. So a block of the model compiles whole. The window branch is none of fla's.
+Compressed attention and selected attention have a registered backward; the choice of blocks has
+none. Block means are plain torch, and the window branch is `kernel.attention`.
 
-Packed documents reach fla without the empty ones: its table of tokens numbers documents by their
-first tokens, so one without tokens would shift all after it.
-
-Shapes as in `native_sparse_attention`; C blocks, n chosen blocks.
+fla gets cu_seqlens without empty documents (`packed_tokens`). Shapes as in
+`native_sparse_attention`; C blocks, n chosen blocks. q is multiplied by K**-0.5 in the kernels.
 """
 
 from __future__ import annotations
@@ -17,20 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
-from apps.LT2.kernel.fla import (
-    check_fla_inputs,
-    import_fla,
-    packed_tokens,
-    take_tables_from_host,
-)
+from apps.LT2.kernel.fla import check_fla_inputs, import_fla, packed_tokens
 from apps.LT2.kernel.nsa.blocks import cut_blocks, mean_of_blocks
 from lingua.errors import UserError
 
-MIN_WIDTH = 16  # of a tile that a tensor core multiplies
-# fla 0.6.0 cuts wider values in two in the backward of compressed attention, and then takes the
-# softmax's correction off twice: wrong dq and dk.
-MAX_WIDTH = 128
+MIN_HEAD_DIM = 16  # of a tile that tensor cores multiply
+# fla 0.6.0 splits wider values in the backward of compressed attention and then subtracts the
+# softmax correction twice: wrong dq and dk.
+MAX_HEAD_DIM = 128
+NO_BACKWARD = "fla has no backward for queries that continue a cached past"
 
 
 def sparse_branches_fla(
@@ -42,9 +36,9 @@ def sparse_branches_fla(
     n_blocks: int,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compressed and selected attention, both (B, T, H, K), for 16-bit q, k, v on CUDA."""
+    """Compute compressed and selected attention, both (B, T, H, K), of 16-bit CUDA tensors."""
     _check_supported(q_BTHK, k_BSGK, v_BSGK, block_size, n_blocks)
-    # Made contiguous outside the operators, where a compiler can do it with the producer.
+    # Outside the operators, a compiler can fuse these copies with the producers.
     q, k, v = q_BTHK.contiguous(), k_BSGK.contiguous(), v_BSGK.contiguous()
     S = k.shape[1]
     blocks = cut_blocks(S, block_size, cu_seqlens, k.device)
@@ -52,23 +46,23 @@ def sparse_branches_fla(
     compressed, lse_BTH = _compressed(q, k_BCGK, v_BCGK, cu_seqlens, S, block_size)
     with torch.no_grad():
         chosen_BTGn = _choose(q, k_BCGK, lse_BTH, cu_seqlens, S, block_size, n_blocks)
-    selected, _ = _selected(q, k, v, chosen_BTGn, cu_seqlens, block_size)
+    selected, _ = _selected(q, k, v, chosen_BTGn, cu_seqlens, S, block_size)
     return compressed, selected
 
 
 def _check_supported(q: Tensor, k: Tensor, v: Tensor, block_size: int, n_blocks: int) -> None:
     check_fla_inputs("native_sparse_attention", q, k, v)
-    group, width = q.shape[2] // k.shape[2], q.shape[3]
+    group, head_dim = q.shape[2] // k.shape[2], q.shape[3]
     otherwise = "or use impl='blocked'"
     if group < 16 or not _is_power_of_2(group):
         raise UserError(
             f"nsa on CUDA needs 16, 32, 64, .. query heads for each key/value head, got {group} "
             f"({q.shape[2]} / {k.shape[2]}); change model.n_heads or model.n_kv_heads, {otherwise}"
         )
-    if not MIN_WIDTH <= width <= MAX_WIDTH:
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         raise UserError(
-            f"nsa on CUDA needs heads {MIN_WIDTH} to {MAX_WIDTH} wide, got {width}; change "
-            f"model.head_dim or model.n_heads, {otherwise}"
+            f"nsa on CUDA needs a head dim from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}; "
+            f"change model.head_dim or model.n_heads, {otherwise}"
         )
     if block_size < 16 or not _is_power_of_2(block_size):
         raise UserError(
@@ -88,7 +82,7 @@ def _is_power_of_2(n: int) -> bool:
 
 
 def _slots(n_blocks: int) -> int:
-    """Choices that fla keeps for a query: the next power of two."""
+    """Round up to a power of two, as fla does with the choices of a query."""
     return 1 << (n_blocks - 1).bit_length()
 
 
@@ -101,10 +95,12 @@ def _compressed(
     n_keys: int,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """o (B, T, H, K), zero where no block is complete, and the log-sum-exp (B, T, H) of the scores,
-    0 there; fp32."""
-    bounds, tokens = packed_tokens(cu_seqlens)
-    with torch.cuda.device(q.device):
+    """Return o (B, T, H, K) and the fp32 log-sum-exp (B, T, H) of the scores.
+
+    Both are zero for a query before the first complete block.
+    """
+    offsets, tokens = packed_tokens(cu_seqlens)
+    with torch.cuda.device_of(q):
         return _compression().parallel_nsa_compression_fwd(
             q=q,
             k=k_BCGK,
@@ -112,15 +108,10 @@ def _compressed(
             TK=n_keys,
             block_size=block_size,
             scale=_scale(q),
-            cu_seqlens_q=bounds,
-            cu_seqlens_k=bounds,
+            cu_seqlens_q=offsets,
+            cu_seqlens_k=offsets,
             token_indices_q=tokens,
         )
-
-
-@_compressed.register_fake
-def _(q, k_BCGK, v_BCGK, cu_seqlens, n_keys, block_size):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("lt2::nsa_compressed_backward", mutates_args=())
@@ -134,9 +125,9 @@ def _compressed_backward(
     block_size: int,
     do: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q and of the means; zero for rows of the means that are no block's."""
-    bounds, tokens = packed_tokens(cu_seqlens)
-    with torch.cuda.device(q.device):
+    """Return the gradients of q and of the means; zero for means that belong to no block."""
+    offsets, tokens = packed_tokens(cu_seqlens)
+    with torch.cuda.device_of(q):
         dq, dk, dv = _compression().parallel_nsa_compression_bwd(
             q=q,
             k=k_BCGK,
@@ -146,36 +137,15 @@ def _compressed_backward(
             do=do.contiguous(),
             block_size=block_size,
             scale=_scale(q),
-            cu_seqlens=bounds,
+            cu_seqlens=offsets,
             token_indices=tokens,
         )
-    if cu_seqlens is not None:  # the kernel leaves rows behind the last block as they were
+    if cu_seqlens is not None:  # the kernel does not write rows after the last block
         n_blocks = ((cu_seqlens.diff() + block_size - 1) // block_size).sum()
         unused = torch.arange(dk.shape[1], device=dk.device) >= n_blocks
         dk.masked_fill_(unused[:, None, None], 0)
         dv.masked_fill_(unused[:, None, None], 0)
     return dq, dk, dv
-
-
-@_compressed_backward.register_fake
-def _(q, k_BCGK, v_BCGK, o, lse, cu_seqlens, block_size, do):
-    return torch.empty_like(q), torch.empty_like(k_BCGK), torch.empty_like(v_BCGK)
-
-
-def _save_compressed(ctx, inputs, output) -> None:
-    q, k_BCGK, v_BCGK, cu_seqlens, n_keys, ctx.block_size = inputs
-    ctx.continues_a_past = q.shape[1] != n_keys
-    ctx.save_for_backward(q, k_BCGK, v_BCGK, *output, cu_seqlens)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate_compressed(ctx, do, _dlse):
-    assert not ctx.continues_a_past, NO_BACKWARD
-    *saved, cu_seqlens = ctx.saved_tensors
-    return (*_compressed_backward(*saved, cu_seqlens, ctx.block_size, do), None, None, None)
-
-
-_compressed.register_autograd(_differentiate_compressed, setup_context=_save_compressed)
 
 
 @torch.library.custom_op("lt2::nsa_choose", mutates_args=())
@@ -188,10 +158,12 @@ def _choose(
     block_size: int,
     n_blocks: int,
 ) -> Tensor:
-    """Blocks that each query attends to, (B, T, G, n) int32 counted from its document's first; n is
-    a power of two, and -1 fills what is left over."""
-    bounds, _ = packed_tokens(cu_seqlens)
-    with torch.cuda.device(q.device):
+    """Choose the blocks of each query: (B, T, G, n) int32, counted from its document's first.
+
+    n is a power of two; -1 fills unused slots.
+    """
+    offsets, _ = packed_tokens(cu_seqlens)
+    with torch.cuda.device_of(q):
         chosen = _parallel().parallel_nsa_topk(
             q=q,
             k=k_BCGK,
@@ -200,16 +172,10 @@ def _choose(
             block_counts=n_blocks,
             block_size=block_size,
             scale=_scale(q),
-            cu_seqlens=bounds,
+            cu_seqlens=offsets,
         )
     chosen[..., n_blocks:] = -1  # most important first
     return chosen
-
-
-@_choose.register_fake
-def _(q, k_BCGK, lse, cu_seqlens, n_keys, block_size, n_blocks):
-    shape = (*q.shape[:2], k_BCGK.shape[2], _slots(n_blocks))
-    return q.new_empty(shape, dtype=torch.int32)
 
 
 @torch.library.custom_op("lt2::nsa_selected", mutates_args=())
@@ -219,11 +185,12 @@ def _selected(
     v: Tensor,
     chosen: Tensor,
     cu_seqlens: Tensor | None,
+    n_keys: int,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """o (B, T, H, K) and the log-sum-exp (B, T, H) of the scores in fp32."""
-    bounds, tokens = packed_tokens(cu_seqlens)
-    with torch.cuda.device(q.device):
+    """Return o (B, T, H, K) and the fp32 log-sum-exp (B, T, H) of the scores."""
+    offsets, tokens = packed_tokens(cu_seqlens)
+    with torch.cuda.device_of(q):
         return _parallel().parallel_nsa_fwd(
             q=q,
             k=k,
@@ -232,15 +199,10 @@ def _selected(
             block_counts=chosen.shape[-1],
             block_size=block_size,
             scale=_scale(q),
-            cu_seqlens_q=bounds,
-            cu_seqlens_k=bounds,
+            cu_seqlens_q=offsets,
+            cu_seqlens_k=offsets,
             token_indices_q=tokens,
         )
-
-
-@_selected.register_fake
-def _(q, k, v, chosen, cu_seqlens, block_size):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("lt2::nsa_selected_backward", mutates_args=())
@@ -255,9 +217,9 @@ def _selected_backward(
     block_size: int,
     do: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    bounds, tokens = packed_tokens(cu_seqlens)
-    with torch.cuda.device(q.device):
+    """Return the gradients of q, k and v."""
+    offsets, tokens = packed_tokens(cu_seqlens)
+    with torch.cuda.device_of(q):
         return _parallel().parallel_nsa_bwd(
             q=q,
             k=k,
@@ -269,39 +231,46 @@ def _selected_backward(
             block_counts=chosen.shape[-1],
             block_size=block_size,
             scale=_scale(q),
-            cu_seqlens=bounds,
+            cu_seqlens=offsets,
             token_indices=tokens,
         )
 
 
-@_selected_backward.register_fake
-def _(q, k, v, o, lse, chosen, cu_seqlens, block_size, do):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _register(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Register shapes and gradients of forward(q, k, v, *others, n_keys, block_size) -> o, lse."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, *others, n_keys, ctx.block_size = inputs
+        ctx.has_past, ctx.n_others = q.shape[1] != n_keys, len(others)
+        ctx.save_for_backward(q, k, v, *output, *others)
+        ctx.mark_non_differentiable(output[1])
+
+    def differentiate(ctx: Any, do: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        assert not ctx.has_past, NO_BACKWARD
+        none = (None,) * (ctx.n_others + 2)
+        return *backward(*ctx.saved_tensors, ctx.block_size, do), *none
+
+    forward.register_fake(
+        lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
+    )
+    backward.register_fake(lambda *args: tuple(torch.empty_like(x) for x in args[:3]))
+    forward.register_autograd(differentiate, setup_context=save)
 
 
-def _save_selected(ctx, inputs, output) -> None:
-    q, k, v, chosen, cu_seqlens, ctx.block_size = inputs
-    ctx.save_for_backward(q, k, v, *output, chosen, cu_seqlens)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate_selected(ctx, do, _dlse):
-    q, k, *rest = ctx.saved_tensors
-    assert q.shape[1] == k.shape[1], NO_BACKWARD
-    return (*_selected_backward(q, k, *rest, ctx.block_size, do), None, None, None)
-
-
-_selected.register_autograd(_differentiate_selected, setup_context=_save_selected)
-
-NO_BACKWARD = "fla has no backward for queries that continue a cached past"
+_register(_compressed, _compressed_backward)
+_register(_selected, _selected_backward)
+_choose.register_fake(
+    lambda q, k_BCGK, lse, cu_seqlens, n_keys, block_size, n_blocks: q.new_empty(
+        *q.shape[:2], k_BCGK.shape[2], _slots(n_blocks), dtype=torch.int32
+    )
+)
 
 
 def _scale(q: Tensor) -> float:
     return q.shape[-1] ** -0.5
 
 
-def _parallel() -> Any:
-    take_tables_from_host()
+def _parallel() -> ModuleType:
     return import_fla("fla.ops.nsa.parallel")
 
 
