@@ -1,32 +1,28 @@
-"""Score a checkpoint: tasks of the LM-Evaluation-Harness, and the loss on held-out text.
+"""Evaluate a checkpoint with the LM-Evaluation-Harness, and measure its loss on held-out text.
 
     torchrun --nproc-per-node 8 -m apps.LT2.eval config=apps/LT2/configs/600M/eval.yaml \\
         ckpt_dir=runs/demo
 
-Requests are shared by all processes; the numbers are those of a single one. Into `dump_dir` go
+The processes share the requests. The scores don't depend on their number. Files in `dump_dir`:
 
-    results.json              what lm_eval reports, in its own form
-    results_<date>.json       the same under the harness's own name, and samples_<task>_<date>.jsonl
+    results.json              the results of lm_eval, in its own format
+    results_<date>.json       the same under lm_eval's own name, and samples_<task>_<date>.jsonl
     validation.json           nats per token, bits per byte and perplexity
     eval.log
 
-and a line each into metrics.eval.jsonl and metrics.validation.jsonl of `metric_log_dir`.
+The scores are also appended to metrics.eval.jsonl and metrics.validation.jsonl in `metric_log_dir`.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
-from apps.LT2.evaluation.args import EvalArgs as EvalArgs
+from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.args import LMHarnessArgs as LMHarnessArgs
-from apps.LT2.evaluation.evaluate import Scores, _as_ckpt_dir, evaluate
+from apps.LT2.evaluation.evaluate import Scores, errors_name_ckpt_dir, evaluate
 from apps.LT2.evaluation.tasks import find_tasks
-from apps.LT2.inference.load import (
-    find_checkpoint,
-    read_config,
-)
+from apps.LT2.inference.load import find_checkpoint, read_config
 from lingua.args import parse_args
 from lingua.checkpointing.folder import is_checkpoint
 from lingua.distributed import get_is_master, setup_torch_distributed
@@ -35,14 +31,12 @@ from lingua.files.lock import make_and_lock_folders, make_writable
 from lingua.logger import init_logger
 from lingua.parallel.args import DistributedArgs
 
-logger = logging.getLogger(__name__)
-
 
 def launch_eval(given: EvalArgs) -> dict[str, Scores]:
-    """Evaluate in processes of their own: alone, or all that torchrun or srun started."""
+    """Evaluate in one process, or in all processes of torchrun or srun."""
     args = resolve(given)
     assert args.dump_dir is not None
-    # What the checkpoint lies in is the training run's to hold, which may go on.
+    # The folder of a training run stays with that run, which may still be training.
     is_of_training = Path(args.dump_dir).resolve() in Path(args.ckpt_dir).resolve().parents
     folders = {} if is_of_training else {"dump_dir": args.dump_dir}
     with make_and_lock_folders(folders, is_master=get_is_master()):
@@ -52,56 +46,41 @@ def launch_eval(given: EvalArgs) -> dict[str, Scores]:
 
 
 def resolve(args: EvalArgs) -> EvalArgs:
-    """The same settings with every folder filled in; mistakes are found before any work."""
+    """Return `args` with every folder set, and create the folders. UserError for a mistake."""
     if args.harness is None and args.validation is None:
         raise UserError(
-            "harness=null validation=null: nothing to do; name tasks, e.g. "
+            "harness=null validation=null: nothing to evaluate; set harness.tasks, e.g. "
             "harness.tasks=[hellaswag], or leave validation at its default"
         )
     if not args.ckpt_dir:
-        raise UserError("ckpt_dir is empty: name a run's folder or a checkpoint, ckpt_dir=runs/...")
-    source = _as_ckpt_dir(lambda: find_checkpoint(args.ckpt_dir))
-    _as_ckpt_dir(lambda: read_config(source))
+        raise UserError("ckpt_dir is empty; set it to a run's folder or a checkpoint")
+    with errors_name_ckpt_dir():
+        source = find_checkpoint(args.ckpt_dir)
+        read_config(source)
+    dump_dir, step = args.dump_dir, args.global_step
+    log_dir = args.metric_log_dir or dump_dir
     step_folder = next((p for p in (source, *source.parents) if is_checkpoint(p)), None)
-    step = int(step_folder.name) if step_folder is not None else None
-    run = step_folder.absolute().parent.parent if step_folder is not None else None
-    if args.dump_dir is None and (run is None or step_folder is None):
+    if step_folder is not None:
+        run = step_folder.absolute().parent.parent
+        dump_dir = dump_dir or str(run / "evals" / step_folder.name)
+        log_dir = log_dir or str(run)
+        step = int(step_folder.name) if step is None else step
+    if dump_dir is None or log_dir is None:
         raise UserError(
-            f"dump_dir is not set: {source} belongs to no run; name a folder for the results, e.g. "
-            "dump_dir=evals/demo"
+            f"dump_dir is not set and {source} belongs to no run; set a folder for the results, "
+            "e.g. dump_dir=evals/demo"
         )
-    folder = Path(args.dump_dir) if args.dump_dir is not None else None
-    log_folder = args.metric_log_dir or args.dump_dir or str(run)
-    if folder is None:
-        assert run is not None and step_folder is not None
-        folder = run / "evals" / step_folder.name
-    make_writable("dump_dir", folder)
-    make_writable("metric_log_dir", Path(log_folder))
+    make_writable("dump_dir", Path(dump_dir))
+    make_writable("metric_log_dir", Path(log_dir))
     if args.harness is not None and args.harness.use_cache is not None:
         make_writable("harness.use_cache", Path(args.harness.use_cache).parent)
     return replace(
-        args,
-        ckpt_dir=str(source),
-        dump_dir=str(folder),
-        metric_log_dir=log_folder,
-        global_step=step if args.global_step is None else args.global_step,
+        args, ckpt_dir=str(source), dump_dir=dump_dir, metric_log_dir=log_dir, global_step=step
     )
 
 
-# ---- the harness
-
-
-# ---- held-out text
-
-
-# ---- records
-
-
-# ---- the command
-
-
 def validate_before_submit(args: EvalArgs, world_size: int) -> None:
-    """What stool asks before it writes or submits anything."""
+    """Check `args` for stool, before it writes or submits anything."""
     resolve(args)
     if args.harness is not None:
         find_tasks(args.harness)
@@ -117,7 +96,7 @@ def main(argv: list[str]) -> None:
         EvalArgs,
         argv,
         prog="python -m apps.LT2.eval",
-        description="Score a checkpoint on tasks of the LM-Evaluation-Harness and on text.",
+        description="Evaluate a checkpoint on tasks of the LM-Evaluation-Harness and on text.",
         examples=(
             "torchrun --nproc-per-node 8 -m apps.LT2.eval config=apps/LT2/configs/600M/eval.yaml "
             "ckpt_dir=runs/demo",

@@ -1,35 +1,33 @@
-"""The LM-Evaluation-Harness's own command line, with the model `lt2` in it.
+"""Run the LM-Evaluation-Harness's own command line with the model `lt2`.
 
     python -m apps.LT2.lm_eval run --model lt2 --model_args ckpt=runs/demo --tasks arc_easy
 
-The harness finds no models outside of its package by itself: this registers ours, then hands over.
-What `--model_args` knows is in harness.ModelArgs; under torchrun the ranks share the requests.
+The harness finds only the models of its own package, so this module registers ours first. The
+options of `--model_args` are in harness.ModelArgs. Under torchrun the ranks share the requests.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 
-from lingua.errors import UserError, import_optional, run_cli
+from apps.LT2.evaluation.tasks import import_lm_eval
+from lingua.errors import UserError, run_cli
 from lingua.parallel.ranks import get_is_master
 
-# How the harness begins its complaints about what it was told on the command line.
+# First words of the harness's complaints about its command line.
 MISTAKES = ("Tasks not found", "Attempted to load model", "Indices for islice", "Sample larger")
 ADVICE = (
-    "names: python -m apps.LT2.lm_eval ls tasks; the model is lt2; --limit and --num_fewshot fit "
-    "the task; data that cannot be downloaded here may lie where HF_HOME says, or use local tasks "
-    "by --include_path"
+    "list the names with python -m apps.LT2.lm_eval ls tasks; the model is lt2; --limit and "
+    "--num_fewshot must fit the task; without a network, set HF_HOME to a cache of the data, or "
+    "use local tasks with --include_path"
 )
 
 
 def main(argv: list[str]) -> None:
-    """Run the harness on `sys.argv`, which it reads itself; `argv` is the same without its head."""
-    command_line = import_optional("lm_eval.__main__", extra="eval", needed_by="apps.LT2.lm_eval")
+    """Run the harness on `sys.argv`, which it reads itself."""
+    command_line = import_lm_eval("lm_eval.__main__", needed_by="apps.LT2.lm_eval")
     import apps.LT2.evaluation.harness as _registers_lt2  # noqa: F401
 
-    # As in eval.py: lm_eval's pool of workers for standard errors may hang.
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     if not get_is_master():
         logging.disable(logging.INFO)  # every rank would print the same lines
     try:

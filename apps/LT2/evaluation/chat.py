@@ -1,8 +1,8 @@
-"""The chat template that lies beside a tokenizer: conversations as text.
+"""Format conversations as text with the chat template that lies beside a tokenizer.
 
-Looked for are `chat_template.jinja`, then `chat_template` in `tokenizer_config.json`, as Hugging
-Face writes them. Our tokenizers read text as text: the names of special tokens in a template do
-not become those tokens, and a warning says so.
+The template is `chat_template.jinja` or the key `chat_template` of `tokenizer_config.json`, as
+Hugging Face writes them. Our tokenizers encode the names of special tokens as plain text, so a
+template that contains such names logs a warning.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ logger = logging.getLogger(__name__)
 
 
 class ChatTemplate:
-    def __init__(self, text: str, where: Path | str):
+    """A Jinja template; `source` is the file that it comes from."""
+
+    def __init__(self, text: str, source: Path | str):
         self._jinja2 = import_optional("jinja2", extra="eval", needed_by="apply_chat_template")
         sandbox = import_optional("jinja2.sandbox", extra="eval", needed_by="apply_chat_template")
-        self.text, self.where = text, where
+        self.text, self.source = text, source
         environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
+        environment.globals["raise_exception"] = _raise_exception
         try:
             self._template = environment.from_string(text)
         except self._jinja2.TemplateError as error:
-            raise UserError(f"{where}: not a chat template: {error}") from None
+            raise UserError(f"{source}: not a chat template: {error}") from None
         if "<|" in text or "[INST]" in text:
-            logger.warning("%s: special tokens named in the template are read as text", where)
+            logger.warning("%s: special tokens in the template are encoded as plain text", source)
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
@@ -42,13 +44,13 @@ class ChatTemplate:
             )
         except (self._jinja2.TemplateError, TypeError) as error:
             raise UserError(
-                f"{self.where}: the chat template cannot write this conversation: {error}; put "
-                "another chat_template.jinja there, or leave apply_chat_template=false"
+                f"{self.source}: the chat template cannot format this conversation: {error}; "
+                "replace chat_template.jinja, or set apply_chat_template=false"
             ) from None
 
 
 def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
-    """The template beside the tokenizer's file; a UserError where there is none."""
+    """Find the template beside the tokenizer's file. UserError if there is none."""
     file = find_tokenizer_file(tokenizer.name, tokenizer.path)
     if file is not None:
         jinja = file.with_name("chat_template.jinja")
@@ -57,18 +59,18 @@ def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
         config = file.with_name("tokenizer_config.json")
         text = _read_mapping(config).get("chat_template") if config.is_file() else None
         if isinstance(text, list):
-            text = _default_of(text)
+            text = _select_default(text)
         if isinstance(text, str):
             return ChatTemplate(text, config)
     place = file.parent if file is not None else f"the tokenizer {tokenizer.name} (it has no file)"
     raise UserError(
-        f"apply_chat_template=true: no chat template beside {place}: put a chat_template.jinja "
-        "there, or leave apply_chat_template=false"
+        f"apply_chat_template=true: no chat template in {place}; add a chat_template.jinja, or set "
+        "apply_chat_template=false"
     )
 
 
-def _default_of(named: list[Any]) -> str | None:
-    """The template called `default`, where a tokenizer has several by name."""
+def _select_default(named: list[Any]) -> str | None:
+    """Return the template named `default` of a tokenizer with several templates."""
     templates = (entry for entry in named if isinstance(entry, dict))
     return next((t.get("template") for t in templates if t.get("name") == "default"), None)
 
@@ -83,5 +85,5 @@ def _read_mapping(file: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse(message: str) -> None:
-    raise UserError(f"the chat template refuses this conversation: {message}")
+def _raise_exception(message: str) -> None:
+    raise UserError(f"the chat template rejects this conversation: {message}")

@@ -1,11 +1,10 @@
-"""Score one checkpoint: the harness, the loss on held-out text, and the records of both."""
+"""Evaluate one checkpoint with the harness and on held-out text, and write the results."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,15 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from apps.LT2.evaluation.args import EvalArgs as EvalArgs
-from apps.LT2.evaluation.args import LMHarnessArgs as LMHarnessArgs
+from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs
 from apps.LT2.evaluation.tasks import import_lm_eval, load_tasks
 from apps.LT2.evaluation.validation import ValidationArgs, Validator, check_validation_sources
-from apps.LT2.inference.load import (
-    LoadedModel,
-    load_model_and_tokenizer,
-    resolve_device,
-)
+from apps.LT2.inference.load import LoadedModel, load_model_and_tokenizer, resolve_device
 from lingua.args import dataclass_from_dict, flatten_dict
 from lingua.dataloader.args import DataArgs
 from lingua.distributed import get_is_master, run_on_rank_0, run_together
@@ -31,29 +25,30 @@ from lingua.errors import UserError
 from lingua.files.atomic import write_atomic
 from lingua.files.jsonl_log import append_whole, json_line, repair_jsonl
 from lingua.metrics import start_wandb
-from lingua.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 Scores = dict[str, Any]
 
-
-# What simple_evaluate does on disk, or prints, from any rank that asks for it.
-OF_ONE_RANK = ("cache_requests", "rewrite_requests_cache", "delete_requests_cache", "write_out")
+# Options of simple_evaluate that write files or print, on every rank that sets them.
+RANK_0_OPTIONS = ("cache_requests", "rewrite_requests_cache", "delete_requests_cache", "write_out")
+# Options of the harness that simple_evaluate doesn't take.
+OWN_OPTIONS = ("include_path", "metadata", "stride", "verbosity")
+MAX_NATS = 700.0  # exp overflows a little above
 
 
 def evaluate(args: EvalArgs, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Scores]:
-    """{"evals": scores by task, "validation": ...}, the same on all ranks. A collective.
+    """Return {"evals": scores by task, "validation": scores}, equal on all ranks. A collective.
 
-    `args` has its folders filled in. Each rank loads the whole model.
+    The folders of `args` must be set. Each rank loads the whole model.
     """
-    # What can fail without a model comes first.
     harness = args.harness
+    # Load the tasks first: they fail faster than the model loads.
     manager = None if harness is None else run_together(lambda: load_tasks(harness))
-    loaded = run_together(lambda: load(args))
+    loaded = run_together(lambda: load_model(args))
     scores: dict[str, Scores] = {}
     if args.validation is not None:
-        scores["validation"] = validate(args, args.validation, loaded)
+        scores["validation"] = run_validation(args, args.validation, loaded)
     if harness is not None:
         results = run_harness(args, harness, loaded, manager, should_stop)
         scores["evals"] = run_on_rank_0(lambda: results["results"])
@@ -62,28 +57,29 @@ def evaluate(args: EvalArgs, should_stop: Callable[[], bool] = lambda: False) ->
     return scores
 
 
-def load(args: EvalArgs) -> LoadedModel:
+def load_model(args: EvalArgs) -> LoadedModel:
     args.generator.uses_graph(resolve_device(args.generator.device))
-    return _as_ckpt_dir(
-        lambda: load_model_and_tokenizer(
+    with errors_name_ckpt_dir():
+        return load_model_and_tokenizer(
             args.ckpt_dir,
             dtype=args.generator.dtype,
             device=args.generator.device,
             loop_count=args.loop_count,
             tokenizer_path=args.tokenizer_path,
         )
-    )
 
 
-def _as_ckpt_dir(work: Callable[[], Any]) -> Any:
-    """The option that other programs call `ckpt` is `ckpt_dir` here."""
+@contextmanager
+def errors_name_ckpt_dir() -> Iterator[None]:
+    """Rename the option `ckpt` of other programs to `ckpt_dir` in a UserError."""
     try:
-        return work()
+        yield
     except UserError as error:
         text = str(error)
-        if text.startswith("ckpt="):
-            text = text.replace("ckpt=", "ckpt_dir=", 1)
-        raise UserError(text) from None
+        raise UserError("ckpt_dir=" + text[5:] if text.startswith("ckpt=") else text) from None
+
+
+# ---- the harness
 
 
 def run_harness(
@@ -93,7 +89,7 @@ def run_harness(
     manager: Any,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """What lm_eval.simple_evaluate gives, written to disk; {} on other ranks than 0."""
+    """Return the results of lm_eval.simple_evaluate and write them; {} on ranks other than 0."""
     lm_eval = import_lm_eval()
     trackers = import_lm_eval("lm_eval.loggers.evaluation_tracker")
     from apps.LT2.evaluation.harness import EvalHarnessLM
@@ -105,44 +101,24 @@ def run_harness(
         tokenizer_path=args.tokenizer_path,
         should_stop=should_stop,
     )
-    options = asdict(harness)
-    for name in ("include_path", "metadata", "stride", "verbosity"):
-        del options[name]  # used already
+    options = {name: v for name, v in asdict(harness).items() if name not in OWN_OPTIONS}
     if not get_is_master():
-        options |= dict.fromkeys(OF_ONE_RANK, False)
-        options["bootstrap_iters"] = 0
+        options |= dict.fromkeys(RANK_0_OPTIONS, False) | {"bootstrap_iters": 0}
     assert args.dump_dir is not None
     tracker = trackers.EvaluationTracker(output_path=str(Path(args.dump_dir, "results.json")))
-    with single_process_bootstrap():
-        results = lm_eval.simple_evaluate(
-            model=lm,
-            model_args={"path": args.ckpt_dir},  # for the record
-            task_manager=manager,
-            evaluation_tracker=tracker if get_is_master() else None,
-            **options,
-        )
+    results = lm_eval.simple_evaluate(
+        model=lm,
+        model_args={"path": args.ckpt_dir},  # recorded in the results
+        task_manager=manager,
+        evaluation_tracker=tracker if get_is_master() else None,
+        **options,
+    )
     run_on_rank_0(lambda: write_results(args, results or {}, tracker))
     return results if results is not None and get_is_master() else {}
 
 
-@contextmanager
-def single_process_bootstrap() -> Iterator[None]:
-    """Standard errors without lm_eval's pool of workers: made from a process with torch's threads,
-    some of them never answered. The resamples are the same."""
-    name = "DISABLE_MULTIPROC"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def write_results(args: EvalArgs, results: dict[str, Any], tracker: Any) -> None:
-    """Files as the harness writes them, results.json, a line for the run, and a table to read."""
+    """Write the harness's files, results.json and a metrics record, and print a table."""
     from lm_eval.utils import handle_non_serializable, make_table
 
     assert args.dump_dir is not None
@@ -160,14 +136,17 @@ def write_results(args: EvalArgs, results: dict[str, Any], tracker: Any) -> None
     logger.info("results in %s", args.dump_dir)
 
 
-def validate(args: EvalArgs, validation: ValidationArgs, loaded: LoadedModel) -> Scores:
-    """Nats per token, bits per byte and perplexity, on disk and returned. A collective."""
+# ---- held-out text
+
+
+def run_validation(args: EvalArgs, validation: ValidationArgs, loaded: LoadedModel) -> Scores:
+    """Measure nats per token, bits per byte and perplexity, and write them. A collective."""
     assert args.dump_dir is not None
-    validator = run_together(lambda: build_validator(validation, loaded.config, loaded.tokenizer))
+    validator = run_together(lambda: build_validator(validation, loaded))
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = loaded.model.tok_embeddings.weight.device
     scores: Scores = validator(loaded.model, device=device, rank=rank, world_size=world_size)
-    scores["ppl/val"] = math.exp(min(scores["loss/val"], 700.0))
+    scores["ppl/val"] = math.exp(min(scores["loss/val"], MAX_NATS))
     logger.info(
         "validation: %.4f nats per token, perplexity %.3f, %.4f bits per byte",
         *(scores[name] for name in ("loss/val", "ppl/val", "loss/val_bpb")),
@@ -178,24 +157,25 @@ def validate(args: EvalArgs, validation: ValidationArgs, loaded: LoadedModel) ->
     return scores
 
 
-def build_validator(
-    validation: ValidationArgs, config: dict[str, Any], tokenizer: Tokenizer
-) -> Validator:
-    """The run's data options with the text that is asked for; no text at all is a mistake."""
+def build_validator(validation: ValidationArgs, loaded: LoadedModel) -> Validator:
+    """Build a validator with the data options of the training run. UserError without any text."""
     check_validation_sources(validation, "validation")
-    data = dataclass_from_dict(DataArgs, config["data"], strict=False)
-    validator = Validator(validation, data, tokenizer)
+    data = dataclass_from_dict(DataArgs, loaded.config["data"], strict=False)
+    validator = Validator(validation, data, loaded.tokenizer)
     if validator.rows() is None:
         raise UserError(
             f"validation: no *.val.jsonl with text in data.root_dir={data.root_dir} of the run "
-            f"(seen from {Path.cwd()}): name other files by validation.root_dir and "
-            "validation.sources, or leave it out with validation=null"
+            f"(cwd {Path.cwd()}); set validation.root_dir and validation.sources, or "
+            "validation=null"
         )
     return validator
 
 
+# ---- records
+
+
 def append_record(args: EvalArgs, name: str, scores: Scores) -> None:
-    """One line of JSON: when, which step, and the scores as they are nested."""
+    """Append the nested scores as one JSON line, with the time and the step."""
     assert args.metric_log_dir is not None
     record: dict[str, Any] = {"created_at": datetime.now(UTC).isoformat()}
     if args.global_step is not None:
@@ -205,8 +185,8 @@ def append_record(args: EvalArgs, name: str, scores: Scores) -> None:
     append_whole(file, json_line(record | scores).encode())
 
 
-def numbers(scores: dict[str, Scores]) -> dict[str, float]:
-    """{"evals/hellaswag/acc,none": 0.3, ...}: what curves are drawn from."""
+def flatten_scores(scores: dict[str, Scores]) -> dict[str, float]:
+    """Return the numbers, {"evals/hellaswag/acc,none": 0.3, ...}."""
     flat = flatten_dict(scores, sep="/")
     return {k: v for k, v in flat.items() if isinstance(v, int | float)}
 
@@ -214,5 +194,5 @@ def numbers(scores: dict[str, Scores]) -> dict[str, float]:
 def send_to_wandb(args: EvalArgs, scores: dict[str, Scores]) -> None:
     assert args.wandb is not None and args.dump_dir is not None
     run = start_wandb(args.wandb, args, Path(args.dump_dir))
-    run.log(numbers(scores), step=args.global_step)
+    run.log(flatten_scores(scores), step=args.global_step)
     run.finish()

@@ -1,21 +1,21 @@
-"""LT2 models as models of the LM-Evaluation-Harness; registered there under the name `lt2`.
+"""Run LT2 models in the LM-Evaluation-Harness, where they are registered as `lt2`.
 
-Every rank is given all requests, computes its share of the batches and gets all answers: to the
-harness each rank looks like a single process. (Its own way of sharing documents pads the ranks'
-lists with duplicates, and fails where there are fewer documents than ranks.) Texts become tokens
-the way the harness does it for other causal models, so that scores can be compared. Importing this
-module without the package lm_eval works; its classes do not.
+Every rank gets all requests, computes its share of the batches and returns all answers, so each
+rank looks like a single process to the harness. (The harness's own data parallelism pads the ranks'
+lists with duplicates, and fails with fewer documents than ranks.) Texts are tokenized as the
+harness does for other causal models, so that scores are comparable. This module imports without the
+package lm_eval, but its classes don't work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from apps.LT2.evaluation.chat import find_chat_template
-from apps.LT2.evaluation.scoring import score_continuations, share_out
+from apps.LT2.evaluation.chat import ChatTemplate, find_chat_template
+from apps.LT2.evaluation.scoring import map_on_ranks, score_continuations
 from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
@@ -45,7 +45,7 @@ Tokens = list[int]
 
 DEFAULT_DEVICE = "cuda:0"  # of the harness's command line
 
-# How tasks call the longest answer, in the harness's order.
+# A task's names for the maximum answer length, in the harness's order.
 MAX_GEN_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -59,8 +59,8 @@ class EvalHarnessLM(LM):
         tokenizer_path: str | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ):
-        """`cfg` sets batches (max_tokens), windows (max_prompt_len; null = as long as the rows of
-        training) and what tasks leave open about generation."""
+        """`cfg` sets the batch size (max_tokens), the window (max_prompt_len; null = the training
+        sequence length), and the generation settings that a task doesn't set."""
         import_optional("lm_eval", extra="eval", needed_by="the LM-Evaluation-Harness")
         super().__init__()
         self.model, self._tokenizer, config = loaded
@@ -69,7 +69,7 @@ class EvalHarnessLM(LM):
         if stride is not None and not 1 <= stride <= self.max_len:
             raise UserError(
                 f"stride={stride} must be 1 to the {self.max_len} tokens of a window, or null for "
-                "windows side by side"
+                "windows without overlap"
             )
         self._device = self.model.tok_embeddings.weight.device
         data = config["data"]
@@ -78,7 +78,7 @@ class EvalHarnessLM(LM):
         saved = dataclass_from_dict(TokenizerArgs, data["tokenizer"])
         self._tokenizer_args = replace(saved, path=tokenizer_path or saved.path)
 
-    # ---- what the harness calls
+    # ---- the interface of the harness
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         pairs = [self.encode_pair(*request.args) for request in requests]
@@ -90,8 +90,10 @@ class EvalHarnessLM(LM):
         return [loglikelihood for loglikelihood, _ in scores]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Requests with the same settings share batches; a sample depends on its place in the list
-        and on the seed, not on the number of ranks."""
+        """Generate an answer to each request; requests with the same settings share batches.
+
+        A sample depends on the seed and on its index in the list, not on the number of ranks.
+        """
         prompts: list[Tokens] = []
         groups: dict[str, tuple[PackedCausalTransformerGeneratorArgs, list[int]]] = {}
         for i, request in enumerate(requests):
@@ -101,25 +103,25 @@ class EvalHarnessLM(LM):
             groups.setdefault(repr(cfg), (cfg, []))[1].append(i)
         batches = [
             (cfg, batch)
-            for cfg, places in groups.values()
-            for batch in batch_by_length(places, prompts, cfg)
+            for cfg, indices in groups.values()
+            for batch in batch_by_length(indices, prompts, cfg)
         ]
 
         def answer(batch: tuple[PackedCausalTransformerGeneratorArgs, list[int]]) -> list[str]:
-            cfg, places = batch
-            longest = max(len(prompts[i]) for i in places) + cfg.max_gen_len
+            cfg, indices = batch
+            longest = max(len(prompts[i]) for i in indices) + cfg.max_gen_len
             cfg = replace(cfg, max_tokens=max(cfg.max_tokens, longest))
             generator = PackedCausalTransformerGenerator(cfg, self.model, self._tokenizer)
-            done = generator.complete([prompts[i] for i in places], places=places, score=False)
+            done = generator.complete([prompts[i] for i in indices], places=indices, score=False)
             return [completion.text for completion in done]
 
-        answers = share_out(
+        answers = map_on_ranks(
             batches, answer, should_stop=self.should_stop, progress=_progress("generate_until")
         )
         texts = {
             i: text
-            for (_, places), batch in zip(batches, answers, strict=True)
-            for i, text in zip(places, batch, strict=True)
+            for (_, indices), batch in zip(batches, answers, strict=True)
+            for i, text in zip(indices, batch, strict=True)
         }
         return [texts[i] for i in range(len(requests))]
 
@@ -131,34 +133,31 @@ class EvalHarnessLM(LM):
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self._chat_template.text if chat_template else None
 
-    @property
-    def _chat_template(self) -> Any:
-        if not hasattr(self, "_template"):
-            self._template = find_chat_template(self._tokenizer_args)
-        return self._template
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return find_chat_template(self._tokenizer_args)
 
     @property
     def tokenizer_name(self) -> str:
-        """Part of the key under which the harness keeps prompts that it has built."""
+        """Part of the key of the harness's prompt cache."""
         path = self._tokenizer_args.path or ""
         return f"{self._tokenizer_args.name}__{path}".replace("/", "__")
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         if cache_hook.dbdict is not None and get_world_size() > 1:
             raise UserError(
-                f"use_cache: ranks would ask for different answers, and {get_world_size()} "
-                "processes were started; start one, or leave it out"
+                f"use_cache works with one process, not {get_world_size()}; start one, or leave it "
+                "out"
             )
         super().set_cache_hook(cache_hook)
 
     # ---- tokens
 
     def encode_pair(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
-        """Tokens of both, never without a first one to score from.
+        """Return the tokens of both; the context has at least one token.
 
-        Blanks at the end of the context go to the continuation, and the two are encoded as one
-        text: that is how words look in training. Where a token crosses the border the continuation
-        begins with it.
+        Whitespace at the end of the context moves to the continuation, and both are encoded as one
+        text, like the words of training. A token across the boundary goes to the continuation.
         """
         n_blanks = len(context) - len(context.rstrip())
         if n_blanks:
@@ -173,18 +172,16 @@ class EvalHarnessLM(LM):
         return self._tokenizer.encode(text, add_bos=False, add_eos=False)
 
     def _first_token(self) -> int:
-        """What stood before each document in training: BOS, or the EOS of the one before."""
+        """Return the token before each document in training: BOS, or the previous EOS."""
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         choices = [(self.add_bos, bos), (self.add_eos, eos), (True, bos), (True, eos)]
-        for is_wanted, token in choices:
-            if is_wanted and token >= 0:
+        for is_used, token in choices:
+            if is_used and token >= 0:
                 return token
-        raise UserError(
-            "this tokenizer has no BOS and no EOS to score the first token of a text by"
-        )
+        raise UserError("the tokenizer has neither BOS nor EOS, so the first token has no context")
 
     def _cut_prompt(self, context: str, max_gen_len: int) -> Tokens:
-        """The end of a prompt that leaves room for the answer, or half of a training row."""
+        """Return the end of the prompt, so that the answer fits, or half of a training row."""
         if self.cfg.max_prompt_len is not None:
             room = self.cfg.max_prompt_len
         else:
@@ -211,9 +208,9 @@ class EvalHarnessLM(LM):
 def generation_settings(
     given: Mapping[str, Any], cfg: PackedCausalTransformerGeneratorArgs
 ) -> PackedCausalTransformerGeneratorArgs:
-    """`cfg` with what a task says about its generation, as the harness means it.
+    """Merge a task's generation settings into `cfg`, with the harness's semantics.
 
-    Without do_sample and a temperature of its own a task follows `cfg`; do_sample=false is greedy.
+    A task without do_sample and temperature uses those of `cfg`. do_sample=false is greedy.
     """
     rest = dict(given)
     until = rest.pop("until", None) or []
@@ -222,7 +219,7 @@ def generation_settings(
     max_gen_len = int(lengths[0]) if lengths else cfg.max_gen_len
     do_sample, temperature = rest.pop("do_sample", None), rest.pop("temperature", None)
     if temperature is not None:
-        replace(cfg, temperature=float(temperature))  # refuses what is none, used or not
+        replace(cfg, temperature=float(temperature))  # UserError for a bad value, used or not
     if do_sample is False:
         temperature = 0.0
     elif temperature is None:
@@ -233,30 +230,30 @@ def generation_settings(
     if rest:
         shown = ", ".join(f"{name}={value}" for name, value in rest.items())
         raise UserError(
-            f"generation_kwargs: {shown}: this model cannot do that; it knows until, "
-            f"{', '.join(MAX_GEN_NAMES)}, do_sample, temperature, top_p and top_k"
+            f"generation_kwargs: {shown}: not supported; use until, {', '.join(MAX_GEN_NAMES)}, "
+            "do_sample, temperature, top_p and top_k"
         )
     return replace(
         cfg,
         until=[stop for stop in until if stop],
         max_gen_len=max_gen_len,
         max_tokens=max(cfg.max_tokens, max_gen_len + 1),
-        max_prompt_len=None,  # prompts are cut already
+        max_prompt_len=None,  # prompts are already truncated
         temperature=float(temperature),
         **sampling,
     )
 
 
 def batch_by_length(
-    places: list[int], prompts: list[Tokens], cfg: PackedCausalTransformerGeneratorArgs
+    indices: list[int], prompts: list[Tokens], cfg: PackedCausalTransformerGeneratorArgs
 ) -> Iterator[list[int]]:
-    """Batches of places in `prompts` whose answers fit into the cache at once, longest first.
+    """Yield batches of indices into `prompts` that fit into the cache, longest prompts first.
 
-    Every row of a cache is as long as the longest prompt and its answer need, and the rows of a
-    batch have at most `cfg.max_tokens` slots together.
+    Every row of the cache has the length of the longest prompt and its answer. The rows of a batch
+    have at most `cfg.max_tokens` slots in total.
     """
     batch: list[int] = []
-    for i in sorted(places, key=lambda i: -len(prompts[i])):
+    for i in sorted(indices, key=lambda i: -len(prompts[i])):
         if batch and (len(batch) + 1) * (len(prompts[batch[0]]) + cfg.max_gen_len) > cfg.max_tokens:
             yield batch
             batch = []
@@ -275,39 +272,39 @@ def _progress(what: str) -> Callable[[Sequence], Iterable]:
 
 @dataclass
 class ModelArgs:
-    """`--model_args` of the model `lt2`."""
+    """Options of `--model_args` for the model `lt2`."""
 
     ckpt: str  # a run's folder, a step folder or a file of weights
     dtype: str = "auto"  # bf16, fp16 or fp32 of weight matrices and cache; auto: bf16 on GPUs
-    device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda where there is one
-    loop_count: int | None = None  # run the stack this often; null = as in training
-    tokenizer_path: str | None = None  # where the tokenizer's file lies now; null = as in training
+    device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda if available
+    loop_count: int | None = None  # number of loops; null = as in training
+    tokenizer_path: str | None = None  # path of the tokenizer's file; null = as in training
     max_tokens: int | None = None  # tokens of a batch; null = 8192 on GPUs, 1024 on CPUs
-    max_gen_len: int = 256  # longest answer where the task says nothing
-    max_prompt_len: int | None = None  # longest window; null = as long as the rows of training
-    stride: int | None = None  # tokens that a rolling window moves on; null = its whole length
-    seed: int = 42  # of the sampling
+    max_gen_len: int = 256  # maximum answer length if the task sets none
+    max_prompt_len: int | None = None  # maximum window; null = the training sequence length
+    stride: int | None = None  # tokens between rolling windows; null = the window's length
+    seed: int = 42  # of sampling
 
 
 def default_max_tokens(loaded: LoadedModel) -> int:
-    """On a CPU attention over a packed row costs its length squared, so long rows do not pay."""
+    """Return a batch size in tokens. On CPU, attention is quadratic in the packed row's length."""
     return 8192 if loaded.model.tok_embeddings.weight.is_cuda else 1024
 
 
 @register_model("lt2")
 class RegisteredLM(EvalHarnessLM):
-    """`--model lt2`: builds the model from ModelArgs."""
+    """The model of `--model lt2`, built from ModelArgs."""
 
     def __init__(
         self, batch_size: int | str = 1, max_batch_size: int | None = None, **model_args: Any
     ):
-        # 1 is what the harness's command line passes where nobody asked for a size.
+        # The harness's command line passes 1 by default.
         if str(batch_size) not in ("1", "auto") or max_batch_size is not None:
             raise UserError(
-                f"batch_size={batch_size}, max_batch_size={max_batch_size}: batches are filled up "
-                "to a number of tokens; say --model_args max_tokens=8192"
+                f"batch_size={batch_size}, max_batch_size={max_batch_size}: batches are limited by "
+                "tokens; use --model_args max_tokens=8192"
             )
-        model_args.pop("trust_remote_code", None)  # the command line may add it for Hugging Face
+        model_args.pop("trust_remote_code", None)  # the command line may add it
         args = dataclass_from_dict(ModelArgs, model_args)
         setup_torch_distributed(DistributedArgs(model_dtype="fp32"))  # no group in one process
         loaded = load_model_and_tokenizer(
@@ -332,9 +329,9 @@ class RegisteredLM(EvalHarnessLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> RegisteredLM:
-        """What `--model_args` says wins over the options beside it."""
+        """Build the model; `--model_args` overrides the other options of the command line."""
         given = {k: v for k, v in (additional_config or {}).items() if v is not None}
-        # The command line's default, also where there is no GPU and on every rank.
+        # The command line's default is the same without a GPU, and on every rank.
         if given.get("device") == DEFAULT_DEVICE:
             del given["device"]
         return cls(**given | arg_dict)

@@ -1,12 +1,13 @@
-"""Log-likelihoods of continuations: cut into windows, packed without padding, shared by the ranks.
+"""Compute log-likelihoods of continuations, in packed windows that the ranks share.
 
     scores = score_continuations(model, [(context, continuation), ...], max_len=4096, ...)
 
-What is longer than the model's window loses tokens at the start of its context, never of its
-continuation: a continuation that is too long itself is read in several windows, each with as much
-of the past as fits. Batches are made the same way on any number of ranks and each is computed by
-one of them, so that the numbers are those of a single process. Shapes: T tokens of a packed batch,
-N of them scored, D model width, V vocabulary.
+A request longer than the model's window loses the start of its context, never any of its
+continuation. A continuation longer than the window is scored in several windows, each with as many
+preceding tokens as fit. The batches don't depend on the number of ranks, and one rank computes each
+batch. So the scores are bitwise equal on any number of ranks.
+
+Shapes: T tokens of a packed batch, N of them scored, D model dim, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ Tokens = Sequence[int]
 B = TypeVar("B")
 R = TypeVar("R")
 
-LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in fp32
+LOGITS_AT_ONCE = 2**28  # 1 GiB in fp32
 
 
 class EvaluationStopped(Exception):
-    """Some rank was asked to leave; raised on all of them."""
+    """A rank was asked to stop. Raised on all ranks."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of one request: `tokens` but the last are read, and the last n_targets are scored."""
+    """Part of one request: the model reads tokens[:-1], and the last `n_targets` are scored."""
 
     request: int
     tokens: Tokens
@@ -50,17 +51,17 @@ class Window:
 def cut_windows(
     request: int, context: Tokens, continuation: Tokens, max_len: int, stride: int | None = None
 ) -> Iterator[Window]:
-    """Windows of at most `max_len` tokens to read, in which each token to score is scored once.
+    """Yield windows of at most `max_len` input tokens that score each continuation token once.
 
-    The first one scores as much as it can, those after it move on by `stride` tokens; None is
-    max_len. A smaller one gives every token more of its past, at more cost.
+    The first window scores as many tokens as fit, each later one scores `stride` (default:
+    max_len). A smaller stride gives each token more context and costs more.
     """
-    assert context, "the first token of a continuation needs one before it"
+    assert context, "the first token of a continuation needs a token before it"
     done = 0
     while done < len(continuation):
         step = max_len if done == 0 or stride is None else min(stride, max_len)
         end = min(done + step, len(continuation))
-        n_context = max_len + 1 - end  # tokens of the context that still fit
+        n_context = max_len + 1 - end  # context tokens that fit
         if n_context > 0:
             tokens = [*context[-n_context:], *continuation[:end]]
         else:
@@ -70,7 +71,7 @@ def cut_windows(
 
 
 def pack_windows(windows: Iterable[Window], max_tokens: int) -> list[list[Window]]:
-    """Batches of at most `max_tokens` tokens to read, longest windows first."""
+    """Return batches of at most `max_tokens` input tokens, longest windows first."""
     batches: list[list[Window]] = []
     room = 0
     for window in sorted(windows, key=lambda w: -len(w.tokens)):
@@ -93,11 +94,12 @@ def score_continuations(
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[Sequence], Iterable] = iter,
 ) -> list[tuple[float, bool]]:
-    """(log p in nats, whether greedy decoding would say it) of each (context, continuation).
+    """Return (log p in nats, is argmax) for each (context, continuation) pair.
 
-    An empty continuation has (0, True). A collective: every rank gives the same requests and gets
-    all scores. `max_tokens` bounds a batch; a longer window is a batch of its own. UserError for a
-    token that the model has no piece for.
+    The flag is True if greedy decoding generates the continuation. An empty continuation scores
+    (0, True). `max_tokens` limits a batch; a longer window gets a separate batch. A collective:
+    all ranks pass the same requests and get all scores. UserError for a token outside the model's
+    vocabulary.
     """
     check_tokens((tokens for request in requests for tokens in request), model)
     windows = [
@@ -106,7 +108,7 @@ def score_continuations(
         for window in cut_windows(i, context, continuation, max_len, stride)
     ]
     batches = pack_windows(windows, max_tokens)
-    scores = share_out(
+    scores = map_on_ranks(
         batches, lambda batch: score_batch(model, batch), should_stop=should_stop, progress=progress
     )
     loglikelihood, greedy = [0.0] * len(requests), [True] * len(requests)
@@ -117,21 +119,21 @@ def score_continuations(
     return list(zip(loglikelihood, greedy, strict=True))
 
 
-def share_out(
+def map_on_ranks(
     batches: Sequence[B],
     work: Callable[[B], R],
     *,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[Sequence], Iterable] = iter,
 ) -> list[R]:
-    """`work` on every batch, each by one rank in turn; all results on all ranks. A collective.
+    """Run `work` on every batch, distributed round-robin, and return all results on all ranks.
 
-    A rank that fails fails the others. `should_stop` is asked before every batch; where any rank
-    said yes, all raise EvaluationStopped, after what each of them had begun.
+    A collective. An error on one rank is raised on all. Each rank calls `should_stop` before each
+    batch; if it is true on any rank, all ranks raise EvaluationStopped.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    def my_part() -> dict[int, R] | None:
+    def run_my_batches() -> dict[int, R] | None:
         done: dict[int, R] = {}
         for i in progress(range(rank, len(batches), world_size)):
             if should_stop():
@@ -139,37 +141,38 @@ def share_out(
             done[i] = work(batches[i])
         return done
 
-    parts = gather_objects(run_together(my_part))
-    if any(part is None for part in parts):
+    shares = gather_objects(run_together(run_my_batches))
+    if any(share is None for share in shares):
         raise EvaluationStopped
-    everything = {i: result for part in parts for i, result in part.items()}
-    return [everything[i] for i in range(len(batches))]
+    results = {i: result for share in shares for i, result in share.items()}
+    return [results[i] for i in range(len(batches))]
 
 
 @torch.no_grad()
 def score_batch(model: LoopedTransformer, batch: Sequence[Window]) -> list[tuple[float, bool]]:
-    """Scores of each window of one packed batch."""
+    """Return (log p in nats, is argmax) for each window of one packed batch."""
     device = model.tok_embeddings.weight.device
     tokens_1T, cu_seqlens = pack_prompts([window.tokens[:-1] for window in batch], device)
     h_TD = model.hidden_states(tokens_1T, cu_seqlens)[0]
     ends = itertools.accumulate(len(window.tokens) - 1 for window in batch)
-    places = [
-        place
+    positions = [
+        position
         for window, end in zip(batch, ends, strict=True)
-        for place in range(end - window.n_targets, end)
+        for position in range(end - window.n_targets, end)
     ]
     targets = [token for window in batch for token in window.tokens[-window.n_targets :]]
-    h_ND, target_N = h_TD[upload(places, device, torch.int64)], upload(targets, device, torch.int64)
-    n_at_once = max(1, LOGITS_AT_ONCE // model.head_weight.shape[0])  # so few have logits at a time
+    h_ND = h_TD[upload(positions, device, torch.int64)]
+    target_N = upload(targets, device, torch.int64)
+    n_at_once = max(1, LOGITS_AT_ONCE // model.head_weight.shape[0])  # limits the logits in memory
     scores = [
         score_tokens(F.linear(h, model.head_weight).float(), target)
         for h, target in zip(h_ND.split(n_at_once), target_N.split(n_at_once), strict=True)
     ]
-    # Sums in fp64: a sum over thousands of tokens then does not depend on how they were cut.
+    # Sum in fp64, so that the sum over thousands of tokens doesn't depend on the windows.
     results = [
         (math.fsum(logp.tolist()), bool(greedy.all()))
         for logp, greedy in fetch_scores(scores, [window.n_targets for window in batch])
     ]
     if not all(math.isfinite(nats) for nats, _ in results):
-        raise UserError("the model's logits are NaN or infinite: the checkpoint is broken")
+        raise UserError("the model's logits are NaN or infinite; use another checkpoint")
     return results

@@ -1,9 +1,9 @@
-"""Loss on held-out text, in nats per token and in bits per byte.
+"""Measure the loss on held-out text, in nats per token and in bits per byte.
 
-Bits per byte do not depend on the tokenizer: the nats of all tokens of a text, over its length in
-UTF-8 bytes. A token that nothing predicts, a text's first one where texts do not see each other and
-have no bos, counts in neither. Every rank builds the same rows of tokens and scores its share of
-them, so the result is the same on any number of ranks.
+Bits per byte are comparable across tokenizers: the sum of all tokens' nats, divided by ln 2 and by
+the length of the text in UTF-8 bytes. A token that nothing predicts counts in neither sum: without
+BOS, the first token of the first text, or with data.doc_mask of every text. All ranks build the
+same rows and each scores its share, so the result doesn't depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ValidationArgs:
-    max_steps: int | None = None  # documents that are read, in the files' order; null = all
-    use_val_from_train_src: bool = True  # read the *.val.jsonl files of data.sources
-    root_dir: str = ""  # folder of the other validation sources
-    sources: list[str] = field(default_factory=list)  # sub-folders of root_dir to read as well
+    max_steps: int | None = None  # number of documents, in the order of the files; null = all
+    use_val_from_train_src: bool = True  # use the *.val.jsonl files of data.sources
+    root_dir: str = ""  # folder of additional validation sources
+    sources: list[str] = field(default_factory=list)  # sub-folders of root_dir
 
     def __post_init__(self):
         if self.max_steps is not None and self.max_steps < 1:
@@ -48,27 +48,26 @@ class ValidationArgs:
 
 
 def check_validation_sources(args: ValidationArgs, section: str) -> None:
-    """Refuse folders that are not there, also where max_steps would never reach them. `section` is
-    what the program calls `args`."""
+    """Raise UserError for missing folders. `section` is the dotted name of `args` in the config."""
     if bool(args.root_dir) != bool(args.sources):
         raise UserError(
-            f"{section}.root_dir={args.root_dir!r} and {section}.sources={args.sources}: sources "
-            "are sub-folders of root_dir; set both, or neither"
+            f"{section}.root_dir={args.root_dir!r} with {section}.sources={args.sources}: sources "
+            "are sub-folders of root_dir; set both or neither"
         )
     for source in args.sources:
         if not find_val_files(args.root_dir, [source]):
             raise UserError(
                 f"{section}.sources: no *.val.jsonl in {Path(args.root_dir, source)} "
-                f"(seen from {Path.cwd()})"
+                f"(cwd {Path.cwd()})"
             )
 
 
 @dataclass(frozen=True)
 class ValidationRows:
-    """Documents laid one after the other and cut into rows of seq_len + 1 tokens.
+    """Concatenated documents, split into rows of seq_len + 1 tokens.
 
-    `tokens` (n_rows, seq_len + 1) int64, `starts` of the same shape: 1 at the first token of a
-    document. `n_bytes` of text are scored; what is not text is NO_TARGET.
+    `tokens` (n_rows, seq_len + 1) int64, padded with NO_TARGET. `starts`, of the same shape, is 1 at
+    the first token of a document. `n_bytes` is the length of the scored text in UTF-8.
     """
 
     tokens: np.ndarray
@@ -76,34 +75,34 @@ class ValidationRows:
     n_bytes: int
 
     def views(self, begin: int, end: int, doc_mask: bool) -> np.ndarray:
-        """Rows as the loader of the training data yields them; behind the last, rows of padding."""
+        """Return rows begin to end as the training loader yields them, padded after the last row."""
         import numpy as np
 
         shape = (end - begin, self.tokens.shape[1])
         tokens, starts = np.full(shape, NO_TARGET), np.zeros(shape, dtype=np.int64)
-        there = self.tokens[begin:end]
-        tokens[: len(there)], starts[: len(there)] = there, self.starts[begin:end]
+        n_rows = len(self.tokens[begin:end])
+        tokens[:n_rows], starts[:n_rows] = self.tokens[begin:end], self.starts[begin:end]
         rows = zip(tokens, starts, strict=True)
         views = np.stack([view_row(row, 2, first if doc_mask else None) for row, first in rows])
-        views[..., 0].clip(min=0, out=views[..., 0])  # any token will do
+        views[..., 0].clip(min=0, out=views[..., 0])  # padding must be a valid token
         return views
 
 
 def build_rows(documents: Iterable[tuple[list[int], int]], seq_len: int) -> ValidationRows | None:
-    """Rows from (tokens, bytes of text) pairs; None if there are no two tokens.
+    """Build rows from (tokens, bytes of text) pairs. None for fewer than two tokens.
 
-    Neighbouring rows share one token, so that each token but the very first is a target once.
+    Adjacent rows share one token, so that every token except the first is a target once.
     """
     import numpy as np
 
-    pieces, starts, n_bytes = [], [], 0
+    documents_tokens, starts, n_bytes = [], [], 0
     for tokens, size in documents:
         first = np.zeros(len(tokens), dtype=np.int64)
         first[:1] = 1
-        pieces.append(np.asarray(tokens, dtype=np.int64))
+        documents_tokens.append(np.asarray(tokens, dtype=np.int64))
         starts.append(first)
         n_bytes += size
-    n_tokens = sum(map(len, pieces))
+    n_tokens = sum(map(len, documents_tokens))
     if n_tokens < 2:
         return None
     n_rows = math.ceil((n_tokens - 1) / seq_len)
@@ -113,23 +112,23 @@ def build_rows(documents: Iterable[tuple[list[int], int]], seq_len: int) -> Vali
         padded[:n_tokens] = flat
         return np.stack([padded[i * seq_len : (i + 1) * seq_len + 1] for i in range(n_rows)])
 
-    tokens = rows(np.concatenate(pieces), NO_TARGET)
+    tokens = rows(np.concatenate(documents_tokens), NO_TARGET)
     return ValidationRows(tokens, rows(np.concatenate(starts), 0), n_bytes)
 
 
-def places_of_text(args: ValidationArgs, data: DataArgs) -> list[tuple[str, list[str]]]:
-    """(root, sources) of the folders that hold validation text."""
+def find_sources(args: ValidationArgs, data: DataArgs) -> list[tuple[str, list[str]]]:
+    """Return (root, sources) of the folders with validation text."""
     root, sources = data.root_dir, list(data.sources)
-    places = []
+    found = []
     if args.use_val_from_train_src and root and find_val_files(root, sources):
-        places.append((root, sources))
+        found.append((root, sources))
     if args.sources:
-        places.append((args.root_dir, args.sources))
-    return places
+        found.append((args.root_dir, args.sources))
+    return found
 
 
 class Validator:
-    """Scores a model on validation text; reads and tokenises it once, at the first call."""
+    """Measures the validation loss of a model. Reads and tokenizes the text once, when needed."""
 
     def __init__(self, args: ValidationArgs, data: DataArgs, tokenizer: Tokenizer):
         self.args, self.data, self.tokenizer = args, data, tokenizer
@@ -141,13 +140,13 @@ class Validator:
             self._rows = build_rows(self._documents(), self.data.seq_len)
             self._read = True
             if self._rows is None:
-                logger.info("no *.val.jsonl beside the training data: no validation loss")
+                logger.info("no *.val.jsonl in data.sources: no validation loss")
         return self._rows
 
     def _documents(self) -> Iterator[tuple[list[int], int]]:
-        """(tokens, bytes of text that they are scored for) of each text."""
+        """Yield (tokens, bytes of scored text) for each document."""
         n_read, is_predicted = 0, False
-        for root, sources in places_of_text(self.args, self.data):
+        for root, sources in find_sources(self.args, self.data):
             for text in iter_val_documents(root, sources):
                 if n_read == self.args.max_steps:
                     return
@@ -172,10 +171,10 @@ class Validator:
         world_size: int,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
-        """{"loss/val", "loss/val_bpb"}, the same on every rank; empty without validation text, and
-        where `should_stop`, which every rank is asked after each batch, is true on one of them.
+        """Return {"loss/val": nats per token, "loss/val_bpb": bits per byte}. A collective.
 
-        A collective: every rank runs the same number of batches.
+        The result is empty without validation text. Each rank calls `should_stop` after each batch;
+        if it is true on any rank, all ranks stop and the result is empty.
         """
         rows = self.rows()
         if rows is None:
@@ -195,7 +194,7 @@ class Validator:
         model.train(was_training)
         if stopped:
             return {}
-        # Ranks of tensor parallelism score the same rows.
+        # The ranks of a TP group score the same rows.
         n_copies = round(dist_sum(1.0).item()) // world_size
         nats, n_targets = (dist_sum(nats_and_targets) / n_copies).tolist()
         return {
@@ -206,7 +205,7 @@ class Validator:
     def _batches(
         self, rows: ValidationRows, device: torch.device, rank: int, world_size: int
     ) -> Iterator[Batch]:
-        """This rank's rows; what is padding, or fills a batch up, is no target."""
+        """Yield this rank's batches. Padding has no targets."""
         size = self.data.batch_size
         for first in range(0, len(rows.tokens), size * world_size):
             begin = first + rank * size

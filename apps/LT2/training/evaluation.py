@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from apps.LT2.evaluation.args import EvalArgs
-from apps.LT2.evaluation.evaluate import evaluate, numbers
+from apps.LT2.evaluation.evaluate import evaluate, flatten_scores
 from apps.LT2.evaluation.scoring import EvaluationStopped
-from apps.LT2.evaluation.validation import Validator, places_of_text
+from apps.LT2.evaluation.validation import Validator, find_sources
 from apps.LT2.training.args import TrainArgs, free_gpus
 from apps.LT2.training.trainer import Trainer
 from lingua.args import dataclass_to_dict
@@ -112,7 +112,7 @@ class CheckpointEvaluator:
         if scores is None:
             logger.warning("the evaluation of step %s was given up to leave", args.global_step)
         else:
-            self.metrics.send({"global_step": args.global_step, **numbers(scores)})
+            self.metrics.send({"global_step": args.global_step, **flatten_scores(scores)})
 
 
 def owed_evaluation(args: TrainArgs, step: int) -> int | None:
@@ -214,7 +214,7 @@ def is_validation_owed(args: TrainArgs, step: int) -> bool:
     is_eval = step == args.steps or args.checkpoint.eval.fires(step)
     if step == 0 or not is_eval or validation is None:
         return False
-    has_text = bool(places_of_text(validation, args.data))
+    has_text = bool(find_sources(validation, args.data))
     return has_text and not is_recorded(metrics_path(args), step, "loss/val")
 
 

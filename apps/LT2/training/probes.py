@@ -1,4 +1,13 @@
-"""What a run can tell beside its record of each step: losses inside a step, and probes."""
+"""Optional records of a run: the loss of single micro-batches, and statistics of layers and loops.
+
+Metric keys of a probed step, per layer or per loop i:
+
+    layers/grad_norm/i         gradient norm of the layer
+    loops/residual_rms/i       RMS of the residual stream after the loop
+    loops/update_norm/i        norm of what the loop adds to the stream, relative to the stream
+    loops/rho/i                mean |rho| of the residual gate
+    loops/first_token_mass/i   attention probability on the first token, mean over softmax layers
+"""
 
 from __future__ import annotations
 
@@ -27,15 +36,18 @@ from lingua.files.jsonl_log import is_recorded, repair_jsonl
 from lingua.metrics import MetricLogger
 from lingua.probe import Probe
 
+PROBED_RANKS = 128  # one rank in so many writes a probe file
 
-def log_micro_batches(trainer: Trainer, metrics: MetricLogger, acc_freq: int | None) -> None:
-    """With logging.acc_freq, logged steps have a record each acc_freq micro-batches."""
+
+def log_micro_batches(trainer: Trainer, metrics: MetricLogger) -> None:
+    """Log the loss of every logging.acc_freq-th micro-batch in logged steps."""
+    state, logging = trainer.state, trainer.args.logging
+    acc_freq = logging.acc_freq
     if acc_freq is None:
         return
 
     def log(loss: Tensor) -> None:
-        state = trainer.state
-        is_logged = (state.step + 1) % trainer.args.logging.freq == 0
+        is_logged = (state.step + 1) % logging.freq == 0
         if is_logged and state.acc_step and state.acc_step % acc_freq == 0:
             mean = dist_mean(loss).item()
             record = {"global_step": state.step, "acc_step": state.acc_step, "loss/out": mean}
@@ -44,94 +56,96 @@ def log_micro_batches(trainer: Trainer, metrics: MetricLogger, acc_freq: int | N
     trainer.after_micro_batch = log
 
 
-def probe_now_and_then(trainer: Trainer, metrics: MetricLogger) -> None:
-    """With probe_freq, one pass of its own before such a step: statistics of every linear layer,
-    and a record of what apps.LT2.training.probes measures."""
+def log_probes(trainer: Trainer, metrics: MetricLogger) -> None:
+    """Run a separate probed pass before every probe_freq-th step, and log its statistics."""
     freq, state = trainer.args.probe_freq, trainer.state
     if freq is None:
         return
     rank, _ = get_dp_rank_and_degree(trainer.mesh)
-    # One rank in 128 writes; the others take part, since a sharded model needs them.
-    file = Path(trainer.args.dump_dir, "probe", f"probe.{rank}.jsonl") if rank % 128 == 0 else None
+    is_writer = rank % PROBED_RANKS == 0  # all ranks run the pass, since the model is sharded
+    file = Path(trainer.args.dump_dir, "probe", f"probe.{rank}.jsonl") if is_writer else None
     probe = Probe(trainer.model, file)
-    # The run that saved the step that this one goes on from may have probed the next already.
+    # The run that saved this checkpoint may have probed its next step already.
     first_key = "layers/grad_norm/0"
     is_done = run_on_rank_0(lambda: is_recorded(metrics.path, state.step, first_key))
     done_step = state.step if is_done else None
     if file is not None:
         repair_jsonl(file, state.step if is_done else state.step - 1)
 
-    def look(batch: Batch) -> None:
+    def log(batch: Batch) -> None:
         if not every_n_steps(state, freq, acc_step=0) or state.step == done_step:
             return
         x, target, cu_seqlens = batch
-        if cu_seqlens is None:  # half the rows: a pass in eager mode takes more memory
+        if cu_seqlens is None:  # half of the rows: a pass in eager mode takes more memory
             n_rows = max(1, x.shape[0] // 2)
             x, target = x[:n_rows], target[:n_rows]
         probe.metadata = {"it": state.step, "global_step": state.step, "loop": "lt2"}
-        numbers = probed_pass(trainer.model, probe, (x, target, cu_seqlens), trainer.mesh)
+        stats = run_probed_pass(trainer.model, probe, (x, target, cu_seqlens), trainer.mesh)
         trainer.optimizer.zero_grad()
-        metrics.log({"global_step": state.step, "acc_step": 0, **numbers})
+        metrics.log({"global_step": state.step, "acc_step": 0, **stats})
 
-    trainer.before_micro_batch = look
+    trainer.before_micro_batch = log
 
 
-def probed_pass(
+def run_probed_pass(
     model: LoopedTransformer, probe: Probe, batch: Batch, mesh: DeviceMesh | None
 ) -> dict[str, float]:
-    """One forward and backward under `probe`, a collective; gradients are left in `.grad`."""
+    """Run forward and backward under `probe`, and return the statistics by metric key.
+
+    A collective. The gradients stay in `.grad`.
+    """
     set_gradient_sync(model, True)
     with probe:
-        with residual_stream(model) as h_by_loop:
+        with recorded_residual_stream(model) as h_by_loop:
             loss = model(*batch)
         loss.backward()
     sync_replicated_grads(model, mesh)
-    return loop_numbers(model, probe, h_by_loop) | layer_numbers(model)
+    return loop_stats(model, probe, h_by_loop) | layer_stats(model)
 
 
 @contextmanager
-def residual_stream(model: LoopedTransformer) -> Iterator[list[Tensor]]:
-    """h before loop 0 and after each loop, of the forward inside (not of what its backward
-    recomputes)."""
-    seen: list[Tensor] = []
+def recorded_residual_stream(model: LoopedTransformer) -> Iterator[list[Tensor]]:
+    """Record h before loop 0 and after each loop, (n_loops + 1) tensors of shape (B, T, D).
 
-    def look(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].detach())
+    Only forwards inside the block are recorded, not their recomputation in the backward.
+    """
+    h_by_loop: list[Tensor] = []
 
-    # Each loop enters at the first layer, and the last one leaves to the final norm.
-    handles = [m.register_forward_pre_hook(look) for m in (model.layers[0], model.norm)]
+    def record(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        h_by_loop.append(args[0].detach())
+
+    # h is the input of layer 0 in each loop, and the input of the final norm after the last.
+    handles = [m.register_forward_pre_hook(record) for m in (model.layers[0], model.norm)]
     try:
-        yield seen
+        yield h_by_loop
     finally:
         for handle in handles:
             handle.remove()
 
 
-def loop_numbers(
-    model: LoopedTransformer, probe: Probe, h_by_loop: list[Tensor]
-) -> dict[str, float]:
+def loop_stats(model: LoopedTransformer, probe: Probe, h_by_loop: list[Tensor]) -> dict[str, float]:
     n_loops = len(model.layout)
     assert len(h_by_loop) == n_loops + 1, f"{n_loops} loops, {len(h_by_loop)} residual streams"
-    means: dict[str, Tensor | float] = {f"h/{i}": _mean_square(h) for i, h in enumerate(h_by_loop)}
+    local: dict[str, Tensor | float] = {f"h/{i}": _mean_square(h) for i, h in enumerate(h_by_loop)}
     for loop, (u, h) in enumerate(zip(h_by_loop[:-1], h_by_loop[1:], strict=True)):
-        means[f"update/{loop}"] = _mean_square(h.float() - u.float())
+        local[f"update/{loop}"] = _mean_square(h.float() - u.float())
     masses = first_token_masses(model, probe)
-    means |= {f"mass/{loop}": sum(m) / len(m) for loop, m in enumerate(masses) if m}
-    of = dist_mean_dict(means)
+    local |= {f"mass/{loop}": sum(m) / len(m) for loop, m in enumerate(masses) if m}
+    means = dist_mean_dict(local)
 
-    numbers = {}
+    stats = {}
     for loop in range(n_loops):
-        numbers[f"loops/residual_rms/{loop}"] = of[f"h/{loop + 1}"] ** 0.5
-        numbers[f"loops/update_norm/{loop}"] = (of[f"update/{loop}"] / of[f"h/{loop}"]) ** 0.5
+        stats[f"loops/residual_rms/{loop}"] = means[f"h/{loop + 1}"] ** 0.5
+        stats[f"loops/update_norm/{loop}"] = (means[f"update/{loop}"] / means[f"h/{loop}"]) ** 0.5
         if model.rho is not None:
-            numbers[f"loops/rho/{loop}"] = model.rho[loop].detach().abs().mean().item()
+            stats[f"loops/rho/{loop}"] = model.rho[loop].detach().abs().mean().item()
         if masses[loop]:
-            numbers[f"loops/first_token_mass/{loop}"] = of[f"mass/{loop}"]
-    return numbers
+            stats[f"loops/first_token_mass/{loop}"] = means[f"mass/{loop}"]
+    return stats
 
 
 def first_token_masses(model: LoopedTransformer, probe: Probe) -> list[list[float]]:
-    """For each loop, the mass in each of its layers that logged one."""
+    """Return the attention mass on the first token, by loop, for each layer that logs one."""
     masses: list[list[float]] = [[] for _ in model.layout]
     for layer, column in enumerate(zip(*model.layout, strict=True)):
         names = [MIXERS[spec.mixer].module_name for spec in column]
@@ -144,7 +158,7 @@ def first_token_masses(model: LoopedTransformer, probe: Probe) -> list[list[floa
     return masses
 
 
-def layer_numbers(model: LoopedTransformer) -> dict[str, float]:
+def layer_stats(model: LoopedTransformer) -> dict[str, float]:
     norms = torch.stack([clip_grad_norm_(layer, None) for layer in model.layers])
     return {f"layers/grad_norm/{i}": norm for i, norm in enumerate(norms.tolist())}
 

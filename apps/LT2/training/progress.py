@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains: averages, speed, utilisation, time left."""
+"""Compute the training metrics of a run: averages, throughput, utilization, time left."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lingua.metrics import GPUMemoryMonitor, peak_flops
 
 @dataclass
 class Progress:
-    """Collects steps; `record` closes an interval and turns it into numbers."""
+    """Collects step results; `record` averages those since the last call."""
 
     steps: int  # of the whole run
-    tokens_per_step: int  # over all ranks
+    tokens_per_step: int  # of all ranks
     flops_per_token: int  # forward and backward
     world_size: int
     device: torch.device
@@ -39,16 +39,15 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is not counted as training time."""
+        """Exclude the block from the training time."""
         began = time.perf_counter()
         yield
         self._began += time.perf_counter() - began
 
     def record(self, state: TrainState) -> dict[str, Any]:
-        """The numbers of the steps since the last record, of which one at least. A collective.
+        """Return the metrics of the steps since the last record, at least one. A collective.
 
-        `state` has the losses of all these steps; some may have been taken before the run was
-        resumed.
+        The losses come from `state`, which includes steps before a resume.
         """
         results, n_steps, step = self._results, len(self._results), state.step
         loss = _mean(state.losses)  # waits for the device
@@ -80,7 +79,7 @@ class Progress:
         return record
 
     def line(self, record: dict[str, Any]) -> str:
-        """The record for a person."""
+        """Format a record as one line of the log."""
         left = (self.steps - record["global_step"]) * record["speed/curr_iter_time"]
         parts = [
             f"step {record['global_step']}/{self.steps}",
@@ -98,12 +97,12 @@ class Progress:
 
 
 def _mean(losses: list[Tensor]) -> float:
-    """Over steps and ranks."""
+    """Average over steps and ranks."""
     return dist_mean(torch.stack(losses).mean()).item()
 
 
 def _si(x: float) -> str:
-    """Three digits and a unit."""
+    """Format with three digits and a unit: 12.3M."""
     for unit in ("", "k", "M"):
         if x < 999.5:  # above, three digits are 1000
             return f"{x:.3g}{unit}" if unit else f"{x:.0f}"

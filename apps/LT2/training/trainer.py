@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches forward and backward, gradients joined, clipped and applied."""
+"""Run one optimizer step: forward and backward of the micro-batches, clip, update."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """What a checkpoint holds beside weights and optimizer; one for each data-parallel rank."""
+    """The state of a run besides weights and optimizer. Each data-parallel rank saves its own."""
 
-    step: int  # optimizer steps done
-    acc_step: int  # micro-batches done of the next step; 0 in every checkpoint
+    step: int  # finished optimizer steps
+    acc_step: int  # finished micro-batches of the current step; 0 in every checkpoint
     data_loader_state: DataState
     scheduler: ScheduledLR
-    n_tokens: int | None = 0  # read by all ranks in these steps; None: an older checkpoint
-    # of the steps since the last log record, on the device; means over this rank's micro-batches
+    n_tokens: int | None = 0  # read by all ranks; None after loading an older checkpoint
+    # One loss for each step since the last log record, on the device: this rank's mean.
     losses: list[Tensor] = field(default_factory=list)
-    mixer_losses: dict[str, list[Tensor]] = field(default_factory=dict)  # likewise, by name
+    mixer_losses: dict[str, list[Tensor]] = field(default_factory=dict)  # the same, by name
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -70,7 +70,7 @@ class TrainState:
         self.mixer_losses = {name: _to_tensors(numbers) for name, numbers in mixer_losses.items()}
 
     def load_state_dicts(self, states: list[dict[str, Any]], rank: int, n_ranks: int) -> None:
-        """Go on from what another number of ranks saved: with all of their data and losses."""
+        """Resume from another number of ranks: keep the data and losses of all of them."""
         loaders = [state["data_loader_state"] for state in states]
         losses = zip(*(state["losses"] for state in states), strict=True)
         mixer_losses = {
@@ -87,13 +87,12 @@ class TrainState:
         )
 
     def add_losses(self, loss: Tensor, mixer_losses: dict[str, Tensor]) -> None:
-        """Those of a step."""
+        """Append the losses of one step."""
         self.losses.append(loss)
         for name, mixer_loss in mixer_losses.items():
             self.mixer_losses.setdefault(name, []).append(mixer_loss)
 
     def clear_losses(self) -> None:
-        """After a log record."""
         self.losses.clear()
         self.mixer_losses.clear()
 
@@ -109,7 +108,10 @@ def _to_tensors(numbers: list[float]) -> list[Tensor]:
 def every_n_steps(
     train_state: TrainState, freq: int, acc_step: int | None = None, acc_freq: int | None = None
 ) -> bool:
-    """Whether `freq` divides the step (0: never), at micro-batch `acc_step` or each `acc_freq`."""
+    """Return whether `freq` divides the step; 0 never does.
+
+    With `acc_step`, only at that micro-batch; with `acc_freq`, only at its multiples.
+    """
     if freq < 1 or train_state.step % freq:
         return False
     if acc_step is not None:
@@ -119,13 +121,15 @@ def every_n_steps(
 
 @dataclass(frozen=True)
 class StepResult:
-    grad_norm: float  # of the language model's loss, by the weights that it trains; not clipped
-    mixer_grad_norms: dict[str, float]  # of the mixers' own losses, by name; not clipped
-    lr: float  # that the step was taken with
-    data_seconds: float  # waiting for the loader
+    grad_norm: float  # of the language-model loss, before clipping
+    mixer_grad_norms: dict[str, float]  # of the mixers' own losses, by name, before clipping
+    lr: float  # used in this step
+    data_seconds: float  # time spent waiting for the data loader
 
 
 class Trainer:
+    """Takes optimizer steps. Updates `model`, `optimizer` and `state` in place."""
+
     def __init__(
         self,
         args: TrainArgs,
@@ -143,16 +147,17 @@ class Trainer:
         if state.n_tokens is None:
             state.n_tokens = state.step * self.tokens_per_step
         self.guard = NonfiniteGuard(args.optim.skip_nonfinite)
-        # Called with a micro-batch, before its forward; and with its loss, after its backward.
+        # Called with a micro-batch before its forward, and with its loss after its backward.
         self.before_micro_batch: Callable[[Batch], None] | None = None
         self.after_micro_batch: Callable[[Tensor], None] | None = None
 
     def step(self) -> StepResult:
+        """Take one optimizer step. A collective."""
         n_micro = self.args.grad_acc_steps
         total = torch.zeros((), device=self.device)
         mixer_totals: dict[str, Tensor] = {}
         began = time.perf_counter()
-        # A rank that cannot read stops the others, too, before they wait for it in a collective.
+        # An error in one rank's data is raised on all ranks, before they wait in a collective.
         micro_batches = run_together(self._read_micro_batches)
         data_seconds = time.perf_counter() - began
         self.model.begin_step(self.state.step)
@@ -191,32 +196,34 @@ class Trainer:
         return micro_batches
 
     def _check_tokens(self, views_BTN: Any) -> None:
-        """Here, on the host, a token outside of the vocabulary costs nothing to find and can be
-        told of; on CUDA it would end the process."""
+        """Raise UserError for tokens outside the vocabulary, which would crash a CUDA kernel."""
         vocab_size, data = self.args.model.vocab_size, self.args.data
         smallest, largest = views_BTN[..., 0].min(), views_BTN[..., :2].max()
         if smallest < 0 or largest >= vocab_size:
-            strange = largest if smallest >= 0 else smallest
+            token = largest if smallest >= 0 else smallest
             raise UserError(
-                f"data: token {strange} is none of data.tokenizer.name={data.tokenizer.name} "
-                f"(model.vocab_size={vocab_size}): a .tokens file is damaged; delete those of "
-                "data.sources and make them again by python setup/tokenize_data.py"
+                f"data.sources: token {token} is outside the vocabulary of data.tokenizer.name="
+                f"{data.tokenizer.name} (model.vocab_size={vocab_size}): a .tokens file is "
+                "damaged; delete them and run python setup/tokenize_data.py again"
             )
 
     def _clip(self) -> tuple[float, dict[str, float]]:
-        """Clip the gradient of each loss, to the same norm, and return what the norms were.
+        """Clip the gradients of each loss to optim.clip, and return the norms before clipping.
 
-        Clipped together, a mixer's own loss would shorten the steps of weights that it does not
-        train.
+        Clipping all gradients together would let a mixer's own loss shrink the steps of weights
+        that it doesn't train.
         """
         clip, own = self.args.optim.clip, self.model.own_loss_parameters()
-        apart = {p for weights in own.values() for p in weights}
-        norm = clip_grad_norm_([p for p in self.model.parameters() if p not in apart], clip)
+        own_weights = {p for weights in own.values() for p in weights}
+        norm = clip_grad_norm_([p for p in self.model.parameters() if p not in own_weights], clip)
         norms = {name: clip_grad_norm_(weights, clip) for name, weights in own.items()}
         return norm.item(), {name: norm.item() for name, norm in norms.items()}
 
     def _skip(self, *grad_norms: float) -> bool:
-        """Whether a step with NaN or infinite gradients is passed over; raises if it may not be."""
+        """Return whether to skip a step with NaN or infinite gradients.
+
+        FloatingPointError if optim.skip_nonfinite doesn't allow another skipped step.
+        """
         grad_norm = next((norm for norm in grad_norms if not math.isfinite(norm)), grad_norms[0])
         try:
             skipped = self.guard.skip(grad_norm)
@@ -224,7 +231,7 @@ class Trainer:
             where = first_nonfinite(self.model) or "not on this rank"
             raise FloatingPointError(
                 f"step {self.state.step + 1}, rank {get_global_rank()}: {error}; first tensor "
-                f"with NaN or infinity: {where}. The last checkpoint is not touched."
+                f"with NaN or infinity: {where}. The last checkpoint is unchanged."
             ) from None
         if skipped:
             logger.warning("step %d skipped: gradient norm %s", self.state.step + 1, grad_norm)
