@@ -3,16 +3,15 @@
     python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml
     torchrun --nproc-per-node 8 -m apps.LT2.train config=... model.loop_count=4 name=my_run
 
-On CPU, on one GPU or on many, by the same code. Everything that a run leaves lies in `dump_dir`;
-started again with the same `dump_dir` it goes on where it stopped.
+The same code runs on a CPU, on one GPU and on many. A run writes all its files to `dump_dir`. If it
+is started again with the same `dump_dir`, it resumes from its newest checkpoint.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from logging import WARNING
 from pathlib import Path
 from types import FrameType
@@ -21,7 +20,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from apps.LT2.flops import count_parameters, train_flops_per_token
+from apps.LT2.evaluation.validation import Validator
+from apps.LT2.flops import train_flops_per_token
 from apps.LT2.mixers import MIXERS
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
@@ -31,29 +31,26 @@ from apps.LT2.parallel import (
     set_resharding,
     tp_parallelize,
 )
-from apps.LT2.pattern import format_layout
-from apps.LT2.training.args import TrainArgs, validate_train_args
+from apps.LT2.training.args import TrainArgs, build_on_meta, check_and_build
+from apps.LT2.training.args import validate_train_args as validate_train_args
 from apps.LT2.training.evaluation import (
-    CheckpointEvaluator,
-    build_validator,
-    is_validation_owed,
+    Evaluator,
+    build_run_validator,
+    is_evaluated,
+    is_evaluation_missing,
     metrics_path,
-    owed_evaluation,
-    validate,
 )
-from apps.LT2.training.probes import log_micro_batches, probe_now_and_then
+from apps.LT2.training.probes import log_micro_batches, log_probes
 from apps.LT2.training.progress import Progress
+from apps.LT2.training.summary import format_summary
 from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.trainer import every_n_steps as every_n_steps
-from apps.LT2.training.unused_options import warnings_of_options
+from apps.LT2.training.unused_options import train_warnings
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import dump_config, parse_args
 from lingua.checkpoint import CheckpointManager
 from lingua.checkpointing.weights import load_initial_weights
-from lingua.data import (
-    build_dataloader_from_args,
-    init_dataloader_state_from_args,
-)
+from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import (
     agree_any,
     check_model_value_range,
@@ -79,144 +76,199 @@ from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallel.args import resolve_dtype
 from lingua.parallel.torchrun import exit_with_torchrun
 from lingua.parallel.watchdog import HangWatchdog
-from lingua.profiling import maybe_run_profiler
+from lingua.profiling import Profiler, maybe_run_profiler
 from lingua.rng import seed_everything
 from lingua.slurm.code import CODE_VERSION, snapshot_code, version_record
 
 logger = logging.getLogger(__name__)
 
-# Weights beyond these were most likely never filled.
-SANE_RANGE, SANE_STD = 20.0, 5.0
-
-preemption_flag = {"flag": False}
+# Initial weights outside this range were probably never initialized.
+MAX_WEIGHT, MAX_STD = 20.0, 5.0
 
 
-def set_preemption_flag(signum: int, frame: FrameType | None) -> None:
-    """Signal handler: the run saves and leaves after the step that it is in."""
-    logger.warning("signal %d: saving after this step, then leaving", signum)
-    preemption_flag["flag"] = True
-
-
-# ---- the run
+# ---- the loop
 
 
 def train(given: TrainArgs) -> None:
-    """Train until `steps`, or until a signal asks to leave."""
-    args = validate_train_args(given)
+    """Train until `steps`, or until a signal asks the run to stop."""
+    args, model = check_and_build(given)
     if is_finished(args):
         return
     with ExitStack() as resources:
         folders = {"dump_dir": args.dump_dir, "checkpoint.path": str(args.checkpoint.path)}
         resources.enter_context(make_and_lock_folders(folders, is_master=get_is_master()))
-        with exit_with_torchrun():  # from the first step on, a signal has the run save
-            start(args)
-            resources.enter_context(end_in_log_file())
-            resources.enter_context(manual_garbage_collection())
-            mesh, device = get_device_mesh(args.distributed), get_device()
-            validator = build_validator(args)
-            checkpoints = resources.enter_context(
-                CheckpointManager.instantiate_and_make_dir(args.checkpoint)
+        with exit_with_torchrun():  # until the first step; from then on a signal saves first
+            run = build_run(args, given, model, resources)
+        run.evaluator.catch_up()
+        while not run.is_over:
+            run.step()
+            run.log()
+            with run.progress.paused():
+                run.save()
+                run.evaluate()
+        run.finish()
+
+
+class Run:
+    """The parts of a run, and the phases of its loop. All methods are collectives."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        checkpoints: CheckpointManager,
+        metrics: MetricLogger,
+        progress: Progress,
+        profiler: Profiler,
+        watchdog: HangWatchdog,
+        preemption: PreemptionFlag,
+        validator: Validator | None,
+    ):
+        self.trainer, self.args, self.state = trainer, trainer.args, trainer.state
+        self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
+        self.profiler, self.watchdog, self.preemption = profiler, watchdog, preemption
+        self.evaluator = Evaluator(trainer, metrics, validator, self.should_stop)
+        self.is_stopping = False  # because of a signal; equal on all ranks
+
+    def should_stop(self) -> bool:
+        """Called after each batch of an evaluation, which may take hours without being a hang."""
+        self.watchdog.beat(self.state.step)
+        return self.preemption.is_set
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_stopping or self.state.step >= self.args.steps
+
+    def step(self) -> None:
+        self.watchdog.beat(self.state.step)
+        self.progress.add(self.trainer.step())
+        self.profiler.step()
+        self.is_stopping = agree_any(self.preemption.is_set)
+        if every_n_steps(self.state, self.args.gc_collect_freq):
+            gc.collect()
+
+    def log(self) -> None:
+        is_last = self.state.step == self.args.steps
+        if is_last or every_n_steps(self.state, self.args.logging.freq):
+            self.metrics.log(record := self.progress.record(self.state))
+            self.state.clear_losses()
+            log_on_rank_0(self.progress.line(record))
+
+    def save(self) -> None:
+        self.checkpoints.poll()
+        step, rule = self.state.step, self.args.checkpoint.dump
+        if self.is_stopping or is_evaluated(self.args, step) or rule.fires(step):
+            trainer = self.trainer
+            self.checkpoints.save(
+                trainer.model, trainer.optimizer, self.state, self.args, trainer.mesh
             )
-            model = build_model(args, mesh, device, initial_weights(args, checkpoints))
-            optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
-            state = new_or_resumed_state(args, model, optimizer, scheduler, checkpoints, mesh)
-            loader = run_together(
-                lambda: build_dataloader_from_args(args.data, state.data_loader_state)
+
+    def evaluate(self) -> None:
+        if self.is_stopping or not is_evaluated(self.args, self.state.step):
+            return
+        self.evaluator.log_validation_loss()
+        self.checkpoints.finish()
+        self.evaluator.run_harness(self.state.step)
+        self.is_stopping = agree_any(self.preemption.is_set)
+
+    def finish(self) -> None:
+        self.checkpoints.finish()
+        if agree_any(self.preemption.is_set):  # the signal may come before the first step
+            log_on_rank_0(
+                "stopped after step %d of %d; the checkpoint is saved",
+                *(self.state.step, self.args.steps),
+                level=WARNING,
             )
-            run_on_rank_0(lambda: write_record_of_run(args, given, state.step))
-            describe(model, args)
-
-            batches = resources.enter_context(loader)
-            trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
-            progress = build_progress(args, trainer.tokens_per_step, device)
-            metric_logger = MetricLogger(metrics_path(args), args, resume_step=state.step)
-            metrics = run_together(lambda: resources.enter_context(metric_logger))
-            profiler = resources.enter_context(
-                maybe_run_profiler(args.dump_dir, model, args.profiling)
-            )
-            log_micro_batches(trainer, metrics, args.logging.acc_freq)
-            probe_now_and_then(trainer, metrics)
-            watchdog = resources.enter_context(HangWatchdog(args.distributed.timeout_minutes))
-
-        def should_stop_evaluating() -> bool:
-            """Asked after each batch of an evaluation, which may take hours and is no stall."""
-            watchdog.beat(state.step)
-            return preemption_flag["flag"]
-
-        evaluate = CheckpointEvaluator(args, metrics, should_stop_evaluating)
-
-        if run_on_rank_0(lambda: is_validation_owed(args, state.step)):
-            validate(validator, trainer, metrics, should_stop_evaluating)
-        evaluate.resume(state.step)
-        while state.step < args.steps:
-            watchdog.beat(state.step)
-            progress.add(trainer.step())
-            profiler.step()
-            is_last, leaving = state.step == args.steps, agree_any(preemption_flag["flag"])
-            is_eval = is_last or args.checkpoint.eval.fires(state.step)
-            if is_last or every_n_steps(state, args.logging.freq):
-                metrics.log(record := progress.record(state))
-                state.clear_losses()
-                log_on_rank_0(progress.line(record))
-            if every_n_steps(state, args.gc_collect_freq):
-                gc.collect()
-            with progress.paused():
-                checkpoints.poll()
-                if is_eval or leaving or args.checkpoint.dump.fires(state.step):
-                    checkpoints.save(model, optimizer, state, args, mesh)
-                if is_eval and not leaving:
-                    validate(validator, trainer, metrics, should_stop_evaluating)
-                    checkpoints.finish()
-                    evaluate(state.step)
-                    leaving = agree_any(preemption_flag["flag"])
-            if leaving:
-                break
-        checkpoints.finish()
-        # Without a step, too, since an evaluation of the last one may have been owed.
-        if agree_any(preemption_flag["flag"]):
-            log_on_rank_0("left after step %d of %d, saved", state.step, args.steps, level=WARNING)
             requeue_slurm_job()
 
 
+class PreemptionFlag:
+    """Set by a signal: the run saves after the current step, and exits."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def set(self, signum: int, frame: FrameType | None) -> None:
+        """Signal handler."""
+        logger.warning("signal %d: saving after this step, then exiting", signum)
+        self.is_set = True
+
+
+# ---- the start
+
+
 def is_finished(args: TrainArgs) -> bool:
-    """Whether an earlier run has done all steps; then nothing on disk is touched."""
-    assert args.checkpoint.path is not None
+    """Return whether an earlier run has done everything. Nothing is written."""
     newest = CheckpointManager(args.checkpoint).get_last_step_path(quiet=True)
-    if newest is None or int(newest.name) < args.steps:
-        return False
-    if is_validation_owed(args, int(newest.name)) or owed_evaluation(args, int(newest.name)):
+    step = int(newest.name) if newest is not None else 0
+    if step < args.steps or is_evaluation_missing(args, step):
         return False
     if get_is_master():
         print(
-            f"{newest}: {int(newest.name)} steps are done and steps={args.steps}: nothing to do; "
-            "another run needs another dump_dir",
+            f"{newest}: {step} steps are done and steps={args.steps}: nothing to do; increase "
+            "steps, or name another dump_dir",
             flush=True,
         )
     return True
 
 
-def start(args: TrainArgs) -> None:
-    """Logs, signals, environment, and the other processes."""
+def build_run(
+    args: TrainArgs, given: TrainArgs, model: LoopedTransformer, resources: ExitStack
+) -> Run:
+    """Build all parts of the run, and load its newest checkpoint. A collective.
+
+    `args` are the options with defaults filled in, `given` those of the user. `model`, on meta, is
+    allocated and parallelized in place. `resources` closes what the run opens.
+    """
+    preemption = setup_process(args)
+    resources.enter_context(end_in_log_file())
+    gc.disable()  # ranks would collect at different times, and wait for each other each time
+    resources.callback(gc.enable)
+    mesh, device = get_device_mesh(args.distributed), get_device()
+    validator = build_run_validator(args)
+    checkpoints = CheckpointManager.instantiate_and_make_dir(args.checkpoint)
+    resources.enter_context(checkpoints)
+    flops_per_token = train_flops_per_token(model, args.data.seq_len)  # before TP splits the heads
+    build_model(args, mesh, device, find_initial_weights(args, checkpoints), model)
+    optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
+    state = load_state(args, model, optimizer, scheduler, checkpoints, mesh)
+    loader = run_together(lambda: build_dataloader_from_args(args.data, state.data_loader_state))
+    run_on_rank_0(lambda: save_run_record(args, given, state.step))
+
+    batches = resources.enter_context(loader)
+    trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
+    log_on_rank_0(format_summary(trainer, get_world_size()))
+    for warning in train_warnings(args):
+        log_on_rank_0(warning, level=WARNING)
+    progress = Progress(
+        steps=args.steps,
+        tokens_per_step=trainer.tokens_per_step,
+        flops_per_token=flops_per_token,
+        world_size=get_world_size(),
+        device=device,
+        dtype=resolve_dtype(args.distributed.model_dtype, device.type),
+    )
+    metric_logger = MetricLogger(metrics_path(args), args, resume_step=state.step)
+    metrics = run_together(lambda: resources.enter_context(metric_logger))
+    profiler = resources.enter_context(maybe_run_profiler(args.dump_dir, model, args.profiling))
+    log_micro_batches(trainer, metrics)
+    log_probes(trainer, metrics)
+    watchdog = resources.enter_context(HangWatchdog(args.distributed.timeout_minutes))
+    return Run(trainer, checkpoints, metrics, progress, profiler, watchdog, preemption, validator)
+
+
+def setup_process(args: TrainArgs) -> PreemptionFlag:
+    """Set up the log, the signal handlers, the environment and the process group."""
     init_logger(Path(args.dump_dir, "train.log"))
-    preemption_flag["flag"] = False
-    init_signal_handler(set_preemption_flag)
+    preemption = PreemptionFlag()
+    init_signal_handler(preemption.set)
     setup_env(args.env)
     setup_torch_distributed(args.distributed)
     seed_everything(args.seed)
+    return preemption
 
 
-@contextmanager
-def manual_garbage_collection() -> Iterator[None]:
-    """Python's own collections would stop the ranks at different moments, each waiting for each."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def initial_weights(args: TrainArgs, checkpoints: CheckpointManager) -> str | None:
-    """checkpoint.init_ckpt_path, where the run starts with its weights and with nothing else."""
+def find_initial_weights(args: TrainArgs, checkpoints: CheckpointManager) -> str | None:
+    """Return checkpoint.init_ckpt_path if a new run loads only its weights, else None."""
     if args.checkpoint.continue_training_from_init:
         return None
     is_new = run_on_rank_0(lambda: checkpoints.get_last_step_path(quiet=True) is None)
@@ -224,11 +276,17 @@ def initial_weights(args: TrainArgs, checkpoints: CheckpointManager) -> str | No
 
 
 def build_model(
-    args: TrainArgs, mesh: DeviceMesh | None, device: torch.device, weights: str | None = None
+    args: TrainArgs,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    weights: str | None = None,
+    model: LoopedTransformer | None = None,
 ) -> LoopedTransformer:
-    """The parallel model with the usual initial weights, or those of the checkpoint `weights`."""
-    with torch.device("meta"):
-        model = LoopedTransformer(args.model)
+    """Build and parallelize the model, and initialize it or load the checkpoint `weights`.
+
+    `model` is the model on meta, changed in place; None builds it.
+    """
+    model = build_on_meta(args.model) if model is None else model
     set_activation_checkpointing(model, args.distributed.activation_checkpointing)
     set_resharding(model, args.distributed.reshard_between_loops)
     parallelize_model(
@@ -250,17 +308,17 @@ def build_model(
         model.init_weights()
     if weights is not None:
         load_initial_weights(weights, model)
-    check_model_value_range(model, range=SANE_RANGE, std=SANE_STD, zero_init=zero_at_start())
+    check_model_value_range(model, range=MAX_WEIGHT, std=MAX_STD, zero_init=zero_at_start())
     return model
 
 
 def zero_at_start() -> list[str]:
-    """How the names of weights end that start at zero on purpose."""
+    """Return the name suffixes of weights that are initialized to zero."""
     mixers = set(MIXERS.values())
     return ["rho", *(f"{m.module_name}.{name}" for m in mixers for name in m.zero_at_start)]
 
 
-def new_or_resumed_state(
+def load_state(
     args: TrainArgs,
     model: LoopedTransformer,
     optimizer: Optimizer,
@@ -268,7 +326,10 @@ def new_or_resumed_state(
     checkpoints: CheckpointManager,
     mesh: DeviceMesh | None,
 ) -> TrainState:
-    """The train state of a new run; after a checkpoint was loaded, of the one that goes on."""
+    """Load the newest checkpoint into `model` and `optimizer`, and return the train state.
+
+    Without a checkpoint, return the state of a new run.
+    """
     loader_state = init_dataloader_state_from_args(args.data, *get_dp_rank_and_degree(mesh))
     state = TrainState(0, 0, loader_state, scheduler)
     loaded = checkpoints.load(model, optimizer, state, mesh, config=args)
@@ -279,55 +340,30 @@ def new_or_resumed_state(
     return state
 
 
-def write_record_of_run(args: TrainArgs, given: TrainArgs, step: int) -> None:
-    """config.yaml, base_config.yaml and the code. A config that changed is kept under its step."""
+def save_run_record(args: TrainArgs, given: TrainArgs, step: int) -> None:
+    """Write config.yaml, base_config.yaml and the code. A changed config is kept under `step`."""
     folder = Path(args.dump_dir)
     if not (folder / "base_config.yaml").exists():
         dump_config(given, folder / "base_config.yaml", log_config=False)
     config = folder / "config.yaml"
     before = config.read_bytes() if config.exists() else None
-    dump_config(args, config)
+    dump_config(args, config, log_config=False)
     if before is not None and before != config.read_bytes():
         (folder / f"config.before_step_{step}.yaml").write_bytes(before)
     root = Path(__file__).resolve().parents[2]
     if not (folder / "code").exists() and (root / "pyproject.toml").exists():
         snapshot_code(root, folder / "code", folder.resolve())
-        if not (folder / CODE_VERSION).exists():  # stool has written its own
+        if not (folder / CODE_VERSION).exists():  # stool writes its own
             write_atomic(folder / CODE_VERSION, version_record(root))
 
 
-def describe(model: LoopedTransformer, args: TrainArgs) -> None:
-    """Tell a person what is about to run."""
-    count = count_parameters(model)
-    log_on_rank_0(
-        "%s parameters: %s in layers, %s in embeddings, %s in residual gates",
-        *(f"{n:,}" for n in (count.total, count.body, count.embedding, count.gates)),
-    )
-    for warning in warnings_of_options(args.model) if get_is_master() else []:
-        logger.warning(warning)
-    n_layers, n_loops = args.model.n_layers, args.model.loop_count
-    table = format_layout(model.inference_layout, model.layout_plan.random_loops)
-    log_on_rank_0("%d layers x %d loops:\n%s", n_layers, n_loops, table)
-    if args.distributed.compile:
-        log_on_rank_0("layers are compiled in the first step, which may take minutes")
-
-
-def build_progress(args: TrainArgs, tokens_per_step: int, device: torch.device) -> Progress:
-    with torch.device("meta"):
-        whole = LoopedTransformer(args.model)  # a tensor-parallel one has this rank's heads alone
-    return Progress(
-        steps=args.steps,
-        tokens_per_step=tokens_per_step,
-        flops_per_token=train_flops_per_token(whole, args.data.seq_len),
-        world_size=get_world_size(),
-        device=device,
-        dtype=resolve_dtype(args.distributed.model_dtype, device.type),
-    )
+# ---- the command
 
 
 def validate_before_submit(args: TrainArgs, world_size: int) -> None:
-    """What stool asks before it writes or submits anything."""
-    validate_train_args(args, world_size=world_size)
+    """Check `args` for stool, before it writes or submits anything, and log warnings."""
+    for warning in train_warnings(validate_train_args(args, world_size=world_size)):
+        logger.warning(warning)
 
 
 def input_paths(args: TrainArgs) -> dict[str, str | Path | None]:

@@ -126,7 +126,6 @@ def clean_process() -> Iterator[None]:
             handler.close()
         root.handlers[:] = loggers
         root.setLevel(level)
-        app.preemption_flag["flag"] = False
 
 
 @contextmanager

@@ -58,11 +58,8 @@ class LMHarnessArgs:
         _require(is_limit, "limit", self.limit, "a number of questions, a fraction, or null")
         if self.limit is not None and self.samples is not None:
             raise UserError(f"harness.limit={self.limit}: harness.samples is set too; use only one")
-        is_stride = self.stride is None or self.stride >= 1
-        _require(is_stride, "stride", self.stride, "at least 1 token, or null")
-        _require(self.bootstrap_iters >= 0, "bootstrap_iters", self.bootstrap_iters, "0 or more")
-        is_count = self.num_fewshot is None or self.num_fewshot >= 0
-        _require(is_count, "num_fewshot", self.num_fewshot, "0 or more, or null")
+        for name in ("bootstrap_iters", "num_fewshot"):
+            _require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "0 or more")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise UserError(
                 "harness.fewshot_as_multiturn=true needs harness.apply_chat_template=true"

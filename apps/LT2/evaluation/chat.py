@@ -57,7 +57,7 @@ def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
         if jinja.is_file():
             return ChatTemplate(jinja.read_text(encoding="utf-8"), jinja)
         config = file.with_name("tokenizer_config.json")
-        text = _read_mapping(config).get("chat_template") if config.is_file() else None
+        text = _read_json(config).get("chat_template") if config.is_file() else None
         if isinstance(text, list):
             text = _select_default(text)
         if isinstance(text, str):
@@ -75,14 +75,11 @@ def _select_default(named: list[Any]) -> str | None:
     return next((t.get("template") for t in templates if t.get("name") == "default"), None)
 
 
-def _read_mapping(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not a mapping")
-    return content
 
 
 def _raise_exception(message: str) -> None:

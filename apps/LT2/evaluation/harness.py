@@ -20,7 +20,7 @@ from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
 )
-from apps.LT2.inference.load import LoadedModel, load_model_and_tokenizer
+from apps.LT2.inference.load import LoadedModel, load_model_and_tokenizer, resolve_device
 from lingua.args import dataclass_from_dict
 from lingua.distributed import get_is_master, get_world_size, setup_torch_distributed
 from lingua.errors import UserError, import_optional
@@ -271,24 +271,14 @@ def _progress(what: str) -> Callable[[Sequence], Iterable]:
 
 
 @dataclass
-class ModelArgs:
-    """Options of `--model_args` for the model `lt2`."""
+class ModelArgs(PackedCausalTransformerGeneratorArgs):
+    """Options of `--model_args` for the model `lt2`. The default of max_tokens on GPUs is 8192."""
 
-    ckpt: str  # a run's folder, a step folder or a file of weights
-    dtype: str = "auto"  # bf16, fp16 or fp32 of weight matrices and cache; auto: bf16 on GPUs
-    device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda if available
+    ckpt: str = ""  # a run's folder, a step folder or a file of weights; required
     loop_count: int | None = None  # number of loops; null = as in training
     tokenizer_path: str | None = None  # path of the tokenizer's file; null = as in training
-    max_tokens: int | None = None  # tokens of a batch; null = 8192 on GPUs, 1024 on CPUs
     max_gen_len: int = 256  # maximum answer length if the task sets none
-    max_prompt_len: int | None = None  # maximum window; null = the training sequence length
     stride: int | None = None  # tokens between rolling windows; null = the window's length
-    seed: int = 42  # of sampling
-
-
-def default_max_tokens(loaded: LoadedModel) -> int:
-    """Return a batch size in tokens. On CPU, attention is quadratic in the packed row's length."""
-    return 8192 if loaded.model.tok_embeddings.weight.is_cuda else 1024
 
 
 @register_model("lt2")
@@ -305,7 +295,12 @@ class RegisteredLM(EvalHarnessLM):
                 "tokens; use --model_args max_tokens=8192"
             )
         model_args.pop("trust_remote_code", None)  # the command line may add it
+        if resolve_device(model_args.get("device", "auto")).type == "cuda":
+            # Only on GPUs: on a CPU the cost of a packed row is quadratic in its length.
+            model_args.setdefault("max_tokens", 8192)
         args = dataclass_from_dict(ModelArgs, model_args)
+        if not args.ckpt:
+            raise UserError("ckpt is not set; use --model_args ckpt=runs/demo")
         setup_torch_distributed(DistributedArgs(model_dtype="fp32"))  # no group in one process
         loaded = load_model_and_tokenizer(
             args.ckpt,
@@ -314,16 +309,7 @@ class RegisteredLM(EvalHarnessLM):
             loop_count=args.loop_count,
             tokenizer_path=args.tokenizer_path,
         )
-        max_tokens = default_max_tokens(loaded) if args.max_tokens is None else args.max_tokens
-        cfg = PackedCausalTransformerGeneratorArgs(
-            max_gen_len=args.max_gen_len,
-            max_tokens=max_tokens,
-            max_prompt_len=args.max_prompt_len,
-            dtype=args.dtype,
-            device=args.device,
-            seed=args.seed,
-        )
-        super().__init__(loaded, cfg, stride=args.stride, tokenizer_path=args.tokenizer_path)
+        super().__init__(loaded, args, stride=args.stride, tokenizer_path=args.tokenizer_path)
 
     @classmethod
     def create_from_arg_obj(

@@ -66,8 +66,8 @@ def check_validation_sources(args: ValidationArgs, section: str) -> None:
 class ValidationRows:
     """Concatenated documents, split into rows of seq_len + 1 tokens.
 
-    `tokens` (n_rows, seq_len + 1) int64, padded with NO_TARGET. `starts`, of the same shape, is 1 at
-    the first token of a document. `n_bytes` is the length of the scored text in UTF-8.
+    `tokens` (n_rows, seq_len + 1) int64 is padded with NO_TARGET. `starts`, of the same shape, is 1
+    at the first token of a document. `n_bytes` is the length of the scored text in UTF-8.
     """
 
     tokens: np.ndarray
@@ -75,7 +75,7 @@ class ValidationRows:
     n_bytes: int
 
     def views(self, begin: int, end: int, doc_mask: bool) -> np.ndarray:
-        """Return rows begin to end as the training loader yields them, padded after the last row."""
+        """Return rows `begin` to `end` as the training loader yields them. Pad after the last."""
         import numpy as np
 
         shape = (end - begin, self.tokens.shape[1])

@@ -1,8 +1,7 @@
-"""Everything that a training run can be told, and what is refused before it starts."""
+"""Options of a training run, and the checks before it starts."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from apps.LT2.evaluation.validation import check_validation_sources
 from apps.LT2.inference.load import check_kernels
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.parallel import check_tensor_parallel
-from apps.LT2.training.unused_options import check_unused_options
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, check_init
 from lingua.data import validate_data_args
@@ -26,7 +24,7 @@ from lingua.distributed import (
     get_is_master,
     get_world_size,
 )
-from lingua.errors import UserError
+from lingua.errors import UserError, first_line
 from lingua.metrics import LoggingArgs, check_logging_packages
 from lingua.optim import OptimArgs
 from lingua.parallel.args import DistributedArgs, resolve_dtype
@@ -35,18 +33,21 @@ from lingua.profiling import ProfilerArgs
 from lingua.slurm.background import has_slurm, import_submitit, visible_gpus
 from lingua.tokenizer import build_tokenizer
 
-logger = logging.getLogger(__name__)
+# Options of `eval:` that training sets for each checkpoint.
+SET_BY_TRAINING = ("dump_dir", "metric_log_dir", "ckpt_dir", "global_step")
 
 
 @dataclass
 class TrainArgs:
     name: str = "lingua"  # name of the run, in wandb and in SLURM
     dump_dir: str = ""  # folder for everything that the run writes; required
-    seed: int = 42  # rules model.seed and data.seed where they are null
-    grad_acc_steps: int = 1  # micro-batches of an optimizer step, of data.batch_size each
-    gc_collect_freq: int = 1000  # steps between garbage collections; Python's own are off
+    seed: int = 42  # also model.seed and data.seed if they are null
+    grad_acc_steps: int = 1  # micro-batches of data.batch_size in an optimizer step
+    gc_collect_freq: int = (
+        1000  # steps between garbage collections; Python's automatic ones are off
+    )
     probe_freq: int | None = None  # steps between probes of layers and loops; null = never
-    steps: int = 1000  # optimizer steps in all
+    steps: int = 1000  # total optimizer steps
     data: DataArgs = field(default_factory=DataArgs)
     optim: OptimArgs = field(default_factory=OptimArgs)
     model: LoopedTransformerArgs = field(default_factory=LoopedTransformerArgs)
@@ -55,166 +56,147 @@ class TrainArgs:
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
     profiling: ProfilerArgs = field(default_factory=ProfilerArgs)
     logging: LoggingArgs = field(default_factory=LoggingArgs)
-    # GPUs of a job of its own for each evaluation by the harness, in SLURM, or, without it, on this
-    # machine beside training's; null = inside training
+    # GPUs of a separate job for each evaluation with the harness, in SLURM or on free GPUs of this
+    # machine; null = evaluate inside training
     async_eval_gpus: int | None = None
-    # at checkpoint.eval.every and at the end; null = validation with its defaults, no harness
+    # every checkpoint.eval.every steps and at the end; null = validation with its defaults only
     eval: EvalArgs | None = None
 
 
 def validate_train_args(
     args: TrainArgs, output_size: int | None = None, *, world_size: int | None = None
 ) -> TrainArgs:
-    """The same settings with every default filled in; a mistake is a UserError, before any work.
+    """Return `args` with every default filled in. UserError for a mistake.
 
-    `output_size` is the tokenizer's vocabulary; None builds the tokenizer to ask it. `world_size`
-    means a job elsewhere, of so many processes; None is this one, whose devices are checked, too.
+    `output_size` is the vocabulary size; None takes the tokenizer's. `world_size` is the number of
+    processes of a job to submit; None means this job, and also checks its devices.
     """
+    return check_and_build(args, output_size, world_size=world_size)[0]
+
+
+def check_and_build(
+    args: TrainArgs, output_size: int | None = None, *, world_size: int | None = None
+) -> tuple[TrainArgs, LoopedTransformer]:
+    """Do the work of validate_train_args, and also return the model on meta that it builds."""
+    check_numbers(args)
+    args = fill_in_defaults(
+        args, output_size, get_world_size() if world_size is None else world_size
+    )
+    validate_data_args(args.data, args.distributed.dp_replicate * args.distributed.dp_shard)
+    model = build_on_meta(args.model)
+    check_tensor_parallel(model, args.distributed.tp_size)
+    if world_size is None:
+        check_device(args.model, args.distributed)
+    check_logging_packages(args.logging)
+    check_eval_args(args)
+    if not CheckpointManager(args.checkpoint).existing_saves:
+        check_init(args.checkpoint)
+    return args, model
+
+
+def check_numbers(args: TrainArgs) -> None:
+    """Raise UserError for values that are wrong with any data, tokenizer and machine."""
     if not args.dump_dir:
-        raise UserError("dump_dir is empty: name a folder for the run, e.g. dump_dir=runs/debug")
+        raise UserError("dump_dir is empty; name a folder for the run, e.g. dump_dir=runs/debug")
     for name in ("steps", "grad_acc_steps", "gc_collect_freq"):
         if getattr(args, name) < 1:
             raise UserError(f"{name}={getattr(args, name)} must be at least 1")
-    for name, seed in (
-        ("seed", args.seed),
-        ("model.seed", args.model.seed),
-        ("data.seed", args.data.seed),
-    ):
+    if args.probe_freq is not None and args.probe_freq < 1:
+        raise UserError(f"probe_freq={args.probe_freq} must be at least 1, or null")
+    seeds = {"seed": args.seed, "model.seed": args.model.seed, "data.seed": args.data.seed}
+    for name, seed in seeds.items():
         if seed is not None and not 0 <= seed < 2**63:
             raise UserError(f"{name}={seed} must be from 0 to 2**63 - 1")
-    if args.model.vocab_size < 1 and args.model.vocab_size != -1:
-        raise UserError(
-            f"model.vocab_size={args.model.vocab_size} must be positive, or -1 for the tokenizer's"
-        )
     if args.model.max_seqlen not in (LoopedTransformerArgs.max_seqlen, args.data.seq_len):
         raise UserError(
-            f"model.max_seqlen={args.model.max_seqlen} is data.seq_len={args.data.seq_len} in "
-            "training: set data.seq_len, and leave model.max_seqlen out"
-        )
-    if args.probe_freq is not None and args.probe_freq < 1:
-        raise UserError(f"probe_freq={args.probe_freq} must be at least 1, or null for no probes")
-    acc_freq = args.logging.acc_freq
-    if acc_freq is not None and acc_freq >= args.grad_acc_steps:
-        raise UserError(
-            f"logging.acc_freq={acc_freq} with grad_acc_steps={args.grad_acc_steps}: no record "
-            "would come inside a step; make it smaller, or null"
+            f"model.max_seqlen={args.model.max_seqlen} contradicts data.seq_len="
+            f"{args.data.seq_len}; set only data.seq_len"
         )
     if args.data.n_views != 2:
-        raise UserError(
-            f"data.n_views={args.data.n_views}: this trainer predicts one next token; use 2"
-        )
-    distributed = fit_to_world(
-        args.distributed, get_world_size() if world_size is None else world_size
-    )
+        raise UserError(f"data.n_views={args.data.n_views} must be 2: input and next token")
+
+
+def fill_in_defaults(args: TrainArgs, output_size: int | None, world_size: int) -> TrainArgs:
     if output_size is None:
         output_size = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words
-    model = replace(
-        args.model,
-        seed=args.seed if args.model.seed is None else args.model.seed,
-        vocab_size=output_size if args.model.vocab_size < 0 else args.model.vocab_size,
-        max_seqlen=args.data.seq_len,
-    )
-    if model.vocab_size < output_size:
+    vocab_size = output_size if args.model.vocab_size == -1 else args.model.vocab_size
+    if vocab_size < output_size:
         raise UserError(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {output_size} "
-            "pieces; leave it at -1"
+            f"model.vocab_size={vocab_size} is below the tokenizer's {output_size} tokens; set -1 "
+            "for the tokenizer's size"
         )
-    data = replace(args.data, seed=args.seed if args.data.seed is None else args.data.seed)
-    validate_data_args(data, distributed.dp_replicate * distributed.dp_shard)
-    check_model(model, distributed.tp_size)
-    check_unused_options(model)
-    if world_size is None:
-        check_device(model, distributed)
-    check_logging_packages(args.logging)
-    validation = (args.eval or EvalArgs()).validation
-    if validation is not None:
-        check_validation_sources(validation, "eval.validation")
-    check_eval_args(args)
-    checkpoint = args.checkpoint
-    if checkpoint.path is None:
-        checkpoint = replace(checkpoint, path=str(Path(args.dump_dir, "checkpoints")))
-    if not CheckpointManager(checkpoint).existing_saves:
-        check_init(checkpoint)
-    return replace(args, distributed=distributed, model=model, data=data, checkpoint=checkpoint)
+    model_seed, data_seed = (
+        args.seed if seed is None else seed for seed in (args.model.seed, args.data.seed)
+    )
+    path = args.checkpoint.path or str(Path(args.dump_dir, "checkpoints"))
+    seq_len = args.data.seq_len
+    return replace(
+        args,
+        distributed=fit_to_world(args.distributed, world_size),
+        model=replace(args.model, seed=model_seed, vocab_size=vocab_size, max_seqlen=seq_len),
+        data=replace(args.data, seed=data_seed),
+        checkpoint=replace(args.checkpoint, path=path),
+    )
 
 
-def check_model(model: LoopedTransformerArgs, tp_size: int) -> None:
-    """Refuse impossible shapes, patterns and backends, by building the model without memory."""
+def build_on_meta(args: LoopedTransformerArgs) -> LoopedTransformer:
+    """Build the model without memory. UserError for impossible shapes, patterns and backends."""
     try:
         with torch.device("meta"):
-            whole = LoopedTransformer(model)
+            return LoopedTransformer(args)
     except (RuntimeError, TypeError) as error:
         if "verflow" not in str(error):
             raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model: its sizes are beyond any memory ({reason})") from None
-    check_tensor_parallel(whole, tp_size)
+        raise UserError(f"model: its tensors are too large ({first_line(error)})") from None
 
 
 def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> None:
-    """Refuse kernels that this machine cannot run, at the start and not at the first backward."""
+    """Raise UserError for kernels that this machine can't run."""
     device_type = get_device().type
     dtype = resolve_dtype(distributed.model_dtype, device_type)
     check_attention_device(model.attn_impl, device_type=device_type, dtype=dtype, training=True)
     check_kernels(model, device_type)
 
 
-FILLED_IN = ("dump_dir", "metric_log_dir", "ckpt_dir", "global_step")
+# ---- eval
 
 
 def check_eval_args(args: TrainArgs) -> None:
-    """Refuse what an evaluation of this run could not do, before it starts."""
+    """Raise UserError if the evaluations of this run would fail."""
     given, n_gpus = args.eval or EvalArgs(), args.async_eval_gpus
-    for name in FILLED_IN:
+    if given.validation is not None:
+        check_validation_sources(given.validation, "eval.validation")
+    for name in SET_BY_TRAINING:
         value = getattr(given, name)
         if value not in (None, ""):
-            raise UserError(
-                f"eval.{name}={value}: training fills this in for each checkpoint; leave it out"
-            )
+            raise UserError(f"eval.{name}={value}: training sets this itself; remove it")
     if given.wandb is not None and n_gpus is None:
-        raise UserError("eval.wandb: inside training scores go where logging.wandb says; set that")
-    if n_gpus is not None:
-        check_job(args, given, n_gpus)
+        raise UserError("eval.wandb needs async_eval_gpus; inside training set logging.wandb")
+    if n_gpus is not None and n_gpus < 1:
+        raise UserError(f"async_eval_gpus={n_gpus} must be at least 1, or null")
     if given.harness is None:
         return
-    import_lm_eval()
-    if get_is_master():  # the harness reads thousands of files for it
+    if n_gpus is not None:
+        import_submitit(f"async_eval_gpus={n_gpus}")
+        if not has_slurm():
+            find_free_gpus(n_gpus)
+    import_lm_eval(needed_by="eval.harness.tasks")
+    if get_is_master():  # the harness reads thousands of files
         try:
             find_tasks(given.harness)
         except UserError as error:
-            raise UserError(f"eval: {error}") from None
+            raise UserError(f"eval.{error}") from None
 
 
-def check_job(args: TrainArgs, given: EvalArgs, n_gpus: int) -> None:
-    if n_gpus < 1:
-        raise UserError(f"async_eval_gpus={n_gpus} must be at least 1, or null")
-    if given.harness is None:
-        raise UserError(
-            f"async_eval_gpus={n_gpus}: eval.harness is null, and the validation loss is measured "
-            "in training: there is nothing for a job to do. Set eval.harness.tasks, or leave "
-            "async_eval_gpus null"
-        )
-    import_submitit(f"async_eval_gpus={n_gpus}")
-    if not has_slurm():
-        free_gpus(n_gpus)
-    keep = args.checkpoint.eval.keep
-    if keep > 0 and get_is_master():
-        logger.warning(
-            "checkpoint.eval.keep=%d with async_eval_gpus: a job that starts after %d more "
-            "evaluations finds its checkpoint deleted",
-            *(keep, keep),
-        )
-
-
-def free_gpus(n_gpus: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES of a job on this machine beside its training; None without GPUs."""
+def find_free_gpus(n_gpus: int) -> str | None:
+    """Return CUDA_VISIBLE_DEVICES of `n_gpus` that training leaves free. None without GPUs."""
     visible, n_training = visible_gpus(), get_local_world_size()
     if not visible:
         return None
     if len(visible) < n_training + n_gpus:
         raise UserError(
-            f"async_eval_gpus={n_gpus}: there is no SLURM on this machine to submit a job to, and "
-            f"training takes {n_training} of its {len(visible)} GPUs; use fewer processes, or "
-            "leave it null, and evaluation runs inside training"
+            f"async_eval_gpus={n_gpus}: without SLURM the job runs on this machine, and training "
+            f"uses {n_training} of its {len(visible)} GPUs; start fewer processes, or set null to "
+            "evaluate inside training"
         )
     return ",".join(visible[n_training : n_training + n_gpus])

@@ -1,10 +1,9 @@
-"""Evaluation of a run's own checkpoints by the harness: inside training, or in a job of its own.
+"""Evaluate during training: the validation loss of the model, and the harness on checkpoints.
 
-A job goes through submitit: to SLURM, or to GPUs of this machine that training does not use.
-Inside, the checkpoint that was just saved is loaded again as a whole model on each rank: the model
-in training is sharded, in fp32, and compiled for other shapes. An evaluation that fails is told of
-in the log and training goes on; mistakes in `eval:` are refused at the start. The validation loss
-is no part of this: training measures it on its own model.
+The validation loss is measured on the model in training. The harness loads the checkpoint that was
+just saved as a whole model, since the model in training is sharded, in fp32 and compiled for other
+shapes. It runs inside training, or as a separate job: in SLURM, or on free GPUs of this machine. If
+it fails, the error is logged and training continues.
 """
 
 from __future__ import annotations
@@ -24,15 +23,10 @@ from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.evaluate import evaluate, flatten_scores
 from apps.LT2.evaluation.scoring import EvaluationStopped
 from apps.LT2.evaluation.validation import Validator, find_sources
-from apps.LT2.training.args import TrainArgs, free_gpus
+from apps.LT2.training.args import TrainArgs, find_free_gpus
 from apps.LT2.training.trainer import Trainer
 from lingua.args import dataclass_to_dict
-from lingua.distributed import (
-    clean_env,
-    get_dp_rank_and_degree,
-    run_on_rank_0,
-    run_together,
-)
+from lingua.distributed import clean_env, get_dp_rank_and_degree, run_on_rank_0, run_together
 from lingua.errors import UserError
 from lingua.files.jsonl_log import is_recorded, repair_jsonl
 from lingua.logger import log_on_rank_0
@@ -46,31 +40,79 @@ logger = logging.getLogger(__name__)
 
 GPUS_PER_NODE = 8
 RECORDS = "metrics.eval.jsonl"
+# Environment variables of this job whose values the evaluation jobs share.
+SLURM_OPTIONS = {
+    "partition": "SLURM_JOB_PARTITION",
+    "account": "SLURM_JOB_ACCOUNT",
+    "qos": "SLURM_JOB_QOS",
+}
 
 
-# ---- in training
+def metrics_path(args: TrainArgs) -> Path:
+    return Path(args.dump_dir, "metrics.jsonl")
 
 
-class CheckpointEvaluator:
-    """Calls are collectives. Does nothing where `eval.harness` is null."""
+def build_run_validator(args: TrainArgs) -> Validator | None:
+    """Build the validator of `eval.validation`, and read its text, where a mistake may be."""
+    validation = (args.eval or EvalArgs()).validation
+    if validation is None:
+        return None
+    tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
+    validator = Validator(validation, args.data, tokenizer)
+    run_together(validator.rows)
+    return validator
 
-    def __init__(self, args: TrainArgs, metrics: MetricLogger, should_stop: Callable[[], bool]):
-        self.args, self.metrics, self.should_stop = args, metrics, should_stop
-        self.eval = args.eval or EvalArgs()
-        self.jobs: dict[int, Any] = {}  # submitit's handle, by step, of those not known to be done
 
-    def resume(self, step: int) -> None:
-        """Forget scores of steps that are trained again; make up for an evaluation that is owed."""
-        if self.eval.harness is None:
+class Evaluator:
+    """Evaluates a run: the validation loss of its model, and the harness on its checkpoints.
+
+    `should_stop` is called after each batch; if it is true on any rank, the evaluation stops and is
+    repeated by `catch_up` of the resumed run. All methods are collectives.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        metrics: MetricLogger,
+        validator: Validator | None,
+        should_stop: Callable[[], bool],
+    ):
+        self.trainer, self.args, self.metrics = trainer, trainer.args, metrics
+        self.validator, self.should_stop = validator, should_stop
+        self.harness = (trainer.args.eval or EvalArgs()).harness
+        self.jobs: dict[int, Any] = {}  # submitit's handles of unfinished jobs, by step
+
+    def catch_up(self) -> None:
+        """Run evaluations that the run skipped when it stopped. Drop scores of later steps."""
+        args, step = self.args, self.trainer.state.step
+        if run_on_rank_0(lambda: is_validation_missing(args, step)):
+            self.log_validation_loss()
+        if self.harness is None:
             return
-        if self.args.async_eval_gpus is None:
-            run_on_rank_0(lambda: repair_jsonl(Path(self.args.dump_dir, RECORDS), step))
-        owed = run_on_rank_0(lambda: owed_evaluation(self.args, step))
-        if owed is not None:
-            self(owed)
+        if args.async_eval_gpus is None:
+            run_on_rank_0(lambda: repair_jsonl(Path(args.dump_dir, RECORDS), step))
+        missing = run_on_rank_0(lambda: find_missing_harness_step(args, step))
+        if missing is not None:
+            self.run_harness(missing)
 
-    def __call__(self, step: int) -> None:
-        if self.eval.harness is None:
+    def log_validation_loss(self) -> None:
+        """Measure and log the validation loss of the model in training."""
+        if self.validator is None:
+            return
+        trainer = self.trainer
+        rank, degree = get_dp_rank_and_degree(trainer.mesh)
+        place = {"device": trainer.device, "rank": rank, "world_size": degree}
+        scores = self.validator(trainer.model, **place, should_stop=self.should_stop)
+        if scores:
+            self.metrics.log({"global_step": trainer.state.step, "acc_step": 0, **scores})
+            log_on_rank_0(
+                "step %d  validation loss %.4f nats per token, %.4f bits per byte",
+                *(trainer.state.step, scores["loss/val"], scores["loss/val_bpb"]),
+            )
+
+    def run_harness(self, step: int) -> None:
+        """Run the harness on the checkpoint of `step`, or submit a job. Errors are logged."""
+        if self.harness is None:
             return
         args = eval_args_of_step(self.args, step)
         try:
@@ -79,50 +121,69 @@ class CheckpointEvaluator:
             else:
                 self._evaluate(args)
         except Exception as error:
-            again = f"python -m apps.LT2.eval ckpt_dir={args.ckpt_dir} ..."
             logger.error(
-                "the evaluation of step %d failed, training goes on; by hand: %s\n%s",
-                *(step, again, error),
+                "the evaluation of step %d failed; to repeat it: python -m apps.LT2.eval "
+                "ckpt_dir=%s ...\n%s",
+                *(step, args.ckpt_dir, error),
                 exc_info=not isinstance(error, UserError),
             )
 
     def _submit(self, step: int, args: EvalArgs) -> None:
-        """A job for this step, and a word about those before that have failed."""
-        for before in [before for before, job in self.jobs.items() if job.done()]:
-            problem = failure(self.jobs.pop(before))
+        """Submit a job, and log which earlier jobs have failed."""
+        for done in [earlier for earlier, job in self.jobs.items() if job.done()]:
+            problem = failure(self.jobs.pop(done))
             if problem:
-                logger.error("the evaluation job of step %d failed: %s", before, problem)
+                logger.error("the evaluation job of step %d failed: %s", done, problem)
         self.jobs[step] = submit_evaluation(self.args, args)
 
     def _evaluate(self, args: EvalArgs) -> None:
-        def attempt() -> dict[str, Any] | None:
+        def try_to_evaluate() -> dict[str, Any] | None:
             try:
                 return evaluate(args, self.should_stop)
             except EvaluationStopped:
                 return None
 
-        state = get_rng_state()  # the harness seeds every generator for itself
+        state = get_rng_state()  # the harness seeds every generator
         try:
-            # A rank that fails between collectives must not leave the others in the next one.
-            scores = run_together(attempt)
+            # A rank that fails must not leave the others waiting in the next collective.
+            scores = run_together(try_to_evaluate)
         finally:
             set_rng_state(state)
-            gc.collect()  # of a second model; training has switched automatic collections off
-            torch.cuda.empty_cache()  # nothing without CUDA
+            gc.collect()  # frees the second model; automatic collections are off in training
+            torch.cuda.empty_cache()  # does nothing without CUDA
         if scores is None:
-            logger.warning("the evaluation of step %s was given up to leave", args.global_step)
+            logger.warning("a signal stopped the evaluation of step %s", args.global_step)
         else:
             self.metrics.send({"global_step": args.global_step, **flatten_scores(scores)})
 
 
-def owed_evaluation(args: TrainArgs, step: int) -> int | None:
-    """The last step, up to `step`, that was to be evaluated by the harness, if nothing is on disk
-    of it but its checkpoint."""
+# ---- what is still to be evaluated
+
+
+def is_evaluated(args: TrainArgs, step: int) -> bool:
+    """Return whether the run evaluates at `step`."""
+    return step > 0 and (step == args.steps or args.checkpoint.eval.fires(step))
+
+
+def is_evaluation_missing(args: TrainArgs, step: int) -> bool:
+    """Return whether the run that saved `step` stopped before it was evaluated."""
+    return is_validation_missing(args, step) or find_missing_harness_step(args, step) is not None
+
+
+def is_validation_missing(args: TrainArgs, step: int) -> bool:
+    validation = (args.eval or EvalArgs()).validation
+    if validation is None or not is_evaluated(args, step):
+        return False
+    has_text = bool(find_sources(validation, args.data))
+    return has_text and not is_recorded(metrics_path(args), step, "loss/val")
+
+
+def find_missing_harness_step(args: TrainArgs, step: int) -> int | None:
+    """Return the last evaluated step up to `step`, if it has a checkpoint and no scores."""
     every, harness = args.checkpoint.eval.every, (args.eval or EvalArgs()).harness
     last = step - step % every if every > 0 and step != args.steps else step
-    is_due = last > 0 and (last == args.steps or args.checkpoint.eval.fires(last))
     has_weights = Path(str(args.checkpoint.path), f"{last:010d}").is_dir()
-    if harness is None or not is_due or not has_weights:
+    if harness is None or not has_weights or not is_evaluated(args, last):
         return None
     if args.async_eval_gpus is not None:
         is_done = (results_folder(args, last) / "submit.slurm").exists()
@@ -131,13 +192,15 @@ def owed_evaluation(args: TrainArgs, step: int) -> int | None:
     return None if is_done else last
 
 
+# ---- one evaluation
+
+
 def results_folder(args: TrainArgs, step: int) -> Path:
     return Path(args.dump_dir, (args.eval or EvalArgs()).name, f"{step:010d}")
 
 
 def eval_args_of_step(args: TrainArgs, step: int) -> EvalArgs:
-    """`eval:` for the checkpoint of `step`; the harness alone."""
-    assert args.checkpoint.path is not None
+    """Return `eval:` for the checkpoint of `step`, with the harness only."""
     folder = results_folder(args, step)
     folder.mkdir(parents=True, exist_ok=True)
     return replace(
@@ -145,32 +208,26 @@ def eval_args_of_step(args: TrainArgs, step: int) -> EvalArgs:
         name=f"{args.name}_{folder.parent.name}_{step}",
         dump_dir=str(folder),
         metric_log_dir=args.dump_dir,
-        ckpt_dir=str(Path(args.checkpoint.path, f"{step:010d}")),
+        ckpt_dir=str(Path(str(args.checkpoint.path), f"{step:010d}")),
         validation=None,
         global_step=step,
     )
 
 
 def submit_evaluation(train_args: TrainArgs, args: EvalArgs) -> Any:
-    """Submit a job to the partition that this one runs in, or, without SLURM, start one on GPUs of
-    this machine that training does not use; submitit's handle. On rank 0 alone."""
-    n_gpus = train_args.async_eval_gpus
+    """Start a job and return submitit's handle. Call it on rank 0.
+
+    The job runs in the SLURM partition of this job or, without SLURM, on free GPUs of this machine.
+    """
+    n_gpus, wandb = train_args.async_eval_gpus, train_args.logging.wandb
     assert n_gpus is not None
-    logging_wandb = train_args.logging.wandb
-    if args.wandb is None and logging_wandb is not None:
-        args = replace(args, wandb=replace(logging_wandb, id=None, resume=None, name=args.name))
-    slurm, gpus = has_slurm(), None
-    if not slurm:
-        gpus = free_gpus(n_gpus)  # counts training's processes: before they are hidden
-    nodes = n_nodes(n_gpus) if slurm else 1
-    where: dict[str, Any] = {
-        option: os.environ[name]
-        for option, name in (
-            ("partition", "SLURM_JOB_PARTITION"),
-            ("account", "SLURM_JOB_ACCOUNT"),
-            ("qos", "SLURM_JOB_QOS"),
-        )
-        if os.environ.get(name)
+    if args.wandb is None and wandb is not None:
+        args = replace(args, wandb=replace(wandb, id=None, resume=None, name=args.name))
+    slurm = has_slurm()
+    gpus = None if slurm else find_free_gpus(n_gpus)  # before clean_env hides the local world size
+    nodes = count_nodes(n_gpus) if slurm else 1
+    same_as_here: dict[str, Any] = {
+        option: os.environ[name] for option, name in SLURM_OPTIONS.items() if os.environ.get(name)
     }
     given = StoolArgs(
         config=dataclass_to_dict(args),
@@ -180,60 +237,15 @@ def submit_evaluation(train_args: TrainArgs, args: EvalArgs) -> Any:
         dirs_exists_ok=True,
         nodes=nodes,
         ngpu=n_gpus // nodes,
-        **where,
+        **same_as_here,
     )
     with clean_env():
         return launch_in_background(given, gpus=gpus)
 
 
-def n_nodes(n_gpus: int) -> int:
-    """The fewest machines, of eight GPUs at most, that can each take the same number."""
+def count_nodes(n_gpus: int) -> int:
+    """Return the fewest nodes of at most eight GPUs that divide `n_gpus` evenly."""
     nodes = math.ceil(n_gpus / GPUS_PER_NODE)
     while n_gpus % nodes:
         nodes += 1
     return nodes
-
-
-def build_validator(args: TrainArgs) -> Validator | None:
-    validation = (args.eval or EvalArgs()).validation
-    if validation is None:
-        return None
-    tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
-    validator = Validator(validation, args.data, tokenizer)
-    run_together(validator.rows)  # now: a mistake in its text should not show up hours later
-    return validator
-
-
-def metrics_path(args: TrainArgs) -> Path:
-    return Path(args.dump_dir, "metrics.jsonl")
-
-
-def is_validation_owed(args: TrainArgs, step: int) -> bool:
-    """Whether the run that saved this step left before the end of its validation."""
-    validation = (args.eval or EvalArgs()).validation
-    is_eval = step == args.steps or args.checkpoint.eval.fires(step)
-    if step == 0 or not is_eval or validation is None:
-        return False
-    has_text = bool(find_sources(validation, args.data))
-    return has_text and not is_recorded(metrics_path(args), step, "loss/val")
-
-
-def validate(
-    validator: Validator | None,
-    trainer: Trainer,
-    metrics: MetricLogger,
-    should_stop: Callable[[], bool],
-) -> None:
-    if validator is None:
-        return
-    rank, degree = get_dp_rank_and_degree(trainer.mesh)
-    place = {"device": trainer.device, "rank": rank, "world_size": degree}
-    scores = validator(trainer.model, **place, should_stop=should_stop)
-    if scores:
-        metrics.log({"global_step": trainer.state.step, "acc_step": 0, **scores})
-        log_on_rank_0(
-            "step %d  validation loss %.4f nats per token, %.4f bits per byte",
-            trainer.state.step,
-            scores["loss/val"],
-            scores["loss/val_bpb"],
-        )

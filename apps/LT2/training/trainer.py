@@ -127,29 +127,28 @@ class StepResult:
     data_seconds: float  # time spent waiting for the data loader
 
 
+@dataclass
 class Trainer:
     """Takes optimizer steps. Updates `model`, `optimizer` and `state` in place."""
 
-    def __init__(
-        self,
-        args: TrainArgs,
-        model: LoopedTransformer,
-        optimizer: Optimizer,
-        state: TrainState,
-        batches: Iterator[tuple[Any, Any]],
-        mesh: DeviceMesh | None,
-        device: torch.device,
-    ):
-        self.args, self.model, self.optimizer, self.state = args, model, optimizer, state
-        self.batches, self.mesh, self.device = batches, mesh, device
-        data, (_, degree) = args.data, get_dp_rank_and_degree(mesh)
-        self.tokens_per_step = data.batch_size * data.seq_len * args.grad_acc_steps * degree
-        if state.n_tokens is None:
-            state.n_tokens = state.step * self.tokens_per_step
+    args: TrainArgs
+    model: LoopedTransformer
+    optimizer: Optimizer
+    state: TrainState
+    batches: Iterator[tuple[Any, Any]]
+    mesh: DeviceMesh | None
+    device: torch.device
+    # Called with a micro-batch before its forward, and with its loss after its backward.
+    before_micro_batch: Callable[[Batch], None] | None = None
+    after_micro_batch: Callable[[Tensor], None] | None = None
+
+    def __post_init__(self) -> None:
+        args, (_, degree) = self.args, get_dp_rank_and_degree(self.mesh)
+        tokens_per_batch = args.data.batch_size * args.data.seq_len
+        self.tokens_per_step = tokens_per_batch * args.grad_acc_steps * degree
+        if self.state.n_tokens is None:
+            self.state.n_tokens = self.state.step * self.tokens_per_step
         self.guard = NonfiniteGuard(args.optim.skip_nonfinite)
-        # Called with a micro-batch before its forward, and with its loss after its backward.
-        self.before_micro_batch: Callable[[Batch], None] | None = None
-        self.after_micro_batch: Callable[[Tensor], None] | None = None
 
     def step(self) -> StepResult:
         """Take one optimizer step. A collective."""

@@ -1,7 +1,6 @@
-"""Options of a model that are set and that none of its layers reads.
+"""Warn about options that are set and have no effect, or probably not the intended one.
 
-Nothing that was set is ignored: a run whose `gated_attn: true` finds no softmax layer would be
-taken for a gated model. What differs from its default counts as set.
+An option counts as set if it differs from its default.
 """
 
 from __future__ import annotations
@@ -11,71 +10,81 @@ from dataclasses import is_dataclass, replace
 from typing import Any
 
 from apps.LT2.mixers import MIXERS
+from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.config.help import format_value
-from lingua.errors import UserError
 
 
-def check_unused_options(args: LoopedTransformerArgs) -> None:
-    """UserError for an option of `model:` that changes nothing.
-
-    A section (`gdn:`) may stay where a recipe is tried with another mixer. So may
-    default_sliding_window, which recipes give whether or not they have a window.
-    """
-    for complaint in unused_options(args).values():
-        raise UserError(complaint)
-
-
-def unused_options(args: LoopedTransformerArgs) -> dict[str, str]:
-    """Name -> what is to be said of it, of each option that is set and changes nothing."""
-    used = _mixers(args)
-    reasons: dict[str, str] = {}
-    for name in sorted(frozenset().union(*(mixer.reads for mixer in MIXERS.values()))):
-        if not used & (readers := _readers(name)):
-            reasons[name] = f"only {_names(readers)} layers read it"
-    if all(_own_heads(args, name) for name in used):
-        reasons.setdefault("n_heads", "these layers have a number of their own")
-    before_narrowing = _mixers(replace(args, sliding_window=None))
-    if "full" not in before_narrowing:
-        reasons["sliding_window"] = "it narrows full layers"
-    for name in ("mixer", "hybrid_mixer"):
-        if getattr(args, name) not in before_narrowing:
-            reasons[name] = "attention_pattern gives it no layer"
-    if used & _readers("attn_impl") == {"dsa"} and args.dsa.warmup_steps == 0:
-        reasons["attn_impl"] = "dsa layers read it only in their warm-up, model.dsa.warmup_steps"
-    return {
-        name: f"model.{name}={format_value(getattr(args, name))} would change nothing: {why}, and "
-        f"here all are {_names(used)}; leave it out, or say "
-        f"{name}={format_value(_default(args, name))}"
-        for name, why in reasons.items()
-        if _is_set(args, name)
-    }
-
-
-def unused_sections(args: LoopedTransformerArgs) -> list[str]:
-    """A line for each section that is set and that no layer reads."""
+def train_warnings(args: TrainArgs) -> list[str]:
+    """Return the warnings for a run, one line each. The defaults of `args` must be filled in."""
     return [
-        f"model.{name} is set, and no layer is {name}"
-        for name in sorted(MIXERS.keys() - _mixers(args))
-        if is_dataclass(getattr(args, name, None)) and _is_set(args, name)
+        *unused_options(args.model).values(),
+        *_ineffective_limits(args.model),
+        *_unused_train_options(args),
     ]
 
 
-def warnings_of_options(args: LoopedTransformerArgs) -> Iterator[str]:
-    """What may be meant so and may be an oversight, a line each; model.max_seqlen is known."""
-    yield from unused_sections(args)
+def unused_options(args: LoopedTransformerArgs) -> dict[str, str]:
+    """Return {name: warning} for each option of `model:` that is set and that no layer uses.
+
+    default_sliding_window is exempt: recipes set it with and without windows.
+    """
     used = _mixers(args)
+    reasons: dict[str, str] = {}
+    for name in frozenset().union(*(mixer.reads for mixer in MIXERS.values())):
+        if not used & (readers := _readers(name)):
+            reasons[name] = f"only {_names(readers)} layers use it"
+    if all(getattr(getattr(args, name, None), "n_heads", None) for name in used):
+        reasons.setdefault("n_heads", "the sections of these layers set n_heads")
+    before_narrowing = _mixers(replace(args, sliding_window=None))
+    if "full" not in before_narrowing:
+        reasons["sliding_window"] = "it only applies to full layers"
+    for name in ("mixer", "hybrid_mixer"):
+        if getattr(args, name) not in before_narrowing:
+            reasons[name] = "model.attention_pattern gives it no layer"
+    if used & _readers("attn_impl") == {"dsa"} and args.dsa.warmup_steps == 0:
+        reasons["attn_impl"] = "dsa layers only use it during model.dsa.warmup_steps"
+    for name in MIXERS.keys() - used:
+        if is_dataclass(getattr(args, name, None)):
+            reasons[name] = f"no layer is {name}"
+    return {
+        name: f"model.{name}{_value(args, name)} has no effect: {reasons[name]}, and all layers "
+        f"are {_names(used)}; remove it"
+        for name in sorted(reasons)
+        if getattr(args, name) != getattr(type(args)(), name)
+    }
+
+
+def _ineffective_limits(args: LoopedTransformerArgs) -> Iterator[str]:
     windows = {spec.window for loop in args.layout() for spec in loop if spec.window is not None}
     for window in sorted(w for w in windows if w >= args.max_seqlen):
         yield (
-            f"a window of {window} keys hides nothing in sequences of {args.max_seqlen} tokens: "
-            "its layers are full attention; make model.default_sliding_window, or the width in "
-            "model.attention_pattern, smaller"
+            f"a window of {window} tokens is full attention with data.seq_len={args.max_seqlen}; "
+            "reduce model.default_sliding_window or the window in model.attention_pattern"
         )
-    if "dsa" in used and args.dsa.top_k >= args.max_seqlen:
+    if "dsa" in _mixers(args) and args.dsa.top_k >= args.max_seqlen:
         yield (
-            f"model.dsa.top_k={args.dsa.top_k} leaves nothing to choose in sequences of "
-            f"{args.max_seqlen} tokens: dsa layers are full attention; make it smaller"
+            f"model.dsa.top_k={args.dsa.top_k} is full attention with data.seq_len="
+            f"{args.max_seqlen}; reduce it"
+        )
+
+
+def _unused_train_options(args: TrainArgs) -> Iterator[str]:
+    acc_freq, keep = args.logging.acc_freq, args.checkpoint.eval.keep
+    if acc_freq is not None and acc_freq >= args.grad_acc_steps:
+        yield (
+            f"logging.acc_freq={acc_freq} has no effect with grad_acc_steps={args.grad_acc_steps}; "
+            "make it smaller, or null"
+        )
+    if args.async_eval_gpus is not None and (args.eval is None or args.eval.harness is None):
+        yield (
+            f"async_eval_gpus={args.async_eval_gpus} has no effect without eval.harness: training "
+            "itself measures the validation loss; set eval.harness.tasks, or null"
+        )
+    elif args.async_eval_gpus is not None and keep > 0:
+        yield (
+            f"checkpoint.eval.keep={keep} with async_eval_gpus: a job that starts after {keep} "
+            "more evaluations will not find its checkpoint"
         )
 
 
@@ -83,22 +92,14 @@ def _readers(option: str) -> set[str]:
     return {name for name, mixer in MIXERS.items() if option in mixer.reads}
 
 
-def _own_heads(args: LoopedTransformerArgs, mixer: str) -> int | None:
-    """model.<mixer>.n_heads, where there is one: it wins over model.n_heads."""
-    return getattr(getattr(args, mixer, None), "n_heads", None)
-
-
 def _mixers(args: LoopedTransformerArgs) -> set[str]:
     return {spec.mixer for loop in args.layout() for spec in loop}
 
 
-def _is_set(args: LoopedTransformerArgs, name: str) -> bool:
-    return getattr(args, name) != _default(args, name)
+def _value(args: LoopedTransformerArgs, name: str) -> str:
+    value: Any = getattr(args, name)
+    return "" if is_dataclass(value) else f"={format_value(value)}"
 
 
-def _default(args: LoopedTransformerArgs, name: str) -> Any:
-    return getattr(type(args)(), name)
-
-
-def _names(mixers: set[str] | frozenset[str]) -> str:
+def _names(mixers: set[str]) -> str:
     return ", ".join(sorted(mixers, key=list(MIXERS).index))

@@ -14,8 +14,8 @@ import pytest
 
 import apps.LT2.train as app
 from apps.LT2.eval import EvalArgs, launch_eval
-from apps.LT2.training.args import free_gpus, validate_train_args
-from apps.LT2.training.evaluation import n_nodes
+from apps.LT2.training.args import find_free_gpus, validate_train_args
+from apps.LT2.training.evaluation import count_nodes
 from lingua.args import parse_args
 from lingua.errors import UserError
 from lingua.files.jsonl_log import read_jsonl_records
@@ -104,7 +104,7 @@ def test_a_sharded_run_evaluates_what_it_saved(data, tmp_path):
 
 
 def test_an_evaluation_that_is_cut_off_is_made_up_for(data, run, tmp_path, monkeypatch):
-    inner = app.CheckpointEvaluator.__call__
+    inner = app.Evaluator.run_harness
 
     def leave_inside(self, step):
         if step == 3:
@@ -112,7 +112,7 @@ def test_an_evaluation_that_is_cut_off_is_made_up_for(data, run, tmp_path, monke
         inner(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(app.CheckpointEvaluator, "__call__", leave_inside)
+        patch.setattr(app.Evaluator, "run_harness", leave_inside)
         dump_dir = train(data, tmp_path / "cut", **harness(data))
     assert not (dump_dir / "metrics.eval.jsonl").exists()
     assert checkpoint(dump_dir, 3).exists() and not checkpoint(dump_dir, 4).exists()
@@ -125,7 +125,7 @@ def test_an_evaluation_of_the_last_step_that_is_cut_off_is_made_up_for(
     data, run, tmp_path, monkeypatch, capfd
 ):
     alone = {"eval.validation": None, "checkpoint.eval.every": 0}
-    inner = app.CheckpointEvaluator.__call__
+    inner = app.Evaluator.run_harness
 
     def leave_inside(self, step):
         if step == 6:
@@ -133,7 +133,7 @@ def test_an_evaluation_of_the_last_step_that_is_cut_off_is_made_up_for(
         inner(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(app.CheckpointEvaluator, "__call__", leave_inside)
+        patch.setattr(app.Evaluator, "run_harness", leave_inside)
         dump_dir = train(data, tmp_path / "cut", **harness(data, **alone))
     assert checkpoint(dump_dir, 6).exists()
     train(data, dump_dir, **harness(data, **alone))
@@ -232,15 +232,15 @@ def test_jobs_here_take_gpus_that_training_leaves(monkeypatch):
     monkeypatch.setattr("apps.LT2.training.evaluation.visible_gpus", lambda: ["0", "2", "4", "6"])
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert free_gpus(2) == "4,6" and free_gpus(1) == "4"
+    assert find_free_gpus(2) == "4,6" and find_free_gpus(1) == "4"
     with pytest.raises(UserError, match="async_eval_gpus=3.* training takes 2 of its 4 GPUs"):
-        free_gpus(3)
+        find_free_gpus(3)
     # by srun in place of torchrun: six processes on two machines
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name)
     for name, value in {"JOB_ID": 1, "PROCID": 0, "NTASKS": 6, "NNODES": 2}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
-    assert free_gpus(1) == "6"
+    assert find_free_gpus(1) == "6"
 
 
 def test_a_job_that_cannot_be_submitted_does_not_end_the_run(
@@ -255,7 +255,7 @@ def test_a_job_that_cannot_be_submitted_does_not_end_the_run(
     "n_gpus, nodes", [(1, 1), (5, 1), (8, 1), (9, 3), (12, 2), (16, 2), (11, 11)]
 )
 def test_gpus_are_spread_evenly_over_few_nodes(n_gpus, nodes):
-    assert n_nodes(n_gpus) == nodes and n_gpus % nodes == 0 and n_gpus // nodes <= 8
+    assert count_nodes(n_gpus) == nodes and n_gpus % nodes == 0 and n_gpus // nodes <= 8
 
 
 # ---- refused before any work

@@ -11,7 +11,7 @@ from apps.LT2.kernel.attention.first_token import MAX_QUERIES, first_token_mass
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.parallel import build_fsdp_grouping_plan, set_activation_checkpointing
-from apps.LT2.training.probes import probed_pass
+from apps.LT2.training.probes import run_probed_pass
 from apps.LT2.transformer import LoopedTransformer
 from lingua.distributed import get_device_mesh, parallelize_model, set_gradient_sync
 from lingua.parallel.args import DistributedArgs
@@ -39,7 +39,7 @@ def make_batch(n_rows: int, cu_seqlens: torch.Tensor | None = None) -> Batch:
 
 def measure(model: LoopedTransformer, batch: Batch, mesh=None) -> tuple[dict[str, float], Probe]:
     probe = Probe(model)
-    return probed_pass(model, probe, batch, mesh), probe
+    return run_probed_pass(model, probe, batch, mesh), probe
 
 
 # ---- the first token
