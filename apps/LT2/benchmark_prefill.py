@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ from apps.LT2.inference.load import (
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.scripts.plot_benchmark import check_can_draw, draw
 from apps.LT2.training.args import TrainArgs
-from apps.LT2.training.unused_options import check_unused_options, unused_options, unused_sections
+from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.args import parse_args
 from lingua.config.cli import OneLineParser
@@ -54,7 +55,6 @@ from lingua.tokenizer import build_tokenizer, find_tokenizer_file
 
 LLAMA3_VOCAB = 128_256  # of the tokenizer that the recipes are written for
 AT_LEAST_ONE = ("seq_len", "batch_size", "decode_tokens", "repeats", "warmup", "prefill_chunk")
-T = TypeVar("T")
 READ_OPTIONS = ("model.", "data.tokenizer.")  # what of a config matters here
 
 
@@ -64,7 +64,6 @@ class Subject:
     path: str
     args: LoopedTransformerArgs
     vocabulary: str  # where its size comes from
-    left_out: tuple[str, ...] = ()  # overrides that only layers of the other configs read
 
 
 # ---- what is to be measured
@@ -75,9 +74,8 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = OneLineParser(
         prog="python -m apps.LT2.benchmark_prefill",
         description=(__doc__ or "").splitlines()[0],
-        epilog="key=value: an option of the configs, as in model.loop_count=2; holds for all of "
-        "them, but for those without a layer that reads it, which is told. config=FILE.yaml is "
-        "--config FILE.yaml.",
+        epilog="key=value overrides an option of all configs, as in model.loop_count=2. A config "
+        "without a layer that uses it prints a warning. config=FILE.yaml is --config FILE.yaml.",
     )
     add = parser.add_argument
     add("--config", nargs="+", default=[], metavar="YAML", help="recipes, one after the other")
@@ -112,41 +110,7 @@ def read_subjects(paths: Sequence[str], overrides: Sequence[str]) -> list[Subjec
             )
     stems = [Path(path).stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else paths
-    subjects = [read_subject(n, p, overrides) for n, p in zip(names, paths, strict=True)]
-    return [leave_out(s, unread_overrides(subjects, s, overrides), overrides) for s in subjects]
-
-
-def unread_overrides(
-    subjects: Sequence[Subject], subject: Subject, overrides: Sequence[str]
-) -> list[str]:
-    """Overrides that no layer of this subject reads; UserError for one that none of any reads."""
-    known = [unused for s in subjects if (unused := ask(s, unused_options)) is not None]
-    unused = ask(subject, unused_options) or {}
-    unread = [override for override in overrides if option_of(override) in unused]
-    for override in unread:
-        if all(option_of(override) in others for others in known):
-            raise UserError(unused[option_of(override)])
-    return unread
-
-
-def ask(subject: Subject, question: Callable[[LoopedTransformerArgs], T]) -> T | None:
-    """None for a subject that cannot be built, which is told when it is."""
-    try:
-        return question(subject.args)
-    except UserError:
-        return None
-
-
-def option_of(override: str) -> str:
-    """model.gated_attn=true -> gated_attn"""
-    return override.partition("=")[0].removeprefix("model.").partition(".")[0]
-
-
-def leave_out(subject: Subject, unread: Sequence[str], overrides: Sequence[str]) -> Subject:
-    if not unread:
-        return subject
-    read = [override for override in overrides if override not in unread]
-    return replace(read_subject(subject.name, subject.path, read), left_out=tuple(unread))
+    return [read_subject(n, p, overrides) for n, p in zip(names, paths, strict=True)]
 
 
 def read_subject(name: str, path: str, overrides: Sequence[str]) -> Subject:
@@ -167,7 +131,6 @@ def read_subject(name: str, path: str, overrides: Sequence[str]) -> Subject:
 def build_on_meta(subject: Subject, device: torch.device, dtype: torch.dtype) -> LoopedTransformer:
     """The model without memory; UserError where it cannot be, or not on this device."""
     args = subject.args
-    check_unused_options(args)
     check_kernels(args, device.type)
     check_attention_device(args.attn_impl, device_type=device.type, dtype=dtype)
     with torch.device("meta"):
@@ -336,10 +299,9 @@ def main(argv: list[str]) -> None:
             f"vocabulary {args['vocab_size']} ({config['vocabulary']})"
         )
     for subject in subjects:
-        for override in subject.left_out:
-            print(f"{subject.name}: without {override}, which none of its layers reads")
-        for line in ask(subject, unused_sections) or []:
-            print(f"{subject.name}: {line}")
+        with suppress(UserError):  # a config that can't be built is reported with its row
+            for warning in unused_options(subject.args).values():
+                print(f"{subject.name}: {warning}")
     ceilings = measure_ceilings(device, dtype)
     print(format_ceilings(ceilings), flush=True)
 

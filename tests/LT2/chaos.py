@@ -1,9 +1,9 @@
-"""A run that is killed again and again: its lives, the moments of death, and what it read.
+"""Kill a run repeatedly with SIGKILL, resume it, and record what it reads.
 
-A life is a process for each rank, forked from a server that has imported everything, so that it
-costs a second. It trains with the real loop, and dies by SIGKILL: of its own hand at an event that
-was counted out beforehand (a step of the loop, or a touch of the disk, most of which belong to
-saves), or of its parent's, after some time. As under torchrun the other ranks are killed, too.
+A life is one process for each rank, forked from a server that has imported everything, so it takes
+a second. It trains with the real loop. It kills itself at a given event (a step, or a file
+operation, most of which belong to saves), or its parent kills it after some time. The other ranks
+are killed too, as torchrun does.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ from apps.LT2.training.trainer import Trainer
 from tests.LT2.tiny_run import train
 
 DISK = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")
-READ = "read.jsonl"  # what every rank trained on: {life, step, rank, world, micro, batch}
+READ = "read.jsonl"  # what the ranks trained on: {life, step, rank, world, micro, batch}
 LIFE_SECONDS = 60.0
-# A save is about 25 events of rank 0 and 4 changes of names: a life lasts for a few steps at most.
+# A save has about 25 events of rank 0 and renames 4 files, so a life lasts a few steps at most.
 MAX_EVENTS, MAX_CHANGES = 60, 8
 
 
 @dataclass(frozen=True)
 class Death:
-    """SIGKILL at the event number `event` of `rank`, or of all ranks at once from outside:
-    `seconds` after the `change`-th change among the names in the folder of checkpoints."""
+    """SIGKILL at event number `event` of `rank`, or to all ranks from outside.
+
+    From outside, it comes `seconds` after the `change`-th change in the checkpoint folder.
+    """
 
     rank: int = 0
     event: int | None = None
@@ -60,7 +62,7 @@ NEVER = Death()
 def live(
     folder: Path, data: Path, options: dict[str, Any], life: int, world_size: int, death: Death
 ) -> bool:
-    """One life of the run in `folder`; whether it came to the run's end."""
+    """Run one life in `folder`, and return whether it reached the end of the run."""
     context = multiprocessing.get_context("forkserver")
     store = folder.with_name(f"{folder.name}.store.{life}")
     started = context.Barrier(world_size + 1)
@@ -88,7 +90,7 @@ def live(
             process.kill()
             process.join()
     codes = [process.exitcode for process in processes]
-    # A rank whose neighbour was killed may have failed of it before it was killed itself.
+    # A rank may fail because another was killed, before it is killed itself.
     assert death != NEVER or codes == [0] * world_size, f"life {life} ended by itself: {codes}"
     return codes == [0] * world_size
 
@@ -180,7 +182,7 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 
 def steps_taken_again(folder: Path) -> list[int]:
-    """How many steps before the one that a life died in the next one began."""
+    """Return, for each kill, how many steps before it the next life started."""
     begun: dict[int, list[int]] = {}
     for record in _records(folder):
         begun.setdefault(record["life"], []).append(record["step"])
@@ -189,7 +191,7 @@ def steps_taken_again(folder: Path) -> list[int]:
 
 
 def records_that_count(folder: Path) -> list[dict[str, Any]]:
-    """What the final weights have seen, in order: of each step, the last life that took it."""
+    """Return the records that led to the final weights: for each step, those of its last life."""
     records = _records(folder)
     last_life: dict[int, int] = {}
     for record in records:

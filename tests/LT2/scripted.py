@@ -1,4 +1,4 @@
-"""A model that says given tokens, whatever it reads: to see what is made of them."""
+"""A model that generates given tokens, regardless of its input."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from apps.LT2.cache import ModelCache, packed_lengths
 
 VOCAB = 258
-AFTERWARDS = 0  # said when a script is over
+AFTERWARDS = 0  # the token after the end of a script
 
 
 class Scripted:
-    """Says one script for each prompt, in the order in which prompts are prefilled."""
+    """Generates one script for each prompt, in the order of prefilling."""
 
     def __init__(self, *scripts: list[int]):
         self.waiting = list(scripts)
-        self.saying: dict[int, list[int]] = {}  # what each row has still to say
+        self.saying: dict[int, list[int]] = {}  # remaining tokens of each row
         self.n_steps = 0
-        self.prefilled: list[list[int]] = []  # rows, at each prefill
+        self.prefilled: list[list[int]] = []  # rows of each prefill
         self.tok_embeddings = torch.nn.Embedding(1, 1)
         self.args = SimpleNamespace(vocab_size=VOCAB)
 

@@ -100,13 +100,6 @@ def test_columns_stand_below_their_headings_whatever_a_name_s_length():
     assert all(f"{name}:" in legend(1) for name in ("body", "memory", "kept", "peak", "breaks"))
 
 
-def test_an_option_that_nothing_reads_is_refused_with_its_recipe(tmp_path, capsys):
-    options = [*options_of(write_corpus(tmp_path)), "model.gated_attn=true"]
-    with pytest.raises(UserError, match=f"{RECIPE}: model.gated_attn=true would change nothing"):
-        main([RECIPE, *options, "model.attention_pattern=null"])
-    assert capsys.readouterr().out == ""
-
-
 def test_a_tokenizer_s_file_is_needed(tmp_path):
     """README says so; benchmark_prefill, without text to read, takes Llama 3's vocabulary."""
     gone = ["data.tokenizer.name=hf", f"data.tokenizer.path={tmp_path}/gone.json"]

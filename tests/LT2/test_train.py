@@ -1,4 +1,4 @@
-"""Whole runs: ranks against one process, resuming to the bit, records, and what stops a run."""
+"""Whole runs: bitwise resume, two ranks against one process, bad data, and signals."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ N = OPTIONS["steps"]
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
-    """Runs that nothing stops, one for each set of options."""
+    """Return a function that trains without interruption, once for each set of options."""
 
     @cache
     def run(**changes) -> Path:
@@ -74,7 +74,7 @@ STOPS = [
 
 
 @pytest.mark.parametrize("stop, options", STOPS)
-def test_a_run_that_left_goes_on_to_the_bit(data, uninterrupted, tmp_path, stop, options):
+def test_a_stopped_run_resumes_to_the_bit(data, uninterrupted, tmp_path, stop, options):
     with stopped_after(stop):
         train(data, tmp_path, **options)
     assert [s["step"] for s in train_states(tmp_path, stop)] == [stop]
@@ -83,7 +83,7 @@ def test_a_run_that_left_goes_on_to_the_bit(data, uninterrupted, tmp_path, stop,
     assert_same_run(tmp_path, uninterrupted(**options), N)
 
 
-def test_a_run_that_left_several_times_goes_on_to_the_bit(data, uninterrupted, tmp_path):
+def test_a_run_that_stopped_several_times_resumes_to_the_bit(data, uninterrupted, tmp_path):
     for stop in (1, 2, 5):
         with stopped_after(stop):
             train(data, tmp_path)
@@ -92,7 +92,7 @@ def test_a_run_that_left_several_times_goes_on_to_the_bit(data, uninterrupted, t
 
 
 def train_and_be_killed(data: Path, dump_dir: Path, place: str, call: int, options: dict) -> None:
-    """SIGKILL at the start of the call number `call` (from 1) of a function."""
+    """Train, with SIGKILL at call number `call` (from 1) of the function `place`."""
     module_name, _, name = place.partition(":")
     owner = __import__(module_name, fromlist=["_"])
     *classes, method = name.split(".")
@@ -116,14 +116,12 @@ def train_and_be_killed(data: Path, dump_dir: Path, place: str, call: int, optio
     "place, call, newest",
     [
         ("apps.LT2.training.trainer:Trainer.step", 6, 4),
-        ("lingua.metrics:MetricLogger.log", 8, 4),  # the probe of step 4 is in its own file only
+        ("lingua.metrics:MetricLogger.log", 8, 4),  # step 4 is probed but not logged
         ("lingua.checkpointing.save:publish", 2, 2),
         ("apps.LT2.evaluation.validation:Validator.__call__", 1, 3),
     ],
 )
-def test_a_run_that_was_killed_goes_on_to_the_bit(
-    data, uninterrupted, tmp_path, place, call, newest
-):
+def test_a_killed_run_resumes_to_the_bit(data, uninterrupted, tmp_path, place, call, newest):
     options = {"data.load_async": True, "probe_freq": 2}
     process = multiprocessing.get_context("forkserver").Process(
         target=train_and_be_killed, args=(data, tmp_path, place, call, options)
@@ -142,13 +140,13 @@ def test_a_run_that_was_killed_goes_on_to_the_bit(
 RANK_STREAMS = ({}, {"grad_acc_steps": 2, "data.load_async": True})
 
 
-def stop_and_go_on(rank, world_size, data, tmp_path):
+def stop_and_resume(rank, world_size, data, tmp_path):
     for i, stream in enumerate(RANK_STREAMS):
         options = {"distributed.fsdp_type": "full_shard", **stream}
         want, got = tmp_path / f"whole{i}", tmp_path / f"parts{i}"
         train(data, want, **options)
         for stop in (1, 3):
-            if rank == world_size - 1:  # a signal that one rank gets is a signal for all
+            if rank == world_size - 1:  # a signal to one rank stops all
                 with stopped_after(stop):
                     train(data, got, **options)
             else:
@@ -162,8 +160,8 @@ def stop_and_go_on(rank, world_size, data, tmp_path):
         dist.barrier()
 
 
-def test_two_ranks_that_left_go_on_to_the_bit(data, tmp_path):
-    run_ranks(2, stop_and_go_on, data, tmp_path)
+def test_two_stopped_ranks_resume_to_the_bit(data, tmp_path):
+    run_ranks(2, stop_and_resume, data, tmp_path)
 
 
 def test_a_finished_run_changes_nothing(data, tmp_path, capfd):
@@ -175,10 +173,8 @@ def test_a_finished_run_changes_nothing(data, tmp_path, capfd):
     assert "nothing to do" in capfd.readouterr().out
 
 
-def test_a_signal_ends_a_validation_and_the_next_start_makes_up_for_it(
-    data, uninterrupted, tmp_path, monkeypatch
-):
-    """The last one: all steps are done, and the run is not."""
+def test_an_interrupted_validation_is_repeated(data, uninterrupted, tmp_path, monkeypatch):
+    """After the last step too: then all steps are done, but the run isn't."""
     validate = Validator.__call__
 
     def signal_then_validate(self, model, **options):
@@ -189,16 +185,16 @@ def test_a_signal_ends_a_validation_and_the_next_start_makes_up_for_it(
     with monkeypatch.context() as patch:
         patch.setattr(Validator, "__call__", signal_then_validate)
         train(data, tmp_path / "parts", **options)
-        train(data, tmp_path / "parts", **options)  # and ends the one that makes up for it
+        train(data, tmp_path / "parts", **options)  # interrupts the repeated one
     parts, whole = tmp_path / "parts", uninterrupted(**options)
-    assert (parts / "train.log").read_text().count("left after step 2 of 2") == 2
+    assert (parts / "train.log").read_text().count("stopped after step 2 of 2") == 2
     assert column(parts, "loss/val") == []
     train(data, parts, **options)
     assert column(parts, "loss/val") == column(whole, "loss/val")
     torch.testing.assert_close(tensors(parts, 2), tensors(whole, 2), rtol=0, atol=0)
 
 
-def test_more_steps_go_on_from_a_finished_run(data, tmp_path):
+def test_a_finished_run_resumes_with_more_steps(data, tmp_path):
     options = {"optim.scheduler": "constant", "optim.warmup": 0}
     train(data, tmp_path / "parts", steps=4, **options)
     train(data, tmp_path / "parts", **options)
@@ -206,8 +202,8 @@ def test_more_steps_go_on_from_a_finished_run(data, tmp_path):
     assert_tensors_same(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_run_that_starts_from_weights_is_new_but_for_them(data, uninterrupted, tmp_path):
-    """A learning rate that moves nothing shows what the run began with."""
+def test_init_ckpt_path_only_sets_the_weights(data, uninterrupted, tmp_path):
+    """With a tiny learning rate, the final weights are the initial ones."""
     start = checkpoint(uninterrupted(), 4)
     options = {"checkpoint.init_ckpt_path": start, "steps": 2, "optim.lr": 1e-30}
     train(data, tmp_path, **options)
@@ -215,15 +211,17 @@ def test_a_run_that_starts_from_weights_is_new_but_for_them(data, uninterrupted,
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     (new,), (first,) = train_states(tmp_path, 2), train_states(uninterrupted(), 2)
     assert new["data_loader_state"] == first["data_loader_state"]
-    assert column(tmp_path, "optim/lr") == pytest.approx([5e-31, 1e-30]), "a warmup of its own"
+    assert column(tmp_path, "optim/lr") == pytest.approx([5e-31, 1e-30]), (
+        "warmup from step 0"
+    )
 
 
-def test_a_run_that_continues_another_ends_as_that_one(data, uninterrupted, tmp_path):
+def test_continue_training_from_init_continues_the_run(data, uninterrupted, tmp_path):
     options: dict = {"checkpoint.init_ckpt_path": checkpoint(uninterrupted(), 2)}
     options["checkpoint.continue_training_from_init"] = True
     with stopped_after(4):
         train(data, tmp_path, **options)
-    train(data, tmp_path, **options)  # from its own checkpoint, not from the other's again
+    train(data, tmp_path, **options)  # from its own checkpoint
     assert "resumed from " + str(checkpoint(tmp_path, 4)) in (tmp_path / "train.log").read_text()
     assert_tensors_same(tmp_path, uninterrupted())
     assert train_states(tmp_path, N) == train_states(uninterrupted(), N)
@@ -238,7 +236,7 @@ def assert_tensors_same(got: Path, want: Path) -> None:
 
 @contextmanager
 def loader_of_all_ranks(args, state, world_size=2):
-    """What `world_size` ranks read, joined to the batches of one."""
+    """Concatenate the batches of `world_size` ranks into those of one process."""
     share = replace(args, batch_size=args.batch_size // world_size)
     with ExitStack() as stack:
         parts = [
@@ -255,7 +253,7 @@ def loader_of_all_ranks(args, state, world_size=2):
 
 
 BUILD_LOADER = app.build_dataloader_from_args
-# A low learning rate: Adam makes a full step of the least gradient, so rounding grows by itself.
+# A low learning rate: Adam takes full steps for tiny gradients, so rounding errors grow.
 SLOW = {"optim.lr": 3e-4}
 FULL = {"distributed.fsdp_type": "full_shard", **SLOW}
 RANK_CASES = {
@@ -273,7 +271,7 @@ def train_cases(rank, world_size, data, tmp_path):
         train(data, tmp_path / "half by one", **FULL)
 
 
-# Ranks that share the heads read the same data, so this is the run of one process as it stands.
+# The ranks of a TP group read the same data as one process.
 TENSOR_PARALLEL = {**FULL, "distributed.tp_size": 2, "probe_freq": 3}
 
 
@@ -292,12 +290,12 @@ def two_ranks(data, tmp_path_factory):
     return folder
 
 
-def test_ranks_that_share_the_heads_train_as_one_process_does(data, two_ranks, tmp_path):
+def test_tensor_parallel_ranks_train_like_one_process(data, two_ranks, tmp_path):
     train(data, tmp_path, **SLOW, probe_freq=3)
     got = two_ranks / "tensor parallel"
     assert_near(got, tmp_path)
     assert_same_run(two_ranks / "tensor parallel, resumed", got, N)
-    assert len(train_states(got, N)) == 1, "they have one place in the data"
+    assert len(train_states(got, N)) == 1, "they share one data position"
     for key in ("loops/first_token_mass/1", "loops/update_norm/1", "layers/grad_norm/2"):
         assert column(got, key) == pytest.approx(column(tmp_path, key), rel=FP32_MODEL), key
     assert flops_per_token(got) == pytest.approx(flops_per_token(tmp_path))
@@ -310,21 +308,20 @@ def flops_per_token(dump_dir: Path) -> float:
 
 
 @pytest.mark.parametrize("case", RANK_CASES)
-def test_two_ranks_train_as_one_process_does(data, two_ranks, tmp_path, monkeypatch, case):
+def test_two_ranks_train_like_one_process(data, two_ranks, tmp_path, monkeypatch, case):
     monkeypatch.setattr(app, "build_dataloader_from_args", loader_of_all_ranks)
     alone = {k: v for k, v in RANK_CASES[case].items() if not k.startswith("distributed.")}
     train(data, tmp_path, **alone, **{"data.batch_size": 2 * OPTIONS["data.batch_size"]})
     assert_near(two_ranks / case, tmp_path)
 
 
-def test_half_the_ranks_with_twice_the_micro_batches_go_on_with_the_same_steps(data, two_ranks):
-    """The batches that two ranks would have read in a step, one reads one after the other."""
+def test_half_the_ranks_with_twice_the_micro_batches_take_the_same_steps(data, two_ranks):
     train(data, two_ranks / "half by one", grad_acc_steps=2, **SLOW)
     assert_near(two_ranks / "half by one", two_ranks / "full_shard")
 
 
 def assert_near(got: Path, want: Path) -> None:
-    """The curves and the final weights agree but for rounding."""
+    """Compare metrics and final weights up to rounding."""
     for key in ("loss/out", "loss/val", "loss/val_bpb", "optim/grad_norm"):
         assert column(got, key) == pytest.approx(column(want, key), rel=FP32_MODEL), key
     assert column(got, "optim/lr") == column(want, "optim/lr")
@@ -337,7 +334,7 @@ def assert_near(got: Path, want: Path) -> None:
 
 @contextmanager
 def loader_of_joined_batches(args, state, n=3):
-    """Batches that each hold what `n` micro-batches would."""
+    """Concatenate `n` micro-batches into each batch."""
     share = replace(args, batch_size=args.batch_size // n)
     with BUILD_LOADER(share, init_dataloader_state_from_args(share, 0, 1)) as part:
 
@@ -349,19 +346,19 @@ def loader_of_joined_batches(args, state, n=3):
         yield batches()
 
 
-def test_micro_batches_add_up_to_one_batch(data, tmp_path, monkeypatch):
+def test_micro_batches_equal_one_large_batch(data, tmp_path, monkeypatch):
     train(data, tmp_path / "micro", grad_acc_steps=3, **SLOW)
     monkeypatch.setattr(app, "build_dataloader_from_args", loader_of_joined_batches)
     train(data, tmp_path / "one", **SLOW, **{"data.batch_size": 3 * OPTIONS["data.batch_size"]})
     assert_near(tmp_path / "micro", tmp_path / "one")
 
 
-# ---- mistakes in the data that show up in the middle
+# ---- bad data
 
 
 @pytest.fixture(scope="module")
 def bad_data(tmp_path_factory) -> Path:
-    """Line 9 of the first chunk, which rank 0 of two reads alone, is cut off."""
+    """Truncate line 9 of the first chunk, which only rank 0 of two reads."""
     root = write_corpus(tmp_path_factory.mktemp("bad"))
     chunk = root / "text" / "text.chunk.00.jsonl"
     lines = chunk.read_text().splitlines(keepends=True)
@@ -376,9 +373,7 @@ def test_a_malformed_line_is_named(bad_data, tmp_path, load_async):
         train(bad_data, tmp_path, steps=100, **{"data.load_async": load_async})
 
 
-def test_a_malformed_line_ends_torchrun_with_one_line_for_all_ranks(
-    bad_data, tmp_path, quick_python
-):
+def test_a_malformed_line_prints_one_error_for_all_ranks(bad_data, tmp_path, quick_python):
     changes = {"steps": 100, "data.load_async": True, "distributed.fsdp_type": "full_shard"}
     arguments = command_line(bad_data, tmp_path, changes)
     done = quick_python.run(
@@ -396,7 +391,7 @@ def test_a_malformed_line_ends_torchrun_with_one_line_for_all_ranks(
     reported = f"traceback : {errors[0].removeprefix('error: ')}"
     assert reported in done.stderr and "To enable traceback see" not in done.stderr
     own_code = Path(app.__file__).as_posix()
-    assert f'File "{own_code}"' not in done.stderr, "a traceback for a mistake of the user"
+    assert f'File "{own_code}"' not in done.stderr, "a traceback for a user's mistake"
 
 
 def test_validation_text_is_read_before_training(data, tmp_path):
@@ -411,9 +406,9 @@ def test_validation_text_is_read_before_training(data, tmp_path):
 # ---- signals
 
 
-def test_sigterm_to_all_processes_of_a_run_saves_and_leaves(data, uninterrupted, tmp_path):
-    """As `scancel` and `kill -TERM -PGID` do: the data worker gets it, too."""
-    # More micro-batches than the worker can have sent ahead.
+def test_sigterm_to_all_processes_saves_and_exits(data, uninterrupted, tmp_path):
+    """`scancel` and `kill -TERM -PGID` also signal the data worker."""
+    # More micro-batches than the worker can prefetch.
     options = {"data.load_async": True, "grad_acc_steps": 50, "steps": 2, "model.n_layers": 1}
     options["model.attention_pattern"] = None
     pipe, theirs = multiprocessing.Pipe(duplex=False)
@@ -422,14 +417,14 @@ def test_sigterm_to_all_processes_of_a_run_saves_and_leaves(data, uninterrupted,
     )
     process.start()
     process.join(60)
-    assert process.exitcode == 0 and pipe.recv() == "left"
+    assert process.exitcode == 0 and pipe.recv() == "exited"
     assert checkpoint(tmp_path, 1).exists() and not checkpoint(tmp_path, 2).exists()
     train(data, tmp_path, **options)
     assert_same_run(tmp_path, uninterrupted(**options), 2)
 
 
 def train_and_be_terminated(data: Path, dump_dir: Path, pipe, options: dict) -> None:
-    """SIGTERM for the trainer, its worker and the server that forked it, before step 1."""
+    """Train, with SIGTERM to the trainer, its worker and the forkserver before step 1."""
     inner = app.Trainer.step
 
     def step(self):
@@ -444,14 +439,36 @@ def train_and_be_terminated(data: Path, dump_dir: Path, pipe, options: dict) -> 
     app.Trainer.step = step
     torch.set_num_threads(1)
     train(data, dump_dir, **options)
-    pipe.send("left")
+    pipe.send("exited")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_what_is_said_to_be_zero_at_the_start_is(kind):
+def test_zero_at_start_names_the_zero_weights(kind):
     model = LoopedTransformer(tiny_args(kind, 2, gated_attn=True))
     model.init_weights()
     assert check_model_value_range(model, zero_init=app.zero_at_start()) == []
     names = [name for name, _ in model.named_parameters()]
-    said = [name for name in names if name.endswith(tuple(app.zero_at_start()))]
-    assert said == [name for name, weight in model.named_parameters() if not weight.any()]
+    named = [name for name in names if name.endswith(tuple(app.zero_at_start()))]
+    assert named == [name for name, weight in model.named_parameters() if not weight.any()]
+
+
+# ---- the start of the log
+
+
+def test_a_run_starts_with_a_summary(data, tmp_path):
+    options = {**RANDOM_LAYOUT, "model.gdn.expand_v": 1, "grad_acc_steps": 2, "steps": 1}
+    train(data, tmp_path, name="first", **options)
+    log = (tmp_path / "train.log").read_text()
+    for text in (
+        "run first",
+        "3 layers x 2 loops",
+        "loop 0*",
+        "text (100%)",
+        "tokenizer bytes",
+        "1 x CPU",
+        "128 tokens a step",
+        f"{tmp_path}/config.yaml",
+        "model.gdn has no effect",
+    ):
+        assert text in log, text
+    assert "weight_decay" not in log, "the whole config is logged"

@@ -1,4 +1,4 @@
-"""Whole training runs that take a second: a corpus, options, and what a run leaves on disk."""
+"""Training runs of a second: a corpus, options, and the files of a run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from lingua.rng import get_rng_state, set_rng_state
 
 WORDS = ["the", "loop", "turns", "again", "and", "every", "layer", "sees", "its", "past", "äöü"]
 
-# A GDN hybrid in small, with everything that a sharded model could get wrong: tied embeddings,
-# residual gates (vectors), two loops.
+# A small GDN hybrid with what sharding could break: tied embeddings, residual gates, two loops.
 OPTIONS: dict[str, Any] = {
     "steps": 6,
     "seed": 7,
@@ -48,12 +47,12 @@ OPTIONS: dict[str, Any] = {
     "logging.freq": 1,
 }
 
-# The least that trains; a run with it takes a fraction of a second.
+# The smallest model.
 SMALL = {"model.n_layers": 1, "model.mixer": "full", "model.attention_pattern": None}
 
 
 def write_corpus(root: Path, *, n_chunks: int = 2, n_lines: int = 12, n_val: int = 3) -> Path:
-    """A data folder with one source, `text`; the same text at every call."""
+    """Write a data folder with one source, `text`. The text is always the same."""
     rng = random.Random(0)
     folder = root / "text"
     folder.mkdir(parents=True)
@@ -81,14 +80,14 @@ def command_line(data: Path, dump_dir: Path, changes: dict[str, Any]) -> list[st
 
 
 def train_args(data: Path, dump_dir: Path, **changes: Any) -> TrainArgs:
-    """Options by dotted name, `**{"data.seq_len": 16}`, as on a command line."""
+    """Parse options by dotted name: `**{"data.seq_len": 16}`."""
     return parse_args(TrainArgs, command_line(data, dump_dir, changes), prog="t", description="t")
 
 
 def train(data: Path, dump_dir: Path, *, keep_code: bool = False, **changes: Any) -> Path:
-    """Train in this process and leave it as it was; returns dump_dir.
+    """Train in this process, restore its state, and return dump_dir.
 
-    The copy of the code that belongs to a run takes longer than some of these do.
+    Without `keep_code` the run skips its copy of the code, which takes longer than training.
     """
     with clean_process(), nullcontext() if keep_code else without_code_copy():
         app.train(train_args(data, dump_dir, **changes))
@@ -107,13 +106,13 @@ def without_code_copy() -> Iterator[None]:
 
 @contextmanager
 def clean_process() -> Iterator[None]:
-    """Take back what a run does to its process: signal handlers, log handlers, random state."""
+    """Restore what a run changes: signal handlers, log handlers and random state."""
     generators = get_rng_state()
     numbers = (signal.SIGTERM, signal.SIGUSR2)
     handlers = {number: signal.getsignal(number) for number in numbers}
     root = logging.getLogger()
     loggers, level = list(root.handlers), root.level
-    # A server that was started for a data worker blocks signals, and so do ranks forked from it.
+    # A forkserver that was started for a data worker blocks signals, and so do its children.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     try:
         yield
@@ -130,7 +129,7 @@ def clean_process() -> Iterator[None]:
 
 @contextmanager
 def stopped_after(step: int) -> Iterator[None]:
-    """A run inside leaves after `step` as if SLURM had asked it to."""
+    """Send runs inside SLURM's signal after `step`."""
     inner = app.Trainer.step
 
     def step_and_signal(self: app.Trainer) -> Any:
@@ -146,7 +145,7 @@ def stopped_after(step: int) -> Iterator[None]:
         app.Trainer.step = inner
 
 
-# ---- what a run leaves
+# ---- the files of a run
 
 
 def checkpoint(dump_dir: Path, step: int) -> Path:
@@ -154,7 +153,7 @@ def checkpoint(dump_dir: Path, step: int) -> Path:
 
 
 def tensors(dump_dir: Path, step: int) -> dict[str, Any]:
-    """All tensors of a checkpoint, weights and optimizer, whole."""
+    """Load all tensors of a checkpoint, unsharded."""
     file = dump_dir / f"tensors_{step}.pt"
     dcp_to_torch_save(checkpoint(dump_dir, step), file)
     try:
@@ -169,7 +168,7 @@ def train_states(dump_dir: Path, step: int) -> list[dict[str, Any]]:
 
 
 def records(dump_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock and the machine."""
+    """Read metrics.jsonl without times and speeds."""
     lines = (dump_dir / "metrics.jsonl").read_text().splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith(("speed/", "created"))}
@@ -182,7 +181,7 @@ def column(dump_dir: Path, key: str) -> list[Any]:
 
 
 def assert_same_run(got: Path, want: Path, step: int) -> None:
-    """Weights, optimizer, data position, random state and log records agree to the last bit."""
+    """Compare weights, optimizer, data position, random state and metrics bit by bit."""
     torch.testing.assert_close(tensors(got, step), tensors(want, step), rtol=0, atol=0)
     assert train_states(got, step) == train_states(want, step)
     assert records(got) == records(want)

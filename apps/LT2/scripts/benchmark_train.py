@@ -35,7 +35,7 @@ from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.train import build_model
 from apps.LT2.training.args import TrainArgs, validate_train_args
 from apps.LT2.training.trainer import Trainer, TrainState
-from apps.LT2.training.unused_options import unused_sections
+from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import parse_args
 from lingua.config.cli import OVERRIDE, OneLineParser
@@ -298,8 +298,8 @@ def main(argv: list[str]) -> None:
     setup_env(runs[0][1].env)
     setup_torch_distributed(runs[0][1].distributed)
     for name, args in runs:
-        for line in unused_sections(args.model):
-            tell(f"{name}: {line}")
+        for warning in unused_options(args.model).values():
+            tell(f"{name}: {warning}")
     width = max(len("recipe"), *(len(name) for name, _ in runs))
     tell(legend(get_world_size()))
     tell(format_line("recipe", width, COLUMNS))

@@ -1,4 +1,4 @@
-"""Validation loss against its definition, on any number of ranks."""
+"""The validation loss against its definition, on one and two ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def score(root, rank=0, world_size=1, args=None, **changes) -> dict[str, float]:
 
 
 def nats_by_definition(documents: list[list[int]], doc_mask: bool) -> tuple[float, int]:
-    """Sum of -log p over all targets, and their number, row by row and document by document."""
+    """Return the sum of -log p over all targets, and the number of targets."""
     model = tiny_model("hybrid", 2)
     flat = [(token, i) for i, document in enumerate(documents) for token in document]
     nats, n_targets = 0.0, 0
@@ -63,11 +63,11 @@ def nats_by_definition(documents: list[list[int]], doc_mask: bool) -> tuple[floa
 
 @pytest.mark.parametrize("specials", [True, False])
 @pytest.mark.parametrize("doc_mask", [False, True])
-def test_loss_is_its_definition(root, doc_mask, specials):
+def test_loss_matches_its_definition(root, doc_mask, specials):
     encode = build_tokenizer("bytes").encode
     documents = [encode(text, specials, specials) for text in TEXTS]
     n_tokens = sum(map(len, documents))
-    assert (n_tokens - 1) % SEQ_LEN, "the last row should be a partial one"
+    assert (n_tokens - 1) % SEQ_LEN, "the last row should be partial"
     nats, n_targets = nats_by_definition(documents, doc_mask)
     if not doc_mask:
         assert n_targets == n_tokens - 1
@@ -75,13 +75,13 @@ def test_loss_is_its_definition(root, doc_mask, specials):
     scores = score(root, doc_mask=doc_mask, add_bos=specials, add_eos=specials)
 
     n_bytes = sum(len(text.encode()) for text in TEXTS)
-    if not specials:  # the first byte of a text, of two in "ä", has no nats
+    if not specials:  # nothing predicts the first character; "ä" has two bytes
         n_bytes -= 2 if doc_mask else 1
     assert scores["loss/val"] == pytest.approx(nats / n_targets, rel=1e-6)
     assert scores["loss/val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
 
 
-def test_the_first_token_has_no_nats_after_an_empty_text_either(tmp_path):
+def test_an_empty_text_does_not_predict_the_next(tmp_path):
     (tmp_path / "text").mkdir()
     lines = [json.dumps({"text": text}) + "\n" for text in ("", "a loop")]
     (tmp_path / "text" / "a.val.jsonl").write_text("".join(lines))
@@ -98,7 +98,7 @@ def score_on_rank(rank, world_size, root):
     return [score(root, rank, world_size, doc_mask=m, batch_size=b) for m, b in BATCHES]
 
 
-BATCHES = [(False, 2), (True, 2), (False, 50)]  # of 50 rows, rank 1 has only padding
+BATCHES = [(False, 2), (True, 2), (False, 50)]  # with 50 rows, rank 1 has only padding
 
 
 def test_two_ranks_agree_with_one(root):
@@ -109,7 +109,7 @@ def test_two_ranks_agree_with_one(root):
 
 
 def stop_on_rank(rank, world_size, root):
-    """Rank 1 alone wants to leave, after the second of the batches."""
+    """Rank 1 stops after its second batch."""
     model, asked = tiny_model("hybrid", 2).train(), []
 
     def should_stop() -> bool:
@@ -120,7 +120,7 @@ def stop_on_rank(rank, world_size, root):
     return validator(root)(model, **place, should_stop=should_stop), len(asked), model.training
 
 
-def test_all_ranks_leave_with_the_one_that_has_to(root):
+def test_all_ranks_stop_with_the_first(root):
     assert run_ranks(2, stop_on_rank, root) == [({}, 2, True)] * 2
 
 
@@ -131,7 +131,7 @@ def test_no_text_has_no_loss(tmp_path):
     assert score(tmp_path) == {}
 
 
-def test_the_first_documents_and_other_folders(root, tmp_path):
+def test_max_steps_and_additional_sources(root, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "x.val.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n")
@@ -155,14 +155,14 @@ def test_the_first_documents_and_other_folders(root, tmp_path):
         ({"sources": ["x"], "root_dir": "nowhere"}, "nowhere/x"),
     ],
 )
-def test_wrong_folders_are_refused(options, named):
+def test_missing_folders_are_user_errors(options, named):
     with pytest.raises(UserError, match=named):
         check_validation_sources(ValidationArgs(**options), "eval.validation")
     with pytest.raises(UserError, match="max_steps=0"):
         ValidationArgs(max_steps=0)
 
 
-def test_a_model_in_training_stays_in_training(root):
+def test_the_training_mode_is_restored(root):
     model = tiny_model("hybrid", 2)
     for mode in (True, False):
         model.train(mode)

@@ -1,4 +1,4 @@
-"""What a training run refuses before any work: one line that names the option and its value."""
+"""Mistakes in the options of a training run: one line that names the option and its value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ def data(tmp_path_factory):
         ("grad_acc_steps", 0),
         ("gc_collect_freq", -1),
         ("probe_freq", 0),
-        ("logging.acc_freq", 1),  # grad_acc_steps is 1
         ("seed", -1),
         ("seed", 2**64),
         ("model.seed", -1),
@@ -30,30 +29,27 @@ def data(tmp_path_factory):
         ("model.vocab_size", 10),
         ("data.n_views", 3),
         ("distributed.tp_size", 2),
-        ("async_eval_gpus", 1),
+        ("async_eval_gpus", 0),
         ("checkpoint.init_ckpt_path", "nowhere"),
-        ("checkpoint.init_ckpt_path", "a" * 300),
-        ("checkpoint.path", "a" * 300),
-        ("data.tokenizer.path", "a" * 300),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused_by_name(data, tmp_path, option, value):
+def test_a_bad_value_is_a_user_error(data, tmp_path, option, value):
     with pytest.raises(UserError, match=f"{option}={value}"):
         validate_train_args(train_args(data, tmp_path / "run", **{option: value}))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
-        ({"root_dir": "nowhere"}, "root_dir='nowhere' and eval.validation.sources=.*set both"),
-        ({"sources": "[text]"}, "root_dir='' and eval.validation.sources=.*set both"),
+        ({"root_dir": "nowhere"}, "eval.validation.root_dir='nowhere' .*eval.validation.sources"),
+        ({"sources": "[text]"}, "eval.validation.root_dir='' .*eval.validation.sources"),
         ({"root_dir": "nowhere", "sources": "[a]", "max_steps": 1}, "no .*val.jsonl in nowhere/a"),
     ],
 )
-def test_validation_folders_are_looked_for_at_the_start(data, tmp_path, options, told):
+def test_validation_folders_are_checked_at_the_start(data, tmp_path, options, message):
     options = {f"eval.validation.{name}": value for name, value in options.items()}
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         validate_train_args(train_args(data, tmp_path / "run", **options))
 
 
@@ -78,7 +74,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("message", MISTAKES)
-def test_a_mistake_is_one_line_that_names_the_option(data, tmp_path, message):
+def test_a_mistake_is_one_line(data, tmp_path, message):
     with pytest.raises(UserError, match=message) as refused:
         changes = {"dump_dir": tmp_path / "run", **MISTAKES[message]}
         validate_train_args(train_args(data, changes.pop("dump_dir"), **changes))
@@ -86,11 +82,11 @@ def test_a_mistake_is_one_line_that_names_the_option(data, tmp_path, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("text, said", [("", "is empty"), ("{}\n", ":1: no string under")])
-def test_a_bad_chunk_is_refused(tmp_path, text, said):
+@pytest.mark.parametrize("text, message", [("", "is empty"), ("{}\n", ":1: no string under")])
+def test_a_bad_chunk_is_a_user_error(tmp_path, text, message):
     root = write_corpus(tmp_path / "data")
     (root / "text" / "text.chunk.01.jsonl").write_text(text)
-    with pytest.raises(UserError, match=f"text.chunk.01.jsonl ?{said}"):
+    with pytest.raises(UserError, match=f"text.chunk.01.jsonl ?{message}"):
         validate_train_args(train_args(root, tmp_path / "run"))
 
 
@@ -99,7 +95,7 @@ def test_numbers_may_be_written_as_floats(data, tmp_path):
     assert steps == 100_000 and isinstance(steps, int)
 
 
-def test_the_seed_rules_seeds_that_are_not_given(data, tmp_path):
+def test_seed_is_the_default_of_the_other_seeds(data, tmp_path):
     def seeds(**changes):
         args = validate_train_args(train_args(data, tmp_path, **changes))
         return args.seed, args.model.seed, args.data.seed
@@ -109,7 +105,7 @@ def test_the_seed_rules_seeds_that_are_not_given(data, tmp_path):
     assert seeds(seed=5, **{"data.seed": 0}) == (5, 5, 0)
 
 
-def test_defaults_are_filled_in_and_what_was_given_is_not_touched(data, tmp_path):
+def test_defaults_are_filled_in_a_copy(data, tmp_path):
     given = train_args(data, tmp_path)
     filled = validate_train_args(given)
     assert (filled.model.vocab_size, filled.model.max_seqlen) == (258, 32)

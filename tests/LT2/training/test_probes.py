@@ -1,4 +1,4 @@
-"""What a probed step records, against the same numbers written out by hand."""
+"""The statistics of a probed step, against their definitions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny import tiny_model
 from tests.tolerances import FP32, FP32_MODEL, assert_same
 
-# Every way for a layer to have softmax attention: never, always, in the first or the last loop.
+# A layer has softmax attention never, always, in the first loop or in the last.
 PATTERN = "gdn,5,full,gdn->gdn,full,gdn,full"
 N_TOKENS = 24
 DOCUMENTS = torch.tensor([0, 3, 3, 17, N_TOKENS], dtype=torch.int32)
@@ -46,7 +46,7 @@ def measure(model: LoopedTransformer, batch: Batch, mesh=None) -> tuple[dict[str
 
 
 def mass_by_definition(q, k, window, cu_seqlens):
-    """Attention over values that are 1 at the first token of a document, and 0 elsewhere."""
+    """Compute attention over values that are 1 at the first token of a document, 0 elsewhere."""
     is_first = local_positions(q.shape[1], cu_seqlens, q.device) == 0
     v = is_first.float()[None, :, None, None].expand(*k.shape[:3], 1)
     out = naive_attention(q, k, v, window=window, cu_seqlens=cu_seqlens)  # B T H 1
@@ -55,7 +55,7 @@ def mass_by_definition(q, k, window, cu_seqlens):
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("documents", [False, True])
-def test_mass_is_what_attention_gives_to_the_first_token(window, documents):
+def test_mass_is_the_attention_on_the_first_token(window, documents):
     torch.manual_seed(0)
     cu_seqlens = DOCUMENTS if documents else None
     n_rows = 1 if documents else 2
@@ -75,7 +75,7 @@ def test_long_rows_are_sampled_evenly():
     assert_same(got, mass_by_definition(q, k, None, None)[..., 1::3], FP32)
 
 
-def test_rows_of_the_mask_are_those_of_the_whole():
+def test_mask_rows_match_the_whole_mask():
     queries = torch.tensor([0, 4, 16, 17, 23])
     options = {"window": 5, "cu_seqlens": DOCUMENTS, "device": "cpu"}
     whole = visible_keys(N_TOKENS, **options)
@@ -118,7 +118,7 @@ def by_definition(model: LoopedTransformer, batch: Batch) -> dict[str, float]:
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"attention_pattern": None, "use_residual": False}])
-def test_numbers_are_those_of_the_definition(documents, changes):
+def test_statistics_match_their_definition(documents, changes):
     model = make_model(**changes)
     batch = make_batch(1, DOCUMENTS) if documents else make_batch(2)
     want = by_definition(model, batch)
@@ -128,7 +128,7 @@ def test_numbers_are_those_of_the_definition(documents, changes):
     assert has_mass == (not changes) and ("loops/rho/1" in got) == (not changes)
 
 
-def test_the_probe_tells_the_mass_of_each_loop_and_layer():
+def test_the_probe_records_the_mass_of_each_loop_and_layer():
     model, batch = make_model(), make_batch(2)
     got, probe = measure(model, batch)
     mass = {
@@ -146,7 +146,7 @@ def test_the_probe_tells_the_mass_of_each_loop_and_layer():
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("mode", ["selective", "full", "loop"])
-def test_recomputed_and_compiled_layers_have_the_same_numbers(mode):
+def test_recomputed_and_compiled_layers_have_the_same_statistics(mode):
     batch = make_batch(1, DOCUMENTS)
     want, _ = measure(make_model(), batch)
     model = make_model()
@@ -169,12 +169,12 @@ def measure_on_ranks(rank, world_size):
         parallelize_model(model, mesh, None, args, build_fsdp_grouping_plan(model.args))
         x, target, _ = make_batch(2 * world_size)
         mine = slice(2 * rank, 2 * rank + 2)
-        set_gradient_sync(model, False)  # as a step leaves it that accumulates
+        set_gradient_sync(model, False)  # as after gradient accumulation
         results.append(measure(model, (x[mine], target[mine], None), mesh)[0])
     return results
 
 
-def test_two_ranks_measure_what_one_process_does():
+def test_two_ranks_measure_like_one_process():
     want, _ = measure(make_model(), make_batch(4))
     for results in run_ranks(2, measure_on_ranks):
         for got in results:

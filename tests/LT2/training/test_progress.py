@@ -1,4 +1,4 @@
-"""What a run says about itself to a person."""
+"""The log line of a run."""
 
 from __future__ import annotations
 

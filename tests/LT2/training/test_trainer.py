@@ -1,4 +1,4 @@
-"""Gradients that are not numbers, and what a run records about its steps."""
+"""NaN gradients, metrics records, and changed options at a resume."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def poison(monkeypatch, steps, rank=0, in_rank=0):
-    """NaN in one gradient of the given steps, counted from 1."""
+    """Put NaN into one gradient of the given steps, counted from 1."""
     inner = app.Trainer.step
 
     def step(self):
@@ -107,16 +107,16 @@ def check_two_ranks(rank, world_size, data, tmp_path):
     poison_rank_1(rank, world_size, data, tmp_path / "nan")
     lose_data_on_rank_1(rank, world_size, data, tmp_path / "lost")
     train(data, tmp_path / "data", steps=2)
-    with pytest.raises(UserError, match="data.seq_len is 16.*made with 32"):
+    with pytest.raises(UserError, match="data.seq_len.* 16.* 32"):
         train(data, tmp_path / "data", **{"data.seq_len": 16})
 
 
-def test_what_one_rank_meets_stops_all(data, tmp_path):
+def test_an_error_on_one_rank_stops_all(data, tmp_path):
     run_ranks(2, check_two_ranks, data, tmp_path)
 
-    train(data, tmp_path / "data")  # of two ranks, and now one goes on
+    train(data, tmp_path / "data")  # saved by two ranks, resumed by one
     log = (tmp_path / "data" / "train.log").read_text()
-    assert "was written by 2 data-parallel ranks and this run has 1" in log
+    assert "2 data-parallel ranks" in log
     assert "config changed since the checkpoint: distributed.dp_replicate: 2 -> 1" in log
     batch = OPTIONS["data.batch_size"] * OPTIONS["data.seq_len"]
     n_tokens = column(tmp_path / "data", "optim/total_tokens")
@@ -151,7 +151,7 @@ def test_a_record_averages_the_steps_since_the_last(data, tmp_path):
         assert record["optim/total_tokens"] == step * 4 * batch
 
 
-def test_micro_batches_have_records_of_their_own(data, tmp_path, monkeypatch):
+def test_acc_freq_logs_micro_batches(data, tmp_path, monkeypatch):
     seen = []
     inner = app.LoopedTransformer.forward
 
@@ -176,7 +176,7 @@ def test_micro_batches_have_records_of_their_own(data, tmp_path, monkeypatch):
 LOG_EVERY_2ND = {"logging.acc_freq": 2}
 
 
-def test_every_record_says_how_fast_and_how_far(data, tmp_path):
+def test_every_record_has_speed_and_progress(data, tmp_path):
     train(data, tmp_path)
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if "optim/lr" in line]
@@ -191,27 +191,27 @@ def test_every_record_says_how_fast_and_how_far(data, tmp_path):
         assert line["speed/tokens_per_s"] == pytest.approx(per_second)
 
 
-def test_looking_at_a_run_does_not_change_it(data, tmp_path):
+def test_probes_and_profiles_do_not_change_a_run(data, tmp_path):
     profiling = {"run": True, "mem_steps": 0, "profile_warmup": 1, "profile_steps": 1}
     looks = {f"profiling.{name}": value for name, value in profiling.items()}
-    train(data, tmp_path / "looked at", probe_freq=2, grad_acc_steps=2, **looks)
+    train(data, tmp_path / "observed", probe_freq=2, grad_acc_steps=2, **looks)
     train(data, tmp_path / "alone", grad_acc_steps=2)
-    got, want = tensors(tmp_path / "looked at", N), tensors(tmp_path / "alone", N)
+    got, want = tensors(tmp_path / "observed", N), tensors(tmp_path / "alone", N)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
-    seen = records(tmp_path / "looked at")
+    seen = records(tmp_path / "observed")
     probed = [record for record in seen if "layers/grad_norm/0" in record]
     assert [record["global_step"] for record in probed] == [0, 2, 4]
     assert [record for record in seen if record not in probed] == records(tmp_path / "alone")
 
-    probe = (tmp_path / "looked at" / "probe" / "probe.0.jsonl").read_text().splitlines()
+    probe = (tmp_path / "observed" / "probe" / "probe.0.jsonl").read_text().splitlines()
     assert [json.loads(line)["meta"]["global_step"] for line in probe] == [0, 2, 4]
-    (trace,) = (tmp_path / "looked at" / "profiling").glob("trace_*.json.gz")
+    (trace,) = (tmp_path / "observed" / "profiling").glob("trace_*.json.gz")
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert not (tmp_path / "alone" / "probe").exists()
     assert not (tmp_path / "alone" / "profiling").exists()
 
 
-def test_tokens_are_counted_as_they_were_read(data, tmp_path):
+def test_total_tokens_counts_across_a_resume(data, tmp_path):
     with stopped_after(3):
         train(data, tmp_path, grad_acc_steps=2)
     train(data, tmp_path)
@@ -219,8 +219,8 @@ def test_tokens_are_counted_as_they_were_read(data, tmp_path):
     assert column(tmp_path, "optim/total_tokens") == [batch * n for n in (2, 4, 6, 7, 8, 9)]
 
 
-def test_no_secret_reaches_what_a_run_writes(data, tmp_path, monkeypatch, capfd):
-    # made up now: the run keeps a copy of the code, and so of this file
+def test_no_secret_is_written(data, tmp_path, monkeypatch, capfd):
+    # random, since the run copies the code and so this file
     secrets = {name: token_hex(16) for name in ("WANDB_API_KEY", "MY_TOKEN")}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
@@ -241,7 +241,7 @@ def test_no_secret_reaches_what_a_run_writes(data, tmp_path, monkeypatch, capfd)
     assert b"changed since the checkpoint: name" not in log
 
 
-def test_a_run_keeps_the_code_that_it_began_with(data, tmp_path):
+def test_a_run_keeps_the_code_of_its_start(data, tmp_path):
     options = {**SMALL, "checkpoint.eval.every": 1}
     with stopped_after(1):
         train(data, tmp_path, keep_code=True, **options, steps=2)
@@ -256,10 +256,10 @@ def test_a_run_keeps_the_code_that_it_began_with(data, tmp_path):
     assert not list(tmp_path.glob(".code*"))
 
 
-# ---- other options at the resume
+# ---- changed options at a resume
 
 
-def test_a_resume_names_what_changed(data, tmp_path):
+def test_a_resume_logs_changed_options(data, tmp_path):
     with stopped_after(2):
         train(data, tmp_path)
     train(data, tmp_path, **{"optim.weight_decay": 0.2, "data.load_async": True})
@@ -273,13 +273,13 @@ def test_a_resume_names_what_changed(data, tmp_path):
     "option, value, saved",
     [("data.seq_len", 16, 32), ("data.batch_size", 1, 2), ("data.seed", 8, 7)],
 )
-def test_data_that_would_be_others_are_refused_and_nothing_is_written(
+def test_changed_data_options_are_user_errors_and_nothing_is_written(
     data, tmp_path, option, value, saved
 ):
     with stopped_after(2):
         train(data, tmp_path)
     before = fingerprint(tmp_path)
-    with pytest.raises(UserError, match=f"{option} is {value}, .*made with {saved}"):
+    with pytest.raises(UserError, match=f"{option}.* {value}.* {saved}"):
         train(data, tmp_path, **{option: value})
     after = fingerprint(tmp_path)
     for name in ("train.log", ".lock", "checkpoints/.lock"):

@@ -1,4 +1,4 @@
-"""Nothing of `model:` that was set is ignored: what no layer reads is refused."""
+"""Options that are set and have no effect log a warning."""
 
 from __future__ import annotations
 
@@ -6,73 +6,76 @@ from typing import Any
 
 import pytest
 
+from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
-from apps.LT2.training.unused_options import check_unused_options, warnings_of_options
+from apps.LT2.training.args import TrainArgs
+from apps.LT2.training.unused_options import train_warnings, unused_options
 from apps.LT2.transformer import LoopedTransformerArgs
-from lingua.errors import UserError
+from lingua.checkpoint import CheckpointArgs, SaveEvery
+from lingua.metrics import LoggingArgs
 from tests.LT2.tiny import KINDS
 
 OWN_HEADS = GatedDeltaNetArgs(n_heads=2)
 
 
 @pytest.mark.parametrize(
-    "options, read_by",
+    "option, options, used_by",
     [
-        ({"mixer": "gdn", "n_heads": 2, "gated_attn": True}, {"attention_pattern": "3:1"}),
-        ({"mixer": "gdn", "n_heads": 4, "gdn": OWN_HEADS}, {"attention_pattern": "3:1"}),
-        ({"mixer": "gdn", "n_heads": 4, "gdn": OWN_HEADS}, {"gdn": GatedDeltaNetArgs()}),
-        ({"mixer": "nsa", "n_heads": 16, "gated_attn": True}, {"mixer": "dsa"}),
-        ({"mixer": "mamba2", "n_heads": 2}, {"mixer": "kda"}),
-        ({"mixer": "hgrn2", "n_kv_heads": 2}, {"mixer": "window"}),
-        ({"mixer": "gdn", "head_dim": 16}, {"mixer": "full"}),
-        ({"mixer": "kda", "rope_theta": 5e5}, {"mixer": "retnet"}),
-        ({"mixer": "gdn", "attn_impl": "sdpa"}, {"attention_pattern": "3:1"}),
-        ({"mixer": "dsa", "attn_impl": "sdpa"}, {"mixer": "full"}),
-        ({"mixer": "window", "sliding_window": 8}, {"mixer": "full"}),
-        ({"mixer": "gdn", "hybrid_mixer": "dsa"}, {"attention_pattern": "3:1"}),
-        ({"mixer": "kda", "attention_pattern": "8->full"}, {"attention_pattern": "kda->full"}),
+        ("gated_attn", {"mixer": "gdn", "gated_attn": True}, {"attention_pattern": "3:1"}),
+        ("n_heads", {"mixer": "gdn", "n_heads": 4, "gdn": OWN_HEADS}, {"attention_pattern": "3:1"}),
+        ("n_heads", {"mixer": "gdn", "n_heads": 4, "gdn": OWN_HEADS}, {"gdn": GatedDeltaNetArgs()}),
+        ("gated_attn", {"mixer": "nsa", "n_heads": 16, "gated_attn": True}, {"mixer": "dsa"}),
+        ("n_heads", {"mixer": "mamba2", "n_heads": 2}, {"mixer": "kda"}),
+        ("n_kv_heads", {"mixer": "hgrn2", "n_kv_heads": 2}, {"mixer": "window"}),
+        ("head_dim", {"mixer": "gdn", "head_dim": 16}, {"mixer": "full"}),
+        ("rope_theta", {"mixer": "kda", "rope_theta": 5e5}, {"mixer": "retnet"}),
+        ("attn_impl", {"mixer": "gdn", "attn_impl": "sdpa"}, {"attention_pattern": "3:1"}),
+        ("attn_impl", {"mixer": "dsa", "attn_impl": "sdpa"}, {"mixer": "full"}),
+        ("sliding_window", {"mixer": "window", "sliding_window": 8}, {"mixer": "full"}),
+        ("hybrid_mixer", {"mixer": "gdn", "hybrid_mixer": "dsa"}, {"attention_pattern": "3:1"}),
+        (
+            "mixer",
+            {"mixer": "kda", "attention_pattern": "8->full"},
+            {"attention_pattern": "kda->full"},
+        ),
+        ("gdn", {"mixer": "kda", "gdn": GatedDeltaNetArgs(expand_v=1.0)}, {"mixer": "gdn"}),
     ],
 )
-def test_an_option_that_no_layer_reads_is_refused(options, read_by):
+def test_an_option_that_no_layer_uses_has_a_warning(option, options, used_by):
     base: dict[str, Any] = {"n_layers": 4, "loop_count": 2}
-    with pytest.raises(UserError, match=r"would change nothing: .*leave it out, or say"):
-        check_unused_options(LoopedTransformerArgs(**base | options))
-    check_unused_options(LoopedTransformerArgs(**base | options | read_by))
+    unused = unused_options(LoopedTransformerArgs(**base | options))
+    assert unused[option].startswith(f"model.{option}")
+    assert option not in unused_options(LoopedTransformerArgs(**base | options | used_by))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_every_kind_needs_is_read(kind):
-    check_unused_options(LoopedTransformerArgs(n_layers=3, **KINDS[kind]))
+def test_the_options_of_every_kind_are_used(kind):
+    assert unused_options(LoopedTransformerArgs(n_layers=3, **KINDS[kind])) == {}
 
 
-def test_a_full_layer_that_is_narrowed_is_a_full_layer():
+def test_a_narrowed_full_layer_is_a_full_layer():
     options: dict[str, Any] = {"mixer": "gdn", "hybrid_mixer": "full", "attention_pattern": "3:1"}
-    check_unused_options(LoopedTransformerArgs(n_layers=4, sliding_window=8, **options))
+    args = LoopedTransformerArgs(n_layers=4, sliding_window=8, **options)
+    assert unused_options(args) == {}
 
 
 def warnings(**options: Any) -> list[str]:
-    return list(warnings_of_options(LoopedTransformerArgs(max_seqlen=64, **options)))
-
-
-def test_a_section_that_no_layer_reads_is_reported():
-    section = GatedDeltaNetArgs(expand_v=1.0)
-    assert warnings(mixer="kda", gdn=section) == ["model.gdn is set, and no layer is gdn"]
-    assert warnings(mixer="gdn", gdn=section) == []
+    return train_warnings(TrainArgs(model=LoopedTransformerArgs(max_seqlen=64, **options)))
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, named",
     [
-        ({"mixer": "window", "default_sliding_window": 64}, "a window of 64 keys hides nothing"),
-        ({"attention_pattern": "8->99->full", "loop_count": 3}, "a window of 99 keys hides"),
-        ({"sliding_window": 100}, "a window of 100 keys hides nothing in sequences of 64 tokens"),
-        ({"mixer": "dsa", "dsa": DSAArgs(top_k=64)}, "model.dsa.top_k=64 leaves nothing to choose"),
+        ({"mixer": "window", "default_sliding_window": 64}, "default_sliding_window"),
+        ({"attention_pattern": "8->99->full", "loop_count": 3}, "a window of 99 tokens"),
+        ({"sliding_window": 100}, "a window of 100 tokens"),
+        ({"mixer": "dsa", "dsa": DSAArgs(top_k=64)}, "model.dsa.top_k=64"),
     ],
 )
-def test_a_limit_beyond_the_sequence_is_reported(options, told):
+def test_a_limit_beyond_the_sequence_has_a_warning(options, named):
     (warning,) = warnings(**options)
-    assert warning.startswith(told)
+    assert named in warning
 
 
 @pytest.mark.parametrize(
@@ -83,5 +86,26 @@ def test_a_limit_beyond_the_sequence_is_reported(options, told):
         {"mixer": "dsa", "dsa": DSAArgs(top_k=63)},
     ],
 )
-def test_a_limit_within_the_sequence_is_not(options):
+def test_a_limit_within_the_sequence_has_none(options):
     assert warnings(**options) == []
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"logging": LoggingArgs(acc_freq=1)}, "logging.acc_freq=1"),
+        ({"async_eval_gpus": 1}, "async_eval_gpus=1"),
+        ({"async_eval_gpus": 1, "eval": EvalArgs()}, "async_eval_gpus=1"),
+        (
+            {
+                "async_eval_gpus": 1,
+                "eval": EvalArgs(harness=LMHarnessArgs(tasks=["a"])),
+                "checkpoint": CheckpointArgs(eval=SaveEvery(keep=2)),
+            },
+            "checkpoint.eval.keep=2",
+        ),
+    ],
+)
+def test_training_options_without_effect_have_a_warning(options, named):
+    (warning,) = train_warnings(TrainArgs(**options))
+    assert warning.startswith(named)
