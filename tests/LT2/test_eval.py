@@ -275,7 +275,11 @@ def test_a_mistake_prints_one_line_and_exits_with_2(here, monkeypatch, capsys, m
 @pytest.mark.parametrize(
     "name, damage, message",
     [
-        ("no_config", lambda f: (f / "params.json").unlink(), "ckpt_dir=.*params.json.* is missing"),
+        (
+            "no_config",
+            lambda f: (f / "params.json").unlink(),
+            "ckpt_dir=.*params.json",
+        ),
         ("half_written", cut_weights, "ckpt_dir=.*damaged: .*distcp"),
         ("vocabulary", shrink_vocabulary, "ckpt_dir=.*model.vocab_size=100"),
     ],

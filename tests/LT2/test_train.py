@@ -211,9 +211,7 @@ def test_init_ckpt_path_only_sets_the_weights(data, uninterrupted, tmp_path):
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     (new,), (first,) = train_states(tmp_path, 2), train_states(uninterrupted(), 2)
     assert new["data_loader_state"] == first["data_loader_state"]
-    assert column(tmp_path, "optim/lr") == pytest.approx([5e-31, 1e-30]), (
-        "warmup from step 0"
-    )
+    assert column(tmp_path, "optim/lr") == pytest.approx([5e-31, 1e-30]), "warmup from step 0"
 
 
 def test_continue_training_from_init_continues_the_run(data, uninterrupted, tmp_path):
