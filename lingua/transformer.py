@@ -2,8 +2,8 @@
 
     x = x + attention(norm(x));  x = x + feed_forward(norm(x))
 
-Parameter names and rotary layout (interleaved pairs) are Llama's, so Meta's checkpoints load as
-they are. Shapes: B batch, S tokens, D model width, H heads, Dh width of a head.
+Parameter names and rotary layout (interleaved pairs) are Llama's, so Meta's checkpoints load
+unchanged. Shapes: B batch, S tokens, D model dim, H heads, K head dim.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lingua.parallel.tensor_parallel import copy_whole
 
 
 class InitStdFactor(Enum):
-    """How the spread of output projections shrinks with depth."""
+    """How the std of output projections shrinks with depth: the divisor."""
 
     DISABLED = "disabled"  # 1
     GLOBAL_DEPTH = "global_depth"  # sqrt(2 * depth of the whole model)
@@ -35,16 +35,16 @@ class InitStdFactor(Enum):
 
 @dataclass
 class BaseTransformerArgs:
-    dim: int = 512  # model width
+    dim: int = 512  # model dim
     n_layers: int = 8  # physical layers
-    head_dim: int | None = None  # width of an attention head; null = dim / n_heads
+    head_dim: int | None = None  # dim of an attention head; null = dim / n_heads
     n_heads: int | None = None  # query heads; null = dim / head_dim
     n_kv_heads: int | None = None  # key and value heads (GQA); null = n_heads
-    ffn_dim_multiplier: float | None = None  # scales the FFN width 8/3 * dim; null = 1
-    multiple_of: int = 256  # the FFN width is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None  # scales the FFN dim 8/3 * dim; null = 1
+    multiple_of: int = 256  # the FFN dim is rounded up to a multiple of this
     norm_eps: float = 1e-5  # epsilon of every RMSNorm
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    init_base_std: float | None = None  # spread of every weight; null = fan_in ** -0.5
+    init_base_std: float | None = None  # std of every weight; null = fan_in ** -0.5
     init_std_factor: str = "disabled"  # disabled | global_depth | current_depth | dim_ratio
     max_seqlen: int = 1024  # longest sequence; the trainer sets it to data.seq_len
 
@@ -60,12 +60,13 @@ class BaseTransformerArgs:
         factors = [factor.value for factor in InitStdFactor]
         if self.init_std_factor not in factors:
             raise UserError(
-                f"model.init_std_factor={self.init_std_factor!r} is none of {', '.join(factors)}"
+                f"model.init_std_factor={self.init_std_factor!r} must be one of "
+                f"{', '.join(factors)}"
             )
 
 
 def check_sizes(section: str, args: object, *fields: str) -> None:
-    """Refuse sizes below 1; null, where a field's type allows it, stands for a default."""
+    """Raise UserError for a size below 1; null is a default if the field's type allows it."""
     for field in fields:
         value = getattr(args, field)
         if value is not None and value < 1:
@@ -74,7 +75,7 @@ def check_sizes(section: str, args: object, *fields: str) -> None:
 
 
 def resolve_heads(args: BaseTransformerArgs) -> tuple[int, int, int]:
-    """(query heads, key/value heads, head width) after the defaults; UserError if impossible."""
+    """Return (query heads, key/value heads, head dim), defaults filled in; or raise UserError."""
     dim, n_heads, head_dim = args.dim, args.n_heads, args.head_dim
     if n_heads is None and head_dim is None:
         raise UserError("model.n_heads and model.head_dim are both null: set one, e.g. n_heads=8")
@@ -83,32 +84,31 @@ def resolve_heads(args: BaseTransformerArgs) -> tuple[int, int, int]:
         assert n_heads is not None
         if dim % n_heads:
             raise UserError(
-                f"model.n_heads={n_heads} does not divide model.dim={dim}; "
-                "choose a divisor or set model.head_dim"
+                f"model.n_heads={n_heads} must divide model.dim={dim}; "
+                "use a divisor or set model.head_dim"
             )
         head_dim = dim // n_heads
     if n_heads is None:
         if dim % head_dim:
             raise UserError(
-                f"model.head_dim={head_dim} does not divide model.dim={dim}; "
-                "choose a divisor or set model.n_heads"
+                f"model.head_dim={head_dim} must divide model.dim={dim}; "
+                "use a divisor or set model.n_heads"
             )
         n_heads = dim // head_dim
     n_kv_heads = args.n_kv_heads or n_heads
     if n_heads % n_kv_heads:
         raise UserError(
-            f"model.n_kv_heads={n_kv_heads} does not divide the {n_heads} query heads; "
-            f"it must be a divisor of {n_heads}"
+            f"model.n_kv_heads={n_kv_heads} must divide the number of query heads, {n_heads}"
         )
     return n_heads, n_kv_heads, head_dim
 
 
-def check_rotary_width(head_dim: int, *, option: str = "model.head_dim") -> None:
-    """Rotary position embedding turns pairs, so the head width must be even."""
+def check_rotary_dim(head_dim: int, *, option: str = "model.head_dim") -> None:
+    """Raise UserError for an odd head dim: rotary embedding rotates pairs."""
     if head_dim % 2:
         raise UserError(
-            f"{option}={head_dim} (dim / n_heads where null) is odd, and rotary embedding "
-            f"turns pairs: use an even width such as {head_dim + 1}"
+            f"{option}={head_dim} (dim / n_heads if null) must be even for rotary embedding; use "
+            f"{head_dim + 1}"
         )
 
 
@@ -134,8 +134,8 @@ def trunc_normal_(tensor: Tensor, std: float) -> Tensor:
 
 
 def init_linear(linear: nn.Linear, base_std: float | None, factor: float = 1.0) -> None:
-    """The one rule for projections: spread base_std, else fan_in ** -0.5, divided by `factor`."""
-    fan_in = linear.weight.shape[1]  # of the whole matrix, where tensor parallelism splits it
+    """Initialize a projection with std base_std, or fan_in ** -0.5 if None, divided by `factor`."""
+    fan_in = linear.weight.shape[1]  # of the whole matrix, even if tensor parallelism splits it
     std = base_std if base_std is not None else fan_in**-0.5
     trunc_normal_(linear.weight, std / factor)
     if linear.bias is not None:
@@ -143,9 +143,9 @@ def init_linear(linear: nn.Linear, base_std: float | None, factor: float = 1.0) 
 
 
 def depth_factor(kind: str, *, dim: int, layer: int, n_layers: int, loop_count: int = 1) -> float:
-    """Divisor of the spread of a layer's output projections; `layer` counts from 0.
+    """Return the divisor of the std of a layer's output projections; `layer` counts from 0.
 
-    Depth is effective depth: a shared layer is charged for the deepest place where it is used.
+    A layer that loops share counts with the depth of its last loop.
     """
     return {
         InitStdFactor.DISABLED: 1.0,
@@ -156,45 +156,45 @@ def depth_factor(kind: str, *, dim: int, layer: int, n_layers: int, loop_count: 
 
 
 # ---------------------------------------------------------------------------------------------
-# Loss, masks and rotary embedding
+# Loss and rotary embedding
 
 
 def cross_entropy(pred: Tensor, target: Tensor, **kwargs: Any) -> Tensor:
-    """Cross-entropy of logits (..., V) against token ids (...), computed in fp32."""
+    """Compute the cross-entropy of logits (..., V) and token ids (...) in fp32."""
     logits = pred.flatten(end_dim=-2).float()
     return F.cross_entropy(logits, target.flatten(), **kwargs)
 
 
 def repeat_kv(x: Tensor, n_rep: int, dim: int = 2) -> Tensor:
-    """Repeat each head of `dim` n_rep times, so that keys meet their group of queries."""
+    """Repeat each head along `dim` n_rep times, for the queries of its group."""
     return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=dim)
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., Dh / 2) in fp32 for integer positions (...)."""
+    """Return cos and sin (..., K / 2) in fp32 for integer positions (...)."""
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float().unsqueeze(-1) * (theta ** (-pairs / head_dim))
     return angles.cos(), angles.sin()
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[2i], x[2i+1]) of the last axis; fp32 inside, x's dtype outside.
+    """Rotate the pairs (x[2i], x[2i+1]) of the last axis; fp32 inside, x's dtype outside.
 
-    cos, sin: broadcastable to x's shape with the last axis halved.
+    cos and sin broadcast to x's shape with the last axis halved.
     """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).type_as(x)
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
-    """Rotation matrices (end, dim / 2, 2, 2) of positions 0 .. end-1, fp32."""
+    """Return the rotation matrices (end, dim / 2, 2, 2) of positions 0 .. end-1, in fp32."""
     cos, sin = rotary_angles(torch.arange(end), dim, theta)
     return torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
 
 
 def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor, seq_dim: int) -> Tensor:
-    """View (S, Dh/2, 2, 2) so that it broadcasts against x (B, S, H, Dh) split in pairs."""
+    """View (S, K/2, 2, 2) so that it broadcasts to x (B, S, H, K) split in pairs."""
     outer = [1] * (x.ndim - 1)
     outer[seq_dim] = freqs_cis.shape[0]
     return freqs_cis.view(*outer, *freqs_cis.shape[1:])
@@ -203,53 +203,14 @@ def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor, seq_dim: int) -> Tensor:
 def apply_rotary_emb(
     xq: Tensor, xk: Tensor, seq_dim: int, freqs_cis: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys (B, S, H, Dh) by the matrices of their positions."""
+    """Rotate queries and keys (B, S, H, K) by the matrices of their positions."""
 
-    def turn(x: Tensor) -> Tensor:
-        pairs = x.float().unflatten(-1, (-1, 1, 2))  # B S H Dh/2 1 2
-        turned = pairs * reshape_for_broadcast(freqs_cis, x, seq_dim)
-        return turned.sum(-1).flatten(-2).type_as(x)
+    def rotate(x: Tensor) -> Tensor:
+        pairs = x.float().unflatten(-1, (-1, 1, 2))  # B S H K/2 1 2
+        rotated = pairs * reshape_for_broadcast(freqs_cis, x, seq_dim)
+        return rotated.sum(-1).flatten(-2).type_as(x)
 
-    return turn(xq), turn(xk)
-
-
-def causal_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-    """FlexAttention mask rule: a token sees itself and its past."""
-    return q_idx >= kv_idx
-
-
-def lengths_to_start_ids(lengths: Tensor) -> Tensor:
-    """First index of each document: [3, 2, 4] -> [0, 3, 5]."""
-    return lengths.cumsum(0) - lengths
-
-
-def lengths_to_local_ids(lengths: Tensor) -> Tensor:
-    """Index of each token inside its document: [3, 2] -> [0, 1, 2, 0, 1]."""
-    starts = lengths_to_start_ids(lengths).repeat_interleave(lengths)
-    return torch.arange(int(lengths.sum()), device=lengths.device) - starts
-
-
-def generate_doc_mask_mod(mask_mod: Any, lengths: Tensor, kv_lengths: Tensor | None = None) -> Any:
-    """Apply a FlexAttention mask rule inside each document of a packed sequence.
-
-    lengths 2, 3        a b c d e
-                    a   1
-                    b   1 1
-                    c       1         c starts afresh: it does not see a and b
-                    d       1 1
-                    e       1 1 1
-    """
-    kv_lengths = lengths if kv_lengths is None else kv_lengths
-    documents = torch.arange(lengths.numel(), device=lengths.device)
-    q_document, q_local = documents.repeat_interleave(lengths), lengths_to_local_ids(lengths)
-    kv_document = documents.repeat_interleave(kv_lengths)
-    kv_local = lengths_to_local_ids(kv_lengths)
-
-    def doc_mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        same_document = q_document[q_idx] == kv_document[kv_idx]
-        return same_document & mask_mod(b, h, q_local[q_idx], kv_local[kv_idx])
-
-    return doc_mask_mod
+    return rotate(xq), rotate(xk)
 
 
 class RotaryEmbedding(nn.Module):
@@ -259,7 +220,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, theta: float, head_dim: int, max_seqlen: int = 1024):
         super().__init__()
-        check_rotary_width(head_dim)
+        check_rotary_dim(head_dim)
         self.theta, self.head_dim, self.max_seqlen = theta, head_dim, max_seqlen
         table = precompute_freqs_cis(head_dim, max_seqlen, theta)
         self.register_buffer("freqs_cis", table, persistent=False)
@@ -269,7 +230,7 @@ class RotaryEmbedding(nn.Module):
         self.freqs_cis.copy_(precompute_freqs_cis(self.head_dim, self.max_seqlen, self.theta))
 
     def forward(self, seqlen: int | None = None, tok_idx: Tensor | None = None) -> Tensor:
-        """The matrices of positions `tok_idx`, else of the first `seqlen` positions."""
+        """Return the matrices of positions `tok_idx`, or of the first `seqlen` positions."""
         assert seqlen is not None or tok_idx is not None, "seqlen or tok_idx must be given"
         return self.freqs_cis[tok_idx] if tok_idx is not None else self.freqs_cis[:seqlen]
 
@@ -279,7 +240,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight; fp32 inside whatever the input's dtype."""
+    """x / rms(x) * weight over the last axis; fp32 inside, x's dtype outside."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -287,9 +248,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.normalize(x).type_as(x)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Return the result in fp32."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight.float()).type_as(x)
+        return wide * scale * self.weight.float()
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
@@ -306,22 +271,22 @@ class FeedForward(nn.Module):
         ffn_dim_multiplier: float | None = None,
         mp_size: int = 1,
     ):
-        """`hidden_dim` is the plain Transformer's (4 dim); the third matrix costs a third of it."""
+        """`hidden_dim` is a plain Transformer's, 4 dim; a third pays for the third matrix."""
         super().__init__()
         if multiple_of < 1:
             raise UserError(f"model.multiple_of={multiple_of} must be at least 1")
         if ffn_dim_multiplier is not None and ffn_dim_multiplier <= 0:
             raise UserError(
-                f"model.ffn_dim_multiplier={ffn_dim_multiplier} must be positive, or null"
+                f"model.ffn_dim_multiplier={ffn_dim_multiplier} must be above 0, or null"
             )
         hidden = int((ffn_dim_multiplier or 1.0) * int(2 * hidden_dim / 3))
         hidden = multiple_of * math.ceil(hidden / multiple_of)
         if hidden < 1:
             raise UserError(
-                f"model.ffn_dim_multiplier={ffn_dim_multiplier} leaves the feed-forward network no "
-                f"channel: it scales 8/3 * model.dim = {2 * hidden_dim // 3}; use 1, or null"
+                f"model.ffn_dim_multiplier={ffn_dim_multiplier} must leave a channel of the 8/3 * "
+                f"model.dim = {2 * hidden_dim // 3} that it scales; use 1, or null"
             )
-        assert hidden % mp_size == 0, f"FFN width {hidden} is not a multiple of mp_size {mp_size}"
+        assert hidden % mp_size == 0, f"FFN dim {hidden} is not a multiple of mp_size {mp_size}"
         self.dim, self.hidden_dim = dim, hidden
         self.w1 = nn.Linear(dim, hidden, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
@@ -332,7 +297,7 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(gate) * up)
 
     def fused_linears(self) -> tuple[nn.Linear, ...]:
-        """Those that read x."""
+        """Return the linears of x, whose weights inference fuses."""
         return (self.w1, self.w3)
 
     def reset_parameters(self, init_std: float | None = None, factor: float = 1.0) -> None:
@@ -343,7 +308,7 @@ class FeedForward(nn.Module):
 
 @cache
 def flex_attention_on(device_type: str) -> Any:
-    """FlexAttention for a device: compiled on CUDA, where only that is fast and lean in memory."""
+    """Return FlexAttention, compiled on CUDA: eager, it is slow and takes much memory."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
@@ -369,7 +334,7 @@ class Attention(nn.Module):
         mask: Any = None,
         attn_impl: str = "sdpa",
     ) -> Tensor:
-        """x (B, S, D) -> (B, S, D). `freq_cis` holds the matrices of x's positions.
+        """Map x (B, S, D) to (B, S, D); `freq_cis` holds the matrices of x's positions.
 
         mask: for sdpa "causal", a boolean tensor or None; for flex_attention a BlockMask; for fmha
         an xformers AttentionBias. `tok_idx` is accepted for callers that also keep a cache.
@@ -387,7 +352,7 @@ class Attention(nn.Module):
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, attn_impl: str) -> Tensor:
-    """softmax(q k^T / sqrt(Dh)) v for (B, S, H, Dh) tensors."""
+    """Compute softmax(q k^T / sqrt(K)) v for (B, S, H, K) tensors."""
     if attn_impl == "fmha":
         from xformers.ops import fmha  # pyright: ignore[reportMissingImports]
 
@@ -411,7 +376,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, attn_impl: str
             enable_gqa=q.shape[1] != k.shape[1],
         )
     else:
-        raise UserError(f"attn_impl={attn_impl!r} is none of sdpa, flex_attention, fmha")
+        raise UserError(f"attn_impl={attn_impl!r} must be one of sdpa, flex_attention, fmha")
     return out.transpose(1, 2)
 
 
@@ -485,31 +450,31 @@ class BaseTransformer(nn.Module):
 
 @torch.no_grad()
 def fuse_weights(linears: Sequence[nn.Linear]) -> None:
-    """Move the weights of bias-free linears, in place, into one matrix that `fused_linear` uses.
+    """Move the weights of bias-free linears into one matrix, in place, for `fused_linear`.
 
-    They stay parameters: views of it, which follow what is written into them.
+    They stay parameters: views of the matrix, which sees what is written to them.
     """
     assert all(linear.bias is None for linear in linears), "a bias would not be added"
-    joint = torch.cat([linear.weight for linear in linears])
-    for linear, weight in zip(linears, joint.split(_widths(linears)), strict=True):
+    fused = torch.cat([linear.weight for linear in linears])
+    for linear, weight in zip(linears, fused.split(_out_features(linears)), strict=True):
         linear.weight.data = weight
-    linears[0].register_buffer("fused_weight", joint, persistent=False)
+    linears[0].register_buffer("fused_weight", fused, persistent=False)
 
 
 def fused_weight(linears: Sequence[nn.Linear]) -> Tensor | None:
-    """(all outputs, inputs): the matrix that `fuse_weights` made of these linears, if it did."""
-    joint = getattr(linears[0], "fused_weight", None)
-    assert joint is None or joint.shape[0] == sum(_widths(linears)), "other linears were joined"
-    return joint
+    """Return the matrix (all outputs, inputs) that `fuse_weights` made, or None."""
+    fused = getattr(linears[0], "fused_weight", None)
+    assert fused is None or fused.shape[0] == sum(_out_features(linears)), "other linears are fused"
+    return fused
 
 
 def fused_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """The output of each linear for x (..., inputs)."""
+    """Return the output of each linear for x (..., inputs)."""
     weight = fused_weight(linears)
     if weight is None:
         return tuple(linear(x) for linear in linears)
-    return F.linear(x, weight).split(_widths(linears), dim=-1)
+    return F.linear(x, weight).split(_out_features(linears), dim=-1)
 
 
-def _widths(linears: Sequence[nn.Linear]) -> list[int]:
+def _out_features(linears: Sequence[nn.Linear]) -> list[int]:
     return [linear.out_features for linear in linears]

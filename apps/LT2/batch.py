@@ -1,4 +1,4 @@
-"""A batch as the model takes it, from rows as the loader yields them (dataloader/packing.py)."""
+"""Turn the arrays of the data loader (lingua/dataloader/packing.py) into batches of tensors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Batch = tuple[Tensor, Tensor, Tensor | None]  # x, target, cu_seqlens
 
 
 def to_device(views_BTN: np.ndarray, doc_mask: bool, device: torch.device) -> Batch:
-    """The int64 array (B, T, views) as tensors on the device, copied asynchronously.
+    """Copy an int64 array (B, T, views) to the device, asynchronously.
 
-    With doc_mask, whose column is the last one, the batch becomes one packed row.
+    With `doc_mask` the last view marks the first tokens of documents, and the batch becomes one
+    packed row.
     """
     views = torch.from_numpy(views_BTN)
     x, target = views[..., 0].contiguous(), views[..., 1].contiguous()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from apps.LT2.mixers import MIXERS, Extension, Mixer, MixerArgs, MixerCache, build_mixer
+from apps.LT2.mixers import MIXERS, Mixer, MixerArgs, MixerCache, Prompts, build_mixer
 from apps.LT2.pattern import LayerSpec
 from lingua.transformer import FeedForward, RMSNorm
 
@@ -15,8 +13,8 @@ from lingua.transformer import FeedForward, RMSNorm
 class Block(nn.Module):
     """A layer that all loops share.
 
-    It owns one mixer of each family that some loop asks for: `attention` serves full and window
-    layers, `gdn` the gated delta rule. The loop says which one runs by its LayerSpec.
+    It owns one mixer of each family that some loop runs: `attention` serves full and window layers,
+    `gdn` the gated delta rule. The LayerSpec of the loop says which one runs.
     """
 
     def __init__(self, args: MixerArgs, specs: tuple[LayerSpec, ...]):
@@ -42,33 +40,25 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         with_loss: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """h after this layer; and with `with_loss` the mixer's own loss, if it has one."""
+        """Return h after this layer and, with `with_loss`, the mixer's own loss if it has one."""
         mixer, loss = self.mixer(spec), None
         options = {"cu_seqlens": cu_seqlens, "window": spec.window}
         x = self.attention_norm(h)
-        if with_loss and mixer.loss_name is not None:
+        if with_loss and mixer.own_loss is not None:
             mixed, loss = mixer.forward_with_loss(x, **options)
         else:
             mixed = mixer(x, **options)
         return self._add(h, mixed), loss
 
-    def prefill(
-        self,
-        h: Tensor,
-        spec: LayerSpec,
-        cache: MixerCache,
-        cu_seqlens: Tensor | None = None,
-        rows: Tensor | None = None,
-        past: Sequence[Extension] | None = None,
-    ) -> Tensor:
-        options = {"cu_seqlens": cu_seqlens, "rows": rows, "window": spec.window, "past": past}
-        return self._add(h, self.mixer(spec).prefill(self.attention_norm(h), cache, **options))
+    def prefill(self, h: Tensor, spec: LayerSpec, cache: MixerCache, prompts: Prompts) -> Tensor:
+        x = self.attention_norm(h)
+        return self._add(h, self.mixer(spec).prefill(x, cache, prompts, spec.window))
 
     def step(self, h: Tensor, spec: LayerSpec, cache: MixerCache) -> Tensor:
         return self._add(h, self.mixer(spec).step(self.attention_norm(h), cache))
 
     def _add(self, h: Tensor, mixed: Tensor) -> Tensor:
-        """The residual stream, the same in training and in decoding."""
+        """Add the mixer's and the feed-forward network's output to the residual stream."""
         h = h + mixed
         return h + self.feed_forward(self.ffn_norm(h))
 

@@ -1,7 +1,7 @@
-"""ModelCache: the memory of a looped model while it decodes.
+"""ModelCache: what a looped model keeps while it decodes.
 
-One mixer cache for every (loop, layer): a layer that runs T times per token has T pasts. Buffers
-are allocated once and written in place, so that a decode step can be captured in a CUDA graph.
+There is one mixer cache for every (loop, layer): a layer that runs T times per token has T pasts.
+Buffers are allocated once and written in place, so a CUDA graph can capture a decode step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lingua.errors import UserError
 
 @dataclass
 class ModelCache:
-    """`lengths` is the host's count of tokens in each row; the device keeps its own copies."""
+    """`lengths` counts the tokens of each row on the host; the device has its own counters."""
 
     mixers: list[list[MixerCache]]  # [loop][layer]
     max_seqlen: int
@@ -32,7 +32,7 @@ class ModelCache:
         return len(self.lengths)
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
-        """Empty the given rows (all if None), so that a prefill there starts a new sequence."""
+        """Empty the given rows, or all if None, so that a prefill starts new sequences there."""
         for row in range(self.batch_size) if rows is None else rows:
             self.lengths[row] = 0
         index = None if rows is None else self._index(rows)
@@ -42,8 +42,10 @@ class ModelCache:
     def copy_rows(
         self, rows: Sequence[int], source: ModelCache, source_rows: Sequence[int]
     ) -> None:
-        """Hold in `rows` what `source_rows` of `source`, a cache of the same model and length or
-        this one, hold. Their sequences go on from there, each on its own."""
+        """Copy the sequences in `source_rows` to `rows`, in place.
+
+        `source` is this cache, or one of the same model and max_seqlen.
+        """
         assert source.max_seqlen == self.max_seqlen, "rows of another length"
         for row, source_row in zip(rows, source_rows, strict=True):
             self.lengths[row] = source.lengths[source_row]
@@ -52,7 +54,7 @@ class ModelCache:
             cache.copy_rows(index, other, source_index)
 
     def fill_randomly(self, n_tokens: int) -> None:
-        """Hold `n_tokens` tokens of noise in every row, in place: to time steps without prompts."""
+        """Fill every row with `n_tokens` tokens of noise, in place, to time steps."""
         assert n_tokens <= self.max_seqlen, f"{n_tokens} tokens in {self.max_seqlen} slots"
         self.lengths[:] = [n_tokens] * self.batch_size
         for cache in self._caches():
@@ -60,8 +62,10 @@ class ModelCache:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Undo at the end, in place, what is written inside. A cache that holds tokens is copied
-        for that, which takes its memory once more; an empty one is emptied again."""
+        """Restore the cache at the end of the context, in place.
+
+        A cache that holds tokens is copied, which doubles its memory. An empty one is emptied.
+        """
         lengths = list(self.lengths)
         saved = [cache.snapshot() for cache in self._caches()] if any(lengths) else None
         try:
@@ -78,8 +82,10 @@ class ModelCache:
         return sum(cache.nbytes() for cache in self._caches())
 
     def extend(self, rows: Sequence[int], n_tokens: Sequence[int]) -> tuple[Extension, ...]:
-        """Count new tokens before they are written; refuses what would not fit. Returns what mixers
-        are told of it: () where all rows were empty."""
+        """Count `n_tokens` new tokens in `rows`; UserError, and no change, if they don't fit.
+
+        Returns the extensions for the mixers, () if all rows were empty.
+        """
         for row, n in zip(rows, n_tokens, strict=True):
             if self.lengths[row] + n > self.max_seqlen:
                 raise UserError(
@@ -100,7 +106,7 @@ class ModelCache:
 
 
 def packed_lengths(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> list[int]:
-    """Tokens of each sequence of a prefill, on the host."""
+    """Return the number of tokens of each sequence of a prefill, on the host."""
     if cu_seqlens is None:
         return [tokens_BT.shape[1]] * tokens_BT.shape[0]
     return [end - start for start, end in itertools.pairwise(host_cu_seqlens(cu_seqlens))]

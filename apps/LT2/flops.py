@@ -1,21 +1,23 @@
-"""What a model costs: parameters, which loops share, and FLOPs, which every loop pays."""
+"""What a model costs: parameters, which loops share; FLOPs and bytes, which every loop pays."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from apps.LT2.block import Block
+from apps.LT2.pattern import LayerSpec, Layout
 from apps.LT2.transformer import LoopedTransformer
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    embedding: int  # input embedding, and the head where it is not tied
+    embedding: int  # input embedding, and the head if it is not tied
     gates: int  # rho
-    body: int  # everything else: mixers, feed-forward, norms
+    body: int  # mixers, feed-forward, norms
 
     @property
     def total(self) -> int:
@@ -23,7 +25,7 @@ class ParameterCount:
 
 
 def count_parameters(model: LoopedTransformer) -> ParameterCount:
-    """Each tensor once, however often it runs."""
+    """Count each parameter once, in however many loops it runs."""
 
     def n(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
@@ -36,54 +38,46 @@ def count_parameters(model: LoopedTransformer) -> ParameterCount:
 
 
 def forward_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
-    """Multiplications and additions of one forward pass, per token of a sequence of `seqlen`.
+    """Return the FLOPs of a forward pass per token of a sequence of `seqlen`.
 
-    Matrix products, attention over the keys a token sees (causal, windowed) and recurrences;
-    every (loop, layer) is counted. Norms, activations and rotary embedding are left out.
+    Counts multiplications and additions of matrix products, of attention over visible keys and of
+    recurrences, in every (loop, layer). Norms, activations and rotary embedding don't count.
     """
     return head_flops(model) + _body_flops_per_token(model, seqlen)
 
 
 def head_flops(model: LoopedTransformer) -> int:
-    """The logits of one token."""
+    """Return the FLOPs of the logits of one token."""
     return 2 * model.args.dim * model.args.vocab_size
 
 
 def prefill_flops(model: LoopedTransformer, seqlen: int) -> int:
-    """A prompt of `seqlen` tokens, of which the last one alone gets logits."""
+    """Return the FLOPs of a prompt of `seqlen` tokens, with logits of the last one only."""
     return seqlen * _body_flops_per_token(model, seqlen) + head_flops(model)
 
 
-def _body_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
-    flops = 0
-    for loop in model.layout:
-        for block, spec in zip(model.layers, loop, strict=True):
-            assert isinstance(block, Block)
-            flops += block.mixer(spec).flops_per_token(seqlen, spec.window)
-            flops += 6 * block.feed_forward.dim * block.feed_forward.hidden_dim
-    return flops
-
-
 def train_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
-    """Forward and backward: the backward of a product is two. Recomputation is not counted, so
-    that utilisation says how fast the model trains, and not how busy the device is."""
+    """Return the FLOPs of forward and backward per token: a backward has two products for each.
+
+    Recomputation doesn't count, so utilization measures the speed of training.
+    """
     return 3 * forward_flops_per_token(model, seqlen)
 
 
 def cache_bytes(model: LoopedTransformer, seqlen: int, dtype: torch.dtype) -> int:
-    """Bytes that one decoded sequence of `seqlen` tokens holds, over all (loop, layer)."""
+    """Return the cache size of one decoded sequence of `seqlen` tokens, over all (loop, layer)."""
     return sum(
         block.mixer(spec).state_bytes(seqlen, dtype, spec.window)
-        for loop in model.inference_layout
-        for block, spec in zip(model.layers, loop, strict=True)
-        if isinstance(block, Block)
+        for block, spec in _all_runs(model, model.inference_layout)
     )
 
 
 @dataclass(frozen=True)
 class StepTraffic:
-    weights: int  # the stack, once a loop
-    head: int  # head, final norm and the rows of the embedding
+    """Bytes that a decode step moves."""
+
+    weights: int  # the stack, once per loop
+    head: int  # head, final norm and the tokens' rows of the embedding
     caches: int
 
     @property
@@ -94,22 +88,35 @@ class StepTraffic:
 def step_traffic(
     model: LoopedTransformer, batch_size: int, seqlen: int, cache_dtype: torch.dtype
 ) -> StepTraffic:
-    """Of one step that gives each of `batch_size` sequences of `seqlen` tokens one token more.
+    """Return the bytes of a step that extends `batch_size` sequences of `seqlen` tokens by one.
 
-    Weights count in the dtypes that the model holds them in.
+    Weights count in their own dtypes.
     """
     weights = 0 if model.rho is None else model.rho.nbytes
     per_sequence = 0
-    for loop in model.layout:
-        for block, spec in zip(model.layers, loop, strict=True):
-            assert isinstance(block, Block)
-            mixer = block.mixer(spec)
-            idle = sum(_nbytes(other) for other in block.mixers() if other is not mixer)
-            weights += _nbytes(block) - idle
-            per_sequence += mixer.step_bytes(seqlen, cache_dtype, spec.window)
+    for block, spec in _all_runs(model, model.layout):
+        mixer = block.mixer(spec)
+        idle = sum(_nbytes(other) for other in block.mixers() if other is not mixer)
+        weights += _nbytes(block) - idle
+        per_sequence += mixer.step_bytes(seqlen, cache_dtype, spec.window)
     row = model.args.dim * model.tok_embeddings.weight.element_size()
     head = model.head_weight.nbytes + _nbytes(model.norm) + batch_size * row
     return StepTraffic(weights, head, batch_size * per_sequence)
+
+
+def _body_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
+    return sum(
+        block.mixer(spec).flops_per_token(seqlen, spec.window)
+        + 6 * block.feed_forward.dim * block.feed_forward.hidden_dim
+        for block, spec in _all_runs(model, model.layout)
+    )
+
+
+def _all_runs(model: LoopedTransformer, layout: Layout) -> Iterator[tuple[Block, LayerSpec]]:
+    for loop in layout:
+        for block, spec in zip(model.layers, loop, strict=True):
+            assert isinstance(block, Block)
+            yield block, spec
 
 
 def _nbytes(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""How a looped model is spread over devices: the plan that lingua.distributed carries out."""
+"""How a looped model is spread over devices: the hooks that `parallelize_model` calls."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from lingua.transformer import FeedForward
 def build_fsdp_grouping_plan(
     args: LoopedTransformerArgs, *, reshard_between_loops: bool = False
 ) -> list[tuple[str, bool]]:
-    """Units of sharding, (module path, free the gathered weights after its forward).
+    """Return the FSDP units: (module path, whether its forward frees the gathered weights).
 
-    A layer runs `loop_count` times, so it stays gathered from its first run to its backward;
-    freeing it would gather it again in each loop.
+    A layer runs `loop_count` times, so by default it stays gathered from its first forward to its
+    backward. Freed, it would be gathered again in each loop.
     """
     return [(f"layers.{i}", reshard_between_loops) for i in range(args.n_layers)]
 
 
 def set_gradient_sync(model: LoopedTransformer, is_last: bool) -> None:
-    """Call it before each micro-batch; `is_last`: the optimizer step comes after this one.
+    """Prepare for a micro-batch; `is_last`: the optimizer step comes after it.
 
-    A looped layer passes its backward once a loop, and FSDP would free its weights and gather them
-    anew each time. Here the layer stays as it is until the backward enters loop 0, its last pass;
-    then its gradient, by now the sum over loops and micro-batches, is reduced, and its weights are
-    freed if this was the last micro-batch.
+    The backward passes a looped layer once per loop, and FSDP would free and gather its weights
+    each time. Here the layer stays gathered until the backward enters loop 0, its last pass. Then
+    its gradient, the sum over loops and micro-batches, is reduced, and its weights are freed if
+    this was the last micro-batch.
     """
     free = model.reshard_between_loops
     finish = partial(gradients.set_gradient_sync, model, is_last, reshard=is_last or free)
@@ -56,8 +56,8 @@ def set_gradient_sync(model: LoopedTransformer, is_last: bool) -> None:
 
 
 def get_no_recompute_ops() -> set[Any]:
-    """What selective activation checkpointing keeps beside lingua's operators: mixer kernels."""
-    lt2 = torch.ops.lt2  # registered by the import of the mixers, with the model
+    """Return the mixers' kernels, whose results selective activation checkpointing keeps."""
+    lt2 = torch.ops.lt2  # registered when the mixers are imported
     return {
         lt2.gated_delta_rule.default,
         lt2.kda.default,
@@ -73,26 +73,26 @@ def get_no_recompute_ops() -> set[Any]:
 
 
 def count_block_kinds(model: LoopedTransformer) -> int:
-    """Different computations of a block, over all loops: (mixer, window) pairs."""
+    """Count the (mixer, window) pairs over all loops: each is compiled separately."""
     return len({spec for loop in model.layout for spec in loop})
 
 
 def check_tensor_parallel(model: nn.Module, tp_size: int) -> None:
-    """UserError where `tp_size` ranks cannot share the heads and channels of every layer."""
+    """Raise UserError unless `tp_size` divides the heads and channels of every layer."""
     if tp_size == 1:
         return
     for name, module in model.named_modules():
         if isinstance(module, Mixer):
-            counts = module.split_counts()
-            if counts is None:
+            plan = module.tp_plan()
+            if plan is None:
                 raise UserError(
-                    f"distributed.tp_size={tp_size}: {module.module_name} ({name}) does not split "
+                    f"distributed.tp_size={tp_size}: {module.module_name} ({name}) can't be split "
                     "by heads; use 1, with distributed.fsdp_type=full_shard for memory"
                 )
-            for what, count in counts.items():
-                check_divides(tp_size, count, f"{what} of {module.module_name}")
+            for what, size in plan.divides.items():
+                check_divides(tp_size, size, f"{what} of {module.module_name}")
         elif isinstance(module, FeedForward):
-            check_divides(tp_size, module.hidden_dim, "the feed-forward width (model.multiple_of)")
+            check_divides(tp_size, module.hidden_dim, "the feed-forward dim (model.multiple_of)")
 
 
 def tp_parallelize(
@@ -101,10 +101,9 @@ def tp_parallelize(
     args: LoopedTransformerArgs,
     dist_args: DistributedArgs,
 ) -> None:
-    """Share every layer's heads and feed-forward channels out over `tp_mesh`, in place, and the
-    pieces of the vocabulary.
+    """Split heads, feed-forward channels and vocabulary over `tp_mesh`, in place.
 
-    Where its ranks do not divide the vocabulary, embedding and head stay whole on each of them.
+    If the ranks don't divide the vocabulary, each rank holds the whole embedding and head.
     """
     check_tensor_parallel(model, tp_mesh.size())
     tp = TensorParallel(tp_mesh)
@@ -112,20 +111,23 @@ def tp_parallelize(
         split_vocabulary(model, tp)
     else:
         log_on_rank_0(
-            "distributed.tp_size=%d does not divide the %d pieces of the vocabulary: every rank "
-            "holds all of the embedding and computes the whole loss; model.vocab_size=%d splits",
+            "distributed.tp_size=%d does not divide the %d tokens of the vocabulary, so every rank "
+            "holds the whole embedding and computes the whole loss; model.vocab_size=%d would "
+            "divide",
             *(tp.size, args.vocab_size, args.vocab_size + -args.vocab_size % tp.size),
             level=logging.WARNING,
         )
     for module in list(model.modules()):
         if isinstance(module, Mixer):
-            module.split(tp)
+            plan = module.tp_plan()
+            assert plan is not None, "check_tensor_parallel has found one"
+            plan.split(module, tp)
         elif isinstance(module, FeedForward):
             split_linears(module, tp, outputs=("w1", "w3"), inputs=("w2",))
 
 
 def split_vocabulary(model: nn.Module, tp: TensorParallel) -> None:
-    """Embedding and, where it is not tied, head: each rank has the rows of its own pieces."""
+    """Split the rows of the embedding and of an untied head over the ranks, in place."""
     assert isinstance(model, LoopedTransformer)
     model.tok_embeddings = SplitEmbedding(model.tok_embeddings, tp)
     if not model.args.weight_tying:
@@ -133,10 +135,10 @@ def split_vocabulary(model: nn.Module, tp: TensorParallel) -> None:
 
 
 def set_resharding(model: LoopedTransformer, between_loops: bool) -> None:
-    """The part of distributed.reshard_between_loops that `set_gradient_sync` has to know."""
+    """Pass distributed.reshard_between_loops to `set_gradient_sync`."""
     model.reshard_between_loops = between_loops
 
 
 def set_activation_checkpointing(model: LoopedTransformer, mode: str) -> None:
-    """The part of distributed.activation_checkpointing that only the model can do: whole loops."""
+    """Apply distributed.activation_checkpointing=loop, which only the model can."""
     model.checkpoint_loops = mode == "loop"

@@ -1,4 +1,4 @@
-"""The looped Transformer: embed, run one stack of layers T times, normalise, project.
+"""The looped Transformer: embed, run one stack of layers T times, normalize, project.
 
     h = E[x]
     for t in 0 .. T-1:
@@ -7,9 +7,9 @@
         h = h + rho[t] * u                       learned, zero at the start (use_residual)
     logits = head(norm(h))
 
-Only h crosses loops: every mixer starts each loop with an empty past, so decoding keeps one cache
-for every (loop, layer). Shapes: B sequences, T tokens (and T loops, where loops are meant), D model
-width, V vocabulary.
+Only h passes from loop to loop. Every mixer starts each loop with an empty past, so decoding keeps
+one cache for every (loop, layer). Shapes: B sequences, T tokens (or T loops), D model dim, V tokens
+of the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from apps.LT2.cache import ModelCache, packed_lengths
 from apps.LT2.kernel.attention import check_attention_impl
 from apps.LT2.kernel.documents import upload
 from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy
-from apps.LT2.mixers import MIXERS, MixerArgs
+from apps.LT2.mixers import MIXERS, MixerArgs, Prompts
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
@@ -55,9 +56,9 @@ logger = logging.getLogger(__name__)
 @dataclass
 class LoopedTransformerArgs(MixerArgs):
     seed: int | None = None  # seed of the initial weights; null = the run's seed
-    vocab_size: int = -1  # pieces of the vocabulary; -1 = the tokenizer's
-    weight_tying: bool = False  # the head is the transposed embedding
-    sliding_window: int | None = None  # turns every full layer into a window of this width
+    vocab_size: int = -1  # tokens of the vocabulary; -1 = the tokenizer's
+    weight_tying: bool = False  # the head uses the embedding's weight
+    sliding_window: int | None = None  # turns every full layer into a window of this size
     loop_count: int = 1  # T: how often the stack runs; effective depth = n_layers * T
     mixer: str = "full"  # token mixer, a name in apps.LT2.mixers.MIXERS
     attention_pattern: str | None = None  # layout over depth and loops; null = mixer everywhere
@@ -77,11 +78,11 @@ class LoopedTransformerArgs(MixerArgs):
     gla: GLAArgs = field(default_factory=GLAArgs)
 
     def layout(self) -> Layout:
-        """What runs at each (loop, layer) in evaluation and inference."""
+        """Return what runs at each (loop, layer) in evaluation and inference."""
         return self.layout_plan().draw(None)
 
     def layout_plan(self) -> LayoutPlan:
-        """The layout of every training step; UserError where attention_pattern does not fit."""
+        """Return the layouts of all training steps; UserError if attention_pattern doesn't fit."""
         plan = PatternParser(
             n_layers=self.n_layers,
             loop_count=self.loop_count,
@@ -101,20 +102,25 @@ class LoopedTransformerArgs(MixerArgs):
         return plan.map(lambda spec: narrowed if spec.mixer == "full" else spec)
 
 
+# (block, h, spec, and the cache if there is one) -> (h, the mixer's own loss or None)
+RunLayer = Callable[..., tuple[Tensor, Tensor | None]]
+Losses = dict[str, list[Tensor]]  # the mixers' own losses, by name, of every (loop, layer)
+
+
 class LoopedTransformer(nn.Module):
     def __init__(self, args: LoopedTransformerArgs):
-        """Allocates, and fills nothing: call `init_weights` or load a checkpoint."""
+        """Allocate the parameters; `init_weights` or a checkpoint fills them."""
         super().__init__()
         if args.vocab_size < 1:
             raise UserError(
-                f"model.vocab_size={args.vocab_size} must be positive (-1 is the tokenizer's size, "
-                "which only the trainer can fill in)"
+                f"model.vocab_size={args.vocab_size} must be at least 1; only the trainer replaces "
+                "-1 by the tokenizer's size"
             )
         if args.dim < 1:
             raise UserError(f"model.dim={args.dim} must be at least 1")
         self.args = args
         self.layout_plan = args.layout_plan()
-        # Cached decoding always runs the layout of inference; `forward` that of the step.
+        # Cached decoding always runs the layout of inference, `forward` the one of the step.
         self.layout = self.inference_layout = self.layout_plan.draw(None)
         windowed = any(spec.window is not None for loop in self.layout for spec in loop)
         check_attention_impl(args.attn_impl, windowed=windowed)
@@ -128,62 +134,88 @@ class LoopedTransformer(nn.Module):
         self.rho = (
             nn.Parameter(torch.empty(args.loop_count, args.dim)) if args.use_residual else None
         )
-        # Activation checkpointing of whole loops, which only the model can see; set by the trainer.
+        # Activation checkpointing of whole loops; set by the trainer.
         self.checkpoint_loops = False
-        # Whether sharded layers are gathered for each loop anew, and what the backward calls when
-        # it enters loop 0 and meets every layer for the last time; both are apps.LT2.parallel's.
+        # Set by apps.LT2.parallel: whether FSDP gathers the layers again for each loop, and what
+        # runs when the backward enters loop 0, its last pass over the layers.
         self.reshard_between_loops = False
         self.before_last_backward: Callable[[], None] | None = None
-        # Of the last forward with a target: mean over (loop, layer) of the mixers' own losses.
+        # The mean over (loop, layer) of the mixers' own losses, of the last forward with a target.
         self.mixer_losses: dict[str, Tensor] = {}
 
     def forward(
         self, tokens_BT: Tensor, target: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, T, V) in fp32, or with `target` (B, T) the mean cross-entropy.
+        """Return logits (B, T, V) in fp32, or with `target` (B, T) the mean cross-entropy.
 
-        Targets of -100 carry no loss. With `cu_seqlens` the batch is 1 and documents, laid one
-        after the other, do not see each other.
+        Targets of -100 are ignored. With `cu_seqlens` the batch is 1, and documents don't see each
+        other.
         """
         with_loss = target is not None and torch.is_grad_enabled()
-        if cu_seqlens is not None and not torch.compiler.is_compiling():
-            # Compiled blocks serve any number of documents.
-            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-        h = self.tok_embeddings(tokens_BT)
-        mixer_losses: dict[str, list[Tensor]] = {}
-        for loop in range(self.args.loop_count):
-            if self.checkpoint_loops and torch.is_grad_enabled():
-                h, losses = checkpoint(
-                    self._run_loop, h, loop, cu_seqlens, with_loss, use_reentrant=False
-                )  # pyright: ignore[reportGeneralTypeIssues]
-            else:
-                h, losses = self._run_loop(h, loop, cu_seqlens, with_loss)
-            for name, loss in losses:
-                mixer_losses.setdefault(name, []).append(loss)
-            if loop == 0 and h.requires_grad:
-                h.register_hook(self._enter_last_backward)
-        h = self.norm(h)
+        h, losses = self._hidden_states(tokens_BT, cu_seqlens, with_loss)
         if target is None:
             return self._logits(h)
         loss = linear_cross_entropy(
             h.flatten(0, 1), self.head_weight, target.flatten(), tp=tp_of(self.head)
         )
-        return self._add_mixer_losses(loss, mixer_losses)
+        return self._add_mixer_losses(loss, losses)
 
     @torch.no_grad()
     def hidden_states(self, tokens_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """What the head reads, (B, T, D); logits are `hidden @ head_weight.T`.
+        """Return the input of the head, (B, T, D): logits are `hidden @ head_weight.T`.
 
-        For whoever needs the logits of some tokens only: those of all tokens would take more
-        memory than the model, with 100,000 words and more.
+        For callers that need the logits of a few tokens. With a vocabulary of 100,000, the logits
+        of all tokens take more memory than the model.
         """
-        h = self.tok_embeddings(tokens_BT)
-        for loop in range(len(self.layout)):
-            h, _ = self._run_loop(h, loop, cu_seqlens, False)
-        return self.norm(h)
+        return self._hidden_states(tokens_BT, cu_seqlens, with_loss=False)[0]
+
+    def _hidden_states(
+        self, tokens_BT: Tensor, cu_seqlens: Tensor | None, with_loss: bool
+    ) -> tuple[Tensor, Losses]:
+        if cu_seqlens is not None and not torch.compiler.is_compiling():
+            # Compiled blocks serve any number of documents.
+            torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+        h, losses = self._run_loops(
+            tokens_BT, lambda block, h, spec: block(h, spec, cu_seqlens, with_loss), self.layout
+        )
+        return self.norm(h), losses
+
+    def _run_loops(
+        self, tokens: Tensor, run_layer: RunLayer, *grids: Sequence[Sequence[Any]]
+    ) -> tuple[Tensor, Losses]:
+        """Embed `tokens` and run every (loop, layer); return h and the mixers' own losses.
+
+        run_layer gets the entry [loop][layer] of each of `grids`; the first is the layout.
+        """
+        h = self.tok_embeddings(tokens)
+        losses: Losses = {}
+        for t, rows in enumerate(zip(*grids, strict=True)):
+            if self.checkpoint_loops and torch.is_grad_enabled():
+                run = partial(checkpoint, self._run_loop, use_reentrant=False)
+            else:
+                run = self._run_loop
+            h, new = run(h, t, run_layer, rows)
+            for name, loss in new:
+                losses.setdefault(name, []).append(loss)
+            if t == 0 and h.requires_grad:
+                h.register_hook(self._enter_last_backward)
+        return h, losses
+
+    def _run_loop(
+        self, h: Tensor, t: int, run_layer: RunLayer, rows: tuple[Sequence[Any], ...]
+    ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+        """Run the stack once, with the residual gate; return h and the own losses by name."""
+        u, losses = h, []
+        for block, spec, *memory in zip(self.layers, *rows, strict=True):
+            h, loss = run_layer(block, h, spec, *memory)
+            if loss is not None and (own_loss := MIXERS[spec.mixer].own_loss):
+                losses.append((own_loss.name, loss))
+        if self.rho is not None:
+            h = (h.float() + self.rho[t].float() * u.float()).type_as(h)
+        return h, losses
 
     def _add_mixer_losses(self, loss: Tensor, mixer_losses: dict[str, list[Tensor]]) -> Tensor:
-        """`loss` with its value as it is, and with the gradient of the mixers' own losses too."""
+        """Add the gradients of the mixers' own losses to `loss`; its value doesn't change."""
         self.mixer_losses = {}
         for name, losses in mixer_losses.items():
             mean = torch.stack(losses).mean()
@@ -196,9 +228,9 @@ class LoopedTransformer(nn.Module):
             self.before_last_backward()
 
     def begin_step(self, step: int | None) -> None:
-        """Set what depends on the training: `step` optimizer steps are done, None is inference.
+        """Set what depends on the step: `step` optimizer steps are done, None is inference.
 
-        Random layouts are drawn, from the model's seed and `step` alone.
+        Draws random layouts, from the model's seed and `step` alone.
         """
         self.layout = self.layout_plan.draw(step)
         for block in self._blocks():
@@ -206,22 +238,23 @@ class LoopedTransformer(nn.Module):
                 mixer.begin_step(step)
 
     def own_loss_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """The weights that the mixers' own losses train, and nothing else does, by loss."""
+        """Return the weights that only a mixer's own loss trains, by the name of the loss."""
         weights: dict[str, list[nn.Parameter]] = {}
         for block in self._blocks():
             for mixer in block.mixers():
-                if mixer.loss_name is not None:
-                    weights.setdefault(mixer.loss_name, []).extend(mixer.own_loss_parameters())
+                if mixer.own_loss is not None:
+                    module = mixer.get_submodule(mixer.own_loss.module)
+                    weights.setdefault(mixer.own_loss.name, []).extend(module.parameters())
         return weights
 
     @property
     def head(self) -> nn.Embedding | nn.Linear:
-        """The module whose weight makes the logits."""
+        """The module whose weight computes the logits."""
         return self.tok_embeddings if self.args.weight_tying else self.output
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D); under tensor parallelism the rows of this rank's pieces."""
+        """(V, D); under tensor parallelism the rows of this rank's tokens."""
         return local_weight(self.head)
 
     def init_cache(
@@ -232,15 +265,12 @@ class LoopedTransformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> ModelCache:
-        """An empty cache of `batch_size` rows; device and dtype are the embedding's by default."""
+        """Allocate an empty cache of `batch_size` rows, by default like the embedding."""
         weight = self.tok_embeddings.weight
-        options: dict[str, Any] = {
-            "device": device or weight.device,
-            "dtype": dtype or weight.dtype,
-        }
+        like = torch.empty(0, device=device or weight.device, dtype=dtype or weight.dtype)
         mixers = [
             [
-                block.mixer(spec).init_cache(batch_size, max_seqlen, window=spec.window, **options)
+                block.mixer(spec).init_cache(batch_size, max_seqlen, like, spec.window)
                 for block, spec in zip(self._blocks(), loop, strict=True)
             ]
             for loop in self.inference_layout
@@ -257,46 +287,43 @@ class LoopedTransformer(nn.Module):
         rows: Sequence[int] | Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Extend the cached sequences by prompts; logits (B, T, V) of every position, in fp32.
+        """Extend cached sequences by prompts, in place; return logits (B, T, V) in fp32.
 
-        rows (n,) int64 says which cache row each sequence (each document, when packed) goes on
-        with; by default sequence i is row i. The host needs them and the bounds as numbers: a list,
-        and bounds of `upload_cu_seqlens`, keep it from waiting for the device.
-        last_only: (n, 1, V), each sequence's last position, of which an empty document has none.
+        rows (n,) is the cache row of each sequence, or of each packed document; row i for sequence
+        i if None. The host needs the numbers of `rows` and `cu_seqlens`: lists of rows and
+        `upload_cu_seqlens` avoid a sync.
+        last_only: return (n, 1, V), the logits of each sequence's last position.
         """
         lengths = packed_lengths(tokens_BT, cu_seqlens)
         assert not last_only or min(lengths) > 0, f"no last position in sequences of {lengths}"
-        if rows is None:
-            past = cache.extend(range(len(lengths)), lengths)
-        else:
-            numbers = rows.tolist() if isinstance(rows, Tensor) else rows
-            past = cache.extend(numbers, lengths)
-            rows = upload(numbers, tokens_BT.device, torch.int64)
-        h = self.tok_embeddings(tokens_BT)
-        for loop in range(self.args.loop_count):
-            u = h
-            for block, spec, memory in self._with_cache(loop, cache):
-                h = block.prefill(h, spec, memory, cu_seqlens, rows, past)
-            h = self._join(h, u, loop)
+        numbers = range(len(lengths)) if rows is None else rows
+        numbers = numbers.tolist() if isinstance(numbers, Tensor) else numbers
+        past = cache.extend(numbers, lengths)
+        index = None if rows is None else upload(numbers, tokens_BT.device, torch.int64)
+        prompts = Prompts(cu_seqlens, index, past)
+        h, _ = self._run_loops(
+            tokens_BT,
+            lambda block, h, spec, memory: (block.prefill(h, spec, memory, prompts), None),
+            *(self.inference_layout, cache.mixers),
+        )
         if last_only:
             h = h[:, -1:] if cu_seqlens is None else h[0, cu_seqlens[1:].long() - 1][:, None]
         return self._logits(self.norm(h))
 
     @torch.no_grad()
     def step(self, tokens_B1: Tensor, cache: ModelCache) -> Tensor:
-        """One token for every row of the cache, in place; logits (B, 1, V) in fp32."""
+        """Extend every row of the cache by one token, in place; return logits (B, 1, V) in fp32."""
         cache.extend(range(cache.batch_size), [1] * cache.batch_size)
-        h = self.tok_embeddings(tokens_B1)
-        for loop in range(self.args.loop_count):
-            u = h
-            for block, spec, memory in self._with_cache(loop, cache):
-                h = block.step(h, spec, memory)
-            h = self._join(h, u, loop)
+        h, _ = self._run_loops(
+            tokens_B1,
+            lambda block, h, spec, memory: (block.step(h, spec, memory), None),
+            *(self.inference_layout, cache.mixers),
+        )
         return self._logits(self.norm(h))
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fill every tensor from torch's global generator; the same rule for every mixer."""
+        """Initialize every parameter from torch's global generator, by one rule for all mixers."""
         args = self.args
         std = args.init_base_std if args.init_base_std is not None else args.dim**-0.5
         trunc_normal_(self.tok_embeddings.weight, std)
@@ -318,33 +345,13 @@ class LoopedTransformer(nn.Module):
     def _blocks(self) -> list[Block]:
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
-    def _with_cache(self, loop: int, cache: ModelCache) -> Any:
-        return zip(self._blocks(), self.inference_layout[loop], cache.mixers[loop], strict=True)
-
-    def _run_loop(
-        self, h: Tensor, loop: int, cu_seqlens: Tensor | None, with_loss: bool
-    ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-        """h after a loop, and the losses of its mixers by name."""
-        u, losses = h, []
-        for block, spec in zip(self.layers, self.layout[loop], strict=True):
-            h, loss = block(h, spec, cu_seqlens, with_loss)
-            if loss is not None:
-                losses.append((MIXERS[spec.mixer].loss_name, loss))
-        return self._join(h, u, loop), losses
-
-    def _join(self, h: Tensor, u: Tensor, loop: int) -> Tensor:
-        """h + rho[loop] * u in fp32, h's dtype outside."""
-        if self.rho is None:
-            return h
-        return (h.float() + self.rho[loop].float() * u.float()).type_as(h)
-
     def _logits(self, h: Tensor) -> Tensor:
         tp = tp_of(self.head)
         return tp.gather_from(F.linear(tp.copy_to(h), self.head_weight)).float()
 
 
 def fit_loop_gates(rho_TD: Tensor, loop_count: int) -> Tensor:
-    """Gates for another loop count than was trained: extra loops reuse the last row."""
+    """Return gates for a loop count other than the trained one: extra loops reuse the last row."""
     n_trained = rho_TD.shape[0]
     if n_trained == loop_count:
         return rho_TD

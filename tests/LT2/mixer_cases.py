@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.LT2.mixers import MIXERS, Mixer, build_mixer
+from apps.LT2.mixers import MIXERS, Mixer, Prompts, build_mixer
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
@@ -218,13 +218,12 @@ class Decoder:
 
     def __init__(self, case: Case, mixer: Mixer, batch_size: int, max_seqlen: int, dtype=None):
         self.window, self.mixer = case.window, mixer
-        self.cache = mixer.init_cache(
-            batch_size, max_seqlen, device="cpu", dtype=dtype or case.dtype, window=case.window
-        )
+        like = torch.empty(0, dtype=dtype or case.dtype)
+        self.cache = mixer.init_cache(batch_size, max_seqlen, like, case.window)
 
     @torch.no_grad()
-    def prefill(self, x: Tensor, **options: Any) -> Tensor:
-        return self.mixer.prefill(x, self.cache, window=self.window, **options)
+    def prefill(self, x: Tensor, **prompts: Any) -> Tensor:
+        return self.mixer.prefill(x, self.cache, Prompts(**prompts), self.window)
 
     @torch.no_grad()
     def steps(self, x: Tensor) -> Tensor:

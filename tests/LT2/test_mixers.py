@@ -33,7 +33,7 @@ from tests.tolerances import BF16_LAYER, FP32_GRAD, assert_same
 def forward_with_loss(mixer: Mixer, x: Tensor, case: Case, cu_seqlens=None) -> tuple[Tensor, Any]:
     """The output, and the mean over tokens of the mixer's own loss, 0 where it has none."""
     options = {"cu_seqlens": cu_seqlens, "window": case.window}
-    if mixer.loss_name is None:
+    if mixer.own_loss is None:
         return mixer(x, **options), 0.0
     return mixer.forward_with_loss(x, **options)
 

@@ -89,22 +89,16 @@ def test_forward_and_backward_wait_for_nothing(kind, doc_mask):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_device_that_is_asked_says_what_the_host_knows(kind):
-    """A mixer that is not told asks its cache; rows in a tensor and plain bounds are read."""
+def test_a_prefill_without_the_hosts_numbers_reads_them_from_the_device(kind, monkeypatch):
     model = tiny_model(kind, 1)
-    told, asking = model.init_cache(3, 40), model.init_cache(3, 40)
-    for bounds in ([0, 5, 6, 20], [0, 9, 9, 20]):
-        tokens, plain = prompt(1, 20), torch.tensor(bounds, dtype=torch.int32)
-        want = model.prefill(
-            tokens, told, cu_seqlens=upload_cu_seqlens(bounds, "cpu"), rows=[2, 0, 1]
-        )
-        rows = torch.tensor([2, 0, 1])
-        h = model.tok_embeddings(tokens)
-        u = h
-        for block, spec, memory in model._with_cache(0, asking):
-            h = block.prefill(h, spec, memory, plain, rows)
-        got = model._logits(model.norm(model._join(h, u, 0)))
-        assert torch.equal(got, want)
+    known, unknown = model.init_cache(3, 40), model.init_cache(3, 40)
+    extend = unknown.extend
+    monkeypatch.setattr(unknown, "extend", lambda *args: [extend(*args), None][1])
+    for offsets in ([0, 5, 6, 20], [0, 9, 9, 20]):
+        tokens, uploaded = prompt(1, 20), upload_cu_seqlens(offsets, "cpu")
+        want = model.prefill(tokens, known, cu_seqlens=uploaded, rows=[2, 0, 1])
+        plain, rows = torch.tensor(offsets, dtype=torch.int32), torch.tensor([2, 0, 1])
+        assert torch.equal(model.prefill(tokens, unknown, cu_seqlens=plain, rows=rows), want)
 
 
 def test_bounds_that_changed_are_not_remembered():

@@ -268,5 +268,5 @@ def test_vocabulary_that_does_not_divide_is_told_of_once(ranks):
     (divided, left_whole), *others = [seen["messages"] for seen in ranks]
     assert divided == [] and others == [[[], []]] * (WORLD - 1)
     (message,) = left_whole
-    assert message.startswith("WARNING distributed.tp_size=4 does not divide the 258 pieces")
-    assert message.endswith("model.vocab_size=260 splits")
+    assert message.startswith("WARNING distributed.tp_size=4")
+    assert "model.vocab_size=260" in message

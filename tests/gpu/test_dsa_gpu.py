@@ -15,6 +15,7 @@ from apps.LT2.kernel.dsa import Index, blocks, dsa, dsa_step, triton_index
 from apps.LT2.kernel.dsa.naive import dsa_naive
 from apps.LT2.kernel.dsa.operator import _backward, _forward
 from apps.LT2.kernel.dsa.selection import mask_bytes, select_top_k, unpack_bits
+from apps.LT2.mixers import Prompts
 from apps.LT2.mixers.dsa import DSAArgs, SparseAttention
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.optim import is_matrix
@@ -308,9 +309,8 @@ def make_mixer(top_k: int) -> SparseAttention:
 def test_step_in_a_cuda_graph_equals_eager_steps(top_k):
     mixer = make_mixer(top_k)
     x = torch.randn(3, 40, 128, device="cuda").bfloat16()
-    options = {"device": "cuda", "dtype": torch.bfloat16}
-    eager, captured = (mixer.init_cache(3, 40, **options) for _ in range(2))
-    mixer.prefill(x[:, :20], eager)
+    eager, captured = (mixer.init_cache(3, 40, like=x) for _ in range(2))
+    mixer.prefill(x[:, :20], eager, Prompts())
     want = torch.cat([mixer.step(x[:, t : t + 1], eager) for t in range(20, 40)], 1)
 
     token = x[:, :1].clone()
@@ -323,7 +323,7 @@ def test_step_in_a_cuda_graph_equals_eager_steps(top_k):
     with torch.cuda.graph(graph):
         output = mixer.step(token, captured)
     captured.reset()
-    mixer.prefill(x[:, :20], captured)
+    mixer.prefill(x[:, :20], captured, Prompts())
     got = []
     for t in range(20, 40):
         token.copy_(x[:, t : t + 1])

@@ -1,7 +1,7 @@
-"""The mixers by name. Names of one class share their weights where they share a layer."""
+"""The mixers by name. Names of one class share their weights within a layer."""
 
 from apps.LT2.mixers.attention import Attention
-from apps.LT2.mixers.base import Extension, Mixer, MixerArgs, MixerCache
+from apps.LT2.mixers.base import Mixer, MixerArgs, MixerCache, Prompts
 from apps.LT2.mixers.deltanet import DeltaNet
 from apps.LT2.mixers.dsa import SparseAttention
 from apps.LT2.mixers.gdn import GatedDeltaNet
@@ -32,4 +32,4 @@ def build_mixer(family: type[Mixer], args: MixerArgs) -> Mixer:
     return family(args, getattr(args, family.module_name, None))
 
 
-__all__ = ["MIXERS", "Extension", "Mixer", "MixerArgs", "MixerCache", "build_mixer"]
+__all__ = ["MIXERS", "Mixer", "MixerArgs", "MixerCache", "Prompts", "build_mixer"]

@@ -1,10 +1,12 @@
 """Softmax attention, full or over a sliding window, with grouped queries and rotary positions.
 
-The output gate (`gated_attn`) is the sigmoid gate on the attention output of Qiu et al., "Gated
-Attention for Large Language Models" (https://arxiv.org/abs/2505.06708).
+    o_t = sum_s softmax(q_t . k_s K^-0.5) v_s        over the visible tokens s
 
-Shapes: B sequences, T tokens, D model width, H query heads, G key/value heads, K head width,
-S slots of a cache. `full` and `window` are one module: a layer may change width from loop to loop.
+The output gate (`gated_attn`) is the sigmoid gate of Qiu et al., "Gated Attention for Large
+Language Models" (https://arxiv.org/abs/2505.06708).
+
+Shapes: B sequences, T tokens, D model dim, H query heads, G key/value heads, K head dim, S slots
+of a cache. `full` and `window` are one module, so a layer may change its window from loop to loop.
 """
 
 from __future__ import annotations
@@ -23,14 +25,13 @@ from apps.LT2.mixers.base import (
     Mixer,
     MixerArgs,
     MixerCache,
-    cache_positions,
-    cache_rows,
-    known_past,
+    Prompts,
+    TensorParallelPlan,
+    by_sequence,
 )
-from lingua.parallel.tensor_parallel import TensorParallel
 from lingua.probe import is_probing, log_stats
 from lingua.transformer import (
-    check_rotary_width,
+    check_rotary_dim,
     fused_linear,
     init_linear,
     resolve_heads,
@@ -41,11 +42,11 @@ from lingua.transformer import (
 
 @dataclass
 class AttentionCache(MixerCache):
-    """Keys and values by position; a window's cache is a ring of its w slots."""
+    """Keys and values by position; a window's cache is a ring buffer."""
 
     k_BSGK: Tensor
     v_BSGK: Tensor
-    length_B: Tensor  # int64, tokens seen; position p lies in slot p % S
+    length_B: Tensor  # int64, tokens seen; position p is in slot p % S
 
 
 class Attention(Mixer):
@@ -55,34 +56,19 @@ class Attention(Mixer):
     )
     uses_fla = False
     zero_at_start = ("wg.weight",)
-    by_outputs = ("wq", "wk", "wv", "wg")
-    by_inputs = ("wo",)
 
     def __init__(self, shared: MixerArgs, own: None = None):
-        super().__init__(shared, own)
+        super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = resolve_heads(shared)
-        check_rotary_width(self.head_dim)
+        check_rotary_dim(self.head_dim)
         check_attention_impl(shared.attn_impl, windowed=False)
         self.dim, self.rope_theta, self.attn_impl = shared.dim, shared.rope_theta, shared.attn_impl
-        self.wq = nn.Linear(shared.dim, self.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(shared.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(shared.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wo = nn.Linear(self.n_heads * self.head_dim, shared.dim, bias=False)
-        self.wg = (
-            nn.Linear(shared.dim, self.n_heads * self.head_dim, bias=False)
-            if shared.gated_attn
-            else None
-        )
-
-    def split_counts(self) -> dict[str, int] | None:
-        return {
-            "the query heads (model.n_heads)": self.n_heads,
-            "the key/value heads (model.n_kv_heads)": self.n_kv_heads,
-        }
-
-    def split(self, tp: TensorParallel) -> None:
-        super().split(tp)
-        self.n_kv_heads //= tp.size
+        queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.wq = nn.Linear(shared.dim, queries, bias=False)
+        self.wk = nn.Linear(shared.dim, keys, bias=False)
+        self.wv = nn.Linear(shared.dim, keys, bias=False)
+        self.wo = nn.Linear(queries, shared.dim, bias=False)
+        self.wg = nn.Linear(shared.dim, queries, bias=False) if shared.gated_attn else None
 
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
@@ -96,53 +82,39 @@ class Attention(Mixer):
         return self._output(o, x_BTD)
 
     def init_cache(
-        self,
-        batch_size: int,
-        max_seqlen: int,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        window: int | None = None,
+        self, batch_size: int, max_seqlen: int, like: Tensor, window: int | None = None
     ) -> AttentionCache:
         shape = (batch_size, self._slots(max_seqlen, window), self.n_kv_heads, self.head_dim)
-        return AttentionCache(
-            k_BSGK=torch.zeros(shape, device=device, dtype=dtype),
-            v_BSGK=torch.zeros(shape, device=device, dtype=dtype),
-            length_B=torch.zeros(batch_size, device=device, dtype=torch.int64),
-        )
+        length_B = like.new_zeros(batch_size, dtype=torch.int64)
+        return AttentionCache(like.new_zeros(shape), like.new_zeros(shape), length_B)
 
     def prefill(
-        self,
-        x_BTD: Tensor,
-        cache: AttentionCache,
-        *,
-        cu_seqlens: Tensor | None = None,
-        rows: Tensor | None = None,
-        window: int | None = None,
-        past: Sequence[Extension] | None = None,
+        self, x_BTD: Tensor, cache: AttentionCache, prompts: Prompts, window: int | None = None
     ) -> Tensor:
-        rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
-        starts = cache.length_B[rows]
-        past = known_past(past, rows, starts, lengths)
-        q, k, v = self._qkv(x_BTD, cache_positions(x_BTD, cu_seqlens, starts))
+        rows, lengths = prompts.rows_and_lengths(x_BTD)
+        held = cache.length_B[rows]
+        past = prompts.known_past(rows, held, lengths)
+        q, k, v = self._qkv(x_BTD, prompts.positions(x_BTD, held))
         if past:
             o = self._attend_past(q, k, v, cache, past, window)
         else:
-            o = attention(q, k, v, window=window, cu_seqlens=cu_seqlens, impl=self.attn_impl)
+            options = {"window": window, "cu_seqlens": prompts.cu_seqlens, "impl": self.attn_impl}
+            o = attention(q, k, v, **options)
         append([(k, cache.k_BSGK), (v, cache.v_BSGK)], cache.length_B, rows, lengths)
         return self._output(o, x_BTD)
 
     def step(self, x_B1D: Tensor, cache: AttentionCache) -> Tensor:
         n_slots = cache.k_BSGK.shape[1]
         q, k, v = self._qkv(x_B1D, cache.length_B[:, None])
-        batch = torch.arange(x_B1D.shape[0], device=x_B1D.device)
-        slot = cache.length_B % n_slots
-        cache.k_BSGK[batch, slot] = k[:, 0].to(cache.k_BSGK.dtype)
-        cache.v_BSGK[batch, slot] = v[:, 0].to(cache.v_BSGK.dtype)
+        slot_B = cache.length_B % n_slots
+        append_step([(k, cache.k_BSGK), (v, cache.v_BSGK)], slot_B)
         cache.length_B += 1
         n_valid = cache.length_B.clamp(max=n_slots)
         k_past, v_past = cache.k_BSGK.type_as(q), cache.v_BSGK.type_as(q)
         return self._output(decode_attention(q[:, 0], k_past, v_past, n_valid)[:, None], x_B1D)
+
+    def fused_linears(self) -> tuple[nn.Linear, ...]:
+        return (self.wq, self.wk, self.wv)
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         for linear in (self.wq, self.wk, self.wv):
@@ -152,27 +124,31 @@ class Attention(Mixer):
             nn.init.zeros_(self.wg.weight)  # sigmoid(0): every head starts half open
 
     def flops_per_token(self, seqlen: int, window: int | None = None) -> int:
-        width = self.n_heads * self.head_dim
-        n_wide = 2 if self.wg is None else 3  # wq, wo, wg; wk and wv have their own heads
-        projections = 2 * self.dim * (n_wide * width + 2 * self.n_kv_heads * self.head_dim)
-        return projections + 4 * width * visible_pairs(seqlen, window) // seqlen
+        queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        n_query_sized = 2 if self.wg is None else 3  # wq, wo, wg
+        projections = 2 * self.dim * (n_query_sized * queries + 2 * keys)
+        return projections + 4 * queries * visible_pairs(seqlen, window) // seqlen
 
     def state_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
         return 2 * self._slots(seqlen, window) * self.n_kv_heads * self.head_dim * dtype.itemsize
+
+    def tp_plan(self) -> TensorParallelPlan | None:
+        divides = {
+            "the query heads (model.n_heads)": self.n_heads,
+            "the key/value heads (model.n_kv_heads)": self.n_kv_heads,
+        }
+        return TensorParallelPlan(divides, heads=("n_heads", "n_kv_heads"))
 
     @staticmethod
     def _slots(max_seqlen: int, window: int | None) -> int:
         return max_seqlen if window is None else min(window, max_seqlen)
 
     def _qkv(self, x_BTD: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, T, heads, K), rotated to `positions`, (T,) or (B, T)."""
+        """Return q, k, v (B, T, heads, K); q and k are rotated to `positions`, (T,) or (B, T)."""
         q, k, v = (
             y.unflatten(-1, (-1, self.head_dim)) for y in fused_linear(x_BTD, self.fused_linears())
         )
         return *rotate_heads(q, k, positions, self.rope_theta), v
-
-    def fused_linears(self) -> tuple[nn.Linear, ...]:
-        return (self.wq, self.wk, self.wv)
 
     def _output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
         o = o_BTHK.flatten(2)
@@ -189,33 +165,30 @@ class Attention(Mixer):
         past: Sequence[Extension],
         window: int | None,
     ) -> Tensor:
-        """Attention of new tokens over what is cached and over themselves, sequence by sequence."""
-        n_slots = cache.k_BSGK.shape[1]
-        sizes = [extension.new for extension in past]
-        new = (x.flatten(0, 1).split(sizes) for x in (q, k, v))
-        pieces = []
-        for (row, held, _), q_new, k_new, v_new in zip(past, *new, strict=True):
+        """Attend from new tokens to cached and new ones, one sequence at a time."""
+        n_slots, outputs = cache.k_BSGK.shape[1], []
+        for (row, held, _), q_new, k_new, v_new in by_sequence(past, q, k, v):
             slots = torch.arange(max(0, held - n_slots), held, device=q.device) % n_slots
             k_all = torch.cat((cache.k_BSGK[row, slots].type_as(k_new), k_new))
             v_all = torch.cat((cache.v_BSGK[row, slots].type_as(v_new), v_new))
-            # Queries of the past are not needed; zeros in their place keep the causal shape.
+            # Zeros stand for the queries of the past, so the attention stays causal.
             q_all = torch.cat((q_new.new_zeros(len(slots), *q_new.shape[1:]), q_new))
             o = attention(q_all[None], k_all[None], v_all[None], window=window, impl=self.attn_impl)
-            pieces.append(o[0, len(slots) :])
-        return torch.cat(pieces).view_as(q)
+            outputs.append(o[0, len(slots) :])
+        return torch.cat(outputs).view_as(q)
 
 
 def rotate_heads(
     q_BTHK: Tensor, k_BTGK: Tensor, positions: Tensor, theta: float
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned to `positions`, (T,) or (B, T), all heads alike."""
+    """Rotate queries and keys to `positions`, (T,) or (B, T)."""
     cos, sin = rotary_angles(positions, q_BTHK.shape[-1], theta)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return rotate_pairs(q_BTHK, cos, sin), rotate_pairs(k_BTGK, cos, sin)
 
 
 def visible_pairs(seqlen: int, window: int | None) -> int:
-    """Keys that the queries of a sequence see, over all of them."""
+    """Count the (query, visible key) pairs of a sequence."""
     w = min(window or seqlen, seqlen)
     return w * (w + 1) // 2 + (seqlen - w) * w
 
@@ -223,11 +196,11 @@ def visible_pairs(seqlen: int, window: int | None) -> int:
 def append(
     new_and_slots: list[tuple[Tensor, Tensor]], length_B: Tensor, rows: Tensor, lengths: Tensor
 ) -> None:
-    """Write what a prefill adds, (n_sequences, T, ...) or packed (1, T, ...), to its slots
-    (B, S, ...), all in place; a ring keeps the last S. `rows` and `lengths` as of `cache_rows`.
+    """Write the tokens of a prefill, (n, T, ...) or packed (1, T, ...), to slots (B, S, ...).
 
-    What a ring does not keep is not left out, since the device alone knows how much that is: a
-    token whose slot a later one takes writes what that one writes.
+    In place; a ring keeps the last S. `rows` and `lengths` are those of `rows_and_lengths`. Only
+    the device knows which tokens a ring drops. Such a token writes what the last token of its slot
+    writes, so the order of the writes doesn't matter.
     """
     n_tokens = new_and_slots[0][0].flatten(0, 1).shape[0]
     n_slots = new_and_slots[0][1].shape[1]
@@ -241,3 +214,10 @@ def append(
     for new, slots in new_and_slots:
         slots[row, slot] = new.flatten(0, 1)[last].to(slots.dtype)
     length_B[rows] += lengths
+
+
+def append_step(new_and_slots: list[tuple[Tensor, Tensor]], slot_B: Tensor) -> None:
+    """Write one token per row, (B, 1, ...), to its slot of (B, S, ...), in place."""
+    row = torch.arange(len(slot_B), device=slot_B.device)
+    for new, slots in new_and_slots:
+        slots[row, slot_B] = new[:, 0].to(slots.dtype)

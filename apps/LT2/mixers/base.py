@@ -1,7 +1,7 @@
-"""What every token mixer promises to the model, and what its caches share.
+"""The protocol of a token mixer, and what mixer caches share.
 
-Shapes: B sequences, T tokens, D model width. Packed calls have B = 1 and documents one after the
-other along T; `cu_seqlens` (n_docs + 1, int32) holds their boundaries, from 0 to T.
+Shapes: B sequences, T tokens, D model dim. A packed call has B = 1: its documents are concatenated
+along T, and `cu_seqlens` (n_docs + 1,) int32 holds the offsets of their first tokens, from 0 to T.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.documents import document_of_tokens, local_positions
+from apps.LT2.mixers.parts import GroupedRMSNorm, ShortConv
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel, split_linears
 from lingua.transformer import BaseTransformerArgs
 
@@ -31,14 +32,14 @@ class MixerArgs(BaseTransformerArgs):
 
 @dataclass
 class MixerCache:
-    """Memory of one mixer in one (loop, layer); every field is a tensor with a row a sequence."""
+    """The past of one mixer in one (loop, layer). Every field is a tensor with a row a sequence."""
 
     @property
     def device(self) -> torch.device:
         return self._tensors()[0].device
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """Forget the sequences in `rows` (all of them if None), in place."""
+        """Empty the given rows, or all if None, in place."""
         for tensor in self._tensors():
             if rows is None:
                 tensor.zero_()
@@ -46,8 +47,7 @@ class MixerCache:
                 tensor.index_fill_(0, rows, 0)
 
     def copy_rows(self, rows: Tensor, source: MixerCache, source_rows: Tensor) -> None:
-        """Hold in `rows` (n,) int64 what `source_rows` of another cache of this kind hold, or of
-        this one: all that a row is, so that its sequence goes on in each of them."""
+        """Copy `source_rows` of a cache of the same kind to `rows`, both (n,) int64, in place."""
         for tensor, other in zip(self._tensors(), source._tensors(), strict=True):
             tensor.index_copy_(0, rows, other.index_select(0, source_rows))
 
@@ -55,19 +55,19 @@ class MixerCache:
         return sum(tensor.nbytes for tensor in self._tensors())
 
     def fill_randomly(self, n_tokens: int) -> None:
-        """Hold `n_tokens` tokens of noise in every row, in place: to time steps without prompts."""
+        """Fill every row with `n_tokens` tokens of noise, in place, to time steps."""
         for tensor in self._tensors():
             if tensor.is_floating_point():
                 tensor.normal_()
             else:
-                tensor.fill_(n_tokens)  # counts of tokens are all that a cache has of integers
+                tensor.fill_(n_tokens)  # the only integers are token counts
 
     def snapshot(self) -> list[Tensor]:
-        """Copies of all that the cache holds, for `restore`."""
+        """Return copies of all tensors, for `restore`."""
         return [tensor.clone() for tensor in self._tensors()]
 
     def restore(self, saved: list[Tensor]) -> None:
-        """Hold again, in place, what the snapshot holds."""
+        """Write a snapshot back, in place."""
         for tensor, copy in zip(self._tensors(), saved, strict=True):
             tensor.copy_(copy)
 
@@ -77,169 +77,163 @@ class MixerCache:
 
 
 class Extension(NamedTuple):
-    """What the host knows of a sequence that a prefill extends."""
+    """What the host knows about a sequence that a prefill extends."""
 
     row: int  # of the cache
-    held: int  # tokens that the row holds already
-    new: int  # tokens that come
+    held: int  # tokens already in that row
+    new: int  # tokens to add
+
+
+class Prompts(NamedTuple):
+    """The sequences of a prefill, and the cache rows that they extend."""
+
+    cu_seqlens: Tensor | None = None  # (n + 1,) int32 of packed documents; None: one a row of x
+    rows: Tensor | None = None  # (n,) int64, the cache row of each sequence; None: row i for i
+    # The host's view of each sequence, () if all rows are empty. With None, a mixer that needs it
+    # copies it from the device: a sync in every (loop, layer), and a graph break.
+    past: Sequence[Extension] | None = None
+
+    def rows_and_lengths(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cache rows to extend and the numbers of new tokens, both (n,) int64."""
+        n_rows, n_tokens = x_BTD.shape[:2]
+        if self.cu_seqlens is None:
+            # Equal lengths are computed like others: Inductor of torch 2.11 to 2.13 fails on sums
+            # of a constant tensor whose value is a symbolic size.
+            offsets = n_tokens * torch.arange(n_rows + 1, device=x_BTD.device)
+        else:
+            assert n_rows == 1, f"packed input has batch size 1, not {n_rows}"
+            offsets = self.cu_seqlens.long()
+        lengths = offsets.diff()
+        rows = self.rows
+        if rows is None:
+            rows = torch.arange(len(lengths), device=x_BTD.device)
+        assert rows.shape == lengths.shape, f"{len(lengths)} sequences, {tuple(rows.shape)} rows"
+        return rows, lengths
+
+    def positions(self, x_BTD: Tensor, held: Tensor) -> Tensor:
+        """Return the positions (B, T) of the new tokens after `held` (n,) cached ones."""
+        n_tokens = x_BTD.shape[1]
+        if self.cu_seqlens is None:
+            return local_positions(n_tokens, None, x_BTD.device) + held[:, None]
+        document, position = document_of_tokens(self.cu_seqlens, n_tokens)
+        return (position + held[document])[None]
+
+    def known_past(self, rows: Tensor, held: Tensor, lengths: Tensor) -> Sequence[Extension]:
+        """Return `past`, or copy it from the device if the caller did not give it."""
+        if self.past is not None:
+            return self.past
+        pairs = zip(rows.tolist(), held.tolist(), lengths.tolist(), strict=True)
+        past = [Extension(*numbers) for numbers in pairs]
+        return past if any(extension.held for extension in past) else ()
+
+
+def by_sequence(past: Sequence[Extension], *tensors: Tensor) -> list[tuple[Any, ...]]:
+    """Return (extension, *parts) of each sequence that has new tokens.
+
+    Each of `tensors` (B, T, ...) gives a part (n_new, ...).
+    """
+    sizes = [extension.new for extension in past]
+    parts = (x.flatten(0, 1).split(sizes) for x in tensors)
+    return [row for row in zip(past, *parts, strict=True) if row[0].new]
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """A loss that a mixer adds to the language model's. Each trains different weights."""
+
+    name: str  # of its metric, such as "dsa_indexer"
+    module: str  # attribute of the mixer that holds the weights it trains
+
+
+@dataclass(frozen=True)
+class TensorParallelPlan:
+    """How ranks share a mixer's heads. `wo` is split by inputs, every other linear by outputs."""
+
+    divides: dict[str, int]  # sizes that tp_size must divide, by meaning and option
+    heads: tuple[str, ...] = ("n_heads",)  # attributes that become this rank's share
+    # Channels of a convolution, in order: (number, whether ranks share them or each has all).
+    conv_channels: Sequence[tuple[int, bool]] = ()
+
+    def split(self, mixer: Mixer, tp: TensorParallel) -> None:
+        """Keep this rank's heads of `mixer`, in place. 1-D parameters stay whole."""
+        mixer.tp = tp
+        for name in self.heads:
+            setattr(mixer, name, getattr(mixer, name) // tp.size)
+        children = dict(mixer.named_children())
+        linears = [name for name, child in children.items() if isinstance(child, nn.Linear)]
+        outputs = tuple(name for name in linears if name != "wo")
+        split_linears(mixer, tp, outputs=outputs, inputs=("wo",))
+        for child in children.values():
+            if isinstance(child, ShortConv):
+                child.split(tp, self.conv_channels)
+            elif isinstance(child, GroupedRMSNorm):
+                child.split(tp)
 
 
 class Mixer(nn.Module, ABC):
-    """Mix tokens along time; the shape (B, T, D) is kept.
+    """Mix tokens along time: (B, T, D) -> (B, T, D).
 
-    A mixer owns parameters and no memory. Memory is a cache that the caller holds, one for every
-    (loop, layer): a looped block runs the same mixer `loop_count` times per token, so state kept
-    on the module would be overwritten by the next loop.
+    A subclass takes `MixerArgs` and the options of its section, such as `model.gdn`. It holds no
+    past: a looped block runs it `loop_count` times per token, so the caller keeps one cache for
+    every (loop, layer). `window` counts the keys that a token sees, itself included.
     """
 
-    module_name: ClassVar[str]  # attribute of the block that holds it, part of checkpoint keys
-    # The metric of a loss of the mixer's own, e.g. "dsa_indexer"; None where it has none.
-    loss_name: ClassVar[str | None] = None
-    # Fields of `model:` that it reads, beside those of its own section and those of every model.
-    reads: ClassVar[frozenset[str]] = frozenset({"n_heads"})
-    uses_fla: ClassVar[bool] = True  # whether it runs on flash-linear-attention's kernels on CUDA
-    zero_at_start: ClassVar[tuple[str, ...]] = ()  # parameters that start at zero on purpose
-    # Linear layers by attribute that tensor parallelism splits: those with a head's outputs, and
-    # those with its inputs. A mixer with heads that need more than these overrides `split`.
-    by_outputs: ClassVar[tuple[str, ...]] = ()
-    by_inputs: ClassVar[tuple[str, ...]] = ()
-
-    n_heads: int  # of this rank
+    module_name: ClassVar[str]  # attribute of the block, part of checkpoint keys
+    reads: ClassVar[frozenset[str]] = frozenset({"n_heads"})  # fields of MixerArgs, for warnings
+    uses_fla: ClassVar[bool] = True  # runs flash-linear-attention's kernels on CUDA
+    zero_at_start: ClassVar[tuple[str, ...]] = ()  # parameters initialized to zero
+    own_loss: ClassVar[OwnLoss | None] = None
     tp: TensorParallel = ALONE
-
-    def __init__(self, shared: MixerArgs, own: Any = None):
-        """`own` holds the options of the mixer's section, such as `model.gdn`, if it has one."""
-        super().__init__()
 
     @abstractmethod
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
     ) -> Tensor:
-        """All tokens at once, from an empty past."""
+        """Mix whole sequences."""
 
-    def forward_with_loss(
-        self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `forward`, with the mixer's own loss, a scalar whose gradient reaches no weight that
-        the language model's loss trains. Only for mixers with a `loss_name`."""
+    def forward_with_loss(self, x_BTD: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Run `forward` and return `own_loss` too, a scalar mean over tokens."""
         raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
-
-    def own_loss_parameters(self) -> list[nn.Parameter]:
-        """The weights that the mixer's own loss trains, and that no other loss does."""
-        return []
-
-    @abstractmethod
-    def fused_linears(self) -> tuple[nn.Linear, ...]:
-        """The bias-free linears that read the layer's input, whose weights inference joins."""
-
-    def begin_step(self, step: int | None) -> None:  # noqa: B027, most mixers do not care
-        """Told before each optimizer step how many are done; None is inference, the default."""
-
-    def split_counts(self) -> dict[str, int] | None:
-        """What tensor parallelism has to divide, by what it is and the option that sets it; None
-        where the mixer does not split by heads."""
-        return None
-
-    def split(self, tp: TensorParallel) -> None:
-        """Become the part of it that computes this rank's heads, in place; vectors stay whole."""
-        self.tp = tp
-        self.n_heads //= tp.size
-        split_linears(self, tp, outputs=self.by_outputs, inputs=self.by_inputs)
 
     @abstractmethod
     def init_cache(
-        self,
-        batch_size: int,
-        max_seqlen: int,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        window: int | None = None,
+        self, batch_size: int, max_seqlen: int, like: Tensor, window: int | None = None
     ) -> Any:
-        """An empty cache for `batch_size` sequences of up to `max_seqlen` tokens."""
+        """Allocate an empty cache of `batch_size` rows, with the device and dtype of `like`."""
 
     @abstractmethod
     def prefill(
-        self,
-        x_BTD: Tensor,
-        cache: Any,
-        *,
-        cu_seqlens: Tensor | None = None,
-        rows: Tensor | None = None,
-        window: int | None = None,
-        past: Sequence[Extension] | None = None,
+        self, x_BTD: Tensor, cache: Any, prompts: Prompts, window: int | None = None
     ) -> Tensor:
-        """As `forward`, continuing the sequences that the cache holds, which it extends in place.
-
-        rows (n,) int64: the cache row of each sequence of x (of each document when packed);
-        None means row i for sequence i.
-        past: what the host knows of each of them, () where all rows are empty: then nothing waits
-        for the device, and a compiler sees no break. A mixer that needs it and gets None asks the
-        device, which takes a moment in every (loop, layer).
-        """
+        """Run `forward` on tokens that extend cached sequences; the cache grows in place."""
 
     @abstractmethod
     def step(self, x_B1D: Tensor, cache: Any) -> Tensor:
-        """One more token of every row, in place; no shape depends on how much is cached."""
+        """Extend every row by one token, in place. Shapes don't depend on the cached lengths."""
+
+    @abstractmethod
+    def fused_linears(self) -> tuple[nn.Linear, ...]:
+        """Return the bias-free linears of the input, whose weights inference fuses."""
 
     @abstractmethod
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
-        """Fill every tensor. Projections get spread init_std, or fan_in ** -0.5 where it is None;
-        the output projection's is divided by `factor`."""
+        """Initialize; std is `init_std` or fan_in ** -0.5 for projections, wo's over `factor`."""
 
     @abstractmethod
     def flops_per_token(self, seqlen: int, window: int | None = None) -> int:
-        """Forward FLOPs of one call per token, a mean over a sequence of `seqlen` tokens."""
+        """Return the mean FLOPs of a forward per token of a sequence."""
 
     @abstractmethod
     def state_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
-        """Bytes that one sequence of `seqlen` tokens occupies in one cache."""
+        """Return the cache size of one sequence."""
 
     def step_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
-        """Bytes of one cache that a step must move for a sequence of `seqlen` tokens.
-
-        By default all that is stored is read, and the little that one token adds is left out. A
-        mixer that reads a part of it, or that writes it anew, says so.
-        """
+        """Return the cache bytes that a step moves for one sequence: by default it reads all."""
         return self.state_bytes(seqlen, dtype, window)
 
+    def begin_step(self, step: int | None) -> None:  # noqa: B027, most mixers need nothing
+        """Prepare for the optimizer step after `step` steps; None is inference, the default."""
 
-def cache_rows(
-    x_BTD: Tensor, cu_seqlens: Tensor | None, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(rows, lengths), (n,) int64: the cache rows a prefill extends, and by how many tokens."""
-    n_rows, n_tokens = x_BTD.shape[:2]
-    if cu_seqlens is None:
-        # Of bounds, too, though all are alike: Inductor of torch 2.11 to 2.13 fails on the sums of
-        # equal lengths that are a variable of the code.
-        bounds = n_tokens * torch.arange(n_rows + 1, device=x_BTD.device)
-    else:
-        assert n_rows == 1, f"packed input has batch size 1, not {n_rows}"
-        bounds = cu_seqlens.long()
-    lengths = bounds.diff()
-    n = lengths.shape[0]
-    if rows is None:
-        rows = torch.arange(n, device=x_BTD.device)
-    assert rows.shape == (n,), f"{n} sequences need {n} rows, not {tuple(rows.shape)}"
-    return rows, lengths
-
-
-def cache_positions(x_BTD: Tensor, cu_seqlens: Tensor | None, starts: Tensor) -> Tensor:
-    """(B, T) positions of the tokens of a prefill, whose sequences (n,) already hold `starts`
-    tokens each."""
-    n_tokens = x_BTD.shape[1]
-    if cu_seqlens is None:
-        return local_positions(n_tokens, None, x_BTD.device) + starts[:, None]
-    document, position = document_of_tokens(cu_seqlens, n_tokens)
-    return (position + starts[document])[None]
-
-
-def known_past(
-    past: Sequence[Extension] | None, rows: Tensor, starts: Tensor, lengths: Tensor
-) -> Sequence[Extension]:
-    """`past` as a prefill was given it; where it was not, the device is asked, and waited for."""
-    if past is not None:
-        return past
-    pairs = zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True)
-    asked = [Extension(*numbers) for numbers in pairs]
-    return asked if any(extension.held for extension in asked) else ()
+    def tp_plan(self) -> TensorParallelPlan | None:
+        """Return how tensor parallelism splits the mixer; None if it can't."""
+        return None

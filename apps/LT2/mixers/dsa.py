@@ -1,16 +1,17 @@
 """DeepSeek sparse attention (https://arxiv.org/abs/2512.02556): softmax attention over the top-k
 keys that a lightning indexer picks for each query.
 
-    I(t, s) = sum_j w(t, j) ReLU(q_I(t, j) . k_I(s))
+    I(t, s) = (J C)^-0.5 sum_j w(t, j) ReLU(q_I(t, j) . k_I(s))
+    o_t = sum_s softmax(q_t . k_s K^-0.5) v_s        over the top_k visible s with the largest I
 
-The indexer learns from a loss of its own, KL(p || softmax I): p is the main attention's
-distribution, over all visible keys in the first `warmup_steps` steps, when attention is dense, and
-over the selected keys after. Its input is detached and a choice of keys has no gradient, so neither
-loss reaches the other's weights. DeepSeek's code normalises k_I with a LayerNorm; here it is the
-RMSNorm of the rest of the model.
+The indexer learns from its own loss, KL(p || softmax I), where p is the main attention's
+distribution. In the first `warmup_steps` steps attention is dense and p covers all visible keys;
+after that p covers the selected keys. The indexer's input is detached and a choice of keys has no
+gradient, so neither loss reaches the other's weights. DeepSeek's code normalizes k_I with a
+LayerNorm; here it is the RMSNorm of the rest of the model.
 
-Shapes: B sequences, T tokens, D model width, H query heads, G key/value heads, K head width,
-J index heads, C index width, S slots of a cache.
+Shapes: B sequences, T tokens, D model dim, H query heads, G key/value heads, K head dim, J index
+heads, C index dim, S slots of a cache.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from apps.LT2.kernel.attention import attention
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.kernel.dsa import Index, dsa, dsa_step
-from apps.LT2.mixers.attention import Attention, AttentionCache, append
-from apps.LT2.mixers.base import Extension, MixerArgs, cache_positions, cache_rows, known_past
+from apps.LT2.mixers.attention import Attention, AttentionCache, append, append_step
+from apps.LT2.mixers.base import Extension, MixerArgs, OwnLoss, Prompts, by_sequence
 from lingua.errors import UserError
 from lingua.transformer import RMSNorm, init_linear, rotary_angles, rotate_pairs
 
@@ -34,8 +35,8 @@ from lingua.transformer import RMSNorm, init_linear, rotary_angles, rotate_pairs
 class DSAArgs:
     top_k: int = 2048  # keys that a query attends to
     n_index_heads: int = 4  # query heads of the indexer; they share one key head
-    index_head_dim: int = 64  # width of an index head
-    warmup_steps: int = 0  # first optimizer steps: dense attention, while the indexer learns
+    index_head_dim: int = 64  # dim of an index head
+    warmup_steps: int = 0  # first optimizer steps with dense attention, while the indexer learns
 
     def __post_init__(self) -> None:
         for name in ("top_k", "n_index_heads"):
@@ -43,8 +44,8 @@ class DSAArgs:
                 raise UserError(f"model.dsa.{name}={getattr(self, name)} must be at least 1")
         if self.index_head_dim < 2 or self.index_head_dim % 2:
             raise UserError(
-                f"model.dsa.index_head_dim={self.index_head_dim} must be even and at least 2, "
-                "since rotary embedding turns pairs; e.g. 64"
+                f"model.dsa.index_head_dim={self.index_head_dim} must be even and at least 2, as "
+                "rotary embedding rotates pairs; e.g. 64"
             )
         if self.warmup_steps < 0:
             raise UserError(
@@ -54,7 +55,7 @@ class DSAArgs:
 
 
 class LightningIndexer(nn.Module):
-    """Scores keys cheaply: a few narrow heads, one shared key head, no softmax."""
+    """Score keys cheaply: a few small heads, one shared key head, no softmax."""
 
     def __init__(self, shared: MixerArgs, own: DSAArgs):
         super().__init__()
@@ -66,7 +67,7 @@ class LightningIndexer(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, shared.norm_eps)
 
     def forward(self, x_BTD: Tensor, positions: Tensor) -> Index:
-        """Queries and keys rotated to `positions`, (T,) or (B, T)."""
+        """Return queries and keys rotated to `positions`, (T,) or (B, T), and head weights."""
         x_BTD = x_BTD.detach()
         q_BTJC = self.wq(x_BTD).unflatten(-1, (self.n_heads, self.head_dim))
         k_BTC = self.k_norm(self.wk(x_BTD))
@@ -83,9 +84,9 @@ class LightningIndexer(nn.Module):
         self.k_norm.reset_parameters()
 
     def flops_per_token(self, seqlen: int) -> int:
-        """Projections, and the scores of all visible keys: q k and the sum over heads."""
+        """Return the FLOPs of projections and of the scores of all visible keys."""
         projected = sum(linear.weight.numel() for linear in (self.wq, self.wk, self.ww))
-        # (seqlen + 1) / 2 keys on average, two operations for each product.
+        # (seqlen + 1) / 2 keys on average; two operations per product, and the sum over heads.
         return 2 * projected + self.n_heads * (self.head_dim + 1) * (seqlen + 1)
 
 
@@ -93,12 +94,16 @@ class LightningIndexer(nn.Module):
 class DSACache(AttentionCache):
     index_k_BSC: Tensor
 
+    def slots_of(self, k: Tensor, v: Tensor, index: Index) -> list[tuple[Tensor, Tensor]]:
+        """Pair new keys, values and index keys with their slots."""
+        return [(k, self.k_BSGK), (v, self.v_BSGK), (index.k_BSC, self.index_k_BSC)]
+
 
 class SparseAttention(Attention):
-    """Attention's projections, rotation and output gate, around another choice of keys."""
+    """Attention's projections, rotation and output gate, over the keys that an indexer picks."""
 
     module_name = "dsa"
-    loss_name = "dsa_indexer"
+    own_loss = OwnLoss("dsa_indexer", module="indexer")
 
     def __init__(self, shared: MixerArgs, own: DSAArgs):
         super().__init__(shared)
@@ -106,27 +111,20 @@ class SparseAttention(Attention):
         self.indexer = LightningIndexer(shared, own)
         self.dense = False  # in warm-up
 
-    def split_counts(self) -> None:
-        """Not split: all heads share one choice of keys, and the indexer's loss sums over them."""
-        return None
-
     def begin_step(self, step: int | None) -> None:
         self.dense = step is not None and step < self.warmup_steps
 
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
     ) -> Tensor:
-        assert window is None, "sparse attention has no window"
         positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
         q, k, v = self._qkv(x_BTD, positions)
         index = self.indexer(x_BTD, positions)
-        o = self._attend(q, k, v, index, cu_seqlens, dense=self.dense)
-        return self._output(o, x_BTD)
+        return self._output(self._attend(q, k, v, index, cu_seqlens, dense=self.dense), x_BTD)
 
     def forward_with_loss(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        assert window is None, "sparse attention has no window"
         positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
         q, k, v = self._qkv(x_BTD, positions)
         index = self.indexer(x_BTD, positions)
@@ -135,63 +133,34 @@ class SparseAttention(Attention):
         assert loss is not None
         return self._output(o, x_BTD), loss
 
-    def own_loss_parameters(self) -> list[nn.Parameter]:
-        return list(self.indexer.parameters())
-
     def init_cache(
-        self,
-        batch_size: int,
-        max_seqlen: int,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        window: int | None = None,
+        self, batch_size: int, max_seqlen: int, like: Tensor, window: int | None = None
     ) -> DSACache:
-        assert window is None, "sparse attention has no window"
-        base = super().init_cache(batch_size, max_seqlen, device=device, dtype=dtype)
-        shape = (batch_size, max_seqlen, self.indexer.head_dim)
-        return DSACache(**vars(base), index_k_BSC=torch.zeros(shape, device=device, dtype=dtype))
+        base = super().init_cache(batch_size, max_seqlen, like)
+        index_k = like.new_zeros(batch_size, max_seqlen, self.indexer.head_dim)
+        return DSACache(**vars(base), index_k_BSC=index_k)
 
     def prefill(
-        self,
-        x_BTD: Tensor,
-        cache: DSACache,
-        *,
-        cu_seqlens: Tensor | None = None,
-        rows: Tensor | None = None,
-        window: int | None = None,
-        past: Sequence[Extension] | None = None,
+        self, x_BTD: Tensor, cache: DSACache, prompts: Prompts, window: int | None = None
     ) -> Tensor:
-        assert window is None, "sparse attention has no window"
-        rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
-        starts = cache.length_B[rows]
-        positions = cache_positions(x_BTD, cu_seqlens, starts)
+        rows, lengths = prompts.rows_and_lengths(x_BTD)
+        held = cache.length_B[rows]
+        positions = prompts.positions(x_BTD, held)
         q, k, v = self._qkv(x_BTD, positions)
         index = self.indexer(x_BTD, positions)
-        past = known_past(past, rows, starts, lengths)
+        past = prompts.known_past(rows, held, lengths)
         if past:
-            o = self._continue(q, k, v, index, cache, past)
+            o = self._attend_past(q, k, v, index, cache, past)
         else:
-            o = self._attend(q, k, v, index, cu_seqlens)
-        append(
-            [(k, cache.k_BSGK), (v, cache.v_BSGK), (index.k_BSC, cache.index_k_BSC)],
-            cache.length_B,
-            rows,
-            lengths,
-        )
+            o = self._attend(q, k, v, index, prompts.cu_seqlens)
+        append(cache.slots_of(k, v, index), cache.length_B, rows, lengths)
         return self._output(o, x_BTD)
 
     def step(self, x_B1D: Tensor, cache: DSACache) -> Tensor:
         positions = cache.length_B[:, None]
         q, k, v = self._qkv(x_B1D, positions)
         index = self.indexer(x_B1D, positions)
-        batch = torch.arange(x_B1D.shape[0], device=x_B1D.device)
-        for new, slots in (
-            (k, cache.k_BSGK),
-            (v, cache.v_BSGK),
-            (index.k_BSC, cache.index_k_BSC),
-        ):
-            slots[batch, cache.length_B] = new[:, 0].to(slots.dtype)
+        append_step(cache.slots_of(k, v, index), cache.length_B)
         cache.length_B += 1
         index = index._replace(k_BSC=cache.index_k_BSC.type_as(index.k_BSC))
         o = dsa_step(q[:, 0], cache.k_BSGK, cache.v_BSGK, index, cache.length_B, top_k=self.top_k)
@@ -202,7 +171,7 @@ class SparseAttention(Attention):
         self.indexer.reset_parameters(init_std)
 
     def flops_per_token(self, seqlen: int, window: int | None = None) -> int:
-        # Attention is paid for the keys that are attended to, as many as in a window of top_k.
+        # A query attends to as many keys as in a window of top_k.
         attended = super().flops_per_token(seqlen, self.top_k)
         return attended + self.indexer.flops_per_token(seqlen)
 
@@ -211,9 +180,12 @@ class SparseAttention(Attention):
         return super().state_bytes(seqlen, dtype) + index_keys
 
     def step_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
-        """All keys of the indexer, and the keys and values that it picks."""
+        """Return the size of all index keys and of the keys and values that they pick."""
         index_keys = seqlen * self.indexer.head_dim * dtype.itemsize
         return super().state_bytes(min(seqlen, self.top_k), dtype) + index_keys
+
+    def tp_plan(self) -> None:
+        """Return None: all heads share one choice of keys, and the loss sums over the heads."""
 
     def _attend(
         self,
@@ -225,12 +197,12 @@ class SparseAttention(Attention):
         *,
         dense: bool = False,
     ) -> Tensor:
-        """Attention of whole sequences, with no loss of the indexer."""
+        """Attend within whole sequences, without the indexer's loss."""
         if dense or q.shape[1] <= self.top_k:  # nothing to choose
             return attention(q, k, v, cu_seqlens=cu_seqlens, impl=self.attn_impl)
         return dsa(q, k, v, index, top_k=self.top_k, cu_seqlens=cu_seqlens)[0]
 
-    def _continue(
+    def _attend_past(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         q: Tensor,
         k: Tensor,
@@ -239,23 +211,15 @@ class SparseAttention(Attention):
         cache: DSACache,
         past: Sequence[Extension],
     ) -> Tensor:
-        """Attention of new tokens over what is cached and over themselves, sequence by sequence."""
-        sizes = [extension.new for extension in past]
-        new = [x.flatten(0, 1).split(sizes) for x in (q, k, v, *index)]
-        pieces = []
-        for (row, held, n_new), *parts in zip(past, *new, strict=True):
-            if not n_new:
-                continue
-            q_new, k_new, v_new, index_q, index_k, index_w = (x[None] for x in parts)
-            cached = slice(row, row + 1), slice(0, held)
+        """Attend from new tokens to cached and new ones, one sequence at a time."""
+        outputs = []
+        for (row, held, _), *parts in by_sequence(past, q, k, v, *index):
+            q_new, k_new, v_new, *index_new = (x[None] for x in parts)
+            index_new = Index(*index_new)
             k_all, v_all, index_k_all = (
-                torch.cat((slots[cached].type_as(x), x), dim=1)
-                for slots, x in (
-                    (cache.k_BSGK, k_new),
-                    (cache.v_BSGK, v_new),
-                    (cache.index_k_BSC, index_k),
-                )
+                torch.cat((slots[row : row + 1, :held].type_as(x), x), dim=1)
+                for x, slots in cache.slots_of(k_new, v_new, index_new)
             )
-            index_new = Index(index_q, index_k_all, index_w)
-            pieces.append(dsa(q_new, k_all, v_all, index_new, top_k=self.top_k)[0][0])
-        return torch.cat(pieces).view_as(q)
+            index_all = index_new._replace(k_BSC=index_k_all)
+            outputs.append(dsa(q_new, k_all, v_all, index_all, top_k=self.top_k)[0][0])
+        return torch.cat(outputs).view_as(q)

@@ -1,10 +1,9 @@
-"""Gated DeltaNet (https://arxiv.org/abs/2412.06464): the delta rule with a learned decay.
+"""Gated DeltaNet (https://arxiv.org/abs/2412.06464): the delta rule with a learned decay per head.
 
-    S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t
+    S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t K^-0.5
 
-q, k and v pass a short convolution and SiLU, q and k are unit vectors; the output is RMS-normed
-per head and gated by SiLU. Shapes: B sequences, T tokens, D model width, H heads, K key width,
-V value width.
+q, k and v pass a short convolution and SiLU; q and k are unit vectors. The output is RMS-normed
+per head and gated by SiLU. Shapes: B sequences, T tokens, H heads, K key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.gated_delta_rule import gated_delta_rule, gated_delta_step
 from apps.LT2.mixers.base import MixerArgs
-from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
+from apps.LT2.mixers.linear import LinearMixer, Tensors, head_shape
 from apps.LT2.mixers.parts import (
     GatedRMSNorm,
     ShortConv,
@@ -25,25 +24,25 @@ from apps.LT2.mixers.parts import (
     log_decay,
     write_strength,
 )
-from lingua.transformer import init_linear
 
 
 @dataclass
 class GatedDeltaNetArgs:
     n_heads: int | None = None  # heads; null = model.n_heads
-    head_dim: int | None = None  # key width of a head; null = 0.75 * dim / n_heads
-    expand_v: float = 2.0  # value width / key width; the state of a head is K x V
-    conv_size: int = 4  # taps of the short causal convolutions on q, k and v; 0 = none
+    head_dim: int | None = None  # key dim of a head; null = 0.75 * dim / n_heads
+    expand_v: float = 2.0  # value dim / key dim; the state of a head is K x V
+    conv_size: int = 4  # kernel size of the convolutions on q, k and v; 0 = none
     allow_neg_eigval: bool = False  # beta in (0, 2), https://arxiv.org/abs/2411.12537
 
 
 class GatedDeltaNet(LinearMixer):
     module_name = "gdn"
-    by_outputs = ("wq", "wk", "wv", "wg", "wa", "wb")
+    recurrence = staticmethod(gated_delta_rule)
+    recurrence_step = staticmethod(gated_delta_step)
     conv: ShortConv
 
     def __init__(self, shared: MixerArgs, own: GatedDeltaNetArgs):
-        super().__init__(shared, own)
+        super().__init__()
         shape = head_shape(shared, own, "model.gdn", key_share=0.75)
         self.n_heads, self.key_dim, self.value_dim = shape
         self.allow_neg_eigval = own.allow_neg_eigval
@@ -63,34 +62,20 @@ class GatedDeltaNet(LinearMixer):
     def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
         return (self.wq, self.wk, self.wv), (self.wg, self.wa, self.wb)
 
-    def inputs(
-        self, streams: Tensor, rest: Rest, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, g, beta) by head; q and k are unit vectors, g and beta fp32."""
-        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
+    def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
+        """Return (q, k, v, g, beta) by head; g and beta are fp32."""
+        q, k, v = self.split_qkv(streams)
         _, a, b = rest
         beta = write_strength(b, self.allow_neg_eigval)
         g = log_decay(a, self.tp.own(self.A_log), self.tp.own(self.dt_bias))
         return l2_normalize(q), l2_normalize(k), v, g, beta
 
-    def recurrence(
-        self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return gated_delta_rule(*inputs, state=state, cu_seqlens=cu_seqlens)
-
-    def recurrence_step(self, *inputs: Tensor, state_BHKV: Tensor) -> Tensor:
-        return gated_delta_step(*inputs, state_BHKV=state_BHKV)
-
-    def output(self, o: Tensor, rest: Rest) -> Tensor:
+    def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
         return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
-        for linear in (self.wq, self.wk, self.wv, self.wg, self.wa, self.wb):
-            init_linear(linear, init_std)
-        init_linear(self.wo, init_std, factor)
-        self.conv.reset_parameters()
+        super().reset_parameters(init_std, factor)
         init_decay(self.A_log, self.dt_bias)
-        self.norm.reset_parameters()
 
     def recurrence_flops(self) -> int:
         # Read k^T S, write the outer product, read q^T S: 2 K V each; and K V for the decay.

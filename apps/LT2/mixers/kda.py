@@ -1,11 +1,11 @@
-"""Kimi delta attention (KDA, https://arxiv.org/abs/2510.26692): the delta rule with a learned decay
-of every key channel.
+"""Kimi Delta Attention (https://arxiv.org/abs/2510.26692): the delta rule with a learned decay
+per key channel.
 
-    S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t
+    S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T    o_t = S_t^T q_t K^-0.5
 
-q, k and v pass a short convolution and SiLU, q and k are unit vectors; the output is RMS-normed
-per head and gated by a sigmoid. Decay and output gate are projections of low rank, the width of a
-value head. Shapes: B sequences, T tokens, D model width, H heads, K key width, V value width.
+q, k and v pass a short convolution and SiLU; q and k are unit vectors. The output is RMS-normed
+per head and gated by a sigmoid. Decay and gate are low-rank projections whose rank is the value
+dim of a head. Shapes: B sequences, T tokens, H heads, K key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.kda import kda, kda_step
-from apps.LT2.mixers.base import MixerArgs
-from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
+from apps.LT2.mixers.base import MixerArgs, TensorParallelPlan
+from apps.LT2.mixers.linear import LinearMixer, Tensors, head_shape
 from apps.LT2.mixers.parts import (
     GatedRMSNorm,
     ShortConv,
@@ -32,21 +32,22 @@ from lingua.transformer import init_linear
 @dataclass
 class KDAArgs:
     n_heads: int | None = None  # heads; null = model.n_heads
-    head_dim: int | None = None  # key width of a head; null = dim / n_heads
-    # value width / key width; the state of a head is K x V, and V the rank of decay and gate
+    head_dim: int | None = None  # key dim of a head; null = dim / n_heads
+    # value dim / key dim; the state of a head is K x V, and V the rank of decay and gate
     expand_v: float = 1.0
-    conv_size: int = 4  # taps of the short causal convolutions on q, k and v; 0 = none
+    conv_size: int = 4  # kernel size of the convolutions on q, k and v; 0 = none
     allow_neg_eigval: bool = False  # beta in (0, 2), https://arxiv.org/abs/2411.12537
 
 
 class KimiDeltaAttention(LinearMixer):
     module_name = "kda"
     zero_at_start = ("gate_bias",)
-    by_outputs = ("wq", "wk", "wv", "wa_down", "wa_up", "wg_down", "wg_up", "wb")
+    recurrence = staticmethod(kda)
+    recurrence_step = staticmethod(kda_step)
     conv: ShortConv
 
     def __init__(self, shared: MixerArgs, own: KDAArgs):
-        super().__init__(shared, own)
+        super().__init__()
         self.n_heads, self.key_dim, self.value_dim = head_shape(shared, own, "model.kda")
         self.allow_neg_eigval = own.allow_neg_eigval
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
@@ -58,7 +59,7 @@ class KimiDeltaAttention(LinearMixer):
         self.wa_up = nn.Linear(rank, keys, bias=False)
         self.wg_down = nn.Linear(shared.dim, rank, bias=False)  # output gate
         self.wg_up = nn.Linear(rank, values, bias=False)
-        # Apart from wg_up, since matrices may be bf16 and vectors stay fp32.
+        # Not wg_up's bias: 2-D parameters may be bf16, 1-D ones stay fp32.
         self.gate_bias = nn.Parameter(torch.empty(values))
         self.wb = nn.Linear(shared.dim, self.n_heads, bias=False)  # write strength
         self.wo = nn.Linear(values, shared.dim, bias=False)
@@ -67,24 +68,18 @@ class KimiDeltaAttention(LinearMixer):
         self.dt_bias = nn.Parameter(torch.empty(keys))
         self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps, activation="sigmoid")
 
-    def split_counts(self) -> dict[str, int]:
-        rank = "the rank of its decay, a head's value width (model.kda.head_dim * expand_v)"
-        return {**super().split_counts(), rank: self.value_dim}
-
     def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
         return (self.wq, self.wk, self.wv), (self.wa_down, self.wg_down, self.wb)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Rest]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
         streams, (a, gate, b) = super().project(x)
-        # Under tensor parallelism a rank has a part of the two narrow vectors, and reads all.
+        # A tensor-parallel rank computes a part of the low-rank activations and reads all of them.
         a, gate = self.tp.all_gather(a), self.tp.all_gather(gate)
         return streams, (self.wa_up(a), self.wg_up(gate), b)
 
-    def inputs(
-        self, streams: Tensor, rest: Rest, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, g, beta) by head; q and k are unit vectors, g and beta fp32."""
-        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
+    def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
+        """Return (q, k, v, g, beta) by head; g (..., H, K) and beta are fp32."""
+        q, k, v = self.split_qkv(streams)
         a, _, b = rest
         g = log_decay(
             self.split_heads(a, self.key_dim),
@@ -93,19 +88,12 @@ class KimiDeltaAttention(LinearMixer):
         )
         return l2_normalize(q), l2_normalize(k), v, g, write_strength(b, self.allow_neg_eigval)
 
-    def recurrence(
-        self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return kda(*inputs, state=state, cu_seqlens=cu_seqlens)
-
-    def recurrence_step(self, *inputs: Tensor, state_BHKV: Tensor) -> Tensor:
-        return kda_step(*inputs, state_BHKV=state_BHKV)
-
-    def output(self, o: Tensor, rest: Rest) -> Tensor:
+    def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
         gate = rest[1].float() + self.tp.own(self.gate_bias).float()
         return self.wo(self.norm(o, self.split_heads(gate, self.value_dim)).flatten(-2))
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
+        # The order of the draws decides the weights that a seed gives.
         linears = (self.wq, self.wk, self.wv, self.wb)
         for linear in (*linears, self.wa_down, self.wa_up, self.wg_down, self.wg_up):
             init_linear(linear, init_std)
@@ -118,3 +106,8 @@ class KimiDeltaAttention(LinearMixer):
     def recurrence_flops(self) -> int:
         # Read k^T S, write the outer product, read q^T S: 2 K V each; and K V for the decay.
         return 7 * self.n_heads * self.key_dim * self.value_dim
+
+    def tp_plan(self) -> TensorParallelPlan:
+        plan = super().tp_plan()
+        plan.divides["the rank of the decay (model.kda.head_dim * expand_v)"] = self.value_dim
+        return plan

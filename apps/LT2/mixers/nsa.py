@@ -2,24 +2,23 @@
 
     o_t = g_cmp attend(means of blocks) + g_slc attend(chosen blocks) + g_win attend(window)
 
-Keys and values of `block_size` tokens are averaged into one (the paper learns an MLP for this; the
-mean is what fla does, and it has no parameters): a query sees the blocks that are complete. Their
-softmax weights, summed over the query heads of a key/value head, say which `n_blocks` blocks the
-second branch reads in full. The first block, the query's own and the one before it are always
-among them. The third branch sees the last `window_size` tokens. The gates are sigmoids of a
-projection of the layer's input, one a query head and branch, zero at the start: all branches begin
-half open. The branches share q, k and v, with rotary positions.
+Each branch is softmax attention with scale K^-0.5. The first attends to the mean key and value of
+each complete block of `block_size` tokens. (The paper learns an MLP for this; fla takes the mean,
+which has no parameters.) Its softmax weights, summed over the query heads of a key/value head,
+choose the `n_blocks` blocks that the second branch reads. The first block, the query's own and the
+one before it are always chosen. The third branch sees the last `window_size` tokens. The gates are
+sigmoids of a projection of the input, one per query head and branch, half open at the start. The
+branches share q, k and v, with rotary positions.
 
-All query heads of a key/value head choose the same blocks, and a kernel reads these once for all:
-there must be 16 of them at least. `model.n_kv_heads: null` is n_heads / 16 here.
+All query heads of a key/value head choose the same blocks, and a kernel reads these once for all
+of them. So a key/value head needs 16 query heads or more; `model.n_kv_heads: null` is n_heads / 16.
 
-Shapes: B sequences, T tokens, D model width, H query heads, G key/value heads, K head width, S
-slots of a cache, C blocks of it.
+Shapes: B sequences, T tokens, D model dim, H query heads, G key/value heads, K head dim, S slots
+of a cache, C blocks of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,24 +33,17 @@ from apps.LT2.kernel.nsa import (
     native_sparse_attention_step,
 )
 from apps.LT2.mixers.attention import Attention, AttentionCache, append, rotate_heads, visible_pairs
-from apps.LT2.mixers.base import (
-    Extension,
-    Mixer,
-    MixerArgs,
-    cache_positions,
-    cache_rows,
-    known_past,
-)
+from apps.LT2.mixers.base import Mixer, MixerArgs, Prompts, by_sequence
 from lingua.errors import UserError
 from lingua.transformer import (
-    check_rotary_width,
+    check_rotary_dim,
     check_sizes,
     fused_linear,
     init_linear,
     resolve_heads,
 )
 
-MIN_GROUP = 16  # query heads for a key/value head: rows of a tensor core's tile
+MIN_GROUP = 16  # query heads per key/value head: the rows of a tensor core's tile
 
 
 @dataclass
@@ -63,7 +55,7 @@ class NSAArgs:
 
 @dataclass
 class NSACache(AttentionCache):
-    """Keys and values as in a full layer, in whole blocks of slots, and the means of the blocks."""
+    """Keys and values in whole blocks of slots, and the means of the blocks."""
 
     k_BCGK: Tensor
     v_BCGK: Tensor
@@ -71,13 +63,13 @@ class NSACache(AttentionCache):
 
 class NativeSparseAttention(Mixer):
     module_name = "nsa"
-    reads = Attention.reads - {"gated_attn"}  # its branches have gates of their own
+    reads = Attention.reads - {"gated_attn"}  # it has its own gates
     zero_at_start = ("wg.weight",)
 
     def __init__(self, shared: MixerArgs, own: NSAArgs):
-        super().__init__(shared, own)
+        super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = grouped_heads(shared)
-        check_rotary_width(self.head_dim)
+        check_rotary_dim(self.head_dim)
         check_attention_impl(shared.attn_impl, windowed=True)
         check_sizes("model.nsa", own, "block_size", "window_size")
         if own.n_blocks < ALWAYS_CHOSEN:
@@ -86,60 +78,52 @@ class NativeSparseAttention(Mixer):
                 "first block, the query's own and the one before it are always chosen"
             )
         self.nsa, self.rope_theta, self.attn_impl = own, shared.rope_theta, shared.attn_impl
-        self.wq = nn.Linear(shared.dim, self.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(shared.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(shared.dim, self.n_kv_heads * self.head_dim, bias=False)
-        self.wg = nn.Linear(shared.dim, 3 * self.n_heads, bias=False)  # three gates a head
-        self.wo = nn.Linear(self.n_heads * self.head_dim, shared.dim, bias=False)
+        queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.wq = nn.Linear(shared.dim, queries, bias=False)
+        self.wk = nn.Linear(shared.dim, keys, bias=False)
+        self.wv = nn.Linear(shared.dim, keys, bias=False)
+        self.wg = nn.Linear(shared.dim, 3 * self.n_heads, bias=False)  # three gates per head
+        self.wo = nn.Linear(queries, shared.dim, bias=False)
 
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
     ) -> Tensor:
-        assert window is None, "nsa has a window of its own, model.nsa.window_size"
         positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
         return self._output(self._attend(*self._project(x_BTD, positions), cu_seqlens=cu_seqlens))
 
     def init_cache(
-        self,
-        batch_size: int,
-        max_seqlen: int,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        window: int | None = None,
+        self, batch_size: int, max_seqlen: int, like: Tensor, window: int | None = None
     ) -> NSACache:
         n_blocks = self._cache_blocks(max_seqlen)
-
-        def zeros(length: int) -> Tensor:
-            shape = (batch_size, length, self.n_kv_heads, self.head_dim)
-            return torch.zeros(shape, device=device, dtype=dtype)
-
-        n_slots = n_blocks * self.nsa.block_size
-        length_B = torch.zeros(batch_size, device=device, dtype=torch.int64)
-        return NSACache(zeros(n_slots), zeros(n_slots), length_B, zeros(n_blocks), zeros(n_blocks))
+        slots = (batch_size, n_blocks * self.nsa.block_size, self.n_kv_heads, self.head_dim)
+        blocks = (batch_size, n_blocks, self.n_kv_heads, self.head_dim)
+        return NSACache(
+            like.new_zeros(slots),
+            like.new_zeros(slots),
+            like.new_zeros(batch_size, dtype=torch.int64),
+            like.new_zeros(blocks),
+            like.new_zeros(blocks),
+        )
 
     def prefill(
-        self,
-        x_BTD: Tensor,
-        cache: NSACache,
-        *,
-        cu_seqlens: Tensor | None = None,
-        rows: Tensor | None = None,
-        window: int | None = None,
-        past: Sequence[Extension] | None = None,
+        self, x_BTD: Tensor, cache: NSACache, prompts: Prompts, window: int | None = None
     ) -> Tensor:
-        rows, lengths = cache_rows(x_BTD, cu_seqlens, rows)
-        starts = cache.length_B[rows]
-        past = known_past(past, rows, starts, lengths)
-        q, k, v, gates = self._project(x_BTD, cache_positions(x_BTD, cu_seqlens, starts))
+        rows, lengths = prompts.rows_and_lengths(x_BTD)
+        held = cache.length_B[rows]
+        past = prompts.known_past(rows, held, lengths)
+        q, k, v, gates = self._project(x_BTD, prompts.positions(x_BTD, held))
         append([(k, cache.k_BSGK), (v, cache.v_BSGK)], cache.length_B, rows, lengths)
         cache.k_BCGK[rows] = block_means(cache.k_BSGK[rows], self.nsa.block_size)
         cache.v_BCGK[rows] = block_means(cache.v_BSGK[rows], self.nsa.block_size)
-        if past:
-            o = self._attend_past(q, gates, cache, past)
-        else:
-            o = self._attend(q, k, v, gates, cu_seqlens=cu_seqlens)
-        return self._output(o)
+        if not past:
+            return self._output(self._attend(q, k, v, gates, cu_seqlens=prompts.cu_seqlens))
+        # New tokens, already stored, attend to all cached tokens of their row, row by row.
+        outputs = []
+        for (row, n_held, n_new), q_row, gates_row in by_sequence(past, q, gates):
+            seen = slice(0, n_held + n_new)
+            k, v = (x[row, seen].type_as(q)[None] for x in (cache.k_BSGK, cache.v_BSGK))
+            outputs.append(self._attend(q_row[None], k, v, gates_row[None])[0])
+        return self._output(torch.cat(outputs).view_as(q))
 
     def step(self, x_B1D: Tensor, cache: NSACache) -> Tensor:
         q, k, v, gates = self._project(x_B1D, cache.length_B[:, None])
@@ -155,6 +139,9 @@ class NativeSparseAttention(Mixer):
         )
         cache.length_B += 1
         return self._output(o[:, None])
+
+    def fused_linears(self) -> tuple[nn.Linear, ...]:
+        return (self.wq, self.wk, self.wv, self.wg)
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         for linear in (self.wq, self.wk, self.wv):
@@ -176,7 +163,7 @@ class NativeSparseAttention(Mixer):
         return self._cache_blocks(seqlen) * per_block * dtype.itemsize
 
     def step_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
-        """What the three branches read, each by itself; the means of complete blocks only."""
+        """Return what the three branches read separately; of the means, only complete blocks."""
         block = self.nsa.block_size
         read = (
             seqlen // block
@@ -189,14 +176,11 @@ class NativeSparseAttention(Mixer):
         return -(-max_seqlen // self.nsa.block_size)
 
     def _project(self, x_BTD: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v (B, T, heads, K), q and k turned to `positions`, and gates (B, T, H, 3)."""
+        """Return q, k, v (B, T, heads, K) and gates (B, T, H, 3); q and k are rotated."""
         *qkv, gates = fused_linear(x_BTD, self.fused_linears())
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
         gates = torch.sigmoid(gates).unflatten(-1, (self.n_heads, 3))
         return *rotate_heads(q, k, positions, self.rope_theta), v, gates
-
-    def fused_linears(self) -> tuple[nn.Linear, ...]:
-        return (self.wq, self.wk, self.wv, self.wg)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *, cu_seqlens: Tensor | None = None
@@ -213,58 +197,44 @@ class NativeSparseAttention(Mixer):
             attn_impl=self.attn_impl,
         )
 
-    def _attend_past(
-        self, q: Tensor, gates: Tensor, cache: NSACache, past: Sequence[Extension]
-    ) -> Tensor:
-        """New tokens, already stored, over all that is cached of their row; row by row."""
-        sizes = [extension.new for extension in past]
-        new = (x.flatten(0, 1).split(sizes) for x in (q, gates))
-        pieces = []
-        for (row, held, n_new), q_row, gates_row in zip(past, *new, strict=True):
-            if n_new:
-                seen = slice(0, held + n_new)
-                k, v = (x[row, seen].type_as(q)[None] for x in (cache.k_BSGK, cache.v_BSGK))
-                pieces.append(self._attend(q_row[None], k, v, gates_row[None])[0])
-        return torch.cat(pieces).view_as(q)
-
     def _output(self, o_BTHK: Tensor) -> Tensor:
         return self.wo(o_BTHK.flatten(2))
 
 
 def grouped_heads(shared: MixerArgs) -> tuple[int, int, int]:
-    """(query heads, key/value heads, head width) of nsa; UserError where groups are too small."""
+    """Return (query heads, key/value heads, head dim); UserError if the groups are too small."""
     n_heads, n_kv_heads, head_dim = resolve_heads(shared)
     if n_heads < MIN_GROUP:
         raise UserError(
-            f"model.n_heads={n_heads}: nsa needs at least {MIN_GROUP} query heads for each "
-            f"key/value head; use n_heads={MIN_GROUP} with n_kv_heads=1 (and model.head_dim)"
+            f"model.n_heads={n_heads} must be at least {MIN_GROUP} for nsa; use "
+            f"n_heads={MIN_GROUP} with n_kv_heads=1 and model.head_dim"
         )
     if shared.n_kv_heads is None:
         if n_heads % MIN_GROUP:
             raise UserError(
                 f"model.n_kv_heads=null is n_heads / {MIN_GROUP} for nsa, and {MIN_GROUP} does not "
-                f"divide model.n_heads={n_heads}; set model.n_kv_heads, 1 for example"
+                f"divide model.n_heads={n_heads}; set model.n_kv_heads, e.g. to 1"
             )
         n_kv_heads = n_heads // MIN_GROUP
     if n_heads // n_kv_heads < MIN_GROUP:
         raise UserError(
-            f"model.n_kv_heads={n_kv_heads} gives each {n_heads // n_kv_heads} of the "
-            f"model.n_heads={n_heads} query heads, and nsa needs {MIN_GROUP} or more; "
-            f"use n_kv_heads={n_heads // MIN_GROUP} or fewer, or null"
+            f"model.n_kv_heads={n_kv_heads} must leave {MIN_GROUP} or more of the "
+            f"model.n_heads={n_heads} query heads per key/value head for nsa; use "
+            f"n_kv_heads={n_heads // MIN_GROUP} or fewer, or null"
         )
     return n_heads, n_kv_heads, head_dim
 
 
 def complete_block_pairs(seqlen: int, block_size: int) -> int:
-    """Complete blocks that the queries of a sequence see, over all of them."""
+    """Count the (query, complete block) pairs of a sequence."""
     n_complete, rest = divmod(seqlen, block_size)
     return block_size * n_complete * (n_complete - 1) // 2 + n_complete * (rest + 1)
 
 
 def chosen_pairs(seqlen: int, block_size: int, n_blocks: int) -> int:
-    """Keys in the chosen blocks, up to each query itself, over all queries of a sequence."""
+    """Count the (query, key in a chosen block) pairs of a sequence."""
     n_complete, rest = divmod(seqlen, block_size)
     in_own_block = n_complete * visible_pairs(block_size, None) + visible_pairs(rest, None)
-    # Query t of block b reads min(b, n_blocks - 1) other blocks, all of them whole.
+    # A query of block b reads min(b, n_blocks - 1) other blocks, each whole.
     others = block_size * sum(min(b, n_blocks - 1) for b in range(n_complete))
     return in_own_block + block_size * (others + rest * min(n_complete, n_blocks - 1))

@@ -1,10 +1,11 @@
-"""Retention (RetNet, https://arxiv.org/abs/2307.08621): linear attention with a fixed decay a head.
+"""Retention (RetNet, https://arxiv.org/abs/2307.08621): linear attention with a fixed decay per
+head.
 
     S_t = gamma S_{t-1} + k_t v_t^T        o_t = S_t^T q_t K^-0.5        gamma = 1 - 2^(-5-h)
 
-Head h forgets half in 22, 44, 88, .. tokens. q and k are turned by rotary embedding; the output is
-RMS-normed per head and gated by SiLU. Shapes: B sequences, T tokens, D model width, H heads, K key
-width, V value width.
+Head h forgets half in 22, 44, 88, .. tokens. q and k have rotary positions. The output is
+RMS-normed per head and gated by SiLU. Shapes: B sequences, T tokens, H heads, K key dim,
+V value dim.
 """
 
 from __future__ import annotations
@@ -16,29 +17,30 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.simple_gla import simple_gla, simple_gla_step
 from apps.LT2.mixers.base import MixerArgs
-from apps.LT2.mixers.linear import LinearMixer, Rest, head_shape, split_qkv
+from apps.LT2.mixers.linear import LinearMixer, Tensors, head_shape
 from apps.LT2.mixers.parts import GatedRMSNorm
-from lingua.transformer import check_rotary_width, init_linear, rotary_angles, rotate_pairs
+from lingua.transformer import check_rotary_dim, rotary_angles, rotate_pairs
 
 
 @dataclass
 class RetNetArgs:
-    n_heads: int | None = None  # heads, each with a decay of its own; null = model.n_heads
-    head_dim: int | None = None  # key width of a head; null = dim / n_heads
-    expand_v: float = 2.0  # value width / key width; the state of a head is K x V
+    n_heads: int | None = None  # heads, each with its own decay; null = model.n_heads
+    head_dim: int | None = None  # key dim of a head; null = dim / n_heads
+    expand_v: float = 2.0  # value dim / key dim; the state of a head is K x V
 
 
 class RetNet(LinearMixer):
     module_name = "retnet"
     reads = frozenset({"n_heads", "rope_theta"})
-    by_outputs = ("wq", "wk", "wv", "wg")
+    recurrence = staticmethod(simple_gla)
+    recurrence_step = staticmethod(simple_gla_step)
     uses_positions = True
     conv = None
 
     def __init__(self, shared: MixerArgs, own: RetNetArgs):
-        super().__init__(shared, own)
+        super().__init__()
         self.n_heads, self.key_dim, self.value_dim = head_shape(shared, own, "model.retnet")
-        check_rotary_width(self.key_dim, option="model.retnet.head_dim")
+        check_rotary_dim(self.key_dim, option="model.retnet.head_dim")
         self.rope_theta = shared.rope_theta
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
         self.wq = nn.Linear(shared.dim, keys, bias=False)
@@ -51,33 +53,17 @@ class RetNet(LinearMixer):
     def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
         return (self.wq, self.wk, self.wv), (self.wg,)
 
-    def inputs(
-        self, streams: Tensor, rest: Rest, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q, k, v, g) by head, q and k turned to their positions; g is the same for all tokens."""
+    def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
+        """Return rotated q and k, v, and g (H,) fp32, which is the same for all tokens."""
         assert positions is not None, "retention needs positions"
-        q, k, v = split_qkv(streams, self.n_heads, self.key_dim, self.value_dim)
+        q, k, v = self.split_qkv(streams)
         cos, sin = rotary_angles(positions[..., None], self.key_dim, self.rope_theta)
         q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
-        # A rank of tensor parallelism has the decays of its own heads, not those of the first.
+        # A tensor-parallel rank takes the decays of its own heads.
         return q, k, v, self.tp.own(log_decays(self.n_heads * self.tp.size, v.device))
 
-    def recurrence(
-        self, *inputs: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return simple_gla(*inputs, state=state, cu_seqlens=cu_seqlens)
-
-    def recurrence_step(self, *inputs: Tensor, state_BHKV: Tensor) -> Tensor:
-        return simple_gla_step(*inputs, state_BHKV=state_BHKV)
-
-    def output(self, o: Tensor, rest: Rest) -> Tensor:
+    def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
         return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
-
-    def reset_parameters(self, init_std: float | None, factor: float) -> None:
-        for linear in (self.wq, self.wk, self.wv, self.wg):
-            init_linear(linear, init_std)
-        init_linear(self.wo, init_std, factor)
-        self.norm.reset_parameters()
 
     def recurrence_flops(self) -> int:
         # Write the outer product, read q^T S: 2 K V each; and K V for the decay.
@@ -85,6 +71,6 @@ class RetNet(LinearMixer):
 
 
 def log_decays(n_heads: int, device: torch.device) -> Tensor:
-    """log(1 - 2^(-5-h)) of heads h = 0, 1, .., (H,) in fp32."""
+    """Return log(1 - 2^(-5-h)) of heads h = 0, 1, .., (H,) fp32."""
     heads = torch.arange(n_heads, dtype=torch.float32, device=device)
     return torch.log1p(-torch.exp2(-5 - heads))

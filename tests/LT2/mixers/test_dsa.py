@@ -8,6 +8,7 @@ from torch import Tensor
 
 from apps.LT2.kernel.attention.naive import visible_keys
 from apps.LT2.kernel.dsa.selection import head_products, index_scores, select_top_k
+from apps.LT2.mixers import Prompts
 from apps.LT2.mixers.attention import Attention
 from apps.LT2.mixers.dsa import DSAArgs, SparseAttention
 from apps.LT2.parallel import get_no_recompute_ops, set_activation_checkpointing
@@ -63,8 +64,8 @@ def test_it_is_a_window_where_the_indexer_says_nothing(shape):
     mixer.indexer.ww.weight.zero_()
     want = as_attention(mixer, **shape)(x, window=5)
     assert_same(mixer(x), want, FP32)
-    cache = mixer.init_cache(2, 40, device="cpu", dtype=torch.float32)
-    parts = [mixer.prefill(x[:, :11], cache), mixer.prefill(x[:, 11:30], cache)]
+    cache = mixer.init_cache(2, 40, like=x)
+    parts = [mixer.prefill(part, cache, Prompts()) for part in (x[:, :11], x[:, 11:30])]
     parts += [mixer.step(x[:, t : t + 1], cache) for t in range(30, 40)]
     assert_same(torch.cat(parts, 1), want, FP32)
 
@@ -89,7 +90,7 @@ def test_the_indexer_is_that_of_the_paper():
 def test_the_losses_do_not_touch_each_others_weights():
     mixer, x = make(), tokens(2, 40).requires_grad_()
     out, loss = mixer.forward_with_loss(x)
-    own = set(mixer.own_loss_parameters())
+    own = set(mixer.indexer.parameters())
     weights = dict(mixer.named_parameters())
     assert {n for n, p in weights.items() if p in own} == {
         n for n in weights if n.startswith("indexer.")
@@ -143,7 +144,7 @@ def keys_found(mixer: SparseAttention, x: Tensor) -> float:
 def test_the_indexer_learns_to_find_the_keys_that_attention_wants(warmup_steps):
     """Random attention of one head over random tokens; only the indexer is trained."""
     mixer = make(top_k=8, n_index_heads=4, index_head_dim=DIM, warmup_steps=warmup_steps, n_heads=1)
-    optimizer = torch.optim.Adam(mixer.own_loss_parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(mixer.indexer.parameters(), lr=1e-2)
 
     def batch() -> Tensor:
         x = torch.randn(4, 64, DIM)

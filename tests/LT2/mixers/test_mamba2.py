@@ -114,7 +114,7 @@ def test_parameters_start_as_in_the_papers_code():
         ({}, "model.mamba2.head_dim=64"),
         ({"head_dim": 5}, "model.mamba2.head_dim=5"),
         ({"head_dim": 0}, "model.mamba2.head_dim=0"),
-        ({"head_dim": 8, "expand": 0.0}, "model.mamba2.expand .* 0 "),
+        ({"head_dim": 8, "expand": 0.0}, r"model\.mamba2\.expand"),
         ({"head_dim": 8, "state_dim": 0}, "model.mamba2.state_dim=0"),
         ({"head_dim": 8, "n_groups": 3}, "model.mamba2.n_groups=3"),
         ({"head_dim": 8, "conv_size": 1}, "model.mamba2.conv_size=1"),

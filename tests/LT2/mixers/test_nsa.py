@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from apps.LT2.kernel.nsa import native_sparse_attention
+from apps.LT2.mixers import Prompts
 from apps.LT2.mixers.nsa import NativeSparseAttention, NSAArgs, chosen_pairs, complete_block_pairs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.errors import UserError
@@ -66,14 +67,14 @@ def test_null_kv_heads_make_groups_of_16(n_heads, want):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"n_heads": 8}, r"model\.n_heads=8.*n_heads=16 with n_kv_heads=1"),
-        ({"n_heads": 40}, r"model\.n_kv_heads=null .*model\.n_heads=40; set model\.n_kv_heads"),
-        ({"n_heads": 32, "n_kv_heads": 4}, r"model\.n_kv_heads=4 .*=32 .*n_kv_heads=2 or fewer"),
-        ({"nsa": NSAArgs(n_blocks=2)}, r"model\.nsa\.n_blocks=2 must be at least 3"),
+        ({"n_heads": 8}, r"model\.n_heads=8"),
+        ({"n_heads": 40}, r"model\.n_kv_heads=null .*model\.n_heads=40"),
+        ({"n_heads": 32, "n_kv_heads": 4}, r"model\.n_kv_heads=4 .*n_kv_heads=2"),
+        ({"nsa": NSAArgs(n_blocks=2)}, r"model\.nsa\.n_blocks=2"),
         ({"nsa": NSAArgs(block_size=0)}, r"model\.nsa\.block_size=0"),
         ({"nsa": NSAArgs(window_size=0)}, r"model\.nsa\.window_size=0"),
         ({"head_dim": 3}, r"model\.head_dim=3"),
-        ({"attn_impl": "sdpa"}, r"model\.attn_impl=sdpa has no sliding window"),
+        ({"attn_impl": "sdpa"}, r"model\.attn_impl=sdpa"),
     ],
 )
 def test_what_it_cannot_do_is_refused_when_it_is_built(changes, message):
@@ -96,8 +97,8 @@ def test_decode_reads_what_is_chosen_and_not_the_whole_cache():
     outputs = []
     with torch.no_grad():
         for junk in (0.0, float("nan")):
-            cache = layer.init_cache(1, 41, device="cpu", dtype=torch.float32)
-            layer.prefill(x[:, :40], cache)
+            cache = layer.init_cache(1, 41, like=x)
+            layer.prefill(x[:, :40], cache, Prompts())
             for held in (cache.k_BSGK, cache.v_BSGK):
                 held[:, 4:36] += junk  # blocks 0, 9 and 10 are read
             outputs.append(layer.step(x[:, 40:], cache))
