@@ -298,18 +298,11 @@ def validate_data_args(args: DataArgs, world_size: int) -> None:
     """
     find_tokenizer_file(args.tokenizer.name, args.tokenizer.path)
     root_dir = require_root_dir(args)
+    recipe = TokenRecipe.of(args) if args.pretokenized else None
     for source in args.sources:
-        find_and_sanitize_chunks(str(Path(root_dir, source)), world_size)
-    if args.pretokenized:
-        require_token_files(args, world_size)
-
-
-def require_token_files(args: DataArgs, world_size: int) -> None:
-    """Raise UserError unless all chunks have token files that fit; hash no chunk."""
-    recipe = TokenRecipe.of(args)
-    for source in args.sources:
-        chunks = find_and_sanitize_chunks(str(Path(require_root_dir(args), source)), world_size)
-        check_token_files(chunks, recipe, may_hash=False)
+        chunks = find_and_sanitize_chunks(str(Path(root_dir, source)), world_size)
+        if recipe is not None:
+            check_token_files(chunks, recipe, may_hash=False)
 
 
 def check_own_token_files(args: DataArgs, state: DataState) -> None:

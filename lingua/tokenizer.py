@@ -74,11 +74,14 @@ class Tokenizer(ABC):
         ends = [*offsets[1:], len(text)] if offsets else []
         return [text[s:e] for s, e in zip(offsets, ends, strict=True)], offsets
 
-    @abstractmethod
-    def decode(self, tokens: list[int]) -> str: ...
+    def decode(self, tokens: list[int]) -> str:
+        return self._decode([t for t in tokens if t not in (self.bos_id, self.eos_id)])
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _decode(self, tokens: list[int]) -> str: ...
 
     @abstractmethod
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
@@ -92,7 +95,7 @@ class ByteTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def decode(self, tokens: list[int]) -> str:
+    def _decode(self, tokens: list[int]) -> str:
         return bytes(t for t in tokens if t < 256).decode("utf-8", errors="replace")
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
@@ -112,7 +115,7 @@ class MockTokenizer(Tokenizer):
         codes = (ord(c) if self.FIRST <= ord(c) <= self.LAST else ord("?") for c in text)
         return [code - self.FIRST for code in codes]
 
-    def decode(self, tokens: list[int]) -> str:
+    def _decode(self, tokens: list[int]) -> str:
         return "".join(chr(t + self.FIRST) for t in tokens if t < self.bos_id)
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
@@ -153,9 +156,8 @@ class TikTokenTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return [t for part in split_safely(text) for t in self.model.encode_ordinary(part)]
 
-    def decode(self, tokens: list[int]) -> str:
-        skip = (self.bos_id, self.eos_id)
-        return self.model.decode([t for t in tokens if t not in skip], errors="replace")
+    def _decode(self, tokens: list[int]) -> str:
+        return self.model.decode(tokens, errors="replace")
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
         return starts_from_bytes(self.model.decode_tokens_bytes(tokens))
@@ -176,8 +178,8 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self.model.encode(text)
 
-    def decode(self, tokens: list[int]) -> str:
-        return self.model.decode([t for t in tokens if t not in (self.bos_id, self.eos_id)])
+    def _decode(self, tokens: list[int]) -> str:
+        return self.model.decode(tokens)
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
         # the second name is for sentencepiece before 0.2.2
@@ -230,9 +232,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
-    def decode(self, tokens: list[int]) -> str:
-        plain = [t for t in tokens if t not in (self.bos_id, self.eos_id)]
-        return self.model.decode(plain, skip_special_tokens=False)
+    def _decode(self, tokens: list[int]) -> str:
+        return self.model.decode(tokens, skip_special_tokens=False)
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
         encoding = self.model.encode(text, add_special_tokens=False)

@@ -166,7 +166,7 @@ def collect_documents(stdlib: Path) -> list[dict[str, str]]:
     """Return a document for each topic and module with enough prose, in a fixed order.
 
     Repeats are dropped in the whole corpus before documents are held out, so validation text does
-    not recur in training, not even with a word changed.
+    not recur in training, even with a word changed.
     """
     found = {
         f"topic:{name}": texts
@@ -253,21 +253,17 @@ def read_manifest(out: Path) -> dict:
 
 
 def is_complete(out: Path, request: dict) -> bool:
-    """Return whether `out` has everything that `request` asks for, undamaged."""
-    manifest = read_manifest(out)
-    if manifest.get("request") != request:
-        return False
-    return all(
-        (out / name).is_file() and sha256((out / name).read_bytes()) == facts["sha256"]
-        for name, facts in manifest["files"].items()
-    )
+    """Return whether `out` has everything that `request` asks for, undamaged.
 
-
-def refuse_others(out: Path, request: dict) -> None:
-    """Raise UserError if another program made the folder: its files are not ours to delete."""
+    UserError if another program made the folder: its files are not ours to delete.
+    """
     manifest = read_manifest(out)
     if manifest and manifest.get("request", {}).keys() != request.keys():
         raise UserError(f"--out {out}: its manifest.json describes other data; give another folder")
+    return manifest.get("request") == request and all(
+        (out / name).is_file() and sha256((out / name).read_bytes()) == facts["sha256"]
+        for name, facts in manifest["files"].items()
+    )
 
 
 def build(documents: list[dict[str, str]], request: dict) -> tuple[dict[str, bytes], dict]:
@@ -329,7 +325,6 @@ def main(argv: Sequence[str], stdlib: Path | None = None) -> None:
     if is_complete(given.out, request):
         print(f"{given.out}: complete, nothing to do")
         return
-    refuse_others(given.out, request)
 
     started = time.perf_counter()
     stdlib = stdlib or Path(sysconfig.get_paths()["stdlib"])

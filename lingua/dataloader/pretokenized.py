@@ -1,14 +1,14 @@
 """Token ids made ahead of time, read instead of the lines of a chunk.
 
-`x.chunk.00.jsonl` with N documents has these files beside it:
+For `x.chunk.00.jsonl` with N documents, the same folder has these files:
 
     x.chunk.00.tokens         token ids of all documents, end to end, uint16 or uint32
     x.chunk.00.tokens.index   (N, 2) int64: where each document ends, in bytes of the .jsonl file
                               and in tokens
     x.chunk.00.tokens.json    recipe, counts, and size, mtime and sha256 of the chunk; written last
-    x.chunk.00.tokens.begun   recipe, size and mtime, while the files are incomplete
+    x.chunk.00.tokens.begun   recipe, size and mtime; exists while the files are incomplete
 
-A position in such a chunk is still a byte of the .jsonl file. So the states equal those of
+A position in such a chunk is still a byte of the .jsonl file. So the states equal the states of
 `read_jsonl`, and a run can resume with or without these files.
 
 A run compares the recipe and the chunk's size and mtime before it starts. If only the mtime
@@ -67,22 +67,19 @@ class TokenRecipe:
 
 
 class TokenFiles:
-    """The files beside `chunk`, x.chunk.00.jsonl."""
+    """The token files of `chunk`, x.chunk.00.jsonl."""
 
     def __init__(self, chunk: Path):
         self.chunk = chunk
         self.tokens = chunk.with_suffix(".tokens")
         self.index = chunk.with_suffix(".tokens.index")
         self.facts = chunk.with_suffix(".tokens.json")
-        self.begun = chunk.with_suffix(".tokens.begun")
+        self.unfinished = chunk.with_suffix(".tokens.begun")
 
     def made_from(self, recipe: TokenRecipe) -> dict[str, Any]:
         stat = self.chunk.stat()
-        return {
-            **asdict(recipe),
-            "chunk_bytes": stat.st_size,
-            "chunk_mtime_ns": stat.st_mtime_ns,
-        }
+        chunk = {"chunk_bytes": stat.st_size, "chunk_mtime_ns": stat.st_mtime_ns}
+        return asdict(recipe) | chunk
 
     def find_problem(self, recipe: TokenRecipe, may_hash: bool = True) -> str | None:
         """Return why these files are not the chunk's tokens by `recipe`, or None.
@@ -161,20 +158,19 @@ def write_token_files(chunk: Path, tokenizer: Tokenizer, recipe: TokenRecipe) ->
                 out.commit()
                 committed = end
         out.commit()
-    digest = file_sha256(chunk)
-    if files.made_from(recipe) != made_from:
-        raise UserError(f"{chunk} changed while it was read; run the same command again")
-    if out.n_tokens == 0:
-        raise UserError(f"{chunk} has no document with a token: remove it")
-    facts = {
-        **made_from,
-        "chunk_sha256": digest,
-        "documents": out.n_documents,
-        "tokens": out.n_tokens,
-        "dtype": dtype.name,
-    }
-    write_atomic(files.facts, json.dumps(facts, indent=2) + "\n")
-    files.begun.unlink()
+        facts = {
+            **made_from,
+            "chunk_sha256": file_sha256(chunk),
+            "documents": out.n_documents,
+            "tokens": out.n_tokens,
+            "dtype": dtype.name,
+        }
+        if files.made_from(recipe) != made_from:
+            raise UserError(f"{chunk} changed while it was read; run the same command again")
+        if out.n_tokens == 0:
+            raise UserError(f"{chunk} has no document with a token: remove it")
+        write_atomic(files.facts, json.dumps(facts, indent=2) + "\n")
+        files.unfinished.unlink()
     return facts
 
 
@@ -197,11 +193,11 @@ class _TokenWriter:
         self.n_documents = self.n_tokens = self.end_byte = 0
         self._ends = array("q")  # of documents since the last commit: byte, token
         _lock(tokens)
-        if files.begun.exists() and files.begun.read_text() == json.dumps(made_from):
+        if files.unfinished.exists() and files.unfinished.read_text() == json.dumps(made_from):
             self._resume(files, made_from["chunk_bytes"])
         tokens.truncate(self.n_tokens * dtype.itemsize)
         index.truncate(self.n_documents * INDEX_ROW)
-        write_atomic(files.begun, json.dumps(made_from))
+        write_atomic(files.unfinished, json.dumps(made_from))
 
     def _resume(self, files: TokenFiles, chunk_bytes: int) -> None:
         n_documents = self._index.tell() // INDEX_ROW
@@ -274,7 +270,8 @@ def read_tokens(
                 state = jsonl_state(file_path, end_byte, block_size, offset, current_iter)
                 yield np.frombuffer(data, dtype), state
     except OSError as error:
-        raise _unusable(f"{error.filename}: cannot be read ({error.strerror})") from None
+        file = error.filename or file_path
+        raise _unusable(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def _find_line(index: BinaryIO, n_documents: int, position: int) -> int | None:

@@ -1,7 +1,7 @@
 """Resume data streams with a different number of data-parallel ranks.
 
-Every rank that saved had one stream of batches. The streams are kept and laid end to end along the
-new ranks, so that each rank takes the same number of batches from as few streams as possible:
+Every saved rank had one stream of batches. These streams are placed end to end along the new ranks,
+so that each rank takes the same number of batches from as few streams as possible:
 
     3 streams a, b, c on 2 ranks            a a b b c c     a round: 3 batches per rank,
                                             0 0 0 1 1 1     2 per stream

@@ -99,8 +99,8 @@ def _move_share(share: ChunksState, folder: str, rank: int, world_size: int) -> 
     if differing:
         names = ", ".join(sorted({Path(path).name for path, *_ in differing}))
         raise UserError(
-            f"cannot resume the data: the chunks in {folder} are not those of the checkpoint "
-            f"(differing: {names}); restore them, or start a new run"
+            f"cannot resume the data: the chunks in {folder} have changed since the checkpoint "
+            f"({names}); restore them, or start a new run"
         )
     _check_position(moved)
     return moved

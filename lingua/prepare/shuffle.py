@@ -186,15 +186,10 @@ class _Shuffle:
 
     def _check_sources(self, now: dict[str, int]) -> None:
         """Check that files in the piles have not changed; later files may have been repaired."""
-        for name, size in self.progress["sources"].items():
-            if now.get(name) != size:
-                raise UserError(
-                    f"{self.work} was started with other source files: {name} had {size} bytes; "
-                    "restore it, or remove the folder to start again"
-                )
-        if len(now) != len(self.progress["sources"]):
+        for name, _ in sorted(now.items() ^ self.progress["sources"].items())[:1]:
             raise UserError(
-                f"{self.work} was started with fewer source files: remove it to start again"
+                f"{self.work} was started with other source files: {name} is new or has changed; "
+                "restore it, or remove the folder to start again"
             )
 
     def write_chunks(self) -> None:
@@ -311,7 +306,7 @@ def _sorted_lines(pile: Path, budget: int, scale: int) -> Iterator[bytes]:
     """Yield the lines of a pile sorted by key, without the key, in `budget` bytes of memory.
 
     A larger pile is split into piles. `scale` is the product of the numbers of piles so far: the
-    keys of this pile lie in a range of 1 / scale of all keys.
+    keys of this pile cover 1 / scale of all keys.
     """
     lines: list[bytes] = []
     held = 0

@@ -41,7 +41,7 @@ def find_document_files(folder: Path) -> list[Path]:
 def describe_skipped(folder: Path) -> str | None:
     """List in one line the files below `folder` that `find_document_files` skips.
 
-    Hidden files are listed only if their names end like those of documents.
+    Hidden files are listed only if their names end in one of SUFFIXES.
     """
     skipped = sorted(
         path

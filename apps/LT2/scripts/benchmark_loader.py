@@ -25,7 +25,6 @@ from lingua.config.cli import OneLineParser
 from lingua.data import (
     build_dataloader_from_args,
     init_dataloader_state_from_args,
-    require_token_files,
     validate_data_args,
 )
 from lingua.dataloader.args import DataArgs
@@ -52,15 +51,14 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, DataArgs]:
 
 
 def kinds_of(data: DataArgs) -> dict[str, DataArgs]:
-    kinds = {"lines": replace(data, pretokenized=False)}
-    validate_data_args(kinds["lines"], 1)
+    lines, token_files = (replace(data, pretokenized=value) for value in (False, True))
+    validate_data_args(lines, 1)
     try:
-        require_token_files(data, 1)
+        validate_data_args(token_files, 1)
     except UserError as error:
         print(f"not measured: {error}")
-    else:
-        kinds["token files"] = replace(data, pretokenized=True)
-    return kinds
+        return {"lines": lines}
+    return {"lines": lines, "token files": token_files}
 
 
 def measure(kinds: dict[str, DataArgs], n_batches: int, n_repeats: int) -> dict[str, Spread]:

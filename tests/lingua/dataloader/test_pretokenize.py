@@ -88,7 +88,7 @@ def test_killed_anywhere_the_next_run_writes_the_same_files(args, chunk, monkeyp
         n_killed += code == 9
         assert in_child(lambda: write(args, chunk)) == 0
         assert {k: v for k, v in files_beside(chunk).items() if k in want} == want
-        assert not TokenFiles(chunk).begun.exists()
+        assert not TokenFiles(chunk).unfinished.exists()
     assert 10 < n_killed < 33
 
 
@@ -152,7 +152,7 @@ def test_an_index_beyond_its_files_is_not_resumed(args, spoil):
     write(args, files.chunk)
     want = files_beside(files.chunk)
     files.facts.unlink()
-    files.begun.write_text(json.dumps(files.made_from(TokenRecipe.of(args))))
+    files.unfinished.write_text(json.dumps(files.made_from(TokenRecipe.of(args))))
     spoil(files)
     write(args, files.chunk)
     assert files_beside(files.chunk) == want

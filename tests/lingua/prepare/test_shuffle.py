@@ -288,7 +288,7 @@ def test_the_work_resumes_after_a_broken_file_is_repaired(root, tmp_path, monkey
 def test_sources_that_changed_after_they_were_read_are_refused(root, tmp_path, monkeypatch):
     interrupted(root, tmp_path, monkeypatch, "write_chunks")
     (root / "plain.jsonl").write_text('{"text": "other"}\n')
-    with pytest.raises(UserError, match="other source files: plain.jsonl had .* bytes"):
+    with pytest.raises(UserError, match="other source files: plain.jsonl"):
         shuffle(root, tmp_path / "out")
     shuffle(root, tmp_path / "new", n_validation=1)
     (root / "more.jsonl").write_text('{"text": "other"}\n')
