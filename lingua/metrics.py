@@ -1,10 +1,9 @@
-"""Numbers of a run: one JSON line a record in the dump directory, copied to wandb or tensorboard.
+"""Log the metrics of a run as JSON lines in its dump directory, and to wandb or tensorboard.
 
     with MetricLogger(dump_dir / "metrics.jsonl", args, resume_step=state.step) as metric_logger:
         metric_logger.log({"global_step": 10, "loss": {"out": 2.3}})  # -> "loss/out"
 
-The file tells one story: when a run is resumed from step s, what was written after s goes, because
-those steps are trained again.
+A run that resumes from step s removes the records after s, because it trains those steps again.
 """
 
 from __future__ import annotations
@@ -39,30 +38,27 @@ GIB = 1024**3
 
 @dataclass
 class WandbArgs:
-    """Passed on to wandb.init as they are; null leaves wandb's own default."""
+    """Arguments of wandb.init. null keeps the default of wandb."""
 
     job_type: str | None = None  # kind of run, such as train or eval
-    dir: str | None = None  # folder for wandb's own files; null = dump_dir
-    project: str | None = None  # project that the run appears in
+    dir: str | None = None  # folder for the files of wandb; null = dump_dir
+    project: str | None = None  # project of the run
     entity: str | None = None  # user or team that owns the project
     tags: list[str] | None = None  # labels to filter runs by
-    group: str | None = None  # runs of one group are shown together
+    group: str | None = None  # group that wandb shows together
     name: str | None = None  # display name; null = the run's `name`
     notes: str | None = None  # longer description
-    config_exclude_keys: list[str] | None = None  # options not to send
-    config_include_keys: list[str] | None = None  # the only options to send
-    anonymous: str | None = None  # never, allow or must
+    config_exclude_keys: list[str] | None = None  # options not to upload
+    config_include_keys: list[str] | None = None  # the only options to upload
     mode: str | None = None  # online, offline or disabled
-    allow_val_change: bool | None = None  # allow the config to change in a resumed run
+    allow_val_change: bool | None = None  # allow a changed config in a resumed run
     resume: str | None = None  # allow, never, must or auto; null = allow
-    force: bool | None = None  # true fails where nobody is logged in
-    tensorboard: bool | None = None  # old name of sync_tensorboard
-    sync_tensorboard: bool | None = None  # send what is written for tensorboard
-    monitor_gym: bool | None = None  # send videos of OpenAI Gym environments
-    save_code: bool | None = None  # send the main script
-    id: str | None = None  # id of the run; null = made once and kept in dump_dir
-    fork_from: str | None = None  # `id?_step=n`: start from a copy of that run
-    resume_from: str | None = None  # `id?_step=n`: go back in that run
+    force: bool | None = None  # true requires a login
+    sync_tensorboard: bool | None = None  # upload the tensorboard files
+    save_code: bool | None = None  # upload the main script
+    id: str | None = None  # id of the run; null = created once and kept in dump_dir
+    fork_from: str | None = None  # `id?_step=n`: fork that run at step n
+    resume_from: str | None = None  # `id?_step=n`: rewind that run to step n
 
 
 @dataclass
@@ -70,7 +66,7 @@ class LoggingArgs:
     freq: int = 10  # optimizer steps between records
     acc_freq: int | None = None  # micro-batches between records inside a step; null = none
     wandb: WandbArgs | None = None  # null = no wandb
-    tensorboard: bool = False  # true writes event files to dump_dir/tensorboard, too
+    tensorboard: bool = False  # true also writes event files to dump_dir/tensorboard
 
     def __post_init__(self):
         if self.freq < 1:
@@ -80,10 +76,10 @@ class LoggingArgs:
 
 
 class MetricLogger:
-    """Writes records on rank 0, does nothing on other ranks.
+    """Write records on rank 0. Other ranks do nothing.
 
-    `args` is the config of the run, with `args.logging` a LoggingArgs; None writes the file only.
-    `resume_step` is the step that the run goes on from; None keeps every record that is there.
+    `args` is the config of the run, with a LoggingArgs `args.logging`. None writes only the file.
+    `resume_step` is the step that the run resumes from. None keeps all existing records.
     """
 
     def __init__(
@@ -107,21 +103,21 @@ class MetricLogger:
             self.wandb_run = start_wandb(options.wandb, self.args, self.path.parent)
         if options.tensorboard:
             self.tensorboard = _start_tensorboard(self.path.parent, self.resume_step)
-        self.path.touch()  # others read it before the first record
+        self.path.touch()  # plots may read it before the first record
         self.file = RecordFile(self.path)
         return self
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Write one record; nested mappings become keys with slashes."""
+        """Write one record. Nested mappings become keys with slashes."""
         if not get_is_master():
             return
-        assert self.file is not None, "MetricLogger.log outside of its `with`"
+        assert self.file is not None, "MetricLogger.log outside of `with`"
         record = flatten_dict(metrics, sep="/")
         self.file.append({"created_at": datetime.now(UTC).isoformat(), **record})
         self.send(record)
 
     def send(self, record: Mapping[str, Any]) -> None:
-        """Show a flat record where people watch the run, and write no line."""
+        """Send a flat record to wandb and tensorboard, without a line in the file."""
         if not get_is_master():
             return
         step = record.get("global_step")
@@ -137,10 +133,10 @@ class MetricLogger:
             self._give_up_tensorboard(error)
 
     def _give_up_tensorboard(self, error: OSError) -> None:
-        """Its thread has died of the error and no other writer takes up its file."""
+        """Stop writing event files: the error has ended the writer's thread."""
         self.tensorboard = None
         logger.warning(
-            "%s/tensorboard cannot be written (%s): it gets no more of this run, %s gets all",
+            "%s/tensorboard cannot be written (%s) and is now incomplete; %s gets all records",
             *(self.path.parent, error.strerror or error, self.path.name),
         )
 
@@ -160,7 +156,7 @@ class MetricLogger:
 
 
 def check_logging_packages(options: LoggingArgs) -> None:
-    """UserError on every rank, at the start, if a package that `logging` asks for is missing."""
+    """Raise UserError on every rank if a package that `logging` needs is missing."""
     if options.wandb is not None:
         import_optional("wandb", extra="wandb", needed_by="logging.wandb")
     if options.tensorboard:
@@ -168,7 +164,7 @@ def check_logging_packages(options: LoggingArgs) -> None:
 
 
 def start_wandb(options: WandbArgs, config: Any, dump_dir: Path) -> Any:
-    """Start the run, or go on with the one whose id lies in `dump_dir`."""
+    """Start a wandb run, or resume the one whose id is in `dump_dir`."""
     wandb = import_optional("wandb", extra="wandb", needed_by="logging.wandb")
     given = {f.name: getattr(options, f.name) for f in fields(options)}
     given = {name: value for name, value in given.items() if value is not None}
@@ -176,10 +172,10 @@ def start_wandb(options: WandbArgs, config: Any, dump_dir: Path) -> Any:
     if run_name := getattr(config, "name", None):
         given.setdefault("name", run_name)
     id_file = dump_dir / WANDB_ID_FILE
-    if id_file.exists():  # a fork or a rewind was done then
+    if id_file.exists():  # fork and rewind only when the run starts
         given = {n: v for n, v in given.items() if n not in ("fork_from", "resume_from")}
         given.setdefault("id", id_file.read_text().strip())
-    if not {"fork_from", "resume_from"} & given.keys():  # wandb takes these without `resume` only
+    if not {"fork_from", "resume_from"} & given.keys():  # wandb forbids these with `resume`
         given.setdefault("id", uuid.uuid4().hex[:8])
         given.setdefault("resume", "allow")
     run = _init_wandb(wandb, config=redact_all(dataclass_to_dict(config)), **given)
@@ -192,8 +188,8 @@ def _init_wandb(wandb: Any, **options: Any) -> Any:
         return wandb.init(**options)
     except wandb.Error as error:
         raise UserError(
-            f"logging.wandb: wandb could not start: {error}; log in with `wandb login`, "
-            "or use logging.wandb.mode=offline, or logging.wandb=null"
+            f"logging.wandb: wandb could not start: {error}; run `wandb login`, or use "
+            "logging.wandb.mode=offline or logging.wandb=null"
         ) from None
 
 
@@ -211,27 +207,28 @@ def upload_train_to_wandb(
     train: bool = True,
     eval: bool = True,
 ) -> None:
-    """Send the records of a run that was not watched by wandb; `ckpt_dir` is its dump directory."""
+    """Upload the records of a run to wandb afterwards. `ckpt_dir` is its dump directory."""
     wandb = import_optional("wandb", extra="wandb", needed_by="upload_train_to_wandb")
     folder = Path(ckpt_dir)
     config = load_config_file(folder / "config.yaml")
-    records: list[dict[str, Any]] = []
-    if train:
-        records += read_jsonl_records(folder / "metrics.jsonl")
+    records = read_jsonl_records(folder / "metrics.jsonl") if train else []
     if eval and (folder / "metrics.eval.jsonl").exists():
-        for record in read_jsonl_records(folder / "metrics.eval.jsonl"):
-            step = record.pop("global_step", None)
-            record.pop("created_at", None)
-            scores = flatten_dict({"evals": record}, sep="/")
-            numbers = {k: v for k, v in scores.items() if isinstance(v, int | float)}
-            records.append({"global_step": step, **numbers})
+        records += map(_scores, read_jsonl_records(folder / "metrics.eval.jsonl"))
     run = _init_wandb(wandb, config=config, name=config.get("name"), project=project, entity=entity)
-    for record in sorted(records, key=lambda r: r.get("global_step") or 0):  # wandb: never back
+    for record in sorted(records, key=lambda r: r.get("global_step") or 0):  # wandb: rising
         run.log(record, step=record.get("global_step"))
     run.finish()
 
 
-# ---- the machine
+def _scores(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of an evaluation under `evals/...` keys, and its step."""
+    step = record.pop("global_step", None)
+    scores = flatten_dict({"evals": record}, sep="/")
+    numbers = {name: v for name, v in scores.items() if isinstance(v, int | float)}
+    return {"global_step": step, **numbers}
+
+
+# ---- the device
 
 GPUMemStats = namedtuple(
     "GPUMemStats",
@@ -241,7 +238,7 @@ GPUMemStats = namedtuple(
 
 
 class GPUMemoryMonitor:
-    """Peaks of one CUDA device since the last reset. On CPU there is nothing to tell."""
+    """Peak memory of one CUDA device since the last reset. On CPU there are no metrics."""
 
     def __init__(self, device: str | torch.device = "cuda"):
         self.device = torch.device(device)
@@ -257,7 +254,7 @@ class GPUMemoryMonitor:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def get_peak_stats(self) -> GPUMemStats | None:
-        """None on CPU. `power_draw` in milliwatts, None where the driver does not tell."""
+        """Return the peaks, or None on CPU. `power_draw` is in milliwatts, None if unknown."""
         if self.device.type != "cuda":
             return None
         stats = torch.cuda.memory_stats(self.device)
@@ -274,7 +271,7 @@ class GPUMemoryMonitor:
         )
 
     def metrics(self) -> dict[str, float]:
-        """The peaks as `memory/...` record keys; a number that is not known is absent."""
+        """Return the known peaks under `memory/...` keys."""
         stats = self.get_peak_stats()
         known = {} if stats is None else stats._asdict()
         return {f"memory/{name}": value for name, value in known.items() if value is not None}
@@ -283,17 +280,17 @@ class GPUMemoryMonitor:
 def _power_draw(device: torch.device) -> int | None:
     try:
         return torch.cuda.power_draw(device)
-    except (ImportError, RuntimeError, OSError):  # no pynvml, or a driver without the sensor
+    except (ImportError, RuntimeError, OSError):  # no pynvml, or no sensor
         return None
 
 
 def get_num_params(model: nn.Module) -> int:
-    """Parameters of the whole model, shared ones once, sharded ones in full."""
+    """Count the parameters of the whole model: shared ones once, sharded ones in full."""
     return sum(p.numel() for p in model.parameters())
 
 
-# Dense matrix TFLOP/s in bf16 (fp16 is the same) with fp32 accumulation, from NVIDIA's data sheets,
-# without sparsity. A card is known by the words of its name; of several rows the longest wins.
+# Dense TFLOP/s in bf16 and fp16 with fp32 accumulation, without sparsity, from NVIDIA's data
+# sheets. A row matches if all its words are in the device's name; the longest match wins.
 PEAK_BF16_TFLOPS = {
     "A10": 125.0,
     "A30": 165.0,
@@ -318,11 +315,11 @@ PEAK_BF16_TFLOPS = {
     "RTX 5090": 209.5,
     "RTX A6000": 154.8,
 }
-OTHER_CHIPS = {"MIG", "LAPTOP", "MAX-Q", "D", "TI"}  # a part, or a slower or faster sibling
+OTHER_CHIPS = {"MIG", "LAPTOP", "MAX-Q", "D", "TI"}  # slices and variants with other peaks
 
 
 def peak_flops(device_name: str, dtype: torch.dtype | str = "bf16") -> float | None:
-    """Dense FLOP/s that the device can reach in bf16 or fp16; None if it is not known for sure."""
+    """Return the dense peak FLOP/s of the device in bf16 or fp16, or None if unknown."""
     if str(dtype).removeprefix("torch.") not in ("bf16", "fp16", "bfloat16", "float16"):
         return None
     words = set(re.split(r"[\s_-]+", device_name.upper()))

@@ -1,25 +1,25 @@
-"""Statistics of every linear layer in one forward and backward pass, one JSON line a probe.
+"""Record statistics of every linear layer in one forward and backward, one JSON line per probe.
 
     probe = Probe(model, dump_dir / "probe" / "probe.0.jsonl")
     probe.metadata = {"it": step, "global_step": step, "loop": "lt2"}
     with probe:
         model(x, y).backward()
 
-A line is {"data": {key: stats}, "meta": metadata, "version": 2, "quantiles": levels}. Keys, for a
-linear at module path P: `P::in`, `P::w`, `P::out` and their gradients `P::in.g`, `P::w.g`,
-`P::out.g`; for `log_stats(x, "resid")` inside module P: `P::resid` and `P::resid.g`. A module that
-runs several times in the pass (a looped model) has one key for each call: `P[0]::in`, `P[1]::in`.
-Gradients are those of the loss that is run back, of this rank alone and before they are averaged.
+A line is {"data": {key: stats}, "meta": metadata, "version": 2, "quantiles": levels}. A linear at
+module path P has the keys `P::in`, `P::w`, `P::out` and, for gradients, `P::in.g`, `P::w.g`,
+`P::out.g`. `log_stats(x, "resid")` inside module P adds `P::resid` and `P::resid.g`. A module that
+runs several times, as in a looped model, has one key per call: `P[0]::in`, `P[1]::in`. Gradients
+are those of this rank's loss, before averaging over ranks.
 
-Compiled models run eagerly while a probe looks at them. Activation checkpointing is seen through:
-what is computed again during the backward is not counted again.
+Compiled models run eagerly inside a probe. Recomputation by activation checkpointing is not
+recorded.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,24 +31,24 @@ from lingua.parallel.tensor_parallel import local_tensor
 VERSION = 2
 QUANTILES = [round(0.05 * i, 2) for i in range(1, 20)]
 MOMENTS = ("mean", "std", "skew", "kurtosis", "abs.mean", "max", "min")
-CHUNK = 1 << 24  # elements in fp32 at a time, so that the logits need no second copy of themselves
-QUANTILE_SAMPLE = 1 << 18  # evenly spaced elements that the quantiles are taken from
+CHUNK = 1 << 24  # elements converted to fp32 at a time, since logits are large
+QUANTILE_SAMPLE = 1 << 18  # evenly spaced elements, for the quantiles
 
 _active: list[Probe] = []  # the probe that is open, if any
 
 
 def is_probing() -> bool:
-    """Whether a probe is open: code that joins several linear layers runs them one by one then."""
+    """Whether a probe is open. Code that fuses linear layers must then run them separately."""
     return bool(_active)
 
 
 def log_stats(x: Tensor, name: str) -> Tensor:
-    """Record `x` and its gradient under the module that runs; use what is returned, it equals x."""
-    return _active[0].see(x, name) if _active else x
+    """Record `x` and its gradient under the running module. Use the returned tensor, equal to x."""
+    return _active[0].record(x, name) if _active else x
 
 
 class Probe:
-    """Context manager around one forward and backward of `module`; `results` has the last data."""
+    """Context manager for one forward and backward of `module`. `results` holds the last data."""
 
     def __init__(self, module: nn.Module, write_file: str | os.PathLike | None = None):
         self.module = module
@@ -58,7 +58,7 @@ class Probe:
         self.metadata: dict[str, Any] = {}
         self.results: dict[str, dict[str, Any]] = {}
         self._handles: list[Any] = []
-        self._stack: list[str] = []  # paths of the modules that are running
+        self._stack: list[str] = []  # paths of the running modules
         self._calls: Counter[tuple[str, str]] = Counter()
         self._records: dict[tuple[str, int | None, str], _Stats] = {}
         self._stance: Any = None
@@ -86,25 +86,25 @@ class Probe:
         self._handles.clear()
         if exc_type is not None:
             return
-        self.results = self._named_records()
+        self.results = {self._key(*at): stats.as_dict() for at, stats in self._records.items()}
         self._records.clear()
         if self.file is not None:
-            self._write(self.file)
+            levels = {"version": VERSION, "quantiles": QUANTILES}
+            self.file.append({"data": self.results, "meta": self.metadata, **levels})
 
-    def see(self, x: Tensor, name: str) -> Tensor:
+    def record(self, x: Tensor, name: str) -> Tensor:
         """Record one call of log_stats."""
         if not self._stack:
             return x
         path = self._stack[-1]
-        call = self._next_call(path, name)
-        return self._record_value(x, path, call, name)
+        return self._record_value(x, path, self._next_call(path, name), name)
 
     def calls(self, path: str, name: str) -> list[dict[str, Any]]:
-        """What the last pass saw under a name in the module at `path`, call after call."""
+        """Return the last statistics of a name in the module at `path`, one per call."""
         return [self.results[self._key(path, i, name)] for i in range(self._calls[path, name])]
 
-    # Modules. Outside of the root's forward the stack is empty and nothing is recorded: that is how
-    # layers which activation checkpointing runs again in the backward are left out.
+    # Modules. Outside the root's forward the stack is empty and nothing is recorded. This excludes
+    # recomputation in the backward.
 
     def _enter_module(self, path: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -139,18 +139,18 @@ class Probe:
     # Values.
 
     def _record_value(self, x: Tensor, path: str, call: int, name: str) -> Tensor:
-        """Record x; the view that is returned, and nothing else, carries the gradient hook."""
+        """Record x, and return a view of x with a hook that records the gradient."""
         self._records[path, call, name] = _Stats(x)
         if not (x.requires_grad and torch.is_grad_enabled()):
             return x
-        view = x.view_as(x)  # x may go elsewhere, too; this use has a gradient of its own
+        view = x.view_as(x)  # x may have other uses, which have other gradients
         view.register_hook(self._gradient_hook(path, call, name))
         return view
 
     def _record_weight(self, weight: Tensor, path: str) -> None:
         self._records[path, None, "w"] = _Stats(weight)
         if weight.requires_grad and torch.is_grad_enabled():
-            # A leaf's hook sees the sum over all its uses, once.
+            # The hook of a leaf runs once, with the sum over all uses.
             self._handles.append(weight.register_hook(self._gradient_hook(path, None, "w")))
 
     def _gradient_hook(self, path: str, call: int | None, name: str) -> Callable[[Tensor], None]:
@@ -162,26 +162,14 @@ class Probe:
 
     # Results.
 
-    def _named_records(self) -> dict[str, dict[str, Any]]:
-        return {self._key(*where): stats.as_dict() for where, stats in self._records.items()}
-
     def _key(self, path: str, call: int | None, name: str) -> str:
         several = self._calls[path, name.removesuffix(".g")] > 1
         suffix = f"[{call}]" if call is not None and several else ""
         return f"{path}{suffix}::{name}"
 
-    def _write(self, file: RecordFile) -> None:
-        record: Mapping[str, Any] = {
-            "data": self.results,
-            "meta": self.metadata,
-            "version": VERSION,
-            "quantiles": QUANTILES,
-        }
-        file.append(record)
-
 
 class _Stats:
-    """Statistics of a tensor, computed at once and left on its device until they are asked for."""
+    """Statistics of a tensor, computed immediately, and kept on its device until `as_dict`."""
 
     def __init__(self, x: Tensor):
         x = local_tensor(x.detach())
@@ -191,15 +179,18 @@ class _Stats:
     def as_dict(self) -> dict[str, Any]:
         if self.numbers is None:
             return {"shape": self.shape}
-        values = self.numbers.tolist()  # the only wait for the device
+        values = self.numbers.tolist()  # the only synchronization with the device
         moments = dict(zip(MOMENTS, values, strict=False))
         return {"shape": self.shape, **moments, "quantiles": values[len(MOMENTS) :]}
 
 
 @torch.no_grad()
 def _numbers(flat: Tensor) -> Tensor:
-    """MOMENTS, then QUANTILES. Skew and kurtosis are central moments over powers of std (the
-    kurtosis of a normal distribution is 3); they are NaN for a constant."""
+    """Return MOMENTS, then QUANTILES, in one fp64 tensor.
+
+    Skew and kurtosis are central moments divided by powers of the std, so a normal distribution has
+    kurtosis 3. Both are NaN for a constant.
+    """
     chunks = flat.split(CHUNK)
     n = flat.numel()
 

@@ -1,11 +1,11 @@
-"""Two looks at a few iterations: a memory snapshot (CUDA) and a trace of operators and kernels.
+"""Profile a few iterations: a memory snapshot (CUDA) and a trace of operators and kernels.
 
     with maybe_run_profiler(dump_dir, model, args.profiling) as profiler:
         for batch in batches:
             ...
-            profiler.step()  # once an iteration
+            profiler.step()  # once per iteration
 
-Iterations count from the start of the process. Under `trace_folder` each rank writes
+Iterations are counted from the start of the process. Under `trace_folder` each rank writes
 `trace_rank00000_iter000102.json.gz` (open in https://ui.perfetto.dev) and
 `memory_rank00000_iter000100.pickle` (open in https://pytorch.org/memory_viz).
 """
@@ -29,17 +29,17 @@ from lingua.parallel.ranks import get_global_rank
 
 logger = logging.getLogger(__name__)
 
-MAX_MEMORY_EVENTS = 1_000_000  # allocations and frees kept for a snapshot; older ones are dropped
+MAX_MEMORY_EVENTS = 1_000_000  # allocations and frees in a snapshot; older ones are dropped
 
 
 @dataclass
 class ProfilerArgs:
-    run: bool = False  # true profiles; false makes all else here irrelevant
-    trace_folder: str = "profiling"  # where files go, below dump_dir
-    mem_warmup: int = 100  # iterations before the memory snapshot begins
-    mem_steps: int = 2  # iterations in the memory snapshot (CUDA only); 0 takes none
-    profile_warmup: int = 102  # iterations before the trace begins
-    profile_steps: int = 2  # iterations in the trace; 0 takes none
+    run: bool = False  # whether to profile
+    trace_folder: str = "profiling"  # folder of the files, below dump_dir
+    mem_warmup: int = 100  # iterations before the memory snapshot
+    mem_steps: int = 2  # iterations in the memory snapshot (CUDA only); 0 for none
+    profile_warmup: int = 102  # iterations before the trace
+    profile_steps: int = 2  # iterations in the trace; 0 for none
 
     def __post_init__(self):
         for name in ("mem_warmup", "mem_steps", "profile_warmup", "profile_steps"):
@@ -50,10 +50,9 @@ class ProfilerArgs:
         profile_end = self.profile_warmup + self.profile_steps
         if self.run and both and self.mem_warmup < profile_end and self.profile_warmup < mem_end:
             raise UserError(
-                f"profiling.profile_warmup={self.profile_warmup}: the trace (iterations "
-                f"{self.profile_warmup} to {profile_end - 1}) and the memory snapshot "
-                f"({self.mem_warmup} to {mem_end - 1}) must not overlap; "
-                f"use profile_warmup={mem_end} or more"
+                f"profiling.profile_warmup={self.profile_warmup}: the trace must not overlap the "
+                f"memory snapshot (iterations {self.mem_warmup} to {mem_end - 1}); "
+                f"use {mem_end} or more"
             )
 
 
@@ -61,9 +60,9 @@ class ProfilerArgs:
 def maybe_run_profiler(
     dump_dir: str | os.PathLike, module: nn.Module, config: ProfilerArgs
 ) -> Iterator[Profiler]:
-    """A Profiler for the device that `module` is on; one that never records if config.run is false.
+    """Yield a Profiler for the device of `module`. It records nothing if config.run is false.
 
-    A window still open at the end is written, also when an error (out of memory, say) is the end.
+    A window that is open at the end is written, also after an error such as out of memory.
     """
     windows: list[Window] = []
     if config.run:
@@ -77,7 +76,7 @@ def maybe_run_profiler(
     profiler = Profiler(windows)
     try:
         yield profiler
-        profiler.tell_of_missed()
+        profiler.warn_missed()
     finally:
         profiler.close()
 
@@ -87,11 +86,11 @@ class Profiler:
 
     def __init__(self, windows: list[Window]):
         self.windows = windows
-        self.iteration = 0  # the one that runs now
+        self.iteration = 0  # the current one
         self._update()
 
     def step(self) -> None:
-        """An iteration ended."""
+        """End an iteration."""
         self.iteration += 1
         self._update()
 
@@ -100,14 +99,14 @@ class Profiler:
             if window.is_open:
                 window.close()
 
-    def tell_of_missed(self) -> None:
-        """A run that ended, or goes on in another process, may have been too short."""
+    def warn_missed(self) -> None:
+        """Warn about windows that start after the last iteration of this process."""
         for window in self.windows:
             if self.iteration < window.start:
                 log_on_rank_0(
-                    "profiling: no %s: it was to begin after %d iterations, and this process had "
-                    "%d; set profiling.%s lower",
-                    *(window.kind, window.start, self.iteration, window.option),
+                    "profiling.%s=%d: no %s was written, because this process ended after %d "
+                    "iterations; use a lower value",
+                    *(window.option, window.start, window.kind, self.iteration),
                     level=logging.WARNING,
                 )
 
@@ -121,10 +120,10 @@ class Profiler:
 
 
 class Window:
-    """Iterations start .. end - 1, recorded into one file."""
+    """Record iterations start to end - 1 into one file."""
 
     kind: str
-    option: str  # of its begin
+    option: str  # the one that sets `start`
     suffix: str
 
     def __init__(self, folder: Path, start: int, steps: int):
@@ -138,7 +137,7 @@ class Window:
         self.is_open = True
 
     def close(self) -> None:
-        """Write the file; a disk that is full costs the file, not the run."""
+        """Write the file. A full disk is logged; the run continues."""
         self.is_open = False
         try:
             self.finish()
@@ -182,6 +181,6 @@ class Trace(Window):
 
     def finish(self) -> None:
         if self.on_cuda:
-            torch.cuda.synchronize()  # kernels still in flight belong to the window
+            torch.cuda.synchronize()  # kernels in flight belong to the window
         self.profile.stop()
         self.profile.export_chrome_trace(str(self.path))

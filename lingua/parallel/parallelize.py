@@ -1,12 +1,12 @@
-"""What is done to a model before training: activation checkpointing, compile, FSDP, TP.
+"""Prepare a model for training: tensor parallelism, activation checkpointing, compile, FSDP.
 
 An app describes its model with a plan, a list of (module path, reshard_after_forward). Modules of
-the plan that sit in a list ("layers.3") are its blocks: they are what activation checkpointing
-recomputes and what is compiled. Everything is done in place, so parameter names never change.
+the plan that are items of a list ("layers.3") are its blocks: the units of activation checkpointing
+and compile. Everything is done in place, so parameter names never change.
 
-FSDP shards and casts matrices alone. Vectors (`optim.is_matrix` is false: norms, gates, decays,
-convolutions) stay whole and in fp32 on every rank; `gradients.sync_replicated_grads` averages their
-gradients.
+FSDP shards and casts weight matrices only. All other parameters (`optim.is_matrix` is false: norms,
+gates, decays, convolutions) are replicated in fp32; `gradients.sync_replicated_grads` averages
+their gradients.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def parallelize_model(
     no_recompute_ops: set[Any] | None = None,
     n_block_kinds: int = 1,
 ) -> nn.Module:
-    """Prepare a model (on meta, or materialized alike on every rank) for training, in place.
+    """Prepare a model for training, in place, and return it.
 
-    `n_block_kinds`: how many different computations blocks do, each compiled by itself.
+    The model is on meta, or has the same weights on every rank. `n_block_kinds` is the number of
+    different block computations, each of which is compiled separately.
     """
     plan = fsdp_grouping_plan or default_fsdp_grouping_plan(
         len(list(get_module(model, "layers").children()))
@@ -58,8 +59,8 @@ def parallelize_model(
     if distributed_args.tp_size > 1:
         if tp_parallelize is None or device_mesh is None:
             raise UserError(
-                f"distributed.tp_size={distributed_args.tp_size}: this model has no "
-                "tensor-parallel plan; use 1"
+                f"distributed.tp_size={distributed_args.tp_size} must be 1: this model has no "
+                "tensor-parallel plan"
             )
         tp_parallelize(model, device_mesh["tp"], model_args, distributed_args)
 
@@ -84,7 +85,7 @@ def block_paths(plan: GroupingPlan) -> list[str]:
 
 
 def get_module(module: nn.Module, path: str) -> nn.Module:
-    """The submodule at a dotted path."""
+    """Return the submodule at a dotted path."""
     return module.get_submodule(path)
 
 
@@ -100,20 +101,20 @@ def set_module(module: nn.Module, path: str, value: nn.Module) -> None:
 def apply_activation_checkpointing(
     block: nn.Module, mode: str, no_recompute_ops: set[Any] | None = None
 ) -> None:
-    """Recompute a block in its backward. "loop" is the app's own work: nothing is done here."""
+    """Recompute a block in its backward. Does nothing for "loop", which the app implements."""
     if mode in ("none", "loop"):
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         policy = get_default_policy(no_recompute_ops)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-        # Compiled, each such block would be told to write nothing in place, which blocks do not.
+        # torch warns for each compiled block that it must not mutate in place; blocks do not.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     block.forward = partial(checkpoint, block.forward, **options)
 
 
 def get_default_policy(no_recompute_ops: set[Any] | None = None) -> Policy:
-    """Keep the results of matmuls, attention and `no_recompute_ops`; recompute everything else."""
+    """Save the results of matmuls, attention and `no_recompute_ops`; recompute all others."""
     keep = default_no_recompute_ops() | (no_recompute_ops or set())
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -142,42 +143,42 @@ def default_no_recompute_ops() -> set[Any]:
 
 
 def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) -> None:
-    """Compile the forward of every block, once for all blocks and calls that do the same.
+    """Compile the forward of every block, in place; blocks with the same computation share code.
 
-    Sizes and numbers are constants of the compiled code; a size that varies is to be marked with
-    torch._dynamo.maybe_mark_dynamic. Raises UserError in the call that needs one version more than
-    `limit_of_kind * n_kinds`; torch alone would go on in eager mode, slower and hardly noticed.
+    Sizes and numbers are constants in compiled code. Mark a size that varies with
+    torch._dynamo.maybe_mark_dynamic. A call that needs more than `limit_of_kind * n_kinds` versions
+    raises UserError, where torch would silently fall back to eager mode.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     config = torch._dynamo.config
     config.recompile_limit = limit_of_kind * n_kinds
-    # The sum over what is compiled of all functions, a second limit that torch has.
+    # torch also limits the sum over all functions.
     config.accumulated_recompile_limit = max(
         config.accumulated_recompile_limit, config.recompile_limit
     )
     config.fail_on_recompile_limit_hit = True
 
     def compiled(block: nn.Module) -> Callable:
-        # dynamic=False: else a second window size makes the window a variable of every kernel.
+        # With dynamic shapes, a second window size would become a variable of every kernel.
         fast = torch.compile(block.forward, dynamic=False)
         split_linears = tensor_parallel.find_split_linears(block)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            tensor_parallel.hold_parts(split_linears)
+            tensor_parallel.hold_shards(split_linears)
             try:
                 return fast(*args, **kwargs)
             except FailOnRecompileLimitHit:
                 raise UserError(
                     f"distributed.compile_cache_size_limit={limit_of_kind} for each kind of block "
-                    f"({n_kinds} here) is not enough; raise it, or use distributed.compile=false. "
-                    "TORCH_LOGS=recompiles tells what differs from call to call"
+                    f"({n_kinds} here) is too low; raise it, or use distributed.compile=false. "
+                    "TORCH_LOGS=recompiles logs why torch recompiles"
                 ) from None
 
         return call
 
     for block in blocks:
-        # The forward alone, so that FSDP's hooks run around the compiled code.
+        # Only the forward, so that FSDP's hooks stay outside the compiled code.
         block.forward = compiled(block)
 
 
@@ -187,7 +188,7 @@ def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) ->
 def apply_fsdp(
     model: nn.Module, device_mesh: DeviceMesh, args: DistributedArgs, plan: GroupingPlan
 ) -> None:
-    """Shard matrices, module by module as in the plan, and what is left of them at the root."""
+    """Shard weight matrices: each module of the plan is one unit, the root takes the others."""
     if not needs_fsdp(args, dist.get_world_size(), device_mesh.device_type):
         return
     options: dict[str, Any] = {
@@ -195,25 +196,23 @@ def apply_fsdp(
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=resolve_dtype(args.model_dtype, device_mesh.device_type),
             reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # inputs such as rotary angles are fp32 on purpose
+            cast_forward_inputs=False,  # inputs such as rotary angles must stay fp32
         ),
         "ignored_params": {p for name, p in model.named_parameters() if not is_matrix(name, p)},
     }
     for path, reshard in plan:
         fully_shard(get_module(model, path), reshard_after_forward=reshard, **options)
-    # The root's backward begins where its forward ends: freed, it would be gathered again at once.
+    # The backward starts with the root, so freeing it would gather it again at once.
     fully_shard(model, reshard_after_forward=False, **options)
 
 
 def fsdp_mesh(device_mesh: DeviceMesh, args: DistributedArgs) -> DeviceMesh:
-    """1-D: sharded over it; 2-D: replicated over the first dimension, sharded over the second."""
+    """Return a 1-D mesh to shard over, or a 2-D mesh to replicate and shard over."""
     if args.fsdp_type == "full_shard" and args.dp_shard == 1:
-        dims: tuple[str, ...] = ("dp_replicate",)
-    elif args.fsdp_type == "full_shard" and args.dp_replicate == 1:
-        dims = ("dp_shard",)
-    else:
-        dims = ("dp_replicate", "dp_shard")
-    return device_mesh[dims]
+        return device_mesh["dp_replicate"]
+    if args.fsdp_type == "full_shard" and args.dp_replicate == 1:
+        return device_mesh["dp_shard"]
+    return device_mesh["dp_replicate", "dp_shard"]
 
 
 # ---- checks
@@ -223,11 +222,10 @@ def fsdp_mesh(device_mesh: DeviceMesh, args: DistributedArgs) -> DeviceMesh:
 def check_model_value_range(
     model: nn.Module, range: float = 1e3, std: float = 1e3, zero_init: Iterable[str] = ()
 ) -> list[str]:
-    """Warn about tensors that look as if nobody had initialized or loaded them.
+    """Log and return warnings about tensors that were probably never initialized or loaded.
 
-    Looks at this rank's part of each parameter and buffer for NaN, infinity, magnitudes above
-    `range`, a spread above `std`, and nothing but zeros (except where a name ends as one of
-    `zero_init`). Returns the warnings, which were logged too.
+    Checks this rank's shard of each parameter and buffer for NaN, infinity, magnitudes above
+    `range`, a std above `std`, and all zeros. Names that end with one of `zero_init` may be zero.
     """
     problems = []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -239,7 +237,7 @@ def check_model_value_range(
         elif local.abs().max() > range:
             problems.append(f"{name} has values up to {local.abs().max():.3g}, above {range:g}")
         elif local.numel() > 1 and local.float().std() > std:
-            problems.append(f"{name} has a spread of {local.float().std():.3g}, above {std:g}")
+            problems.append(f"{name} has a std of {local.float().std():.3g}, above {std:g}")
         elif not local.any() and not name.endswith(tuple(zero_init)):
             problems.append(f"{name} is all zeros")
     for problem in problems:
@@ -249,7 +247,7 @@ def check_model_value_range(
 
 @torch.no_grad()
 def first_nonfinite(model: nn.Module) -> str | None:
-    """The first parameter or gradient whose part on this rank has a NaN or infinite value."""
+    """Return the first parameter or gradient with a NaN or infinite value on this rank."""
     for name, param in model.named_parameters():
         for label, tensor in ((name, param), (f"{name}.grad", param.grad)):
             if tensor is None:

@@ -1,6 +1,6 @@
-"""Where this process runs: its rank, its device, its environment, and the signals it gets.
+"""Find this process's rank and device, and set its environment variables.
 
-Ranks come from torchrun (LOCAL_RANK, RANK, WORLD_SIZE), from srun (SLURM_*), or are those of a
+Ranks come from torchrun (LOCAL_RANK, RANK, WORLD_SIZE) or srun (SLURM_*); otherwise this is a
 single process. Nothing here needs a process group.
 """
 
@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class EnvironmentArgs:
-    """Environment variables for this process and those it starts.
+    """Environment variables of this process and its children.
 
-    A variable that is set already keeps its value; null leaves it alone.
+    A variable that is already set keeps its value. null sets nothing.
     """
 
-    MKL_SERVICE_FORCE_INTEL: str | None = "GNU"  # any value: MKL's Intel threading on all CPUs
-    OMP_NUM_THREADS: str | None = "1"  # threads of processes started later (data loaders)
+    MKL_SERVICE_FORCE_INTEL: str | None = "GNU"  # any value: Intel threading in MKL on all CPUs
+    OMP_NUM_THREADS: str | None = "1"  # threads of child processes, such as data workers
     MKL_NUM_THREADS: str | None = "1"  # the same for MKL
-    # "1": faster all-reduce of small tensors inside a node. torch 2.11 ends every run of several
-    # GPUs with it ("Could not resolve the process group"; mended in 2.12, pytorch/pytorch#180663).
+    # "1": faster all-reduce of small tensors inside a node. torch 2.11 fails with it on several
+    # GPUs ("Could not resolve the process group", pytorch/pytorch#180663; fixed in 2.12).
     ENABLE_INTRA_NODE_COMM: str | None = None
-    # "1": less memory held by collectives; from torch 2.11 on always so, with a warning where set
+    # "1": collectives hold less memory; the default since torch 2.11, which warns if it is set
     TORCH_NCCL_AVOID_RECORD_STREAMS: str | None = None
     NCCL_IB_TIMEOUT: str | None = "22"  # InfiniBand timeout, 4.096 us * 2 ** value
     NCCL_DEBUG: str | None = "WARN"  # INFO prints the topology at start
@@ -50,7 +50,7 @@ def setup_env(env_args: EnvironmentArgs) -> None:
             continue
         kept = os.environ.setdefault(field.name, value)
         if kept != value:
-            logger.info(f"env.{field.name}={value} not used: the environment has {kept}")
+            logger.info(f"env.{field.name}={value} is not used: the environment has {kept}")
 
 
 # ---- ranks
@@ -61,7 +61,7 @@ def get_is_torch_run() -> bool:
 
 
 def get_is_slurm_job() -> bool:
-    """Whether srun started this process (torchrun inside a SLURM job does not count)."""
+    """Whether srun started this process. torchrun inside a SLURM job does not count."""
     return not get_is_torch_run() and {"SLURM_JOB_ID", "SLURM_PROCID"} <= os.environ.keys()
 
 
@@ -84,9 +84,9 @@ def get_world_size() -> int:
 
 
 def get_local_world_size() -> int:
-    """Processes of this job on this machine; SLURM, asked for equal shares, does not count them."""
+    """Return the number of this job's processes on this machine."""
     if get_is_slurm_job():
-        return get_world_size() // int(os.environ["SLURM_NNODES"])
+        return get_world_size() // int(os.environ["SLURM_NNODES"])  # nodes have equal shares
     return int(os.environ["LOCAL_WORLD_SIZE"]) if get_is_torch_run() else 1
 
 
@@ -95,7 +95,7 @@ def get_is_master() -> bool:
 
 
 def get_master_port(job_id: int) -> int:
-    """The port that all ranks of a SLURM job agree on without talking to each other."""
+    """Return the same port on all ranks of a SLURM job, without communication."""
     if "MASTER_PORT" in os.environ:
         return int(os.environ["MASTER_PORT"])
     return random.Random(job_id).randint(20_000, 60_000)
@@ -112,24 +112,23 @@ def get_master_addr() -> str:
 
 
 def get_device() -> torch.device:
-    """This rank's GPU, or the CPU on a machine without any."""
-    import torch  # takes seconds, and who only asks for ranks does without
+    """Return this rank's GPU, or the CPU on a machine without GPUs."""
+    import torch  # slow; data workers and launchers import this module without torch
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, count = get_local_rank(), torch.cuda.device_count()
     if local_rank >= count:
         raise UserError(
-            f"local rank {local_rank} has no GPU, this machine shows {count}: "
-            f"start at most {count} processes a node (torchrun --nproc-per-node)"
+            f"local rank {local_rank} has no GPU: this machine has {count}; use "
+            f"torchrun --nproc-per-node {count} or fewer"
         )
     return torch.device("cuda", local_rank)
 
 
-# ---- preemption
+# ---- submitting a job from inside a job
 
-
-# What tells a process that it is part of this job: a job submitted from inside must not inherit it.
+# Variables that belong to this job. A job submitted from inside must not inherit them.
 JOB_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_", "WANDB_", "TORCHELASTIC_")
 JOB_NAMES = (
     "RANK",
@@ -144,12 +143,12 @@ JOB_NAMES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-USER_NAMES = ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ENTITY")  # who the user is, not which run
+USER_NAMES = ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ENTITY")  # of the user, not of the run
 
 
 @contextlib.contextmanager
 def clean_env() -> Iterator[None]:
-    """Hide this job's variables, to submit another job from inside it."""
+    """Hide this job's variables while another job is submitted."""
     hidden = {
         name: value
         for name, value in os.environ.items()

@@ -1,8 +1,7 @@
-"""Signals of a run: preemption (SIGTERM, SIGUSR2), Ctrl-C, and the SLURM requeue."""
+"""Handle preemption signals (SIGTERM, SIGUSR2) and Ctrl-C, and requeue a SLURM job."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -19,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 def init_signal_handler(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Call `handler` on SIGUSR2 (SLURM's early warning) and on the first SIGTERM.
+    """Call `handler` on SIGUSR2 (sent by SLURM before the time limit) and on the first SIGTERM.
 
-    A second SIGTERM ends the process, so that a run that hangs can still be stopped.
+    A second SIGTERM ends the process, so a run that hangs can be stopped.
     """
 
     def on_sigterm(signum: int, frame: FrameType | None) -> None:
@@ -30,50 +29,49 @@ def init_signal_handler(handler: Callable[[int, FrameType | None], None]) -> Non
 
     signal.signal(signal.SIGUSR2, handler)
     signal.signal(signal.SIGTERM, on_sigterm)
-    # A process inherits its parent's mask, and a blocked signal would never arrive.
+    # The mask is inherited from the parent, and a blocked signal never arrives.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2, signal.SIGTERM})
 
 
-@contextlib.contextmanager
+@contextmanager
 def defer_interrupt(what: str) -> Iterator[None]:
-    """A Ctrl-C (SIGINT) inside takes effect at the end, after a word about `what`; a second one,
-    as usual, at once. Changes nothing where SIGINT is ignored, or is not Python's own to handle, as
-    inside of another `defer_interrupt`."""
+    """Defer a Ctrl-C (SIGINT) to the end of the block; a second one interrupts at once.
+
+    The first one logs that `what` finishes first. Does nothing outside the main thread, or if
+    SIGINT does not have Python's default handler, as inside another `defer_interrupt`.
+    """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    asked = False
+    interrupted = False
 
-    def leave(signum: int, frame: FrameType | None) -> None:
+    def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     def on_sigint(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        # Not Python's own handler: in it the next one inside would see that nobody has asked yet.
-        signal.signal(signal.SIGINT, leave)
-        logger.warning(f"interrupted: {what} is finished first; Ctrl-C again leaves at once")
+        nonlocal interrupted
+        interrupted = True
+        # Python's default handler would let a nested defer_interrupt defer the second one.
+        signal.signal(signal.SIGINT, interrupt)
+        logger.warning(f"interrupted: {what} finishes first; press Ctrl-C again to stop at once")
 
     signal.signal(signal.SIGINT, on_sigint)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if asked:
+    if interrupted:
         raise KeyboardInterrupt
 
 
 def requeue_slurm_job() -> bool:
-    """Put this SLURM job back into the queue. Only rank 0 does, and only inside SLURM.
+    """Put this SLURM job back into the queue, on rank 0 and inside SLURM only.
 
-    Returns whether a job was requeued. Leaving the program is up to the caller.
+    Returns whether the job was requeued. The caller ends the program.
     """
     job_id = os.environ.get("SLURM_JOB_ID")
     if job_id is None or not get_is_master():
-        return False
-    if os.environ.get("LAUNCH_WITH") == "DORA":
-        logger.info("not requeueing: DORA does it")
         return False
     logger.warning(f"requeueing SLURM job {job_id}")
     try:
@@ -84,15 +82,15 @@ def requeue_slurm_job() -> bool:
     return True
 
 
-# The trainer decides what these mean. Schedulers send them to all processes of a job, and a worker
-# that died of them would end the run in the middle of its last save.
+# The trainer handles these. Schedulers send them to all processes of a job, and a data worker that
+# dies of one would end the run during its last save.
 PARENT_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @contextmanager
 def blocked_parent_signals() -> Iterator[None]:
-    """What is started inside blocks them from its first instant, and so does all that it forks."""
-    resource_tracker.ensure_running()  # here, since its start unblocks signals
+    """Block PARENT_SIGNALS in processes that are started inside, and in their children."""
+    resource_tracker.ensure_running()  # before the block, since starting it unblocks signals
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, PARENT_SIGNALS)
     try:
         yield

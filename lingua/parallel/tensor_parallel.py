@@ -1,16 +1,16 @@
-"""Tensor parallelism: every rank of a mesh dimension computes its own part of a layer's channels.
+"""Tensor parallelism: each rank of a mesh dimension computes a part of every layer's channels.
 
     x  -- copy to -->  wq, wk, wv, w1, ..: own outputs .. wo, w2: own inputs  -- reduce from -->  y
 
-Outside, activations are whole and the same on all ranks. Inside, a rank has its own heads or
-channels, so the gradient of what they all read is a sum over ranks: `copy_to` takes it for x, and
-`gradients.sync_replicated_grads` for the vectors of modules with a `tp` (`partial_parameters`). A
-pair of matrices costs one all-reduce forward and one backward, as in Megatron-LM
-(https://arxiv.org/abs/1909.08053). So does the vocabulary, of which a rank has its own pieces:
-forward for the embedding, backward for what the head reads.
+Outside, activations are replicated. Inside, a rank has its own heads or channels. The gradient of a
+shared input is then a sum over ranks: `copy_to` reduces it for x, and
+`gradients.sync_replicated_grads` for the replicated parameters of modules with a `tp`
+(`partial_parameters`). A pair of weight matrices costs one all-reduce forward and one backward, as
+in Megatron-LM (https://arxiv.org/abs/1909.08053). A split vocabulary costs one forward, for the
+embedding, and one backward, for the input of the head.
 
-Split matrices are DTensors, whole to a checkpoint and to an optimizer. Vectors stay whole on every
-rank, which reads its part of them (`own`).
+Split weights are DTensors, so checkpoints and optimizers see whole matrices. All other parameters
+are replicated, and each rank reads its part of them (`own`).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ OUTPUTS, INPUTS = 0, 1  # dimensions of a weight (out, in)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor (DTensor); any other tensor unchanged."""
+    """Return this rank's shard of a DTensor, and any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def copy_whole(target: Tensor, whole: Tensor) -> None:
-    """Copy a tensor that every rank holds whole into `target`, in place; a DTensor gets its part.
+    """Copy the full tensor `whole` into `target`, in place.
 
-    Nothing is sent: each rank cuts its part from its own copy.
+    A DTensor gets its shard. Every rank must have `whole`; there is no communication.
     """
     if isinstance(target, DTensor):
         whole = distribute_tensor(
@@ -52,7 +52,10 @@ def copy_whole(target: Tensor, whole: Tensor) -> None:
 
 
 class TensorParallel:
-    """This rank's place in a 1-D mesh, and the sums over it; without a mesh it is alone."""
+    """A TP group: this rank's position in a 1-D mesh, and collectives over it.
+
+    Without a mesh the size is 1, and every method returns its input.
+    """
 
     def __init__(self, mesh: DeviceMesh | None = None):
         self.mesh, self.size, self.rank, self.group = mesh, 1, 0, ""
@@ -62,7 +65,7 @@ class TensorParallel:
             _groups[self.group] = group
 
     def own(self, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor along its first dimension."""
+        """Return this rank's part of a tensor, split along its first dimension."""
         return whole if self.size == 1 else whole.chunk(self.size)[self.rank]
 
     def copy_to(self, x: Tensor) -> Tensor:
@@ -70,11 +73,11 @@ class TensorParallel:
         return x if self.size == 1 else _CopyTo.apply(x, self.group)  # pyright: ignore
 
     def reduce_from(self, x: Tensor) -> Tensor:
-        """All-reduce x; the backward returns the gradient, which is the same on all ranks."""
+        """All-reduce x. The backward passes the gradient, which is the same on all ranks."""
         return x if self.size == 1 else _ReduceFrom.apply(x, self.group)  # pyright: ignore
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """All-reduce x and its gradient: each rank computes something else with the sum."""
+        """All-reduce x, and its gradient, because ranks use the sum differently."""
         return self.copy_to(self.reduce_from(x))
 
     def gather_from(self, x: Tensor) -> Tensor:
@@ -87,19 +90,19 @@ class TensorParallel:
         return _GatherFrom.apply(x, self.group, self.size, self.rank)  # pyright: ignore
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Concatenate all ranks' x along the last dimension; each computes something else with it.
+        """Concatenate all ranks' x along the last dimension, for ranks that use it differently.
 
         The backward sums the gradients and keeps this rank's part.
         """
-        # The tensor is narrow: a reduce-scatter would save little.
+        # The tensors are small, so a reduce-scatter would save little.
         return self.copy_to(self.gather_from(x))
 
 
-# ---- collectives. Operators of our own, since a compiled block can hold a name and no mesh or
-# group, and selective recomputation has to know them.
+# ---- collectives. They are custom operators, because a compiled block can refer to a group by name
+# only, and because selective activation checkpointing lists operators.
 
 _groups: dict[str, dist.ProcessGroup] = {}
-# Torch 2.13 has another name for it, and warns of the old one.
+# torch 2.13 renames it and warns about the old name.
 _gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
@@ -117,7 +120,7 @@ def _(x: Tensor, group: str) -> Tensor:
 
 @torch.library.custom_op("lingua::all_gather", mutates_args=())
 def _all_gather(x: Tensor, group: str, size: int) -> Tensor:
-    """Joined along the last dimension."""
+    """Concatenate along the last dimension."""
     stacked = x.new_empty(size * x.shape[0], *x.shape[1:])
     _gather_into(stacked, x.contiguous(), group=_groups[group])
     return torch.cat(stacked.chunk(size), dim=-1)
@@ -129,7 +132,7 @@ def _(x: Tensor, group: str, size: int) -> Tensor:
 
 
 def collectives() -> set[Any]:
-    """What recomputation should not repeat."""
+    """Return the operators that selective activation checkpointing must not recompute."""
     return {torch.ops.lingua.all_reduce.default, torch.ops.lingua.all_gather.default}
 
 
@@ -171,9 +174,10 @@ ALONE = TensorParallel()
 
 
 class SplitLinear(nn.Linear):
-    """A rank's part of a bias-free linear layer: of its outputs, or of the sum over its inputs.
+    """A bias-free linear layer split by outputs (`dim` 0) or by inputs (`dim` 1).
 
-    `in_features` and `out_features` are this rank's; `weight` is a DTensor of the whole matrix.
+    `in_features` and `out_features` are those of this rank. `weight` is a DTensor of the full
+    matrix.
     """
 
     def __init__(self, whole: nn.Linear, tp: TensorParallel, dim: int):
@@ -183,7 +187,7 @@ class SplitLinear(nn.Linear):
         self.weight = _split_weight(whole.weight, tp, dim)
         self.register_parameter("bias", None)
         self.out_features, self.in_features = local_weight(self).shape
-        self.part: Tensor | None = None  # of the weight, for compiled code
+        self.shard: Tensor | None = None  # of the weight, for compiled code
 
     def forward(self, input: Tensor) -> Tensor:
         y = F.linear(input, local_weight(self))
@@ -191,10 +195,10 @@ class SplitLinear(nn.Linear):
 
 
 class SplitEmbedding(nn.Embedding):
-    """A rank's own pieces of an embedding: as many rows for each rank, one rank after the other.
+    """An embedding split by tokens: each rank has an equal, consecutive range of rows.
 
-    `num_embeddings` is this rank's; `weight` is a DTensor of the whole matrix. A token outside of
-    the vocabulary fails on every rank, as in nn.Embedding: IndexError, or on CUDA an assert there.
+    `num_embeddings` is that of this rank. `weight` is a DTensor of the full matrix. A token outside
+    the vocabulary fails on every rank as in nn.Embedding: IndexError, or a device assert on CUDA.
     """
 
     def __init__(self, whole: nn.Embedding, tp: TensorParallel):
@@ -206,9 +210,9 @@ class SplitEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = self.num_embeddings
-        # Beyond the last rank's rows, or before the first one's, there is none to look up.
+        # clamp: a token outside the vocabulary must fail in the lookup below.
         owner = input.div(rows, rounding_mode="floor").clamp(0, self.tp.size - 1)
-        # A piece of another rank looks up any row, and what it found there is dropped.
+        # Tokens of other ranks look up an arbitrary row, which is masked.
         found = F.embedding(input - owner * rows, local_weight(self))
         is_own = owner == self.tp.rank
         return self.tp.reduce_from(found.masked_fill(~is_own[..., None], 0))
@@ -216,27 +220,24 @@ class SplitEmbedding(nn.Embedding):
 
 def _split_weight(whole: Tensor, tp: TensorParallel, dim: int) -> nn.Parameter:
     assert tp.mesh is not None
-    assert whole.shape[dim] % tp.size == 0, "whether it divides is checked before the split"
-    # src_data_rank=None: every rank cuts its own copy, nothing is sent.
+    assert whole.shape[dim] % tp.size == 0, "check_divides comes before the split"
+    # src_data_rank=None: every rank slices its own copy, without communication.
     weight = distribute_tensor(whole, tp.mesh, [Shard(dim)], src_data_rank=None)
     return nn.Parameter(weight, requires_grad=whole.requires_grad)
 
 
 def local_weight(module: nn.Linear | nn.Embedding) -> Tensor:
-    """What this rank computes with: its part of a split weight, else the weight."""
+    """Return this rank's shard of a split weight, or the whole weight of another layer."""
     if not isinstance(module, (SplitLinear, SplitEmbedding)):
         return module.weight
     if torch.compiler.is_compiling():
-        assert isinstance(module, SplitLinear) and module.part is not None, (
-            "hold_parts comes before compiled code"
-        )
-        return module.part
-    assert isinstance(module.weight, DTensor)
-    return module.weight.to_local()
+        assert isinstance(module, SplitLinear) and module.shard is not None, "call hold_shards"
+        return module.shard
+    return local_tensor(module.weight)
 
 
 def tp_of(module: nn.Module) -> TensorParallel:
-    """The ranks that share a layer."""
+    """Return the TP group of a layer."""
     return getattr(module, "tp", ALONE)
 
 
@@ -244,39 +245,44 @@ def find_split_linears(module: nn.Module) -> list[SplitLinear]:
     return [child for child in module.modules() if isinstance(child, SplitLinear)]
 
 
-def hold_parts(linears: list[SplitLinear]) -> None:
-    """To be called before compiled code: torch 2.13 cannot compile the backward of `to_local`."""
+def hold_shards(linears: list[SplitLinear]) -> None:
+    """Store each layer's shard. torch 2.13 cannot compile the backward of `to_local`."""
     for linear in linears:
         assert isinstance(linear.weight, DTensor)
-        # Past nn.Module's own, which would take it for a parameter.
-        object.__setattr__(linear, "part", linear.weight.to_local())
+        # nn.Module.__setattr__ would register it as a parameter.
+        object.__setattr__(linear, "shard", linear.weight.to_local())
 
 
 def split_linears(
     module: nn.Module, tp: TensorParallel, *, outputs: tuple[str, ...], inputs: tuple[str, ...]
 ) -> None:
-    """Replace linear layers of `module`, by attribute, by this rank's part of them, and copy
-    `module`'s input to the group."""
+    """Split linear layers of `module` in place, and copy its input to the TP group.
+
+    The attributes in `outputs` are split by their outputs, those in `inputs` by their inputs. An
+    attribute may be None.
+    """
     for names, dim in ((outputs, OUTPUTS), (inputs, INPUTS)):
         for name in names:
             linear = getattr(module, name)
-            if linear is not None:  # a layer that the config leaves out
+            if linear is not None:
                 setattr(module, name, SplitLinear(linear, tp, dim))
     module.register_forward_pre_hook(lambda _, args: (tp.copy_to(args[0]), *args[1:]))
 
 
 def check_divides(tp_size: int, count: int, what: str) -> None:
-    """UserError unless `tp_size` divides `count`; `what` names the option and its meaning."""
+    """Raise UserError unless `tp_size` divides `count`. `what` names the option and its meaning."""
     if count % tp_size:
         raise UserError(
-            f"distributed.tp_size={tp_size} does not divide {what}, {count}; "
-            "use a tp_size that does, or distributed.fsdp_type=full_shard for memory"
+            f"distributed.tp_size={tp_size} must divide {what}, {count}; "
+            "use a tp_size that does, or distributed.fsdp_type=full_shard to save memory"
         )
 
 
 def partial_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Those of modules with a `tp`. Each rank reads its own part of their vectors, or uses them for
-    its own heads, so that the gradients are parts of a sum over the ranks."""
+    """Yield the parameters of modules with a TP group, whose gradients are partial sums.
+
+    Each rank uses its own part of a replicated parameter, or all of it for its own heads.
+    """
     for module in model.modules():
         if tp_of(module).size > 1:
             yield from module.parameters()

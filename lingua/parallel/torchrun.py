@@ -1,11 +1,10 @@
-"""A rank goes when torchrun is killed: on its own it would hold its GPU and its folder, unseen.
+"""End the ranks when torchrun is killed. Otherwise they would keep their GPUs and the run's folder.
 
-Imported early (apps/LT2/__init__.py): to see that its parent is gone, a rank must have seen it.
+apps/LT2/__init__.py imports this module first, so that `_parent` is the process id of torchrun.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -13,15 +12,16 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lingua.errors import MachineFault
 
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
-GONE = "torchrun is gone, and with it the other ranks; nothing was trained"
-LOOK_SECONDS = 0.5
-ANSWER_SECONDS = 5.0
-_parent = os.getppid()  # looked at early: imports take seconds, in which torchrun may be killed
+PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
+GONE = "torchrun has died, and the other ranks with it; nothing was trained"
+POLL_SECONDS = 0.5
+CONNECT_SECONDS = 5.0
+_parent = os.getppid()  # read first: torchrun may die during the imports, which take seconds
 
 
 def _note_parent() -> None:
@@ -33,11 +33,10 @@ os.register_at_fork(after_in_child=_note_parent)
 
 
 def signal_when_torchrun_dies() -> None:
-    """Get SIGUSR2 when torchrun is gone: killed by SIGKILL it can end none of its ranks, and these
-    would go on unseen, holding their GPUs. Under other launchers, and off Linux, nothing changes.
-    Where it is gone already, a MachineFault.
+    """Ask Linux to send SIGUSR2 when torchrun dies; MachineFault if it is already dead.
 
-    Not SIGTERM: the signal comes once for each of torchrun's threads.
+    A torchrun killed by SIGKILL cannot end its ranks. The signal is not SIGTERM, since it arrives
+    once for each thread of torchrun. Does nothing under other launchers and other systems.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR2, 0, 0, 0)
@@ -46,44 +45,46 @@ def signal_when_torchrun_dies() -> None:
 
 
 def _is_adopter(pid: int) -> bool:
-    """Whether the process gets the children of dead ones. In a container torchrun may be one."""
+    """Whether the process adopts orphans. In a container, torchrun itself may have pid 1."""
     try:
         return pid == 1 or Path(f"/proc/{pid}/comm").read_text().strip() == "systemd"
     except OSError:
-        return True  # gone since
+        return True  # it has died since
 
 
 def _is_store_served() -> bool:
-    """Whether something listens where torchrun has the store of its ranks."""
+    """Whether a process listens at the address of torchrun's store."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True  # rank 0 will, if it is not there yet
+        return True  # rank 0 serves the store, maybe later
     address = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
     try:
-        socket.create_connection(address, timeout=ANSWER_SECONDS).close()
+        socket.create_connection(address, timeout=CONNECT_SECONDS).close()
     except ConnectionRefusedError:
         return False
     except OSError:
-        return True  # no telling
+        pass  # unknown
     return True
 
 
-@contextlib.contextmanager
+@contextmanager
 def exit_with_torchrun() -> Iterator[None]:
-    """Inside, the process ends as soon as torchrun is gone. For the time before there is anything
-    to save: who waits for torchrun's store then runs no signal handler of Python."""
+    """Exit as soon as torchrun dies, inside the block. Use it while there is nothing to save.
+
+    A thread polls, because Python runs no signal handler while a rank waits for torchrun's store.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
     done = threading.Event()
 
-    def look() -> None:
-        while not done.wait(LOOK_SECONDS):
+    def poll() -> None:
+        while not done.wait(POLL_SECONDS):
             if os.getppid() != _parent:
                 rank = os.environ.get("RANK", "?")
                 print(f"error: rank {rank}: {GONE}", file=sys.stderr, flush=True)
                 os._exit(1)
 
-    threading.Thread(target=look, name="torchrun watch", daemon=True).start()
+    threading.Thread(target=poll, name="torchrun poll", daemon=True).start()
     try:
         yield
     finally:

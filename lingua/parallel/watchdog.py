@@ -1,13 +1,12 @@
-"""Which rank a run waits for: named before a collective's timeout ends the run without saying.
+"""Name the rank that a run waits for, before the timeout of a collective ends the run.
 
-    with HangWatchdog(timeout_minutes=30) as watch:
+    with HangWatchdog(timeout_minutes=30) as watchdog:
         for step in ...:
-            watch.beat(step)
+            watchdog.beat(step)
 
-A thread of each rank looks at the clock. When no step has ended for most of the timeout, every
-rank leaves word of where it is in the store of the process group; the first rank that could do so
-tells who waits in a collective, who is elsewhere, and who left no word. It only tells: the run is
-ended by the timeout of the collective, or goes on.
+A thread of each rank checks for progress. If no step ends within most of the timeout, every rank
+puts a report of its position into the store of the process group. The first rank to report logs
+which ranks wait in a collective, which do not, and which are silent. The watchdog only logs.
 """
 
 from __future__ import annotations
@@ -26,16 +25,18 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lingua.errors import first_line
+
 logger = logging.getLogger(__name__)
 
-PATIENCE = 0.8  # of the timeout; what is left is enough to ask around
-SHOWN = 4  # ranks at one place that have a line each
+PATIENCE = 0.8  # of the timeout; the rest is for collecting the reports
+MAX_SHOWN = 4  # ranks at the same position that get a line each
 ROOT = Path(__file__).resolve().parents[2]
 COLLECTIVES = os.path.join("torch", "distributed", "")
 
 
 class HangWatchdog:
-    """Does nothing in a run of one rank."""
+    """Report hangs of a run with several ranks. With one rank, do nothing."""
 
     def __init__(self, timeout_minutes: float):
         self._patience = PATIENCE * 60 * timeout_minutes
@@ -47,20 +48,20 @@ class HangWatchdog:
 
     def __enter__(self) -> HangWatchdog:
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # A copy of its own: the training may sit in the other one's lock.
+            # A clone, because the training thread may hold the lock of the original.
             default: Any = dist.distributed_c10d._get_default_store()
-            store = dist.PrefixStore("stall", default.clone())
-            store.set(_of_process(dist.get_rank()), _process())
+            store = dist.PrefixStore("hang", default.clone())
+            store.set(_process_key(dist.get_rank()), _process())
             self.beat(self._step)
             args = (store, dist.get_rank(), dist.get_world_size(), threading.get_ident())
             self._thread = threading.Thread(
-                target=self._watch, args=args, name="stall watch", daemon=True
+                target=self._watch, args=args, name="hang watchdog", daemon=True
             )
             self._thread.start()
         return self
 
     def beat(self, step: int) -> None:
-        """The training is alive, and at `step`."""
+        """Record that training is alive after `step`."""
         self._step, self._last = step, time.monotonic()
 
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
@@ -74,58 +75,59 @@ class HangWatchdog:
             is_late = time.monotonic() - self._last > self._patience
             try:
                 if is_late and not self._reported:
-                    store.set(str(rank), json.dumps(_word_of(watched, self._step)))
-                    self._stop.wait(2 * pause)  # the others notice within one
-                    self._report(store, rank, world_size)
+                    store.set(str(rank), json.dumps(_report(watched, self._step)))
+                    self._stop.wait(2 * pause)  # the other ranks notice within one pause
+                    self._log_reports(store, rank, world_size)
                 elif self._reported and not is_late:
                     store.delete_key(str(rank))
             except (RuntimeError, OSError) as error:  # DistError is a RuntimeError
-                message = "no step has ended for %.0f s and the store does not answer: the process "
-                message += "that holds it (rank 0, or torchrun's) died or hangs (%s)"
-                logger.error(message, self._patience, str(error).partition("\n")[0])
+                logger.error(
+                    "no step has ended for %.0f s and the store does not answer: the process that "
+                    "serves it (rank 0 or torchrun) has died or hangs (%s)",
+                    *(self._patience, first_line(error)),
+                )
                 return
             self._reported = is_late
 
-    def _report(self, store: dist.Store, rank: int, world_size: int) -> None:
-        words, processes = {}, {}
+    def _log_reports(self, store: dist.Store, rank: int, world_size: int) -> None:
+        reports, processes = {}, {}
         for other in range(world_size):
             if store.check([str(other)]):
-                words[other] = json.loads(store.get(str(other)))
-            elif store.check([_of_process(other)]):
-                processes[other] = store.get(_of_process(other)).decode()
-        if words and rank == min(words):
-            logger.warning(  # a long evaluation is no stall
+                reports[other] = json.loads(store.get(str(other)))
+            elif store.check([_process_key(other)]):
+                processes[other] = store.get(_process_key(other)).decode()
+        if reports and rank == min(reports):
+            logger.warning(  # not an error: it may be a long evaluation
                 "no step has ended for %.0f s, after step %d\n%s",
-                *(self._patience, self._step, "\n".join(describe(words, world_size, processes))),
+                *(self._patience, self._step, "\n".join(describe(reports, world_size, processes))),
             )
 
 
 def describe(
-    words: dict[int, dict[str, Any]], world_size: int, processes: Mapping[int, str]
+    reports: dict[int, dict[str, Any]], world_size: int, processes: Mapping[int, str]
 ) -> list[str]:
-    """Lines for a person from the words that ranks have left, the likely suspects first.
+    """Return one line per rank, likely culprits first: silent ranks, then the rarest positions.
 
-    processes: of ranks without a word, as they have told at their start.
-
-    Those are ranks without a word, then ranks at a place where few others are. On a GPU all may
-    look alike: Python runs ahead of the device, and waits for it outside of the collective.
+    `processes` identifies silent ranks. On GPUs all positions may be equal, because Python runs
+    ahead of the device and waits for it outside of the collective.
     """
-    silent = [rank for rank in range(world_size) if rank not in words]
-    silence = "left no word: it hangs, was stopped, or died"
-    lines = [f"rank {r} {silence} ({processes.get(r, 'unknown process')})" for r in silent]
+    silent = [rank for rank in range(world_size) if rank not in reports]
+    why = "is silent: it hangs, was stopped, or died"
+    lines = [f"rank {rank} {why} ({processes.get(rank, 'unknown process')})" for rank in silent]
     groups: dict[tuple[bool, str], list[int]] = {}
-    for rank, word in words.items():
-        groups.setdefault((word["in_collective"], word["where"]), []).append(rank)
+    for rank, report in reports.items():
+        groups.setdefault((report["in_collective"], report["where"]), []).append(rank)
     for (in_collective, where), ranks in sorted(groups.items(), key=lambda g: (len(g[1]), g[0])):
-        what = "waits for other ranks" if in_collective else "is in no collective"
-        lines += [f"rank {r} {what}: {where} ({words[r]['process']})" for r in ranks[:SHOWN]]
-        if len(ranks) > SHOWN:
-            lines.append(f"and so for {len(ranks) - SHOWN} ranks more")
+        state = "waits in a collective" if in_collective else "is not in a collective"
+        shown = ranks[:MAX_SHOWN]
+        lines += [f"rank {rank} {state}: {where} ({reports[rank]['process']})" for rank in shown]
+        if len(ranks) > MAX_SHOWN:
+            lines.append(f"and {len(ranks) - MAX_SHOWN} more ranks there")
     return lines
 
 
-def _word_of(watched: int, step: int) -> dict[str, Any]:
-    """Where the watched thread of this process is: the innermost line of our own code."""
+def _report(watched: int, step: int) -> dict[str, Any]:
+    """Locate the watched thread: the innermost line of this project's code."""
     frame: FrameType | None = sys._current_frames().get(watched)
     where, in_collective = "unknown", False
     while frame is not None:
@@ -135,14 +137,11 @@ def _word_of(watched: int, step: int) -> dict[str, Any]:
             name = Path(file).relative_to(ROOT)
             where = f"{name}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
-    return {
-        "where": where,
-        "in_collective": in_collective,
-        "process": f"{_process()}, after step {step}",
-    }
+    process = f"{_process()}, after step {step}"
+    return {"where": where, "in_collective": in_collective, "process": process}
 
 
-def _of_process(rank: int) -> str:
+def _process_key(rank: int) -> str:
     return f"process of {rank}"
 
 

@@ -1,10 +1,10 @@
-"""Run a test's function on several gloo ranks, in processes of their own.
+"""Run a function of a test on several gloo ranks, each in a new process.
 
-    def check(rank, world_size, tmp_path): ...          # at module level, so that it can be pickled
-    run_ranks(2, check, tmp_path)                       # list of the ranks' return values
+    def check(rank, world_size, tmp_path): ...          # at module level, so it can be pickled
+    run_ranks(2, check, tmp_path)                       # returns the ranks' results
 
-A rank that fails ends the others and fails the test with its traceback; ranks that hang fail it
-after `timeout` seconds. The process group is there when the function starts.
+The process group exists when the function starts. A rank that fails ends the others and fails the
+test with its traceback. Ranks that hang fail the test after `timeout` seconds.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Ranks and runs that are to be killed fork from a server that has imported all this. It must be
-# said before anything starts the server. A rank has a server of its own, for data workers.
+# Ranks, and runs that tests kill, fork from a server that has imported these modules. They must be
+# set before the server starts. Each rank has another server for its data workers.
 PRELOAD = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
@@ -36,13 +36,13 @@ PRELOAD = [
 ]
 if mp.parent_process() is None:
     mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
-# what launchers say of a rank
+# set by launchers
 RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID")
-TIMEOUT = 90.0  # seconds; starting a rank takes a few on a busy machine
+TIMEOUT = 90.0  # seconds; ranks start slowly on a busy machine
 
 
 def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    # Ranks are not daemons: those may not have data workers.
+    # Daemonic processes cannot start data workers.
     context = mp.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
@@ -69,7 +69,7 @@ def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = TIMEOU
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts the operators inside it by name, those of backward and of collectives too."""
+    """Count operators by name, including the backward and collectives."""
 
     def __init__(self):
         super().__init__()
@@ -86,13 +86,13 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
         waiting = [p for rank, p in enumerate(pipes) if rank not in results]
         ready = wait(waiting, timeout)
         missing = sorted(set(range(len(pipes))) - results.keys())
-        assert ready, f"ranks {missing} said nothing for {timeout} s: they hang"
+        assert ready, f"ranks {missing} hang: no result for {timeout} s"
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
                 ok, value = pipes[rank].recv()
             except EOFError:
-                raise AssertionError(f"rank {rank} died without a word") from None
+                raise AssertionError(f"rank {rank} died") from None
             assert ok, f"rank {rank} failed:\n{value}"
             results[rank] = torch.load(io.BytesIO(value), weights_only=False)
     return [results[rank] for rank in range(len(pipes))]
@@ -125,7 +125,7 @@ def _rank_main(
 
 
 def _to_bytes(value: Any) -> bytes:
-    """Pickled with its tensors: torch's own way to send one needs the sender to live on."""
+    """Serialize a value, because a tensor in a pipe needs its sender to stay alive."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

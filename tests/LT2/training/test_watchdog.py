@@ -39,7 +39,7 @@ def hang_on_rank_1(rank, world_size, data, folder):
 
     def read(self):
         if rank == 1 and self.state.step == 1:
-            named.append(wait_for(folder / "train.log", "rank 1 is in no collective: tests/"))
+            named.append(wait_for(folder / "train.log", "rank 1 is not in a collective: tests/"))
         return inner(self)
 
     Trainer._read_micro_batches = read
@@ -49,7 +49,7 @@ def hang_on_rank_1(rank, world_size, data, folder):
         Trainer._read_micro_batches = inner
     log = (folder / "train.log").read_text()
     assert named == ([True] if rank == 1 else [])
-    assert "in wait_for" in log and "rank 0 waits for other ranks: lingua/distributed.py" in log
+    assert "in wait_for" in log and "rank 0 waits in a collective: lingua/distributed.py" in log
 
 
 def stop_rank_1(rank, world_size, data, folder):
@@ -63,7 +63,7 @@ def stop_rank_1(rank, world_size, data, folder):
         return inner(self)
 
     def let_go_on():
-        silent = f"rank 1 left no word: it hangs, was stopped, or died (process {pids[1]} on"
+        silent = f"rank 1 is silent: it hangs, was stopped, or died (process {pids[1]} on"
         named.append(wait_for(folder / "train.log", silent))
         os.kill(pids[1], signal.SIGCONT)
 
@@ -87,10 +87,11 @@ def test_the_rank_that_all_wait_for_is_named(tmp_path):
 
 
 def test_suspects_come_first_and_the_crowd_is_counted():
-    word = {"where": "a.py:1 in f", "process": "process 1", "in_collective": True}
-    words = {rank: word for rank in range(8) if rank != 3} | {5: word | {"in_collective": False}}
-    lines = describe(words, world_size=8, processes={3: "process 7 on b"})
+    report = {"where": "a.py:1 in f", "process": "process 1", "in_collective": True}
+    reports = {rank: report for rank in range(8) if rank != 3}
+    reports[5] = report | {"in_collective": False}
+    lines = describe(reports, world_size=8, processes={3: "process 7 on b"})
     assert [line[:6] for line in lines[:2]] == ["rank 3", "rank 5"]
-    assert "left no word" in lines[0] and "(process 7 on b)" in lines[0]
-    assert "in no collective: a.py:1 in f" in lines[1]
-    assert len(lines) == 7 and lines[-1] == "and so for 2 ranks more"
+    assert "is silent" in lines[0] and "(process 7 on b)" in lines[0]
+    assert "not in a collective: a.py:1 in f" in lines[1]
+    assert len(lines) == 7 and lines[-1] == "and 2 more ranks there"

@@ -1,4 +1,4 @@
-"""What is done to a model in one process: recomputation, compilation, and checks of its values."""
+"""Activation checkpointing, compilation and value checks of a model in one process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.lingua.toy import LAYERS, LOOPS, PLAN, TOLERANCE, make_batches, make_
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full", "loop"])
-def test_what_the_backward_computes_again(mode):
-    """Counts matmuls and tanh: selective keeps the former, full nothing; loop is the app's."""
+def test_what_the_backward_recomputes(mode):
+    """Selective saves matmuls but not tanh; full saves neither; the app implements loop."""
     model = make_model()
     ld.parallelize_model(model, None, None, args_of(mode), PLAN)
     tokens, target = make_batches(1, 1)[0, 0]
@@ -43,7 +43,7 @@ def args_of(mode: str) -> ld.DistributedArgs:
     return ld.DistributedArgs(activation_checkpointing=mode, model_dtype="fp32")
 
 
-def test_an_apps_own_ops_are_kept_beside_the_defaults():
+def test_ops_of_the_app_are_saved_with_the_defaults():
     policy = ld.get_default_policy({torch.ops.aten.tanh.default})
     keep = CheckpointPolicy.MUST_SAVE
     assert policy(None, torch.ops.aten.tanh.default) is keep
@@ -53,7 +53,7 @@ def test_an_apps_own_ops_are_kept_beside_the_defaults():
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_blocks_compile_whole_once_for_all_layers_and_loops(monkeypatch, mode):
+def test_blocks_compile_once_for_all_layers_and_loops(monkeypatch, mode):
     from torch._dynamo.testing import CompileCounterWithBackend  # slow to import in every rank
 
     counter = CompileCounterWithBackend("aot_eager")
@@ -64,7 +64,7 @@ def test_blocks_compile_whole_once_for_all_layers_and_loops(monkeypatch, mode):
     assert counter.frame_count == 1
 
 
-def test_suspicious_values_are_named():
+def test_suspicious_values_are_reported():
     model = make_model()
     with torch.no_grad():
         model.rho.zero_()
@@ -73,8 +73,8 @@ def test_suspicious_values_are_named():
         model.output.weight[3, 2] = float("nan")
         model.layers[0].w1.weight[1, 1] = 5e3
         model.layers[1].w2.weight.zero_()
-    told = ld.check_model_value_range(model, range=1e3)
-    assert [t.split()[0] for t in told] == [
+    problems = ld.check_model_value_range(model, range=1e3)
+    assert [problem.split()[0] for problem in problems] == [
         "rho",
         "layers.0.w1.weight",
         "layers.1.w2.weight",
@@ -91,6 +91,6 @@ def test_modules_by_path():
     assert ld.get_module(model, "layers.1.w1") is new and model.output is new
 
 
-def test_tensor_parallel_without_a_plan_is_refused():
+def test_tensor_parallel_needs_a_plan():
     with pytest.raises(UserError, match="distributed.tp_size=2"):
         ld.parallelize_model(make_model(), None, None, ld.DistributedArgs(tp_size=2), PLAN)

@@ -1,4 +1,4 @@
-"""What a process knows of its launcher, and that a rank goes when that is gone."""
+"""Ranks and environment of a process, its SLURM requeue, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lingua.parallel.signals import defer_interrupt, requeue_slurm_job
 from tests.lingua.dist_utils import RANK_NAMES
 
 
-def test_the_users_environment_wins(monkeypatch):
+def test_variables_of_the_user_are_kept(monkeypatch):
     monkeypatch.setenv("NCCL_DEBUG", "TRACE")
     monkeypatch.delenv("NCCL_IB_TIMEOUT", raising=False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
@@ -47,7 +47,7 @@ def test_ranks_of_torchrun_srun_and_a_single_process(monkeypatch):
     assert ranks() == (3, 2, 4) and not get_is_slurm_job()
 
 
-def test_a_job_submitted_from_inside_does_not_look_like_this_one(monkeypatch):
+def test_clean_env_hides_the_variables_of_the_job(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WANDB_RUN_ID", "abc")
@@ -59,13 +59,13 @@ def test_a_job_submitted_from_inside_does_not_look_like_this_one(monkeypatch):
     assert os.environ["SLURM_JOB_ID"] == "7" and os.environ["RANK"] == "3"
 
 
-def test_requeue_asks_scontrol_once_and_only_inside_slurm(monkeypatch, tmp_path):
+def test_only_rank_0_requeues_and_only_inside_slurm(monkeypatch, tmp_path):
     for name in RANK_NAMES:
         monkeypatch.delenv(name, raising=False)
     assert not requeue_slurm_job()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not requeue_slurm_job(), "no scontrol here: told, not raised"
+    assert not requeue_slurm_job(), "a missing scontrol is logged"
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     scontrol.chmod(0o755)
@@ -78,7 +78,7 @@ def test_requeue_asks_scontrol_once_and_only_inside_slurm(monkeypatch, tmp_path)
 # ---- Ctrl-C
 
 
-def test_a_second_ctrl_c_leaves_at_once_wherever_it_comes():
+def test_second_ctrl_c_interrupts_a_nested_block():
     reached = []
     with pytest.raises(KeyboardInterrupt), defer_interrupt("the whole"):
         signal.raise_signal(signal.SIGINT)
@@ -90,7 +90,7 @@ def test_a_second_ctrl_c_leaves_at_once_wherever_it_comes():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_ctrl_c_in_a_part_takes_effect_after_the_whole():
+def test_ctrl_c_in_a_nested_block_interrupts_after_the_outer_one():
     reached = []
     with pytest.raises(KeyboardInterrupt):
         with defer_interrupt("the whole"):

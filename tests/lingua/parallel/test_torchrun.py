@@ -1,4 +1,4 @@
-"""A rank goes when torchrun is gone, whatever it is doing."""
+"""A rank ends when torchrun dies, in any phase of its start."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 from lingua.parallel.signals import init_signal_handler
 from lingua.parallel.torchrun import signal_when_torchrun_dies
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells of dead parents")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 
 
-@pytest.mark.parametrize("launcher, told", [("TORCHELASTIC_RUN_ID", b"2"), ("LOCAL_RANK", b"")])
-def test_a_rank_is_told_that_torchrun_was_killed(monkeypatch, launcher, told):
+@pytest.mark.parametrize("launcher, want", [("TORCHELASTIC_RUN_ID", b"2"), ("LOCAL_RANK", b"")])
+def test_rank_gets_a_signal_when_torchrun_is_killed(monkeypatch, launcher, want):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv(launcher, "0")
     reader, writer = os.pipe()
@@ -32,9 +32,9 @@ def test_a_rank_is_told_that_torchrun_was_killed(monkeypatch, launcher, told):
     os.kill(torchrun, signal.SIGKILL)
     os.waitpid(torchrun, 0)
     os.close(writer)
-    patience = 30 if told else 0.3
-    ready, _, _ = select.select([reader], [], [], patience)
-    assert (os.read(reader, 1) if ready else b"") == told
+    timeout = 30 if want else 0.3
+    ready, _, _ = select.select([reader], [], [], timeout)
+    assert (os.read(reader, 1) if ready else b"") == want
     os.close(reader)
 
 
@@ -46,7 +46,7 @@ def rank(writer: int) -> None:
     os._exit(0)
 
 
-# A rank as torchrun starts it, which waits for a store that nobody serves.
+# A rank that waits for a store without a server.
 RANK = """
 import os, sys, time
 print("started", os.getpid(), flush=True)
@@ -58,7 +58,7 @@ from lingua.distributed import setup_torch_distributed
 from lingua.parallel.args import DistributedArgs
 from lingua.errors import run_cli
 from lingua.parallel.signals import init_signal_handler
-init_signal_handler(lambda *_: None)  # as training does: it saves after the step
+init_signal_handler(lambda *_: None)  # as in training
 args = DistributedArgs(fsdp_type="full_shard", spawn_method="spawn")
 run_cli(lambda _: (print("waits", flush=True), setup_torch_distributed(args)))
 """
@@ -68,7 +68,7 @@ MOMENTS = {"started": "EARLY", "imported": "LATE", "waits": ""}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_rank_whose_torchrun_is_killed_before_it_trains_ends(tmp_path, moment):
+def test_rank_ends_if_torchrun_is_killed_before_training(tmp_path, moment):
     code = RANK
     for place in ("EARLY", "LATE"):
         code = code.replace(place, "time.sleep(1)" if place == MOMENTS[moment] else "")
@@ -87,14 +87,14 @@ def test_a_rank_whose_torchrun_is_killed_before_it_trains_ends(tmp_path, moment)
     wait_for(log, moment)
     torchrun.kill()
     torchrun.wait()
-    wait_for(log, "error: rank 1: torchrun is gone")
+    wait_for(log, "error: rank 1: torchrun has died")
     pid = int(log.read_text().split()[1])
     for _ in range(100):
         if not is_alive(pid):
             return
         time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)
-    raise AssertionError("the rank goes on")
+    raise AssertionError("the rank is still running")
 
 
 def is_alive(pid: int) -> bool:
