@@ -238,7 +238,7 @@ GPUMemStats = namedtuple(
 
 
 class GPUMemoryMonitor:
-    """Peak memory of one CUDA device since the last reset. On CPU there are no metrics."""
+    """Peak memory of one CUDA device since the last reset. On CPU it has no metrics."""
 
     def __init__(self, device: str | torch.device = "cuda"):
         self.device = torch.device(device)

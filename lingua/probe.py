@@ -9,7 +9,7 @@ A line is {"data": {key: stats}, "meta": metadata, "version": 2, "quantiles": le
 module path P has the keys `P::in`, `P::w`, `P::out` and, for gradients, `P::in.g`, `P::w.g`,
 `P::out.g`. `log_stats(x, "resid")` inside module P adds `P::resid` and `P::resid.g`. A module that
 runs several times, as in a looped model, has one key per call: `P[0]::in`, `P[1]::in`. Gradients
-are those of this rank's loss, before averaging over ranks.
+come from this rank's loss, before averaging over ranks.
 
 Compiled models run eagerly inside a probe. Recomputation by activation checkpointing is not
 recorded.

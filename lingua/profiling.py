@@ -86,13 +86,18 @@ class Profiler:
 
     def __init__(self, windows: list[Window]):
         self.windows = windows
-        self.iteration = 0  # the current one
-        self._update()
+        self.iteration = -1
+        self.step()
 
     def step(self) -> None:
         """End an iteration."""
         self.iteration += 1
-        self._update()
+        for window in self.windows:
+            if window.is_open and self.iteration >= window.end:
+                window.close()
+        for window in self.windows:
+            if self.iteration == window.start:
+                window.open()
 
     def close(self) -> None:
         for window in self.windows:
@@ -110,14 +115,6 @@ class Profiler:
                     level=logging.WARNING,
                 )
 
-    def _update(self) -> None:
-        for window in self.windows:
-            if window.is_open and self.iteration >= window.end:
-                window.close()
-        for window in self.windows:
-            if self.iteration == window.start and not window.is_open:
-                window.open()
-
 
 class Window:
     """Record iterations start to end - 1 into one file."""
@@ -127,48 +124,42 @@ class Window:
     suffix: str
 
     def __init__(self, folder: Path, start: int, steps: int):
-        self.start = start
-        self.end = start + steps
+        self.start, self.end = start, start + steps
         self.path = folder / f"{self.kind}_rank{get_global_rank():05d}_iter{start:06d}{self.suffix}"
         self.is_open = False
 
     def open(self) -> None:
-        self.begin()
         self.is_open = True
 
     def close(self) -> None:
         """Write the file. A full disk is logged; the run continues."""
         self.is_open = False
         try:
-            self.finish()
+            self.write()
         except OSError as error:
             self.path.unlink(missing_ok=True)
             logger.warning("profiling: could not write %s (%s)", self.path, error.strerror)
         else:
             logger.info("profiling: wrote %s", self.path)
 
-    def begin(self) -> None:
-        raise NotImplementedError
-
-    def finish(self) -> None:
+    def write(self) -> None:
         raise NotImplementedError
 
 
 class MemorySnapshot(Window):
-    kind, option = "memory", "mem_warmup"
-    suffix = ".pickle"
+    kind, option, suffix = "memory", "mem_warmup", ".pickle"
 
-    def begin(self) -> None:
+    def open(self) -> None:
         torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+        super().open()
 
-    def finish(self) -> None:
+    def write(self) -> None:
         torch.cuda.memory._dump_snapshot(str(self.path))
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
 class Trace(Window):
-    kind, option = "trace", "profile_warmup"
-    suffix = ".json.gz"
+    kind, option, suffix = "trace", "profile_warmup", ".json.gz"
 
     def __init__(self, folder: Path, start: int, steps: int, on_cuda: bool):
         super().__init__(folder, start, steps)
@@ -176,10 +167,11 @@ class Trace(Window):
         self.on_cuda = on_cuda
         self.profile = profile(activities=activities, record_shapes=True)
 
-    def begin(self) -> None:
+    def open(self) -> None:
         self.profile.start()
+        super().open()
 
-    def finish(self) -> None:
+    def write(self) -> None:
         if self.on_cuda:
             torch.cuda.synchronize()  # kernels in flight belong to the window
         self.profile.stop()

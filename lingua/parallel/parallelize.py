@@ -50,8 +50,8 @@ def parallelize_model(
 ) -> nn.Module:
     """Prepare a model for training, in place, and return it.
 
-    The model is on meta, or has the same weights on every rank. `n_block_kinds` is the number of
-    different block computations, each of which is compiled separately.
+    The model is on meta, or has the same weights on every rank. There are
+    `n_block_kinds` different block computations, which are compiled separately.
     """
     plan = fsdp_grouping_plan or default_fsdp_grouping_plan(
         len(list(get_module(model, "layers").children()))

@@ -39,7 +39,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def copy_whole(target: Tensor, whole: Tensor) -> None:
     """Copy the full tensor `whole` into `target`, in place.
 
-    A DTensor gets its shard. Every rank must have `whole`; there is no communication.
+    A DTensor gets its shard. Every rank must have `whole`, because nothing is communicated.
     """
     if isinstance(target, DTensor):
         whole = distribute_tensor(
@@ -176,8 +176,7 @@ ALONE = TensorParallel()
 class SplitLinear(nn.Linear):
     """A bias-free linear layer split by outputs (`dim` 0) or by inputs (`dim` 1).
 
-    `in_features` and `out_features` are those of this rank. `weight` is a DTensor of the full
-    matrix.
+    `in_features` and `out_features` are local sizes. `weight` is a DTensor of the full matrix.
     """
 
     def __init__(self, whole: nn.Linear, tp: TensorParallel, dim: int):
@@ -197,7 +196,7 @@ class SplitLinear(nn.Linear):
 class SplitEmbedding(nn.Embedding):
     """An embedding split by tokens: each rank has an equal, consecutive range of rows.
 
-    `num_embeddings` is that of this rank. `weight` is a DTensor of the full matrix. A token outside
+    `num_embeddings` is the local size. `weight` is a DTensor of the full matrix. A token outside
     the vocabulary fails on every rank as in nn.Embedding: IndexError, or a device assert on CUDA.
     """
 

@@ -1,5 +1,4 @@
-"""Two GPUs train a compiled hybrid as one does: data, heads and vocabulary shared out, weights
-sharded."""
+"""Two GPUs train a compiled hybrid as one does, with split data, heads or vocabulary."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-TIME_LIMIT = 540  # seconds of one run; compiling takes most of them
-LOSS = 1e-2  # relative: bf16 activations, whose sums over heads are rounded once a rank
+TIME_LIMIT = 540  # seconds per run, mostly for compiling
+LOSS = 1e-2  # relative; partial sums over heads are rounded to bf16 on each rank
 
 
 def rows(n_ranks: int, data: Path, *options: str) -> list[dict]:
@@ -41,12 +40,14 @@ def rows(n_ranks: int, data: Path, *options: str) -> list[dict]:
 
 
 def run_ranks(n_ranks: int, module: str, *arguments: str) -> str:
-    """Standard output of `module` under torchrun, with untuned kernels. What it and its errors say
-    is passed on as it comes, so that `pytest -s` shows where a run that hangs has got to."""
+    """Run `module` under torchrun with untuned kernels, and return its stdout.
+
+    The output is also printed as it comes, so that `pytest -s` shows where a run hangs.
+    """
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
     command = [sys.executable, "-m", *launcher, "-m", "tests.gpu.untuned", module, *arguments]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
-        # SIGTERM and not SIGKILL: torchrun ends its ranks, which would keep the GPUs without it.
+        # SIGTERM, so that torchrun ends its ranks, which hold the GPUs.
         too_late = threading.Timer(TIME_LIMIT, run.terminate)
         too_late.start()
         lines = []
@@ -62,7 +63,7 @@ def run_ranks(n_ranks: int, module: str, *arguments: str) -> str:
     return "".join(lines)
 
 
-def test_two_gpus_share_heads_or_data(tmp_path):
+def test_two_gpus_split_heads_or_data(tmp_path):
     data = write_corpus(tmp_path / "data", n_lines=200)
     (alone,) = rows(1, data, "data.batch_size=4")
     (heads,) = rows(
@@ -75,15 +76,15 @@ def test_two_gpus_share_heads_or_data(tmp_path):
         *("--vary", "distributed.activation_checkpointing=none,selective,full,loop"),
     )
     for row in sharded:
-        # Another half of the text goes to each rank, and a new model is near log(vocabulary).
+        # Ranks read different data, but the first loss is close to log(vocabulary).
         assert row["first_loss"] == pytest.approx(alone["first_loss"], rel=0.1)
         assert row["collectives"]["AllGather"] == row["collectives"]["ReduceScatter"] == 5 + 1
     kept = [row["activations_gib"] for row in sharded]
     assert kept[0] > kept[1] > kept[2] > kept[3]
 
 
-def test_two_gpus_share_the_vocabulary(tmp_path):
-    """A large one, which takes most of the memory, in two chunks of tokens; tied and not."""
+def test_two_gpus_split_the_vocabulary(tmp_path):
+    """The vocabulary takes most of the memory. Tested with and without weight tying."""
     data = write_corpus(tmp_path / "data", n_lines=800)
     options = ("data.batch_size=16", "model.vocab_size=131072")
     varied = ("--vary", "model.weight_tying=false,true")
@@ -94,5 +95,5 @@ def test_two_gpus_share_the_vocabulary(tmp_path):
         for loss in ("first_loss", "last_loss"):
             assert half[loss] == pytest.approx(whole[loss], rel=LOSS), loss
         assert half["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.1)
-        # With all of the vocabulary on each GPU it would be above 0.9.
+        # With the whole vocabulary on each GPU it would be above 0.9.
         assert half["peak_gib"] < 0.7 * whole["peak_gib"]

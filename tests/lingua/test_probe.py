@@ -1,4 +1,4 @@
-"""The probe tells what plain autograd tells, changes nothing, and names every call."""
+"""A probe records the values and gradients of autograd, for every call, and changes nothing."""
 
 import json
 
@@ -57,7 +57,7 @@ def probed(model, x, **kwargs):
     return probe.results
 
 
-def test_values_and_gradients_are_those_of_autograd(x):
+def test_values_and_gradients_match_autograd(x):
     torch.manual_seed(1)
     model = Looped()
     results = probed(model, x)
@@ -73,11 +73,11 @@ def test_values_and_gradients_are_those_of_autograd(x):
         "block.wq::in": x,
         "block.wq::w": block.wq.weight,
         "block.wq::out": q,
-        "block.wq::in.g": dq_in,  # of this use alone, though wk reads the same tensor
+        "block.wq::in.g": dq_in,  # only of this use, though wk reads the same tensor
         "block.wk::in.g": dk_in,
         "block.wq::out.g": dq,
         "block::resid": x,
-        "block::resid.g": dq_in + dk_in,  # without the residual stream beside it
+        "block::resid.g": dq_in + dk_in,  # without the residual connection
         "head::out": out,
         "head::out.g": dout,
         "head::w.g": dw,
@@ -113,14 +113,14 @@ def test_statistics(monkeypatch, chunk):
     assert len(QUANTILES) == 19 and got["quantiles"] == pytest.approx(want)
 
 
-def test_quantiles_of_a_sample_are_close(monkeypatch):
+def test_sampled_quantiles_are_close(monkeypatch):
     monkeypatch.setattr(probe_module, "QUANTILE_SAMPLE", 1000)
     got = probe_module._Stats(torch.linspace(0, 1, 10_001)).as_dict()
     assert got["quantiles"] == pytest.approx(QUANTILES, abs=2e-3)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_each_loop_has_its_own_key(x, recompute):
+def test_each_loop_has_a_key(x, recompute):
     model = Looped(loops=3, recompute=recompute)
     results = probed(model, x)
     block_in = {key for key in results if key.startswith("block.wq") and key.endswith("::in")}
@@ -141,7 +141,7 @@ def test_each_loop_has_its_own_key(x, recompute):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_looking_changes_nothing(x, recompute):
+def test_probe_changes_nothing(x, recompute):
     model = Looped(loops=2, recompute=recompute)
     want = gradients(model, x)
     with Probe(model):
@@ -149,7 +149,7 @@ def test_looking_changes_nothing(x, recompute):
     after = gradients(model, x)
     assert all(torch.equal(a, b) for a, b in zip(after, want, strict=True))
     assert torch.equal(seen[0], want[0])
-    # Gradients of several uses are added in another order: the same up to rounding.
+    # Gradients of several uses are summed in another order.
     torch.testing.assert_close(seen, want, rtol=1e-5, atol=1e-5)
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert not any(hooks) and not model.head.weight._backward_hooks
@@ -182,14 +182,14 @@ def test_no_gradient_records_without_grad(x):
     assert not [key for key in probe.results if key.endswith(".g")]
 
 
-def test_compiled_model_is_seen(x):
+def test_compiled_model_is_recorded(x):
     model = Looped(loops=2)
     model.block.compile(backend="eager")
     model(x)
     assert "block.wq[1]::in" in probed(model, x)
 
 
-def test_after_an_error_the_model_is_free_again(x):
+def test_model_is_restored_after_an_error(x):
     model = Looped()
     with pytest.raises(RuntimeError), Probe(model):
         model(x[..., :2])
@@ -197,7 +197,7 @@ def test_after_an_error_the_model_is_free_again(x):
     assert probed(model, x)
 
 
-def test_odd_tensors():
+def test_empty_and_constant_tensors():
     assert probe_module._Stats(torch.empty(0, 3)).as_dict() == {"shape": [0, 3]}
     constant = probe_module._Stats(torch.full((4,), 2.0, dtype=torch.bfloat16)).as_dict()
     assert constant["mean"] == 2.0 and constant["std"] == 0.0

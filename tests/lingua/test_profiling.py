@@ -1,4 +1,4 @@
-"""The profiler records the iterations that were asked for, and nothing when it is off."""
+"""The profiler records the configured iterations, and nothing when it is off."""
 
 import gzip
 import json
@@ -58,18 +58,15 @@ def test_nothing_is_written_outside_the_window(tmp_path, config):
     assert config.run or not os.listdir(tmp_path)
 
 
-def test_a_run_that_ends_before_its_window_says_so(tmp_path, caplog):
+def test_run_that_ends_before_its_window_warns(tmp_path, caplog):
     train(tmp_path, trace_only(3, 1), 3)
     assert not caplog.records
     train(tmp_path, trace_only(10, 1), 3)
     (record,) = caplog.records
-    assert record.getMessage() == (
-        "profiling: no trace: it was to begin after 10 iterations, and this process had 3; set "
-        "profiling.profile_warmup lower"
-    )
+    assert "profiling.profile_warmup=10: no trace" in record.getMessage()
 
 
-def test_a_window_cut_by_an_error_is_written(tmp_path):
+def test_window_is_written_after_an_error(tmp_path):
     with (
         pytest.raises(RuntimeError, match="out of memory"),
         maybe_run_profiler(tmp_path, nn.Linear(2, 2), trace_only(0, 5)),
@@ -79,8 +76,8 @@ def test_a_window_cut_by_an_error_is_written(tmp_path):
     assert len(os.listdir(tmp_path / "profiling")) == 1
 
 
-def test_overlapping_windows_are_refused():
-    with pytest.raises(UserError, match="profiling.profile_warmup=101.*use profile_warmup=102"):
+def test_overlapping_windows_are_an_error():
+    with pytest.raises(UserError, match="profiling.profile_warmup=101.*use 102"):
         ProfilerArgs(run=True, profile_warmup=101)
     with pytest.raises(UserError, match="must not overlap"):
         ProfilerArgs(run=True, mem_warmup=103)
