@@ -19,6 +19,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,7 +72,7 @@ REQUIRED_FILES = (METADATA_NAME, CONFIG_NAME, TRAIN_STATE_NAME.format(0))
 
 @dataclass
 class SaveEvery:
-    every: int = 1000  # steps between two checkpoints; 0 turns them off
+    every: int = 1000  # steps between two checkpoints; 0 or less turns them off
     keep: int = 0  # how many of the newest to keep; 0 or less keeps all
 
     def fires(self, step: int) -> bool:
@@ -96,9 +97,6 @@ class CheckpointArgs:
     def __post_init__(self):
         if self.path == "":
             raise UserError("checkpoint.path is empty: name a folder, or null for one in dump_dir")
-        for name, rule in (("dump", self.dump), ("eval", self.eval)):
-            if rule.every < 0:
-                raise UserError(f"checkpoint.{name}.every={rule.every} must be 0 (never) or more")
         if self.continue_training_from_init and self.init_ckpt_path is None:
             raise UserError(
                 "checkpoint.continue_training_from_init=true needs checkpoint.init_ckpt_path"
@@ -109,13 +107,8 @@ def check_init(args: CheckpointArgs) -> None:
     """Raise UserError if a run without checkpoints could not start from init_ckpt_path."""
     check_init_path(args.init_ckpt_path)
     if args.continue_training_from_init:
-        try:
-            require_files(Path(args.init_ckpt_path or ""), *REQUIRED_FILES)
-        except UserError as error:
-            raise UserError(
-                f"checkpoint.init_ckpt_path: {error}; or set "
-                "checkpoint.continue_training_from_init=false to load only the weights"
-            ) from None
+        option = "checkpoint.continue_training_from_init=true: checkpoint.init_ckpt_path="
+        require_files(Path(args.init_ckpt_path or ""), *REQUIRED_FILES, option=option)
 
 
 class TrainState(Protocol):
@@ -287,12 +280,13 @@ class CheckpointManager:
             )
             if folder is None:
                 return None
-            _check_is_checkpoint(folder)
+            saved_config = run_on_rank_0(partial(_check_and_read_config, folder))
+            differences = [] if config is None else diff_configs(saved_config, _as_dict(config))
             try:
                 _load_tensors(folder, model, optimizer)
                 break
             except UserError as error:
-                raise UserError(f"{error}{_what_changed(folder, config)}") from None
+                raise UserError(f"{error}{_name_cause(differences)}") from None
             except RanksFailed as error:
                 if path:
                     raise
@@ -300,9 +294,7 @@ class CheckpointManager:
                 log_on_rank_0(message, folder, error, level=logging.WARNING)
                 unreadable[folder] = str(error)
 
-        saved_config = run_on_rank_0(lambda: json.loads((folder / CONFIG_NAME).read_text()))
         self._load_train_state(folder, train_state, *get_dp_rank_and_degree(device_mesh))
-        differences = [] if config is None else diff_configs(saved_config, _as_dict(config))
         log_on_rank_0("loaded checkpoint %s", folder)
         return Loaded(folder, train_state.state_dict()["step"], differences)
 
@@ -313,7 +305,8 @@ class CheckpointManager:
         own = rank % n_saved
         # A rank needs the states of all ranks only if the number of ranks has changed.
         ranks = [own] if n_saved == n_ranks else list(range(n_saved))
-        states = run_together(lambda: [_read_train_state(folder, i) for i in ranks])
+        files = [folder / TRAIN_STATE_NAME.format(i) for i in ranks]
+        states = run_together(lambda: [json.loads(file.read_text()) for file in files])
         generators = [state.pop(RNG_KEY, None) for state in states]
         if n_saved == n_ranks:
             run_together(lambda: train_state.load_state_dict(states[0]))
@@ -362,9 +355,10 @@ def _as_dict(config: Any) -> dict[str, Any]:
     return redact_all(plain)
 
 
-def _check_is_checkpoint(folder: Path) -> None:
-    run_on_rank_0(lambda: require_files(folder, *REQUIRED_FILES))
-    run_on_rank_0(lambda: check_files(folder, str(folder)))
+def _check_and_read_config(folder: Path) -> dict[str, Any]:
+    require_files(folder, *REQUIRED_FILES)
+    check_files(folder, str(folder))
+    return json.loads((folder / CONFIG_NAME).read_text())
 
 
 def _load_tensors(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
@@ -373,24 +367,14 @@ def _load_tensors(folder: Path, model: nn.Module, optimizer: Optimizer | None) -
     run_together(lambda: load_from_checkpoint(folder, model, optimizer))
 
 
-def _what_changed(folder: Path, config: Any) -> str:
-    """Name the changed options that make the checkpoint not fit, to append to an error."""
-    try:
-        saved = json.loads((folder / CONFIG_NAME).read_text())
-    except (OSError, ValueError):
-        return ""
-    changed = [] if config is None else diff_configs(saved, _as_dict(config))
-    changed = [line for line in changed if line.startswith(("model.", "data.tokenizer."))]
-    if not changed:
-        return ""
-    return f". Changed since the save: {'; '.join(changed)}. Undo this, or use another dump_dir"
+def _name_cause(differences: list[str]) -> str:
+    """Return the end of an error: the changed options that can make a checkpoint not fit."""
+    causes = "; ".join(d for d in differences if d.startswith(("model.", "data.tokenizer.")))
+    return f". Changed since: {causes}. Change it back, or use another dump_dir" if causes else ""
 
 
 def _is_tp_copy(device_mesh: DeviceMesh | None) -> bool:
     """Return whether another rank of the tensor-parallel group writes this rank's train state."""
-    names = device_mesh.mesh_dim_names or () if device_mesh is not None else ()
-    return device_mesh is not None and "tp" in names and device_mesh.get_local_rank("tp") != 0
-
-
-def _read_train_state(folder: Path, rank: int) -> dict[str, Any]:
-    return json.loads((folder / TRAIN_STATE_NAME.format(rank)).read_text())
+    if device_mesh is None or "tp" not in (device_mesh.mesh_dim_names or ()):
+        return False
+    return device_mesh.get_local_rank("tp") != 0

@@ -60,8 +60,8 @@ def load_from_checkpoint(
     state: dict[str, Any] = {model_key: weights} if model_key else dict(weights)
     moments: dict[str, dict[str, Tensor]] = {}
     if optimizer is not None:
-        moments = _empty_optimizer_state(model, optimizer, metadata, optim_key)
-        _check_same_optimizer(folder, model, optimizer, moments)
+        moments_stored = tensors_under(f"{optim_key}.state", metadata)
+        moments = _empty_optimizer_state(folder, model, optimizer, moments_stored)
         state[optim_key] = {"state": moments}
     read_tensors(folder, state, is_collective=dist.is_initialized())
     if optimizer is not None:
@@ -69,12 +69,12 @@ def load_from_checkpoint(
             optimizer.state[param] = moments.get(name, {})
 
 
-def require_files(folder: Path, *names: str) -> None:
+def require_files(folder: Path, *names: str, option: str = "") -> None:
     for name in names:
         if not (folder / name).is_file():
             raise UserError(
-                f"{folder} is not a checkpoint folder: {name} is missing; name a folder such as "
-                "<dump_dir>/checkpoints/0000001000"
+                f"{option}{folder} is not a checkpoint folder: {name} is missing; name a folder "
+                "such as <dump_dir>/checkpoints/0000001000"
             )
 
 
@@ -172,37 +172,27 @@ def _optimized(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter
 
 
 def _empty_optimizer_state(
-    model: nn.Module, optimizer: Optimizer, metadata: Metadata, optim_key: str
+    folder: Path, model: nn.Module, optimizer: Optimizer, stored: dict[str, TensorStorageMetadata]
 ) -> dict[str, dict[str, Tensor]]:
-    """Allocate the stored state, sharded like the parameter where the shapes agree."""
+    """Allocate the `stored` state, sharded like the parameter where the shapes agree."""
     fused = any(group.get("fused") for group in optimizer.param_groups)
-    params = _optimized(model, optimizer)
+    params, wanted = _optimized(model, optimizer), state_fields(optimizer)
     empty: dict[str, dict[str, Tensor]] = {}
-    for key, stored in tensors_under(f"{optim_key}.state", metadata).items():
+    for key, entry in stored.items():
         name, _, field = key.rpartition(".")
         if name not in params:
             continue
-        param, dtype = params[name], stored.properties.dtype
-        if tuple(stored.size) == tuple(param.shape):
+        param, dtype = params[name], entry.properties.dtype
+        if tuple(entry.size) == tuple(param.shape):
             tensor = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         else:  # the step count; fused kernels need it on their device
-            tensor = torch.zeros(stored.size, dtype=dtype, device=param.device if fused else "cpu")
+            tensor = torch.zeros(entry.size, dtype=dtype, device=param.device if fused else "cpu")
         empty.setdefault(name, {})[field] = tensor
-    return empty
-
-
-def _check_same_optimizer(
-    folder: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    stored: Mapping[str, Mapping[str, Tensor]],
-) -> None:
-    wanted = state_fields(optimizer)
-    for name, param in _optimized(model, optimizer).items():
-        found = stored.get(name, {}).keys()
-        if found and found != wanted[param]:
+    for name, found in empty.items():
+        if found.keys() != wanted[params[name]]:
             raise UserError(
                 f"optim.name: for {name}, checkpoint {folder} has {', '.join(sorted(found))}; this "
-                f"optimizer needs {', '.join(sorted(wanted[param]))}. Keep the saved optim.name, "
-                "or start a new run from the weights with checkpoint.init_ckpt_path"
+                f"optimizer needs {', '.join(sorted(wanted[params[name]]))}. Keep the saved "
+                "optim.name, or start a new run from the weights with checkpoint.init_ckpt_path"
             )
+    return empty
