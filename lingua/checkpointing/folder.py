@@ -56,7 +56,7 @@ def has_only_own_files(folder: Path) -> bool:
 def make_empty(folder: Path) -> None:
     if folder.exists():
         if not has_only_own_files(folder):
-            raise UserError(f"{folder} blocks a checkpoint and holds files of others: move it away")
+            raise UserError(f"{folder} blocks a checkpoint and contains other files: move it away")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 
@@ -90,7 +90,7 @@ def publish(
 
 
 def _unused_name(path: Path) -> Path:
-    """Append a number if `path` exists, because it holds files of others."""
+    """Append a number if `path` exists because it contains other files."""
     return next(p for i in range(10**9) if not (p := Path(f"{path}{i or ''}")).exists())
 
 
@@ -186,4 +186,4 @@ def clear_leftovers(parent: Path) -> None:
             if has_only_own_files(folder):
                 shutil.rmtree(folder)
             else:
-                logger.warning(f"{folder} is kept: it holds files of others")
+                logger.warning(f"{folder} is kept because it contains other files")
