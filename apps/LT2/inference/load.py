@@ -89,21 +89,11 @@ def check_dtype(dtype: str) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        return get_device()
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or (chosen.type != "cuda" and device != "cpu"):
-        raise UserError(f"device={device} must be auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda":
-        count = torch.cuda.device_count()
-        if (chosen.index or 0) >= count:
-            available = f"cuda:0 to cuda:{count - 1}, or " if count else ""
-            raise UserError(f"device={device}: this machine has {count} GPUs; use {available}cpu")
-        return get_device() if chosen.index is None else chosen
-    return chosen
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    choices = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
+    if device not in choices:
+        raise UserError(f"device={device} must be one of {', '.join(choices)} on this machine")
+    return get_device() if device in ("auto", "cuda") else torch.device(device)
 
 
 def find_checkpoint(ckpt: str) -> Path:
