@@ -81,12 +81,12 @@ class TokenizerState(TypedDict):
 
 
 def choose_source(
-    source_to_iterator: Mapping[str, Iterator[tuple[dict[str, Any], ChunksState]]],
+    source_to_iterator: Mapping[str, Iterator[tuple[Any, ChunksState]]],
     source_to_state: dict[str, ChunksState],
     root_dir: str,
     sources: dict[str, float],
     rng_state: dict[str, Any],
-) -> Iterator[tuple[dict[str, Any], MultiChoiceState]]:
+) -> Iterator[tuple[Any, MultiChoiceState]]:
     """Draw a source for every document, with probabilities proportional to the weights."""
     import numpy as np
 
