@@ -58,7 +58,7 @@ def streams_of(state: DataState) -> list[PrefetchState]:
 
 @dataclass(frozen=True)
 class ReshardPlan:
-    """Which rank takes which batches of which streams; `n` counts a rank's batches."""
+    """Assigns the batches of streams to ranks; `n` counts the batches of a rank."""
 
     n_streams: int
     n_ranks: int

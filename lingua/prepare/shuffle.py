@@ -97,7 +97,7 @@ def shuffle_documents(
 
 
 def find_finished(out: Path, plan: ShufflePlan) -> dict[str, Any] | None:
-    """Return the manifest of a complete folder, or None if there is no folder.
+    """Return the manifest of a complete folder, or None if the folder does not exist.
 
     UserError if `plan` did not make it, or if a file is missing or has another length.
     """
@@ -146,8 +146,9 @@ class _Shuffle:
             "is_piled": False,
             "documents": 0,
             "without_text": 0,
+            # "dealt" is the name of older versions, whose work can be resumed: written to chunks
             "dealing": None,  # the request, once chunks are being written
-            "dealt": 0,  # piles that are in the chunks
+            "dealt": 0,  # piles
             "dealt_documents": 0,
             "lengths": {},  # of files, when this was written
         }
