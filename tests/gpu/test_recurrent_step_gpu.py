@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apps.LT2.kernel.recurrent_step import recurrent_step
+from apps.LT2.kernel.recurrent_step import recurrent_step, recurrent_step_triton
 from apps.LT2.kernel.recurrent_step.naive import recurrent_step_naive
-from apps.LT2.kernel.recurrent_step.operator import recurrent_step_triton
 from tests.tolerances import BF16_KERNEL, FP32, assert_same
 
 pytestmark = pytest.mark.gpu

@@ -47,7 +47,7 @@ def test_sequences_and_every_gradient(B, T, C, k, with_bias, lengths, silu):
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("k", [2, 4])
 def test_steps(monkeypatch, k, silu):
-    monkeypatch.setattr(step, "kernel_can", lambda *_: True)
+    monkeypatch.setattr(step, "kernel_supports", lambda *_: True)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 9, 70), torch.randn(60, k), torch.randn(60)
     x, state = x[..., :60], torch.randn(2, k - 1, 60)

@@ -1,8 +1,8 @@
-"""Operators of the mixers, one folder each: `<op>/__init__.py` is the only door to an operator.
+"""Operators of the mixers, one folder each; import them from `<op>/__init__.py` only.
 
-A door takes what is fastest on the tensors it is given: fla's kernels or our own Triton on CUDA,
-plain torch elsewhere. `naive.py` beside it is the definition, and README.md the math. Only this
-package imports fla or Triton, and only once CUDA tensors arrive: everything imports without them.
+An operator picks the fastest form for its tensors: fla's kernels or our Triton kernels on CUDA,
+plain torch elsewhere. `naive.py` is its definition, README.md the math. Only this package imports
+fla and Triton; every module also imports without them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import torch
 
 from lingua.errors import UserError
 
-MIN_TRITON_HOPPER = (3, 7, 1)  # the gated chunk backward was wrong before; fla refuses it
+# Older versions compute wrong gradients of gated linear attention, and fla refuses them:
+# https://github.com/fla-org/flash-linear-attention/pull/983
+MIN_TRITON_HOPPER = (3, 7, 1)
 
 
 def check_gpu_stack() -> None:
-    """Refuse at start-up what would fail at the first kernel or, worse, at the first backward.
+    """Raise UserError at start-up if fla or Triton is missing or too old for this GPU.
 
-    Without CUDA there is nothing to check. fla is looked for, not imported: that takes seconds.
+    Does nothing without CUDA. Does not import fla, which takes seconds.
     """
     if not torch.cuda.is_available():
         return
@@ -28,7 +30,7 @@ def check_gpu_stack() -> None:
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"model.mixer, model.attention_pattern: all but full, window and dsa need the "
-                f"package {package} on CUDA, which is not installed: pip install -e '.[gpu]'"
+                f"package {package} on CUDA, and it is not installed: pip install -e '.[gpu]'"
             )
     hopper = torch.cuda.get_device_capability()[0] == 9
     if hopper and _triton_version() < MIN_TRITON_HOPPER:

@@ -1,9 +1,9 @@
-"""Triton where it is installed, so that a module of kernels can be imported anywhere.
+"""Triton if installed, so that modules of kernels import anywhere.
 
     from apps.LT2.kernel.triton_jit import jit, tl, triton
 
-Without it the three are there, and no kernel can be called. Types are not checked in kernels: their
-modules begin with the `pyright:` line of this one.
+Without Triton the three names exist, but no kernel can be called. Pyright cannot check kernels:
+their modules start with the `pyright:` line of this one.
 """
 
 # pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportIndexIssue=false
@@ -15,13 +15,13 @@ from typing import Any
 try:
     import triton as _triton  # pyright: ignore[reportMissingImports]
     import triton.language as _tl  # pyright: ignore[reportMissingImports]
-except ImportError:  # no CUDA here
+except ImportError:
     _triton = _tl = None
 
-triton: Any = _triton  # so that types do not depend on whether it is installed
+triton: Any = _triton  # the same type with and without Triton
 tl: Any = _tl
 
 
 def jit(**options: Any) -> Callable[[Callable], Any]:
-    """`triton.jit(**options)`."""
+    """Call `triton.jit(**options)`; without Triton, return kernels unchanged."""
     return (lambda kernel: kernel) if triton is None else triton.jit(**options)

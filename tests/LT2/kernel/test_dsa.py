@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
 from apps.LT2.kernel.dsa import Index, blocked, blocks, dsa, dsa_step, plain
-from apps.LT2.kernel.dsa.operator import _backward, _forward, kernels_can
+from apps.LT2.kernel.dsa.operator import _backward, _forward, kernels_support
 from apps.LT2.kernel.dsa.selection import (
     pack_bits,
     select_top_k,
@@ -299,4 +299,4 @@ def test_kernels_are_not_asked_for_more_heads_than_a_grid_has_room_for(B, heads,
         q, k = torch.empty(B, 1, heads, 64, **options), torch.empty(B, 1, 1, 64, **options)
         index_q = torch.empty(B, 1, index_heads, 64, **options)
         index = Index(index_q, torch.empty(B, 1, 64, **options), torch.empty(B, 1, index_heads))
-        assert kernels_can(q, k, index) == can
+        assert kernels_support(q, k, index) == can

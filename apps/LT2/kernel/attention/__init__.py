@@ -1,14 +1,14 @@
-"""Causal softmax attention: the one door to SDPA, FlexAttention, flash attention and xformers.
+"""Causal softmax attention on SDPA, FlexAttention, flash attention or xformers.
 
-    impl "auto"            the fastest that does what is asked for here
+    impl "auto"            the fastest that supports the request on this device
          "sdpa"            torch's fused attention; documents by a dense mask; no window
          "flex_attention"  compiled with a block mask on CUDA; windows and documents
          "fmha"            xformers (CUDA, bf16 or fp16); windows and documents
          "naive"           dense fp32 reference
 
-`auto` on CUDA in half precision takes SDPA for plain causal attention and torch's variable-length
-flash attention for windows and documents, where that knows the head's width. Anywhere else it takes
-SDPA, with a dense mask for them.
+"auto" on CUDA in half precision is SDPA for plain causal attention. For windows and documents it is
+torch's variable-length flash attention if that supports the head dim. Everywhere else it is SDPA,
+with a dense mask for windows and documents. All multiply the logits by K**-0.5.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ __all__ = [
 
 IMPLS = ("auto", "sdpa", "flex_attention", "fmha", "naive")
 HALF = (torch.bfloat16, torch.float16)
-# Of a head, what flash attention has kernels for; SDPA pads heads to it and varlen_attn does not.
-FLASH_WIDTH_STEP, MAX_FLASH_WIDTH = 8, 256
+# Head dims of flash attention. SDPA pads heads to a multiple, varlen_attn does not.
+FLASH_HEAD_DIM_MULTIPLE, MAX_FLASH_HEAD_DIM = 8, 256
 VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
 
 
 def check_attention_impl(impl: str, *, windowed: bool) -> None:
-    """Refuse, at build time, a backend that cannot do what the layers need."""
+    """Raise UserError for an unknown backend, or one that lacks windows if layers need them."""
     if impl not in IMPLS:
-        raise UserError(f"model.attn_impl={impl!r} is none of {', '.join(IMPLS)}")
+        raise UserError(f"model.attn_impl={impl!r} must be one of {', '.join(IMPLS)}")
     if impl == "sdpa" and windowed:
         raise UserError(
-            "model.attn_impl=sdpa has no sliding window, and a layer asks for one; "
+            "model.attn_impl=sdpa does not support sliding windows, and a layer has one; "
             "use auto, flex_attention or fmha"
         )
 
@@ -58,11 +58,9 @@ def check_attention_impl(impl: str, *, windowed: bool) -> None:
 def check_attention_device(
     impl: str, *, device_type: str, dtype: torch.dtype, training: bool = False
 ) -> None:
-    """Refuse, before any work, a backend that does not run on this device in this dtype."""
+    """Raise UserError for a backend that does not run on this device in this dtype."""
     if impl == "flex_attention" and training and device_type == "cpu":
-        raise UserError(
-            "model.attn_impl=flex_attention has no backward on CPU; train there with auto"
-        )
+        raise UserError("model.attn_impl=flex_attention has no backward on CPU; use auto")
     if impl == "fmha":
         if device_type != "cuda" or dtype not in HALF:
             raise UserError(
@@ -81,13 +79,13 @@ def attention(
     cu_seqlens: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Causal attention of T queries over their own T keys.
+    """Attend causally with T queries to their own T keys.
 
     q           (B, T, H, K)
     k, v        (B, T, Hkv, K), Hkv divides H
     window      keys a query sees, itself included; None = all of its past
     cu_seqlens  (n_docs + 1,) int32 with B = 1: documents do not see each other
-    Returns (B, T, H, K) in q's dtype.
+    Returns (B, T, H, K) in q's dtype. Logits are multiplied by K**-0.5.
     """
     assert cu_seqlens is None or q_BTHK.shape[0] == 1, "cu_seqlens packs documents into one row"
     if window is not None and window >= q_BTHK.shape[1]:
@@ -95,7 +93,7 @@ def attention(
     args = (q_BTHK, k_BTHK, v_BTHK, window, cu_seqlens)
     if impl == "auto":
         plain = window is None and cu_seqlens is None
-        return _sdpa(*args) if plain or not _varlen_flash_can(q_BTHK) else _varlen_flash(*args)
+        return _sdpa(*args) if plain or not _varlen_flash_supports(q_BTHK) else _varlen_flash(*args)
     if impl == "sdpa":
         return _sdpa(*args)
     if impl == "flex_attention":
@@ -107,67 +105,46 @@ def attention(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
-    plain = window is None and cu_seqlens is None
-    mask = (
-        None
-        if plain
-        else visible_keys(q.shape[1], window=window, cu_seqlens=cu_seqlens, device=q.device)
-    )
+    mask = None
+    if window is not None or cu_seqlens is not None:
+        mask = visible_keys(q.shape[1], window=window, cu_seqlens=cu_seqlens, device=q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=plain,
-        enable_gqa=q.shape[2] != k.shape[2],
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
     )
     return out.transpose(1, 2)
 
 
-def _row_boundaries(q: Tensor) -> Tensor:
-    """cu_seqlens of a batch whose rows are laid one after the other."""
-    batch, length = q.shape[:2]
-    return torch.arange(0, (batch + 1) * length, length, device=q.device, dtype=torch.int32)
-
-
-def _varlen_flash_can(q: Tensor) -> bool:
-    width = q.shape[-1]
-    fits = width % FLASH_WIDTH_STEP == 0 and width <= MAX_FLASH_WIDTH
+def _varlen_flash_supports(q: Tensor) -> bool:
+    K = q.shape[-1]
+    fits = K % FLASH_HEAD_DIM_MULTIPLE == 0 and K <= MAX_FLASH_HEAD_DIM
     return q.is_cuda and q.dtype in HALF and fits
 
 
 def _varlen_flash(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None
 ) -> Tensor:
+    B, T, H, _ = q.shape
     if not VARLEN_HAS_GQA:
-        groups = q.shape[2] // k.shape[2]
-        k, v = repeat_kv(k, groups), repeat_kv(v, groups)
+        k, v = (repeat_kv(x, H // x.shape[2]) for x in (k, v))
     options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
-    if q.shape[2] != k.shape[2]:
+    if k.shape[2] != H:
         options["enable_gqa"] = True
-    boundaries = _row_boundaries(q) if cu_seqlens is None else cu_seqlens
-    longest = q.shape[1]  # an upper bound is enough, and needs no copy from the device
-    out = varlen_attn(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        boundaries,
-        boundaries,
-        longest,
-        longest,
-        **options,
-    )
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    # The longest document: an upper bound is enough and needs no sync.
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, **options)
     assert isinstance(out, Tensor)
-    return out.unflatten(0, q.shape[:2])
+    return out.unflatten(0, (B, T))
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    n_tokens = q.shape[1]
-    document = None
-    if cu_seqlens is not None:
-        document, _ = document_of_tokens(cu_seqlens, n_tokens)
+    T = q.shape[1]
+    document = None if cu_seqlens is None else document_of_tokens(cu_seqlens, T)[0]
 
     def visible(b: Any, h: Any, t: Any, s: Any) -> Any:
         keep = t >= s
@@ -177,21 +154,15 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tenso
             keep = keep & (document[t] == document[s])
         return keep
 
-    mask = create_block_mask(visible, None, None, n_tokens, n_tokens, device=str(q.device))
-    out = flex_attention_on(q.device.type)(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        block_mask=mask,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
+    mask = create_block_mask(visible, None, None, T, T, device=str(q.device))
+    attend = flex_attention_on(q.device.type)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return attend(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 def _fmha(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
     fmha = _import_fmha()
-    groups = q.shape[2] // k.shape[2]
-    k, v = repeat_kv(k, groups), repeat_kv(v, groups)
+    k, v = (repeat_kv(x, q.shape[2] // x.shape[2]) for x in (k, v))
     bias = fmha.attn_bias
     if cu_seqlens is not None:
         lengths = [end - start for start, end in itertools.pairwise(host_cu_seqlens(cu_seqlens))]
@@ -199,7 +170,7 @@ def _fmha(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tenso
         if window is not None:
             mask = mask.make_local_attention(window)
     elif window is not None:
-        # LocalAttentionFromBottomRightMask counts the keys left of the query.
+        # window_left excludes the query itself.
         mask = bias.LocalAttentionFromBottomRightMask(window_left=window - 1, window_right=0)
     else:
         mask = bias.LowerTriangularMask()
@@ -220,7 +191,7 @@ def _import_fmha() -> Any:
 
 
 def _preload_cuda12_runtime() -> None:
-    """xformers' wheels link to libcudart.so.12; beside a CUDA 13 torch nothing else loads it."""
+    """Load libcudart.so.12: xformers 0.0.35 links to it, and a CUDA 13 torch does not load it."""
     import ctypes
     import importlib.util
     from pathlib import Path

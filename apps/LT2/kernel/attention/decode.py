@@ -1,6 +1,6 @@
-"""Softmax attention of one query a row over its cache: a decode step.
+"""Softmax attention of one query per row over its cache: a decode step.
 
-Shapes: B rows, S slots of the cache, H query heads, G key/value heads, K head width.
+Shapes: B rows, S slots of the cache, H query heads, G key/value heads, K head dim.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from apps.LT2.kernel.attention.decode_triton import launch
 
 IMPLS = ("auto", "sdpa", "triton")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_WIDTH = 256  # of a head: wider tiles do not fit in a multiprocessor
+MAX_HEAD_DIM = 256  # larger tiles do not fit in shared memory
 
 
 def decode_attention(
     q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, n_valid_B: Tensor, *, impl: str = "auto"
 ) -> Tensor:
-    """One query a row over the first n_valid >= 1 slots of its cache; returns (B, H, K).
+    """Attend with one query per row to the first n_valid >= 1 slots of its cache: (B, H, K).
 
-    The order of the slots does not matter: a ring buffer is passed as it lies in memory. `impl`:
-    "auto" is the Triton kernel on CUDA, which reads the valid slots alone, and "sdpa" elsewhere,
-    which reads all of them under a mask; either can be forced.
+    The order of slots does not matter, so a ring buffer needs no reordering. Logits are multiplied
+    by K**-0.5. `impl`: "triton" reads valid slots only, on CUDA; "sdpa" reads all under a mask;
+    "auto" is "triton" if it supports the tensors.
     """
     assert impl in IMPLS, f"impl must be one of {IMPLS}, got {impl!r}"
-    if impl == "triton" or (impl == "auto" and _kernel_can(q_BHK, k_BSGK, v_BSGK)):
+    if impl == "triton" or (impl == "auto" and _kernel_supports(q_BHK, k_BSGK, v_BSGK)):
         return decode_attention_triton(q_BHK, k_BSGK, v_BSGK, n_valid_B)
     return _sdpa(q_BHK, k_BSGK, v_BSGK, n_valid_B)
 
@@ -44,19 +44,17 @@ def _sdpa(q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, n_valid_B: Tensor) -> T
     return out[:, :, 0]
 
 
-def _kernel_can(q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> bool:
+def _kernel_supports(q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor) -> bool:
     same = q_BHK.dtype == k_BSGK.dtype == v_BSGK.dtype and q_BHK.dtype in KERNEL_DTYPES
-    return q_BHK.is_cuda and same and q_BHK.shape[-1] <= MAX_WIDTH
+    return q_BHK.is_cuda and same and q_BHK.shape[-1] <= MAX_HEAD_DIM
 
 
 @torch.library.custom_op("lt2::decode_attention", mutates_args=())
 def decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, n_valid: Tensor) -> Tensor:
-    """Same arguments and result as `decode_attention`; not differentiable."""
-    assert _kernel_can(q, k, v), f"the kernel does not take {q.dtype}, {k.dtype} on {q.device}"
-    with torch.cuda.device(q.device):
+    """Run `decode_attention` with the Triton kernel. Not differentiable."""
+    assert _kernel_supports(q, k, v), f"unsupported: {q.dtype}, {k.dtype} on {q.device}"
+    with torch.cuda.device_of(q):
         return launch(q, k, v, n_valid)
 
 
-@decode_attention_triton.register_fake
-def _(q, k, v, n_valid):
-    return q.new_empty(q.shape)
+decode_attention_triton.register_fake(lambda q, *_: q.new_empty(q.shape))

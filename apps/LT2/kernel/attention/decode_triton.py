@@ -1,9 +1,9 @@
-"""The decode step's attention on CUDA, shared out over the slots of the cache.
+"""Decode attention on CUDA, split over the slots of the cache.
 
-A step reads the cache once and computes little, so what counts is that all multiprocessors read:
-the slots of a row go to several programs, whose partial softmaxes a second, small kernel joins (the
-split of Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). All query heads
-of a key/value head share one reading of it. Slots that hold nothing yet are not read.
+A step is bound by reading the cache, so all multiprocessors must read: several programs share the
+slots of a row, and a second kernel combines their partial softmaxes (Flash-Decoding,
+https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The query heads of a key/value head share
+one read. Empty slots are not read.
 
 Shapes as in `decode_attention`; R = H / G, P parts.
 """
@@ -16,25 +16,25 @@ from torch import Tensor
 
 from apps.LT2.kernel.triton_jit import jit, tl, triton
 
-BLOCK_S = 64  # slots read at a time
-MIN_SLOTS = 4 * BLOCK_S  # of a part: fewer, and joining the parts costs more than it saves
-MAX_STAGED_BYTES = 512  # of a head
-PROGRAMS = 1024  # wanted at least: some for each multiprocessor of the largest GPUs
+BLOCK_S = 64  # slots per iteration
+MIN_SLOTS = 4 * BLOCK_S  # per part: with fewer, combining parts costs more than it saves
+MAX_STAGED_BYTES = 512  # of a head in one slot
+PROGRAMS = 1024  # several for each multiprocessor of the largest GPUs
 
 
 def launch(q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, n_valid_B: Tensor) -> Tensor:
     B, H, K = q_BHK.shape
     S, G = k_BSGK.shape[1:3]
-    assert k_BSGK.stride(3) == v_BSGK.stride(3) == 1, "channels of a head lie side by side"
+    assert k_BSGK.stride(3) == v_BSGK.stride(3) == 1, "the channels of a head must be contiguous"
     n_parts = max(min(triton.cdiv(PROGRAMS, B * G), triton.cdiv(S, MIN_SLOTS)), 1)
-    slots = triton.cdiv(triton.cdiv(S, n_parts), BLOCK_S) * BLOCK_S  # of a part
+    slots = triton.cdiv(triton.cdiv(S, n_parts), BLOCK_S) * BLOCK_S  # per part
     sums_BHPK = torch.empty(B, H, n_parts, K, device=q_BHK.device, dtype=torch.float32)
-    # of the scores of a part: their maximum, and the sum of exp(score - maximum)
+    # per part: the maximum score, and the sum of exp(score - maximum)
     maximum_BHP, total_BHP = torch.empty(2, B, H, n_parts, device=q_BHK.device, dtype=torch.float32)
     o_BHK = q_BHK.new_empty(q_BHK.shape)
     block_K = max(triton.next_power_of_2(K), 16)
     sizes = {"K": K, "BLOCK_K": block_K, "num_warps": 4}
-    # Loads of the next slots under way at once; more of the widest do not fit in shared memory.
+    # Prefetched iterations; for large heads only one fits in shared memory.
     num_stages = 3 if block_K * q_BHK.dtype.itemsize <= MAX_STAGED_BYTES else 1
     _attend_part[(B * G, n_parts)](
         q_BHK.contiguous(),
@@ -55,7 +55,7 @@ def launch(q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, n_valid_B: Tensor) -> 
         num_stages=num_stages,
         **sizes,
     )
-    _join_parts[(B * H,)](
+    _combine_parts[(B * H,)](
         sums_BHPK,
         maximum_BHP,
         total_BHP,
@@ -96,7 +96,7 @@ def _attend_part(
     n_parts = tl.num_programs(1)
     at_R, at_K = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     in_K = at_K < K
-    head = bg * R + at_R  # of B * H, since the heads of a group follow each other
+    head = bg * R + at_R  # index in B * H: the heads of a group are consecutive
     in_RK = (at_R < R)[:, None] & in_K[None, :]
     q = tl.load(q_ptr + head[:, None] * K + at_K[None, :], mask=in_RK, other=0.0)
     first = part * slots
@@ -126,7 +126,7 @@ def _attend_part(
 
 
 @jit()
-def _join_parts(
+def _combine_parts(
     sums_ptr,
     maximum_ptr,
     total_ptr,
@@ -141,7 +141,7 @@ def _join_parts(
     in_P, in_K = at_P < P, at_K < K
     maximum = tl.load(maximum_ptr + head * P + at_P, mask=in_P, other=float("-inf"))
     total = tl.load(total_ptr + head * P + at_P, mask=in_P, other=0.0)
-    share = tl.exp(maximum - tl.max(maximum, axis=0))  # 0 for a part without a valid slot
+    share = tl.exp(maximum - tl.max(maximum, axis=0))  # 0 for a part without valid slots
     sums = tl.load(
         sums_ptr + (head * P + at_P)[:, None] * K + at_K[None, :],
         mask=in_P[:, None] & in_K[None, :],

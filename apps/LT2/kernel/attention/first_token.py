@@ -1,4 +1,4 @@
-"""How much of its attention softmax spends on the first token: the mass of an attention sink
+"""The attention probability of the first token, an attention sink
 (https://arxiv.org/abs/2309.17453)."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from torch import Tensor
 from apps.LT2.kernel.attention.naive import visible_keys
 from apps.LT2.kernel.documents import local_positions
 
-MAX_QUERIES = 128  # a row; their scores, in fp32, are the only ones in memory
+MAX_QUERIES = 128  # per row; only their fp32 scores are in memory
 
 
 @torch.no_grad()
@@ -20,14 +20,14 @@ def first_token_mass(
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """(B, H, Q) fp32: the probability that queries give to the first key of their document.
+    """Return the probability that queries give to their document's first key, (B, H, Q) fp32.
 
     q           (B, T, H, K)
     k           (B, T, Hkv, K), Hkv divides H
-    window      keys a query sees, itself included; where the first is out of sight its mass is 0
-    cu_seqlens  (n_docs + 1,) int32 with B = 1; without it every row is one document
-    The Q queries are all T, or MAX_QUERIES of them, the middles of equal parts of the row. The
-    softmax of each is exact, over all keys that it sees.
+    window      keys a query sees, itself included; the probability of a hidden first key is 0
+    cu_seqlens  (n_docs + 1,) int32 with B = 1; if None, every row is one document
+    Q is min(T, MAX_QUERIES); the queries are the middles of Q equal parts of the row. Each softmax
+    is exact, over all keys that the query sees.
     """
     n_tokens, head_dim = q_BTHK.shape[1], q_BTHK.shape[3]
     n_kv_heads, device = k_BTHK.shape[2], q_BTHK.device

@@ -1,4 +1,4 @@
-"""Softmax attention as it is defined: dense scores, in fp32."""
+"""The definition of softmax attention: dense scores in fp32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def visible_keys(
     device: torch.device | str,
     queries: Tensor | None = None,
 ) -> Tensor:
-    """(T, T) bool: whether query t sees key s. With `queries` (Q,) int64, those rows of it.
+    """Return (T, T) bool, whether query t sees key s; or its rows `queries` (Q,) int64.
 
     window 2, documents of 3 and 2 tokens      a b c d e
                                            a   1
@@ -46,7 +46,7 @@ def naive_attention(
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over the visible keys; returns (B, T, H, K) in q's dtype."""
+    """Return softmax(q k^T / sqrt(K)) v over the visible keys: (B, T, H, K) in q's dtype."""
     n_tokens, n_heads, head_dim = q_BTHK.shape[1:]
     groups = n_heads // k_BTHK.shape[2]
     k_BTHK, v_BTHK = repeat_kv(k_BTHK, groups), repeat_kv(v_BTHK, groups)

@@ -1,7 +1,7 @@
-"""The delta rule token by token, as https://arxiv.org/abs/2406.06484 writes it.
+"""The delta rule token by token, as https://arxiv.org/abs/2406.06484 defines it.
 
-This is the definition that every other form is tested against. A Python loop over tokens: use it
-to check, not to train. Shapes: B batch, T tokens, N sequences, H heads, K key and V value width.
+The definition that all other forms are tested against: a Python loop over tokens, for tests only.
+Shapes: B batch, T tokens, N sequences, H heads, K key and V value head dim.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def delta_rule_naive(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `delta_rule`; fp64 inputs are computed in fp64."""
+    """Run `delta_rule` in fp32, or in fp64 for fp64 inputs."""
     inputs = (q_BTHK, k_BTHK, v_BTHV, beta_BTH)
     state_shape = (*q_BTHK.shape[2:], v_BTHV.shape[-1])
     return by_document(_recurrence, inputs, state_shape, state, cu_seqlens, v_BTHV.dtype)

@@ -1,11 +1,11 @@
-"""DeepSeek sparse attention (https://arxiv.org/abs/2512.02556): the only door to its forms.
+"""DeepSeek sparse attention (https://arxiv.org/abs/2512.02556).
 
     I(t, s) = sum_j w(t, j) ReLU(q_I(t, j) . k_I(s))          the lightning indexer
     o(t)    = attention of q(t) over the top_k keys s <= t with the largest I(t, s)
-    loss    = mean over t of KL(p(t) || softmax I(t))         p: the attention's own distribution
+    loss    = mean over t of KL(p(t) || softmax I(t))         p: the attention's distribution
 
-Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head width, J index heads,
-C index width.
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head dim, J index heads, C
+index dim.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apps.LT2.kernel.attention import decode_attention
 from apps.LT2.kernel.dsa.naive import dsa_naive
-from apps.LT2.kernel.dsa.operator import dsa_blocked, kernels_can
+from apps.LT2.kernel.dsa.operator import dsa_blocked, kernels_support
 from apps.LT2.kernel.dsa.selection import (
     Index,
     head_products,
@@ -46,29 +46,29 @@ def dsa(
     with_loss: bool = False,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of T queries, the last T of S tokens, over the keys that the indexer picks.
+    """Attend causally with T queries, the last of S tokens, to the keys that the indexer selects.
 
-    q           (B, T, H, K)
+    q           (B, T, H, K)   multiplied by K**-0.5
     k, v        (B, S, G, K)   G divides H
     index.q     (B, T, J, C)
     index.k     (B, S, C)
-    index.w     (B, T, J)      fp32
-    top_k       keys a query attends to at most; None = all that it sees (dense warm-up)
-    cu_seqlens  (n_docs + 1,)  int32 bounds of packed documents; then B is 1 and S is T
-    Returns o (B, T, H, K) in q's dtype; and with `with_loss` the indexer's loss, an fp32 scalar,
-    else None. p is the sum of the heads' probabilities, normalised, and a constant to the loss;
-    both distributions are over the keys that are attended to. The gradient of o reaches q, k and v
-    alone, and that of the loss index.q, index.k and index.w alone. Of two keys with equal scores
-    the later one is picked. fp64 inputs are computed in fp64. `impl`: "auto" is blocks of queries
-    with Triton kernels for 16-bit CUDA tensors with S = T, and in plain torch otherwise; "naive",
-    "blocked" (plain torch) and "triton" force one.
+    index.w     (B, T, J)      fp32; the caller scales it by (J C)**-0.5
+    top_k       the most keys a query attends to; None = all that it sees (dense warm-up)
+    cu_seqlens  (n_docs + 1,)  int32 offsets of packed documents; then B is 1 and S is T
+    impl        "naive", "blocked" (plain torch), "triton" (16-bit CUDA tensors with S = T), or
+                "auto": triton if it supports the tensors, else blocked
+    Returns o (B, T, H, K) in q's dtype and the indexer's loss, an fp32 scalar; None without
+    `with_loss`. fp64 inputs are computed in fp64.
+    The loss compares distributions over the selected keys. p is the mean of the heads'
+    probabilities and is a constant. o is differentiable in q, k and v only, the loss in index.q,
+    index.k and index.w only. Of keys with equal scores the later one is selected.
     """
     _check_shapes(q_BTHK, k_BSGK, v_BSGK, index, top_k, cu_seqlens)
     if impl == "auto":
-        impl = "triton" if kernels_can(q_BTHK, k_BSGK, index) else "blocked"
+        impl = "triton" if kernels_support(q_BTHK, k_BSGK, index) else "blocked"
     assert impl in IMPLS, f"impl must be auto or one of {list(IMPLS)}, got {impl!r}"
-    able = impl != "triton" or kernels_can(q_BTHK, k_BSGK, index)
-    assert able, f"the kernels do not take {q_BTHK.dtype} on {q_BTHK.device}, or T is not S"
+    supported = impl != "triton" or kernels_support(q_BTHK, k_BSGK, index)
+    assert supported, f"impl='triton' does not support {q_BTHK.dtype} on {q_BTHK.device}, or T != S"
     return IMPLS[impl](
         q_BTHK,
         k_BSGK,
@@ -84,10 +84,10 @@ def dsa(
 def dsa_step(
     q_BHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, index: Index, n_valid_B: Tensor, *, top_k: int
 ) -> Tensor:
-    """One query a row over the first n_valid of S cached keys; returns (B, H, K).
+    """Attend with one query per row to the first n_valid of S cached keys; returns (B, H, K).
 
-    `index` as in `dsa` with T = 1. All index keys are read, and top_k keys and values. No shape
-    depends on n_valid.
+    `index` as in `dsa` with T = 1. Reads all index keys, and top_k keys and values. No shape
+    depends on n_valid. q is multiplied by K**-0.5.
     """
     n_slots = k_BSGK.shape[1]
     n_read = n_valid_B
@@ -101,12 +101,14 @@ def dsa_step(
     return decode_attention(q_BHK, k_BSGK.type_as(q_BHK), v_BSGK.type_as(q_BHK), n_read)
 
 
-def _check_shapes(q, k, v, index, top_k, cu_seqlens) -> None:
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, index: Index, top_k: int | None, cu_seqlens: Tensor | None
+) -> None:
     B, T, H, K = q.shape
     S, G = k.shape[1:3]
     assert 0 < T <= S, f"{T} queries cannot be the last of {S} tokens"
     assert k.shape == (B, S, G, K) and H % G == 0, f"k {tuple(k.shape)}, q {tuple(q.shape)}"
-    assert v.shape == k.shape, f"v {tuple(v.shape)} is not shaped as k {tuple(k.shape)}"
+    assert v.shape == k.shape, f"v {tuple(v.shape)} must have the shape of k {tuple(k.shape)}"
     J, C = index.q_BTJC.shape[2:]
     shapes = [tuple(x.shape) for x in index]
     assert shapes == [(B, T, J, C), (B, S, C), (B, T, J)], f"index {shapes}, q {tuple(q.shape)}"

@@ -1,10 +1,9 @@
-"""DeepSeek sparse attention and the indexer's loss, in blocks of queries.
+"""DeepSeek sparse attention and the indexer's loss in plain torch, in blocks of queries.
 
-No tensor of all queries by all keys is made but a mask of one bit each: a block of queries meets
-its keys, and what it leaves is its output, its part of the loss and its selection. Scores and loss
-are fp32 (fp64 for fp64 inputs). `fused` is the same with kernels.
+The only tensor of all queries by all keys is a mask of one bit each. Scores and loss are fp32 (fp64
+for fp64 inputs). `fused.py` is the same with kernels.
 
-Shapes as in `dsa`; Q queries of a block.
+Shapes as in `dsa`; Q queries in a block.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apps.LT2.kernel.arguments import wide_dtype
 from apps.LT2.kernel.dsa.blocks import query_blocks
 from apps.LT2.kernel.dsa.plain import PlainAttention
 from apps.LT2.kernel.dsa.selection import (
@@ -23,17 +23,16 @@ from apps.LT2.kernel.dsa.selection import (
     pack_bits,
     select_top_k,
     wide_bmm,
-    wide_dtype,
 )
 
 
 @dataclass
 class Forward:
     o_BTHK: Tensor
-    lse_BHT: Tensor  # the kernels' sums of exponentials; empty without them
-    bits_BTX: Tensor  # uint8, a bit for each query and key: whether it is selected; or empty
+    lse_BHT: Tensor  # log2 of the kernels' sums of exponentials; empty without kernels
+    bits_BTX: Tensor  # uint8, one bit per query and key: whether it is selected; or empty
     loss: Tensor  # (): sum over queries of KL(p || softmax(I))
-    index_grads: list[Tensor]  # of the loss by q_I, k_I and w; empty without a loss
+    index_grads: list[Tensor]  # gradients of the loss for q_I, k_I and w; [] without loss
 
 
 def forward(
@@ -86,11 +85,13 @@ def forward(
 def _divergence(
     target_BQS: Tensor, scores_BQS: Tensor, selected_BQS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """sum of KL(target || softmax(scores)) over the selected keys, and its gradient by the scores.
-    The target is 0 where no key is selected."""
+    """Return sum of KL(target || softmax(scores)) over the selected keys, and the scores' gradient.
+
+    The target is 0 for unselected keys. Overwrites scores.
+    """
     log_guess_BQS = scores_BQS.masked_fill_(~selected_BQS, float("-inf")).log_softmax(-1)
     dscores_BQS = log_guess_BQS.exp().sub_(target_BQS)
-    # A key that is not selected adds 0 and not 0 times infinity.
+    # An unselected key adds 0, not 0 * inf.
     cross_BQS = log_guess_BQS.masked_fill_(~selected_BQS, 0).mul_(target_BQS)
     return torch.xlogy(target_BQS, target_BQS).sub_(cross_BQS).sum(), dscores_BQS
 
@@ -103,7 +104,7 @@ def _index_backward(
     dk_BSC: Tensor,
     dw_BQJ: Tensor,
 ) -> None:
-    """Write the gradients of q and w of a block's queries, and add to that of the keys."""
+    """Write the gradients of q and w of a block's queries; add to the gradient of the keys."""
     dtype = part.q_BTJC.dtype
     for j, heard_BQS in enumerate(products):
         dw_BQJ[..., j] = (dscores_BQS * heard_BQS).sum(-1)

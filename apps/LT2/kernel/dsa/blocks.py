@@ -1,4 +1,4 @@
-"""Blocks of queries, and the keys that each may see.
+"""Blocks of queries, and the keys that each can see.
 
 Shapes: B batch, T queries, S >= T keys (the queries are the last T of S tokens), Q queries of a
 block.
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from apps.LT2.kernel.documents import document_of_tokens, host_cu_seqlens
 
-# Elements of the largest tensor of a block: 128 MiB in fp32, and some four of them are alive at a
-# time. Smaller blocks skip more of the future but start more kernels.
+# Elements of the largest tensor of a block: 128 MiB in fp32, and about four are alive at a time.
+# Smaller blocks skip more of the future but launch more kernels.
 BLOCK_ELEMENTS = 2**25
 MIN_QUERIES = 16
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries begin..end of T, and the keys first..last of S that they may see."""
+    """Queries begin..end of T, and the keys first..last of S that they can see."""
 
     begin: int
     end: int
@@ -45,7 +45,7 @@ class Block:
 
 
 def query_ranges(n_queries: int, *, elements_per_query: int) -> Iterator[tuple[int, int]]:
-    """begin, end of each block; `elements_per_query`: of the largest tensor of a block."""
+    """Yield begin, end of each block. elements_per_query: of the largest tensor of a block."""
     size = BLOCK_ELEMENTS // elements_per_query
     size = max(MIN_QUERIES, size // MIN_QUERIES * MIN_QUERIES)
     for begin in range(0, n_queries, size):
@@ -60,7 +60,7 @@ def query_blocks(
     elements_per_pair: int,
     device: torch.device,
 ) -> Iterator[Block]:
-    """`elements_per_pair`: of the largest tensor, for each query and key of a block."""
+    """Yield the blocks. elements_per_pair: of the largest tensor, per query and key of a block."""
     offset = n_keys - n_queries
     position = torch.arange(n_keys, device=device)
     document, starts = None, [0]

@@ -1,9 +1,7 @@
-"""DeepSeek sparse attention and the indexer's loss by Triton kernels, in blocks of queries.
+"""DeepSeek sparse attention and the indexer's loss on Triton kernels, in blocks of queries.
 
-As `blocked`, but of a block there is one matrix of queries by keys only: its scores, in whose place
-the loss's gradient by them comes.
-
-Shapes as in `dsa`; S is T.
+As `blocked.py`, but a block has one matrix of queries by keys: its scores, later overwritten by the
+loss's gradient. Shapes as in `dsa`; S is T.
 """
 
 from __future__ import annotations

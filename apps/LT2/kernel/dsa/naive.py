@@ -1,8 +1,7 @@
-"""DeepSeek sparse attention in fp32, dense and as https://arxiv.org/abs/2512.02556 writes it.
+"""The definition of DeepSeek sparse attention (https://arxiv.org/abs/2512.02556), dense in fp32.
 
-This is the definition that the blocked form is tested against; autograd gives its gradients.
-Shapes: B batch, T queries, S >= T keys (the queries are the last T of S tokens), H query heads,
-G key/value heads, K head width, J index heads, C index width.
+Autograd gives its gradients. Shapes: B batch, T queries, S >= T keys (the queries are the last T of
+S tokens), H query heads, G key/value heads, K head dim, J index heads, C index dim.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apps.LT2.kernel.arguments import wide_dtype
 from apps.LT2.kernel.attention.naive import visible_keys
-from apps.LT2.kernel.dsa.selection import Index, wide_dtype
+from apps.LT2.kernel.dsa.selection import Index
 from lingua.transformer import repeat_kv
 
 
@@ -26,8 +26,7 @@ def dsa_naive(
     with_loss: bool = False,
     selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Same arguments and results as `dsa`; `selected` (B, T, S) bool takes the choice away from
-    the indexer, whose loss is then over these keys."""
+    """Run `dsa`. `selected` (B, T, S) bool replaces the indexer's choice, also in its loss."""
     dtype, wide = q_BTHK.dtype, wide_dtype(q_BTHK.dtype)
     n_queries, n_keys = q_BTHK.shape[1], k_BSGK.shape[1]
     groups = q_BTHK.shape[2] // k_BSGK.shape[2]
@@ -54,7 +53,7 @@ def dsa_naive(
 
 
 def _largest(scores_BTS: Tensor, visible: Tensor, top_k: int | None) -> Tensor:
-    """The top_k visible keys of each query, the later one of two with equal scores."""
+    """Return the top_k visible keys of each query, (B, T, S) bool; later keys win ties."""
     visible = visible.expand_as(scores_BTS)
     if top_k is None:
         return visible

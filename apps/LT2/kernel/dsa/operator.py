@@ -1,20 +1,23 @@
-"""The blocked form as one custom operator, so that the block around it compiles whole.
+"""The blocked form as one custom operator, so the block around it compiles whole.
 
-The loss's gradients by the indexer's tensors are known in forward but for a factor, and need there
-what forward has in hand anyway: the scores and the probabilities. They are kept, and multiplied by
-the factor in backward.
+Forward holds the scores and probabilities, so it also computes the gradients of the loss for the
+indexer's tensors. Backward multiplies them by the gradient of the loss.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.dsa import blocked, plain
-from apps.LT2.kernel.dsa.selection import Index, mask_bytes, wide_dtype
+from apps.LT2.kernel.arguments import wide_dtype
+from apps.LT2.kernel.dsa import blocked, fused, plain
+from apps.LT2.kernel.dsa.selection import Index, mask_bytes
+from apps.LT2.kernel.dsa.triton import differentiate
 
-MAX_WIDTH = 256  # of a head: wider tiles do not fit in a multiprocessor
-MAX_HEADS = 65_535  # of all rows: programs of a grid's second axis
+MAX_HEAD_DIM = 256  # larger tiles do not fit in shared memory
+MAX_HEADS = 65_535  # of all rows: the limit of a grid's second axis
 
 
 def dsa_blocked(
@@ -28,7 +31,7 @@ def dsa_blocked(
     with_loss: bool = False,
     use_kernels: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Same arguments and results as `dsa`."""
+    """Run `dsa` in blocks of queries."""
     n_keys = k_BSGK.shape[1]
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, k_BSGK, v_BSGK))
     o_BTHK, _, _, loss, *_ = _forward(
@@ -45,13 +48,13 @@ def dsa_blocked(
     return o_BTHK, loss / q_BTHK.shape[:2].numel() if with_loss else None
 
 
-def kernels_can(q_BTHK: Tensor, k_BSGK: Tensor, index: Index) -> bool:
-    """Whether the Triton kernels serve these tensors."""
-    on_gpu = q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2
-    alike = q_BTHK.dtype == k_BSGK.dtype == index.q_BTJC.dtype == index.k_BSC.dtype
-    narrow = max(q_BTHK.shape[3], index.k_BSC.shape[2]) <= MAX_WIDTH
+def kernels_support(q_BTHK: Tensor, k_BSGK: Tensor, index: Index) -> bool:
+    """Return whether the Triton kernels support these tensors."""
+    half = q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2
+    one_dtype = q_BTHK.dtype == k_BSGK.dtype == index.q_BTJC.dtype == index.k_BSC.dtype
+    small = max(q_BTHK.shape[3], index.k_BSC.shape[2]) <= MAX_HEAD_DIM
     few = q_BTHK.shape[0] * max(q_BTHK.shape[2], index.q_BTJC.shape[2]) <= MAX_HEADS
-    return on_gpu and alike and narrow and few and q_BTHK.shape[1] == k_BSGK.shape[1]
+    return half and one_dtype and small and few and q_BTHK.shape[1] == k_BSGK.shape[1]
 
 
 @torch.library.custom_op("lt2::dsa", mutates_args=())
@@ -68,12 +71,13 @@ def _forward(
     keep_selection: bool,
     use_kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, the kernels' logarithms, the packed selection, the loss summed over queries, and its
-    gradients by the indexer's q, k and w. What was not asked for is empty."""
+    """Return o, the kernels' log-sum-exp, the packed selection, the loss and its gradients.
+
+    The loss is summed over queries; its gradients are for the indexer's q, k and w. Tensors that
+    were not requested are empty.
+    """
     index = Index(index_q, index_k, index_w)
     if use_kernels:
-        from apps.LT2.kernel.dsa import fused
-
         with torch.cuda.device_of(q):
             out = fused.forward(q, k, v, index, cu_seqlens, top_k, with_loss=with_loss)
     else:
@@ -85,7 +89,19 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, iq, ik, iw, cu_seqlens, top_k, with_loss, keep_selection, use_kernels):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    iq: Tensor,
+    ik: Tensor,
+    iw: Tensor,
+    cu_seqlens: Tensor | None,
+    top_k: int,
+    with_loss: bool,
+    keep_selection: bool,
+    use_kernels: bool,
+) -> tuple[Tensor, ...]:
     B, T, H, _ = q.shape
     grads = [x.new_empty(x.shape if with_loss else 0) for x in (iq, ik, iw)]
     n_keys = k.shape[1]
@@ -109,21 +125,17 @@ def _backward(
     cu_seqlens: Tensor | None,
     do: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v by the output's."""
+    """Return the gradients of q, k and v."""
     if lse.numel():
-        from apps.LT2.kernel.dsa.triton import differentiate
-
         with torch.cuda.device_of(q):
             return differentiate(q, k, v, bits, cu_seqlens, o, lse, do)
     return plain.backward(q, k, v, bits, cu_seqlens, do)
 
 
-@_backward.register_fake
-def _(q, k, v, o, lse, bits, cu_seqlens, do):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+_backward.register_fake(lambda *args: tuple(x.new_empty(x.shape) for x in args[:3]))
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, _, _, _, cu_seqlens, _, ctx.with_loss, _, _ = inputs
     o, lse, bits, _, *index_grads = output
     ctx.save_for_backward(q, k, v, o, lse, bits, cu_seqlens, *index_grads)
@@ -131,7 +143,9 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, do, _dlse, _dbits, dloss, *_):
+def _differentiate(
+    ctx: Any, do: Tensor | None, _dlse: None, _dbits: None, dloss: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     *saved, dq, dk, dw = ctx.saved_tensors
     grads = (None,) * 3 if do is None else _backward(*saved, do)
     index_grads = (None,) * 3

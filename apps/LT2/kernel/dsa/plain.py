@@ -1,8 +1,8 @@
-"""Attention over selected keys in plain torch, for one block of queries at a time.
+"""Attention over selected keys in plain torch, one block of queries at a time.
 
-Matrix products take the inputs' dtype and sum in fp32; softmax is fp32 (fp64 for fp64 inputs).
-Shapes as in `dsa`; N = B G, and R = H / G query heads share a key head; M = R Q rows of a block of
-Q queries.
+Matrix products multiply in the inputs' dtype and sum in fp32; softmax is fp32 (fp64 for fp64
+inputs). Shapes as in `dsa`; N = B G; R = H / G query heads share a key head; Q queries in a block;
+M = R Q.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from apps.LT2.kernel.arguments import wide_dtype
 from apps.LT2.kernel.dsa.blocks import Block, query_blocks
-from apps.LT2.kernel.dsa.selection import unpack_bits, wide_bmm, wide_dtype
+from apps.LT2.kernel.dsa.selection import unpack_bits, wide_bmm
 
 
 class PlainAttention:
-    """Filled block by block."""
+    """The outputs of all queries, computed block by block."""
 
     def __init__(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor):
         self.n_batch, self.wide = q_BTHK.shape[0], wide_dtype(q_BTHK.dtype)
@@ -24,7 +25,7 @@ class PlainAttention:
         self.o_NRTK = torch.empty_like(self.q_NRTK)
 
     def attend(self, block: Block, selected_BQS: Tensor, *, with_mean: bool) -> Tensor | None:
-        """Compute a block's outputs; the mean of the heads' probabilities (B, Q, S), if wanted."""
+        """Compute a block's outputs. Returns the mean of the heads' probabilities, (B, Q, S)."""
         queries, keys = block.queries, block.keys
         bias_BQS = _bias(selected_BQS, self.wide)
         k_NSK, v_NSK = self.k_NSK[:, keys], self.v_NSK[:, keys]
@@ -34,7 +35,7 @@ class PlainAttention:
         return p_BHQS.mean(1) if with_mean else None
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """o, and what the kernels' backward needs and this one does not."""
+        """Return o, and an empty log-sum-exp: only the kernels' backward needs one."""
         o_BTHK = _by_token(self.o_NRTK, self.n_batch)
         return o_BTHK, o_BTHK.new_empty(0, dtype=torch.float32)
 
@@ -47,7 +48,7 @@ def backward(
     cu_seqlens: Tensor | None,
     do_BTHK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; probabilities are computed again from the kept selection."""
+    """Return the gradients of q, k and v, with probabilities recomputed from the selection."""
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
     wide, scale = wide_dtype(q_BTHK.dtype), K**-0.5
@@ -77,29 +78,29 @@ def backward(
 
 
 def _by_head(x_BSGK: Tensor) -> Tensor:
-    """(N, S, K) with N = B G matrices, for batched products."""
+    """Return N = B G matrices for batched products, (N, S, K)."""
     return x_BSGK.transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _grouped(q_BTHK: Tensor, n_kv_heads: int) -> Tensor:
-    """(N, R, T, K): the queries of each key head together."""
+    """Group the queries of each key head: (N, R, T, K)."""
     return q_BTHK.unflatten(2, (n_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
 
 
 def _by_token(o_NRTK: Tensor, n_batch: int) -> Tensor:
-    """(B, T, H, K), undoing `_grouped`."""
+    """Undo `_grouped`: (B, T, H, K)."""
     o_BTGRK = o_NRTK.unflatten(0, (n_batch, -1)).permute(0, 3, 1, 2, 4)
     return o_BTGRK.flatten(2, 3).contiguous()
 
 
 def _bias(selected_BQS: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a key is selected and -inf elsewhere."""
+    """Return 0 for selected keys and -inf for others."""
     zeros = torch.zeros(selected_BQS.shape, dtype=dtype, device=selected_BQS.device)
     return zeros.masked_fill_(~selected_BQS, float("-inf"))
 
 
 def _probabilities(q_NRQK: Tensor, k_NSK: Tensor, bias_BQS: Tensor, n_batch: int) -> Tensor:
-    """softmax(q k^T / sqrt(K) + bias), (B, H, Q, S)."""
+    """Return softmax(q k^T / sqrt(K) + bias), (B, H, Q, S)."""
     n_queries, head_dim = q_NRQK.shape[2:]
     logits_NMS = wide_bmm(q_NRQK.flatten(1, 2), k_NSK.transpose(1, 2))
     logits_BHQS = logits_NMS.view(n_batch, -1, n_queries, k_NSK.shape[1])
@@ -108,6 +109,6 @@ def _probabilities(q_NRQK: Tensor, k_NSK: Tensor, bias_BQS: Tensor, n_batch: int
 
 
 def _combine(p_BHQS: Tensor, v_NSK: Tensor) -> Tensor:
-    """p v, (N, R Q, K)."""
+    """Return p v, (N, R Q, K)."""
     p_NMS = p_BHQS.view(v_NSK.shape[0], -1, v_NSK.shape[1])
     return wide_bmm(p_NMS.to(v_NSK.dtype), v_NSK)

@@ -1,8 +1,8 @@
-"""Which keys a query attends to: the lightning indexer's scores, and the k largest of them.
+"""The keys that a query attends to: the lightning indexer's scores and their k largest.
 
     I(t, s) = sum_j w(t, j) ReLU(q_I(t, j) . k_I(s))
 
-Shapes: B batch, T queries, S keys, J index heads, C index width.
+Shapes: B batch, T queries, S keys, J index heads, C index dim.
 """
 
 from __future__ import annotations
@@ -15,20 +15,15 @@ from torch import Tensor
 
 
 class Index(NamedTuple):
-    """What the indexer makes of T queries and S keys."""
+    """The indexer's projections of T queries and S keys."""
 
     q_BTJC: Tensor
     k_BSC: Tensor  # one head, shared by the index heads
     w_BTJ: Tensor  # fp32, any sign
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are taken in: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def wide_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of batches of matrices, summed and returned in fp32 where the inputs have 16 bits."""
+    """Return a @ b for batches of matrices; 16-bit inputs are summed and returned in fp32."""
     if a.dtype.itemsize >= 4:
         return torch.bmm(a, b)
     if a.is_cuda:
@@ -37,7 +32,7 @@ def wide_bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def index_scores(products: Sequence[Tensor], w_BTJ: Tensor) -> Tensor:
-    """I (B, T, S) from `head_products` of every head."""
+    """Return I (B, T, S) from the `head_products` of every head."""
     scores = torch.zeros_like(products[0])
     for j, heard_BTS in enumerate(products):
         scores.addcmul_(heard_BTS, w_BTJ[..., j, None])
@@ -45,16 +40,16 @@ def index_scores(products: Sequence[Tensor], w_BTJ: Tensor) -> Tensor:
 
 
 def head_products(index: Index) -> list[Tensor]:
-    """ReLU(q_I(t, j) . k_I(s)), (B, T, S) in fp32, of each index head j."""
+    """Return ReLU(q_I(t, j) . k_I(s)), (B, T, S) in fp32, for each index head j."""
     k_BCS = index.k_BSC.transpose(1, 2)
     return [wide_bmm(q_BTC, k_BCS).relu_() for q_BTC in index.q_BTJC.unbind(2)]
 
 
 def select_top_k(scores_BTS: Tensor, visible: Tensor, top_k: int) -> Tensor:
-    """(B, T, S) bool: the visible keys with the top_k largest scores, all of them if no more.
+    """Select the visible keys with the top_k largest scores, (B, T, S) bool; later keys win ties.
 
-    visible (T, S) or (B, T, S) bool. Among equal scores the later keys win. ReLU makes many scores
-    exactly 0, and which of these torch.topk returns depends on shape and device.
+    visible (T, S) or (B, T, S) bool. ReLU makes many scores exactly 0, and torch.topk's choice
+    among equals depends on shape and device.
     """
     if top_k >= scores_BTS.shape[-1]:
         return visible.expand_as(scores_BTS)
@@ -62,28 +57,28 @@ def select_top_k(scores_BTS: Tensor, visible: Tensor, top_k: int) -> Tensor:
     last = scores.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, tied = scores > last, (scores == last) & visible
     room = top_k - above.sum(-1, keepdim=True)
-    # How many tied keys there are from each on: the later ones have the small numbers.
+    # The rank of each tied key from the end.
     place = tied.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
     return above | (tied & (place <= room))
 
 
 def selected_indices(selected_BS: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """((B, top_k) int64 indices of the selected keys in order, (B,) how many they are).
+    """Return the selected keys' indices in order, (B, top_k) int64, and their counts (B,).
 
-    No row selects more than top_k. What follows a row's last index is 0 and means nothing. No
-    shape depends on the selection, so this can be captured in a CUDA graph.
+    No row selects more than top_k; unused entries are 0. No shape depends on the selection, so a
+    CUDA graph can capture this.
     """
     n_rows, n_keys = selected_BS.shape
     place = selected_BS.cumsum(-1)
     count = place[:, -1]
-    column = torch.where(selected_BS, place - 1, top_k)  # the others go to a column that is cut off
+    column = torch.where(selected_BS, place - 1, top_k)  # others go to a dropped column
     indices = torch.zeros(n_rows, top_k + 1, dtype=torch.int64, device=selected_BS.device)
     keys = torch.arange(n_keys, device=selected_BS.device).expand(n_rows, n_keys)
     return indices.scatter_(1, column, keys)[:, :top_k], count
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """(..., S) bool as (..., ceil(S / 8)) uint8."""
+    """Pack (..., S) bool into (..., ceil(S / 8)) uint8."""
     short = -mask.shape[-1] % 8
     bits = torch.nn.functional.pad(mask, (0, short)).unflatten(-1, (-1, 8)).to(torch.uint8)
     powers = torch.arange(8, dtype=torch.uint8, device=mask.device)
@@ -91,16 +86,16 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, size: int) -> Tensor:
-    """The (..., size) bool mask that `pack_bits` was given."""
+    """Undo `pack_bits`: (..., size) bool."""
     powers = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[..., None] >> powers) & 1).flatten(-2)[..., :size].bool()
 
 
 def mask_bytes(n_keys: int) -> int:
-    """Bytes of a row of the kernels' mask: whole words for each tile of 32 or 64 keys."""
+    """Return the bytes of a row of the kernels' mask, in whole words for tiles of 32 or 64 keys."""
     return -(-n_keys // 64) * 8
 
 
 def as_words(bits_BTX: Tensor) -> Tensor:
-    """The packed mask in int32, of which bit i is key i of 32: bytes lie in little-endian order."""
+    """View the packed mask as int32: bit i is key i of 32, since bytes are little-endian."""
     return bits_BTX.view(torch.int32)

@@ -1,12 +1,12 @@
-"""Sparse attention on CUDA: Triton kernels that read which keys are selected from a bit mask.
+"""Sparse attention on CUDA: Triton kernels that read the selected keys from a bit mask.
 
-Flash attention (https://arxiv.org/abs/2307.08691) with one bit for each query and key. Unselected
-keys are masked, not skipped: a tile of 64 queries by 64 keys seldom has none selected. No atomics,
-so results repeat to the bit.
+Flash attention (https://arxiv.org/abs/2307.08691) with one bit per query and key. Unselected keys
+are masked, not skipped: a tile of 64 queries by 64 keys seldom has none selected. No atomics, so
+results repeat to the bit.
 
-Shapes: B batch, T tokens, H query heads, G key/value heads, K head width (KP: the next power of 2),
-X bytes of a row of the mask, Q queries of a block; a tile is M queries by N keys. Exponents are
-of 2.
+Shapes: B batch, T tokens, H query heads, G key/value heads, K head dim (KP: the next power of 2),
+X bytes of a row of the mask, Q queries in a block; a tile is M queries by N keys. Exponentials are
+in base 2.
 """
 
 # pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportIndexIssue=false
@@ -21,7 +21,7 @@ from apps.LT2.kernel.documents import document_of_tokens
 from apps.LT2.kernel.dsa.selection import as_words
 from apps.LT2.kernel.triton_jit import jit, tl, triton
 
-# Where a block begins and ends must not make kernels of its own.
+# No specialization on a block's position: it would compile new kernels.
 jit_of_block = jit(do_not_specialize=["begin", "end"])
 
 LOG2_E = 1.4426950408889634
@@ -29,8 +29,7 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Documents:
-    """Between which tokens there can be attention at all, (T,) int32: a token's document begins at
-    `start` and ends before `stop`."""
+    """The document of each token, (T,) int32: it begins at `start` and ends before `stop`."""
 
     start_T: Tensor
     stop_T: Tensor
@@ -41,14 +40,14 @@ class Documents:
             start = torch.zeros(n_tokens, dtype=torch.int32, device=device)
             return Documents(start, torch.full_like(start, n_tokens))
         document, _ = document_of_tokens(cu_seqlens, n_tokens)
-        bounds = cu_seqlens.int()
-        return Documents(bounds[document].contiguous(), bounds[document + 1].contiguous())
+        offsets = cu_seqlens.int()
+        return Documents(offsets[document].contiguous(), offsets[document + 1].contiguous())
 
 
 class KernelAttention:
-    """Attention over the keys that `bits` (B, T, X) selects, filled block by block; S is T.
+    """Attention over the keys selected by `bits` (B, T, X), computed block by block; S is T.
 
-    A block's bits are to be set before it is attended to. All tensors are contiguous.
+    Set a block's bits before `attend`. All tensors are contiguous.
     """
 
     def __init__(
@@ -64,15 +63,15 @@ class KernelAttention:
         self.bits_BTX, self.documents = bits_BTX, documents
         self.words_BTX = as_words(bits_BTX)
         self.o_BTHK = torch.empty(B, T, H, K, dtype=q_BTHK.dtype, device=q_BTHK.device)
-        # log2 of the sum of 2 ** logit, for each query and head
+        # log2 of the sum of 2 ** logit, per query and head
         self.lse_BHT = torch.empty(B, H, T, dtype=torch.float32, device=q_BTHK.device)
         self.sizes = (T, H, k_BTGK.shape[2], self.words_BTX.shape[-1])
-        self.scale, self.width = K**-0.5 * LOG2_E, width_of(K)
+        self.scale, self.padded_dim = K**-0.5 * LOG2_E, padded_dim(K)
 
     def attend(self, begin: int, end: int) -> None:
         """Compute the outputs of the queries begin..end."""
         B, _, H, K = self.o_BTHK.shape
-        tile = tile_of(self.width)
+        tile = tile_of(self.padded_dim)
         _attend_kernel[triton.cdiv(end - begin, tile["M"]), B * H](
             *self.inputs,
             self.words_BTX,
@@ -84,7 +83,7 @@ class KernelAttention:
             end,
             *self.sizes,
             K=K,
-            KP=self.width,
+            KP=self.padded_dim,
             **tile,
         )
 
@@ -99,15 +98,15 @@ def differentiate(
     lse_BHT: Tensor,
     do_BTHK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     B, T, H, K = q_BTHK.shape
     G = k_BTGK.shape[2]
     q_BTHK, k_BTGK, v_BTGK, do_BTHK = (x.contiguous() for x in (q_BTHK, k_BTGK, v_BTGK, do_BTHK))
     documents = Documents.of(cu_seqlens, T, q_BTHK.device)
-    scale, width, words_BTX = K**-0.5, width_of(K), as_words(bits_BTX)
+    scale, padded, words_BTX = K**-0.5, padded_dim(K), as_words(bits_BTX)
     inputs = (q_BTHK, k_BTGK, v_BTGK, words_BTX)
     sizes = (scale * LOG2_E, scale, T, H, G, words_BTX.shape[-1])
-    options = {"K": K, "KP": width, **tile_of(width)}
+    options = {"K": K, "KP": padded, **tile_of(padded)}
     M, N = options["M"], options["N"]
 
     dq_BTHK, delta_BHT = torch.empty_like(q_BTHK), torch.empty_like(lse_BHT)
@@ -115,8 +114,8 @@ def differentiate(
     grid = (triton.cdiv(T, M), B * H)
     _dq_kernel[grid](*inputs, documents.start_T, o_BTHK, *rest, dq_BTHK, *sizes, **options)
 
-    # A program for each query head, even where many share a key: one for each key head would be
-    # few, and the first keys, which all queries see, would take long. The shares are summed after.
+    # One program per query head, even if heads share keys: programs per key head would be few, and
+    # those of the first keys, which all queries see, would run long. The sums over heads follow.
     shared = H > G
     dtype = torch.float32 if shared else k_BTGK.dtype
     dk, dv = (k_BTGK.new_empty(B, T, H, K, dtype=dtype) for _ in range(2))
@@ -127,16 +126,16 @@ def differentiate(
     return dq_BTHK, dk, dv
 
 
-def width_of(head_dim: int) -> int:
+def padded_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-# (M, N, warps, stages) for heads of up to so many channels, the fastest of nine on an H100
+# padded head dim -> (M, N, warps, stages), the fastest of nine on an H100
 TILES = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)}
 
 
-def tile_of(width: int) -> dict[str, int]:
-    m, n, warps, stages = TILES[min(w for w in TILES if w >= width)]
+def tile_of(padded: int) -> dict[str, int]:
+    m, n, warps, stages = TILES[min(dim for dim in TILES if dim >= padded)]
     return {"M": m, "N": n, "num_warps": warps, "num_stages": stages}
 
 
@@ -145,7 +144,7 @@ def tile_of(width: int) -> dict[str, int]:
 
 @jit()
 def rows_of(x, b, tokens, ok, h, T, H, K: tl.constexpr, KP: tl.constexpr):
-    """Rows (len(tokens), KP) of head h of x (B, T, H, K); zeros beyond K and where not ok."""
+    """Load rows (len(tokens), KP) of head h of x (B, T, H, K); zeros beyond K or if not ok."""
     d = tl.arange(0, KP)
     at = ((b * T + tokens.to(tl.int64)) * H + h) * K
     return tl.load(x + at[:, None] + d[None, :], mask=ok[:, None] & (d < K)[None, :], other=0.0)
@@ -153,7 +152,7 @@ def rows_of(x, b, tokens, ok, h, T, H, K: tl.constexpr, KP: tl.constexpr):
 
 @jit()
 def selection(words, b, rows, row_ok, left, T, X, N: tl.constexpr):
-    """(M, N) bool: which of the N keys from `left`, a multiple of N = 32 or 64, are selected."""
+    """Return (M, N) bool: the selected of N keys from `left`, a multiple of N = 32 or 64."""
     at = words + (b * T + rows.to(tl.int64)) * X + left // 32
     n = tl.arange(0, N)
     word_MN = tl.load(at, mask=row_ok, other=0)[:, None]
@@ -164,7 +163,7 @@ def selection(words, b, rows, row_ok, left, T, X, N: tl.constexpr):
 
 @jit()
 def logits_of(q_MK, k_NK, selected_MN, scale):
-    """Scaled products of queries and keys, -inf where the key is not selected."""
+    """Return scaled products of queries and keys, -inf for unselected keys."""
     return tl.where(selected_MN, tl.dot(q_MK, tl.trans(k_NK)) * scale, float("-inf"))
 
 
@@ -191,7 +190,7 @@ def _attend_kernel(
 ):
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     g = h // (H // G)
-    top = begin + (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # those that see most go first
+    top = begin + (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the longest first
     rows = top + tl.arange(0, M)
     row_ok = rows < end
     q_MK = rows_of(q, b, rows, row_ok, h, T, H, K, KP)
@@ -206,12 +205,12 @@ def _attend_kernel(
         selected_MN = selection(words, b, rows, row_ok, left, T, X, N)
         s_MN = logits_of(q_MK, k_NK, selected_MN, scale)
         larger = tl.maximum(largest, tl.max(s_MN, 1))
-        # -inf minus -inf is no number: a query of which no key was met yet takes 0 instead.
+        # -inf - -inf is NaN: a query without keys so far uses 0.
         base = tl.where(larger == float("-inf"), 0.0, larger)
         p_MN = tl.exp2(s_MN - base[:, None])
-        fade = tl.exp2(largest - base)
-        total = total * fade + tl.sum(p_MN, 1)
-        o_MK = o_MK * fade[:, None] + tl.dot(p_MN.to(v_NK.dtype), v_NK)
+        decay = tl.exp2(largest - base)
+        total = total * decay + tl.sum(p_MN, 1)
+        o_MK = o_MK * decay[:, None] + tl.dot(p_MN.to(v_NK.dtype), v_NK)
         largest = larger
     o_MK = o_MK / total[:, None]
     d = tl.arange(0, KP)
@@ -249,7 +248,7 @@ def _dq_kernel(
 ):
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     g = h // (H // G)
-    top = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # those that see most go first
+    top = (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the longest first
     rows = top + tl.arange(0, M)
     row_ok = rows < T
     q_MK = rows_of(q, b, rows, row_ok, h, T, H, K, KP)
@@ -257,7 +256,7 @@ def _dq_kernel(
     lse_M = tl.load(lse + (b * H + h) * T + rows, mask=row_ok, other=0.0)
     o_MK = rows_of(o, b, rows, row_ok, h, T, H, K, KP)
     delta_M = tl.sum(o_MK.to(tl.float32) * do_MK.to(tl.float32), 1)
-    tl.store(delta + (b * H + h) * T + rows, delta_M, mask=row_ok)  # for the gradients of k and v
+    tl.store(delta + (b * H + h) * T + rows, delta_M, mask=row_ok)  # for _dkv_kernel
     dq_MK = tl.zeros((M, KP), tl.float32)
     for left in range(tl.load(start + top) // N * N, tl.minimum(top + M, T), N):
         cols = left + tl.arange(0, N)

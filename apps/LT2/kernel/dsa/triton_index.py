@@ -1,12 +1,12 @@
-"""The lightning indexer on CUDA: its scores, its choice of keys, its loss and the gradients.
+"""The lightning indexer on CUDA: scores, choice of keys, loss and gradients.
 
-Of a block of Q queries there is one matrix, (B, Q, S) in fp32: first the scores, then, in the same
-place, the loss's gradient by them. The products of each index head are computed again wherever they
-are needed. No atomics, so results repeat to the bit.
+A block of Q queries has one matrix, (B, Q, S) in fp32: first the scores, then the loss's gradient
+in their place. Each kernel recomputes the products of the index heads. No atomics, so results
+repeat to the bit.
 
-Shapes: B batch, T tokens, H query heads, G key/value heads, K head width, J index heads, C index
-width (KP, CP: the next powers of 2), X bytes of a row of the mask, S = `end` keys of a block of
-queries begin..end; a tile is M queries by N keys.
+Shapes: B batch, T tokens, H query heads, G key/value heads, K head dim, J index heads, C index dim
+(KP, CP: the next powers of 2), X bytes of a row of the mask, S = `end` keys for a block of queries
+begin..end; a tile is M queries by N keys.
 """
 
 # pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportIndexIssue=false
@@ -20,27 +20,29 @@ from apps.LT2.kernel.dsa.triton import (
     KernelAttention,
     jit_of_block,
     logits_of,
+    padded_dim,
     rows_of,
     selection,
-    width_of,
 )
 from apps.LT2.kernel.triton_jit import jit, tl, triton
 
-MAX_CHOICE = 2**15  # keys among which a program chooses: it holds all their scores in registers
-KEYS_OF_WARP = 1024  # 32 a thread
+MAX_CHOICE = 2**15  # keys per program of _select_kernel, whose scores are in registers
+KEYS_OF_WARP = 1024  # 32 per thread
 
 
 class KernelIndexer:
-    """Chooses the keys of `attention` and learns from it, block by block, in this order: `choose`,
-    the attention of the block, `compare`, `differentiate`. S is T."""
+    """Selects the keys of `attention` and trains on it; S is T.
+
+    For each block call `choose`, `attention.attend`, `compare` and `differentiate`, in this order.
+    """
 
     def __init__(self, index: Index, attention: KernelAttention, top_k: int, *, with_loss: bool):
         self.index = Index(*(x.contiguous() for x in index))
         self.attention, self.documents = attention, attention.documents
         self.bits_BTX, self.top_k = attention.bits_BTX, top_k
-        self.width = width_of(index.k_BSC.shape[-1])
-        # One for all kernels, since a tile in which nothing is seen is neither written nor read.
-        size = 64 if max(self.width, attention.width) <= 128 else 32
+        self.padded_dim = padded_dim(index.k_BSC.shape[-1])
+        # The same for all kernels: tiles without visible keys are neither written nor read.
+        size = 64 if max(self.padded_dim, attention.padded_dim) <= 128 else 32
         self.tile = {"M": size, "N": size, "num_warps": 4, "num_stages": 2}
         self.losses: list[Tensor] = []
         self.grads: list[Tensor] = []
@@ -50,13 +52,15 @@ class KernelIndexer:
             self.grads.append(torch.empty_like(w))
 
     def choose(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Set the block's bits. Returns its scores (B, Q, S), with anything where nothing is
-        visible, and the log of the sum of their exponentials over the selected keys, (B, Q)."""
+        """Set the block's bits. Returns its scores (B, Q, S) and their log-sum-exp (B, Q).
+
+        The log-sum-exp is over selected keys. Tiles without visible keys hold undefined scores.
+        """
         q, k, w = self.index
         (B, T, J, C), start = q.shape, self.documents.start_T
         scores = torch.empty(B, end - begin, end, dtype=torch.float32, device=q.device)
         _score_kernel[self._tiles(begin, end)](
-            q, k, w, scores, start, begin, end, T, J, C=C, CP=self.width, **self.tile
+            q, k, w, scores, start, begin, end, T, J, C=C, CP=self.padded_dim, **self.tile
         )
         if end > MAX_CHOICE:
             return scores, self._choose_in_torch(scores, begin, end)
@@ -88,7 +92,7 @@ class KernelIndexer:
         return scores_BQS.masked_fill(~selected, float("-inf")).logsumexp(-1)
 
     def compare(self, scores: Tensor, log_sum: Tensor, begin: int, end: int) -> None:
-        """Add to the loss, and write its gradient by the scores in their place."""
+        """Add to the loss, and overwrite the scores with their gradient."""
         attention, grid = self.attention, self._tiles(begin, end)
         q, k, _ = attention.inputs
         loss = scores.new_zeros(grid)
@@ -106,18 +110,18 @@ class KernelIndexer:
             end,
             *attention.sizes,
             K=q.shape[3],
-            KP=attention.width,
+            KP=attention.padded_dim,
             **self.tile,
         )
         self.losses.append(loss.sum())
 
     def differentiate(self, dscores: Tensor, begin: int, end: int) -> None:
-        """Write the gradients of the block's q and w, and add to that of k."""
+        """Write the gradients of the block's q and w; add to the gradient of k."""
         q, k, w = self.index
         B, T, J, C = q.shape
         dq, dk, dw = self.grads
         start, stop = self.documents.start_T, self.documents.stop_T
-        options = {"C": C, "CP": self.width, **self.tile}
+        options = {"C": C, "CP": self.padded_dim, **self.tile}
         n_keys, n_queries, _ = self._tiles(begin, end)
         _index_dq_kernel[n_queries, B * J](
             q, k, w, dscores, dq, dw, start, begin, end, T, J, **options
@@ -125,7 +129,7 @@ class KernelIndexer:
         _index_dk_kernel[n_keys, B](q, k, w, dscores, dk, stop, begin, end, T, J, **options)
 
     def results(self) -> tuple[Tensor, list[Tensor]]:
-        """The loss summed over all queries, and its gradients by q, k and w; 0 and none without."""
+        """Return the loss summed over queries, and its gradients for q, k and w; 0, [] without."""
         q, k, _ = self.index
         if not self.losses:
             return torch.zeros((), device=q.device), []
@@ -133,7 +137,7 @@ class KernelIndexer:
         return torch.stack(self.losses).sum(), [dq, dk.to(k.dtype), dw]
 
     def _tiles(self, begin: int, end: int) -> tuple[int, int, int]:
-        """Tiles of keys, tiles of queries, sequences."""
+        """Return the numbers of key tiles, query tiles and sequences."""
         m, n = self.tile["M"], self.tile["N"]
         return triton.cdiv(end, n), triton.cdiv(end - begin, m), len(self.index.k_BSC)
 
@@ -143,20 +147,20 @@ class KernelIndexer:
 
 @jit()
 def _is_seen(start, top, left, M: tl.constexpr, N: tl.constexpr):
-    """Whether any of M queries from `top` sees any of N keys from `left`."""
+    """Return whether any of M queries from `top` sees any of N keys from `left`."""
     return (left < top + M) & (left + N > tl.load(start + top))
 
 
 @jit()
 def _place(b, rows, cols, begin, end):
-    """Where (M, N) pairs of queries and keys lie in a block's matrix."""
+    """Return the offsets of (M, N) queries and keys in a block's matrix."""
     row = b * (end - begin) + (rows - begin)
     return row.to(tl.int64)[:, None] * end + cols[None, :]
 
 
 @jit()
 def _of_index_head(w, b, rows, row_ok, j, T, J):
-    """(M,) weights of index head j."""
+    """Load the (M,) weights of index head j."""
     return tl.load(w + (b * T + rows.to(tl.int64)) * J + j, mask=row_ok, other=0.0)
 
 
@@ -193,7 +197,7 @@ def _score_kernel(
 
 @jit()
 def _in_order(x):
-    """fp32 as uint32 that compare in the same way, all above 0; both zeros are one."""
+    """Map fp32 to uint32 > 0 of the same order; both zeros map to one number."""
     i = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return (i ^ ((i >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
 
@@ -223,11 +227,11 @@ def _select_kernel(
     BYTES: tl.constexpr,
     KEYS_LOG2: tl.constexpr,
 ):
-    """One query, whose scores are in registers in an order of their own, and nothing else.
+    """Select the keys of one query, whose scores are in registers as ordered integers.
 
-    The least selected score is found bit by bit, from the highest on: a bit is set where top_k
-    scores or more are as large as what that makes. Where more keys have this score than there is
-    room for, the first that is selected is found in the same way.
+    The least selected score is found bit by bit from the highest: a bit is set if at least top_k
+    scores reach the result. If too many keys have this score, the first selected of them is found
+    in the same way.
     """
     row, b = begin + tl.program_id(0), tl.program_id(1)
     first = tl.load(start + row)
@@ -237,14 +241,14 @@ def _select_kernel(
     seen = (key >= first) & (key <= row)
     order = tl.where(seen, _in_order(tl.load(scores + at * end + key, mask=seen, other=0.0)), 0)
 
-    threshold = tl.full((), 0, tl.uint32)  # with fewer keys than top_k: all are above it
+    threshold = tl.full((), 0, tl.uint32)  # with at most top_k keys all are above it
     left = tl.where(row + 1 - first > top_k, 32, 0)
     while left > 0:
         left -= 1
         higher = threshold | (tl.full((), 1, tl.uint32) << left)
         count = _count(order >= higher)
         threshold = tl.where(count >= top_k, higher, threshold)
-        if count == top_k:  # these, and no key is at the threshold
+        if count == top_k:  # exactly these: put the threshold below them
             threshold -= 1
             left = 0
 
@@ -252,7 +256,7 @@ def _select_kernel(
     tied = (order == threshold) & (order > 0)
     earliest = 0
     if _count(tied) > room:
-        for i in range(0, KEYS_LOG2):  # the latest key from which on there are more than room
+        for i in range(0, KEYS_LOG2):  # the last key from which more than `room` follow
             later = earliest + (1 << (KEYS_LOG2 - 1 - i))
             earliest = tl.where(_count(tied & (key >= later)) > room, later, earliest)
         earliest += 1
@@ -289,7 +293,7 @@ def _compare_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """KL of a tile, and softmax(I) - p in the place of I, where p is the mean over query heads."""
+    """Compute a tile's KL and overwrite I by softmax(I) - p; p is the mean over query heads."""
     b = tl.program_id(2)
     top, left = begin + tl.program_id(1) * M, tl.program_id(0) * N
     if _is_seen(start, top, left, M, N):
@@ -333,7 +337,7 @@ def _index_dq_kernel(
     N: tl.constexpr,
 ):
     b, j = tl.program_id(1) // J, tl.program_id(1) % J
-    top = begin + (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # those that see most go first
+    top = begin + (tl.num_programs(0) - 1 - tl.program_id(0)) * M  # the longest first
     rows = top + tl.arange(0, M)
     row_ok = rows < end
     q_MC = rows_of(q, b, rows, row_ok, j, T, J, C, CP)
@@ -382,7 +386,7 @@ def _index_dk_kernel(
     c = tl.arange(0, CP)
     to = dk + (b * T + cols.to(tl.int64))[:, None] * C + c[None, :]
     ok = col_ok[:, None] & (c < C)[None, :]
-    dk_NC = tl.load(to, mask=ok, other=0.0)  # from the blocks before
+    dk_NC = tl.load(to, mask=ok, other=0.0)  # of earlier blocks
     last_seen = tl.minimum(end, tl.load(stop + tl.minimum(left + N, end) - 1))
     for top in range(begin + tl.maximum(left - begin, 0) // M * M, last_seen, M):
         rows = top + tl.arange(0, M)

@@ -1,7 +1,7 @@
-"""The gated delta rule token by token, as https://arxiv.org/abs/2412.06464 writes it.
+"""The gated delta rule token by token, as https://arxiv.org/abs/2412.06464 defines it.
 
-This is the definition that every other form is tested against. A Python loop over tokens: use it
-to check, not to train. Shapes: B batch, T tokens, N sequences, H heads, K key and V value width.
+The definition that all other forms are tested against: a Python loop over tokens, for tests only.
+Shapes: B batch, T tokens, N sequences, H heads, K key and V value head dim.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def gated_delta_rule_naive(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `gated_delta_rule`; fp64 inputs are computed in fp64."""
+    """Run `gated_delta_rule` in fp32, or in fp64 for fp64 inputs."""
     inputs = (q_BTHK, k_BTHK, v_BTHV, g_BTH, beta_BTH)
     state_shape = (*q_BTHK.shape[2:], v_BTHV.shape[-1])
     return by_document(_recurrence, inputs, state_shape, state, cu_seqlens, v_BTHV.dtype)

@@ -1,7 +1,7 @@
-"""Gated linear attention token by token, as https://arxiv.org/abs/2312.06635 writes it.
+"""Gated linear attention token by token, as https://arxiv.org/abs/2312.06635 defines it.
 
-This is the definition that every other form is tested against. A Python loop over tokens: use it
-to check, not to train. Shapes: B batch, T tokens, N sequences, H heads, K key and V value width.
+The definition that all other forms are tested against: a Python loop over tokens, for tests only.
+Shapes: B batch, T tokens, N sequences, H heads, K key and V value head dim.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def gla_naive(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `gla`; fp64 inputs are computed in fp64."""
+    """Run `gla` in fp32, or in fp64 for fp64 inputs."""
 
     def recurrence(inputs: list[Tensor], S_BHKV: Tensor) -> tuple[Tensor, Tensor]:
         q_BTHK, k_BTHK, v_BTHV, g_BTHK = inputs

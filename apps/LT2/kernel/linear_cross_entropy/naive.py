@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, with the logits written out in fp32."""
+"""Cross-entropy of a linear head with all logits in fp32: the definition."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lingua.transformer import cross_entropy
 def naive_linear_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, ignore_index: int = -100
 ) -> Tensor:
-    """Mean of -log softmax(hidden weight^T)[target] over the targets that are not `ignore_index`.
+    """Return the mean of -log softmax(hidden weight^T)[target] over targets != `ignore_index`.
 
-    Zero, with zero gradients, where every target is ignored.
+    Zero, with zero gradients, if every target is ignored.
     """
     logits = F.linear(hidden_ND.float(), weight_VD.float())
     total = cross_entropy(logits, target_N, ignore_index=ignore_index, reduction="sum")

@@ -1,10 +1,10 @@
-"""Native sparse attention (https://arxiv.org/abs/2502.11089): the only door to its forms.
+"""Native sparse attention (https://arxiv.org/abs/2502.11089).
 
     o_t = g_cmp attend(q_t, block means) + g_slc attend(q_t, chosen blocks)
         + g_win attend(q_t, window)
 
-Shapes: B rows, T queries, S keys, H query heads, G key/value heads, K head width. README.md has
-the math.
+Shapes: B rows, T queries, S keys, H query heads, G key/value heads, K head dim. README.md has the
+math.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from apps.LT2.kernel.nsa.fla import sparse_branches_fla
 from apps.LT2.kernel.nsa.naive import nsa_naive
 
 SPARSE_BRANCHES = {"blocked": sparse_branches_blocked, "fla": sparse_branches_fla}
-ALWAYS_CHOSEN = 3  # the first block, the query's own and the one before it
+ALWAYS_CHOSEN = 3  # the first block, the query's own, and the one before it
 
 
 def native_sparse_attention(
@@ -37,21 +37,21 @@ def native_sparse_attention(
     impl: str = "auto",
     attn_impl: str = "auto",
 ) -> Tensor:
-    """T queries, the last of S tokens, over blocks and a window of those tokens.
+    """Attend with T queries, the last of S tokens, to blocks and a window of those tokens.
 
-    q           (B, T, H, K)   positions already in it, as in k; multiplied by K**-0.5 here
-    k, v        (B, S, G, K)   G divides H; the H / G query heads of a group choose together
+    q           (B, T, H, K)   after RoPE, as k; the kernels multiply it by K**-0.5
+    k, v        (B, S, G, K)   G divides H; the H / G query heads of a group share their choice
     gates       (B, T, H, 3)   of the compressed, the selected and the window branch
-    block_size  tokens of a block
-    n_blocks    blocks that a query attends to, 3 at least: the first one, its own and the one
-                before it are always among them; each block counts once
+    block_size  tokens in a block
+    n_blocks    blocks that a query attends to, at least 3: they include the document's first
+                block, the query's own and the one before it; each block counts once
     window_size keys of the window branch, the token itself included
     cu_seqlens  (n_docs + 1,) int32 with B = 1 and T = S: documents do not see each other, and
-                blocks start with them
-    Returns o (B, T, H, K) in q's dtype, differentiable in q, k, v and gates (on CUDA only with
-    T = S); no gradient flows through the choice. `impl`: "auto" is fla's kernels for 16-bit CUDA
-    tensors and the blocked torch form otherwise; "naive", "blocked" and "fla" force one. The
-    window runs on `kernel.attention` with `attn_impl`.
+                each starts a new block
+    impl        "naive", "blocked", "fla", or "auto": fla for 16-bit CUDA tensors
+    attn_impl   of `kernel.attention`, for the window branch
+    Returns o (B, T, H, K) in q's dtype, differentiable in q, k, v and gates; with fla only if
+    T = S. The choice of blocks has no gradient.
     """
     _check_shapes(q_BTHK, k_BSGK, v_BSGK, gates_BTH3, n_blocks, cu_seqlens)
     if impl == "auto":
@@ -77,11 +77,11 @@ def native_sparse_attention_step(
     n_blocks: int,
     window_size: int,
 ) -> Tensor:
-    """One token of every row at `position_B`; returns o (B, H, K).
+    """Run one token of every row at `position_B`; returns o (B, H, K).
 
     cache: keys and values (B, S, G, K) with position p in slot p, and the means of their blocks
-    (B, C, G, K), S / C tokens each; the token is written to all four in place. No shape depends on
-    `position_B`, and the device is not waited for.
+    (B, C, G, K), S / C tokens each. The token is written to all four in place. No shape depends on
+    `position_B`, and there is no sync. q is multiplied by K**-0.5.
     """
     k_BSGK, v_BSGK, k_BCGK, v_BCGK = cache
     row = torch.arange(len(q_BHK), device=q_BHK.device)
@@ -95,16 +95,20 @@ def native_sparse_attention_step(
 
 
 def block_means(x_BSGK: Tensor, block_size: int) -> Tensor:
-    """(B, ceil(S / block_size), G, K): means of the complete blocks of each row, in x's dtype; that
-    of a last, incomplete one holds no meaning."""
+    """Return the means of each row's blocks, (B, ceil(S / block_size), G, K) in x's dtype.
+
+    The mean of an incomplete last block is undefined.
+    """
     blocks = cut_blocks(x_BSGK.shape[1], block_size, None, x_BSGK.device)
     return mean_of_blocks(x_BSGK, blocks, packed=False)
 
 
-def _window_attention(q, k, v, window_size: int, cu_seqlens, attn_impl: str) -> Tensor:
+def _window_attention(
+    q: Tensor, k: Tensor, v: Tensor, window_size: int, cu_seqlens: Tensor | None, attn_impl: str
+) -> Tensor:
     n_past = k.shape[1] - q.shape[1]
     seen = min(n_past, window_size - 1)
-    # Queries of the past are not needed; zeros in their place keep the causal shape.
+    # Zeros stand for the queries of the past, so the attention stays square and causal.
     o = attention(
         F.pad(q, (0, 0, 0, 0, seen, 0)),
         k[:, n_past - seen :],
@@ -117,7 +121,7 @@ def _window_attention(q, k, v, window_size: int, cu_seqlens, attn_impl: str) -> 
 
 
 def _gated_sum(branches: tuple[Tensor, ...], gates: Tensor) -> Tensor:
-    """sum_i branches[i] (..., H, K) gates[..., i]"""
+    """Return sum_i branches[i] (..., H, K) * gates[..., i]."""
     first, *others = (gate[..., None] for gate in gates.type_as(branches[0]).unbind(-1))
     o = branches[0] * first
     for branch, gate in zip(branches[1:], others, strict=True):
@@ -125,13 +129,15 @@ def _gated_sum(branches: tuple[Tensor, ...], gates: Tensor) -> Tensor:
     return o
 
 
-def _check_shapes(q, k, v, gates, n_blocks, cu_seqlens) -> None:
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, n_blocks: int, cu_seqlens: Tensor | None
+) -> None:
     B, T, H, K = q.shape
     S, G = k.shape[1:3]
-    assert k.shape == v.shape == (B, S, G, K), f"k {k.shape}, v {v.shape} do not fit q {q.shape}"
-    assert 0 < T <= S, f"{T} queries are not the last of {S} tokens"
+    assert k.shape == v.shape == (B, S, G, K), f"k {k.shape}, v {v.shape} do not match q {q.shape}"
+    assert 0 < T <= S, f"{T} queries cannot be the last of {S} tokens"
     assert H % G == 0, f"{G} key/value heads do not divide {H} query heads"
-    assert gates.shape == (B, T, H, 3), f"gates {tuple(gates.shape)} are not {(B, T, H, 3)}"
+    assert gates.shape == (B, T, H, 3), f"gates must be {(B, T, H, 3)}, got {tuple(gates.shape)}"
     assert n_blocks >= ALWAYS_CHOSEN, f"n_blocks={n_blocks}: {ALWAYS_CHOSEN} are always chosen"
     if cu_seqlens is not None:
         assert B == 1 and T == S, "cu_seqlens packs whole documents into one row"

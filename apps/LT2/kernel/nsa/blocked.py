@@ -1,8 +1,8 @@
-"""Native sparse attention in plain torch, a block of queries at a time.
+"""Native sparse attention in plain torch, QUERIES queries at a time.
 
-Selected attention is dense attention under a mask here: for the lengths of CPU training that is
-faster than to gather keys for every query. Compressed scores are fp32 whatever the inputs are.
-Shapes as in `naive.py`.
+Selected attention is dense attention under a mask: at the lengths of CPU training this is faster
+than gathering keys for every query. Compressed scores are fp32 for all inputs. Shapes as in
+`naive.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def sparse_branches_blocked(
     n_blocks: int,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compressed and selected attention, both (B, T, H, K) in q's dtype."""
+    """Return compressed and selected attention, both (B, T, H, K) in q's dtype."""
     T, S, G = q_BTHK.shape[1], k_BSGK.shape[1], k_BSGK.shape[2]
     blocks = cut_blocks(S, block_size, cu_seqlens, q_BTHK.device)
     k_BCGK, v_BCGK = (
@@ -60,8 +60,11 @@ def sparse_branches_blocked(
 def compressed_attention(
     q_BTGRK: Tensor, k_BCGK: Tensor, v_BCGK: Tensor, blocks: Blocks, token_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """o (B, T, G, R, K) over the blocks complete at each query, zero where there is none, and the
-    weight of each block, summed over R: (B, T, G, C)."""
+    """Attend to the blocks complete at each query.
+
+    Returns o (B, T, G, R, K), zero without such blocks, and the weights of blocks summed over R,
+    (B, T, G, C).
+    """
     weights_BGRTC = compressed_weights(
         q_BTGRK.permute(0, 2, 3, 1, 4),
         k_BCGK.transpose(1, 2)[:, :, None],
@@ -73,9 +76,9 @@ def compressed_attention(
 
 
 def compressed_weights(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) (..., T, C) over the seen blocks; all zero where there is none."""
+    """Return softmax(q k^T / sqrt(K)) (..., T, C) over the seen blocks; zero without any."""
     scores = wide(q) @ wide(k).mT * q.shape[-1] ** -0.5
-    # A finite number, so that a row of nothing but hidden blocks is no NaN in the gradient.
+    # Finite, so that a row without seen blocks has no NaN gradient.
     lowest = torch.finfo(scores.dtype).min
     return scores.masked_fill(~seen, lowest).softmax(-1).masked_fill(~seen, 0)
 
@@ -88,10 +91,10 @@ def selected_attention(
     token_T: Tensor,
     chosen_BTGn: Tensor,
 ) -> Tensor:
-    """o (B, T, G, R, K) over the tokens of the chosen blocks, up to each query itself."""
+    """Attend to the tokens of the chosen blocks, up to each query: (B, T, G, R, K)."""
     S, n_numbers = k_BSGK.shape[1], len(blocks.start_C)
     first_T11 = blocks.first_S[token_T][:, None, None]
-    # Padded choices go to a number of their own, which is dropped.
+    # Unused choices go to an extra number, which is dropped.
     number = torch.where(chosen_BTGn < 0, n_numbers, chosen_BTGn + first_T11)
     picked = number.new_zeros(*number.shape[:-1], n_numbers + 1, dtype=torch.bool)
     picked = picked.scatter(-1, number, True)
@@ -107,5 +110,5 @@ def selected_attention(
 
 
 def _for_each_query_head(x_BSGK: Tensor, q_BTGRK: Tensor) -> Tensor:
-    """(B G, R, S, K), a view where B or G is 1."""
+    """Expand to (B G, R, S, K): a view if B or G is 1."""
     return x_BSGK.transpose(1, 2).flatten(0, 1)[:, None].expand(-1, q_BTGRK.shape[3], -1, -1)

@@ -1,8 +1,8 @@
-"""Native sparse attention of one new token a row, from a cache of keys, values and block means.
+"""Native sparse attention of one new token per row, from a cache of keys, values and block means.
 
-No shape depends on how much is cached, and only what a branch attends to is read: the means, the
-chosen blocks, the window. Shapes: B rows, H query heads, G key/value heads, R query heads for each
-of them, K head width, S slots (position p lies in slot p), C = S / size blocks of slots, n chosen.
+No shape depends on the cached length. Only the means, the chosen blocks and the window are read.
+Shapes: B rows, H query heads, G key/value heads, R = H / G, K head dim, S slots (position p is in
+slot p), C = S / size blocks of slots, n chosen blocks.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from apps.LT2.kernel.nsa.blocks import choose_blocks, wide
 
 
 def update_means(x_BSGK: Tensor, mean_BCGK: Tensor, position_B: Tensor) -> None:
-    """Write the mean of the block that each row's newest token lies in, in place.
+    """Update the mean of each row's newest block in place.
 
-    Until the block is complete this is a number that no query looks at; so no branch is needed."""
+    No query reads it before the block is complete, so this needs no branch.
+    """
     row = torch.arange(len(x_BSGK), device=x_BSGK.device)
     size = x_BSGK.shape[1] // mean_BCGK.shape[1]
     block_B = position_B // size
@@ -38,8 +39,10 @@ def branches_of_step(
     n_blocks: int,
     window_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compressed, selected and window attention (B, H, K) of the token at `position_B`, whose key
-    and value the cache already holds."""
+    """Return compressed, selected and window attention, (B, H, K) each, at `position_B`.
+
+    The cache already holds the token's key and value.
+    """
     n_slots, G = k_BSGK.shape[1:3]
     size = n_slots // k_BCGK.shape[1]
     row = torch.arange(len(q_BHK), device=q_BHK.device)
@@ -65,10 +68,10 @@ def branches_of_step(
         attn_mask=visible_BGns.flatten(2)[:, :, None],
     )
 
-    width = min(window_size, n_slots)
-    # Newest first, so that what lies in the past is a prefix.
-    slot_Bw = (position_B[:, None] - torch.arange(width, device=q_BHK.device)).clamp(min=0)
+    window_size = min(window_size, n_slots)
+    # Newest first, so the valid slots are a prefix.
+    slot_Bw = (position_B[:, None] - torch.arange(window_size, device=q_BHK.device)).clamp(min=0)
     k_BwGK, v_BwGK = (x[row[:, None], slot_Bw].type_as(q_BHK) for x in (k_BSGK, v_BSGK))
-    n_valid_B = (position_B + 1).clamp(max=width)
+    n_valid_B = (position_B + 1).clamp(max=window_size)
     window = decode_attention(q_BHK, k_BwGK, v_BwGK, n_valid_B)
     return compressed.flatten(1, 2), selected.flatten(1, 2), window

@@ -1,10 +1,12 @@
-"""Native sparse attention as it is defined: dense scores of one sequence at a time, in fp32.
+"""The definition of native sparse attention: dense scores of one sequence at a time, in fp32.
 
 Shapes: B rows, T queries, S keys (the queries are the last T of S tokens), G key/value heads, R
-query heads for each of them, K head width, C complete blocks.
+query heads for each of them, K head dim, C complete blocks.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,14 +25,13 @@ def nsa_naive(
     window_size: int,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Same arguments and result as `native_sparse_attention`."""
+    """Run `native_sparse_attention` in fp32, or in fp64 for fp64 inputs."""
     sizes = (block_size, n_blocks, window_size)
     q, k, v, gates = (wide(x) for x in (q_BTHK, k_BSGK, v_BSGK, gates_BTH3))
     if cu_seqlens is None:
         rows = [one_sequence(q[b], k[b], v[b], gates[b], *sizes) for b in range(len(q))]
         return torch.stack(rows).type_as(q_BTHK)
-    bounds = cu_seqlens.tolist()
-    spans = [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
+    spans = [slice(*pair) for pair in pairwise(cu_seqlens.tolist())]
     documents = [
         one_sequence(q[0, span], k[0, span], v[0, span], gates[0, span], *sizes)
         for span in spans
@@ -48,7 +49,7 @@ def one_sequence(
     n_blocks: int,
     window_size: int,
 ) -> Tensor:
-    """(T, H, K): the three branches, each times its gate."""
+    """Return the gated sum of the three branches, (T, H, K)."""
     q_TGRK = q_THK.unflatten(1, (k_SGK.shape[1], -1))
     compressed, importance_TGC = compressed_attention(q_TGRK, k_SGK, v_SGK, block_size)
     chosen = chosen_blocks(importance_TGC, len(k_SGK), block_size, n_blocks)
@@ -63,8 +64,10 @@ def one_sequence(
 def compressed_attention(
     q_TGRK: Tensor, k_SGK: Tensor, v_SGK: Tensor, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """o (T, G, R, K) over the mean keys and values of the blocks that are complete at the query,
-    zero where there is none; and each block's share of it, summed over R: (T, G, C)."""
+    """Attend to the mean keys and values of the blocks that are complete at the query.
+
+    Returns o (T, G, R, K), zero without such blocks, and block weights summed over R, (T, G, C).
+    """
     n_complete = len(k_SGK) // block_size
     k_CGK, v_CGK = (
         x[: n_complete * block_size].unflatten(0, (n_complete, block_size)).mean(1)
@@ -79,9 +82,9 @@ def compressed_attention(
 def chosen_blocks(
     importance_TGC: Tensor, n_tokens: int, block_size: int, n_blocks: int
 ) -> list[list[list[int]]]:
-    """For each query and key/value head, the blocks that it attends to.
+    """Return the blocks that each query attends to, for each key/value head.
 
-    The first block, the query's own and the one before it always; then the most important ones.
+    First the first block, the query's own and the one before it; then the most important ones.
     """
     n_past = n_tokens - len(importance_TGC)
     chosen = []
@@ -96,13 +99,9 @@ def chosen_blocks(
 
 
 def selected_attention(
-    q_TGRK: Tensor,
-    k_SGK: Tensor,
-    v_SGK: Tensor,
-    chosen: list[list[list[int]]],
-    block_size: int,
+    q_TGRK: Tensor, k_SGK: Tensor, v_SGK: Tensor, chosen: list[list[list[int]]], block_size: int
 ) -> Tensor:
-    """o (T, G, R, K) over the tokens of the chosen blocks, up to the query itself."""
+    """Attend to the tokens of the chosen blocks, up to the query itself: (T, G, R, K)."""
     T, G, S = len(q_TGRK), k_SGK.shape[1], len(k_SGK)
     n_past = S - T
     visible_TGS = torch.zeros(T, G, S, dtype=torch.bool)
@@ -121,7 +120,7 @@ def _tokens(q_TGRK: Tensor, k_SGK: Tensor) -> Tensor:
 def _attend(
     q_TGRK: Tensor, k_SGK: Tensor, v_SGK: Tensor, visible_TGS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(K)) v and the softmax (T, G, R, S); zeros where nothing is visible."""
+    """Return softmax(q k^T / sqrt(K)) v and its softmax (T, G, R, S); zero if none is visible."""
     hidden_TG1S = ~visible_TGS[:, :, None]
     scores = torch.einsum("tgrk,sgk->tgrs", q_TGRK, k_SGK) * q_TGRK.shape[-1] ** -0.5
     nothing = hidden_TG1S.all(-1, keepdim=True)

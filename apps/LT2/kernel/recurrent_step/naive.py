@@ -1,4 +1,4 @@
-"""One token of a linear recurrence, as the equations are written."""
+"""One token of a linear recurrence, as its equations state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def recurrent_step_naive(
     state_BHKV: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """o (B, H, V) and the state after the token, both in the state's dtype; nothing is changed."""
+    """Return o (B, H, V) and the new state, both in the state's dtype; mutates nothing."""
     q, k, v = (x.to(state_BHKV.dtype) for x in (q_BHK, k_BHK, v_BHV))
     S = state_BHKV if g is None else g.to(state_BHKV.dtype).exp()[..., None] * state_BHKV
     u = v

@@ -1,7 +1,7 @@
-"""The decode step of a linear recurrence on CUDA: each state is read once and written once.
+"""The decode step of a linear recurrence on CUDA: reads and writes each state once.
 
-A program holds all key channels of a head and some of its value channels, whose columns of the
-state do not depend on each other. Shapes as in `recurrent_step`.
+A program holds all key channels of a head and some of its value channels: columns of the state do
+not depend on each other. Shapes as in `recurrent_step`.
 """
 
 # pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportIndexIssue=false
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from apps.LT2.kernel.triton_jit import jit, tl, triton
 
-STATE_TILE = 4096  # numbers of the state that a program holds: 32 registers a thread
-MIN_COLUMNS = 8  # of a tile, 32 bytes: what memory moves at a time
+STATE_TILE = 4096  # elements of the state per program: 32 registers per thread
+MIN_COLUMNS = 8  # per tile: 32 bytes, one memory transaction
 
 
 def launch(
@@ -58,7 +58,7 @@ def launch(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with the channels of a head side by side."""
+    """Make the channels of a head contiguous."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

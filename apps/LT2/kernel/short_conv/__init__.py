@@ -1,11 +1,11 @@
-"""Short causal depthwise convolution with SiLU, in front of the recurrences: the only door to it.
+"""Short causal depthwise convolution with SiLU, before the recurrences.
 
-    y_t = silu( bias + sum_j weight[:, j] x_{t - (k-1) + j} )        the last tap weighs token t
+    y_t = silu( bias + sum_j weight[:, j] x_{t - (k-1) + j} )     weight[:, -1] is for token t
 
 In plain torch a sum of k shifted products. On CUDA Triton kernels compute whole sequences, forward
-and backward, and the step of decoding, which also moves the state on.
+and backward, and decode steps.
 
-Shapes: B batch, T tokens, N sequences, C channels, K taps (k-1 in a state).
+Shapes: B batch, T tokens, N sequences, C channels, k kernel size (k-1 inputs in a state).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from apps.LT2.kernel.documents import document_of_tokens, local_positions
 from apps.LT2.kernel.short_conv import fused
-from apps.LT2.kernel.short_conv.step import kernel_can, short_conv_step_triton
+from apps.LT2.kernel.short_conv.step import kernel_supports, short_conv_step_triton
 
 ACTIVATIONS = ("silu", None)
 
@@ -32,13 +32,13 @@ def short_conv(
 ) -> Tensor:
     """Convolve B sequences, or N documents packed into one row, each from its own past.
 
-    state        (N, k-1, C)   the k-1 inputs before the first token, oldest first; zeros if None
-    cu_seqlens  (N + 1,)      int32 bounds of packed documents; then B is 1. None: N is B
+    state       (N, k-1, C)   the k-1 inputs before the first token, oldest first; zeros if None
+    cu_seqlens  (N + 1,)      int32 offsets of packed documents; then B is 1. None: N is B
     Returns y (B, T, C) in x's dtype, summed in fp32.
     """
     _check(x_BTC, weight_CK, state, cu_seqlens, activation)
     T, k = x_BTC.shape[1], weight_CK.shape[1]
-    if state is None and fused.kernel_can(x_BTC):
+    if state is None and fused.kernel_supports(x_BTC):
         position_T = None
         if cu_seqlens is not None:
             position_T = local_positions(T, cu_seqlens, x_BTC.device).int()
@@ -46,13 +46,13 @@ def short_conv(
     dtype = torch.promote_types(x_BTC.dtype, torch.float32)
     weight_CK = weight_CK.to(dtype)
     if cu_seqlens is None:
-        padded_BTC = _after_past(x_BTC, state, k)
-        taps = [padded_BTC[:, j : j + T] for j in range(k)]
+        padded_BTC = _prepend(state, x_BTC, k)
+        shifted = [padded_BTC[:, j : j + T] for j in range(k)]
     else:
-        taps = _packed_taps(x_BTC, state, cu_seqlens, k)
-    y_BTC = taps[-1].to(dtype) * weight_CK[:, -1]
+        shifted = _shift_packed(x_BTC, state, cu_seqlens, k)
+    y_BTC = shifted[-1].to(dtype) * weight_CK[:, -1]
     for j in range(k - 1):
-        y_BTC = torch.addcmul(y_BTC, taps[j].to(dtype), weight_CK[:, j])
+        y_BTC = torch.addcmul(y_BTC, shifted[j].to(dtype), weight_CK[:, j])
     if bias_C is not None:
         y_BTC = y_BTC + bias_C.to(dtype)
     return _activate(y_BTC, activation).to(x_BTC.dtype)
@@ -61,10 +61,10 @@ def short_conv(
 def conv_state(
     x_BTC: Tensor, k: int, *, state: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """The last k-1 inputs of every sequence, (N, k-1, C): the state that the next tokens need."""
+    """Return the last k-1 inputs of every sequence, (N, k-1, C): the state for the next tokens."""
     _, T, C = x_BTC.shape
     if cu_seqlens is None:
-        return _after_past(x_BTC, state, k)[:, T:]
+        return _prepend(state, x_BTC, k)[:, T:]
     start_N1, end_N1 = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     source_NK = end_N1 + torch.arange(1 - k, 0, device=x_BTC.device)
     new_NKC = x_BTC[0][source_NK.clamp(min=0)]
@@ -85,9 +85,9 @@ def short_conv_step(
     *,
     activation: str | None = "silu",
 ) -> Tensor:
-    """One token of every sequence; `state_BKC` (B, k-1, C) takes it in, in place."""
+    """Convolve one token of every sequence and shift `state_BKC` (B, k-1, C) in place; (B, C)."""
     assert activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}"
-    if kernel_can(x_BC, state_BKC):
+    if kernel_supports(x_BC, state_BKC):
         return short_conv_step_triton(x_BC, weight_CK, state_BKC, bias_C, activation == "silu")
     dtype = torch.promote_types(x_BC.dtype, torch.float32)
     window_BKC = torch.cat([state_BKC, x_BC[:, None]], dim=1)
@@ -98,27 +98,27 @@ def short_conv_step(
     return _activate(y_BC, activation).to(x_BC.dtype)
 
 
-def _after_past(x_BTC: Tensor, state: Tensor | None, k: int) -> Tensor:
+def _prepend(state: Tensor | None, x_BTC: Tensor, k: int) -> Tensor:
     if state is None:
         return F.pad(x_BTC, (0, 0, k - 1, 0))
     return torch.cat([state.to(x_BTC.dtype), x_BTC], dim=1)
 
 
-def _packed_taps(x_1TC: Tensor, state: Tensor | None, cu_seqlens: Tensor, k: int) -> list[Tensor]:
-    """x shifted by k-1, .., 1, 0 tokens; before a document's start its state, or zeros."""
+def _shift_packed(x_1TC: Tensor, state: Tensor | None, cu_seqlens: Tensor, k: int) -> list[Tensor]:
+    """Shift x by k-1, .., 1, 0 tokens; before a document's start comes its state, or zeros."""
     T = x_1TC.shape[1]
     document_T, position_T = document_of_tokens(cu_seqlens, T)
-    padded_1TC = _after_past(x_1TC, None, k)
-    taps = []
+    padded_1TC = _prepend(None, x_1TC, k)
+    shifts = []
     for j in range(k - 1):
         shifted = padded_1TC[:, j : j + T]
         outside_T1 = (position_T < k - 1 - j)[:, None]
         if state is None:
-            taps.append(shifted.masked_fill(outside_T1, 0))
+            shifts.append(shifted.masked_fill(outside_T1, 0))
         else:
             past_TC = state[document_T, (position_T + j).clamp(max=k - 2)].to(x_1TC.dtype)
-            taps.append(torch.where(outside_T1, past_TC, shifted))
-    return [*taps, x_1TC]
+            shifts.append(torch.where(outside_T1, past_TC, shifted))
+    return [*shifts, x_1TC]
 
 
 def _activate(y: Tensor, activation: str | None) -> Tensor:
@@ -134,8 +134,8 @@ def _check(
 ) -> None:
     B, _, C = x_BTC.shape
     assert activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}"
-    assert weight_CK.shape[0] == C, f"{weight_CK.shape[0]} kernels for {C} channels"
+    assert weight_CK.shape[0] == C, f"weight of {weight_CK.shape[0]} channels, x of {C}"
     assert cu_seqlens is None or B == 1, f"cu_seqlens packs documents into one row, got B = {B}"
     if state is not None:
         want = (B if cu_seqlens is None else len(cu_seqlens) - 1, weight_CK.shape[1] - 1, C)
-        assert state.shape == want, f"state {tuple(state.shape)} is not {want}"
+        assert state.shape == want, f"state must be {want}, got {tuple(state.shape)}"

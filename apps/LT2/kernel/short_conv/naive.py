@@ -1,12 +1,16 @@
-"""The short convolution token by token: the definition that the door is tested against.
+"""The definition of the short convolution, token by token.
 
-Shapes: B batch, T tokens, N sequences, C channels, K taps.
+Shapes: B batch, T tokens, N sequences, C channels, K kernel size.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+
+from apps.LT2.kernel.arguments import wide_dtype
 
 
 def short_conv_naive(
@@ -18,12 +22,12 @@ def short_conv_naive(
     cu_seqlens: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """Same arguments and results as `short_conv`; fp64 inputs are computed in fp64."""
-    dtype = torch.float64 if x_BTC.dtype == torch.float64 else torch.float32
+    """Run `short_conv` in fp32, or in fp64 for fp64 inputs."""
+    dtype = wide_dtype(x_BTC.dtype)
     B, T, _ = x_BTC.shape
-    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+    offsets = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
     outputs = []
-    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (start, end) in enumerate(pairwise(offsets)):
         rows = slice(0, B) if cu_seqlens is None else slice(n, n + 1)
         past = None if state is None else state[rows].to(dtype)
         outputs += _sequence(x_BTC[:, start:end].to(dtype), weight_CK.to(dtype), past)
@@ -40,7 +44,7 @@ def _sequence(x_BTC: Tensor, weight_CK: Tensor, past: Tensor | None) -> list[Ten
     outputs = []
     for t in range(x_BTC.shape[1]):
         y_BC = torch.zeros_like(x_BTC[:, 0])
-        for back in range(k):  # the last tap weighs the current token
+        for back in range(k):  # the last weight applies to the current token
             weight_C = weight_CK[:, k - 1 - back]
             if t >= back:
                 y_BC = y_BC + weight_C * x_BTC[:, t - back]

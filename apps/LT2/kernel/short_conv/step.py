@@ -1,7 +1,7 @@
-"""The convolution of one token on CUDA, with its state moved on by the same kernel.
+"""The convolution of one token on CUDA; the same kernel shifts the state.
 
-In plain torch these are three kernels of a microsecond or two, in every layer and loop of a step.
-Shapes as in `short_conv_step`.
+Plain torch takes three kernels of 1-2 us each, in every layer and loop of a step. Shapes as in
+`short_conv_step`.
 """
 
 # pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportIndexIssue=false
@@ -16,8 +16,7 @@ BLOCK_C = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def kernel_can(x_BC: Tensor, state_BKC: Tensor) -> bool:
-    """Whether the kernel serves these tensors."""
+def kernel_supports(x_BC: Tensor, state_BKC: Tensor) -> bool:
     fits = x_BC.stride(-1) == 1 and state_BKC.is_contiguous()
     return x_BC.is_cuda and x_BC.dtype in DTYPES and fits
 
@@ -26,8 +25,8 @@ def kernel_can(x_BC: Tensor, state_BKC: Tensor) -> bool:
 def short_conv_step_triton(
     x: Tensor, weight: Tensor, state: Tensor, bias: Tensor | None, silu: bool
 ) -> Tensor:
-    """Same arguments and result as `short_conv_step`."""
-    assert kernel_can(x, state), "channels lie side by side, on CUDA"
+    """Run `short_conv_step` with the Triton kernel; mutates state."""
+    assert kernel_supports(x, state), "channels must be contiguous and on CUDA"
     B, C = x.shape
     y = x.new_empty(B, C)
     with torch.cuda.device_of(x):
@@ -48,9 +47,7 @@ def short_conv_step_triton(
     return y
 
 
-@short_conv_step_triton.register_fake
-def _(x, weight, state, bias, silu):
-    return x.new_empty(x.shape)
+short_conv_step_triton.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 
 @jit()
@@ -72,14 +69,16 @@ def _step_kernel(
     b = tl.program_id(0).to(tl.int64)
     at_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = at_C < C
-    tap_at = weight_ptr + at_C * weight_C
+    weight_at = weight_ptr + at_C * weight_C
     x = tl.load(x_ptr + b * x_B + at_C, mask=inside, other=0.0)
-    y = x.to(tl.float32) * tl.load(tap_at + KEPT * weight_K, mask=inside, other=0.0).to(tl.float32)
+    y = x.to(tl.float32) * tl.load(weight_at + KEPT * weight_K, mask=inside, other=0.0).to(
+        tl.float32
+    )
     for j in tl.static_range(KEPT):
         slot = state_ptr + (b * KEPT + j) * C + at_C
         past = tl.load(slot, mask=inside, other=0.0).to(tl.float32)
-        y += past * tl.load(tap_at + j * weight_K, mask=inside, other=0.0).to(tl.float32)
-        if j > 0:  # this input has one place less to go
+        y += past * tl.load(weight_at + j * weight_K, mask=inside, other=0.0).to(tl.float32)
+        if j > 0:  # shift the state
             tl.store(slot - C, past.to(state_ptr.dtype.element_ty), mask=inside)
     tl.store(
         state_ptr + (b * KEPT + KEPT - 1) * C + at_C, x.to(state_ptr.dtype.element_ty), mask=inside

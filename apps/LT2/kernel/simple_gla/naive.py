@@ -1,9 +1,9 @@
-"""Linear attention with one decay a head, token by token: retention as
-https://arxiv.org/abs/2307.08621 writes it (equation 1), and the same with a decay of each token.
+"""Linear attention with one decay per head token by token: equation 1 of RetNet
+(https://arxiv.org/abs/2307.08621), with a decay that may depend on the token.
 
-This is the definition that every other form is tested against. A Python loop over tokens: use it
-to check, not to train. Shapes: B batch, T tokens, N sequences, H heads, G groups of heads that
-share q and k, K key and V value width.
+The definition that all other forms are tested against: a Python loop over tokens, for tests only.
+Shapes: B batch, T tokens, N sequences, H heads, G groups of heads that share q and k, K key and V
+value head dim.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def simple_gla_naive(
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `simple_gla`; fp64 inputs are computed in fp64."""
+    """Run `simple_gla` in fp32, or in fp64 for fp64 inputs."""
 
     def recurrence(inputs: list[Tensor], S_BHKV: Tensor) -> tuple[Tensor, Tensor]:
         q_BTHK, k_BTHK, v_BTHV, g_BTH = inputs
