@@ -77,7 +77,7 @@ def import_optional(module: str, *, extra: str, needed_by: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
-            raise  # the package is installed, but one of its own requirements is not
+            raise  # a requirement of the package is missing
         target = f"'.[{extra}]'" if extra else "."
         raise UserError(
             f"{needed_by} needs the package {error.name}: pip install -e {target}"

@@ -47,7 +47,7 @@ from lingua.slurm.background import (
     submit_to_slurm,
 )
 from lingua.slurm.dry_run import show
-from lingua.slurm.plan import LOGS, RunPlan, import_script, parse_run_args, plan_run, write_run
+from lingua.slurm.plan import LOGS, import_script, parse_run_args, plan_run, write_run
 from lingua.slurm.plan import read_run_args as read_run_args
 from lingua.slurm.run_list import RECORD, Options
 from lingua.slurm.script import Job as Job
@@ -63,13 +63,13 @@ def launch_job(args: StoolArgs) -> Path:
     """
     if args.sweep:
         return launch_sweep(args)
-    plan = plan_run(args)
+    job = plan_run(args)
     if args.dry_run:
-        show([plan], f"run: {shlex.join(launch_command(plan.job))}")
+        show([job], f"run: {shlex.join(launch_command(job))}")
     else:
-        write_run(plan)
-        submit(plan.job)
-    return plan.job.script
+        write_run(job)
+        submit(job)
+    return job.script
 
 
 def launch_in_background(args: StoolArgs, *, gpus: str | None = None) -> Any:
@@ -78,14 +78,14 @@ def launch_in_background(args: StoolArgs, *, gpus: str | None = None) -> Any:
     The run is a SLURM job, or with launcher=bash a process of this machine on `gpus`.
     """
     assert not args.dry_run, "a dry run has no handle"
-    plan = plan_run(args)
-    if args.launcher == "sbatch":
-        check_slurm(plan.job)
-    write_run(plan)
-    folder = plan.job.dump_dir / FOLDER
-    if args.launcher == "sbatch":
-        return submit_to_slurm([plan.job], folder, name=plan.job.name)[0]
-    return start_here(plan.job, folder, gpus=gpus)
+    job = plan_run(args)
+    folder = job.dump_dir / FOLDER
+    if args.launcher == "bash":
+        write_run(job)
+        return start_here(job, folder, gpus=gpus)
+    check_slurm(job)
+    write_run(job)
+    return submit_to_slurm([job], folder, name=job.name)[0]
 
 
 # ---- sweeps
@@ -94,13 +94,10 @@ def launch_in_background(args: StoolArgs, *, gpus: str | None = None) -> Any:
 def launch_sweep(args: StoolArgs) -> Path:
     """Check all runs of a sweep, write them and launch them. Return the path of their record."""
     import_submitit("a sweep")
-    if args.stdout:
-        raise UserError("stdout=true: the runs of a sweep write to files in their logs/")
     runs = combinations(args.sweep)
     default = len(runs) if args.launcher == "sbatch" else 1
     at_once = min(args.array or default, len(runs))
-    name, folder, plans = plan_sweep(args, runs)
-    jobs = [plan.job for plan in plans]
+    name, folder, jobs = plan_sweep(args, runs)
     read_record(folder)  # it must be readable
     if args.launcher == "bash":
         gpu_slots(args.ngpu, at_once)  # this machine must have enough GPUs
@@ -110,12 +107,12 @@ def launch_sweep(args: StoolArgs) -> Path:
         where = "as one SLURM job array" if args.launcher == "sbatch" else "here"
         first = shlex.join(run_command(jobs[0]))
         action = f"run these {len(jobs)} {where}, {at_once} at a time; the first: {first}"
-        show(plans, action, sweep=folder)
+        show(jobs, action, sweep=folder)
         return folder / RECORD
     make_writable("dump_dir", folder)
     with lock_folders({"dump_dir": folder}):
-        for plan in plans:
-            write_run(plan, without=folder)
+        for job in jobs:
+            write_run(job, without=folder)
         write_record(folder, runs)
     if args.launcher == "sbatch":
         handles = submit_to_slurm(jobs, folder / FOLDER, name=name, at_once=at_once)
@@ -129,20 +126,20 @@ def launch_sweep(args: StoolArgs) -> Path:
     return folder / RECORD
 
 
-def plan_sweep(args: StoolArgs, runs: dict[str, Options]) -> tuple[str, Path, list[RunPlan]]:
+def plan_sweep(args: StoolArgs, runs: dict[str, Options]) -> tuple[str, Path, list[Job]]:
     """Return the sweep's name and folder, and its runs, each with its own name and folder."""
     args = replace(args, sweep={}, array=None)
     base = parse_run_args(args, import_script(args.script))
     folder = Path(base.dump_dir).absolute()
     name = getattr(base, "name", "") or folder.name
-    plans = []
+    jobs = []
     for label, options in runs.items():
         own = {"dump_dir": str(folder / label)}
         if hasattr(base, "name"):
             own["name"] = f"{name}_{label}"
         overrides = [*args.overrides, *as_arguments({**options, **own})]
-        plans.append(plan_run(replace(args, overrides=overrides)))
-    return name, folder, plans
+        jobs.append(plan_run(replace(args, overrides=overrides)))
+    return name, folder, jobs
 
 
 def run_sweep_here(jobs: list[Job], folder: Path, at_once: int) -> list[str]:

@@ -35,38 +35,35 @@ class RecordFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
-        self._n_failed = 0  # appends since the last one that worked
+        self._n_unwritten = 0  # waiting or lost
 
     def append(self, record: Mapping[str, Any]) -> None:
         self._waiting.append(json_line(record).encode())
+        self._n_unwritten += 1
+        self._write()
+
+    def _write(self) -> None:
         try:
             append_whole(self.path, b"".join(self._waiting))
         except OSError as error:
-            self._n_failed += 1
-            if self._n_failed == 1:
+            if self._n_unwritten == 1:
                 logger.warning(
                     "%s cannot be written (%s); up to %d records wait in memory",
                     *(self.path, error.strerror, MAX_WAITING),
                 )
             return
-        if self._n_failed:
-            n_lost = self._n_failed + 1 - len(self._waiting)
+        if self._n_unwritten > 1:
+            n_lost = self._n_unwritten - len(self._waiting)
             logger.warning("%s is written again; %d records are lost", self.path, n_lost)
-        self._n_failed = 0
         self._waiting.clear()
+        self._n_unwritten = 0
 
     def close(self) -> None:
         """Try once more to write the waiting records."""
-        try:
-            if self._waiting:
-                append_whole(self.path, b"".join(self._waiting))
-        except OSError as error:
-            logger.error(
-                "%s cannot be written (%s); its last %d records are lost",
-                *(self.path, error.strerror, self._n_failed),
-            )
-        self._n_failed = 0
-        self._waiting.clear()
+        if self._waiting:
+            self._write()
+        if self._waiting:
+            logger.error("%s: its last %d records are lost", self.path, self._n_unwritten)
 
 
 def append_whole(path: Path, data: bytes) -> None:

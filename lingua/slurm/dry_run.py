@@ -8,31 +8,32 @@ from pathlib import Path
 
 from lingua.args import print_text
 from lingua.slurm.code import code_version, list_code
-from lingua.slurm.plan import LOGS, RunPlan, is_free, old_name, run_files
+from lingua.slurm.plan import LOGS, is_free, old_name, run_files
 from lingua.slurm.run_list import RECORD
+from lingua.slurm.script import Job
 
 
-def show(plans: Sequence[RunPlan], action: str, sweep: Path | None = None) -> None:
+def show(jobs: Sequence[Job], action: str, sweep: Path | None = None) -> None:
     """Print what launching these runs would do. `sweep` is the folder of a sweep."""
-    print_text("\n".join(describe(plans, action, sweep)))
+    print_text("\n".join(describe(jobs, action, sweep)))
 
 
-def describe(plans: Sequence[RunPlan], action: str, sweep: Path | None) -> Iterator[str]:
+def describe(jobs: Sequence[Job], action: str, sweep: Path | None) -> Iterator[str]:
     """Yield lines of text: one per run, and once what the runs share."""
-    first, is_one = plans[0], len(plans) == 1
+    first, is_one = jobs[0], len(jobs) == 1
     texts = run_files(first)
     yield "stool: a dry run: nothing is written, renamed or run"
-    if first.job.args.copy_code:
+    if first.args.copy_code:
         each = "" if is_one else " for each run"
-        code = describe_code(first.root, without=sweep or first.job.dump_dir)
+        code = describe_code(first.root, without=sweep or first.dump_dir)
         yield f"stool: would copy{each} {code}"
-    for plan in plans:
-        yield from describe_folder(plan, [f"{LOGS}/", *texts])
+    for job in jobs:
+        yield from describe_folder(job, [f"{LOGS}/", *texts])
     if sweep is not None:
         yield f"stool: would write {sweep / RECORD}"
     others = "" if is_one else " (the others differ in name, folder and options)"
-    yield f"stool: {first.job.script} would be{others}"
-    yield texts[first.job.script.name].rstrip("\n")
+    yield f"stool: {first.script} would be{others}"
+    yield texts[first.script.name].rstrip("\n")
     yield f"stool: would {action}"
 
 
@@ -44,8 +45,8 @@ def describe_code(root: Path, without: Path) -> str:
     return f"{len(files)} files of code, {n_bytes / 1e6:.3g} MB, from {root} ({version}): {places}"
 
 
-def describe_folder(plan: RunPlan, names: Sequence[str]) -> Iterator[str]:
-    args, folder = plan.job.args, plan.job.dump_dir
+def describe_folder(job: Job, names: Sequence[str]) -> Iterator[str]:
+    args, folder = job.args, job.dump_dir
     is_new = is_free(folder)
     if args.override and not is_new:
         yield f"stool: would rename {folder} to {old_name(folder)}"

@@ -9,13 +9,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from lingua.args import config_as_yaml, parse_args
-from lingua.errors import UserError, is_machine_fault
+from lingua.errors import UserError
 from lingua.files.atomic import write_atomic
 from lingua.files.lock import (
     LOCK_NAME,
@@ -31,16 +30,7 @@ RUN_MARKS = ("base_config.yaml", "config.yaml", "submit.slurm")  # each marks th
 LOGS = "logs"
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """A run that passed all checks."""
-
-    job: Job
-    config: str  # YAML; the text of the user's file, if there is one
-    root: Path  # of the code
-
-
-def plan_run(args: StoolArgs) -> RunPlan:
+def plan_run(args: StoolArgs) -> Job:
     """Check everything that can be checked. A mistake is a UserError; nothing is written."""
     if args.nodes < 1:
         raise UserError(f"nodes={args.nodes}: set the number of machines, e.g. nodes=1")
@@ -50,29 +40,26 @@ def plan_run(args: StoolArgs) -> RunPlan:
     assert module.__file__, f"{args.script} has no file"
     root = Path(module.__file__).resolve().parents[args.script.count(".")]
     dump_dir = Path(run_args.dump_dir).absolute()
+    is_mapping = isinstance(args.config, Mapping)
     job = Job(
         args=args,
         name=getattr(run_args, "name", "") or dump_dir.name,
+        config=config_as_yaml(args.config) if is_mapping else Path(args.config).read_text("utf-8"),
         dump_dir=dump_dir,
         workdir=Path.cwd(),
-        code=dump_dir / "code" if args.copy_code else root,
+        root=root,
         python=find_environment_python(args.anaconda),
         time_limit=find_time_limit(args),
     )
-    inputs = {"script": root, "anaconda": job.python}
+    inputs = {"script": root, "anaconda": job.python, "config": None if is_mapping else args.config}
     inputs |= getattr(module, "input_paths", lambda run_args: {})(run_args)
-    if isinstance(args.config, Mapping):
-        config = config_as_yaml(args.config)
-    else:
-        config = Path(args.config).read_text(encoding="utf-8")
-        inputs["config"] = args.config
     try:
         check_may_use(job, inputs)
     except OSError as error:
         raise UserError(f"dump_dir={dump_dir}: cannot be read ({error.strerror})") from None
     check_writable("dump_dir", dump_dir)
     check_unlocked("dump_dir", dump_dir)
-    return RunPlan(job, config, root)
+    return job
 
 
 # ---- checks
@@ -195,22 +182,22 @@ def is_free(folder: Path) -> bool:
 # ---- the run's folder
 
 
-def write_run(plan: RunPlan, without: Path | None = None) -> Path:
-    """Write the run's folder and return the path of its submit.slurm.
-
-    The copy of the code leaves out `without`, by default the run's folder.
-    """
-    folder = plan.job.dump_dir
+def write_run(job: Job, without: Path | None = None) -> None:
+    """Write the run's folder. The copy of the code leaves out `without`, by default the folder."""
+    folder = job.dump_dir
     try:
-        if plan.job.args.override and not is_free(folder):
+        if job.args.override and not is_free(folder):
             rename_old(folder)
         make_writable("dump_dir", folder)
         with lock_folders({"dump_dir": folder}):
-            check_may_use(plan.job, {})  # another stool may have been faster
-            return fill_run_folder(plan, without or folder)
+            check_may_use(job, {})  # another stool may have been faster
+            if job.args.copy_code:
+                n_files = snapshot_code(job.root, job.code, without=without or folder)
+                print(f"stool: copied {n_files} files of code ({code_version(job.root)})")
+            (folder / LOGS).mkdir(exist_ok=True)  # SLURM does not make it
+            for name, text in run_files(job).items():
+                write_atomic(folder / name, text)
     except OSError as error:
-        if is_machine_fault(error):
-            raise
         raise UserError(f"dump_dir={folder}: cannot be written ({error})") from None
 
 
@@ -227,21 +214,10 @@ def old_name(folder: Path) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def fill_run_folder(plan: RunPlan, without: Path) -> Path:
-    job = plan.job
-    if job.args.copy_code:
-        n_files = snapshot_code(plan.root, job.code, without=without)
-        print(f"stool: copied {n_files} files of code ({code_version(plan.root)})")
-    (job.dump_dir / LOGS).mkdir(exist_ok=True)  # SLURM does not make it
-    for name, text in run_files(plan).items():
-        write_atomic(job.dump_dir / name, text)
-    return job.script
-
-
-def run_files(plan: RunPlan) -> dict[str, str]:
+def run_files(job: Job) -> dict[str, str]:
     """Map the names of a run's files to their texts, in the order of writing."""
     return {
-        CODE_VERSION: version_record(plan.root),
-        "base_config.yaml": plan.config,
-        plan.job.script.name: render_submit(plan.job),
+        CODE_VERSION: version_record(job.root),
+        "base_config.yaml": job.config,
+        job.script.name: render_submit(job),
     }

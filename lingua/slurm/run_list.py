@@ -40,7 +40,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_runs(folder: Path) -> dict[str, Path]:
-    """Map names to the folders of runs, with those of sweeps below ("tune/lr=0.1")."""
+    """Map names to the folders of runs, including runs in sweeps ("tune/lr=0.1")."""
     runs = {}
     for path in sorted(folder.iterdir()):
         if is_run(path):
@@ -111,10 +111,7 @@ def differing(runs: Sequence[RunOptions], script: str) -> list[str]:
     # A run that has not started has no derived values.
     known = [run for run in runs if run.has_started] or [run for run in runs if run.current]
     choices = chosen_values(runs)
-
-    @cache
-    def defaults() -> dict[str, str]:
-        return read_defaults(script)
+    defaults = cache(lambda: read_defaults(script))
 
     def differs(option: str) -> bool:
         values = {repr(run.current[option]) for run in runs if option in run.current}

@@ -59,15 +59,21 @@ class StoolArgs:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that submit.slurm is made of. Paths are absolute."""
+    """A run to launch. Paths are absolute."""
 
     args: StoolArgs
     name: str
+    config: str  # YAML; the text of the user's file, if there is one
     dump_dir: Path
     workdir: Path  # where the job runs
-    code: Path  # the code it imports
+    root: Path  # of the code that stool imports
     python: Path
     time_limit: str  # in SLURM's format; "" = the partition's default
+
+    @property
+    def code(self) -> Path:
+        """The root of the code that the job imports."""
+        return self.dump_dir / "code" if self.args.copy_code else self.root
 
     @property
     def script(self) -> Path:

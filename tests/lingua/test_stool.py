@@ -46,9 +46,10 @@ def some_job(**changes) -> Job:
     return Job(
         args=replace(args, **changes),
         name="my run",
+        config="",
         dump_dir=Path("/scratch/runs/my run"),
         workdir=Path("/home/me/LT2"),
-        code=Path("/scratch/runs/my run/code"),
+        root=Path("/home/me/LT2"),
         python=Path("/home/me/LT2/.venv/bin/python"),
         time_limit="2-00:00:00",
     )

@@ -113,7 +113,6 @@ def test_the_command_line_sets_options_and_values():
         (dict(sweep={"stepss": [2]}), "unknown option stepss"),
         (dict(sweep={"optim.lr": [0.1, "high"]}), "optim.lr"),
         (dict(sweep={"steps": [2]}, ngpu=65), "65 processes are too many"),
-        (dict(sweep={"steps": [2]}, stdout=True), "stdout=true"),
         (dict(sweep={"steps": [2]}, nodes=-1), "nodes=-1"),
         (dict(sweep={"steps": [2]}, launcher="sbatch"), "no sbatch"),
     ],

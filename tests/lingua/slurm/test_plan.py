@@ -58,14 +58,14 @@ def test_a_running_run_keeps_its_folder(project, args, option):
 
 
 def test_of_two_stools_at_once_one_gets_the_folder(project, args):
-    plan = run_plan.plan_run(args)
+    job = run_plan.plan_run(args)
     launch_job(replace(args, overrides=["steps=5"]))
     with pytest.raises(UserError, match="dump_dir=.* exists"):
-        run_plan.write_run(plan)
+        run_plan.write_run(job)
     dump_dir = project / "runs" / "a b"
     assert "steps=5" in (dump_dir / "submit.slurm").read_text()
     with held(dump_dir), pytest.raises(UserError, match="another run writes there"):
-        run_plan.write_run(replace(plan, job=replace(plan.job, args=replace(args, override=True))))
+        run_plan.write_run(replace(job, args=replace(args, override=True)))
     assert "steps=5" in (dump_dir / "submit.slurm").read_text()
 
 
