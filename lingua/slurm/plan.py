@@ -187,10 +187,13 @@ def write_run(job: Job, without: Path | None = None) -> None:
     folder = job.dump_dir
     try:
         if job.args.override and not is_free(folder):
-            rename_old(folder)
+            with lock_folders({"dump_dir": folder}):
+                old = folder.rename(old_name(folder))
+            print(f"stool: renamed {folder} to {old}", flush=True)
         make_writable("dump_dir", folder)
         with lock_folders({"dump_dir": folder}):
-            check_may_use(job, {})  # another stool may have been faster
+            if not is_free(folder) and not job.args.dirs_exists_ok:
+                raise UserError(f"dump_dir={folder} exists; another launch was faster")
             if job.args.copy_code:
                 n_files = snapshot_code(job.root, job.code, without=without or folder)
                 print(f"stool: copied {n_files} files of code ({code_version(job.root)})")
@@ -199,13 +202,6 @@ def write_run(job: Job, without: Path | None = None) -> None:
                 write_atomic(folder / name, text)
     except OSError as error:
         raise UserError(f"dump_dir={folder}: cannot be written ({error})") from None
-
-
-def rename_old(folder: Path) -> None:
-    with lock_folders({"dump_dir": folder}):
-        target = old_name(folder)
-        folder.rename(target)
-    print(f"stool: renamed {folder} to {target}", flush=True)
 
 
 def old_name(folder: Path) -> Path:

@@ -52,9 +52,8 @@ def find_runs(folder: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class RunOptions:
-    current: Options  # the requested ones, if the run has not started
-    initial: Options  # when the run started
-    requested: Options
+    current: Options  # all options, or the requested ones if the run has not started
+    requested: Options  # at the start or on a resume
     has_started: bool
 
 
@@ -63,15 +62,17 @@ def read_options(run: Path) -> RunOptions:
     try:
         requested = _read(run / "base_config.yaml") | read_overrides(run / "submit.slurm")
         current = _read(run / "config.yaml")
-        earlier = sorted(
+        before = sorted(
             run.glob("config.before_step_*.yaml"), key=lambda p: int(p.stem.rpartition("_")[2])
         )
-        initial = _read(earlier[0]) if earlier else current
+        initial = _read(before[0]) if before else current
     except (OSError, ValueError) as error:
         logger.warning("%s: options are not readable (%s)", run, error)
-        return RunOptions({}, {}, {}, has_started=False)
-    started = bool(current)
-    return RunOptions(current or requested, initial or requested, requested or initial, started)
+        return RunOptions({}, {}, has_started=False)
+    requested = requested or initial
+    derived = {o for o, value in requested.items() if initial.get(o) != value}
+    changed = {o: v for o, v in current.items() if initial.get(o) != v and o not in derived}
+    return RunOptions(current or requested, requested | changed, has_started=bool(current))
 
 
 def _read(config: Path) -> Options:
@@ -82,7 +83,7 @@ def read_overrides(script: Path) -> Options:
     """Read the options that submit.slurm adds to the config, if it exists."""
     if not script.exists():
         return {}
-    # The command is there twice: for srun, and after `else` without SLURM.
+    # The command appears twice: for srun, and after `else` without SLURM.
     _, *commands = script.read_text(encoding="utf-8").split(CONFIG_ARGUMENT)
     options: Options = {}
     for word in shlex.split(commands[0].rpartition("\nelse\n")[0]) if commands else []:
@@ -110,7 +111,6 @@ def read_differences(folder: Path, script: str) -> dict[str, Options]:
 def differing(runs: Sequence[RunOptions], script: str) -> list[str]:
     # A run that has not started has no derived values.
     known = [run for run in runs if run.has_started] or [run for run in runs if run.current]
-    choices = chosen_values(runs)
     defaults = cache(lambda: read_defaults(script))
 
     def differs(option: str) -> bool:
@@ -118,26 +118,11 @@ def differing(runs: Sequence[RunOptions], script: str) -> list[str]:
         return len(values) > 1 or any(option not in run.current for run in known)
 
     def is_chosen(option: str) -> bool:
-        values = choices.get(option, set())
-        return len(values) > 1 or bool(values) and values != {defaults().get(option)}
+        asked = {format_value(run.requested[option]) for run in runs if option in run.requested}
+        return len(asked) > 1 or bool(asked) and asked != {defaults().get(option)}
 
     options = dict.fromkeys(option for run in known for option in run.current)
     return [o for o in options if o not in PER_RUN and differs(o) and is_chosen(o)]
-
-
-def chosen_values(runs: Sequence[RunOptions]) -> dict[str, set[str]]:
-    """Map options to the values, as text, that were requested at the start or on a resume."""
-    derived = {o for run in runs for o, v in run.requested.items() if run.initial.get(o) != v}
-    values: dict[str, set[str]] = {}
-    for run in runs:
-        later = [
-            (option, value)
-            for option, value in run.current.items()
-            if run.initial.get(option) != value and option not in derived
-        ]
-        for option, value in [*run.requested.items(), *later]:
-            values.setdefault(option, set()).add(format_value(value))
-    return values
 
 
 def read_defaults(script: str) -> dict[str, str]:

@@ -48,7 +48,7 @@ def git(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def said(text: str) -> list[dict]:
+def json_lines(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 

@@ -24,7 +24,7 @@ from lingua.stool import (
     read_run_args,
     render_submit,
 )
-from tests.lingua.stool_utils import files_below, held, said
+from tests.lingua.stool_utils import files_below, held, json_lines
 from tests.LT2.tiny_run import write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def test_the_job_runs_the_copied_code_where_stool_was_called(project, args):
     submit = launch_job(args)
     dump_dir = project / "runs" / "a b"
     assert submit == dump_dir / "submit.slurm"
-    (seen,) = said((dump_dir / "logs" / "local" / "run.out").read_text())
+    (seen,) = json_lines((dump_dir / "logs" / "local" / "run.out").read_text())
     assert seen["args"]["steps"] == 3 and seen["args"]["name"] == "try"
     assert seen["cwd"] == str(project) and seen["dump"] == str(dump_dir)
     assert Path(seen["file"]).is_relative_to(dump_dir / "code")
@@ -92,7 +92,7 @@ def test_the_job_runs_the_copied_code_where_stool_was_called(project, args):
     helper = next(project.glob("project/*/helper.py"))
     helper.write_text("WORD = 'second'\n")
     subprocess.run(["bash", str(submit)], check=True, cwd="/")
-    again = said((dump_dir / "logs" / "local" / "run.out").read_text())
+    again = json_lines((dump_dir / "logs" / "local" / "run.out").read_text())
     assert again == [seen, seen] and seen["word"] == "first"
 
 
@@ -100,7 +100,7 @@ def test_overrides_win_and_the_config_is_kept_as_given(project, args, capfd):
     overrides = ["steps=9", "dump_dir=runs/c", "name=it's $HOME"]
     launch_job(replace(args, overrides=overrides, stdout=True))
     assert (project / "runs/c/base_config.yaml").read_text() == (project / "run.yaml").read_text()
-    (seen,) = said(capfd.readouterr().out)
+    (seen,) = json_lines(capfd.readouterr().out)
     assert seen["args"] == {
         "name": "it's $HOME",
         "dump_dir": "runs/c",
@@ -114,7 +114,7 @@ def test_command_line(project, args, capfd):
     script = f"script={args.script}"
     main(["config=run.yaml", script, "launcher=bash", "nodes=1", "ngpu=1", "--", "steps=4"])
     out = (project / "runs/a b/logs/local/run.out").read_text()
-    assert said(out)[0]["args"]["steps"] == 4
+    assert json_lines(out)[0]["args"]["steps"] == 4
 
 
 def test_a_config_is_utf_8_in_any_locale(project, args, monkeypatch):
@@ -130,13 +130,13 @@ def test_a_config_is_utf_8_in_any_locale(project, args, monkeypatch):
 
 def test_a_config_from_python_is_written_as_yaml(project, args):
     launch_job(replace(args, config={"dump_dir": "runs/m", "optim": {"lr": 0.5}}))
-    (seen,) = said((project / "runs/m/logs/local/run.out").read_text())
+    (seen,) = json_lines((project / "runs/m/logs/local/run.out").read_text())
     assert seen["args"]["optim"] == {"lr": 0.5}
 
 
 def test_several_processes_on_this_machine_without_slurm(project, args):
     launch_job(replace(args, ngpu=2))
-    seen = said((project / "runs/a b/logs/local/run.out").read_text())
+    seen = json_lines((project / "runs/a b/logs/local/run.out").read_text())
     assert sorted(line["rank"] for line in seen) == ["0", "1"]
 
 
@@ -145,7 +145,7 @@ def test_sbatch_gets_the_script_and_srun_starts_every_rank(project, args, slurm,
     dump_dir = project / "runs" / "a b"
     assert (slurm / "sbatch.log").read_text().strip() == str(dump_dir / "submit.slurm")
     assert "-n 8 -N 2" in (slurm / "srun.log").read_text()
-    assert [line["rank"] for line in said(capfd.readouterr().out)] == ["0", "1"]
+    assert [line["rank"] for line in json_lines(capfd.readouterr().out)] == ["0", "1"]
     assert "#SBATCH --time=2-00:00:00" in (dump_dir / "submit.slurm").read_text()
     assert (dump_dir / "logs" / "7").is_dir()  # SLURM does not make it
 
@@ -232,7 +232,7 @@ def test_sbatch_reads_quoted_values(value):
 def test_without_a_copy_the_code_runs_in_place(project, args):
     launch_job(replace(args, copy_code=False))
     dump_dir = project / "runs" / "a b"
-    (seen,) = said((dump_dir / "logs/local/run.out").read_text())
+    (seen,) = json_lines((dump_dir / "logs/local/run.out").read_text())
     assert Path(seen["file"]).is_relative_to(project / "project")
     assert not (dump_dir / "code").exists()
 

@@ -18,7 +18,7 @@ from lingua.errors import UserError
 from lingua.stool import StoolArgs, launch_job, main
 from lingua.sweep import as_arguments, combinations, format_table, label_of
 from lingua.sweep import main as print_table
-from tests.lingua.stool_utils import held, said
+from tests.lingua.stool_utils import held, json_lines
 from tests.lingua.test_stool import some_job
 from tests.LT2.tiny_run import OPTIONS, write_corpus
 
@@ -30,7 +30,7 @@ def folders(sweep: Path) -> list[str]:
 
 
 def seen(run: Path) -> list[dict]:
-    return said((run / "logs" / "local" / "run.out").read_text())
+    return json_lines((run / "logs" / "local" / "run.out").read_text())
 
 
 # ---- which runs
