@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from lingua.config.from_dict import Options, Text
 from lingua.config.help import field_types, format_help, format_value
+from lingua.config.ignored import why_ignored
 from lingua.config.yaml import read_yaml_file
 from lingua.errors import UserError, import_optional
 from lingua.files.atomic import write_atomic
@@ -120,10 +121,15 @@ def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     def text(values: dict[str, Any], key: str) -> str:
         return format_value(values[key]) if key in values else "(absent)"
 
+    def is_changed(key: str) -> bool:
+        if key in before and key in after:
+            return before[key] != after[key]
+        return key in after or not why_ignored(key)
+
     return [
         f"{key}: {text(before, key)} -> {text(after, key)}"
         for key in sorted(before | after)
-        if key not in before or key not in after or before[key] != after[key]
+        if is_changed(key)
     ]
 
 

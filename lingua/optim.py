@@ -26,7 +26,6 @@ from lingua.logger import log_on_rank_0
 from lingua.muon import MOMENTUM_BUFFER, Muon
 
 OPTIMIZERS = ("adamw", "muon")
-ANNEALING_STEP = 1000  # Lingua's option; it never had an effect
 
 
 @dataclass
@@ -57,7 +56,6 @@ class OptimArgs:
     # ends above lr_min_ratio
     cycle_length: float = 1.0
     cosine_theta: float = 1.0  # cosine: exponent of the progress; above 1 decays later
-    annealing_step: int = ANNEALING_STEP  # no effect, and no other value is accepted
     decay_fraction: float = 0.1  # wsd: decay length / steps so far, below cycle_length
     exp_factor: float = 0.5  # inv_sqrt: the rate falls as step ** -exp_factor
     # skip up to this many consecutive steps whose gradient is NaN or infinite, then stop the run
@@ -74,12 +72,6 @@ class OptimArgs:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
         _require(self.clip is None or self.clip >= 0, "clip", self.clip, "0 or more, or null")
         _require(0 <= self.lr_min_ratio <= 1, "lr_min_ratio", self.lr_min_ratio, "from 0 to 1")
-        _require(
-            self.annealing_step == ANNEALING_STEP,
-            "annealing_step",
-            self.annealing_step,
-            f"left out (it has no effect; only {ANNEALING_STEP} is accepted)",
-        )
         if self.scheduler == "wsd":
             _require(self.cycle_length <= 1, "cycle_length", self.cycle_length, "at most 1 for wsd")
             _require(

@@ -21,6 +21,7 @@ from lingua.config.help import (
     union_members,
     walk_fields,
 )
+from lingua.config.ignored import ignore
 from lingua.config.yaml import yaml_value
 from lingua.errors import UserError, first_line, import_optional
 
@@ -75,7 +76,7 @@ class Options(Generic[T]):
             place = f"{lines[above + key]}: " if above + key in lines else ""
             field, _, rest = key.partition(".")
             if field not in field_types(cls):
-                if self.strict:
+                if not ignore(above + field, value) and self.strict:
                     raise UserError(place + unknown_option(self.cls, cls, above, field))
                 continue
             name, hint = above + field, field_types(cls)[field]

@@ -13,7 +13,6 @@ FSDP_TYPES = ("no_shard", "full_shard")
 SPAWN_METHODS = ("forkserver", "spawn", "fork")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full", "loop")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FLOAT8_FILTER = r"layers\.[0-9]+\."
 
 
 @dataclass
@@ -36,8 +35,6 @@ class DistributedArgs:
     # full_shard: free a layer's gathered weights after each loop. Saves memory; without it they are
     # gathered once a step, with it twice for every loop and micro-batch
     reshard_between_loops: bool = False
-    float8_recipe: str | None = None  # not implemented: null only
-    float8_filter: str = FLOAT8_FILTER  # not implemented: the default only
     matmul_allow_tf32: bool = False  # fp32 matmuls on CUDA use TF32: faster, 10 bits of mantissa
     allow_bf16_reduced_precision_reduction: bool = True  # bf16 matmuls on CUDA may sum in bf16
     detect_anomaly: bool = False  # trace NaN in the backward to its operation; slow
@@ -55,11 +52,6 @@ class DistributedArgs:
                 raise UserError(f"distributed.{name}={getattr(self, name)} must be at least 1")
         if self.timeout_minutes <= 0:
             raise UserError(f"distributed.timeout_minutes={self.timeout_minutes} must be above 0")
-        if self.float8_recipe is not None or self.float8_filter != FLOAT8_FILTER:
-            raise UserError(
-                "distributed.float8_recipe, distributed.float8_filter: float8 is not implemented; "
-                "leave both out"
-            )
         if self.selective_activation_checkpointing:
             if self.activation_checkpointing not in ("none", "selective"):
                 raise UserError(

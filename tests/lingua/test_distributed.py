@@ -290,7 +290,6 @@ def test_one_process_needs_no_group():
         ({"fsdp_type": "shard"}, "distributed.fsdp_type=shard"),
         ({"model_dtype": "bfloat16"}, "distributed.model_dtype=bfloat16"),
         ({"activation_checkpointing": "some"}, "distributed.activation_checkpointing=some"),
-        ({"float8_recipe": "rowwise"}, "float8 is not implemented"),
         ({"timeout_minutes": 0}, "distributed.timeout_minutes=0"),
         (
             {"selective_activation_checkpointing": True, "activation_checkpointing": "full"},

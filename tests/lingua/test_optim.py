@@ -231,7 +231,6 @@ def test_nonfinite_guard_skips_up_to_its_limit_in_a_row():
     "kwargs, message",
     [
         ({"scheduler": "cosin"}, "optim.scheduler=cosin"),
-        ({"annealing_step": 5}, "optim.annealing_step=5"),
         ({"clip": -1.0}, "optim.clip=-1.0"),
         ({"lr_min_ratio": 2.0}, "optim.lr_min_ratio=2.0"),
         ({"scheduler": "wsd", "decay_fraction": 0.6, "cycle_length": 0.5}, "optim.decay_fraction"),
