@@ -1,4 +1,4 @@
-"""README.md as data: the commands of its shell blocks, by section."""
+"""The commands and programs in README.md and docs/*.md, by section."""
 
 from __future__ import annotations
 
@@ -9,30 +9,49 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Guides, in the order in which a reader needs them. LOG.md and benchmarks/ record past commands.
+GUIDES = [
+    ROOT / "README.md",
+    *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "LOG.md"),
+]
 
 
 class Command(NamedTuple):
-    section: str  # "Train": the heading above it, of the second level
-    text: str  # as it is typed, continuation lines joined
+    section: str  # "docs/data.md: Prepare a corpus", or the heading alone in README
+    text: str  # as typed, with continuation lines joined
 
     @property
     def words(self) -> list[str]:
         return shlex.split(self.text, comments=True)
 
 
-def readme_programs(section: str) -> list[str]:
+def sections() -> dict[str, str]:
+    """Text of each section of the second level, and of each guide's start, by name."""
+    found = {}
+    for path in GUIDES:
+        place = "" if path.name == "README.md" else f"{path.relative_to(ROOT)}: "
+        start, *rest = re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.M)
+        found[f"{place}start"] = start
+        for section in rest:
+            heading, _, body = section.partition("\n")
+            found[place + heading] = body
+    return found
+
+
+SECTIONS = sections()
+
+
+def programs(section: str) -> list[str]:
     """The Python programs of a section."""
-    body = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", body, re.S)
+    return re.findall(r"```python\n(.*?)```", SECTIONS[section], re.S)
 
 
-def readme_commands() -> list[Command]:
-    """Every command of every ```bash block, in the order of the page; comments are left out."""
-    commands = []
-    for section in re.split(r"^## ", README, flags=re.M)[1:]:
-        heading = section.partition("\n")[0]
-        for block in re.findall(r"```bash\n(.*?)```", section, re.S):
+def commands() -> list[Command]:
+    """Every command of every ```bash block, in order, without comments."""
+    found = []
+    for section, body in SECTIONS.items():
+        for block in re.findall(r"```bash\n(.*?)```", body, re.S):
             for line in re.sub(r"\\\n\s*", "", block).splitlines():
                 if shlex.split(line, comments=True):
-                    commands.append(Command(heading, line.strip()))
-    return commands
+                    found.append(Command(section, line.strip()))
+    return found

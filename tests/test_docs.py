@@ -1,4 +1,4 @@
-"""README, configs and code agree: what the documents name is there."""
+"""README, docs, configs and code agree: what the documents name exists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lingua.args import parse_args
 from lingua.config.help import describe_fields
 from lingua.stool import StoolArgs
 from lingua.sweep import TableArgs
-from tests.readme import README, ROOT, readme_commands
+from tests.readme import GUIDES, README, ROOT, SECTIONS, commands
 
 CONFIGS = ROOT / "apps/LT2/configs"
 EVALUATIONS = sorted(CONFIGS.glob("*/eval.yaml"))
@@ -35,6 +35,10 @@ PROGRAMS = {
 }
 
 
+MODEL_FIELDS = SECTIONS["docs/configuration.md: Fields of `model:`"]
+OPTION = r"`((?:distributed|logging|data|profiling|checkpoint|model|optim|eval)\.(?!safetensors)[a-z_.]+)"
+
+
 def names_of(options: Iterable[str]) -> set[str]:
     names = {option.partition("=")[0] for option in options}
     return {"sweep" if name.startswith("sweep.") else name for name in names}
@@ -44,7 +48,7 @@ def fields_of(cls: type) -> set[str]:
     return {doc.path for doc in describe_fields(cls)}
 
 
-@pytest.mark.parametrize("command", readme_commands(), ids=lambda command: command.text)
+@pytest.mark.parametrize("command", commands(), ids=lambda command: command.text)
 def test_commands_name_what_exists(command):
     words = command.words
     if words[0] == "torchrun":
@@ -64,39 +68,45 @@ def test_commands_name_what_exists(command):
             assert (ROOT / word).is_file()
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_links_lead_to_files(target):
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_links_lead_to_files(guide):
+    targets = re.findall(r"\]\(([^)#:]+)\)", guide.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (guide.parent / target).exists()] == []
 
 
 def expand_braces(text: str) -> list[str]:
-    """`a_{b,c}` -> a_b, a_c; as a shell does."""
+    """`a_{b,c}` -> a_b, a_c, as a shell does."""
     parts = re.split(r"\{([^}]*)\}", text)
     choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
 def test_the_table_of_recipes_names_every_file_once():
-    table = README.split("### Recipes")[1].split("\n#")[0]
-    rows = re.findall(r"^\| [^|]* \| `([^`]+)` \|", table, re.M)
-    named = [name for row in rows for name in expand_braces(row)]
-    assert sorted(named) == [str(path.relative_to(CONFIGS)) for path in RECIPES]
+    rows = re.findall(r"^\| `([^`]+)` \|", SECTIONS["Recipes"], re.M)
+    names = [name for row in rows for name in expand_braces(row)]
+    scaled = [name.replace("*", scale) for name in names for scale in ("600M", "1B")]
+    expected = sorted(str(path.relative_to(CONFIGS)) for path in RECIPES)
+    assert sorted({*scaled}) == expected and len(names) == len({*names})
 
 
 def test_the_table_of_mixers_names_every_mixer_once():
-    (row,) = re.findall(r"^\| `mixer` \|(.*)\|$", README, re.M)
+    (row,) = re.findall(r"^\| `mixer` \|(.*)\|$", MODEL_FIELDS, re.M)
     assert sorted(re.findall(r"`(\w+)`", row)) == sorted(MIXERS)
+    (listed,) = re.findall(r"^`mixer` is one of (.*)$", README, re.M)
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(MIXERS)
+    for table in re.findall(r"^\| mixer \|.*?\n\n", SECTIONS["docs/mixers.md: start"], re.M | re.S):
+        cells = re.findall(r"^\|([^|]*)\|", table, re.M)[2:]
+        assert sorted(re.findall(r"`(\w+)`", "".join(cells))) == sorted(MIXERS)
 
 
 def test_model_table_names_fields():
-    table = README.split("### The model")[1].split("```")[0]
-    names = re.findall(r"^\| `(\w+)` \|", table, re.M)
+    names = re.findall(r"^\| `(\w+)` \|", MODEL_FIELDS, re.M)
     assert len(names) >= 10
     assert set(names) <= set(LoopedTransformerArgs.__dataclass_fields__)
 
 
 def test_options_in_the_text_exist():
-    options = re.findall(r"`((?:distributed|logging|data|profiling|checkpoint)\.[a-z_]+)", README)
+    options = re.findall(OPTION, "".join(SECTIONS.values()))
     known = fields_of(TrainArgs)
     sections = {path.rpartition(".")[0] for path in known} | {"logging.wandb"}
     assert set(options) <= known | sections
@@ -120,8 +130,10 @@ def test_evaluations_load_and_say_how_to_run(config):
 
 
 def test_the_tree_of_the_code_exists():
-    tree = README.split("## The code")[1].split("```")[1]
+    tree = SECTIONS["Files and code"].split("```")[3]
     modules = re.findall(r"(\w+\.py)\b", tree)
-    for module in modules:
-        if module != "naive.py":
-            assert (ROOT / "apps/LT2" / module).is_file()
+    assert [m for m in modules if m != "naive.py" and not (ROOT / "apps/LT2" / m).is_file()] == []
+    folders = re.findall(r"\b([a-z]+)/(?!L)", tree)
+    assert [
+        f for f in folders if not ((ROOT / "apps/LT2" / f).is_dir() or (ROOT / f).is_dir())
+    ] == ["benchmarks"]

@@ -1,9 +1,7 @@
-"""README's commands run as they stand: every one of its shell blocks, in order, in a bash, and
-its Python programs after those of their section.
+"""Run the commands of README and docs/*.md: every shell block in order, then the Python programs.
 
-What cannot be so is said here. SMALLER and PLACEHOLDERS change a command where it would take a GPU,
-a cluster, a network or minutes; EXCEPTIONS are not run at all, each with its reason. A command that
-README gets anew is run like the others, or has to get its line here.
+SMALLER and PLACEHOLDERS change commands that would take a GPU, a cluster, the network or minutes.
+EXCEPTIONS are not run, each for the reason given.
 """
 
 from __future__ import annotations
@@ -18,19 +16,20 @@ from pathlib import Path
 import pytest
 
 from tests.quick_python import QuickPython
-from tests.readme import ROOT, Command, readme_commands, readme_programs
+from tests.readme import ROOT, Command, commands, programs
 
 EXCEPTIONS = {
     "git clone": "needs the network",
     "cd LT2": "goes with git clone",
-    "bash setup/quickstart.sh": "installs packages; what it runs after that is run by `place`",
+    "bash setup/quickstart.sh": "installs packages; `shell` runs its training in small",
+    "source .venv": "goes with quickstart.sh",
     "bash setup/create_env.sh": "installs packages",
     "sbatch setup/create_env.sh": "installs packages",
     "conda activate": "goes with create_env.sh",
     "python setup/download_tokenizer.py": "needs the network; tests/setup/test_download.py",
 }
 
-# What stands for something of the reader's own; more processes than CPU cores add nothing.
+# Stand-ins for the reader's own values; more processes than CPU cores add nothing.
 PLACEHOLDERS = {
     "<partition>": "gpu",
     "/path/to/run": "runs/quickstart",
@@ -46,7 +45,7 @@ TINY_BENCHMARK = "--seq-len 16 --batch-size 1 2 --repeats 1 --warmup 1 --decode-
 TINY_RECIPE = "model.dim=32 model.n_layers=5 model.n_heads=2 model.vocab_size=300"
 LOCAL_TASKS = "harness.tasks=[lt2_local_choice] harness.include_path=apps/LT2/local_tasks"
 
-# A command that begins so -> what is written behind it; the last of two settings counts.
+# Start of a command -> what is appended to it; of two settings the last one counts.
 SMALLER = {
     "python -m apps.LT2.train config=": f"{TINY_RUN} dump_dir=runs/train",
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml model.": TINY_RUN,
@@ -62,10 +61,9 @@ SMALLER = {
     ),
     "python -m lingua.stool script=": "ngpu=1",
     "python -m apps.LT2.generate": "max_gen_len=8",
-    # four questions of a task instead of all
     "python -m apps.LT2.eval": "harness.limit=4 harness.bootstrap_iters=0",
     "python -m apps.LT2.lm_eval": "--limit 4",
-    # data sets that would have to be downloaded
+    # instead of tasks that would be downloaded
     "torchrun --nproc-per-node 8 -m apps.LT2.eval": (
         f"{LOCAL_TASKS} harness.limit=4 harness.bootstrap_iters=0 dump_dir=runs/suites"
     ),
@@ -74,14 +72,14 @@ SMALLER = {
     "bash apps/LT2/scripts/benchmark_prefill_all.sh": f"{TINY_BENCHMARK} {TINY_RECIPE}",
 }
 ENVIRONMENT = {
-    # of the scripts that measure all 1B recipes at all lengths: one of each
+    # for the scripts that measure all 1B recipes at all lengths
     "RECIPES": "apps/LT2/configs/1B/transformer_1B.yaml",
     "LENGTHS": "16",
     "OPTIONS": f"{TINY_BENCHMARK} {TINY_RECIPE}",
 }
 
-# An sbatch that starts a job array's first task here, and keeps any other job for later; so does it
-# with submitit's arrays, whose tasks wait for sbatch to return.
+# A stand-in for sbatch. It runs the first task of a job array, but no other job: submitit's tasks
+# wait for sbatch to return.
 SBATCH = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 [[ -f $1 ]] || { echo "sbatch: error: no batch script $1" >&2; exit 1; }
@@ -92,37 +90,45 @@ fi
 echo "Submitted batch job 1"
 """
 
-# Files that a section's commands leave, beside their exit status of 0.
+# Files that a section's commands leave behind.
 LEAVES = {
-    "Data": [
-        "data/fineweb_edu_shuffled/fineweb_edu.val.jsonl",
-        "data/mine_shuffled/manifest.json",
-        "data/local/stdlib.chunk.00.tokens.json",
-        "runs/mine/metrics.jsonl",
-    ],
     "Train": [
-        "runs/tune/lr=0.001,loop_count=1/submit.slurm",
         "runs/train/metrics.jsonl",
         "runs/my_run/checkpoints",
         "runs/torchrun/checkpoints",
     ],
-    "Generate": [],
-    "Weights": ["runs/weights/model.safetensors", "runs/hf/config.json", "runs/imported"],
-    "Evaluate": ["runs/quickstart/evals/0000000002/results.json", "runs/suites/results.json"],
-    "Benchmark": ["runs/looped.png", "runs/benchmark_prefill/benchmark_prefill.png"],
+    "Generate, evaluate, benchmark": ["runs/quickstart/evals/0000000002/results.json"],
+    "docs/benchmarking.md: Prefill and decode": [
+        "runs/looped.png",
+        "runs/benchmark_prefill/benchmark_prefill.png",
+    ],
+    "docs/data.md: Prepare a corpus": [
+        "data/fineweb_edu_shuffled/fineweb_edu.val.jsonl",
+        "data/mine_shuffled/manifest.json",
+        "runs/mine/metrics.jsonl",
+    ],
+    "docs/data.md: Tokenize ahead of time": ["data/local/stdlib.chunk.00.tokens.json"],
+    "docs/evaluation.md: start": ["runs/suites/results.json"],
+    "docs/slurm.md: Sweeps": ["runs/tune/lr=0.001,loop_count=1/submit.slurm"],
+    "docs/training.md: start": ["runs/compared.png"],
+    "docs/training.md: Checkpoints": [
+        "runs/weights/model.safetensors",
+        "runs/hf/config.json",
+        "runs/imported",
+    ],
 }
 SECTIONS: dict[str, list[Command]] = {}
-for command in readme_commands():
+for command in commands():
     SECTIONS.setdefault(command.section, []).append(command)
 
 
 def exception(command: Command) -> str | None:
-    """Why this command is not run."""
+    """The reason why this command is not run, if there is one."""
     return next((why for start, why in EXCEPTIONS.items() if command.text.startswith(start)), None)
 
 
 def as_run(command: Command) -> str:
-    """The command with what stands for the reader's own, and with smaller sizes behind it."""
+    """The command with stand-ins for placeholders, and with smaller sizes."""
     text = " ".join(re.sub(r"(^|\s)#.*", "", command.text).split())
     starts = [start for start in SMALLER if text.startswith(start)]
     if starts and not text.endswith("--help"):
@@ -133,7 +139,7 @@ def as_run(command: Command) -> str:
 
 
 class Shell:
-    """A bash in a copy of this repository, with a quick `python` and a cluster of scripts."""
+    """A bash in a copy of this repository, with a fast `python` and stand-ins for SLURM."""
 
     def __init__(self, folder: Path, quick: QuickPython):
         self.folder = folder
@@ -164,7 +170,7 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory, quick_python):
-    """In a clone after setup/quickstart.sh, in small: its corpus, and its run of two steps."""
+    """A clone after a small setup/quickstart.sh: the corpus, and a run of two steps."""
     folder = tmp_path_factory.mktemp("clone") / "LT2"
     for name in ("apps", "lingua", "setup", "tokenizer"):
         shutil.copytree(ROOT / name, folder / name)
@@ -184,7 +190,7 @@ def shell(tmp_path_factory, quick_python):
 
 
 def write_small_corpus(folder: Path) -> None:
-    """data/local as setup/prepare_local_data.py makes it, of a few modules of Python's library."""
+    """Make data/local with setup/prepare_local_data.py from a few modules of Python's library."""
     file = folder / "setup/prepare_local_data.py"
     spec = importlib.util.spec_from_file_location("prepare_for_readme", file)
     assert spec is not None and spec.loader is not None
@@ -201,28 +207,28 @@ def write_small_corpus(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS)
-def test_a_section_s_commands_run(section, request):
-    commands = [command for command in SECTIONS[section] if exception(command) is None]
-    if not commands:
+def test_commands_run(section, request):
+    commands_to_run = [command for command in SECTIONS[section] if exception(command) is None]
+    if not commands_to_run:
         pytest.skip("; ".join(sorted({str(exception(c)) for c in SECTIONS[section]})))
-    if "lt2_local" in "".join(command.text for command in commands):
+    if "lt2_local" in "".join(command.text for command in commands_to_run):
         pytest.importorskip("lm_eval")
     shell = request.getfixturevalue("shell")
-    for command in commands:
+    for command in commands_to_run:
         said = shell.run(as_run(command))
         if command.text.startswith("python -m apps.LT2.benchmark_prefill"):
             rows = json.loads(said.splitlines()[-1])["rows"]
             assert rows and all(row["decode"]["ms"] > 0 for row in rows)
-    for program in readme_programs(section):
+    for program in programs(section):
         (shell.folder / "program.py").write_text(program)
         shell.run("python program.py")
         (shell.folder / "program.py").unlink()
     for file in LEAVES.get(section, []):
         assert (shell.folder / file).exists(), f"{file} is missing after section {section}"
-    # what they leave is copied into no run's code/, and makes no later run one of changed code
+    # Git ignores what they leave, so no later run counts as one of changed code.
     assert shell.run("git status --porcelain") == ""
 
 
 @pytest.mark.parametrize("start", [*EXCEPTIONS, *SMALLER, *PLACEHOLDERS])
-def test_what_is_said_of_commands_holds_for_some_command(start):
-    assert any(start in command.text for command in readme_commands())
+def test_each_exception_is_of_some_command(start):
+    assert any(start in command.text for command in commands())

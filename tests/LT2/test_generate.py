@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -124,14 +122,6 @@ def test_several_samples_are_numbered_and_the_first_is_what_comes_alone(ask):
     for k in (1, 2):
         text = alone.partition(f"answer {k}: ")[2].partition("\n")[0]
         assert f"[{k}/2] {text}" in talk
-
-
-def test_the_library_as_the_readme_calls_it(run):
-    readme = Path(__file__, "../../../README.md").resolve().read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?PackedCausalTransformerGenerator.*?)```", readme, re.S)
-    names: dict = {}
-    exec(code.replace("runs/quickstart", str(run)), names)
-    assert len(names["texts"]) == 1 and len(names["loglikelihoods"][0]) == 20
 
 
 # ---- prompts that cannot run
