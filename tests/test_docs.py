@@ -36,7 +36,8 @@ PROGRAMS = {
 
 
 MODEL_FIELDS = SECTIONS["docs/configuration.md: Fields of `model:`"]
-OPTION = r"`((?:distributed|logging|data|profiling|checkpoint|model|optim|eval)\.(?!safetensors)[a-z_.]+)"
+SECTION = "distributed|logging|data|profiling|checkpoint|model|optim|eval"
+OPTION = rf"`((?:{SECTION})\.(?!safetensors)[a-z_.]+)"
 
 
 def names_of(options: Iterable[str]) -> set[str]:
