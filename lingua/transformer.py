@@ -275,16 +275,12 @@ class FeedForward(nn.Module):
         super().__init__()
         if multiple_of < 1:
             raise UserError(f"model.multiple_of={multiple_of} must be at least 1")
-        if ffn_dim_multiplier is not None and ffn_dim_multiplier <= 0:
-            raise UserError(
-                f"model.ffn_dim_multiplier={ffn_dim_multiplier} must be above 0, or null"
-            )
-        hidden = int((ffn_dim_multiplier or 1.0) * int(2 * hidden_dim / 3))
-        hidden = multiple_of * math.ceil(hidden / multiple_of)
+        scale = 1.0 if ffn_dim_multiplier is None else ffn_dim_multiplier
+        hidden = multiple_of * math.ceil(int(scale * int(2 * hidden_dim / 3)) / multiple_of)
         if hidden < 1:
             raise UserError(
-                f"model.ffn_dim_multiplier={ffn_dim_multiplier} must leave a channel of the 8/3 * "
-                f"model.dim = {2 * hidden_dim // 3} that it scales; use 1, or null"
+                f"model.ffn_dim_multiplier={ffn_dim_multiplier} must leave at least one of "
+                f"8/3 * model.dim = {2 * hidden_dim // 3} channels; use 1, or null"
             )
         assert hidden % mp_size == 0, f"FFN dim {hidden} is not a multiple of mp_size {mp_size}"
         self.dim, self.hidden_dim = dim, hidden

@@ -104,7 +104,7 @@ class LoopedTransformerArgs(MixerArgs):
 
 # (block, h, spec, and the cache if there is one) -> (h, the mixer's own loss or None)
 RunLayer = Callable[..., tuple[Tensor, Tensor | None]]
-Losses = dict[str, list[Tensor]]  # the mixers' own losses, by name, of every (loop, layer)
+Losses = list[tuple[str, Tensor]]  # (name, own loss) of every (loop, layer) that has one
 
 
 class LoopedTransformer(nn.Module):
@@ -187,24 +187,22 @@ class LoopedTransformer(nn.Module):
 
         run_layer gets the entry [loop][layer] of each of `grids`; the first is the layout.
         """
-        h = self.tok_embeddings(tokens)
-        losses: Losses = {}
+        h, losses = self.tok_embeddings(tokens), []
         for t, rows in enumerate(zip(*grids, strict=True)):
             if self.checkpoint_loops and torch.is_grad_enabled():
                 run = partial(checkpoint, self._run_loop, use_reentrant=False)
             else:
                 run = self._run_loop
-            h, new = run(h, t, run_layer, rows)
-            for name, loss in new:
-                losses.setdefault(name, []).append(loss)
+            h, new_losses = run(h, t, run_layer, rows)
+            losses += new_losses
             if t == 0 and h.requires_grad:
                 h.register_hook(self._enter_last_backward)
         return h, losses
 
     def _run_loop(
         self, h: Tensor, t: int, run_layer: RunLayer, rows: tuple[Sequence[Any], ...]
-    ) -> tuple[Tensor, list[tuple[str, Tensor]]]:
-        """Run the stack once, with the residual gate; return h and the own losses by name."""
+    ) -> tuple[Tensor, Losses]:
+        """Run the stack once, with the residual gate."""
         u, losses = h, []
         for block, spec, *memory in zip(self.layers, *rows, strict=True):
             h, loss = run_layer(block, h, spec, *memory)
@@ -214,11 +212,11 @@ class LoopedTransformer(nn.Module):
             h = (h.float() + self.rho[t].float() * u.float()).type_as(h)
         return h, losses
 
-    def _add_mixer_losses(self, loss: Tensor, mixer_losses: dict[str, list[Tensor]]) -> Tensor:
+    def _add_mixer_losses(self, loss: Tensor, losses: Losses) -> Tensor:
         """Add the gradients of the mixers' own losses to `loss`; its value doesn't change."""
         self.mixer_losses = {}
-        for name, losses in mixer_losses.items():
-            mean = torch.stack(losses).mean()
+        for name in dict.fromkeys(name for name, _ in losses):
+            mean = torch.stack([own for other, own in losses if other == name]).mean()
             self.mixer_losses[name] = mean.detach()
             loss = loss + (mean - mean.detach())
         return loss

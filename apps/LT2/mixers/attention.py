@@ -11,7 +11,6 @@ of a cache. `full` and `window` are one module, so a layer may change its window
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +20,10 @@ from apps.LT2.kernel.attention import attention, check_attention_impl, decode_at
 from apps.LT2.kernel.attention.first_token import first_token_mass
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.mixers.base import (
-    Extension,
     Mixer,
     MixerArgs,
     MixerCache,
+    Past,
     Prompts,
     TensorParallelPlan,
     by_sequence,
@@ -38,6 +37,8 @@ from lingua.transformer import (
     rotary_angles,
     rotate_pairs,
 )
+
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -94,12 +95,11 @@ class Attention(Mixer):
         rows, lengths = prompts.rows_and_lengths(x_BTD)
         held = cache.length_B[rows]
         past = prompts.known_past(rows, held, lengths)
-        q, k, v = self._qkv(x_BTD, prompts.positions(x_BTD, held))
+        q, k, v = qkv = self._qkv(x_BTD, prompts.positions(x_BTD, held))
         if past:
-            o = self._attend_past(q, k, v, cache, past, window)
+            o = self._attend_past(qkv, cache, past, window)
         else:
-            options = {"window": window, "cu_seqlens": prompts.cu_seqlens, "impl": self.attn_impl}
-            o = attention(q, k, v, **options)
+            o = attention(*qkv, window=window, cu_seqlens=prompts.cu_seqlens, impl=self.attn_impl)
         append([(k, cache.k_BSGK), (v, cache.v_BSGK)], cache.length_B, rows, lengths)
         return self._output(o, x_BTD)
 
@@ -143,7 +143,7 @@ class Attention(Mixer):
     def _slots(max_seqlen: int, window: int | None) -> int:
         return max_seqlen if window is None else min(window, max_seqlen)
 
-    def _qkv(self, x_BTD: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x_BTD: Tensor, positions: Tensor) -> QKV:
         """Return q, k, v (B, T, heads, K); q and k are rotated to `positions`, (T,) or (B, T)."""
         q, k, v = (
             y.unflatten(-1, (-1, self.head_dim)) for y in fused_linear(x_BTD, self.fused_linears())
@@ -157,25 +157,19 @@ class Attention(Mixer):
         return self.wo(o)
 
     def _attend_past(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache: AttentionCache,
-        past: Sequence[Extension],
-        window: int | None,
+        self, qkv: QKV, cache: AttentionCache, past: Past, window: int | None
     ) -> Tensor:
         """Attend from new tokens to cached and new ones, one sequence at a time."""
         n_slots, outputs = cache.k_BSGK.shape[1], []
-        for (row, held, _), q_new, k_new, v_new in by_sequence(past, q, k, v):
-            slots = torch.arange(max(0, held - n_slots), held, device=q.device) % n_slots
+        for (row, held, _), q_new, k_new, v_new in by_sequence(past, *qkv):
+            slots = torch.arange(max(0, held - n_slots), held, device=q_new.device) % n_slots
             k_all = torch.cat((cache.k_BSGK[row, slots].type_as(k_new), k_new))
             v_all = torch.cat((cache.v_BSGK[row, slots].type_as(v_new), v_new))
             # Zeros stand for the queries of the past, so the attention stays causal.
             q_all = torch.cat((q_new.new_zeros(len(slots), *q_new.shape[1:]), q_new))
             o = attention(q_all[None], k_all[None], v_all[None], window=window, impl=self.attn_impl)
             outputs.append(o[0, len(slots) :])
-        return torch.cat(outputs).view_as(q)
+        return torch.cat(outputs).view_as(qkv[0])
 
 
 def rotate_heads(
@@ -198,9 +192,9 @@ def append(
 ) -> None:
     """Write the tokens of a prefill, (n, T, ...) or packed (1, T, ...), to slots (B, S, ...).
 
-    In place; a ring keeps the last S. `rows` and `lengths` are those of `rows_and_lengths`. Only
-    the device knows which tokens a ring drops. Such a token writes what the last token of its slot
-    writes, so the order of the writes doesn't matter.
+    In place; a ring keeps the last S. `rows` and `lengths` come from `Prompts`. Only the device
+    knows which tokens a ring drops. Such a token writes what the last token of its slot writes, so
+    the order of the writes doesn't matter.
     """
     n_tokens = new_and_slots[0][0].flatten(0, 1).shape[0]
     n_slots = new_and_slots[0][1].shape[1]

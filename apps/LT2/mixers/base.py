@@ -21,7 +21,7 @@ from lingua.transformer import BaseTransformerArgs
 
 
 class MixerArgs(BaseTransformerArgs):
-    """The options of `model:` that mixers read, besides the section of their own name.
+    """The options of `model:` that mixers read, besides their sections such as `model.gdn`.
 
     `LoopedTransformerArgs` gives these two their place among the fields and their defaults.
     """
@@ -84,6 +84,9 @@ class Extension(NamedTuple):
     new: int  # tokens to add
 
 
+Past = Sequence[Extension]
+
+
 class Prompts(NamedTuple):
     """The sequences of a prefill, and the cache rows that they extend."""
 
@@ -91,7 +94,7 @@ class Prompts(NamedTuple):
     rows: Tensor | None = None  # (n,) int64, the cache row of each sequence; None: row i for i
     # The host's view of each sequence, () if all rows are empty. With None, a mixer that needs it
     # copies it from the device: a sync in every (loop, layer), and a graph break.
-    past: Sequence[Extension] | None = None
+    past: Past | None = None
 
     def rows_and_lengths(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cache rows to extend and the numbers of new tokens, both (n,) int64."""
@@ -118,7 +121,7 @@ class Prompts(NamedTuple):
         document, position = document_of_tokens(self.cu_seqlens, n_tokens)
         return (position + held[document])[None]
 
-    def known_past(self, rows: Tensor, held: Tensor, lengths: Tensor) -> Sequence[Extension]:
+    def known_past(self, rows: Tensor, held: Tensor, lengths: Tensor) -> Past:
         """Return `past`, or copy it from the device if the caller did not give it."""
         if self.past is not None:
             return self.past
@@ -127,7 +130,7 @@ class Prompts(NamedTuple):
         return past if any(extension.held for extension in past) else ()
 
 
-def by_sequence(past: Sequence[Extension], *tensors: Tensor) -> list[tuple[Any, ...]]:
+def by_sequence(past: Past, *tensors: Tensor) -> list[tuple[Any, ...]]:
     """Return (extension, *parts) of each sequence that has new tokens.
 
     Each of `tensors` (B, T, ...) gives a part (n_new, ...).
@@ -193,7 +196,7 @@ class Mixer(nn.Module, ABC):
 
     def forward_with_loss(self, x_BTD: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """Run `forward` and return `own_loss` too, a scalar mean over tokens."""
-        raise NotImplementedError(f"{type(self).__name__} has no loss of its own")
+        raise NotImplementedError(f"{type(self).__name__} has no own loss")
 
     @abstractmethod
     def init_cache(

@@ -32,6 +32,7 @@ class DeltaNet(LinearMixer):
     module_name = "deltanet"
     recurrence = staticmethod(delta_rule)
     recurrence_step = staticmethod(delta_rule_step)
+    state_flops = 6  # read k^T S, write the outer product, read q^T S: 2 each
     conv: ShortConv
 
     def __init__(self, shared: MixerArgs, own: DeltaNetArgs):
@@ -57,7 +58,3 @@ class DeltaNet(LinearMixer):
 
     def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
         return self.wo(self.norm(o).flatten(-2))
-
-    def recurrence_flops(self) -> int:
-        # Read k^T S, write the outer product, read q^T S: 2 K V each.
-        return 6 * self.n_heads * self.key_dim * self.value_dim

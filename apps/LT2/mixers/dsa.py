@@ -16,7 +16,6 @@ heads, C index dim, S slots of a cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 from apps.LT2.kernel.attention import attention
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.kernel.dsa import Index, dsa, dsa_step
-from apps.LT2.mixers.attention import Attention, AttentionCache, append, append_step
-from apps.LT2.mixers.base import Extension, MixerArgs, OwnLoss, Prompts, by_sequence
+from apps.LT2.mixers.attention import QKV, Attention, AttentionCache, append, append_step
+from apps.LT2.mixers.base import MixerArgs, OwnLoss, Past, Prompts, by_sequence
 from lingua.errors import UserError
 from lingua.transformer import RMSNorm, init_linear, rotary_angles, rotate_pairs
 
@@ -118,18 +117,16 @@ class SparseAttention(Attention):
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
     ) -> Tensor:
         positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
-        q, k, v = self._qkv(x_BTD, positions)
-        index = self.indexer(x_BTD, positions)
-        return self._output(self._attend(q, k, v, index, cu_seqlens, dense=self.dense), x_BTD)
+        qkv, index = self._qkv(x_BTD, positions), self.indexer(x_BTD, positions)
+        return self._output(self._attend(qkv, index, cu_seqlens, dense=self.dense), x_BTD)
 
     def forward_with_loss(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
     ) -> tuple[Tensor, Tensor]:
         positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
-        q, k, v = self._qkv(x_BTD, positions)
-        index = self.indexer(x_BTD, positions)
+        qkv, index = self._qkv(x_BTD, positions), self.indexer(x_BTD, positions)
         top_k = None if self.dense else self.top_k
-        o, loss = dsa(q, k, v, index, top_k=top_k, cu_seqlens=cu_seqlens, with_loss=True)
+        o, loss = dsa(*qkv, index, top_k=top_k, cu_seqlens=cu_seqlens, with_loss=True)
         assert loss is not None
         return self._output(o, x_BTD), loss
 
@@ -146,14 +143,13 @@ class SparseAttention(Attention):
         rows, lengths = prompts.rows_and_lengths(x_BTD)
         held = cache.length_B[rows]
         positions = prompts.positions(x_BTD, held)
-        q, k, v = self._qkv(x_BTD, positions)
-        index = self.indexer(x_BTD, positions)
+        qkv, index = self._qkv(x_BTD, positions), self.indexer(x_BTD, positions)
         past = prompts.known_past(rows, held, lengths)
         if past:
-            o = self._attend_past(q, k, v, index, cache, past)
+            o = self._attend_past(qkv, index, cache, past)
         else:
-            o = self._attend(q, k, v, index, prompts.cu_seqlens)
-        append(cache.slots_of(k, v, index), cache.length_B, rows, lengths)
+            o = self._attend(qkv, index, prompts.cu_seqlens)
+        append(cache.slots_of(*qkv[1:], index), cache.length_B, rows, lengths)
         return self._output(o, x_BTD)
 
     def step(self, x_B1D: Tensor, cache: DSACache) -> Tensor:
@@ -188,32 +184,19 @@ class SparseAttention(Attention):
         """Return None: all heads share one choice of keys, and the loss sums over the heads."""
 
     def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index: Index,
-        cu_seqlens: Tensor | None,
-        *,
-        dense: bool = False,
+        self, qkv: QKV, index: Index, cu_seqlens: Tensor | None, *, dense: bool = False
     ) -> Tensor:
         """Attend within whole sequences, without the indexer's loss."""
-        if dense or q.shape[1] <= self.top_k:  # nothing to choose
-            return attention(q, k, v, cu_seqlens=cu_seqlens, impl=self.attn_impl)
-        return dsa(q, k, v, index, top_k=self.top_k, cu_seqlens=cu_seqlens)[0]
+        if dense or qkv[0].shape[1] <= self.top_k:  # nothing to choose
+            return attention(*qkv, cu_seqlens=cu_seqlens, impl=self.attn_impl)
+        return dsa(*qkv, index, top_k=self.top_k, cu_seqlens=cu_seqlens)[0]
 
     def _attend_past(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index: Index,
-        cache: DSACache,
-        past: Sequence[Extension],
+        self, qkv: QKV, index: Index, cache: DSACache, past: Past
     ) -> Tensor:
         """Attend from new tokens to cached and new ones, one sequence at a time."""
         outputs = []
-        for (row, held, _), *parts in by_sequence(past, q, k, v, *index):
+        for (row, held, _), *parts in by_sequence(past, *qkv, *index):
             q_new, k_new, v_new, *index_new = (x[None] for x in parts)
             index_new = Index(*index_new)
             k_all, v_all, index_k_all = (
@@ -222,4 +205,4 @@ class SparseAttention(Attention):
             )
             index_all = index_new._replace(k_BSC=index_k_all)
             outputs.append(dsa(q_new, k_all, v_all, index_all, top_k=self.top_k)[0][0])
-        return torch.cat(outputs).view_as(q)
+        return torch.cat(outputs).view_as(qkv[0])

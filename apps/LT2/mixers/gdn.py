@@ -39,6 +39,7 @@ class GatedDeltaNet(LinearMixer):
     module_name = "gdn"
     recurrence = staticmethod(gated_delta_rule)
     recurrence_step = staticmethod(gated_delta_step)
+    state_flops = 7  # read k^T S, write the outer product, read q^T S: 2 each; and the decay
     conv: ShortConv
 
     def __init__(self, shared: MixerArgs, own: GatedDeltaNetArgs):
@@ -76,7 +77,3 @@ class GatedDeltaNet(LinearMixer):
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         super().reset_parameters(init_std, factor)
         init_decay(self.A_log, self.dt_bias)
-
-    def recurrence_flops(self) -> int:
-        # Read k^T S, write the outer product, read q^T S: 2 K V each; and K V for the decay.
-        return 7 * self.n_heads * self.key_dim * self.value_dim

@@ -37,6 +37,7 @@ class GatedLinearAttention(LinearMixer):
     zero_at_start = ("decay_bias",)
     recurrence = staticmethod(gla)
     recurrence_step = staticmethod(gla_step)
+    state_flops = 5  # write the outer product, read q^T S: 2 each; and the decay
     conv = None
 
     def __init__(self, shared: MixerArgs, own: GLAArgs):
@@ -75,10 +76,6 @@ class GatedLinearAttention(LinearMixer):
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         super().reset_parameters(init_std, factor)
         nn.init.zeros_(self.decay_bias)
-
-    def recurrence_flops(self) -> int:
-        # Write the outer product, read q^T S: 2 K V each; and K V for the decay.
-        return 5 * self.n_heads * self.key_dim * self.value_dim
 
     def tp_plan(self) -> TensorParallelPlan:
         plan = super().tp_plan()

@@ -44,6 +44,7 @@ class HGRN2(LinearMixer):
     module_name = "hgrn2"
     recurrence = staticmethod(gla)
     recurrence_step = staticmethod(gla_step)
+    state_flops = 5  # write the outer product, read q^T S: 2 each; and the decay
     conv = None
 
     def __init__(self, shared: MixerArgs, own: HGRN2Args):
@@ -69,10 +70,6 @@ class HGRN2(LinearMixer):
 
     def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
         return self.wo(self.norm(o.flatten(-2)).type_as(o))
-
-    def recurrence_flops(self) -> int:
-        # Write the outer product, read q^T S: 2 K V each; and K V for the decay.
-        return 5 * self.n_heads * self.key_dim * self.value_dim
 
 
 def forget_gate(x: Tensor, lower_bound: float) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,7 @@ class KimiDeltaAttention(LinearMixer):
     zero_at_start = ("gate_bias",)
     recurrence = staticmethod(kda)
     recurrence_step = staticmethod(kda_step)
+    state_flops = 7  # read k^T S, write the outer product, read q^T S: 2 each; and the decay
     conv: ShortConv
 
     def __init__(self, shared: MixerArgs, own: KDAArgs):
@@ -102,10 +103,6 @@ class KimiDeltaAttention(LinearMixer):
         self.conv.reset_parameters()
         init_decay(self.A_log, self.dt_bias, least_A=1.0)
         self.norm.reset_parameters()
-
-    def recurrence_flops(self) -> int:
-        # Read k^T S, write the outer product, read q^T S: 2 K V each; and K V for the decay.
-        return 7 * self.n_heads * self.key_dim * self.value_dim
 
     def tp_plan(self) -> TensorParallelPlan:
         plan = super().tp_plan()

@@ -45,7 +45,7 @@ class LinearMixer(Mixer):
     """A mixer whose past is a matrix per head, whose size doesn't depend on the length.
 
     A subclass sets the heads, dims and `conv` (None: the streams are not convolved), names its
-    kernels and gives `projections`, `inputs`, `output` and `recurrence_flops`.
+    kernels and gives `projections`, `inputs` and `output`.
     """
 
     # recurrence(*inputs, state=, cu_seqlens=) -> o (B, T, H, V), fp32 state (N, H, K, V) after the
@@ -53,6 +53,7 @@ class LinearMixer(Mixer):
     recurrence: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
     # recurrence_step(*inputs, state_BHKV=) -> o (B, H, V); the state is updated in place.
     recurrence_step: ClassVar[Callable[..., Tensor]]
+    state_flops: ClassVar[int]  # FLOPs of the recurrence per token and entry of the state
     uses_positions: ClassVar[bool] = False
 
     n_heads: int  # of this rank
@@ -76,10 +77,6 @@ class LinearMixer(Mixer):
     @abstractmethod
     def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
         """Return (..., D) for o (..., H, V)."""
-
-    @abstractmethod
-    def recurrence_flops(self) -> int:
-        """Return the FLOPs of the recurrence per token, over all heads."""
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
         """Return (streams (..., C), rest) of x (..., D)."""
@@ -154,7 +151,8 @@ class LinearMixer(Mixer):
     def flops_per_token(self, seqlen: int, window: int | None = None) -> int:
         products = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         conv = 0 if self.conv is None else 2 * self.conv.channels * self.conv.size
-        return products + conv + self.recurrence_flops()
+        state = self.n_heads * self.key_dim * self.value_dim
+        return products + conv + self.state_flops * state
 
     def state_bytes(self, seqlen: int, dtype: torch.dtype, window: int | None = None) -> int:
         conv = 0 if self.conv is None else self.conv.state_len * self.conv.channels
@@ -223,7 +221,7 @@ def head_shape(
 def project_streams(
     x: Tensor, streams: Sequence[nn.Linear], rest: Sequence[nn.Linear]
 ) -> tuple[Tensor, Tensors]:
-    """Project x (..., D): concatenate the outputs of `streams`, keep those of `rest` separate.
+    """Project x (..., D): concatenate the outputs of `streams`, and don't concatenate `rest`.
 
     One matrix product if the weights are fused or x has many tokens.
     """

@@ -39,6 +39,7 @@ class Mamba2(LinearMixer):
     reads = frozenset()  # its heads come from expand and head_dim
     recurrence = staticmethod(partial(simple_gla, scale=1.0))
     recurrence_step = staticmethod(partial(simple_gla_step, scale=1.0))
+    state_flops = 5  # write the outer product, read C^T S: 2 each; and the decay
     conv: ShortConv
 
     def __init__(self, shared: MixerArgs, own: Mamba2Args):
@@ -89,9 +90,9 @@ class Mamba2(LinearMixer):
         init_decay(self.A_log, self.dt_bias, least_A=1.0)
         nn.init.ones_(self.D)
 
-    def recurrence_flops(self) -> int:
-        # Write the outer product, read C^T S: 2 K V each; K V for the decay; and D x.
-        return self.n_heads * self.value_dim * (5 * self.key_dim + 2)
+    def flops_per_token(self, seqlen: int, window: int | None = None) -> int:
+        skip = 2 * self.n_heads * self.value_dim  # D x
+        return super().flops_per_token(seqlen, window) + skip
 
     def tp_plan(self) -> TensorParallelPlan:
         one_group, grouped = self.n_groups == 1, self.n_groups * self.key_dim

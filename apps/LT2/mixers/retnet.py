@@ -34,6 +34,7 @@ class RetNet(LinearMixer):
     reads = frozenset({"n_heads", "rope_theta"})
     recurrence = staticmethod(simple_gla)
     recurrence_step = staticmethod(simple_gla_step)
+    state_flops = 5  # write the outer product, read q^T S: 2 each; and the decay
     uses_positions = True
     conv = None
 
@@ -59,15 +60,11 @@ class RetNet(LinearMixer):
         q, k, v = self.split_qkv(streams)
         cos, sin = rotary_angles(positions[..., None], self.key_dim, self.rope_theta)
         q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
-        # A tensor-parallel rank takes the decays of its own heads.
+        # A tensor-parallel rank needs the decays of its heads only.
         return q, k, v, self.tp.own(log_decays(self.n_heads * self.tp.size, v.device))
 
     def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
         return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
-
-    def recurrence_flops(self) -> int:
-        # Write the outer product, read q^T S: 2 K V each; and K V for the decay.
-        return 5 * self.n_heads * self.key_dim * self.value_dim
 
 
 def log_decays(n_heads: int, device: torch.device) -> Tensor:
