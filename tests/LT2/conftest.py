@@ -1,4 +1,4 @@
-"""What several files start from."""
+"""Fixtures of several test files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.LT2.tiny_run import write_corpus
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A corpus to train on, for all runs of a file."""
+    """A corpus for all runs of a file."""
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
@@ -28,7 +28,7 @@ def model(request) -> LoopedTransformer:
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def case(request) -> Iterator[Case]:
-    """A mixer of every kind, with its dtype as the default."""
+    """A mixer of every kind; its dtype is the default dtype."""
     torch.set_default_dtype(request.param.dtype)
     yield request.param
     torch.set_default_dtype(torch.float32)

@@ -1,8 +1,8 @@
-"""What each recipe comes to, in files that a review can read: tests/golden/<scale>/<recipe>.json.
+"""Write a summary of each recipe to tests/golden/<scale>/<recipe>.json, for review.
 
-    python -m tests.LT2.golden --write      writes them anew; look at `git diff tests/golden` after
+    python -m tests.LT2.golden --write      rewrites them; then review `git diff tests/golden`
 
-Layout, parameters, FLOPs, cache and which weights decay, from the model built on the meta device.
+Layout, parameters, FLOPs, cache and weight decay come from a model on the meta device.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "apps/LT2/configs"
 GOLDEN = ROOT / "tests/golden"
 RECIPES = sorted(set(CONFIGS.glob("*/*.yaml")) - set(CONFIGS.glob("*/eval.yaml")))
-# Pieces of the recipes' tokenizers: Llama 3, and setup/prepare_local_data.py's.
+# Vocabulary sizes of the recipes' tokenizers: Llama 3's, and setup/prepare_local_data.py's.
 VOCABULARIES = {"tiktoken": 128_256, "hf": 2_048}
 
 
 @cache
 def read_recipe(recipe: Path) -> TrainArgs:
-    """The recipe with its vocabulary filled in, which the trainer asks the tokenizer for."""
+    """Read a recipe and fill in its vocabulary size, as the trainer does from the tokenizer."""
     args = parse_args(TrainArgs, [f"config={recipe}"])
     args.model.vocab_size = VOCABULARIES[args.data.tokenizer.name]
     return args
@@ -72,7 +72,7 @@ def describe(recipe: Path) -> dict[str, Any]:
 
 
 def describe_weights(model: LoopedTransformer) -> dict[str, dict[str, str]]:
-    """Every parameter under the weight decay that it gets: name, how many layers have it, shape."""
+    """Group parameters by weight decay: name, number of layers, shape."""
     weights: dict[str, dict[str, str]] = {}
     decays = {
         param: f"weight decay {group['weight_decay']}"
@@ -105,7 +105,7 @@ def write_all() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write what each recipe comes to.")
+    parser = argparse.ArgumentParser(description="Write the golden files of all recipes.")
     parser.add_argument("--write", action="store_true", required=True)
     parser.parse_args()
     write_all()

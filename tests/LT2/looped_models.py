@@ -1,7 +1,6 @@
 """Looped models of every kind, and prompts for them.
 
-Shapes: B sequences, T tokens. Gates that start at zero are moved off it, or they would hide the
-loops.
+Shapes: B sequences, T tokens. Gates are moved off their initial zero, or they would hide the loops.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ VOCAB = 40
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 2, "multiple_of": 32, "vocab_size": VOCAB}
 
 
-# Any number of loops.
+# For any number of loops.
 ONE_SEGMENT = {
     "full": {"mixer": "full"},
     "full_gqa_gated": {"mixer": "full", "n_kv_heads": 1, "gated_attn": True},
@@ -43,7 +42,7 @@ ONE_SEGMENT = {
 }
 
 
-# A segment a loop.
+# With a segment per loop.
 PER_LOOP = {
     "window_to_window_to_full": {"attention_pattern": "3->6->full", "loop_count": 3},
     "gdn_then_full": {"attention_pattern": "gdn->full", "loop_count": 2},
@@ -73,7 +72,7 @@ def make(*, jitter: float = 0.02, **changes) -> LoopedTransformer:
         for name, p in model.named_parameters():
             p += jitter * torch.randn_like(p)
             if name.endswith("A_log") and jitter:
-                p[0] = -1.0  # a head that remembers hundreds of tokens: what leaks is seen
+                p[0] = -1.0  # a head that remembers hundreds of tokens, to reveal leaks
         if model.rho is not None and jitter:
             model.rho += 0.5
     make_choices_clear(model)

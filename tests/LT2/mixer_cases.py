@@ -1,7 +1,7 @@
-"""The mixers that their contract is tested with, in the variants that compute otherwise.
+"""The mixers under test, in every variant with a different computation.
 
-Shapes: B sequences, T tokens, D model width. Weights are moved off their initial values, since a
-gate that starts at zero would hide what stands behind it.
+Shapes: B sequences, T tokens, D model dim. Weights are moved off their initial values: a gate of
+zero would hide what it gates.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ LENGTHS = [1, 63, 64, 65, 200]
 
 
 def attention_flops(mixer: Any, seqlen: int, window: int | None) -> int:
-    """q k and p v over the keys that the tokens see."""
+    """Count q k and p v over the visible keys."""
     pairs = sum(min(t + 1, window or seqlen) for t in range(seqlen))
     return 4 * mixer.n_heads * mixer.head_dim * pairs
 
 
 def delta_flops(mixer: Any, seqlen: int, window: int | None) -> int:
-    """Per token and head: S^T k, k outer write, S^T q; and the convolutions' taps."""
-    taps = 0 if mixer.conv.weight is None else 2 * mixer.conv.weight.numel()
-    return seqlen * (taps + mixer.n_heads * 6 * mixer.key_dim * mixer.value_dim)
+    """Count, per token and head, S^T k, k outer write, S^T q; and the convolutions."""
+    conv = 0 if mixer.conv.weight is None else 2 * mixer.conv.weight.numel()
+    return seqlen * (conv + mixer.n_heads * 6 * mixer.key_dim * mixer.value_dim)
 
 
 def fading_delta_flops(mixer: Any, seqlen: int, window: int | None) -> int:
-    """The same, and S decays."""
+    """Count `delta_flops` and the decay of S."""
     decay = mixer.n_heads * mixer.key_dim * mixer.value_dim
     return delta_flops(mixer, seqlen, window) + seqlen * decay
 
 
 def fading_flops(mixer: Any, seqlen: int, window: int | None) -> int:
-    """Per token and head: S decays, k outer v, S^T q."""
+    """Count, per token and head, the decay of S, k outer v and S^T q."""
     return seqlen * mixer.n_heads * 5 * mixer.key_dim * mixer.value_dim
 
 
 def mamba2_flops(mixer: Any, seqlen: int, window: int | None) -> int:
-    """The same, D x, and the convolution's taps."""
-    taps = 0 if mixer.conv.weight is None else 2 * mixer.conv.weight.numel()
+    """Count `fading_flops`, D x and the convolution."""
+    conv = 0 if mixer.conv.weight is None else 2 * mixer.conv.weight.numel()
     skip = 2 * mixer.n_heads * mixer.value_dim
-    return fading_flops(mixer, seqlen, window) + seqlen * (taps + skip)
+    return fading_flops(mixer, seqlen, window) + seqlen * (conv + skip)
 
 
 def nsa_flops(mixer: Any, seqlen: int, window: int | None) -> int:
-    """q k and p v over the blocks complete at each token, its chosen blocks and its window."""
+    """Count q k and p v over the complete blocks of each token, chosen blocks and window."""
     size, pairs = mixer.nsa.block_size, 0
     for t in range(seqlen):
         n_others = min(t // size, mixer.nsa.n_blocks - 1)
@@ -83,7 +83,7 @@ def nsa_case(n_heads: int, head_dim: int, n_kv_heads: int | None, **sizes: int) 
 
 
 def dsa_flops(mixer: Any, seqlen: int, window: int | None) -> int:
-    """The indexer's products with all keys seen, summed over its heads, and top-k attention."""
+    """Count the indexer's products with all visible keys, summed over heads, and attention."""
     seen = sum(t + 1 for t in range(seqlen))
     indexer = mixer.indexer
     return seen * indexer.n_heads * 2 * (indexer.head_dim + 1) + attention_flops(
@@ -97,12 +97,12 @@ class Case:
     mixing_flops: Callable[[Any, int, int | None], int]  # of a sequence, without projections
     window: int | None = None
     args: dict = field(default_factory=dict)
-    without_gradient: frozenset = frozenset()  # parameters that cannot matter here
+    without_gradient: frozenset = frozenset()  # parameters without effect here
     starts_at_zero: frozenset = frozenset()  # linears outside the common init rule
     sees_all_past: bool = True  # False: a token may choose among the tokens of its past
-    # In fp64 the rounding of one order of summation or the other does not change a choice.
+    # In fp64 the rounding of a summation order doesn't change a choice.
     dtype: torch.dtype = torch.float32
-    args_for_bf16: dict = field(default_factory=dict)  # bf16 would change choices: none are made
+    args_for_bf16: dict = field(default_factory=dict)  # without choices, which bf16 would change
 
     def keys_seen(self, t: int) -> int:
         return min(t + 1, self.window or t + 1)
@@ -155,7 +155,7 @@ CASES = {
         args={"mamba2": Mamba2Args(1.5, head_dim=8, state_dim=6, n_groups=2, conv_size=0)},
     ),
     "gla": Case("gla", fading_flops),
-    # Its gates forget half at every token: after 200, fp32 holds nothing of the first.
+    # Its gates forget half at every token: after 200 tokens, fp32 holds nothing of the first.
     "hgrn2": Case("hgrn2", fading_flops, sees_all_past=False),
     "hgrn2_bounded": Case(
         "hgrn2",
@@ -163,7 +163,7 @@ CASES = {
         args={"hgrn2": HGRN2Args(n_heads=3, head_dim=8, expand_v=1.5, lower_bound=0.9)},
     ),
     "nsa": nsa_case(16, 4, None),
-    # 40 tokens are within 4 blocks: what is chosen there does not hang on bf16's rounding.
+    # 40 tokens are 4 blocks, so all are chosen, whatever bf16 rounds.
     "nsa_chooses": nsa_case(16, 4, 1, block_size=10, n_blocks=4, window_size=7),
     "nsa_two_groups": nsa_case(32, 2, 2, block_size=16, n_blocks=5, window_size=1),
     "dsa": Case(
@@ -199,7 +199,7 @@ def make(case: Case, *, jitter: float = 0.1) -> Mixer:
         for name, p in mixer.named_parameters():
             p += jitter * torch.randn_like(p)
             if name == "A_log" and jitter:
-                p[0] = -1.0  # a head that remembers hundreds of tokens: what leaks is seen
+                p[0] = -1.0  # a head that remembers hundreds of tokens, to reveal leaks
     return mixer
 
 
@@ -208,13 +208,13 @@ def tokens(*shape: int) -> Tensor:
 
 
 def packed(documents: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Documents (T_i, D) in one row, and their boundaries."""
+    """Pack documents (T_i, D) into one row; return it and cu_seqlens."""
     lengths = torch.tensor([0] + [len(d) for d in documents])
     return torch.cat(documents)[None], lengths.cumsum(0).int()
 
 
 class Decoder:
-    """A mixer with a cache, and the case's window in every call."""
+    """A mixer with a cache; every call has the case's window."""
 
     def __init__(self, case: Case, mixer: Mixer, batch_size: int, max_seqlen: int, dtype=None):
         self.window, self.mixer = case.window, mixer

@@ -1,4 +1,4 @@
-"""Blocks compile whole with every mixer, and no more often than there are kinds of layers."""
+"""Blocks compile into one graph with every mixer, once per kind of layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 
 
 class CountGraphs:
-    """A backend that runs what it is given as it is."""
+    """A backend that counts graphs and runs them unchanged."""
 
     def __init__(self):
         self.n_graphs = 0
@@ -40,10 +40,10 @@ class CountGraphs:
         return graph.forward
 
 
-# ---- whole
+# ---- one graph
 
 
-def bounds(*ends: int) -> torch.Tensor:
+def offsets(*ends: int) -> torch.Tensor:
     return torch.tensor([0, *ends, N_TOKENS], dtype=torch.int32)
 
 
@@ -52,13 +52,13 @@ def is_linear(kind: str) -> bool:
     return any(issubclass(MIXERS[s.mixer], LinearMixer) for loop in model.layout for s in loop)
 
 
-# The chunked form of a recurrence, which runs on CPU, reads the documents' bounds in Python.
+# On CPU a recurrence runs in chunked form, which reads cu_seqlens in Python.
 CASES = [(kind, None) for kind in KINDS]
-CASES += [(kind, bounds(5, 9)) for kind in KINDS if not is_linear(kind)]
+CASES += [(kind, offsets(5, 9)) for kind in KINDS if not is_linear(kind)]
 
 
 @pytest.mark.parametrize("kind, cu_seqlens", CASES)
-def test_no_mixer_breaks_the_graph_of_its_block(kind, cu_seqlens):
+def test_no_mixer_breaks_the_graph(kind, cu_seqlens):
     model = tiny_model(kind, 1).requires_grad_(True)
     h = torch.randn(2 if cu_seqlens is None else 1, N_TOKENS, model.args.dim)
     for block, spec in zip(model.layers, model.layout[0], strict=True):
@@ -69,7 +69,7 @@ def test_no_mixer_breaks_the_graph_of_its_block(kind, cu_seqlens):
         assert (got_loss is None) == (want_loss is None)
 
 
-# ---- how often
+# ---- number of graphs
 
 WINDOWS = "5->9->17"
 
@@ -109,41 +109,39 @@ def run(model: LoopedTransformer, *, train: bool, cu_seqlens: torch.Tensor | Non
         *(("gdn,5->full", mode, 3) for mode in ("selective", "full", "loop")),
     ],
 )
-def test_layers_share_what_is_compiled_and_each_window_has_its_own(
-    monkeypatch, pattern, mode, n_kinds
-):
+def test_layers_of_a_kind_share_compiled_code(monkeypatch, pattern, mode, n_kinds):
     model, counter = compiled(monkeypatch, pattern, mode=mode)
     for n_graphs, train in ((n_kinds, True), (n_kinds, True), (2 * n_kinds, False)):
         run(model, train=train)
         assert counter.n_graphs == n_graphs
 
 
-def test_documents_need_no_version_of_their_own(monkeypatch):
+def test_numbers_of_documents_share_compiled_code(monkeypatch):
     model, counter = compiled(monkeypatch, WINDOWS)
     for ends in ((3,), (5, 9), (2, 3, 4, 20), ()):
-        run(model, train=True, cu_seqlens=bounds(*ends))
+        run(model, train=True, cu_seqlens=offsets(*ends))
         assert counter.n_graphs == 3
 
 
-def test_a_chunked_recurrence_is_not_compiled_anew_for_other_documents(monkeypatch):
+def test_a_chunked_recurrence_does_not_recompile_for_other_documents(monkeypatch):
     model, counter = compiled(monkeypatch, "gdn")
-    run(model, train=True, cu_seqlens=bounds(3))
+    run(model, train=True, cu_seqlens=offsets(3))
     n_graphs = counter.n_graphs
     for ends in ((5, 9), (2, 3, 4, 20), ()):
-        run(model, train=True, cu_seqlens=bounds(*ends))
+        run(model, train=True, cu_seqlens=offsets(*ends))
         assert counter.n_graphs == n_graphs
 
 
-def test_the_limit_counts_for_each_kind_of_layer(monkeypatch):
+def test_the_limit_applies_per_kind_of_layer(monkeypatch):
     model, _ = compiled(monkeypatch, WINDOWS, limit=2)
     run(model, train=True)
     run(model, train=False)
 
 
-def test_more_versions_than_the_limit_are_an_error(monkeypatch):
+def test_more_versions_than_the_limit_are_a_user_error(monkeypatch):
     model, _ = compiled(monkeypatch, WINDOWS, limit=1)
     run(model, train=True)
-    with pytest.raises(UserError, match="compile_cache_size_limit=1 .*3 here"):
+    with pytest.raises(UserError, match=r"distributed\.compile_cache_size_limit=1"):
         run(model, train=False)
 
 
@@ -151,13 +149,13 @@ def test_more_versions_than_the_limit_are_an_error(monkeypatch):
 
 
 def test_inductor_compiles_a_prefill_of_any_length():
-    """In both forms that prompts come in, rows and packed; tests/gpu has more of the kinds."""
+    """For prompts in rows and packed; tests/gpu has more kinds."""
     model = tiny_model("full", 1, n_layers=1)
 
     def prefill(n_rows: int, n_tokens: int) -> torch.Tensor:
         tokens = torch.arange(3 * n_tokens).view(n_rows, -1)
-        bounds = torch.arange(4, dtype=torch.int32) * n_tokens if n_rows == 1 else None
-        return model.prefill(tokens, model.init_cache(3, 20), cu_seqlens=bounds)
+        cu_seqlens = torch.arange(4, dtype=torch.int32) * n_tokens if n_rows == 1 else None
+        return model.prefill(tokens, model.init_cache(3, 20), cu_seqlens=cu_seqlens)
 
     shapes = [(3, 6), (3, 11), (1, 6), (1, 11)]
     want = [prefill(*shape) for shape in shapes]

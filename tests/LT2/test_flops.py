@@ -47,7 +47,7 @@ def mixing_flops(model: LoopedTransformer, seqlen: int) -> int:
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("weight_tying", [False, True])
-def test_forward_flops_are_what_runs(pattern, weight_tying):
+def test_forward_flops_equal_the_products_that_run(pattern, weight_tying):
     seqlen = 12
     model = make(attention_pattern=pattern, loop_count=LOOPS[pattern], weight_tying=weight_tying)
     products = []
@@ -86,7 +86,7 @@ def test_linear_mixers_cost_the_same_at_any_length():
 
 @pytest.mark.parametrize("weight_tying", [False, True])
 @pytest.mark.parametrize("use_residual", [False, True])
-def test_parameters_of_a_llama_block_counted_by_hand(weight_tying, use_residual):
+def test_parameters_of_a_llama_block(weight_tying, use_residual):
     model = make(
         mixer="full",
         n_kv_heads=1,
@@ -103,7 +103,7 @@ def test_parameters_of_a_llama_block_counted_by_hand(weight_tying, use_residual)
     assert count.total == sum(p.numel() for p in model.parameters())
 
 
-def test_gdn_parameters_are_six_dim_squared_and_a_little():
+def test_gdn_parameters_are_about_six_dim_squared():
     """The budget of https://arxiv.org/abs/2412.06464: q, k 0.75 each, v, gate and output 1.5."""
     model = make(mixer="gdn", n_layers=1)
     matrices = 6 * DIM * DIM + 2 * DIM * HEADS  # and wa, wb
@@ -128,7 +128,7 @@ def test_cache_bytes(pattern, dtype):
     key, value = 12, 24
     want = 0
     for spec in (spec for loop in model.layout for spec in loop):
-        if spec.mixer == "gdn":  # the state is fp32 in any model
+        if spec.mixer == "gdn":  # the state is always fp32
             want += 4 * HEADS * key * value + 3 * HEADS * (2 * key + value) * dtype.itemsize
         else:
             want += 2 * DIM * min(spec.window or seqlen, seqlen) * dtype.itemsize
@@ -189,7 +189,7 @@ def test_dsa_reads_all_index_keys_and_the_keys_they_pick(seqlen, attended):
 @pytest.mark.parametrize("seqlen, read", [(5, 1 + 5 + 5), (9, 2 + 9 + 6), (40, 10 + 12 + 6)])
 def test_nsa_reads_means_chosen_blocks_and_a_window(seqlen, read):
     nsa = NSAArgs(block_size=4, n_blocks=3, window_size=6)
-    model = make_for_decoding(mixer="nsa", n_heads=16, nsa=nsa)  # one key/value head of width 2
+    model = make_for_decoding(mixer="nsa", n_heads=16, nsa=nsa)  # one key/value head of dim 2
     got = step_traffic(model, 2, seqlen, torch.bfloat16)
     assert got.caches == 2 * N_LOOPS * LAYERS * 2 * 2 * 2 * read
 

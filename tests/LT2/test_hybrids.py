@@ -1,4 +1,4 @@
-"""Every mixer in every kind of pattern: beside another family, and changing from loop to loop."""
+"""Every mixer in every kind of pattern: with another family, and changing from loop to loop."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from apps.LT2.mixers import MIXERS
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from tests.tolerances import FP32_MODEL, assert_same
 
-# 16 query heads on one key head: what the sparse mixers ask for.
+# 16 query heads per key head, as nsa needs.
 SMALL = {"dim": 64, "n_layers": 5, "n_heads": 16, "n_kv_heads": 1, "multiple_of": 32}
 VOCAB = 40
 
 
 def patterns(name: str) -> dict[str, dict[str, Any]]:
-    """Settings of a two-loop model in which mixer `name` takes every place that a pattern has."""
+    """Return settings of a two-loop model with mixer `name` in every place of a pattern."""
     return {
         "first family": {"mixer": name, "attention_pattern": "4:1"},
         "second family": {"mixer": "gdn", "hybrid_mixer": name, "attention_pattern": "bookend:1"},
@@ -44,7 +44,7 @@ def model(request) -> LoopedTransformer:
     model.init_weights()
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.02 * torch.randn_like(p)  # gates that start at zero would hide what they gate
+            p += 0.02 * torch.randn_like(p)  # zero gates would hide what they gate
     assert any(spec.mixer == name for loop in model.layout for spec in loop)
     return model.requires_grad_(False)
 
@@ -62,7 +62,7 @@ def test_a_layer_owns_one_module_of_each_family_it_runs(model):
 def test_cached_decode_equals_full_forward(model):
     tokens = prompt(12)
     cache = model.init_cache(1, 12)
-    got = [model.prefill(piece, cache) for piece in tokens[:, :7].split([4, 3], 1)]
+    got = [model.prefill(part, cache) for part in tokens[:, :7].split([4, 3], 1)]
     got += [model.step(token, cache) for token in tokens[:, 7:].split(1, 1)]
     assert_same(torch.cat(got, 1), model(tokens), FP32_MODEL)
 

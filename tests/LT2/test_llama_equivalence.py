@@ -18,13 +18,13 @@ ARGS = {
     "n_layers": 3,
     "n_heads": 4,
     "multiple_of": 16,
-    "norm_eps": 1e-3,  # large, so that a norm with another epsilon is seen
+    "norm_eps": 1e-3,  # large, to reveal a norm with another epsilon
     "rope_theta": 500.0,
     "max_seqlen": 32,
 }
 VOCAB, T = 61, 23
 HEADS = pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
-# The reference has no cached decode: its full forward is what decoding must give too.
+# The reference has no cached decoding; ours must equal its full forward.
 DECODED = pytest.mark.parametrize("decoded", [False, True], ids=["forward", "decoded"])
 
 
@@ -54,13 +54,13 @@ def logits(model: LoopedTransformer, tokens: Tensor, decoded: bool) -> Tensor:
     if not decoded:
         return model(tokens)
     cache = model.init_cache(tokens.shape[0], tokens.shape[1])
-    pieces = [model.prefill(tokens[:, :9], cache)]
-    pieces += [model.step(token, cache) for token in tokens[:, 9:].split(1, 1)]
-    return torch.cat(pieces, 1)
+    parts = [model.prefill(tokens[:, :9], cache)]
+    parts += [model.step(token, cache) for token in tokens[:, 9:].split(1, 1)]
+    return torch.cat(parts, 1)
 
 
 def half_split(weight: Tensor, n_heads: int) -> Tensor:
-    """Rows of a projection from rotary pairs (2i, 2i+1) to pairs (i, i + width / 2)."""
+    """Reorder the rows of a projection from rotary pairs (2i, 2i+1) to (i, i + K / 2)."""
     pairs = weight.unflatten(0, (n_heads, -1, 2))  # heads, pairs, 2, dim
     return pairs.transpose(1, 2).flatten(0, 2)
 

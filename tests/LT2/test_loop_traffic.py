@@ -1,7 +1,7 @@
-"""Looping costs no communication: weights are gathered and gradients reduced once a step.
+"""Loops add no communication: weights are gathered and gradients reduced once per step.
 
-Counted on two ranks, with every kind of recomputation, and the gradients are those of one process.
-Tensor parallelism sums activations, and so for every loop, and no more often than it has to.
+Counted on two ranks with every kind of recomputation; gradients equal those of one process. Tensor
+parallelism all-reduces activations, so it communicates in every loop.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from tests.tolerances import FP32_MODEL, differences
 pytestmark = pytest.mark.slow
 
 N_LAYERS, WORLD = 2, 2
-# In the second a layer's full attention runs in late loops only: its gradient is complete early.
+# In the second a layer's attention runs only in late loops: its gradient is complete early.
 PATTERNS = {1: "gdn,full", 4: "gdn->full->gdn->full"}
 N_UNITS = N_LAYERS + 1  # and the root: embedding and head
 
 FULL_SHARD = {"fsdp_type": "full_shard", "dp_replicate": WORLD}
 RESHARD = {**FULL_SHARD, "reshard_between_loops": True}
 
-# (loops, micro-batches, distributed options) and collectives of a step
+# (loops, micro-batches, distributed options, collectives of a step)
 CASES = {
     f"{mode} T={loops} micro-batches={n_micro}": (
         loops,
@@ -56,13 +56,13 @@ CASES = {
     for mode, loops, n_micro in product(ACTIVATION_CHECKPOINTING, (1, 4), (1, 3))
 }
 CASES["no_shard"] = (4, 3, {"dp_replicate": WORLD}, {"allreduce_": N_UNITS})
-# Gathered for every loop of the forward and of the backward; reduced once all the same.
+# Gathered for every loop of forward and backward; still reduced once.
 for n_micro in (1, 3):
     n_gathered = n_micro * (2 * 4 * N_LAYERS + 1)
     counts = {"_allgather_base_": n_gathered, "_reduce_scatter_base_": N_UNITS}
     CASES[f"reshard_between_loops micro-batches={n_micro}"] = (4, n_micro, RESHARD, counts)
-# A sum behind mixer and feed-forward of each layer, forward, and before them, backward; one behind
-# the embedding and one of what the head reads. For a chunk of the loss, two numbers a token.
+# An all-reduce after mixer and feed-forward of each layer in the forward, and before them in the
+# backward; one after the embedding and one before the head. The loss: two numbers a token.
 for mode, loops, n_micro in product(("none", "selective"), (1, 4), (1, 3)):
     n_sums = n_micro * (2 * 2 * loops * N_LAYERS + 2)
     options = {"fsdp_type": "full_shard", "tp_size": WORLD, "activation_checkpointing": mode}
@@ -113,7 +113,7 @@ def gradients(model: LoopedTransformer) -> dict[str, Tensor]:
 
 
 def count_cases(rank: int, world_size: int) -> dict[str, tuple[dict[str, int], str]]:
-    """For each case the collectives of a step, and what is wrong with its gradients."""
+    """Return the collectives of a step and its wrong gradients, for each case."""
     outcome = {}
     for name, (loops, n_micro, options, _) in CASES.items():
         model, mesh = parallel_model(loops, options)

@@ -1,4 +1,4 @@
-"""What every mixer promises of its cache: in whatever pieces tokens come in, it is one forward."""
+"""The contract of every mixer's cache: any split into prefills and steps equals one forward."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_prompt_may_be_split_at_any_point(case, seqlen, split):
     assert_same_fp32(torch.cat(got, 1), mixer(x, window=case.window))
 
 
-def test_prefill_goes_on_after_steps(case):
+def test_prefill_continues_after_steps(case):
     mixer, x = make(case), tokens(2, 20)
     decoder = Decoder(case, mixer, 2, 20)
     got = [
@@ -72,7 +72,7 @@ def test_packed_equals_separate(case, lengths):
 
 
 def test_packed_prompts_continue_their_rows(case):
-    """Two packed prefills; some rows are new in the second, and their order is not the cache's."""
+    """The second packed prefill has new rows, in another order than the cache's."""
     mixer = make(case)
     first, second = {0: 3, 2: 70, 3: 1}, {3: 64, 1: 9, 0: 1, 2: 5}
     streams = [tokens(1, 80 + row)[0] for row in range(4)]
@@ -106,7 +106,7 @@ def test_batch_rows_do_not_mix(case):
     assert torch.equal(cached, cached_other)
 
 
-def test_one_row_is_refilled_while_the_others_go_on(case):
+def test_one_row_is_refilled_while_others_continue(case):
     mixer = make(case)
     streams, refill = tokens(3, 24), tokens(1, 30)[:, :18]
     want, want_refill = (mixer(s, window=case.window) for s in (streams, refill))
@@ -134,7 +134,7 @@ def test_a_reset_cache_is_empty(case):
 
 
 def test_caches_are_written_in_place(case):
-    """A captured decode step goes on reading and writing the same addresses."""
+    """A captured decode step reads and writes fixed addresses."""
     decoder, x = Decoder(case, make(case), 2, 12), tokens(2, 12)
 
     def addresses() -> list[int]:

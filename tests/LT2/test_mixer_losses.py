@@ -1,4 +1,4 @@
-"""A mixer's own loss in training: recorded beside the loss, resumed, and kept from its weights."""
+"""A mixer's own loss in training: logging, resuming, clipping."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def seen(monkeypatch) -> list[float]:
-    """The own loss of every micro-batch, as the model had it."""
+    """The own loss of every micro-batch."""
     losses = []
     inner = app.LoopedTransformer.forward
 
@@ -129,7 +129,7 @@ def train_on_ranks(rank, world_size, data, tmp_path, options) -> list[float]:
 
 
 def test_a_record_averages_ranks(data, tmp_path):
-    """Sharded, with whole vectors: the norm of the index keys is one."""
+    """With sharded and whole parameters: the norm of the index keys is whole."""
     options = {**DSA, "steps": 2, "grad_acc_steps": 2, "distributed.fsdp_type": "full_shard"}
     per_rank = run_ranks(2, train_on_ranks, data, tmp_path, options)
     assert per_rank[0] != per_rank[1]

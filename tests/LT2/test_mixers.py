@@ -1,6 +1,6 @@
-"""What every mixer promises of its forward, weights and costs.
+"""The contract of every mixer: forward, weights, costs.
 
-A new mixer adds rows to CASES of mixer_cases.py and no new test.
+A new mixer adds rows to CASES in mixer_cases.py, and no test here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.tolerances import BF16_LAYER, FP32_GRAD, assert_same
 
 
 def forward_with_loss(mixer: Mixer, x: Tensor, case: Case, cu_seqlens=None) -> tuple[Tensor, Any]:
-    """The output, and the mean over tokens of the mixer's own loss, 0 where it has none."""
+    """Return the output and the mixer's own loss, 0 if it has none."""
     options = {"cu_seqlens": cu_seqlens, "window": case.window}
     if mixer.own_loss is None:
         return mixer(x, **options), 0.0
@@ -100,7 +100,7 @@ def test_reset_parameters_fills_every_tensor(case):
 
 @pytest.mark.parametrize("init_std", [None, 0.02])
 def test_projections_share_one_init_rule(case, init_std):
-    """Spread init_std or fan_in ** -0.5; only the output projection's is divided by the factor."""
+    """The std is init_std or fan_in ** -0.5; only that of wo is divided by the factor."""
     mixer = make(case, jitter=0.0)
     mixer.reset_parameters(init_std, 4.0)
     for name, module in mixer.named_modules():
@@ -143,9 +143,8 @@ def test_flops_are_projections_and_mixing(case, seqlen):
     assert mixer.flops_per_token(seqlen, case.window) == pytest.approx(want, abs=1)
 
 
-def test_half_precision_matrices_beside_fp32_vectors(case):
-    """What sharded training and a bf16 decode run: matrices and activations in bf16, decay,
-    norms and convolutions in fp32."""
+def test_bf16_matrices_with_fp32_vectors(case):
+    """As in sharded training and bf16 decoding: 2-D parameters and activations are bf16."""
     torch.set_default_dtype(torch.float32)
     case = replace(case, args=case.args | case.args_for_bf16)
     mixer = make(case)

@@ -1,4 +1,4 @@
-"""A looped model's weights at the start, and the settings from which none can be built."""
+"""Initial weights of a looped model, and settings that are user errors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_init_weights_fills_every_tensor(name):
         assert tensor.isfinite().all(), key
 
 
-def spread(tensor: Tensor) -> float:
-    """Standard deviation of the normal that was cut at three of them."""
+def std_of(tensor: Tensor) -> float:
+    """Return the std of the normal distribution before it was cut at three of them."""
     return tensor.std().item() / 0.9866
 
 
@@ -34,34 +34,34 @@ def close(std: float):
     return pytest.approx(std, rel=0.1)
 
 
-def test_spread_is_one_over_root_fan_in():
+def test_std_is_one_over_root_fan_in():
     model = make(jitter=0, mixer="gdn", attention_pattern="1:1")
     gdn, attention = model.layers[0].gdn, model.layers[1].attention
     for linear in (gdn.wq, gdn.wv, gdn.wg, gdn.wo, attention.wq, attention.wo, model.output):
-        assert spread(linear.weight) == close(linear.in_features**-0.5)
-    assert spread(model.tok_embeddings.weight) == close(32**-0.5)
+        assert std_of(linear.weight) == close(linear.in_features**-0.5)
+    assert std_of(model.tok_embeddings.weight) == close(32**-0.5)
 
 
-def test_output_projections_start_alike_beside_every_mixer():
-    """A wider FFN output beside one family would confound a comparison of families."""
+def test_output_projections_have_the_same_std_with_every_mixer():
+    """A larger FFN output with one family would confound a comparison of families."""
     model = make(
         jitter=0, mixer="gdn", attention_pattern="1:1", init_std_factor="global_depth", loop_count=4
     )
     factor = (2 * 2 * 4) ** 0.5  # effective depth: 2 layers, 4 loops
     for block in model.layers:
         ffn = block.feed_forward
-        assert spread(ffn.w2.weight) == close(ffn.hidden_dim**-0.5 / factor)
-        assert spread(ffn.w1.weight) == close(32**-0.5)
-        assert spread(ffn.w3.weight) == close(32**-0.5)
+        assert std_of(ffn.w2.weight) == close(ffn.hidden_dim**-0.5 / factor)
+        assert std_of(ffn.w1.weight) == close(32**-0.5)
+        assert std_of(ffn.w3.weight) == close(32**-0.5)
         (mixer,) = block.mixers()
-        assert spread(mixer.wo.weight) == close(mixer.wo.in_features**-0.5 / factor)
+        assert std_of(mixer.wo.weight) == close(mixer.wo.in_features**-0.5 / factor)
 
 
-def test_current_depth_charges_the_deepest_use_of_a_layer():
+def test_current_depth_is_the_depth_in_the_last_loop():
     model = make(jitter=0, n_layers=2, loop_count=3, init_std_factor="current_depth")
     for layer, depth in ((0, 5), (1, 6)):
         wo = model.layers[layer].attention.wo
-        assert spread(wo.weight) == close(32**-0.5 / (2 * depth) ** 0.5)
+        assert std_of(wo.weight) == close(32**-0.5 / (2 * depth) ** 0.5)
 
 
 @pytest.mark.parametrize("mixer", ["full", "gdn"])
@@ -70,7 +70,7 @@ def test_init_base_std_reaches_every_matrix(mixer):
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             bound = 4 / (2 * module.weight.numel()) ** 0.5
-            assert spread(module.weight) == pytest.approx(0.5, rel=bound)
+            assert std_of(module.weight) == pytest.approx(0.5, rel=bound)
 
 
 def test_tied_head_is_the_embedding():
@@ -85,8 +85,8 @@ def test_tied_head_is_the_embedding():
     assert_same_fp32(model(tokens)[..., -1], 3 * logits[..., -1])
 
 
-def test_gates_start_closed():
-    """At the start a gated model computes what a model without gates does."""
+def test_residual_gates_start_at_zero():
+    """At the start a model with gates equals one without."""
     gated, plain = make(jitter=0, loop_count=3), make(jitter=0, loop_count=3, use_residual=False)
     assert gated.rho.shape == (3, 32) and not gated.rho.any()
     assert plain.rho is None and "rho" not in plain.state_dict()
@@ -119,7 +119,7 @@ def test_families_of_different_loops_have_their_own_weights():
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, match",
     [
         ({"vocab_size": -1}, "model.vocab_size=-1"),
         ({"dim": 0}, "model.dim=0"),
@@ -153,14 +153,14 @@ def test_families_of_different_loops_have_their_own_weights():
         ({"mixer": "gdn", "n_heads": 0}, "model.n_heads=0"),
     ],
 )
-def test_impossible_models_are_refused_by_name(changes, told):
-    with pytest.raises(UserError, match=told):
+def test_wrong_models_are_user_errors(changes, match):
+    with pytest.raises(UserError, match=match):
         LoopedTransformer(LoopedTransformerArgs(**{**SMALL, **changes}))
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "kda", "deltanet"])
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, match",
     [
         ({"conv_size": 1}, "conv_size=1"),
         ({"conv_size": 9}, "conv_size=9"),
@@ -173,9 +173,9 @@ def test_impossible_models_are_refused_by_name(changes, told):
         ({"head_dim": -8}, "head_dim=-8"),
     ],
 )
-def test_impossible_settings_of_delta_rules_are_refused_by_name(mixer, changes, told):
+def test_wrong_settings_of_delta_rules_are_user_errors(mixer, changes, match):
     args = LoopedTransformerArgs(**SMALL, mixer=mixer)
     for field, value in changes.items():
         setattr(getattr(args, mixer), field, value)
-    with pytest.raises(UserError, match=f"model.{mixer}.{told}"):
+    with pytest.raises(UserError, match=f"model.{mixer}.{match}"):
         LoopedTransformer(args)

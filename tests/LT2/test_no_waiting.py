@@ -1,7 +1,7 @@
-"""Prefill, steps and scoring run ahead of the device, and a compiler sees a prefill in one piece.
+"""No host-device syncs in prefill, steps and training, and no graph breaks in prefill.
 
-What the host knows (which rows are empty, where documents end) is not asked of the device: that
-would wait for all that was started before, in every (loop, layer).
+The host knows which rows are empty and where documents end. Reading this from the device would
+sync in every (loop, layer).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def prompt(*shape: int) -> Tensor:
     return torch.randint(258, shape, generator=torch.Generator().manual_seed(0))
 
 
-# ---- the catcher catches
+# ---- the detector
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def prompt(*shape: int) -> Tensor:
         lambda x: torch.equal(x, x),
     ],
 )
-def test_what_would_wait_is_caught(read):
+def test_syncs_are_detected(read):
     x = torch.arange(3)
     read(x)
     with no_waiting(), pytest.raises(WouldWait):
@@ -59,13 +59,13 @@ def test_what_would_wait_is_caught(read):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_prefill_and_steps_wait_for_nothing(kind, packed):
-    """On empty rows, and on rows that hold tokens."""
+def test_prefill_and_steps_do_not_sync(kind, packed):
+    """With empty rows, and with rows that hold tokens."""
     model = tiny_model(kind, 1)
     cache = model.init_cache(3, 40)
-    for bounds in ([0, 5, 6, 20], [0, 9, 9, 20]):
+    for offsets in ([0, 5, 6, 20], [0, 9, 9, 20]):
         tokens = prompt(1, 20) if packed else prompt(3, 7)
-        cu_seqlens = upload_cu_seqlens(bounds, "cpu") if packed else None
+        cu_seqlens = upload_cu_seqlens(offsets, "cpu") if packed else None
         with no_waiting():
             model.prefill(tokens, cache, cu_seqlens=cu_seqlens, rows=[2, 0, 1])
     with no_waiting():
@@ -78,11 +78,11 @@ def test_prefill_and_steps_wait_for_nothing(kind, packed):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("doc_mask", [False, True])
-def test_forward_and_backward_wait_for_nothing(kind, doc_mask):
+def test_forward_and_backward_do_not_sync(kind, doc_mask):
     model = tiny_model(kind, 2).requires_grad_(True)
     views = prompt(2, 20, 3).numpy()
     views[..., -1] = 0
-    views[0, [0, 5, 6], -1] = 1  # where documents begin
+    views[0, [0, 5, 6], -1] = 1  # first tokens of documents
     batch = to_device(views, doc_mask, torch.device("cpu"))
     with no_waiting():
         model(*batch).backward()
@@ -101,7 +101,7 @@ def test_a_prefill_without_the_hosts_numbers_reads_them_from_the_device(kind, mo
         assert torch.equal(model.prefill(tokens, unknown, cu_seqlens=plain, rows=rows), want)
 
 
-def test_bounds_that_changed_are_not_remembered():
+def test_changed_cu_seqlens_are_read_again():
     cu_seqlens = upload_cu_seqlens([0, 2, 5], "cpu")
     with no_waiting():
         assert host_cu_seqlens(cu_seqlens) == [0, 2, 5]
@@ -109,38 +109,38 @@ def test_bounds_that_changed_are_not_remembered():
     assert host_cu_seqlens(cu_seqlens) == [0, 3, 5]
 
 
-# ---- in one piece
+# ---- graph breaks
 
 
 ATTENDING = "full", "window", "nsa", "dsa"
 CASES = [(kind, packed, past) for kind in ATTENDING for packed in (False, True) for past in PAST]
-# The linear mixers share their prefill; on CPU it reads documents in Python.
+# The linear mixers share their prefill; on CPU it reads cu_seqlens in Python.
 CASES += [("gdn", False, "empty"), ("retnet", False, "empty")]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("kind, packed, past", CASES)
-def test_a_compiled_prefill_has_no_break(kind, packed, past):
+def test_a_compiled_prefill_has_no_graph_break(kind, packed, past):
     model = tiny_model(kind, 1, n_layers=1)
     plain, compiled = model.init_cache(3, 40), model.init_cache(3, 40)
-    bounds = upload_cu_seqlens([0, 5, 9, 20], "cpu") if packed else None
+    cu_seqlens = upload_cu_seqlens([0, 5, 9, 20], "cpu") if packed else None
     tokens = prompt(1, 20) if packed else prompt(3, 7)
     if past == "continued":
         for cache in (plain, compiled):
-            model.prefill(tokens, cache, cu_seqlens=bounds, rows=[2, 0, 1])
-    want = model.prefill(tokens, plain, cu_seqlens=bounds, rows=[2, 0, 1])
+            model.prefill(tokens, cache, cu_seqlens=cu_seqlens, rows=[2, 0, 1])
+    want = model.prefill(tokens, plain, cu_seqlens=cu_seqlens, rows=[2, 0, 1])
     for block in model.layers:
         block.prefill = torch.compile(block.prefill, fullgraph=True, backend="eager")
-    got = model.prefill(tokens, compiled, cu_seqlens=bounds, rows=[2, 0, 1])
+    got = model.prefill(tokens, compiled, cu_seqlens=cu_seqlens, rows=[2, 0, 1])
     assert torch.equal(got, want)
 
 
-# ---- scoring and generation fetch once
+# ---- one copy per batch or step
 
 
 @pytest.fixture
 def fetches(monkeypatch) -> list[str]:
-    """What brings numbers to the host, by name, in this test."""
+    """The names of the calls in this test that copy numbers to the host."""
     calls: list[str] = []
 
     def counted(name: str):
@@ -158,26 +158,26 @@ def fetches(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_of_scores_is_fetched_once(kind, fetches, monkeypatch):
+def test_a_batch_of_scores_is_copied_once(kind, fetches, monkeypatch):
     model = tiny_model(kind, 1)
-    monkeypatch.setattr("apps.LT2.evaluation.scoring.LOGITS_AT_ONCE", 3 * 258)  # several pieces
+    monkeypatch.setattr("apps.LT2.evaluation.scoring.LOGITS_AT_ONCE", 3 * 258)  # several parts
     windows = [Window(i, list(range(9, 9 + n)), n // 2) for i, n in enumerate((12, 4, 7))]
     fetches.clear()
     score_batch(model, windows)
     assert fetches.count("cpu") == 1
-    # What is then read is on the host already.
+    # Later reads are on the host.
     assert fetches[0] == "cpu" and set(fetches[1:]) <= {"tolist", "__bool__"}
 
 
 @pytest.mark.parametrize("kind", ["full", "hybrid", "dsa"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_step_of_generation_fetches_its_tokens_and_nothing_else(kind, temperature, fetches):
+def test_a_step_of_generation_copies_only_its_tokens(kind, temperature, fetches):
     model = tiny_model(kind, 2)
     cfg = PackedCausalTransformerGeneratorArgs(
         max_gen_len=5, max_tokens=30, temperature=temperature, top_p=0.9, top_k=50
     )
     generator = PackedCausalTransformerGenerator(cfg, model, ByteTokenizer())
-    # Two rows for two prompts with three answers each, so that rows are refilled and copied.
+    # Two rows for two prompts with three answers each: rows are refilled and copied.
     answers = generator.complete(["once", "upon a"], num_samples=3, score=False)
     n_moves = 0
     run = generator._run

@@ -276,8 +276,8 @@ def test_random_loops_are_marked():
 @pytest.mark.parametrize("n_layers", [1, 5, 25, 50, 51, 80, 97, 200])
 @pytest.mark.parametrize("loop_count", [1, 4, 12])
 def test_every_layer_is_shown_within_the_width(n_layers, loop_count):
-    widths = "->".join(str(w) for w in range(100, 100 + loop_count))
-    lines = table(widths, n_layers=n_layers, loop_count=loop_count)
+    sizes = "->".join(str(w) for w in range(100, 100 + loop_count))
+    lines = table(sizes, n_layers=n_layers, loop_count=loop_count)
     assert max(map(len, lines)) <= COLUMNS
     rows = [line.split()[2:] for line in lines if line.startswith("loop")]
     assert sum(len(group) for row in rows for group in row) == n_layers * loop_count

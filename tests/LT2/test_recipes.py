@@ -1,4 +1,4 @@
-"""The recipes are what they say: cost, size against each other, and common settings."""
+"""The recipes match their golden files, their comments and each other."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ HYBRID = ["gdn_4to1", "bookend", "gdn_dsa", "128_256_512_full"]
 FAMILIES = ["transformer", *(f"looped_pure_{f}" for f in PURE)]
 FAMILIES += [f"looped_hybrid_{f}" for f in HYBRID]
 EXPERIMENTS = [path for path in RECIPES if path.stem != "debug"]
-# Further than 3% from looped_pure_full of their scale; the first comment says why.
+# More than 3% from looped_pure_full of their scale; the first comment gives the reason.
 UNMATCHED = {f"looped_hybrid_{name}_1B" for name in ("gdn_4to1", "bookend", "gdn_dsa")}
-# Of four instead of six: the first comment says why.
+# Four sequences instead of six; the first comment gives the reason.
 SMALLER_MICRO_BATCHES = {f"looped_pure_{name}_600M" for name in ("hgrn2", "kda", "nsa")}
 MODEL_ORDER = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "weight_tying", "loop_count"),
@@ -69,20 +69,20 @@ def non_embedding(recipe: Path) -> int:
 
 
 @each(RECIPES)
-def test_recipe_comes_to_what_its_golden_file_says(recipe):
-    """After a change that is meant: `python -m tests.LT2.golden --write`, and look at the diff."""
+def test_recipe_equals_its_golden_file(recipe):
+    """After an intended change run `python -m tests.LT2.golden --write` and review the diff."""
     want = golden_file(recipe).read_text(encoding="utf-8")
     assert as_text(describe(recipe)) == want
 
 
-def test_every_golden_file_has_its_recipe():
+def test_every_golden_file_has_a_recipe():
     assert set(GOLDEN.glob("*/*.json")) == set(map(golden_file, RECIPES))
 
 
 @each(EXPERIMENTS)
 def test_flops_are_the_products_of_every_loop_and_the_mixing(recipe):
-    """Each weight matrix is used once a loop. Mixing costs full attention's 4 dim operations for
-    each of (T + 1) / 2 keys, and less in every other mixer."""
+    """Each weight matrix runs once per loop. Full attention adds 4 dim FLOPs per visible key, of
+    which there are (T + 1) / 2; other mixers add less."""
     model, seqlen = build(recipe), read_recipe(recipe).data.seq_len
     products, runs = model.head_weight.numel(), [s for loop in model.layout for s in loop]
     for loop in model.layout:
@@ -102,7 +102,7 @@ def test_flops_are_the_products_of_every_loop_and_the_mixing(recipe):
 
 @each(RECIPES)
 def test_golden_files_decay_matrices_only(recipe):
-    """A second look at the written file: what decays is a projection, an embedding or the head."""
+    """Only projections, embeddings and heads decay."""
     weights = json.loads(golden_file(recipe).read_text(encoding="utf-8"))
     modules = re.compile(r"layers\.\*\.\w+\.([a-z]+\.)?w\w*\.weight|tok_embeddings\.weight")
     for name, shape in weights["weight decay 0.1"].items():
@@ -123,7 +123,7 @@ def test_every_scale_has_every_family(scale):
 
 
 @each(EXPERIMENTS)
-def test_first_comment_tells_the_parameters(recipe):
+def test_first_comment_gives_the_parameters(recipe):
     """`Parameters without embeddings: 314.4M, 2.1% fewer than looped_pure_full_600M.`"""
     comment, n = first_comment(recipe), non_embedding(recipe)
     (said,) = re.findall(r"Parameters without embeddings: ([\d.]+)([MB])", comment)
@@ -154,7 +154,7 @@ def test_hybrids_at_1B_are_matched_to_the_flagship():
 
 
 @each(EXPERIMENTS)
-def test_layout_is_that_of_the_name(recipe):
+def test_layout_matches_the_name(recipe):
     loops = build(recipe).layout
     specs = {spec for loop in loops for spec in loop}
     family = recipe.stem.removesuffix(f"_{recipe.parent.name}")
@@ -185,7 +185,7 @@ def test_layout_is_that_of_the_name(recipe):
 
 @each(EXPERIMENTS)
 def test_the_output_gate_is_on_in_hybrids_only(recipe):
-    """A gate in one of two models that are compared would be the difference between them."""
+    """A gate in one of two compared models would confound the comparison."""
     model, comment = read_recipe(recipe).model, first_comment(recipe)
     assert model.gated_attn == ("hybrid" in recipe.stem)
     weights = [name for name, _ in build(recipe).named_parameters()]
@@ -193,7 +193,7 @@ def test_the_output_gate_is_on_in_hybrids_only(recipe):
     assert any(name.endswith("wg.weight") for name in softmax) == model.gated_attn
     assert "gated_attn" in comment or not softmax
     said = yaml.safe_load(recipe.read_text())["model"]
-    assert ("gated_attn" in said) == bool(softmax), "said where it switches something"
+    assert ("gated_attn" in said) == bool(softmax), "set only if it has an effect"
 
 
 def without(settings: dict[str, Any], *own: str) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def without(settings: dict[str, Any], *own: str) -> dict[str, Any]:
 
 @each(EXPERIMENTS)
 def test_settings_agree_across_recipes(recipe):
-    """All but name, model and micro-batches are the same; of the model, what is the scale's."""
+    """Only name, model and micro-batches differ; of the model, only the layout within a scale."""
     got, want = (asdict(read_recipe(r)) for r in (recipe, EXPERIMENTS[0]))
     own = ("name", "dump_dir", "model", "data", "grad_acc_steps", "distributed")
     assert without(got, *own) == without(want, *own)
@@ -214,7 +214,7 @@ def test_settings_agree_across_recipes(recipe):
     reference = asdict(read_recipe(recipe_named(f"looped_pure_full_{scale}")))
     layout = ("mixer", "hybrid_mixer", "attention_pattern", "n_layers", "n_heads", "n_kv_heads")
     own = (*layout, "gated_attn", "dsa")
-    not_looped = "transformer" in recipe.stem  # which keeps a quarter of the activations
+    not_looped = "transformer" in recipe.stem  # it keeps a quarter of the activations
     if not_looped:
         own += ("loop_count", "use_residual")
     assert without(got["model"], *own) == without(reference["model"], *own)
@@ -225,8 +225,8 @@ def test_settings_agree_across_recipes(recipe):
 
 
 @each(EXPERIMENTS)
-def test_settings_stand_in_the_same_order(recipe):
-    """So that a diff of two recipes shows what differs, and nothing else."""
+def test_settings_are_in_the_same_order(recipe):
+    """A diff of two recipes then shows only what differs."""
     got, want = (yaml.safe_load(r.read_text()) for r in (recipe, EXPERIMENTS[0]))
     assert list(got) == list(want)
     sections = [name for name in got if isinstance(got[name], dict) and name != "model"]
@@ -265,7 +265,7 @@ def data(tmp_path_factory) -> Path:
 
 @each(RECIPES)
 def test_stool_accepts_the_recipe(recipe, data):
-    """Checked as before a submission to 8 GPUs, with data and tokenizer that are there."""
+    """As before a submission to 8 GPUs, with existing data and tokenizer."""
     overrides = [f"data.root_dir={data}", "data.tokenizer.name=bytes", "data.tokenizer.path=null"]
     given = StoolArgs(script="apps.LT2.train", config=str(recipe), nodes=1, ngpu=8)
     given.overrides = overrides

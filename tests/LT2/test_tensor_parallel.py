@@ -1,4 +1,4 @@
-"""A model whose heads are shared out over ranks learns what one process does, with every mixer."""
+"""Tensor parallelism learns what one process does, with every mixer."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ Options = dict[str, Any]
 
 LOOPS, ROWS, SEQLEN, N_MICRO = 2, 2, 16, 2
 STEP_1 = FOLDER_NAME.format(1)
-WANTS = "wants.pt"  # what one process does, for all ranks to compare with
-# (kind of tests.LT2.tiny, options of the model, options of distributed, and `optim` for its name)
+WANTS = "wants.pt"  # the results of one process, for all ranks
+# (kind in tests.LT2.tiny, options of `model:`, options of `distributed:` and the optimizer's name)
 TWO = {"tp_size": 2, "fsdp_type": "full_shard"}
 GROUPS = Mamba2Args(head_dim=16, state_dim=8, n_groups=2)
 NOT_SPLIT = {"nsa", "dsa"}
@@ -69,7 +69,7 @@ FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
     "no_shard": ("kda", {"n_layers": 1}, {"tp_size": 2, "dp_replicate": 2}),
     "muon": ("hybrid", {}, {**TWO, "dp_shard": 2, "optim": "muon"}),
     "tied": ("full", {"n_layers": 1, "weight_tying": True}, {**TWO, "dp_shard": 2}),
-    # 258 pieces stay whole on each of four ranks.
+    # 4 does not divide 258 tokens: the vocabulary stays whole on each rank.
     "tp_size=4": ("retnet", {"n_heads": 4, "n_layers": 1}, {**TWO, "tp_size": 4}),
     **{
         f"tp_size=4, vocabulary, tied={tied}": (
@@ -84,11 +84,11 @@ FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
         for mode in ("selective", "full", "loop")
     },
 }
-# Replicas of shards of the ranks that share the heads.
+# Replication, sharding and tensor parallelism together.
 EIGHT_RANKS: dict[str, tuple[str, Options, Options]] = {
     "hsdp": ("full", {"n_layers": 1}, {**FOUR, "dp_shard": 2}),
 }
-# Every recomputation compiles in tests/LT2/test_compile.py; here with what ranks add to a block.
+# tests/LT2/test_compile.py compiles every recomputation; here blocks have what ranks add.
 TWO_KINDS = {"attention_pattern": "hgrn2->full", "mixer": "hgrn2", "n_layers": 1}
 COMPILED: dict[str, tuple[str, Options, Options]] = {
     "heads": ("hybrid", TWO_KINDS, {**TWO, "activation_checkpointing": "selective"}),
@@ -100,7 +100,7 @@ COMPILED: dict[str, tuple[str, Options, Options]] = {
 
 
 def make(kind: str, options: Options) -> LoopedTransformer:
-    """A model none of whose vectors is the same for all heads."""
+    """Make a model whose 1-D parameters differ from head to head."""
     model = tiny_model(kind, LOOPS, **options).requires_grad_(True)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def make_parallel(kind: str, options: Options, distributed: Options) -> tuple[An
 
 
 def optimizer_of(model: nn.Module, name: str = "adamw") -> Optimizer:
-    # A large epsilon: else AdamW takes a whole step for the rounding of a gradient that is zero.
+    # With a small epsilon AdamW takes a full step for the rounding error of a zero gradient.
     args = OptimArgs(name=name, lr=0.01, warmup=0, scheduler="constant", epsilon=1e-2)
     return build_optimizer(model, args, 1)[0]
 
@@ -130,7 +130,7 @@ def optimizer_of(model: nn.Module, name: str = "adamw") -> Optimizer:
 def learn(
     model: LoopedTransformer, optimizer: Optimizer, mesh: Any, n_rows: int = ROWS
 ) -> dict[str, Any]:
-    """A clipped step: its loss, gradients, their norm, and the weights after it, by name."""
+    """Take a clipped step; return loss, gradients, norm and the new weights, by name."""
     rank, degree = get_dp_rank_and_degree(mesh)
     generator = torch.Generator().manual_seed(2)
     loss_sum = torch.zeros(())
@@ -154,7 +154,7 @@ def learn(
 
 
 def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[str, str]:
-    """For each case what differs from one process, and for the first what its checkpoint says."""
+    """Compare each case, and the first one's checkpoints, with one process."""
     door.CHUNK_TOKENS = 12  # the loss in several chunks
     wants = torch.load(folder / WANTS)
     outcome, n_rows = {}, rows_of(world_size)
@@ -176,18 +176,18 @@ def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[s
 
 
 def first_step(kind: str, options: Options, distributed: Options, n_rows: int) -> dict[str, Any]:
-    """What one process does in the step of a case."""
+    """Return the results of one process for a case."""
     model = make(kind, options)
     return learn(model, optimizer_of(model, distributed.get("optim", "adamw")), None, n_rows)
 
 
 def rows_of(world_size: int) -> int:
-    """Of a batch: one at least for each rank that reads data."""
+    """Return the rows of a batch: at least one per rank that reads data."""
     return max(ROWS, world_size // 2)
 
 
 def second_step(kind: str, options: Options, n_rows: int, save_to: Path) -> dict[str, Any]:
-    """What one process does in its second step; the first one is saved."""
+    """Return the results of one process's second step; save the first."""
     model = make(kind, options)
     optimizer = optimizer_of(model)
     learn(model, optimizer, None, n_rows)
@@ -200,7 +200,7 @@ def manager(folder: Path) -> CheckpointManager:
 
 
 def run_cases(world_size: int, cases: dict, folder: Path) -> list[dict[str, str]]:
-    """Also: a checkpoint goes to the ranks and back, weights and optimizer."""
+    """Run the cases on ranks; also pass a checkpoint to the ranks and back."""
     (kind, options, _), n_rows = next(iter(cases.values())), rows_of(world_size)
     want = second_step(kind, options, n_rows, folder / "by_one")
     wants = {name: first_step(*case, n_rows) for name, case in cases.items()}
@@ -231,24 +231,24 @@ def eight_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("case", [*TWO_RANKS, "loaded", "saved"])
 def test_two_ranks_learn_what_one_process_does(two_ranks, case):
-    told = [outcome[case] for outcome in two_ranks if case in outcome]
-    assert told and not any(told), max(told)
+    wrong = [outcome[case] for outcome in two_ranks if case in outcome]
+    assert wrong and not any(wrong), max(wrong)
 
 
 @pytest.mark.parametrize("case", [*FOUR_RANKS, "loaded", "saved"])
-def test_heads_and_data_are_shared_out_together(four_ranks, case):
-    told = [outcome[case] for outcome in four_ranks if case in outcome]
-    assert told and not any(told), max(told)
+def test_four_ranks_learn_what_one_process_does(four_ranks, case):
+    wrong = [outcome[case] for outcome in four_ranks if case in outcome]
+    assert wrong and not any(wrong), max(wrong)
 
 
 @pytest.mark.parametrize("case", [*EIGHT_RANKS, "loaded", "saved"])
-def test_replicas_of_shards_of_heads_learn_what_one_process_does(eight_ranks, case):
-    told = [outcome[case] for outcome in eight_ranks if case in outcome]
-    assert told and not any(told), max(told)
+def test_eight_ranks_learn_what_one_process_does(eight_ranks, case):
+    wrong = [outcome[case] for outcome in eight_ranks if case in outcome]
+    assert wrong and not any(wrong), max(wrong)
 
 
 def learn_compiled(rank: int, world_size: int) -> dict[str, str]:
-    # Inductor would take minutes; what it is given is all that a wrapper could spoil.
+    # Inductor would take minutes, and wrappers affect only the graph it gets.
     torch.compile = partial(torch.compile, backend="aot_eager", fullgraph=True)
     outcome = {}
     for name, (kind, options, distributed) in COMPILED.items():
@@ -266,16 +266,16 @@ def compiled():
 
 
 @pytest.mark.parametrize("case", COMPILED)
-def test_blocks_compile_whole_on_ranks(compiled, case):
-    told = [outcome[case] for outcome in compiled]
-    assert not any(told), max(told)
+def test_blocks_compile_into_one_graph_on_ranks(compiled, case):
+    wrong = [outcome[case] for outcome in compiled]
+    assert not any(wrong), max(wrong)
 
 
-# ---- what does not split
+# ---- errors
 
 
 @pytest.mark.parametrize(
-    "kind, options, tp_size, told",
+    "kind, options, tp_size, match",
     [
         ("nsa", {}, 2, r"nsa \(layers\.0\.nsa\)"),
         ("dsa", {}, 2, r"dsa \(layers\.0\.dsa\)"),
@@ -293,8 +293,8 @@ def test_blocks_compile_whole_on_ranks(compiled, case):
         ("full", {"n_heads": 3, "head_dim": 4, "multiple_of": 5}, 3, r"model\.multiple_of.* 85\b"),
     ],
 )
-def test_what_does_not_split_is_refused_by_name(kind, options, tp_size, told):
+def test_a_model_that_does_not_split_is_a_user_error(kind, options, tp_size, match):
     with torch.device("meta"):
         model = LoopedTransformer(tiny_model(kind, 1, **options).args)
-    with pytest.raises(UserError, match=f"^distributed.tp_size={tp_size}.*{told}"):
+    with pytest.raises(UserError, match=f"^distributed.tp_size={tp_size}.*{match}"):
         check_tensor_parallel(model, tp_size)

@@ -1,4 +1,4 @@
-"""The looped model: what a loop computes, random layouts, documents and the loss."""
+"""The looped model: loops, random layouts, documents and the loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tolerances import FP32_MODEL, assert_same
 # ------------------------------------------------------------------------------------ the loop
 
 
-def test_looping_is_a_deeper_model_with_the_same_layers_again():
+def test_loops_equal_a_deeper_model_with_repeated_layers():
     looped = make(loop_count=3, use_residual=False)
     deep = make(loop_count=1, use_residual=False, n_layers=6)
     weights = looped.state_dict()
@@ -31,7 +31,7 @@ def test_looping_is_a_deeper_model_with_the_same_layers_again():
 
 
 def test_residual_gate_adds_the_loops_input():
-    """The loop of the docstring, written out over the model's own layers."""
+    """The loop of the module's docstring, over the model's layers."""
     model = make(mixer="gdn", attention_pattern="1:1", loop_count=3)
     tokens = prompt(2, 9)
     h = model.tok_embeddings(tokens)
@@ -45,7 +45,7 @@ def test_residual_gate_adds_the_loops_input():
 
 
 def test_every_loop_and_layer_matters(model):
-    """Each mixer runs as often as the layout says, and each gate row is used."""
+    """Each mixer runs as often as in the layout, and each gate row is used."""
     calls = []
     for i, block in enumerate(model.layers):
         for mixer in block.mixers():
@@ -69,15 +69,15 @@ def test_the_model_is_causal(model):
         assert grad[0, t].any()
 
 
-def test_logits_are_fp32_whatever_the_weights(model):
+def test_logits_are_fp32_for_any_weights(model):
     assert model.bfloat16()(prompt(1, 5)).dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------ random layouts
 
 
-def test_a_random_layout_is_redrawn_each_step_and_runs():
-    """At each step the model computes what one with that layout written out does."""
+def test_a_random_layout_is_drawn_for_each_step():
+    """At each step the model equals one with that layout as a list."""
     model, tokens = make(**MODELS["random"]), prompt(1, 12)
     layouts = set()
     for step in range(6):
@@ -91,21 +91,21 @@ def test_a_random_layout_is_redrawn_each_step_and_runs():
     assert {len(list(block.mixers())) for block in model.layers} == {1}
 
 
-def test_a_random_layout_is_fixed_outside_of_training():
+def test_a_random_layout_is_fixed_outside_training():
     model, tokens = make(**MODELS["random"]), prompt(1, 12)
     layout, want = model.layout, model(tokens)
     assert layout == model.args.layout()
     model.begin_step(1)
     assert model.layout != layout and not torch.equal(model(tokens), want)
-    cache = model.init_cache(1, 12)  # decoding in the midst of training, say of samples
+    cache = model.init_cache(1, 12)  # decoding during training
     got = [model.prefill(tokens[:, :5], cache), decode(model, cache, tokens[:, 5:])]
     assert_same_fp32(torch.cat(got, 1), want)
     model.begin_step(None)
     assert model.layout == layout and torch.equal(model(tokens), want)
 
 
-def test_a_random_layout_compiles_a_block_twice_at_most():
-    """Only the LayerSpec changes from step to step: full, or the window."""
+def test_a_random_layout_compiles_a_block_at_most_twice():
+    """Only the LayerSpec changes from step to step: full or window."""
     from torch._dynamo.testing import CompileCounter  # slow to import
 
     model = make(**MODELS["random"], attn_impl="naive")
@@ -142,7 +142,7 @@ def test_packed_loss_and_gradients_equal_separate_ones(model):
 
 
 def assert_same_gradients(model: LoopedTransformer, loss: Tensor, want: Tensor) -> None:
-    """Of all weights; `want` need not reach those that a mixer trains by a loss of its own."""
+    """Compare all gradients; `want` may lack those of weights that a mixer's own loss trains."""
     assert_same_fp32(loss, want)
     parameters = dict(model.named_parameters())
     apart = {p for weights in model.own_loss_parameters().values() for p in weights}
@@ -156,7 +156,7 @@ def assert_same_gradients(model: LoopedTransformer, loss: Tensor, want: Tensor) 
         assert_same(g, w, FP32_MODEL, name)
 
 
-def test_loss_and_gradients_are_those_of_cross_entropy(model, monkeypatch):
+def test_loss_and_gradients_equal_cross_entropy(model, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_TOKENS", 8)
     tokens, targets = prompt(2, 15), prompt(2, 16)[:, 1:].clone()
     targets[0, :4] = targets[1, 9] = -100
@@ -176,10 +176,10 @@ def test_checkpointing_whole_loops_changes_nothing(hybrid_mixer):
     checkpointed = model(tokens, target=targets)
     assert len(runs) == 3
     assert_same_gradients(model, checkpointed, plain)
-    assert len(runs) == 6, "loops are run again in the backward"
+    assert len(runs) == 6, "the backward runs the loops again"
 
 
-def test_the_more_is_computed_again_the_less_is_kept_for_the_backward():
+def test_more_recomputation_keeps_less_memory_for_the_backward():
     kept = {}
     for mode in ("none", "selective", "full", "loop"):
         model = make(loop_count=4)

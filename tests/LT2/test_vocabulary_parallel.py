@@ -1,4 +1,4 @@
-"""Ranks that share the vocabulary have the loss, logits, gradients and weights of one process."""
+"""A vocabulary split over ranks gives the loss, logits, gradients and weights of one process."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ MESHES = {
     for size in (2, 4)
 }
 
-STRANGE = (-1, 260, 261, 10**6)  # of a vocabulary of 260
+OUTSIDE = (-1, 260, 261, 10**6)  # tokens outside of a vocabulary of 260
 
 # ---- the loss
 
 N, D, V, CHUNK = 21, 16, 52, 8
 N_CHUNKS = -(-N // CHUNK)
-# Options of `loss_inputs`, and whether the weight is frozen.
+# (options of `loss_inputs`, whether the weight is frozen)
 LOSSES: dict[str, tuple[dict[str, Any], bool]] = {
     "all targets": ({}, False),
     "a chunk without targets": ({"ignored": range(CHUNK, 2 * CHUNK)}, False),
@@ -70,15 +70,15 @@ def differing_loss(tp: TensorParallel, options: dict, frozen: bool) -> str:
     exact = hidden.float().requires_grad_(), weight.float().requires_grad_(not frozen)
     loss = linear_cross_entropy(mine[0], mine[1], target, tp=tp)
     want = naive_linear_cross_entropy(exact[0], exact[1], target)
-    told = differences({"loss": loss}, {"loss": want}, FP32)
-    # A factor on the loss, as gradient accumulation puts there.
+    wrong = differences({"loss": loss}, {"loss": want}, FP32)
+    # A factor on the loss, as in gradient accumulation.
     got = torch.autograd.grad(3 * loss, mine[: 1 if frozen else 2])
     d_hidden, *d_weight = torch.autograd.grad(3 * want, exact[: 1 if frozen else 2])
     wants = [d_hidden, *map(tp.own, d_weight)]
     assert all(grad.dtype == hidden.dtype for grad in got)
     bound = FP32 if hidden.dtype == torch.float32 else BF16_KERNEL
     names = ("hidden", "weight")
-    return told + differences(
+    return wrong + differences(
         dict(zip(names, got, strict=False)), dict(zip(names, wants, strict=False)), bound
     )
 
@@ -126,7 +126,7 @@ def differing_model(args: DistributedArgs, tied: bool) -> str:
 
 
 def new_model(vocab_size: int, args: DistributedArgs | None = None) -> tuple[Any, Any]:
-    """Filled after it was split, in shards too."""
+    """Split or shard a model, then initialize it."""
     with torch.device("meta"):
         model = LoopedTransformer(tiny_args("full", 1, n_heads=4, vocab_size=vocab_size))
     model, mesh = parallel(model, args) if args is not None else (model, None)
@@ -152,26 +152,26 @@ def describe_new_model(vocab_size: int, args: DistributedArgs, folder: Path) -> 
     }
 
 
-def errors_of_strange_tokens(args: DistributedArgs | None) -> list[str]:
+def errors_of_tokens_outside(args: DistributedArgs | None) -> list[str]:
     model = tiny_model("full", 1, n_heads=4, vocab_size=260)
     if args is not None:
         model, _ = parallel(model, args)
-    told = []
-    for token in STRANGE:
+    wrong = []
+    for token in OUTSIDE:
         try:
             model(torch.tensor([[1, token]]))
         except IndexError as error:
-            told.append(str(error))
-    return told
+            wrong.append(str(error))
+    return wrong
 
 
 class Messages(logging.Handler):
     def __init__(self):
         super().__init__()
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.told.append(f"{record.levelname} {record.getMessage()}")
+        self.messages.append(f"{record.levelname} {record.getMessage()}")
 
 
 def messages_for_vocabulary(args: DistributedArgs, vocab_size: int) -> list[str]:
@@ -179,7 +179,7 @@ def messages_for_vocabulary(args: DistributedArgs, vocab_size: int) -> list[str]
     logging.getLogger().addHandler(messages)
     parallel(tiny_model("full", 1, n_heads=4, vocab_size=vocab_size), args)
     logging.getLogger().removeHandler(messages)
-    return messages.told
+    return messages.messages
 
 
 def look(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def look(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         for tied in (False, True):
             seen[f"model {size} {tied}"] = differing_model(args, tied)
         seen[f"new {size}"] = describe_new_model(260 + size, args, folder / f"new {size}")
-        seen[f"strange {size}"] = errors_of_strange_tokens(args)
+        seen[f"outside {size}"] = errors_of_tokens_outside(args)
     seen["messages"] = [messages_for_vocabulary(MESHES[4], v) for v in (260, 258)]
     door.CHUNK_TOKENS = CHUNK
     for size, args in MESHES.items():
@@ -213,13 +213,13 @@ def ranks(folder):
 
 @pytest.mark.parametrize("size", MESHES)
 @pytest.mark.parametrize("case", LOSSES)
-def test_loss_of_ranks_is_that_of_one_process(ranks, size, case):
-    told = [seen[f"loss {size} {case}"] for seen in ranks]
-    assert not any(told), max(told)
+def test_loss_equals_one_process(ranks, size, case):
+    wrong = [seen[f"loss {size} {case}"] for seen in ranks]
+    assert not any(wrong), max(wrong)
 
 
 @pytest.mark.parametrize("size", MESHES)
-def test_loss_shares_two_numbers_a_token_and_one_gradient(ranks, size):
+def test_loss_communicates_two_numbers_per_token_and_one_gradient(ranks, size):
     shared = {"all_reduce": 0, "all_gather": N_CHUNKS, "mm": N_CHUNKS}
     for seen in ranks:
         assert seen[f"collectives {size}"] == {
@@ -230,26 +230,26 @@ def test_loss_shares_two_numbers_a_token_and_one_gradient(ranks, size):
 
 @pytest.mark.parametrize("size", MESHES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_logits_and_their_gradients_are_those_of_one_process(ranks, size, tied):
-    told = [seen[f"model {size} {tied}"] for seen in ranks]
-    assert not any(told), max(told)
+def test_logits_and_their_gradients_equal_one_process(ranks, size, tied):
+    wrong = [seen[f"model {size} {tied}"] for seen in ranks]
+    assert not any(wrong), max(wrong)
 
 
 @pytest.mark.parametrize("size", MESHES)
-def test_a_token_outside_of_the_vocabulary_fails_as_in_one_process(ranks, size):
-    want = errors_of_strange_tokens(None)
-    assert len(want) == len(STRANGE)
-    assert [seen[f"strange {size}"] for seen in ranks] == [want] * WORLD
+def test_a_token_outside_the_vocabulary_fails_as_in_one_process(ranks, size):
+    want = errors_of_tokens_outside(None)
+    assert len(want) == len(OUTSIDE)
+    assert [seen[f"outside {size}"] for seen in ranks] == [want] * WORLD
 
 
 @pytest.mark.parametrize("size", MESHES)
-def test_new_model_is_that_of_one_process(ranks, folder, size):
+def test_a_new_model_equals_one_process(ranks, folder, size):
     rows = []
     for seen in ranks:
         new = seen[f"new {size}"]
         assert new["differ"] == [] and new["same count"] and new["suspicious"] == []
         rows.append(new["rows"])
-    # Two ranks of the data share 131 rows unevenly.
+    # Two data-parallel ranks split 131 rows unevenly.
     want = {2: [66, 66, 65, 65], 4: [66] * 4}[size]
     assert rows == [[n, n] for n in want]
 
@@ -264,7 +264,7 @@ def test_exported_weights_are_whole(ranks, folder, size):
     assert [name for name in want if not torch.equal(got[name], want[name])] == []
 
 
-def test_vocabulary_that_does_not_divide_is_told_of_once(ranks):
+def test_a_vocabulary_that_does_not_divide_is_warned_about_once(ranks):
     (divided, left_whole), *others = [seen["messages"] for seen in ranks]
     assert divided == [] and others == [[[], []]] * (WORLD - 1)
     (message,) = left_whole

@@ -1,4 +1,4 @@
-"""Tiny models whose every parameter matters, and runs on disk that hold one."""
+"""Tiny models whose every parameter has an effect, and runs on disk with one."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def tiny_model(kind: str, loop_count: int, seed: int = 0, **changes: Any) -> Loo
     model.init_weights()
     for name, param in model.named_parameters():
         if name.endswith(("rho", "wg.weight")):
-            param.normal_(std=0.3)  # zero at the start, and would hide its mistakes
-    model.tok_embeddings.weight *= 4  # what follows depends on what was read, not on a bias
+            param.normal_(std=0.3)  # initialized to zero, which would hide errors
+    model.tok_embeddings.weight *= 4  # outputs then depend on the tokens
     make_choices_clear(model)
     return model
 
 
 @torch.no_grad()
 def make_choices_clear(model: nn.Module) -> None:
-    """Let no rounding change which keys an indexer of one head chooses.
+    """Change indexers of one head so that rounding doesn't change their choice of keys.
 
     With index projections of rank one, a key's score is its sign times a function of its distance,
-    so the scores of a query are equal or far from each other.
+    so two scores of a query are equal or far apart.
     """
     for module in model.modules():
         if isinstance(module, LightningIndexer):
@@ -65,7 +65,7 @@ def make_choices_clear(model: nn.Module) -> None:
 
 
 class AtStep:
-    """As much of a trainer's state as a checkpoint needs."""
+    """The part of a trainer's state that a checkpoint needs."""
 
     def __init__(self, step: int):
         self.step = step
@@ -78,7 +78,7 @@ class AtStep:
 
 
 def save_run(dump_dir: Path, model: LoopedTransformer, step: int = 1, **config: Any) -> Path:
-    """A run's folder with the checkpoint of `step`, which is returned."""
+    """Make a run's folder with a checkpoint of `step`; return the checkpoint."""
     manager = CheckpointManager(CheckpointArgs(path=str(dump_dir / "checkpoints")))
     config = {"model": asdict(model.args), "data": {"tokenizer": {"name": "bytes"}}} | config
     manager.save(model, None, AtStep(step), config)

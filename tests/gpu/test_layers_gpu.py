@@ -1,7 +1,7 @@
-"""Whole mixers on CUDA in bf16, and fla's layers with the same weights, against ours in fp32.
+"""Mixers on CUDA in bf16, and fla's layers with the same weights, against ours in fp32.
 
 fla's layer right means that it is the same function, and ours right that projections, convolution,
-gates and norm around the kernel are. A new mixer adds a row to ORACLES. All use head widths that
+gates and norm around the kernel are. A new mixer adds a row to ORACLES. All use head dims that
 other tests have tuned already.
 """
 
@@ -46,14 +46,14 @@ DECAY = {"A_log": "A_log", "dt_bias": "dt_bias"}
 
 
 def qkv_conv(weights: dict[str, Tensor], mixer: LinearMixer) -> dict[str, Tensor]:
-    """Our one convolution over q, k and v is three in fla, with nn.Conv1d's weights."""
+    """Split our convolution over q, k and v into fla's three, with nn.Conv1d's weights."""
     keys, values = mixer.n_heads * mixer.key_dim, mixer.n_heads * mixer.value_dim
     parts = weights["conv.weight"][:, None].split([keys, keys, values])
     return {f"{x}_conv1d.weight": part for x, part in zip("qkv", parts, strict=True)}
 
 
 def half_split_rotary(weights: dict[str, Tensor], mixer: Mixer) -> dict[str, Tensor]:
-    """We turn pairs (2i, 2i+1) of a head, fla (i, i + K/2): the same with rows in another order."""
+    """Reorder rows: we rotate pairs (2i, 2i+1) of a head, fla (i, i + K/2)."""
 
     def reordered(weight: Tensor) -> Tensor:
         pairs = weight.unflatten(0, (-1, WIDTH // 2, 2))
@@ -70,8 +70,8 @@ def nothing_more(weights: dict[str, Tensor], mixer: Mixer) -> dict[str, Tensor]:
 class Oracle:
     layer: str  # class in fla.layers
     names: dict[str, str]  # our parameter -> theirs
-    options: dict[str, Any]  # of fla's layer, beside hidden_size
-    # What of their weights does not follow from `names`.
+    options: dict[str, Any]  # of fla's layer, besides hidden_size
+    # Their weights that don't follow from `names`.
     others: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = qkv_conv
     args: dict[str, Any] = field(default_factory=dict)  # of our model
     takes_documents: bool = True
@@ -146,7 +146,7 @@ ORACLES = {
         HEADS_AND_NORM | {"expand_ratio": WIDTH},
         others=nothing_more,
     ),
-    # More blocks to choose than there are: which ones near ties leave out is for kernel tests.
+    # All blocks are chosen: near ties are for kernel tests.
     "nsa": Oracle(
         "NativeSparseAttention",
         {f"w{x}.weight": f"{x}_proj.weight" for x in "vgo"},
@@ -172,7 +172,7 @@ ORACLES = {
 
 @pytest.fixture(autouse=True)
 def attention_for_flas_window(monkeypatch):
-    """The window of fla's NSA is flash-attn's, which need not be installed."""
+    """Replace flash-attn, which computes the window of fla's NSA and may not be installed."""
 
     def attend(q, k, v, *, causal, window_size):
         assert causal and window_size[1] == 0
@@ -190,7 +190,7 @@ def attention_for_flas_window(monkeypatch):
 
 
 def make(name: str) -> Mixer:
-    """In fp32, off its initial values; bf16 holds the weights wherever fla's layer is bf16."""
+    """Make a mixer in fp32, off its initial values; weights that fla has in bf16 are exact."""
     torch.manual_seed(0)
     oracle = ORACLES[name]
     shape = {"dim": DIM, "n_layers": 1, "n_heads": HEADS, "norm_eps": EPS, "vocab_size": 8}
@@ -205,7 +205,7 @@ def make(name: str) -> Mixer:
 
 
 def in_bf16(mixer: Mixer) -> Mixer:
-    """As training holds it: matrices in bf16, vectors in fp32."""
+    """Cast 2-D parameters to bf16, as in training; 1-D ones stay fp32."""
     mixer = copy.deepcopy(mixer)
     for name, p in mixer.named_parameters():
         if is_matrix(name, p):

@@ -1,4 +1,4 @@
-"""The whole model on CUDA in bf16, compiled and not, against the same weights on a CPU in fp32."""
+"""The model on CUDA in bf16, compiled and eager, against the same weights on a CPU in fp32."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODELS = {
     "nsa": {
         "mixer": "nsa",
         "n_heads": 16,
-        # All blocks are chosen, and below all keys, so that no choice hangs on bf16's rounding.
+        # All blocks are chosen, and fewer than all keys: no choice depends on bf16's rounding.
         "nsa": nsa.NSAArgs(block_size=32, n_blocks=8, window_size=50),
     },
     "retnet": {"mixer": "retnet"},
@@ -42,7 +42,7 @@ MODELS = {
     },
 }
 
-# Where a mixer finds its operator, and what computes it in plain torch.
+# A mixer's operator, and its implementation in plain torch.
 OPERATORS = [
     (gdn, "gated_delta_rule", "chunked"),
     (kda, "kda", "chunked"),
@@ -67,7 +67,7 @@ def make_model(name: str) -> LoopedTransformer:
         multiple_of=64,
         **options,
     )
-    args.gdn.head_dim = 64  # widths that other tests have compiled already
+    args.gdn.head_dim = 64  # dims that other tests compile too
     args.gdn.expand_v = 1.0
     model = LoopedTransformer(args)
     model.init_weights()
@@ -77,7 +77,7 @@ def make_model(name: str) -> LoopedTransformer:
 
 
 def on_gpu(model: LoopedTransformer) -> LoopedTransformer:
-    """As training holds it: matrices in bf16, vectors in fp32."""
+    """Cast 2-D parameters to bf16, as in training; 1-D ones stay fp32."""
     gpu = copy.deepcopy(model).cuda()
     for name, p in gpu.named_parameters():
         if is_matrix(name, p):
@@ -92,7 +92,7 @@ def loss_and_gradients(model: LoopedTransformer, tokens, cu_seqlens=None):
 
 
 def in_plain_torch(model: LoopedTransformer, monkeypatch) -> LoopedTransformer:
-    """The same bf16 model without kernels: what rounding alone does to it."""
+    """Run the bf16 model without kernels: its error is rounding alone."""
     for block in model.layers:
         for mixer in block.mixers():
             if hasattr(mixer, "attn_impl"):
@@ -107,13 +107,13 @@ def in_plain_torch(model: LoopedTransformer, monkeypatch) -> LoopedTransformer:
 def test_kernels_and_compilation_add_no_error_to_that_of_bf16(name, packed):
     model = make_model(name)
     tokens = torch.randint(VOCAB, (1, 201) if packed else (2, 201))
-    bounds = torch.tensor([0, 1, 65, 200], dtype=torch.int32) if packed else None
-    want_loss, want = loss_and_gradients(model, tokens, bounds)
-    tokens, bounds = tokens.cuda(), None if bounds is None else bounds.cuda()
+    cu_seqlens = torch.tensor([0, 1, 65, 200], dtype=torch.int32) if packed else None
+    want_loss, want = loss_and_gradients(model, tokens, cu_seqlens)
+    tokens, cu_seqlens = tokens.cuda(), None if cu_seqlens is None else cu_seqlens.cuda()
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         plain = in_plain_torch(on_gpu(model), monkeypatch)
-        plain_loss, plain_grads = loss_and_gradients(plain, tokens, bounds)
+        plain_loss, plain_grads = loss_and_gradients(plain, tokens, cu_seqlens)
     eager = on_gpu(model)
     compiled = on_gpu(model)
     torch.compiler.reset()
@@ -122,7 +122,7 @@ def test_kernels_and_compilation_add_no_error_to_that_of_bf16(name, packed):
 
     loss_floor = abs(plain_loss.item() - want_loss.item())
     for how, gpu in (("eager", eager), ("compiled", compiled)):
-        loss, grads = loss_and_gradients(gpu, tokens, bounds)
+        loss, grads = loss_and_gradients(gpu, tokens, cu_seqlens)
         assert abs(loss.item() - want_loss.item()) <= 2 * loss_floor + BF16_KERNEL, how
         for name, grad in grads.items():
             if name.endswith(("A_log", "dt_bias")):

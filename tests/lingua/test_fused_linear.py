@@ -1,4 +1,4 @@
-"""Linears of one input whose weights are joined compute what they compute apart."""
+"""Fused linears of one input equal separate ones."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.tolerances import FP32, FP32_MODEL, assert_same
 
 def make_linears() -> list[nn.Linear]:
     torch.manual_seed(0)
-    return [nn.Linear(8, width, bias=False) for width in (3, 5, 1)]
+    return [nn.Linear(8, n, bias=False) for n in (3, 5, 1)]
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 8), (2, 7, 8)])
-def test_joined_linears_give_what_each_gives(shape):
+def test_fused_linears_equal_separate_ones(shape):
     linears, x = make_linears(), torch.randn(shape)
     want = [linear(x) for linear in linears]
     for got, wanted in zip(fused_linear(x, linears), want, strict=True):
@@ -30,7 +30,7 @@ def test_joined_linears_give_what_each_gives(shape):
         assert_same(got, wanted, FP32)
 
 
-def test_joined_weights_stay_parameters_of_the_same_names():
+def test_fused_weights_stay_parameters_with_the_same_names():
     module = nn.ModuleList(make_linears())
     before = copy.deepcopy(module.state_dict())
     parameters = list(module.parameters())
@@ -41,7 +41,7 @@ def test_joined_weights_stay_parameters_of_the_same_names():
     assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
 
 
-def test_what_is_written_into_a_weight_is_in_the_joint_one():
+def test_a_write_to_a_weight_changes_the_fused_one():
     linears, x = make_linears(), torch.randn(8)
     fuse_weights(linears)
     with torch.no_grad():
@@ -49,23 +49,23 @@ def test_what_is_written_into_a_weight_is_in_the_joint_one():
     assert_same(fused_linear(x, linears)[1], (0.5 * x.sum()).expand(5), FP32)
 
 
-def test_a_bias_is_not_joined():
+def test_a_bias_is_not_fused():
     with pytest.raises(AssertionError, match="bias"):
         fuse_weights([nn.Linear(2, 2, bias=True)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_model_with_joined_projections_is_the_same_function(kind):
+def test_a_model_with_fused_projections_is_the_same_function(kind):
     model = tiny_model(kind, 2)
-    joined = copy.deepcopy(model)
-    fuse_projections(joined)
-    assert [n for n, _ in joined.named_parameters()] == [n for n, _ in model.named_parameters()]
-    names = [name for name, _ in joined.named_buffers() if name.endswith("fused_weight")]
+    fused = copy.deepcopy(model)
+    fuse_projections(fused)
+    assert [n for n, _ in fused.named_parameters()] == [n for n, _ in model.named_parameters()]
+    names = [name for name, _ in fused.named_buffers() if name.endswith("fused_weight")]
     assert len(names) >= 2 * len(model.layers)  # of the mixer and of the feed-forward
     tokens = torch.randint(258, (2, 40))
-    assert_same(joined(tokens), model(tokens), FP32_MODEL)
-    caches = [m.init_cache(2, 40) for m in (joined, model)]
-    for n, m in zip(caches, (joined, model), strict=True):
+    assert_same(fused(tokens), model(tokens), FP32_MODEL)
+    caches = [m.init_cache(2, 40) for m in (fused, model)]
+    for n, m in zip(caches, (fused, model), strict=True):
         m.prefill(tokens[:, :20], n)
-    got, want = (m.step(tokens[:, 20:21], c) for m, c in zip((joined, model), caches, strict=True))
+    got, want = (m.step(tokens[:, 20:21], c) for m, c in zip((fused, model), caches, strict=True))
     assert_same(got, want, FP32_MODEL)

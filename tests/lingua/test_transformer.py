@@ -1,4 +1,4 @@
-"""The reference Transformer and the parts that models share."""
+"""The reference Transformer and the parts that applications share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.tolerances import FP32, FP32_MODEL, assert_same
 # ------------------------------------------------------------------------------------- rotary
 
 
-def test_rotary_turns_pairs_as_complex_numbers():
+def test_rotary_rotates_pairs_like_complex_numbers():
     x = torch.randn(2, 9, 3, 8)
     positions = torch.arange(100, 109)
     theta = 500.0
@@ -41,7 +41,7 @@ def test_rotary_turns_pairs_as_complex_numbers():
     assert_same(rotate_pairs(x, cos[:, None], sin[:, None]), want.flatten(-2), FP32)
 
 
-def test_both_rotary_forms_are_one():
+def test_both_rotary_forms_are_equal():
     q, k = torch.randn(2, 9, 4, 8), torch.randn(2, 9, 2, 8)
     table = RotaryEmbedding(500.0, 8, max_seqlen=16)
     cos, sin = rotary_angles(torch.arange(9), 8, 500.0)
@@ -63,8 +63,8 @@ def test_scores_depend_on_distance_only():
     assert abs(score(130, 100) - score(130, 99)) > 1e-3
 
 
-def test_angles_are_fp32_beside_half_precision():
-    """Position 4001 is 4000 in bf16: the fastest pair would turn a radian too little."""
+def test_angles_are_fp32_for_half_precision():
+    """Position 4001 is 4000 in bf16: the fastest pair would be a radian off."""
     x = torch.randn(1, 1, 1, 8)
     cos, sin = rotary_angles(torch.tensor([4001]), 8, 1e4)
     assert cos.dtype == sin.dtype == torch.float32
@@ -73,7 +73,7 @@ def test_angles_are_fp32_beside_half_precision():
     assert_same(got, rotate_pairs(x.bfloat16().float(), cos, sin), 4e-3)
 
 
-def test_rotary_table_is_filled_after_meta_init_and_kept_out_of_checkpoints():
+def test_rotary_table_is_filled_after_meta_init_and_not_in_checkpoints():
     with torch.device("meta"):
         table = RotaryEmbedding(1e4, 8, max_seqlen=12)
     table.to_empty(device="cpu")
@@ -84,7 +84,7 @@ def test_rotary_table_is_filled_after_meta_init_and_kept_out_of_checkpoints():
     assert torch.equal(table(tok_idx=torch.tensor([3, 1])), table(seqlen=12)[[3, 1]])
 
 
-def test_repeat_kv_puts_copies_side_by_side():
+def test_repeat_kv_repeats_each_head():
     x = torch.arange(2).view(1, 1, 2, 1)
     assert repeat_kv(x, 3).flatten().tolist() == [0, 0, 0, 1, 1, 1]
     assert repeat_kv(x, 1) is x
@@ -105,12 +105,12 @@ def test_rms_norm_is_fp32_inside():
 
 
 @pytest.mark.parametrize(
-    "dim, multiple_of, multiplier, width",
+    "dim, multiple_of, multiplier, hidden_dim",
     [(1024, 256, None, 2816), (2048, 256, None, 5632), (512, 256, 1.5, 2048), (48, 1, None, 128)],
 )
-def test_ffn_width(dim, multiple_of, multiplier, width):
+def test_ffn_dim(dim, multiple_of, multiplier, hidden_dim):
     with torch.device("meta"):
-        assert FeedForward(dim, 4 * dim, multiple_of, multiplier).hidden_dim == width
+        assert FeedForward(dim, 4 * dim, multiple_of, multiplier).hidden_dim == hidden_dim
 
 
 def test_ffn_is_swiglu():
@@ -146,7 +146,7 @@ def test_transformer_is_causal():
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_every_mask_form_gives_the_same():
+def test_all_mask_forms_are_equal():
     from torch.nn.attention.flex_attention import create_block_mask
 
     model, h = make().requires_grad_(False), torch.randn(2, 9, 32)
@@ -158,7 +158,7 @@ def test_every_mask_form_gives_the_same():
     assert not torch.allclose(model(h, mask=None), want)  # every token sees every token
 
 
-def test_unknown_attention_backend_is_refused():
+def test_an_unknown_attention_backend_is_a_user_error():
     with pytest.raises(UserError, match="attn_impl='flash'"):
         make()(torch.randn(1, 3, 32), attn_impl="flash")
 
@@ -168,7 +168,7 @@ def test_unknown_attention_backend_is_refused():
     [
         (4, None, None, (4, 4, 8)),
         (None, 16, None, (2, 2, 16)),
-        (4, 24, 2, (4, 2, 24)),  # heads may be wider than dim / n_heads
+        (4, 24, 2, (4, 2, 24)),  # head_dim may exceed dim / n_heads
     ],
 )
 def test_heads_are_resolved(n_heads, head_dim, n_kv_heads, resolved):
@@ -216,7 +216,7 @@ SHAPE = (7, 5)  # shards of unequal size, one of them
 
 
 def draw_on_rank(rank: int, world_size: int) -> list[torch.Tensor]:
-    """Two draws a placement: the second shows that the generators stay in step."""
+    """Draw twice per placement: the second draw shows that the generators stay in sync."""
     mesh = init_device_mesh("cpu", (world_size,))
     drawn = []
     for placements in PLACEMENTS:
@@ -229,7 +229,7 @@ def draw_on_rank(rank: int, world_size: int) -> list[torch.Tensor]:
     return drawn
 
 
-def test_sharded_tensors_get_the_draw_of_one_process():
+def test_sharded_tensors_equal_the_draw_of_one_process():
     torch.manual_seed(3)
     want = [trunc_normal_(torch.empty(SHAPE), 0.5) for _ in range(2)]
     for drawn in run_ranks(2, draw_on_rank):

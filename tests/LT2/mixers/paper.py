@@ -1,4 +1,4 @@
-"""What the layers of several papers have in common, written out for one sequence."""
+"""Parts that the layers of several papers share, for one sequence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def convolve(x_TC: Tensor, conv) -> Tensor:
-    """Depthwise, causal, the last tap on the current token; then SiLU."""
+    """Convolve depthwise and causally, with the last weight on the current token; then SiLU."""
     if conv.weight is None:
         return F.silu(x_TC)
     padded_CT = F.pad(x_TC.T, (conv.size - 1, 0))
@@ -16,7 +16,7 @@ def convolve(x_TC: Tensor, conv) -> Tensor:
 
 
 def convolved_heads(layer, x_TD: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(q (T, K), k (T, K), v (T, V)) of each head; q and k are unit vectors."""
+    """Return (q (T, K), k (T, K), v (T, V)) of each head; q and k are unit vectors."""
     streams_TC = torch.cat([x_TD @ w.weight.T for w in (layer.wq, layer.wk, layer.wv)], dim=-1)
     keys, values = layer.n_heads * layer.key_dim, layer.n_heads * layer.value_dim
     q_TC, k_TC, v_TC = convolve(streams_TC, layer.conv).split([keys, keys, values], dim=-1)

@@ -1,4 +1,4 @@
-"""The DeltaNet layer is the one of https://arxiv.org/abs/2406.06484, written out here."""
+"""DeltaNet against the definition in https://arxiv.org/abs/2406.06484."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make(**deltanet) -> DeltaNet:
 
 
 def head_outputs(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, beta_T: Tensor) -> Tensor:
-    """Section 2.2 of the paper, S as V x K."""
+    """Compute section 2.2 of the paper, S as V x K."""
     S_VK = q_TK.new_zeros(v_TV.shape[1], k_TK.shape[1])
     eye, outputs = torch.eye(k_TK.shape[1], dtype=q_TK.dtype), []
     for q, k, v, beta in zip(q_TK, k_TK, v_TV, beta_T, strict=True):
@@ -54,8 +54,8 @@ def definition(layer: DeltaNet, x_TD: Tensor, beta_range: float) -> Tensor:
         ({"n_heads": 3, "head_dim": 4, "expand_v": 1.5, "conv_size": 2}, (3, 4, 6), 1.0),
     ],
 )
-def test_layer_is_the_papers(deltanet, shape, beta_range):
+def test_layer_equals_the_papers_definition(deltanet, shape, beta_range):
     layer, x = make(**deltanet), torch.randn(1, 70, 16, dtype=torch.double)
     assert (layer.n_heads, layer.key_dim, layer.value_dim) == shape
-    # The unit length of q and k is kept from dividing by zero in slightly different ways.
+    # The epsilons of the unit vectors q and k differ slightly.
     assert_same(layer(x)[0], definition(layer, x[0], beta_range), 10 * FP32)

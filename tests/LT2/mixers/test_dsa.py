@@ -1,4 +1,4 @@
-"""Sparse attention against the attentions that it turns into, and an indexer that learns."""
+"""Sparse attention: special cases, and an indexer that learns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(top_k=5, *, n_index_heads=3, index_head_dim=8, warmup_steps=0, **shape)
 
 
 def as_attention(mixer: SparseAttention, **shape) -> Attention:
-    """Full attention with the same weights."""
+    """Return full attention with the same weights."""
     attention = Attention(LoopedTransformerArgs(**(SHAPE | shape)))
     weights = {n: w for n, w in mixer.state_dict().items() if not n.startswith("indexer.")}
     attention.load_state_dict(weights)
@@ -49,7 +49,7 @@ GATED_GQA = {"n_kv_heads": 1, "gated_attn": True}
 
 
 @pytest.mark.parametrize("shape", [{}, GATED_GQA], ids=["plain", "gated gqa"])
-def test_it_is_full_attention_where_all_keys_are_selected(shape):
+def test_it_is_full_attention_if_all_keys_are_selected(shape):
     mixer, x = make(top_k=40, **shape), tokens(2, 40)
     want = as_attention(mixer, **shape)(x)
     assert torch.equal(mixer(x), want)
@@ -58,8 +58,8 @@ def test_it_is_full_attention_where_all_keys_are_selected(shape):
 
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [{}, GATED_GQA], ids=["plain", "gated gqa"])
-def test_it_is_a_window_where_the_indexer_says_nothing(shape):
-    """All scores are 0, so the last top_k keys are taken: in forward, in prefill and in steps."""
+def test_it_is_a_window_if_all_scores_are_zero(shape):
+    """The last top_k keys are selected, in forward, prefill and steps."""
     mixer, x = make(top_k=5, **shape), tokens(2, 40)
     mixer.indexer.ww.weight.zero_()
     want = as_attention(mixer, **shape)(x, window=5)
@@ -71,7 +71,7 @@ def test_it_is_a_window_where_the_indexer_says_nothing(shape):
 
 
 @torch.no_grad()
-def test_the_indexer_is_that_of_the_paper():
+def test_the_indexer_equals_the_papers():
     """I(t, s) = sum_j w(t, j) ReLU(q(t, j) . k(s)) / sqrt(J C), with rotated q and k."""
     mixer, x, positions = make(), tokens(1, 12), torch.arange(12)
     indexer = mixer.indexer
@@ -87,7 +87,7 @@ def test_the_indexer_is_that_of_the_paper():
     assert_same(index_scores(head_products(index), index.w_BTJ)[0], want, FP32)
 
 
-def test_the_losses_do_not_touch_each_others_weights():
+def test_each_loss_trains_only_its_own_weights():
     mixer, x = make(), tokens(2, 40).requires_grad_()
     out, loss = mixer.forward_with_loss(x)
     own = set(mixer.indexer.parameters())
@@ -102,7 +102,7 @@ def test_the_losses_do_not_touch_each_others_weights():
         assert (a is None) == (p in own) and (b is None) == (p not in own)
 
 
-def test_a_token_attends_to_top_k_keys_at_most():
+def test_a_token_attends_to_at_most_top_k_keys():
     mixer, x = make(top_k=5), tokens(1, 40).requires_grad_()
     out = mixer(x)
     for t in (3, 20, 39):
@@ -111,7 +111,7 @@ def test_a_token_attends_to_top_k_keys_at_most():
         assert len(set(others) - {t}) <= 5 and max(others) == t
 
 
-def test_attention_is_dense_in_warm_up_alone():
+def test_attention_is_dense_only_in_warm_up():
     mixer, x = make(warmup_steps=3), tokens(2, 40)
     dense, sparse = as_attention(mixer)(x), mixer(x)
     assert (dense - sparse).norm() > 0.1 * dense.norm()
@@ -125,8 +125,10 @@ def test_attention_is_dense_in_warm_up_alone():
 
 
 def keys_found(mixer: SparseAttention, x: Tensor) -> float:
-    """Of the top_k keys with the most attention, the share that the indexer selects; tokens that
-    see less than four times as many keys do not count."""
+    """Return the share of the top_k keys with the most attention that the indexer selects.
+
+    Only tokens that see at least 4 top_k keys count.
+    """
     n_tokens, top_k = x.shape[1], mixer.top_k
     positions = torch.arange(n_tokens)
     visible = visible_keys(n_tokens, window=None, cu_seqlens=None, device="cpu")
@@ -141,14 +143,14 @@ def keys_found(mixer: SparseAttention, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("warmup_steps", [100, 1000], ids=["warm-up, then sparse", "warm-up"])
-def test_the_indexer_learns_to_find_the_keys_that_attention_wants(warmup_steps):
-    """Random attention of one head over random tokens; only the indexer is trained."""
+def test_the_indexer_learns_to_select_the_most_attended_keys(warmup_steps):
+    """One random attention head over random tokens; only the indexer is trained."""
     mixer = make(top_k=8, n_index_heads=4, index_head_dim=DIM, warmup_steps=warmup_steps, n_heads=1)
     optimizer = torch.optim.Adam(mixer.indexer.parameters(), lr=1e-2)
 
     def batch() -> Tensor:
         x = torch.randn(4, 64, DIM)
-        x[..., 0] = 2.0  # tokens share something, as in a real model: w can be positive for all
+        x[..., 0] = 2.0  # a shared feature, as in a real model: w can be positive for all
         return x
 
     x = batch()
@@ -187,13 +189,13 @@ def test_recomputation_gives_the_same_gradients(kind, mode):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_block_compiles_whole(packed):
-    """Forward and backward in one graph each, in warm-up and after it."""
+    """One graph for the forward and one for the backward, in warm-up and after."""
     torch.manual_seed(0)
     model = LoopedTransformer(tiny_args("dsa", 1, dsa=DSAArgs(4, 1, 8, warmup_steps=1)))
     model.init_weights()
     block, spec = model.layers[0], model.layout[0][0]
     h = torch.randn(1, 30, 32, requires_grad=True)
-    bounds = torch.tensor([0, 3, 30], dtype=torch.int32) if packed else None
+    cu_seqlens = torch.tensor([0, 3, 30], dtype=torch.int32) if packed else None
     torch.compiler.reset()
     compiled = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
     inputs = [h, *block.parameters()]
@@ -201,13 +203,13 @@ def test_a_block_compiles_whole(packed):
         model.begin_step(step)
         grads = []
         for forward in (block, compiled):
-            out, loss = forward(h, spec, bounds, True)
+            out, loss = forward(h, spec, cu_seqlens, True)
             grads.append(torch.autograd.grad(out.square().sum() + loss, inputs))
         for got, want in zip(*grads, strict=True):
             assert_same(got, want, FP32_GRAD)
 
 
-def test_validation_has_no_loss_of_the_indexer():
+def test_validation_has_no_indexer_loss():
     torch.manual_seed(0)
     model = LoopedTransformer(tiny_args("dsa", 2))
     model.init_weights()
@@ -233,11 +235,11 @@ def test_validation_has_no_loss_of_the_indexer():
         ("warmup_steps", -1, "0 .* or more"),
     ],
 )
-def test_impossible_options_name_what_works(option, value, works):
-    with pytest.raises(UserError, match=rf"model\.dsa\.{option}={value} must be {works}"):
+def test_wrong_options_are_user_errors(option, value):
+    with pytest.raises(UserError, match=rf"model\.dsa\.{option}={value}"):
         DSAArgs(**{option: value})
 
 
-def test_an_odd_head_width_is_refused():
+def test_an_odd_head_dim_is_a_user_error():
     with pytest.raises(UserError, match="model.head_dim=5"):
         make(head_dim=5)

@@ -1,4 +1,4 @@
-"""The Gated DeltaNet layer is the one of https://arxiv.org/abs/2412.06464, written out here."""
+"""Gated DeltaNet against the definition in https://arxiv.org/abs/2412.06464."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make(**gdn) -> GatedDeltaNet:
 
 
 def head_outputs(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, g_T: Tensor, beta_T: Tensor) -> Tensor:
-    """Equation 10 of the paper, S as V x K."""
+    """Compute equation 10 of the paper, S as V x K."""
     S_VK = q_TK.new_zeros(v_TV.shape[1], k_TK.shape[1])
     eye, outputs = torch.eye(k_TK.shape[1], dtype=q_TK.dtype), []
     for q, k, v, g, beta in zip(q_TK, k_TK, v_TV, g_T, beta_T, strict=True):
@@ -58,14 +58,14 @@ def definition(layer: GatedDeltaNet, x_TD: Tensor, beta_range: float) -> Tensor:
         ({"n_heads": 3, "head_dim": 4, "expand_v": 1.5, "conv_size": 2}, (3, 4, 6), 1.0),
     ],
 )
-def test_layer_is_the_papers(gdn, shape, beta_range):
+def test_layer_equals_the_papers_definition(gdn, shape, beta_range):
     layer, x = make(**gdn), torch.randn(1, 70, 16, dtype=torch.double)
     assert (layer.n_heads, layer.key_dim, layer.value_dim) == shape
-    # The unit length of q and k is kept from dividing by zero in slightly different ways.
+    # The epsilons of the unit vectors q and k differ slightly.
     assert_same(layer(x)[0], definition(layer, x[0], beta_range), 10 * FP32)
 
 
-def test_decay_starts_as_in_mamba2():
+def test_decay_is_initialized_as_in_mamba2():
     """A in (0, 16), and time steps log-uniform in (0.001, 0.1)."""
     torch.manual_seed(0)
     A_log, dt_bias = torch.empty(2, 4000)

@@ -1,4 +1,4 @@
-"""The GLA layer is the one of https://arxiv.org/abs/2312.06635, written out here."""
+"""GLA against the definition in https://arxiv.org/abs/2312.06635."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(**gla) -> GatedLinearAttention:
 
 
 def definition(layer: GatedLinearAttention, x_TD: Tensor) -> Tensor:
-    """S_t = Diag(alpha_t) S_{t-1} + k_t^T v_t, alpha = sigmoid(.)^(1/16), for each head."""
+    """Compute S_t = Diag(alpha_t) S_{t-1} + k_t^T v_t, alpha = sigmoid(.)^(1/16), per head."""
     low_rank = x_TD @ layer.wa_down.weight.T @ layer.wa_up.weight.T
     alpha = torch.sigmoid(low_rank + layer.decay_bias) ** (1 / 16)
     q, k, v, gate = (x_TD @ w.weight.T for w in (layer.wq, layer.wk, layer.wv, layer.wg))
@@ -46,15 +46,15 @@ def definition(layer: GatedLinearAttention, x_TD: Tensor) -> Tensor:
     "gla, shape",
     [({}, (2, 4, 8)), ({"n_heads": 3, "head_dim": 6, "expand_v": 0.5, "gate_rank": 2}, (3, 6, 3))],
 )
-def test_layer_is_the_papers(gla, shape):
+def test_layer_equals_the_papers_definition(gla, shape):
     layer, x = make(**gla), torch.randn(1, 70, 16, dtype=torch.double)
     assert (layer.n_heads, layer.key_dim, layer.value_dim) == shape
     assert_same(layer(x)[0], definition(layer, x[0]), FP32)  # gates and norm are computed in fp32
 
 
 @pytest.mark.parametrize(
-    "changes, told", [({"gate_rank": 0}, "gate_rank=0"), ({"n_heads": 5}, "head_dim")]
+    "changes, match", [({"gate_rank": 0}, "gate_rank=0"), ({"n_heads": 5}, "head_dim")]
 )
-def test_impossible_settings_are_refused_by_name(changes, told):
-    with pytest.raises(UserError, match=f"model.gla.{told}"):
+def test_wrong_settings_are_user_errors(changes, match):
+    with pytest.raises(UserError, match=f"model.gla.{match}"):
         make(**changes)

@@ -1,4 +1,4 @@
-"""The HGRN2 layer is the one of https://arxiv.org/abs/2404.07904, written out here."""
+"""HGRN2 against the definition in https://arxiv.org/abs/2404.07904."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(**hgrn2) -> HGRN2:
 
 
 def definition(layer: HGRN2, x_TD: Tensor, lower_bound: float) -> Tensor:
-    """h_t = Diag(f_t) h_{t-1} + (1 - f_t) outer i_t, y_t = h_t^T o_t, for each head."""
+    """Compute h_t = Diag(f_t) h_{t-1} + (1 - f_t) outer i_t, y_t = h_t^T o_t, per head."""
     f_TC = lower_bound + (1 - lower_bound) * torch.sigmoid(x_TD @ layer.wf.weight.T)
     q_TC, i_TC = F.silu(x_TD @ layer.wq.weight.T), x_TD @ layer.wv.weight.T
     heads = []
@@ -48,7 +48,7 @@ def definition(layer: HGRN2, x_TD: Tensor, lower_bound: float) -> Tensor:
         ({"n_heads": 4, "head_dim": 6, "expand_v": 0.5}, (4, 6, 3)),
     ],
 )
-def test_layer_is_the_papers(hgrn2, shape):
+def test_layer_equals_the_papers_definition(hgrn2, shape):
     layer, x = make(**hgrn2), torch.randn(1, 70, 16, dtype=torch.double)
     assert (layer.n_heads, layer.key_dim, layer.value_dim) == shape
     want = definition(layer, x[0], hgrn2.get("lower_bound", 0.0))
@@ -56,7 +56,7 @@ def test_layer_is_the_papers(hgrn2, shape):
 
 
 @pytest.mark.parametrize("lower_bound", [0.0, 0.25, 0.999])
-def test_gate_and_its_complement_keep_their_digits(lower_bound):
+def test_gate_and_complement_are_accurate(lower_bound):
     x = torch.tensor([-90.0, -30.0, -2.0, 0.0, 2.0, 30.0, 80.0])
     log_f, complement = forget_gate(x, lower_bound)
     open_part = (1 - lower_bound) * torch.sigmoid(-x.double())
@@ -68,6 +68,6 @@ def test_gate_and_its_complement_keep_their_digits(lower_bound):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0])
-def test_bound_outside_its_range_is_refused_by_name(value):
+def test_a_lower_bound_out_of_range_is_a_user_error(value):
     with pytest.raises(UserError, match=f"model.hgrn2.lower_bound={value}"):
         HGRN2Args(lower_bound=value)

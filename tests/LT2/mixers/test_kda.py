@@ -1,4 +1,4 @@
-"""The Kimi delta attention layer of https://arxiv.org/abs/2510.26692, written out here."""
+"""Kimi Delta Attention against the definition in https://arxiv.org/abs/2510.26692."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(jitter: float = 0.3, **kda) -> KimiDeltaAttention:
 
 
 def head_outputs(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, g_TK: Tensor, beta_T: Tensor) -> Tensor:
-    """Equation 1 of the paper, S as K x V."""
+    """Compute equation 1 of the paper, S as K x V."""
     S_KV = q_TK.new_zeros(k_TK.shape[1], v_TV.shape[1])
     eye, outputs = torch.eye(k_TK.shape[1], dtype=q_TK.dtype), []
     for q, k, v, g, beta in zip(q_TK, k_TK, v_TV, g_TK, beta_T, strict=True):
@@ -58,20 +58,20 @@ def definition(layer: KimiDeltaAttention, x_TD: Tensor, beta_range: float) -> Te
         ({"n_heads": 3, "head_dim": 4, "expand_v": 1.5, "conv_size": 2}, (3, 4, 6), 1.0),
     ],
 )
-def test_layer_is_the_papers(kda, shape, beta_range):
+def test_layer_equals_the_papers_definition(kda, shape, beta_range):
     layer, x = make(**kda), torch.randn(1, 70, 16, dtype=torch.double)
     assert (layer.n_heads, layer.key_dim, layer.value_dim) == shape
-    # The unit length of q and k is kept from dividing by zero in slightly different ways.
+    # The epsilons of the unit vectors q and k differ slightly.
     assert_same(layer(x)[0], definition(layer, x[0], beta_range), 10 * FP32)
 
 
-def test_low_rank_projections_have_the_width_of_a_value_head():
+def test_the_rank_of_projections_is_the_value_dim():
     layer = make(head_dim=4, expand_v=1.5)
     assert layer.wa_down.weight.shape == layer.wg_down.weight.shape == (6, 16)
     assert layer.wa_up.weight.shape == (2 * 4, 6) and layer.wg_up.weight.shape == (2 * 6, 6)
 
 
-def test_decay_and_gate_at_the_start():
+def test_decay_and_gate_are_initialized_as_in_the_paper():
     """A in (1, 16), time steps log-uniform in (0.001, 0.1), a gate without bias."""
     layer = make(jitter=0.0, n_heads=500, head_dim=4)
     A, dt = layer.A_log.exp(), F.softplus(layer.dt_bias)

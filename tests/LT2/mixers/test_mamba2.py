@@ -1,5 +1,4 @@
-"""The Mamba-2 layer is the one of https://arxiv.org/abs/2405.21060: the one written out here, and
-that of transformers, which is independent of ours."""
+"""Mamba-2 against the definition in https://arxiv.org/abs/2405.21060 and against transformers."""
 
 from __future__ import annotations
 
@@ -62,14 +61,14 @@ def definition(layer: Mamba2, x_TD: Tensor) -> Tensor:
         ({"expand": 1.5, "head_dim": 8, "state_dim": 6, "conv_size": 0}, (3, 6, 8, 1)),
     ],
 )
-def test_layer_is_the_papers(mamba2, shape):
+def test_layer_equals_the_papers_definition(mamba2, shape):
     layer, x = make(**mamba2).double(), torch.randn(1, 70, 16, dtype=torch.double)
     assert (layer.n_heads, layer.key_dim, layer.value_dim, layer.n_groups) == shape
     assert_same(layer(x)[0], definition(layer, x[0]), FP32)  # gates and norm are computed in fp32
 
 
 @pytest.mark.parametrize("n_groups", [1, 2])
-def test_layer_is_that_of_transformers(n_groups):
+def test_layer_equals_transformers(n_groups):
     modeling = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
     layer = make(head_dim=8, state_dim=12, n_groups=n_groups)
     config = modeling.Mamba2Config(
@@ -98,7 +97,7 @@ def test_layer_is_that_of_transformers(n_groups):
         assert_same(layer(x), other(x), FP32)
 
 
-def test_parameters_start_as_in_the_papers_code():
+def test_parameters_are_initialized_as_in_the_papers_code():
     """A in (1, 16), D = 1, time steps log-uniform in (0.001, 0.1)."""
     layer = make(head_dim=1, expand=40.0)
     layer.reset_parameters(None, 1.0)
@@ -109,7 +108,7 @@ def test_parameters_start_as_in_the_papers_code():
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, match",
     [
         ({}, "model.mamba2.head_dim=64"),
         ({"head_dim": 5}, "model.mamba2.head_dim=5"),
@@ -120,6 +119,6 @@ def test_parameters_start_as_in_the_papers_code():
         ({"head_dim": 8, "conv_size": 1}, "model.mamba2.conv_size=1"),
     ],
 )
-def test_impossible_settings_are_refused_by_name(changes, told):
-    with pytest.raises(UserError, match=told):
+def test_wrong_settings_are_user_errors(changes, match):
+    with pytest.raises(UserError, match=match):
         make(**changes)

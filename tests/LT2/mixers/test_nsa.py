@@ -1,4 +1,4 @@
-"""The layer of native sparse attention: its projections, gates, group sizes and what it refuses."""
+"""The native sparse attention layer: projections, gates, groups, errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make(**changes) -> NativeSparseAttention:
 
 
 def rotate(x_THK, theta):
-    """Pairs (x[2i], x[2i+1]) turned by t * theta ** (-2i / K)."""
+    """Rotate pairs (x[2i], x[2i+1]) by t * theta ** (-2i / K)."""
     matrices = precompute_freqs_cis(x_THK.shape[-1], len(x_THK), theta)
     return torch.einsum("tpij,thpj->thpi", matrices, x_THK.unflatten(-1, (-1, 2))).flatten(-2)
 
@@ -44,7 +44,7 @@ def test_layer_is_gated_sparse_attention_of_its_projections(n_heads, n_kv_heads)
     q = rotate((x_TD @ layer.wq.weight.T).view(70, n_heads, 4), 100.0)
     k = rotate((x_TD @ layer.wk.weight.T).view(70, n_kv_heads, 4), 100.0)
     v = (x_TD @ layer.wv.weight.T).view(70, n_kv_heads, 4)
-    # A head's three gates lie side by side, in the order of fla's layer.
+    # The three gates of a head are adjacent, as in fla's layer.
     gates = 1 / (1 + torch.exp(-(x_TD @ layer.wg.weight.T).view(70, n_heads, 3)))
     o = native_sparse_attention(*(y[None] for y in (q, k, v, gates)), **SIZES, impl="naive")
     assert_same(layer(x_TD[None])[0], o[0].flatten(1) @ layer.wo.weight.T, FP32)
@@ -77,21 +77,21 @@ def test_null_kv_heads_make_groups_of_16(n_heads, want):
         ({"attn_impl": "sdpa"}, r"model\.attn_impl=sdpa"),
     ],
 )
-def test_what_it_cannot_do_is_refused_when_it_is_built(changes, message):
+def test_unsupported_settings_are_user_errors(changes, message):
     with pytest.raises(UserError, match=message):
         LoopedTransformer(model_args(mixer="nsa", **changes))
 
 
 @pytest.mark.parametrize("seqlen", [1, 7, 8, 9, 47, 200])
-def test_pairs_are_counted_as_they_are_seen(seqlen):
+def test_pair_counts_equal_sums_over_tokens(seqlen):
     complete = sum((t + 1) // 8 for t in range(seqlen))
     assert complete_block_pairs(seqlen, 8) == complete
     chosen = sum(min(t // 8, 3) * 8 + t % 8 + 1 for t in range(seqlen))
     assert chosen_pairs(seqlen, 8, 4) == chosen
 
 
-def test_decode_reads_what_is_chosen_and_not_the_whole_cache():
-    """Tokens outside the chosen blocks and the window may hold anything."""
+def test_decode_reads_only_chosen_blocks_and_the_window():
+    """Other cached tokens may be NaN."""
     layer = make(nsa=NSAArgs(block_size=4, n_blocks=3, window_size=2))
     x = torch.randn(1, 41, 32)
     outputs = []

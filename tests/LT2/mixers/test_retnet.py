@@ -1,4 +1,4 @@
-"""The retention layer is the one of https://arxiv.org/abs/2307.08621, written out here."""
+"""Retention against the definition in https://arxiv.org/abs/2307.08621."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def make(**retnet) -> RetNet:
     return layer.double()
 
 
-def turned(x_TK: Tensor) -> Tensor:
-    """Equation 4: the pairs of x_t as complex numbers, times exp(i t theta)."""
+def rotated(x_TK: Tensor) -> Tensor:
+    """Compute equation 4: the pairs of x_t as complex numbers, times exp(i t theta)."""
     T, K = x_TK.shape
     theta = 500.0 ** (-torch.arange(0, K, 2, dtype=x_TK.dtype) / K)
     phase = torch.polar(torch.ones(T, K // 2, dtype=x_TK.dtype), torch.arange(T)[:, None] * theta)
@@ -36,7 +36,7 @@ def turned(x_TK: Tensor) -> Tensor:
 
 
 def definition(layer: RetNet, x_TD: Tensor) -> Tensor:
-    """The parallel form, equation 5, head by head, and equation 8 with an RMSNorm."""
+    """Compute the parallel form, equation 5, per head, and equation 8 with an RMSNorm."""
     T = len(x_TD)
     age = torch.arange(T)[:, None] - torch.arange(T)
     q, k, v, gate = (
@@ -47,7 +47,7 @@ def definition(layer: RetNet, x_TD: Tensor) -> Tensor:
     for h in range(layer.n_heads):
         gamma = 1 - 2.0 ** (-5 - h)
         D_TT = torch.where(age >= 0, gamma ** age.double(), 0)
-        scores = turned(q[h]) @ turned(k[h]).T * layer.key_dim**-0.5
+        scores = rotated(q[h]) @ rotated(k[h]).T * layer.key_dim**-0.5
         o = F.rms_norm((scores * D_TT) @ v[h], (layer.value_dim,), layer.norm.weight, eps=1e-3)
         heads.append(F.silu(gate[h]) * o)
     return torch.cat(heads, -1) @ layer.wo.weight.T
@@ -57,15 +57,15 @@ def definition(layer: RetNet, x_TD: Tensor) -> Tensor:
     "retnet, shape",
     [({}, (2, 8, 16)), ({"n_heads": 3, "head_dim": 4, "expand_v": 1.5}, (3, 4, 6))],
 )
-def test_layer_is_the_papers(retnet, shape):
+def test_layer_equals_the_papers_definition(retnet, shape):
     layer, x = make(**retnet), torch.randn(1, 70, 16, dtype=torch.double)
     assert (layer.n_heads, layer.key_dim, layer.value_dim) == shape
     # Angles, decays and the norm are computed in fp32.
     assert_same(layer(x)[0], definition(layer, x[0]), FP32)
 
 
-def test_decays_keep_their_digits():
-    """1 - 2^-25 has no digits left in fp32; its logarithm has all."""
+def test_log_decays_are_accurate():
+    """1 - 2^-25 rounds to 1 in fp32; its logarithm doesn't round to 0."""
     want = (1 - 2.0 ** (-5 - torch.arange(24, dtype=torch.double))).log()
     got = log_decays(24, torch.device("cpu"))
     for h in range(24):
@@ -73,8 +73,8 @@ def test_decays_keep_their_digits():
     assert_same(got[:4].double(), want[:4], FP32)
 
 
-def test_scores_depend_on_distance_alone():
-    """Relative positions: documents start anywhere."""
+def test_scores_depend_on_distance_only():
+    """Positions are relative."""
     layer = make()
     streams = torch.randn(1, 5, 2 * 16 + 32, dtype=torch.double)
     scores = []
@@ -85,6 +85,6 @@ def test_scores_depend_on_distance_alone():
     assert scores[0].norm() > FP64
 
 
-def test_odd_head_width_is_refused_by_name():
+def test_an_odd_head_dim_is_a_user_error():
     with pytest.raises(UserError, match="model.retnet.head_dim=5"):
         make(head_dim=5)

@@ -1,4 +1,4 @@
-"""What a prefill writes to the ring of a window, whatever order a device writes in."""
+"""A prefill writes to a window's ring buffer independently of the order of writes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ N_SLOTS = 4
 
 
 class WriteInAnyOrder(TorchDispatchMode):
-    """Fails where two writes of one call go to one place with different numbers: on a GPU any of
-    them may be the last."""
+    """Fail if one call writes different values to one place: on a GPU either may be the last."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket is torch.ops.aten.index_put_:
@@ -27,12 +26,12 @@ class WriteInAnyOrder(TorchDispatchMode):
 
 @pytest.mark.parametrize("held", [0, 3, 9])
 @pytest.mark.parametrize("lengths", [[1, 4, 0], [5, 2, 9], [0, 0, 17], [8, 8, 8]])
-def test_a_ring_keeps_the_last_tokens_and_writes_no_others(held, lengths):
+def test_a_ring_keeps_the_last_tokens(held, lengths):
     rows = torch.tensor([2, 0, 1])
     slots, length_B = torch.full((3, N_SLOTS), -1.0), torch.full((3,), held)
     for position in range(held):
         slots[:, position % N_SLOTS] = position
-    # A token's number is its position, plus 100 for each sequence.
+    # A token's value is its position, plus 100 per sequence.
     new = torch.cat([100.0 * i + held + torch.arange(n) for i, n in enumerate(lengths)])
     with WriteInAnyOrder():
         append([(new[None], slots)], length_B, rows, torch.tensor(lengths))
