@@ -165,8 +165,8 @@ class PatternParser:
         loop = self._ratio(n_first, n_second, where)
         if len(set(loop)) == 1:
             raise UserError(
-                f"{where}: all {self.n_layers} layers are {loop[0]}, and a random order needs two kinds; "
-                "use model.mixer=window, model.hybrid_mixer=full and two counts above 0"
+                f"{where}: a random order needs two kinds of layers, and all {self.n_layers} are "
+                f"{loop[0]}; use model.mixer=window, model.hybrid_mixer=full, two counts above 0"
             )
         return loop
 

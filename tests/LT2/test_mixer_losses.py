@@ -75,9 +75,9 @@ def test_a_resume_between_records_is_exact(data, tmp_path):
 
 @pytest.mark.parametrize("warmup_steps, steps", [(N, N), (0, 1)], ids=["dense", "sparse"])
 def test_other_weights_step_as_without_the_loss(data, tmp_path, monkeypatch, warmup_steps, steps):
-    """To the last bit, although the gradient is clipped: the indexer's has a norm of its own.
+    """Weights are equal to the last bit: the indexer's gradients are clipped separately.
 
-    In sparse attention that holds for a step: then another indexer selects other keys.
+    In sparse attention only for one step: after that the indexers select different keys.
     """
     options = {**DSA, "optim.clip": 1e-3, "steps": steps, "model.dsa.warmup_steps": warmup_steps}
     train(data, tmp_path / "with", **options)
