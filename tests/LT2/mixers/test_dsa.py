@@ -226,13 +226,13 @@ def test_validation_has_no_indexer_loss():
 
 
 @pytest.mark.parametrize(
-    "option, value, works",
+    "option, value",
     [
-        ("top_k", 0, "at least 1"),
-        ("n_index_heads", 0, "at least 1"),
-        ("index_head_dim", 0, "even and at least 2"),
-        ("index_head_dim", 7, "even and at least 2"),
-        ("warmup_steps", -1, "0 .* or more"),
+        ("top_k", 0),
+        ("n_index_heads", 0),
+        ("index_head_dim", 0),
+        ("index_head_dim", 7),
+        ("warmup_steps", -1),
     ],
 )
 def test_wrong_options_are_user_errors(option, value):
