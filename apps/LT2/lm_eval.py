@@ -2,8 +2,9 @@
 
     python -m apps.LT2.lm_eval run --model lt2 --model_args ckpt=runs/demo --tasks arc_easy
 
-The harness finds only the models of its own package, so this module registers ours first. The
-options of `--model_args` are in harness.ModelArgs. Under torchrun the ranks share the requests.
+The harness only finds registered models, so this module registers ours first. ModelArgs in
+evaluation/harness.py lists the options of `--model_args`. Under torchrun the ranks share the
+requests.
 """
 
 from __future__ import annotations

@@ -216,8 +216,8 @@ def build_run(
 ) -> Run:
     """Build all parts of the run, and load its newest checkpoint. A collective.
 
-    `args` are the options with defaults filled in, `given` those of the user. `model`, on meta, is
-    allocated and parallelized in place. `resources` closes what the run opens.
+    `args` has the defaults filled in, and `given` the user's options. `model` is on meta, and is
+    parallelized and allocated in place. `resources` closes what the run opens.
     """
     preemption = setup_process(args)
     resources.enter_context(end_in_log_file())
@@ -228,9 +228,11 @@ def build_run(
     checkpoints = CheckpointManager.instantiate_and_make_dir(args.checkpoint)
     resources.enter_context(checkpoints)
     flops_per_token = train_flops_per_token(model, args.data.seq_len)  # before TP splits the heads
-    build_model(args, mesh, device, find_initial_weights(args, checkpoints), model)
+    build_model(args, mesh, device, model)
     optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
     state = load_state(args, model, optimizer, scheduler, checkpoints, mesh)
+    if state.step == 0:
+        check_model_value_range(model, range=MAX_WEIGHT, std=MAX_STD, zero_init=zero_at_start())
     loader = run_together(lambda: build_dataloader_from_args(args.data, state.data_loader_state))
     run_on_rank_0(lambda: save_run_record(args, given, state.step))
 
@@ -267,24 +269,15 @@ def setup_process(args: TrainArgs) -> PreemptionFlag:
     return preemption
 
 
-def find_initial_weights(args: TrainArgs, checkpoints: CheckpointManager) -> str | None:
-    """Return checkpoint.init_ckpt_path if a new run loads only its weights, else None."""
-    if args.checkpoint.continue_training_from_init:
-        return None
-    is_new = run_on_rank_0(lambda: checkpoints.get_last_step_path(quiet=True) is None)
-    return args.checkpoint.init_ckpt_path if is_new else None
-
-
 def build_model(
     args: TrainArgs,
     mesh: DeviceMesh | None,
     device: torch.device,
-    weights: str | None = None,
     model: LoopedTransformer | None = None,
 ) -> LoopedTransformer:
-    """Build and parallelize the model, and initialize it or load the checkpoint `weights`.
+    """Parallelize `model`, which is on meta, allocate it on `device` and initialize it, in place.
 
-    `model` is the model on meta, changed in place; None builds it.
+    None builds the model first.
     """
     model = build_on_meta(args.model) if model is None else model
     set_activation_checkpointing(model, args.distributed.activation_checkpointing)
@@ -306,9 +299,6 @@ def build_model(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(args.model.seed)
         model.init_weights()
-    if weights is not None:
-        load_initial_weights(weights, model)
-    check_model_value_range(model, range=MAX_WEIGHT, std=MAX_STD, zero_init=zero_at_start())
     return model
 
 
@@ -328,12 +318,14 @@ def load_state(
 ) -> TrainState:
     """Load the newest checkpoint into `model` and `optimizer`, and return the train state.
 
-    Without a checkpoint, return the state of a new run.
+    A new run loads the weights of checkpoint.init_ckpt_path, if set.
     """
     loader_state = init_dataloader_state_from_args(args.data, *get_dp_rank_and_degree(mesh))
     state = TrainState(0, 0, loader_state, scheduler)
     loaded = checkpoints.load(model, optimizer, state, mesh, config=args)
-    if loaded is not None:
+    if loaded is None and args.checkpoint.init_ckpt_path is not None:
+        load_initial_weights(args.checkpoint.init_ckpt_path, model)
+    elif loaded is not None:
         log_on_rank_0("resumed from %s, step %d", loaded.path, loaded.step)
         for difference in loaded.differences:
             log_on_rank_0("config changed since the checkpoint: %s", difference, level=WARNING)

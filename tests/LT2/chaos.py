@@ -2,7 +2,7 @@
 
 A life is one process for each rank, forked from a server that has imported everything, so it takes
 a second. It trains with the real loop. It kills itself at a given event (a step, or a file
-operation, most of which belong to saves), or its parent kills it after some time. The other ranks
+operation, mostly of saves), or its parent kills it after some time. The other ranks
 are killed too, as torchrun does.
 """
 
@@ -91,7 +91,7 @@ def live(
             process.join()
     codes = [process.exitcode for process in processes]
     # A rank may fail because another was killed, before it is killed itself.
-    assert death != NEVER or codes == [0] * world_size, f"life {life} ended by itself: {codes}"
+    assert death != NEVER or codes == [0] * world_size, f"life {life} failed: {codes}"
     return codes == [0] * world_size
 
 
@@ -183,15 +183,15 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 def steps_taken_again(folder: Path) -> list[int]:
     """Return, for each kill, how many steps before it the next life started."""
-    begun: dict[int, list[int]] = {}
+    steps_by_life: dict[int, list[int]] = {}
     for record in _records(folder):
-        begun.setdefault(record["life"], []).append(record["step"])
-    lives = [begun[life] for life in sorted(begun)]
+        steps_by_life.setdefault(record["life"], []).append(record["step"])
+    lives = [steps_by_life[life] for life in sorted(steps_by_life)]
     return [max(life) - min(after) for life, after in itertools.pairwise(lives)]
 
 
 def records_that_count(folder: Path) -> list[dict[str, Any]]:
-    """Return the records that led to the final weights: for each step, those of its last life."""
+    """Return the records that led to the final weights: for each step, from its last life."""
     records = _records(folder)
     last_life: dict[int, int] = {}
     for record in records:

@@ -234,7 +234,7 @@ def assert_tensors_same(got: Path, want: Path) -> None:
 
 @contextmanager
 def loader_of_all_ranks(args, state, world_size=2):
-    """Concatenate the batches of `world_size` ranks into those of one process."""
+    """Concatenate the batches of `world_size` ranks into the batches of one process."""
     share = replace(args, batch_size=args.batch_size // world_size)
     with ExitStack() as stack:
         parts = [

@@ -1,4 +1,4 @@
-"""Format conversations as text with the chat template that lies beside a tokenizer.
+"""Format conversations as text, with the chat template in the tokenizer's folder.
 
 The template is `chat_template.jinja` or the key `chat_template` of `tokenizer_config.json`, as
 Hugging Face writes them. Our tokenizers encode the names of special tokens as plain text, so a
@@ -50,7 +50,7 @@ class ChatTemplate:
 
 
 def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
-    """Find the template beside the tokenizer's file. UserError if there is none."""
+    """Find the template in the folder of the tokenizer's file. UserError if missing."""
     file = find_tokenizer_file(tokenizer.name, tokenizer.path)
     if file is not None:
         jinja = file.with_name("chat_template.jinja")

@@ -12,15 +12,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs
 from apps.LT2.evaluation.tasks import import_lm_eval, load_tasks
 from apps.LT2.evaluation.validation import ValidationArgs, Validator, check_validation_sources
 from apps.LT2.inference.load import LoadedModel, load_model_and_tokenizer, resolve_device
 from lingua.args import dataclass_from_dict, flatten_dict
 from lingua.dataloader.args import DataArgs
-from lingua.distributed import get_is_master, run_on_rank_0, run_together
+from lingua.distributed import (
+    get_global_rank,
+    get_is_master,
+    get_world_size,
+    run_on_rank_0,
+    run_together,
+)
 from lingua.errors import UserError
 from lingua.files.atomic import write_atomic
 from lingua.files.jsonl_log import append_whole, json_line, repair_jsonl
@@ -143,9 +147,9 @@ def run_validation(args: EvalArgs, validation: ValidationArgs, loaded: LoadedMod
     """Measure nats per token, bits per byte and perplexity, and write them. A collective."""
     assert args.dump_dir is not None
     validator = run_together(lambda: build_validator(validation, loaded))
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = loaded.model.tok_embeddings.weight.device
-    scores: Scores = validator(loaded.model, device=device, rank=rank, world_size=world_size)
+    place = {"rank": get_global_rank(), "world_size": get_world_size()}
+    scores: Scores = validator(loaded.model, device=device, **place)
     scores["ppl/val"] = math.exp(min(scores["loss/val"], MAX_NATS))
     logger.info(
         "validation: %.4f nats per token, perplexity %.3f, %.4f bits per byte",

@@ -210,7 +210,7 @@ def generation_settings(
 ) -> PackedCausalTransformerGeneratorArgs:
     """Merge a task's generation settings into `cfg`, with the harness's semantics.
 
-    A task without do_sample and temperature uses those of `cfg`. do_sample=false is greedy.
+    do_sample=false is greedy. A task that sets neither do_sample nor temperature follows `cfg`.
     """
     rest = dict(given)
     until = rest.pop("until", None) or []

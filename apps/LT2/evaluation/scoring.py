@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from apps.LT2.inference.prompts import check_tokens, fetch_scores, pack_prompts, score_tokens
 from apps.LT2.kernel.documents import upload
 from apps.LT2.transformer import LoopedTransformer
-from lingua.distributed import gather_objects, run_together
+from lingua.distributed import gather_objects, get_global_rank, get_world_size, run_together
 from lingua.errors import UserError
 
 Tokens = Sequence[int]
@@ -131,7 +130,7 @@ def map_on_ranks(
     A collective. An error on one rank is raised on all. Each rank calls `should_stop` before each
     batch; if it is true on any rank, all ranks raise EvaluationStopped.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = get_global_rank(), get_world_size()
 
     def run_my_batches() -> dict[int, R] | None:
         done: dict[int, R] = {}

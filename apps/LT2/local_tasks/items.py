@@ -1,12 +1,12 @@
-"""Small tasks made from the held-out documents of `setup/prepare_local_data.py`, without a network.
+"""Build small tasks from the held-out documents of `setup/prepare_local_data.py`, offline.
 
-    lt2_local_choice       which of four endings is the passage's own? (chance is 25%)
-    lt2_local_cloze        the next word, somewhere in the second half of a passage
-    lt2_local_copy         a passage, then its beginning once more: how does it go on?
+    lt2_local_choice       choose the ending of a passage among four (chance is 25%)
+    lt2_local_cloze        predict a word in the second half of a passage
+    lt2_local_copy         continue a passage that was shown before
     lt2_local_perplexity   rolling log-likelihood of whole documents
 
-The YAML files beside this name these functions. Another folder than data/local is chosen by the
-task's metadata: `harness.metadata.folder=/path`. The same documents give the same items.
+The YAML files in this folder call these functions. `harness.metadata.folder=/path` replaces the
+folder data/local. The same documents always give the same items.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from lingua.dataloader.jsonl import find_val_files, iter_val_documents
 
 N_ITEMS = 200  # of each task, at most
-N_WRONG = 3  # endings beside the right one
+N_WRONG = 3  # wrong endings of an item
 MIN_WORDS, MAX_WORDS = 20, 60  # of a passage
 
 Item = dict[str, Any]
@@ -51,14 +51,14 @@ def as_dataset(items: list[Item]) -> dict[str, Any]:
 def read_documents(folder: str) -> list[str]:
     if not find_val_files(folder, [""]):
         raise FileNotFoundError(
-            f"no *.val.jsonl in {folder} (seen from {Path.cwd()}): run python "
+            f"no *.val.jsonl in {folder} (cwd {Path.cwd()}); run python "
             "setup/prepare_local_data.py --out data/local, or set harness.metadata.folder"
         )
     return list(iter_val_documents(folder, [""]))
 
 
 def passages(texts: list[str]) -> Iterator[list[str]]:
-    """Words of each paragraph that is neither short nor long."""
+    """Yield the words of each paragraph of MIN_WORDS to MAX_WORDS words."""
     for text in texts:
         for paragraph in text.split("\n\n"):
             words = paragraph.split()
@@ -67,7 +67,7 @@ def passages(texts: list[str]) -> Iterator[list[str]]:
 
 
 def choice_items(texts: list[str]) -> list[Item]:
-    """Each passage is cut in the middle; wrong endings are the right ones of other passages."""
+    """Split each passage in the middle. The wrong endings come from other passages."""
     rng = random.Random(0)
     halves = []
     for words in passages(texts):

@@ -38,6 +38,7 @@ from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import parse_args
+from lingua.checkpointing.weights import load_initial_weights
 from lingua.config.cli import OVERRIDE, OneLineParser
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import (
@@ -102,7 +103,9 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     counters.clear()
     seed_everything(args.seed)
     mesh = get_device_mesh(args.distributed)
-    model = build_model(args, mesh, device, args.checkpoint.init_ckpt_path)
+    model = build_model(args, mesh, device)
+    if args.checkpoint.init_ckpt_path is not None:
+        load_initial_weights(args.checkpoint.init_ckpt_path, model)
     optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
     dp_rank, dp_degree = get_dp_rank_and_degree(mesh)
     loader_state = init_dataloader_state_from_args(args.data, dp_rank, dp_degree)
