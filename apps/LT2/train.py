@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import logging
 from contextlib import ExitStack
+from dataclasses import dataclass
 from logging import WARNING
 from pathlib import Path
 from types import FrameType
@@ -73,7 +74,6 @@ from lingua.files.lock import make_and_lock_folders
 from lingua.logger import end_in_log_file, init_logger, log_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.optim import ScheduledLR, build_optimizer
-from lingua.parallel.args import resolve_dtype
 from lingua.parallel.torchrun import exit_with_torchrun
 from lingua.parallel.watchdog import HangWatchdog
 from lingua.profiling import Profiler, maybe_run_profiler
@@ -109,25 +109,23 @@ def train(given: TrainArgs) -> None:
         run.finish()
 
 
+@dataclass
 class Run:
     """The parts of a run, and the phases of its loop. All methods are collectives."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        checkpoints: CheckpointManager,
-        metrics: MetricLogger,
-        progress: Progress,
-        profiler: Profiler,
-        watchdog: HangWatchdog,
-        preemption: PreemptionFlag,
-        validator: Validator | None,
-    ):
-        self.trainer, self.args, self.state = trainer, trainer.args, trainer.state
-        self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
-        self.profiler, self.watchdog, self.preemption = profiler, watchdog, preemption
-        self.evaluator = Evaluator(trainer, metrics, validator, self.should_stop)
-        self.is_stopping = False  # because of a signal; equal on all ranks
+    trainer: Trainer
+    checkpoints: CheckpointManager
+    metrics: MetricLogger
+    progress: Progress
+    profiler: Profiler
+    watchdog: HangWatchdog
+    preemption: PreemptionFlag
+    validator: Validator | None
+    is_stopping: bool = False  # because of a signal; equal on all ranks
+
+    def __post_init__(self) -> None:
+        self.args, self.state = self.trainer.args, self.trainer.state
+        self.evaluator = Evaluator(self.trainer, self.metrics, self.validator, self.should_stop)
 
     def should_stop(self) -> bool:
         """Called after each batch of an evaluation, which may take hours without being a hang."""
@@ -149,7 +147,7 @@ class Run:
     def log(self) -> None:
         is_last = self.state.step == self.args.steps
         if is_last or every_n_steps(self.state, self.args.logging.freq):
-            self.metrics.log(record := self.progress.record(self.state))
+            self.metrics.log(record := self.progress.record())
             self.state.clear_losses()
             log_on_rank_0(self.progress.line(record))
 
@@ -157,10 +155,8 @@ class Run:
         self.checkpoints.poll()
         step, rule = self.state.step, self.args.checkpoint.dump
         if self.is_stopping or is_evaluated(self.args, step) or rule.fires(step):
-            trainer = self.trainer
-            self.checkpoints.save(
-                trainer.model, trainer.optimizer, self.state, self.args, trainer.mesh
-            )
+            model, optimizer, mesh = self.trainer.model, self.trainer.optimizer, self.trainer.mesh
+            self.checkpoints.save(model, optimizer, self.state, self.args, mesh)
 
     def evaluate(self) -> None:
         if self.is_stopping or not is_evaluated(self.args, self.state.step):
@@ -241,14 +237,7 @@ def build_run(
     log_on_rank_0(format_summary(trainer, get_world_size()))
     for warning in train_warnings(args):
         log_on_rank_0(warning, level=WARNING)
-    progress = Progress(
-        steps=args.steps,
-        tokens_per_step=trainer.tokens_per_step,
-        flops_per_token=flops_per_token,
-        world_size=get_world_size(),
-        device=device,
-        dtype=resolve_dtype(args.distributed.model_dtype, device.type),
-    )
+    progress = Progress(trainer, flops_per_token)
     metric_logger = MetricLogger(metrics_path(args), args, resume_step=state.step)
     metrics = run_together(lambda: resources.enter_context(metric_logger))
     profiler = resources.enter_context(maybe_run_profiler(args.dump_dir, model, args.profiling))

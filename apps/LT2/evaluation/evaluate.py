@@ -148,8 +148,8 @@ def run_validation(args: EvalArgs, validation: ValidationArgs, loaded: LoadedMod
     assert args.dump_dir is not None
     validator = run_together(lambda: build_validator(validation, loaded))
     device = loaded.model.tok_embeddings.weight.device
-    place = {"rank": get_global_rank(), "world_size": get_world_size()}
-    scores: Scores = validator(loaded.model, device=device, **place)
+    rank, world_size = get_global_rank(), get_world_size()
+    scores: Scores = validator(loaded.model, device=device, rank=rank, world_size=world_size)
     scores["ppl/val"] = math.exp(min(scores["loss/val"], MAX_NATS))
     logger.info(
         "validation: %.4f nats per token, perplexity %.3f, %.4f bits per byte",

@@ -12,27 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.LT2.training.trainer import StepResult, TrainState
-from lingua.distributed import dist_mean
+from apps.LT2.training.trainer import StepResult, Trainer
+from lingua.distributed import dist_mean, get_world_size
 from lingua.metrics import GPUMemoryMonitor, peak_flops
+from lingua.parallel.args import resolve_dtype
 
 
 @dataclass
 class Progress:
     """Collects step results; `record` averages those since the last call."""
 
-    steps: int  # of the whole run
-    tokens_per_step: int  # of all ranks
-    flops_per_token: int  # forward and backward
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype
+    trainer: Trainer
+    flops_per_token: int  # forward and backward, of the whole model
     _results: list[StepResult] = field(default_factory=list)
     _began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self):
-        self.memory = GPUMemoryMonitor(self.device)
-        self.peak_flops = peak_flops(self.memory.name, self.dtype)
+        device, model_dtype = self.trainer.device, self.trainer.args.distributed.model_dtype
+        self.memory = GPUMemoryMonitor(device)
+        self.peak_flops = peak_flops(self.memory.name, resolve_dtype(model_dtype, device.type))
 
     def add(self, result: StepResult) -> None:
         self._results.append(result)
@@ -44,24 +42,24 @@ class Progress:
         yield
         self._began += time.perf_counter() - began
 
-    def record(self, state: TrainState) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Return the metrics of the steps since the last record, at least one. A collective.
 
-        The losses come from `state`, which includes steps before a resume.
+        The losses come from the train state, which includes steps before a resume.
         """
-        results, n_steps, step = self._results, len(self._results), state.step
+        state, results, n_steps = self.trainer.state, self._results, len(self._results)
         loss = _mean(state.losses)  # waits for the device
         mixer_losses = {f"loss/{name}": _mean(ls) for name, ls in state.mixer_losses.items()}
         mixer_norms = results[-1].mixer_grad_norms
         seconds = (time.perf_counter() - self._began) / n_steps
-        tokens_per_s = self.tokens_per_step / seconds
-        flops = tokens_per_s * self.flops_per_token / self.world_size
+        tokens_per_s, world_size = self.trainer.tokens_per_step / seconds, get_world_size()
+        flops = tokens_per_s * self.flops_per_token / world_size
         record = {
-            "global_step": step,
+            "global_step": state.step,
             "acc_step": 0,
             "loss/out": loss,
             **mixer_losses,
-            "speed/wps": tokens_per_s / self.world_size,
+            "speed/wps": tokens_per_s / world_size,
             "speed/tokens_per_s": tokens_per_s,
             "speed/FLOPS": flops,
             "speed/curr_iter_time": seconds,
@@ -80,9 +78,10 @@ class Progress:
 
     def line(self, record: dict[str, Any]) -> str:
         """Format a record as one line of the log."""
-        left = (self.steps - record["global_step"]) * record["speed/curr_iter_time"]
+        steps = self.trainer.args.steps
+        left = (steps - record["global_step"]) * record["speed/curr_iter_time"]
         parts = [
-            f"step {record['global_step']}/{self.steps}",
+            f"step {record['global_step']}/{steps}",
             f"loss {record['loss/out']:.4f}",
             f"lr {record['optim/lr']:.2e}",
             f"grad {record['optim/grad_norm']:.3f}",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,14 +25,10 @@ from apps.LT2.training.progress import Progress
     ],
 )
 def test_the_line_has_three_digits_and_a_unit(tokens_per_s, shown):
-    progress = Progress(
-        steps=10,
-        tokens_per_step=1,
-        flops_per_token=1,
-        world_size=1,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+    distributed = SimpleNamespace(model_dtype="fp32")
+    args = SimpleNamespace(steps=10, distributed=distributed)
+    trainer: Any = SimpleNamespace(args=args, device=torch.device("cpu"))
+    progress = Progress(trainer, flops_per_token=1)
     record = {
         "global_step": 4,
         "loss/out": 2.5,
