@@ -43,9 +43,7 @@ class TrainArgs:
     dump_dir: str = ""  # folder for everything that the run writes; required
     seed: int = 42  # also model.seed and data.seed if they are null
     grad_acc_steps: int = 1  # micro-batches of data.batch_size in an optimizer step
-    gc_collect_freq: int = (
-        1000  # steps between garbage collections; Python's automatic ones are off
-    )
+    gc_collect_freq: int = 1000  # steps between garbage collections; automatic ones are off
     probe_freq: int | None = None  # steps between probes of layers and loops; null = never
     steps: int = 1000  # total optimizer steps
     data: DataArgs = field(default_factory=DataArgs)
