@@ -98,7 +98,6 @@ class MetricLogger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         repair_jsonl(self.path, self.resume_step)
         options = self.args.logging if self.args is not None else LoggingArgs()
-        check_logging_packages(options)
         if options.wandb is not None:
             self.wandb_run = start_wandb(options.wandb, self.args, self.path.parent)
         if options.tensorboard:
@@ -118,8 +117,6 @@ class MetricLogger:
 
     def send(self, record: Mapping[str, Any]) -> None:
         """Send a flat record to wandb and tensorboard, without a line in the file."""
-        if not get_is_master():
-            return
         step = record.get("global_step")
         if self.wandb_run is not None:
             self.wandb_run.log(dict(record), step=step)
