@@ -17,6 +17,7 @@ from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import parse_args
 from lingua.config.help import describe_fields
+from lingua.config.ignored import IGNORED
 from lingua.stool import StoolArgs
 from lingua.sweep import TableArgs
 from tests.readme import GUIDES, README, ROOT, SECTIONS, commands
@@ -110,7 +111,7 @@ def test_options_in_the_text_exist():
     options = re.findall(OPTION, "".join(SECTIONS.values()))
     known = fields_of(TrainArgs)
     sections = {path.rpartition(".")[0] for path in known} | {"logging.wandb"}
-    assert set(options) <= known | sections
+    assert set(options) <= known | sections | IGNORED.keys()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
