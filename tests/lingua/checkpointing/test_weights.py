@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import lingua.checkpointing.weights
 from lingua import distributed as ld
 from lingua.checkpoint import consolidate_checkpoints
-from lingua.checkpointing.weights import load_initial_weights, write_weights
+from lingua.checkpointing.weights import load_initial_weights, read_weights, write_weights
 from lingua.errors import UserError
 from tests.lingua.checkpointing.checkpoint_runs import CONFIG, assert_same_bits, build
 from tests.lingua.dist_utils import run_ranks
@@ -38,6 +38,8 @@ def test_a_consolidated_file_holds_only_weights(run, tmp_path):
     everything = torch.load(tmp_path / "all.pth")
     assert_same_bits(everything["model"], dict(model.state_dict()))
     assert everything["optim"]["state"].keys() == dict(model.named_parameters()).keys()
+    for source in (folder, consolidated / "consolidated.pth", tmp_path / "all.pth"):
+        assert_same_bits(read_weights(source, "ckpt"), dict(model.state_dict()))
 
 
 def test_half_a_consolidation_is_repeated(run):
