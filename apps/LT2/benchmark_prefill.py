@@ -1,16 +1,16 @@
-"""Prefill and decode of configs on this device: speed, memory, and the share of what it can do.
+"""Measure prefill and decode of configs on this device: time, memory, and share of its ceilings.
 
     python -m apps.LT2.benchmark_prefill \\
         --config apps/LT2/configs/1B/looped_hybrid_gdn_4to1_1B.yaml --seq-len 8192
 
     ... --config A.yaml B.yaml --seq-len 1024 8192 --batch-size 1 16 model.loop_count=2 --plot x.png
-    ... --compare A.yaml B.yaml --seq-len 8192      both in turn, and how much faster B is
+    ... --compare A.yaml B.yaml --seq-len 8192      alternately, with the speed of B relative to A
 
-Weights are random. First it is measured what the device can do: the bytes that it copies in a
-second, and a large matrix product. Then each row has, for prefill, the time of a whole prompt and
-the share of that product's FLOP/s (MFU); for decode, the time of a step and the share of the
-copied bytes of those that a step must move. FLOPs, weights and caches count in every loop. A row
-without memory says so. The table is for people; the last line of stdout is all of it as JSON.
+Weights are random. First the device's ceilings are measured: its copy bandwidth, and its rate in a
+large matrix product. Each row has two costs. Prefill: the time of a whole prompt, and its FLOP/s as
+a share of that product (MFU). Decode: the time of a step, and the bytes it must move as a share of
+the copy bandwidth (MBU). FLOPs, weights and caches count in every loop. The last line of stdout is
+the whole result as JSON.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ from lingua.errors import UserError, run_cli
 from lingua.parallel.args import DTYPES, resolve_dtype
 from lingua.tokenizer import build_tokenizer, find_tokenizer_file
 
-LLAMA3_VOCAB = 128_256  # of the tokenizer that the recipes are written for
+LLAMA3_VOCAB = 128_256  # vocabulary of the recipes' tokenizer
 AT_LEAST_ONE = ("seq_len", "batch_size", "decode_tokens", "repeats", "warmup", "prefill_chunk")
-READ_OPTIONS = ("model.", "data.tokenizer.")  # what of a config matters here
+READ_OPTIONS = ("model.", "data.tokenizer.")  # the options of a config that this benchmark reads
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class Subject:
     name: str
     path: str
     args: LoopedTransformerArgs
-    vocabulary: str  # where its size comes from
+    vocabulary: str  # source of its size
 
 
-# ---- what is to be measured
+# ---- options
 
 
 def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options, checked, and overrides: every `key=value`, wherever it stands."""
+    """Parse and check the options. Return them, and every `key=value` as an override."""
     parser = OneLineParser(
         prog="python -m apps.LT2.benchmark_prefill",
         description=(__doc__ or "").splitlines()[0],
@@ -78,21 +78,21 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "without a layer that uses it prints a warning. config=FILE.yaml is --config FILE.yaml.",
     )
     add = parser.add_argument
-    add("--config", nargs="+", default=[], metavar="YAML", help="recipes, one after the other")
-    add("--compare", nargs=2, metavar=("A", "B"), help="two recipes in turn, with paired ratios")
+    add("--config", nargs="+", default=[], metavar="YAML", help="recipes, measured sequentially")
+    add("--compare", nargs=2, metavar=("A", "B"), help="two recipes, measured alternately")
     add("--seq-len", nargs="+", type=int, default=[1024], metavar="N", help="tokens of a prompt")
     add("--batch-size", nargs="+", type=int, default=[1], metavar="N", help="sequences at once")
     add("--decode-tokens", type=int, default=32, metavar="N", help="steps of a repeat")
     add(
-        "--prefill-chunk", type=int, metavar="N", help="prefill in pieces of N tokens, not compiled"
+        "--prefill-chunk", type=int, metavar="N", help="prefill in chunks of N tokens, not compiled"
     )
-    add("--repeats", type=int, default=5, metavar="N", help="measurements of each point")
-    add("--warmup", type=int, default=2, metavar="N", help="runs before them")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 on GPUs")
+    add("--repeats", type=int, default=5, metavar="N", help="measurements per point")
+    add("--warmup", type=int, default=2, metavar="N", help="runs before the measurements")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 on a GPU")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--no-compile", action="store_true", help="on a GPU; on a CPU nothing is compiled")
-    add("--no-cuda-graph", action="store_true", help="start each kernel of a step by itself")
-    add("--plot", type=Path, metavar="PNG", help="draw tokens/s against the length")
+    add("--no-compile", action="store_true", help="run layers eagerly (always on a CPU)")
+    add("--no-cuda-graph", action="store_true", help="decode without a CUDA graph")
+    add("--plot", type=Path, metavar="PNG", help="plot tokens/s against length")
     given, overrides = parser.parse_with_overrides(argv)
     given.config += [arg.removeprefix("config=") for arg in overrides if arg.startswith("config=")]
     parser.require_positive(given, *AT_LEAST_ONE)
@@ -105,8 +105,7 @@ def read_subjects(paths: Sequence[str], overrides: Sequence[str]) -> list[Subjec
     for override in overrides:
         if not override.startswith(READ_OPTIONS):
             raise UserError(
-                f"{override}: this benchmark reads {' and '.join(f'{o}*' for o in READ_OPTIONS)} "
-                "of a config and nothing else"
+                f"{override}: only {' and '.join(f'{o}*' for o in READ_OPTIONS)} options apply here"
             )
     stems = [Path(path).stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else paths
@@ -121,15 +120,15 @@ def read_subject(name: str, path: str, overrides: Sequence[str]) -> Subject:
     try:
         find_tokenizer_file(tokenizer.name, tokenizer.path)
     except UserError:
-        size, origin = LLAMA3_VOCAB, f"Llama 3's size, as {tokenizer.path} is not here"
+        size, origin = LLAMA3_VOCAB, f"Llama 3's, because {tokenizer.path} is missing"
     else:
         size = build_tokenizer(tokenizer.name, tokenizer.path).n_words
-        origin = f"of the tokenizer {tokenizer.name}"
+        origin = f"tokenizer {tokenizer.name}"
     return Subject(name, path, replace(args, vocab_size=size), origin)
 
 
 def build_on_meta(subject: Subject, device: torch.device, dtype: torch.dtype) -> LoopedTransformer:
-    """The model without memory; UserError where it cannot be, or not on this device."""
+    """Build the model without memory. UserError if it is invalid, or cannot run on this device."""
     args = subject.args
     check_kernels(args, device.type)
     check_attention_device(args.attn_impl, device_type=device.type, dtype=dtype)
@@ -140,14 +139,14 @@ def build_on_meta(subject: Subject, device: torch.device, dtype: torch.dtype) ->
 def build(
     subject: Subject, device: torch.device, dtype: torch.dtype, plan: Plan
 ) -> LoopedTransformer:
-    """Random weights: matrices in `dtype`, vectors in fp32, as a checkpoint is loaded."""
+    """Build the model with random weights: 2-D parameters in `dtype`, 1-D in fp32."""
     model = build_on_meta(subject, device, dtype)
     try:
         model.to_empty(device=device)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"{subject.name}: no memory on {device} for the weights alone") from None
+        raise UserError(f"{subject.name}: the weights do not fit on {device}") from None
     torch.manual_seed(subject.args.seed or 0)
     model.init_weights()
     cast_for_inference(model, dtype)
@@ -163,13 +162,13 @@ def build(
 
 
 class Report:
-    """Rows as they come: a line each on stdout, and all of them for the JSON."""
+    """Collects rows for the JSON, and prints each as a line."""
 
     def __init__(self, width: int):
         self.width = width  # of the column of names
         self.rows: list[Row] = []
         self.ratios: list[Ratio] = []
-        self.refused: dict[str, str] = {}  # config -> why it cannot be measured here
+        self.refused: dict[str, str] = {}  # config -> why it cannot run here
 
     def print_header(self) -> None:
         both = f"{'ms':>9s} {'(quartiles)':>21s} {'tokens/s':>9s} {'share':>6s} {'GiB':>5s}"
@@ -192,7 +191,7 @@ class Report:
         if ratio is not None:
             self.ratios.append(ratio)
             print(
-                f"{rows[1].config} is as fast as {rows[0].config} times: "
+                f"{rows[1].config}, speed relative to {rows[0].config}: "
                 f"prefill {format_ratio(ratio.prefill)}, decode {format_ratio(ratio.decode)}",
                 flush=True,
             )
@@ -229,7 +228,7 @@ def measure_all(
     ceilings: Ceilings,
     report: Report,
 ) -> None:
-    """Every group at every batch size and length; the subjects of a group take turns."""
+    """Measure every group at every batch size and length. Subjects of a group alternate."""
     for group in groups:
         try:
             models = {s.name: build(s, device, dtype, plan) for s in group}
@@ -258,7 +257,7 @@ def make_plan(given: argparse.Namespace, device: torch.device) -> Plan:
 
 
 def describe(subject: Subject) -> dict[str, Any]:
-    """What the model is, without building it; {} where it cannot be built."""
+    """Count the model's parameters without memory; {} if the config is invalid."""
     try:
         with torch.device("meta"):
             parameters = count_parameters(LoopedTransformer(subject.args))
@@ -275,7 +274,7 @@ def main(argv: list[str]) -> None:
         check_can_draw(given.plot)
     subjects = read_subjects(given.compare or given.config, overrides)
     groups = [subjects] if given.compare else [[subject] for subject in subjects]
-    if len(groups) == 1:  # among several, one that cannot run is a row
+    if len(groups) == 1:  # with several groups, one that cannot run is a row
         for subject in subjects:
             build_on_meta(subject, device, dtype)
     plan = make_plan(given, device)
@@ -325,7 +324,7 @@ def format_ceilings(ceilings: Ceilings) -> str:
     sheet = ceilings.datasheet_flops
     known = "" if sheet is None else f" (data sheet: {sheet / 1e12:.0f})"
     return (
-        f"ceilings measured here: copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s read and "
+        f"measured ceilings: copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s read and "
         f"written, matrix product {ceilings.matmul_flops / 1e12:.3g} TFLOP/s{known}"
     )
 

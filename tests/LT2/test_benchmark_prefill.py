@@ -19,7 +19,7 @@ from apps.LT2.benchmark.inference_cost import (
     measure_point,
     paired_ratio,
     prefill_cost,
-    time_in_turn,
+    time_alternately,
 )
 from apps.LT2.benchmark.timing import Ceilings, Spread, is_out_of_memory
 from apps.LT2.benchmark_prefill import LLAMA3_VOCAB, main, read_subjects
@@ -135,7 +135,7 @@ class Recorder:
 
 def test_models_take_turns_and_change_places():
     log: list[str] = []
-    timings = time_in_turn([lambda: Recorder("a", log), lambda: Recorder("b", log)], CPU, PLAN)
+    timings = time_alternately([lambda: Recorder("a", log), lambda: Recorder("b", log)], CPU, PLAN)
     assert [x for x in log if len(x) == 1] == list("ab" + "ab" + "ba" + "ab")
     assert log[0::2] == [f"prepare {x}" for x in log[1::2]]  # before every run
     assert [len(timing.seconds) for timing in timings] == [3, 3]
@@ -145,7 +145,7 @@ def test_models_take_turns_and_change_places():
 def test_without_memory_for_one_the_other_goes_on(fails_at):
     log: list[str] = []
     makers = [lambda: Recorder("a", log, fails_at), lambda: Recorder("b", log)]
-    first, second = time_in_turn(makers, CPU, PLAN)
+    first, second = time_alternately(makers, CPU, PLAN)
     assert first.seconds == [] and len(second.seconds) == 3
 
 
@@ -154,7 +154,7 @@ def test_another_error_is_no_row():
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        time_in_turn([fail], CPU, PLAN)
+        time_alternately([fail], CPU, PLAN)
 
 
 def test_what_counts_as_out_of_memory():
@@ -237,7 +237,7 @@ def test_compare_prints_how_much_faster_the_second_is(capsys, monkeypatch, recip
     assert result["ratios"] == [
         {"batch_size": 1, "seqlen": 4, "prefill": [6, 6, 6], "decode": [6, 6, 6]}
     ]
-    assert "tiny is as fast as slow times: prefill 6.000" in table
+    assert "tiny, speed relative to slow: prefill 6.000" in table
 
 
 def test_ceilings_are_bytes_and_flops_over_the_fastest_time(monkeypatch):
@@ -307,7 +307,7 @@ def test_the_vocabulary_is_the_tokenizers_or_llamas(recipe, tmp_path):
         ),
         (["--config", "no.yaml"], "no.yaml"),
         (["--compare", "a.yaml", "b.yaml"], "--config X.yaml"),
-        (["--plot", "no/such/folder.png"], "no folder"),
+        (["--plot", "no/such/folder.png"], "--plot no/such/folder.png"),
         (["--plot", "picture.docx"], "picture.png"),
     ],
 )

@@ -1,9 +1,8 @@
-"""What prefill and decode of a model cost on this device, at one batch size and length.
+"""Measure prefill and decode of a model at one batch size and length.
 
-Prefill is bound by arithmetic: its share is that of the matrix products the device can do. Decode
-is bound by memory: its share is that of the bytes the device can copy, of what a step must move.
-Several models are measured in turn, repeat by repeat, so that their ratios hold whatever clocks and
-other users of the machine do meanwhile.
+Prefill is compute-bound: its share is FLOP/s relative to a large matrix product (MFU). Decode is
+memory-bound: its share is the bytes that a step must move relative to the copy bandwidth (MBU).
+Several models alternate, repeat by repeat, so that changes of clocks affect all of them.
 """
 
 from __future__ import annotations
@@ -36,23 +35,23 @@ class Plan:
     """How each point is measured."""
 
     repeats: int
-    warmup: int  # runs before them, in which kernels are compiled and tuned
-    decode_tokens: int  # steps of a run
-    prefill_chunk: int | None  # tokens of a prompt that are prefilled at once; None = all
-    compiled: bool  # the models are, anew for each point
-    cuda_graph: bool  # decode by graph
+    warmup: int  # runs before the repeats; kernels are compiled and tuned there
+    decode_tokens: int  # steps per run
+    prefill_chunk: int | None  # tokens prefilled at once; None = all
+    compiled: bool  # compile the models, again for each point
+    cuda_graph: bool  # decode with a CUDA graph
 
 
 @dataclass
 class Cost:
-    """Of a prefill, or of a decode step, for the whole batch. `problem` is why there is none."""
+    """Cost of a prefill or a decode step for the whole batch. `problem` says why it is missing."""
 
     ms: float | None = None  # median
     quartiles_ms: tuple[float, float] | None = None
-    tokens_per_s: float | None = None  # of all sequences together
-    share: float | None = None  # of what the device was measured to reach
-    datasheet_share: float | None = None  # of what its maker says; prefill on known devices
-    peak_gib: float | None = None  # on CUDA, where one model is measured alone
+    tokens_per_s: float | None = None  # all sequences together
+    share: float | None = None  # of the measured ceiling
+    datasheet_share: float | None = None  # of the data sheet; prefill on known devices
+    peak_gib: float | None = None  # on CUDA, if one model is measured alone
     problem: str = ""
 
 
@@ -61,14 +60,14 @@ class Row:
     config: str
     batch_size: int
     seqlen: int
-    cache_mib: float  # of one sequence, over all (loop, layer)
+    cache_mib: float  # per sequence, over all (loop, layer)
     prefill: Cost
     decode: Cost
 
 
 @dataclass
 class Ratio:
-    """How many times as fast as the first model the second one is: paired repeats."""
+    """Speed of the second model relative to the first, from paired repeats."""
 
     batch_size: int
     seqlen: int
@@ -78,7 +77,7 @@ class Ratio:
 
 class Task(Protocol):
     def prepare(self) -> None:
-        """What comes before each run and is not timed."""
+        """Do the untimed work before each run."""
 
     def run(self) -> None: ...
 
@@ -99,7 +98,7 @@ class Prefill:
 
 
 class Decode:
-    """Steps after `seqlen` cached tokens. Their content is noise, and so are the tokens fed in."""
+    """Decode steps after `seqlen` cached tokens. Cache content and tokens are random."""
 
     def __init__(self, model: LoopedTransformer, batch_size: int, seqlen: int, plan: Plan):
         self.seqlen, self.n_tokens = seqlen, plan.decode_tokens
@@ -126,11 +125,11 @@ def measure_point(
     plan: Plan,
     ceilings: Ceilings,
 ) -> tuple[list[Row], Ratio | None]:
-    """A row for each model, and the ratio of the first two if there are two."""
+    """Measure a row for each model, and the ratio of the first two if there are several."""
     if plan.compiled:
-        torch.compiler.reset()  # no point shall run code that another one's shapes brought about
+        torch.compiler.reset()  # no code specialized for the shapes of another point
     seconds = {
-        kind: time_in_turn(
+        kind: time_alternately(
             [lambda m=m, kind=kind: kind(m, batch_size, seqlen, plan) for m in models.values()],
             next(iter(models.values())).tok_embeddings.weight.device,
             plan,
@@ -158,14 +157,14 @@ def measure_point(
 
 @dataclass
 class Timing:
-    seconds: list[float]  # of each repeat; empty when memory ran out
+    seconds: list[float]  # of each repeat; empty if out of memory
     peak_gib: float | None = None
 
 
-def time_in_turn(
+def time_alternately(
     makers: Sequence[Callable[[], Task]], device: torch.device, plan: Plan
 ) -> list[Timing]:
-    """Time tasks side by side: each repeat runs all of them, every second one in reverse order."""
+    """Time tasks alternately. Every second repeat runs them in reverse order."""
     release_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -178,7 +177,7 @@ def time_in_turn(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        # Only here is the traceback gone, with the tensors that its frames refer to.
+        # Outside the handler the traceback is gone, and with it the tensors of its frames.
         timings[i].seconds.clear()
         tasks.pop(i, None)
         release_memory()
@@ -233,7 +232,7 @@ def decode_cost(
 
 
 def _cost(timing: Timing, *, n_steps: int, n_tokens: int) -> Cost:
-    """Of one of the `n_steps` of each repeat, which gives `n_tokens` tokens."""
+    """Cost of one of the `n_steps` steps of a repeat; a step yields `n_tokens` tokens."""
     if not timing.seconds:
         return Cost(problem=OUT_OF_MEMORY)
     ms, low, high = Spread.of([1000 * s / n_steps for s in timing.seconds])

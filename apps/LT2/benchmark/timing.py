@@ -1,6 +1,6 @@
-"""What benchmarks share: clocks, what the device can reach, what a result was measured with.
+"""Shared by benchmarks: timers, the device's ceilings, and a record of the environment.
 
-Times are taken between CUDA events on a GPU and by the clock of the process on a CPU.
+Times come from CUDA events on a GPU, and from the process clock on a CPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(action: Action, device: torch.device) -> float:
-    """How long the device takes for what `action` starts."""
+    """Time `action` on the device, in seconds."""
     if device.type != "cuda":
         began = time.perf_counter()
         action()
@@ -58,7 +58,7 @@ def seconds_of(action: Action, device: torch.device) -> float:
 
 
 def release_memory() -> None:
-    """Give back what is no longer referred to, for the next measurement to have all of it."""
+    """Free unreferenced memory for the next measurement."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -68,8 +68,10 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", 
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out, in the words of torch, of its CPU allocator, of Triton or of cuBLAS;
-    or whether that is what the error came from: a CUDA graph fails to close after it."""
+    """Detect out-of-memory errors of torch, its CPU allocator, Triton and cuBLAS.
+
+    Causes count too: a CUDA graph fails to close after it.
+    """
     while error is not None:
         words = str(error).lower()
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
@@ -80,14 +82,14 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-# ---- what the device can reach
+# ---- ceilings of the device
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    copy_bytes_per_s: float  # read and written, of a copy that is larger than every cache
+    copy_bytes_per_s: float  # read and written; the copy exceeds every cache
     matmul_flops: float  # FLOP/s of a large square matrix product
-    datasheet_flops: float | None  # None where the device is unknown, and on CPUs
+    datasheet_flops: float | None  # None for unknown devices and CPUs
 
 
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
@@ -95,10 +97,10 @@ MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> Ceilings:
-    """The fastest of `repeats` copies and of as many matrix products in `dtype`."""
+    """Measure the fastest of `repeats` copies, and of as many matrix products in `dtype`."""
 
     def fastest(action: Action) -> float:
-        action()  # loads libraries, warms up the clocks
+        action()  # load libraries, raise the clocks
         return min(seconds_of(action, device) for _ in range(repeats))
 
     source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
@@ -115,7 +117,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 10
     )
 
 
-# ---- what a result was measured with
+# ---- environment
 
 
 def device_name(device: torch.device) -> str:
@@ -125,7 +127,7 @@ def device_name(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions and commit, for a result that is kept."""
+    """Return device, versions and commit, to store with a result."""
     version = code_version(Path(__file__).parents[3])
     found: dict[str, Any] = {
         "device": device_name(device),

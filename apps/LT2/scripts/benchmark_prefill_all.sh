@@ -1,15 +1,14 @@
 #!/bin/bash
-# Prefill and decode of every 1B recipe at every length on this machine, and the figure of it all:
+# Measure prefill and decode of every 1B recipe at every length on this machine, and plot them:
 #
 #     bash apps/LT2/scripts/benchmark_prefill_all.sh [OPTION of apps.LT2.benchmark_prefill ...]
 #
-# RECIPES, LENGTHS and OUT in the environment choose others than these. A recipe whose result is
-# there already is not measured again.
+# The variables RECIPES, LENGTHS and OUT override the defaults. Existing results are kept.
 
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-# Unquoted: the patterns name files, and lists are split at spaces.
+# Unquoted, so that patterns expand and lists split at spaces.
 recipes=(${RECIPES:-apps/LT2/configs/1B/*_1B.yaml})
 lengths=(${LENGTHS:-1024 2048 4096 8192 16384 32768 65536 131072})
 out=${OUT:-runs/benchmark_prefill}
@@ -19,10 +18,10 @@ failed=0
 for recipe in "${recipes[@]}"; do
     result=$out/$(basename "$recipe" .yaml).json
     if [[ -e $result ]]; then
-        echo "$result is there"
+        echo "$result exists"
         continue
     fi
-    # A process each: a recipe that fails takes no other's rows with it.
+    # One process per recipe, so that a failure does not affect the others.
     if python -m apps.LT2.benchmark_prefill --config "$recipe" --seq-len "${lengths[@]}" "$@" \
         | tee /dev/stderr | tail -n 1 > "$result.part"; then
         mv "$result.part" "$result"

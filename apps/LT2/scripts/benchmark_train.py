@@ -1,4 +1,4 @@
-"""What a training step of each recipe costs here: tokens/s, MFU, memory, graph breaks, its kernels.
+"""Measure training steps of recipes: tokens/s, MFU, memory, graph breaks, kernels.
 
     python -m apps.LT2.scripts.benchmark_train apps/LT2/configs/600M/*.yaml --steps 20 \\
         data.root_dir=data "data.sources={local: 1.0}" grad_acc_steps=1
@@ -6,11 +6,11 @@
         --vary distributed.activation_checkpointing=none,loop --vary model.loop_count=1,4 \\
         distributed.fsdp_type=full_shard
 
-The recipes run one after the other in one process, on the data of their configs and with the given
-overrides. Tuning and compilation happen in the warm-up, which is not timed but whose steps count
-for the loss. What runs out of memory is a row, not an end. With --profile one more step of each is
-traced, its time on the device told by kind of kernel, and its collectives counted. Memory is that
-of the rank that needs most. The last line is all of it as JSON.
+Recipes run sequentially in one process, on the data of their configs and with the given overrides.
+Tuning and compilation happen in the warm-up steps, which are not timed. A recipe that runs out of
+memory is reported in its row. --profile traces one more step of each recipe, sums device time by
+kind of kernel and counts collectives. Memory is the maximum over ranks. The last line is the whole
+result as JSON.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ from lingua.optim import build_optimizer
 from lingua.parallel.args import resolve_dtype
 from lingua.rng import seed_everything
 
-# What stands in a kernel's name -> what it is, the first that fits.
+# Kind of kernel -> parts of its names. The first match counts.
 KERNEL_KINDS = (
     ("communication", ("nccl", "c10d", "gloo")),
-    ("compiled norms and gates", ("triton_",)),  # Inductor's; their names hold anything
+    ("compiled norms and gates", ("triton_",)),  # Inductor's; their names contain any operator
     ("short convolutions", ("_conv_",)),
     ("softmax attention", ("flash", "fmha", "cudnn", "attention", "attn", "parallel_nsa")),
     ("lightning indexer", ("_score_kernel", "_select_kernel", "_compare_kernel", "_index_d")),
@@ -81,8 +81,8 @@ class Row:
     quartiles: tuple[float, float] = (0.0, 0.0)
     mfu: float | None = None
     peak_gib: float = 0.0
-    # of a micro-batch, gathered weights left out: what its forward keeps for its backward, and the
-    # most that both need, what is computed again and gradients with it
+    # of a micro-batch, without gathered weights: kept by the forward for the backward, and the peak
+    # of both, including recomputation and gradients
     activations_gib: float = 0.0
     peak_activations_gib: float = 0.0
     n_ranks: int = 1
@@ -90,7 +90,7 @@ class Row:
     compiled: bool = False
     first_loss: float = 0.0
     last_loss: float = 0.0
-    grad_norm: float = 0.0  # of the last step; NaN or infinity would have stopped the run
+    grad_norm: float = 0.0  # of the last step; finite, or the run would have stopped
     problem: str = ""
     kernel_ms: dict[str, float] = field(default_factory=dict)
     top_kernels_ms: dict[str, float] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Row:
 
 
 def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -> None:
-    """Train `steps` steps and fill in `row`; the first `warmup` are not timed."""
+    """Train `steps` steps and fill in `row`. The first `warmup` steps are not timed."""
     device = get_device()
     counters.clear()
     seed_everything(args.seed)
@@ -122,10 +122,10 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
             if step == warmup and device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-            row.grad_norm = trainer.step().grad_norm  # reading it waits for the backward
+            row.grad_norm = trainer.step().grad_norm  # syncs with the backward
             synchronize(device)
             seconds.append(time.perf_counter() - began)
-        if device.type == "cuda":  # the only kind that counts its memory
+        if device.type == "cuda":  # other devices do not count memory
             row.peak_gib = dist_max(torch.cuda.max_memory_allocated() / GIB).item()
             kept, peak = activation_gib(trainer)
             row.activations_gib = dist_max(kept).item()
@@ -139,7 +139,7 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     if device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(), dtype)
         with torch.device("meta"):
-            whole = LoopedTransformer(args.model)  # a tensor-parallel one has this rank's heads
+            whole = LoopedTransformer(args.model)  # a TP model has only this rank's heads
         flops = train_flops_per_token(whole, args.data.seq_len) * row.tokens_per_s / row.n_ranks
         row.mfu = None if peak is None else flops / peak
     row.graph_breaks = sum(counters["graph_break"].values())
@@ -147,13 +147,15 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
 
 
 def activation_gib(trainer: Trainer) -> tuple[float, float]:
-    """What the forward of a micro-batch leaves on the device for its backward, and the most that
-    the two need; each above what lies there anyway."""
+    """Measure activations of a micro-batch: kept by the forward for the backward, and the peak.
+
+    Both exclude memory that was allocated before.
+    """
     views, trainer.state.data_loader_state = next(trainer.batches)
     batch = to_device(views, trainer.args.data.doc_mask, trainer.device)
     set_gradient_sync(trainer.model, True)
     with torch.no_grad():
-        trainer.model(*batch)  # gathers the weights
+        trainer.model(*batch)  # gather the weights
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     loss = trainer.model(*batch)
@@ -164,13 +166,13 @@ def activation_gib(trainer: Trainer) -> tuple[float, float]:
     return kept / GIB, peak / GIB
 
 
-# NCCL's kernels, and what gloo's collectives are called on a CPU.
+# Names of NCCL kernels, and of gloo collectives on a CPU.
 COLLECTIVE = re.compile(r"ncclDevKernel_([A-Za-z]+)|c10d::_?([a-z_]+?)_?$")
 
 
 def profile_step(trainer: Trainer) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
-    """Milliseconds on the device of one step, by kind of kernel and for the ten longest kernels;
-    and how many collectives it had."""
+    """Trace one step. Return its device time in ms by kind, of the ten longest kernels, and the
+    number of collectives by name."""
     on_cuda = trainer.device.type == "cuda"
     kinds = torch.profiler.ProfilerActivity
     activity = kinds.CUDA if on_cuda else kinds.CPU
@@ -204,12 +206,12 @@ def read_recipe(path: str, overrides: list[str]) -> TrainArgs:
     given = parse_args(TrainArgs, options)
     try:
         return validate_train_args(given)
-    except UserError as error:  # of which recipe, the options alone do not say
+    except UserError as error:  # the message does not name the recipe
         raise UserError(f"{path}: {error}") from None
 
 
 def variants(varied: list[str]) -> list[list[str]]:
-    """Overrides of every run: all combinations of the values in "key=a,b" options."""
+    """Return the overrides of every run: all combinations of the values in "key=a,b" options."""
     choices = []
     for option in varied:
         key, equals, values = option.partition("=")
@@ -219,12 +221,12 @@ def variants(varied: list[str]) -> list[list[str]]:
     return [list(combination) for combination in product(*choices)]
 
 
-def tell(line: str) -> None:
+def print_on_rank_0(line: str) -> None:
     if get_is_master():
         print(line, flush=True)
 
 
-# Columns behind the name -> width, for the widest value that is likely.
+# Columns after the name -> width.
 COLUMNS = {
     "body": 8,
     "tokens/s": 9,
@@ -242,10 +244,10 @@ COLUMNS = {
 
 def legend(n_ranks: int) -> str:
     return (
-        f"ranks: {n_ranks}; body: parameters without embeddings; tokens/s: of all ranks together, "
-        "the median of the timed steps; memory: of the rank that needs most\n"
-        "kept: activations that the forward of a micro-batch leaves for its backward; peak: the "
-        "most that the two need; breaks: of the compiled graphs"
+        f"ranks: {n_ranks}; body: parameters without embeddings; tokens/s: all ranks together, "
+        "median of the timed steps; memory: maximum over ranks\n"
+        "kept: activations that the forward of a micro-batch keeps for its backward; peak: peak "
+        "of both; breaks: graph breaks in compiled blocks"
     )
 
 
@@ -264,7 +266,6 @@ def format_row(row: Row, width: int) -> str:
         f"{row.tokens_per_s:.0f}",
         f"{low:.0f}-{high:.0f}",
         "-" if row.mfu is None else f"{100 * row.mfu:.1f}%",
-        # Other kinds of device do not count theirs.
         *(f"{n:.2f} GiB" if row.peak_gib else "-" for n in gib),
         str(row.graph_breaks) if row.compiled else "eager",
         *(f"{n:.3f}" for n in (row.first_loss, row.last_loss, row.grad_norm)),
@@ -278,34 +279,34 @@ def main(argv: list[str]) -> None:
         description=(__doc__ or "").splitlines()[0],
     )
     parser.add_argument("recipes", nargs="+", metavar="CONFIG.yaml or key=value")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps, warm-up included")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps, including warm-up")
     parser.add_argument("--warmup", type=int, default=5, help="steps that are not timed")
-    parser.add_argument("--profile", action="store_true", help="trace one more step of each")
+    parser.add_argument("--profile", action="store_true", help="trace one more step of each recipe")
     parser.add_argument(
-        "--vary", action="append", default=[], metavar="key=a,b", help="one run for each value"
+        "--vary", action="append", default=[], metavar="key=a,b", help="one run per value"
     )
     given = parser.parse_intermixed_args(argv)
     if given.warmup < 1 or given.steps < given.warmup + 2:
         raise UserError(f"--steps {given.steps} leaves fewer than 2 after --warmup {given.warmup}")
-    # config=FILE is how training names its recipe.
+    # Also accept config=FILE, as in training.
     named = [arg.removeprefix("config=") for arg in given.recipes]
     paths = [arg for arg in named if not OVERRIDE.match(arg)]
     overrides = [arg for arg in named if OVERRIDE.match(arg)]
-    runs = [  # all are read before any is run
+    runs = [  # read all of them before any runs
         (" ".join([Path(path).stem, *changes]), read_recipe(path, [*overrides, *changes]))
         for path, changes in product(paths, variants(given.vary))
     ]
     if not runs:
-        raise UserError("no recipe is named: give one or more CONFIG.yaml")
+        raise UserError("no recipe is given: name one or more CONFIG.yaml")
 
     setup_env(runs[0][1].env)
     setup_torch_distributed(runs[0][1].distributed)
     for name, args in runs:
         for warning in unused_options(args.model).values():
-            tell(f"{name}: {warning}")
+            print_on_rank_0(f"{name}: {warning}")
     width = max(len("recipe"), *(len(name) for name, _ in runs))
-    tell(legend(get_world_size()))
-    tell(format_line("recipe", width, COLUMNS))
+    print_on_rank_0(legend(get_world_size()))
+    print_on_rank_0(format_line("recipe", width, COLUMNS))
     rows = []
     for name, args in runs:
         rows.append(row := Row(name))
@@ -317,12 +318,12 @@ def main(argv: list[str]) -> None:
             row.problem = str(error)
         torch.compiler.reset()
         release_memory()
-        tell(format_row(row, width))
+        print_on_rank_0(format_row(row, width))
         for kind, ms in row.kernel_ms.items():
-            tell(f"    {ms:9.2f} ms  {kind}")
+            print_on_rank_0(f"    {ms:9.2f} ms  {kind}")
         for name, count in row.collectives.items():
-            tell(f"    {count:9d}     {name}")
-    tell(json.dumps(environment(get_device()) | {"rows": [asdict(row) for row in rows]}))
+            print_on_rank_0(f"    {count:9d}     {name}")
+    print_on_rank_0(json.dumps(environment(get_device()) | {"rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":

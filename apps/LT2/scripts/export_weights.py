@@ -1,12 +1,12 @@
-"""Write a checkpoint's weights, without optimizer, as one file in a folder of its own.
+"""Export the weights of a checkpoint, without its optimizer, to a new folder.
 
     python -m apps.LT2.scripts.export_weights ckpt=runs/demo format=safetensors out=demo
 
-    consolidated   consolidated.pth   for torch.load
-    safetensors    model.safetensors  the same tensors, for any program that reads that format
-    hf             a folder that transformers' LlamaForCausalLM loads; one loop of full attention
+    consolidated   consolidated.pth, for torch.load
+    safetensors    model.safetensors, the same tensors
+    hf             a folder for transformers' LlamaForCausalLM; needs one loop of full attention
 
-The first two lie beside their params.json and tokenizer file, and every `ckpt=` takes the folder.
+The first two come with params.json and the tokenizer file. Every `ckpt=` option takes the folder.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ FILES = {"consolidated": CONSOLIDATE_NAME, "safetensors": SAFETENSORS_NAME, "hf"
 class ExportArgs:
     ckpt: str  # a run's dump_dir (newest checkpoint), a step folder, or a file of weights
     format: str  # consolidated, safetensors, or hf (a Hugging Face Llama folder)
-    out: str  # the folder to make
-    dtype: str = "fp32"  # fp32, bf16 or fp16; norms and other vectors stay fp32 but in hf
-    tokenizer_path: str | None = None  # where the tokenizer's file lies now; null = as in training
+    out: str  # new folder
+    dtype: str = "fp32"  # fp32, bf16 or fp16; 1-D parameters stay fp32, except with hf
+    tokenizer_path: str | None = None  # tokenizer file; null = the one of training
 
     def __post_init__(self) -> None:
         if self.format not in FILES:
@@ -76,7 +76,7 @@ def export(args: ExportArgs) -> None:
 
 
 def as_llama(loaded: LoadedModel, dtype: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, all of one dtype as transformers has them, and config.json."""
+    """Return tensors of one dtype, as transformers stores them, and config.json."""
     args, weights = loaded.model.args, loaded.model.state_dict()
     check_is_llama(args, weights)
     config = llama_config(args, weights, loaded.tokenizer, DTYPES[dtype])
@@ -86,7 +86,7 @@ def as_llama(loaded: LoadedModel, dtype: str) -> tuple[dict[str, Tensor], dict[s
 
 def write_hf_tokenizer(folder: Path, tokenizer: TokenizerArgs, loaded: LoadedModel) -> None:
     if not isinstance(loaded.tokenizer, HuggingFaceTokenizer):
-        print(f"the tokenizer {tokenizer.name} has no tokenizer.json: the folder is without one")
+        print(f"the tokenizer {tokenizer.name} has no tokenizer.json, so the folder has none")
         return
     copy_tokenizer(folder, tokenizer)
     config = folder / "tokenizer_config.json"
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
         ExportArgs,
         argv,
         prog="python -m apps.LT2.scripts.export_weights",
-        description="Write a checkpoint's weights, without optimizer, as one file.",
+        description="Export the weights of a checkpoint, without its optimizer, to a new folder.",
         examples=[
             "python -m apps.LT2.scripts.export_weights ckpt=runs/demo format=safetensors out=demo",
             "python -m apps.LT2.scripts.export_weights ckpt=runs/llama format=hf out=llama "

@@ -1,4 +1,4 @@
-"""What the scripts that draw share: matplotlib without a screen, colours, a saved file."""
+"""Shared by plotting scripts: matplotlib without a display, colours, saving."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ COLOURS = ["#2563eb", "#d97706", "#059669", "#be185d", "#6d28d9", "#475569"]
 
 def import_pyplot(needed_by: str) -> Any:
     matplotlib = import_optional("matplotlib", extra="plot", needed_by=needed_by)
-    matplotlib.use("Agg")  # no screen needed
+    matplotlib.use("Agg")  # needs no display
     return import_optional("matplotlib.pyplot", extra="plot", needed_by=needed_by)
 
 
 def save_figure(figure: Any, out: Path, option: str) -> None:
-    """Write the picture; a path that cannot be written is a UserError that names `option`."""
+    """Write the figure. UserError that names `option` if the path cannot be written."""
     try:
         figure.savefig(out)
     except (OSError, ValueError) as error:

@@ -1,9 +1,9 @@
-"""Make a Hugging Face Llama folder one that generate, eval and train load.
+"""Import a Hugging Face Llama folder, for generate, eval and train.
 
     python -m apps.LT2.scripts.import_hf hf=Llama-folder out=llama
     python -m apps.LT2.generate ckpt=llama
 
-Reads config.json, model.safetensors (or its parts) and tokenizer.json; writes consolidated.pth with
+Read config.json, model.safetensors (or its shards) and tokenizer.json. Write consolidated.pth with
 tensors of the same dtype, params.json and the tokenizer.
 """
 
@@ -41,8 +41,8 @@ def hf_tokenizer() -> TokenizerArgs:
 @dataclass(kw_only=True)
 class ImportArgs:
     hf: str  # folder with config.json, model.safetensors and tokenizer.json
-    out: str  # the folder to make
-    # what the model was trained with; a null path is the tokenizer's file in the folder hf
+    out: str  # new folder
+    # tokenizer of the model; a null path means the file in the folder hf
     tokenizer: TokenizerArgs = field(default_factory=hf_tokenizer)
 
 
@@ -64,7 +64,7 @@ def import_llama(args: ImportArgs) -> None:
 
 
 def find_tokenizer(args: ImportArgs, model_args: LoopedTransformerArgs) -> TokenizerArgs:
-    """The tokenizer with the absolute path of its file; UserError if it cannot be the model's."""
+    """Return the tokenizer with an absolute path. UserError if it does not fit the model."""
     tokenizer = args.tokenizer
     if tokenizer.path is None and TOKENIZERS[tokenizer.name][1] is not None:
         tokenizer = replace(tokenizer, path=args.hf)
@@ -76,20 +76,20 @@ def find_tokenizer(args: ImportArgs, model_args: LoopedTransformerArgs) -> Token
         raise UserError(str(error).replace("data.tokenizer.", "tokenizer.")) from None
     if n_words > model_args.vocab_size:
         raise UserError(
-            f"tokenizer.name={tokenizer.name} has {n_words} pieces and the model of hf={args.hf} "
-            f"{model_args.vocab_size}: this is not its tokenizer"
+            f"tokenizer.name={tokenizer.name} has {n_words} tokens, more than the vocabulary of "
+            f"hf={args.hf}, {model_args.vocab_size}; give the model's tokenizer"
         )
     return tokenizer
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder, from one file or from those that the index names."""
+    """Read all tensors of the folder, from one file or from the shards in its index."""
     if (folder / SAFETENSORS_NAME).is_file():
         return read_weights(folder / SAFETENSORS_NAME, "hf")
     if not (folder / INDEX_NAME).is_file():
         raise UserError(
-            f"hf={folder}: no {SAFETENSORS_NAME} and no {INDEX_NAME} there; weights in another "
-            "form become one with transformers' save_pretrained"
+            f"hf={folder} has no {SAFETENSORS_NAME} and no {INDEX_NAME}; convert other formats "
+            "with transformers' save_pretrained"
         )
     files = read_json(folder / INDEX_NAME).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
         ImportArgs,
         argv,
         prog="python -m apps.LT2.scripts.import_hf",
-        description="Make a Hugging Face Llama folder one that generate, eval and train load.",
+        description="Import a Hugging Face Llama folder, for generate, eval and train.",
         examples=["python -m apps.LT2.scripts.import_hf hf=Llama-folder out=llama"],
     )
     import_llama(args)

@@ -1,8 +1,7 @@
-"""One loop of full attention is a Llama: names, shapes and options of Hugging Face's, both ways.
+"""Convert between one loop of full attention and transformers' LlamaForCausalLM.
 
-The model is transformers' LlamaForCausalLM. It turns the dimensions (i, i + K / 2) of a head where
-ours turns (2i, 2i + 1), so rows of the query and key projections change places; everything else is
-the same tensor under another name.
+Its rotary embedding rotates the channels (i, i + K / 2) of a head, ours (2i, 2i + 1). So the rows
+of the query and key projections are permuted. All other tensors only change their names.
 """
 
 from __future__ import annotations
@@ -38,22 +37,19 @@ LAYER_NAMES = {  # below layers.<i> -> below model.layers.<i>
 
 
 def check_is_llama(args: LoopedTransformerArgs, weights: Mapping[str, Tensor]) -> None:
-    """UserError that says what of a model LlamaForCausalLM does not have."""
+    """Raise UserError if the model has a part that LlamaForCausalLM lacks."""
     families = {spec.mixer for loop in args.layout() for spec in loop}
     if args.loop_count != 1:
-        problem = f"model.loop_count={args.loop_count}, and a Llama runs its layers once"
+        problem = f"model.loop_count={args.loop_count}, but a Llama has one loop"
     elif families != {"full"}:
-        problem = f"its mixers are {', '.join(sorted(families))}, and a Llama has full alone"
+        problem = f"its mixers are {', '.join(sorted(families))}, but a Llama only has full"
     elif args.gated_attn:
-        problem = "model.gated_attn=true, and a Llama's attention has no output gate"
+        problem = "model.gated_attn=true, but a Llama has no output gate"
     elif "rho" in weights and bool(weights["rho"].any()):
-        problem = "its residual gate rho (model.use_residual) is not zero, and a Llama has none"
+        problem = "its residual gate rho (model.use_residual) is not zero, but a Llama has none"
     else:
         return
-    raise UserError(
-        f"format=hf: this model is no Llama: {problem}; format=safetensors or consolidated holds "
-        "any model"
-    )
+    raise UserError(f"format=hf needs a Llama: {problem}; use format=safetensors or consolidated")
 
 
 def llama_config(
@@ -62,7 +58,7 @@ def llama_config(
     tokenizer: Tokenizer,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """What config.json says of a model that `check_is_llama` has let through."""
+    """Return config.json for a model that passes `check_is_llama`."""
     n_heads, n_kv_heads, head_dim = resolve_heads(args)
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -90,13 +86,12 @@ def llama_config(
 
 
 def read_llama_config(config: Mapping[str, Any], where: str) -> LoopedTransformerArgs:
-    """The model that a config.json describes; UserError, which begins with `where`, if ours has
-    no such thing."""
+    """Read the model options of a config.json. UserError, prefixed by `where`, if unsupported."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise UserError(f"{where}: rope_parameters={rope} is not a mapping")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    wanted = {  # option: (its value, those that ours has)
+    wanted = {  # option: (its value, supported values)
         "model_type": (config.get("model_type"), ("llama",)),
         "hidden_act": (config.get("hidden_act", "silu"), ("silu", "swish")),
         "attention_bias": (config.get("attention_bias", False), (False,)),
@@ -135,22 +130,22 @@ def read_llama_config(config: Mapping[str, Any], where: str) -> LoopedTransforme
 
 def _size(config: Mapping[str, Any], option: str, where: str) -> int:
     if option not in config:
-        raise UserError(f"{where} does not say {option}")
+        raise UserError(f"{where} has no {option}")
     value = config[option]
     if type(value) is not int or value < 1:
-        raise UserError(f"{where}: {option}={value} must be a number of 1 or more")
+        raise UserError(f"{where}: {option}={value} must be an integer of at least 1")
     return value
 
 
-def _ffn_options(dim: int, width: int) -> dict[str, Any]:
-    """multiple_of and ffn_dim_multiplier with which FeedForward gets this width."""
+def _ffn_options(dim: int, hidden_dim: int) -> dict[str, Any]:
+    """Return multiple_of and ffn_dim_multiplier for which FeedForward has this hidden dim."""
     plain = int(2 * (4 * dim) / 3)
-    # Half a unit above: FeedForward rounds the product down.
-    return {"multiple_of": 1, "ffn_dim_multiplier": (width + 0.5) / plain}
+    # Add 0.5, because FeedForward rounds the product down.
+    return {"multiple_of": 1, "ffn_dim_multiplier": (hidden_dim + 0.5) / plain}
 
 
 def to_llama(weights: Mapping[str, Tensor], args: LoopedTransformerArgs) -> dict[str, Tensor]:
-    """Our weights under their names. rho, which `check_is_llama` has seen to be zero, falls out."""
+    """Rename and permute to their weights. rho, which is zero (`check_is_llama`), is dropped."""
     heads = _rotated(args)
     theirs = {}
     for ours, name in _names(args).items():
@@ -163,19 +158,19 @@ def to_llama(weights: Mapping[str, Tensor], args: LoopedTransformerArgs) -> dict
 def from_llama(
     weights: Mapping[str, Tensor], args: LoopedTransformerArgs, where: str
 ) -> dict[str, Tensor]:
-    """Their weights under our names; UserError, which begins with `where`, if one is not there."""
+    """Rename and permute to our weights. UserError, prefixed by `where`, if a tensor is missing."""
     heads, names = _rotated(args), _names(args)
     missing = sorted(set(names.values()) - weights.keys())
     if missing:
-        raise UserError(f"{where}: {len(missing)} tensors are not there, such as {missing[0]}")
-    # A table of frequencies, which old versions saved, and the head that is the embedding again.
+        raise UserError(f"{where}: {len(missing)} tensors are missing, such as {missing[0]}")
+    # Old versions saved the rotary frequencies. A tied head repeats the embedding.
     extra = {
         n for n in weights.keys() - set(names.values()) if not n.endswith("rotary_emb.inv_freq")
     }
     if args.weight_tying:
         extra.discard("lm_head.weight")
     if extra:
-        raise UserError(f"{where}: {len(extra)} tensors are not a Llama's, such as {min(extra)}")
+        raise UserError(f"{where}: {len(extra)} tensors are unknown, such as {min(extra)}")
     ours = {}
     for name, their_name in names.items():
         weight = weights[their_name]
@@ -185,7 +180,7 @@ def from_llama(
 
 
 def _names(args: LoopedTransformerArgs) -> dict[str, str]:
-    """Ours -> theirs, of all tensors."""
+    """Map our tensor names to theirs."""
     names = {f"{a}.weight": f"{b}.weight" for a, b in NAMES.items()}
     if args.weight_tying:
         del names["output.weight"]
@@ -196,16 +191,16 @@ def _names(args: LoopedTransformerArgs) -> dict[str, str]:
 
 
 def _rotated(args: LoopedTransformerArgs) -> dict[str, int]:
-    """The projections whose rows change places, and how many heads they have."""
+    """Map the projections whose rows are permuted to their number of heads."""
     n_heads, n_kv_heads, _ = resolve_heads(args)
     return {"wq.weight": n_heads, "wk.weight": n_kv_heads}
 
 
 def _halves(weight: Tensor, n_heads: int) -> Tensor:
-    """Rows of each head from (0, 1), (2, 3), ... to all first ones, then all second ones."""
+    """Permute the rows of each head: first all even, then all odd ones."""
     return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _pairs(weight: Tensor, n_heads: int) -> Tensor:
-    """The inverse of `_halves`."""
+    """Invert `_halves`."""
     return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)

@@ -1,9 +1,9 @@
-"""Join results of benchmark_prefill and draw them: tokens/s of prefill and decode against length.
+"""Plot results of benchmark_prefill: tokens/s of prefill and decode against length.
 
     python -m apps.LT2.scripts.plot_benchmark runs/benchmark_prefill/*.json --out figure.png
 
-A file holds what the benchmark printed, or its last line alone: the JSON. Each config is a line;
-where several batch sizes were measured, each of them is. A line ends where memory did.
+A file contains the output of the benchmark, or only its last line (JSON). Each config is one line
+in the figure, or one line per batch size. Points that ran out of memory are missing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
 
 PANELS = {"prefill": "Prefill", "decode": "Decode"}
-STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # once all colours are taken
+STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # for more lines than colours
 
 Points = dict[str, dict[int, float]]  # line -> length -> tokens/s
 
@@ -33,14 +33,14 @@ def read_result(path: Path) -> dict[str, Any]:
     except (IndexError, ValueError):
         result = None
     if not isinstance(result, dict) or "rows" not in result:
-        raise UserError(f"{path}: its last line is no result of apps.LT2.benchmark_prefill")
+        raise UserError(f"{path}: the last line is not a result of apps.LT2.benchmark_prefill")
     return result
 
 
 def points(results: Sequence[dict[str, Any]], kind: str) -> Points:
-    """tokens/s by line and length, of `kind` prefill or decode; what was not measured is left out.
+    """Return tokens/s by line and length for `kind`, prefill or decode.
 
-    Of a point that was measured twice the later one counts.
+    If a point was measured twice, the later one counts.
     """
     rows = [row for result in results for row in result["rows"]]
     several = len({row["batch_size"] for row in rows}) > 1
@@ -54,18 +54,18 @@ def points(results: Sequence[dict[str, Any]], kind: str) -> Points:
 
 
 def check_can_draw(out: Path) -> None:
-    """Refuse, before any measurement, a picture that could not be written after it."""
-    pyplot = import_pyplot(needed_by="drawing a benchmark")
+    """Raise UserError, before measuring, if the figure could not be written."""
+    pyplot = import_pyplot(needed_by="plotting a benchmark")
     known = pyplot.figure().canvas.get_supported_filetypes()
     pyplot.close()
     if out.suffix.removeprefix(".") not in known:
-        raise UserError(f"--plot {out}: name a picture such as {out.with_suffix('.png')}")
+        raise UserError(f"--plot {out}: use an image format, such as {out.with_suffix('.png')}")
     if not out.parent.is_dir():
-        raise UserError(f"--plot {out}: there is no folder {out.parent}")
+        raise UserError(f"--plot {out}: the folder {out.parent} does not exist")
 
 
 def draw(results: Sequence[dict[str, Any]], out: Path, option: str = "--plot") -> None:
-    pyplot = import_pyplot(needed_by="drawing a benchmark")
+    pyplot = import_pyplot(needed_by="plotting a benchmark")
     figure, all_axes = pyplot.subplots(1, 2, figsize=(12, 5), dpi=150, layout="constrained")
     for axes, (kind, title) in zip(all_axes, PANELS.items(), strict=True):
         lines = points(results, kind)
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> None:
         description=(__doc__ or "").splitlines()[0],
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="figure to write")
     args = parser.parse_args(argv)
     results = [read_result(path) for path in args.results]
     draw(results, args.out, option="--out")

@@ -1,11 +1,11 @@
-"""Draw the loss of one run or of several, from the metrics.jsonl that training writes.
+"""Plot the loss of runs from their metrics.jsonl.
 
     python -m apps.LT2.scripts.plot_loss runs/demo                       # runs/demo/loss.png
     python -m apps.LT2.scripts.plot_loss runs/a runs/b --out both.png
     python -m apps.LT2.scripts.plot_loss runs/tune                       # all runs of a sweep
 
-Training loss is drawn as it was logged (pale) and smoothed; validation loss, where there is any, as
-points on top. One line for each run says where it ended.
+Training loss is plotted as logged (pale) and smoothed, validation loss as points. Prints the final
+losses of each run.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from lingua.slurm.run_list import find_runs, is_run
 
 logger = logging.getLogger(__name__)
 
-MAX_HALF_WINDOW = 25  # the smoothed line averages at most this many logged values on either side
+MAX_HALF_WINDOW = 25  # logged values on either side that the smoothed line averages at most
 
 
 @dataclass
 class Curve:
-    """Points (step, nats a token) of one run."""
+    """Points (step, nats per token) of one run."""
 
     name: str
     train: list[tuple[int, float]] = field(default_factory=list)
     val: list[tuple[int, float]] = field(default_factory=list)
     val_bpb: float | None = None  # bits per byte of the last validation
-    n_not_finite: int = 0  # losses that were NaN or infinite, which are not drawn
+    n_not_finite: int = 0  # losses that were NaN or infinite; they are not plotted
 
     def summary(self) -> str:
         parts = []
@@ -47,17 +47,16 @@ class Curve:
             bits = "" if self.val_bpb is None else f" ({self.val_bpb:.3f} bits per byte)"
             parts.append(f"validation loss {loss:.3f}{bits} at step {step}")
         if self.n_not_finite:
-            parts.append(f"{self.n_not_finite} losses were NaN or infinite and are not drawn")
+            parts.append(f"{self.n_not_finite} losses were NaN or infinite and are not plotted")
         return f"{self.name}: {', '.join(parts)}"
 
 
 class NothingToDrawError(UserError):
-    """It is no run, or one that has no loss yet."""
+    """The folder is not a run, or the run has no loss yet."""
 
 
 def read_curves(given: Sequence[Path]) -> list[Curve]:
-    """Of runs, and of all runs of folders of them; where there are several, those without a loss
-    are told and left out."""
+    """Read runs, and all runs in folders of runs. Of several, those without a loss are skipped."""
     runs = [run for path in given for run in runs_of(path)]
     curves = []
     for name, run in runs:
@@ -66,14 +65,14 @@ def read_curves(given: Sequence[Path]) -> list[Curve]:
         except NothingToDrawError as error:
             if len(runs) == 1:
                 raise
-            logger.warning("left out: %s", error)
+            logger.warning("skipped: %s", error)
     if not curves:
-        raise UserError(f"{', '.join(map(str, given))}: no run with a loss is there")
+        raise UserError(f"{', '.join(map(str, given))}: no run with a loss")
     return curves
 
 
 def runs_of(path: Path) -> list[tuple[str, Path]]:
-    """Name and folder of the run, or of all runs in the folder."""
+    """Return the name and folder of the run, or of all runs in the folder."""
     alone = [(path.resolve().name, path)]
     if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
         return alone
@@ -88,9 +87,7 @@ def read_curve(run: Path, name: str = "") -> Curve:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         if isinstance(error, FileNotFoundError | NotADirectoryError) and run.exists():
-            raise NothingToDrawError(
-                f"{run}: has no metrics.jsonl, and there is no run in it"
-            ) from None
+            raise NothingToDrawError(f"{run}: no metrics.jsonl, and no runs in it") from None
         raise UserError(
             f"{path}: not readable: {error.strerror}; name a run's dump_dir, or a folder of runs"
         ) from None
@@ -100,23 +97,23 @@ def read_curve(run: Path, name: str = "") -> Curve:
             record = json.loads(line)
         except ValueError:
             if number == len(lines):
-                break  # the run is going on and this line is half written
+                break  # a running run is still writing this line
             raise UserError(f"{path}:{number}: not JSON") from None
         step = record.get("global_step")
         for key, points in (("loss/out", curve.train), ("loss/val", curve.val)):
             if record.get(key) is not None:
                 points.append((step, record[key]))
-            elif key in record:  # JSON has null for them
+            elif key in record:  # NaN and infinity are null in the JSON
                 curve.n_not_finite += 1
         if record.get("loss/val") is not None:
             curve.val_bpb = record.get("loss/val_bpb")
     if not curve.train and not curve.val:
-        raise NothingToDrawError(f"{path}: holds no loss yet")
+        raise NothingToDrawError(f"{path}: no loss yet")
     return curve
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean of each value and as many on either side, so that a falling curve does not lag."""
+    """Average each value with equally many on either side, so that a falling curve does not lag."""
     widest = min(MAX_HALF_WINDOW, len(values) // 40)
     smoothed = []
     for i in range(len(values)):
@@ -127,7 +124,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def draw(curves: list[Curve], out: Path) -> None:
-    pyplot = import_pyplot(needed_by="drawing the loss")
+    pyplot = import_pyplot(needed_by="plotting the loss")
     figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
     several = len(curves) > 1
     for i, curve in enumerate(curves):
@@ -163,10 +160,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="dump_dir of a run, or a folder of runs"
     )
-    parser.add_argument("--out", type=Path, help="picture to write; RUN/loss.png for one RUN")
+    parser.add_argument("--out", type=Path, help="figure to write; default RUN/loss.png")
     args = parser.parse_args(argv)
     if args.out is None and len(args.runs) > 1:
-        raise UserError("--out: name the picture, e.g. --out losses.png, for more than one run")
+        raise UserError("--out is needed for several runs, e.g. --out losses.png")
     curves = read_curves(args.runs)
     for curve in curves:
         print(curve.summary())

@@ -1,4 +1,4 @@
-"""A folder that holds weights, config and tokenizer, and appears whole or not at all."""
+"""Write a folder of weights, config and tokenizer atomically."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from lingua.errors import UserError
 from lingua.files.atomic import fsync_path
 from lingua.tokenizer import TOKENIZERS, TokenizerArgs, find_tokenizer_file
 
-BESIDE_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_EXTRAS = ("tokenizer_config.json", "chat_template.jinja")
 
 
 @contextmanager
 def new_folder(out: str) -> Iterator[Path]:
-    """A folder to fill, which gets the name `out` when the block is left without an error.
+    """Yield a temporary folder to fill, and rename it to `out` at the end of the block.
 
-    Until then nothing is at `out`, so what is there is whole. A UserError where something is.
+    UserError if `out` exists and is not empty.
     """
     final = Path(out).resolve()
     if not out or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
-        raise UserError(f"out={out} must be a new or an empty folder: name another, or remove it")
+        raise UserError(f"out={out} exists and is not empty; name another folder, or remove it")
     aside = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     try:
         aside.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"out={out}: cannot be written: {error}") from None
+        raise UserError(f"out={out}: not writable: {error}") from None
     try:
         yield aside
         for file in (*aside.iterdir(), aside):
@@ -43,14 +43,14 @@ def new_folder(out: str) -> Iterator[Path]:
 
 
 def copy_tokenizer(folder: Path, tokenizer: TokenizerArgs) -> None:
-    """The tokenizer's file, under the name that is looked for, and what else is read beside it."""
+    """Copy the tokenizer file under its standard name, with the files next to it that are read."""
     file = find_tokenizer_file(tokenizer.name, tokenizer.path)
     if file is None:
         return
     name = TOKENIZERS[tokenizer.name][1]
     assert name is not None, "a tokenizer with a file has a name for it"
     shutil.copyfile(file, folder / name)
-    for other in BESIDE_TOKENIZER:
+    for other in TOKENIZER_EXTRAS:
         if file.with_name(other).is_file():
             shutil.copyfile(file.with_name(other), folder / other)
 
