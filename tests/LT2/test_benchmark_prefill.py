@@ -282,7 +282,7 @@ def test_the_vocabulary_is_the_tokenizers_or_llamas(recipe, tmp_path):
     assert by_bytes.args.vocab_size == 258
     absent = ["data.tokenizer.name=tiktoken", f"data.tokenizer.path={tmp_path}/tokenizer.model"]
     (subject,) = read_subjects([str(recipe)], absent)
-    assert subject.args.vocab_size == LLAMA3_VOCAB and "is not here" in subject.vocabulary
+    assert subject.args.vocab_size == LLAMA3_VOCAB and "missing" in subject.vocabulary
     (subject,) = read_subjects([str(recipe)], [*absent, "model.vocab_size=99"])
     assert subject.args.vocab_size == 99
 
