@@ -26,6 +26,7 @@ from lingua.config.yaml import yaml_value
 from lingua.errors import UserError, first_line, import_optional
 
 T = TypeVar("T")
+SECTION: dict[str, Any] = {}  # the value of a section whose options are given one by one
 
 
 class Text(str):
@@ -59,14 +60,16 @@ class Options(Generic[T]):
         omegaconf = import_optional("omegaconf", extra="", needed_by="reading options")
         config = omegaconf.OmegaConf.structured(self.cls)
         for name, (value, hint, *_) in self.given.items():
-            is_section = dataclass_in(hint) is not None and value == {}
             try:
-                omegaconf.OmegaConf.update(config, name, _fit(hint, value), merge=is_section)
-            except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
-                is_interpolation = "${" in str(value)  # that does not parse
-                raise self._wrong(
-                    name, first_line(error) if is_interpolation else _expected(hint, value)
-                ) from None
+                if value is SECTION:
+                    if omegaconf.OmegaConf.select(config, name) is not None:
+                        continue
+                    value = dataclass_in(hint)
+                omegaconf.OmegaConf.update(config, name, _fit(hint, value), merge=False)
+            except omegaconf.errors.GrammarParseError as error:
+                raise self._wrong(name, first_line(error)) from None
+            except (omegaconf.errors.OmegaConfBaseException, ValueError):
+                raise self._wrong(name, _expected(hint, value)) from None
         return self._construct(omegaconf, config, "")
 
     def _add(
@@ -87,7 +90,7 @@ class Options(Generic[T]):
                 value = read_text(hint, value, name)
             if section and isinstance(value, Mapping):
                 if name not in self.given or self.given[name].value is None:
-                    self.given[name] = Given({}, hint, place)
+                    self.given[name] = Given(SECTION, hint, place)
                 self._add(section, value, f"{name}.", lines)
                 continue
             for old in [o for o in self.given if f"{o}.".startswith(f"{name}.")]:

@@ -148,7 +148,7 @@ def describe_type(hint: Any) -> str:
         return " | ".join(map(format_value, args))
     if origin is not None:
         return f"{origin.__name__}[{', '.join(map(describe_type, args))}]"
-    return "section" if dataclasses.is_dataclass(hint) else hint.__name__
+    return "section" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", str(hint))
 
 
 def format_value(value: Any) -> str:
