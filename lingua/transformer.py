@@ -25,7 +25,7 @@ from lingua.parallel.tensor_parallel import copy_whole
 
 
 class InitStdFactor(Enum):
-    """How the std of output projections shrinks with depth: the divisor."""
+    """What divides the std of output projections."""
 
     DISABLED = "disabled"  # 1
     GLOBAL_DEPTH = "global_depth"  # sqrt(2 * depth of the whole model)
@@ -113,7 +113,7 @@ def check_rotary_dim(head_dim: int, *, option: str = "model.head_dim") -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Initialisation
+# Initialization
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from apps.LT2.cache import ModelCache, packed_lengths
 from apps.LT2.kernel.attention import check_attention_impl
 from apps.LT2.kernel.documents import upload
 from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy
-from apps.LT2.mixers import MIXERS, MixerArgs, Prompts
+from apps.LT2.mixers import MIXERS, Mixer, MixerArgs, Prompts
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
@@ -231,18 +231,16 @@ class LoopedTransformer(nn.Module):
         Draws random layouts, from the model's seed and `step` alone.
         """
         self.layout = self.layout_plan.draw(step)
-        for block in self._blocks():
-            for mixer in block.mixers():
-                mixer.begin_step(step)
+        for mixer in self._mixers():
+            mixer.begin_step(step)
 
     def own_loss_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the weights that only a mixer's own loss trains, by the name of the loss."""
         weights: dict[str, list[nn.Parameter]] = {}
-        for block in self._blocks():
-            for mixer in block.mixers():
-                if mixer.own_loss is not None:
-                    module = mixer.get_submodule(mixer.own_loss.module)
-                    weights.setdefault(mixer.own_loss.name, []).extend(module.parameters())
+        for mixer in self._mixers():
+            if mixer.own_loss is not None:
+                module = mixer.get_submodule(mixer.own_loss.module)
+                weights.setdefault(mixer.own_loss.name, []).extend(module.parameters())
         return weights
 
     @property
@@ -342,6 +340,9 @@ class LoopedTransformer(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    def _mixers(self) -> list[Mixer]:
+        return [mixer for block in self._blocks() for mixer in block.mixers()]
 
     def _logits(self, h: Tensor) -> Tensor:
         tp = tp_of(self.head)

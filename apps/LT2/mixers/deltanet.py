@@ -30,6 +30,7 @@ class DeltaNetArgs:
 
 class DeltaNet(LinearMixer):
     module_name = "deltanet"
+    rest_linears = ("wb",)
     recurrence = staticmethod(delta_rule)
     recurrence_step = staticmethod(delta_rule_step)
     state_flops = 6  # read k^T S, write the outer product, read q^T S: 2 each
@@ -47,9 +48,6 @@ class DeltaNet(LinearMixer):
         self.wo = nn.Linear(values, shared.dim, bias=False)
         self.conv = ShortConv(2 * keys + values, own.conv_size, option="model.deltanet.conv_size")
         self.norm = RMSNorm(self.value_dim, shared.norm_eps)
-
-    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
-        return (self.wq, self.wk, self.wv), (self.wb,)
 
     def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return (q, k, v, beta) by head; beta is fp32."""

@@ -27,7 +27,7 @@ from apps.LT2.kernel.dsa import Index, dsa, dsa_step
 from apps.LT2.mixers.attention import QKV, Attention, AttentionCache, append, append_step
 from apps.LT2.mixers.base import MixerArgs, OwnLoss, Past, Prompts, by_sequence
 from lingua.errors import UserError
-from lingua.transformer import RMSNorm, init_linear, rotary_angles, rotate_pairs
+from lingua.transformer import RMSNorm, check_sizes, init_linear, rotary_angles, rotate_pairs
 
 
 @dataclass
@@ -38,9 +38,7 @@ class DSAArgs:
     warmup_steps: int = 0  # first optimizer steps with dense attention, while the indexer learns
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "n_index_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.dsa.{name}={getattr(self, name)} must be at least 1")
+        check_sizes("model.dsa", self, "top_k", "n_index_heads")
         if self.index_head_dim < 2 or self.index_head_dim % 2:
             raise UserError(
                 f"model.dsa.index_head_dim={self.index_head_dim} must be even and at least 2, as "
@@ -48,8 +46,7 @@ class DSAArgs:
             )
         if self.warmup_steps < 0:
             raise UserError(
-                f"model.dsa.warmup_steps={self.warmup_steps} must be 0 (sparse from the start) "
-                "or more"
+                f"model.dsa.warmup_steps={self.warmup_steps} must be at least 0 (no warm-up)"
             )
 
 
@@ -154,12 +151,12 @@ class SparseAttention(Attention):
 
     def step(self, x_B1D: Tensor, cache: DSACache) -> Tensor:
         positions = cache.length_B[:, None]
-        q, k, v = self._qkv(x_B1D, positions)
-        index = self.indexer(x_B1D, positions)
-        append_step(cache.slots_of(k, v, index), cache.length_B)
+        qkv, index = self._qkv(x_B1D, positions), self.indexer(x_B1D, positions)
+        append_step(cache.slots_of(*qkv[1:], index), cache.length_B)
         cache.length_B += 1
         index = index._replace(k_BSC=cache.index_k_BSC.type_as(index.k_BSC))
-        o = dsa_step(q[:, 0], cache.k_BSGK, cache.v_BSGK, index, cache.length_B, top_k=self.top_k)
+        k, v, n_valid = cache.k_BSGK, cache.v_BSGK, cache.length_B
+        o = dsa_step(qkv[0][:, 0], k, v, index, n_valid, top_k=self.top_k)
         return self._output(o[:, None], x_B1D)
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:

@@ -37,6 +37,7 @@ class GatedDeltaNetArgs:
 
 class GatedDeltaNet(LinearMixer):
     module_name = "gdn"
+    rest_linears = ("wg", "wa", "wb")
     recurrence = staticmethod(gated_delta_rule)
     recurrence_step = staticmethod(gated_delta_step)
     state_flops = 7  # read k^T S, write the outer product, read q^T S: 2 each; and the decay
@@ -59,9 +60,6 @@ class GatedDeltaNet(LinearMixer):
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps)
-
-    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
-        return (self.wq, self.wk, self.wv), (self.wg, self.wa, self.wb)
 
     def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return (q, k, v, g, beta) by head; g and beta are fp32."""

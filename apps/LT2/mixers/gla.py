@@ -35,6 +35,7 @@ class GLAArgs:
 class GatedLinearAttention(LinearMixer):
     module_name = "gla"
     zero_at_start = ("decay_bias",)
+    rest_linears = ("wg", "wa_down")
     recurrence = staticmethod(gla)
     recurrence_step = staticmethod(gla_step)
     state_flops = 5  # write the outer product, read q^T S: 2 each; and the decay
@@ -56,9 +57,6 @@ class GatedLinearAttention(LinearMixer):
         self.decay_bias = nn.Parameter(torch.empty(keys))
         self.wo = nn.Linear(values, shared.dim, bias=False)
         self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps)
-
-    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
-        return (self.wq, self.wk, self.wv), (self.wg, self.wa_down)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
         streams, (gate, a) = super().project(x)

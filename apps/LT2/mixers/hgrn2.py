@@ -42,6 +42,8 @@ class HGRN2Args:
 
 class HGRN2(LinearMixer):
     module_name = "hgrn2"
+    stream_linears = ("wq", "wv")
+    rest_linears = ("wf",)
     recurrence = staticmethod(gla)
     recurrence_step = staticmethod(gla_step)
     state_flops = 5  # write the outer product, read q^T S: 2 each; and the decay
@@ -57,9 +59,6 @@ class HGRN2(LinearMixer):
         self.wf = nn.Linear(shared.dim, keys, bias=False)  # forget gate
         self.wo = nn.Linear(values, shared.dim, bias=False)
         self.norm = GroupedRMSNorm(values, 1, shared.norm_eps)
-
-    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
-        return (self.wq, self.wv), (self.wf,)
 
     def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return (q, k, v, g) by head; g (..., H, K) is fp32."""

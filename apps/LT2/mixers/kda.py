@@ -42,6 +42,7 @@ class KDAArgs:
 class KimiDeltaAttention(LinearMixer):
     module_name = "kda"
     zero_at_start = ("gate_bias",)
+    rest_linears = ("wa_down", "wg_down", "wb")
     recurrence = staticmethod(kda)
     recurrence_step = staticmethod(kda_step)
     state_flops = 7  # read k^T S, write the outer product, read q^T S: 2 each; and the decay
@@ -68,9 +69,6 @@ class KimiDeltaAttention(LinearMixer):
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(keys))
         self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps, activation="sigmoid")
-
-    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
-        return (self.wq, self.wk, self.wv), (self.wa_down, self.wg_down, self.wb)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
         streams, (a, gate, b) = super().project(x)

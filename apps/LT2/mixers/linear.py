@@ -1,6 +1,6 @@
 """Linear mixers: projections, a short convolution, a recurrence, and the cache they share.
 
-    streams, rest = project(x)                    one matrix product of all `projections`
+    streams, rest = project(x)                    one matrix product of all linears of x
     streams = silu(conv(streams))                 if the mixer has a convolution
     o, state = recurrence(*inputs(streams, rest))
     y = output(o, streams, rest)                  norm, gate, output projection
@@ -44,10 +44,12 @@ class LinearCache(MixerCache):
 class LinearMixer(Mixer):
     """A mixer whose past is a matrix per head, whose size doesn't depend on the length.
 
-    A subclass sets the heads, dims and `conv` (None: the streams are not convolved), names its
-    kernels and gives `projections`, `inputs` and `output`.
+    A subclass names its linears and kernels, sets the heads, dims and `conv` (None: the streams are
+    not convolved), and gives `inputs` and `output`.
     """
 
+    stream_linears: ClassVar[tuple[str, ...]] = ("wq", "wk", "wv")  # in the order of the streams
+    rest_linears: ClassVar[tuple[str, ...]]  # the other linears of the input
     # recurrence(*inputs, state=, cu_seqlens=) -> o (B, T, H, V), fp32 state (N, H, K, V) after the
     # last token; `state` is the one before the first, zeros if None.
     recurrence: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
@@ -63,10 +65,6 @@ class LinearMixer(Mixer):
     wo: nn.Linear
 
     @abstractmethod
-    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
-        """Return the linears of the streams, in order, and the other linears of the input."""
-
-    @abstractmethod
     def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return the inputs of the recurrence: q, k, v by head, and others.
 
@@ -80,7 +78,8 @@ class LinearMixer(Mixer):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
         """Return (streams (..., C), rest) of x (..., D)."""
-        return project_streams(x, *self.projections())
+        streams, rest = self._linears(self.stream_linears), self._linears(self.rest_linears)
+        return project_streams(x, streams, rest)
 
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
@@ -138,8 +137,7 @@ class LinearMixer(Mixer):
         return self.output(o, streams, rest)[:, None]
 
     def fused_linears(self) -> tuple[nn.Linear, ...]:
-        streams, rest = self.projections()
-        return (*streams, *rest)
+        return self._linears(self.stream_linears + self.rest_linears)
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         for name, child in self.named_children():
@@ -166,6 +164,9 @@ class LinearMixer(Mixer):
         keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
         channels = ((keys, True), (keys, True), (values, True))  # of q, k and v
         return TensorParallelPlan({heads: self.n_heads}, conv_channels=channels)
+
+    def _linears(self, names: tuple[str, ...]) -> tuple[nn.Linear, ...]:
+        return tuple(getattr(self, name) for name in names)
 
     def split_heads(self, x: Tensor, head_dim: int) -> Tensor:
         """Return (..., H, head_dim) of (..., H * head_dim)."""

@@ -37,6 +37,8 @@ class Mamba2Args:
 class Mamba2(LinearMixer):
     module_name = "mamba2"
     reads = frozenset()  # its heads come from expand and head_dim
+    stream_linears = ("wx", "wB", "wC")
+    rest_linears = ("wz", "wdt")
     recurrence = staticmethod(partial(simple_gla, scale=1.0))
     recurrence_step = staticmethod(partial(simple_gla_step, scale=1.0))
     state_flops = 5  # write the outer product, read C^T S: 2 each; and the decay
@@ -60,9 +62,6 @@ class Mamba2(LinearMixer):
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
         self.norm = GroupedRMSNorm(inner, self.n_groups, shared.norm_eps)
-
-    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
-        return (self.wx, self.wB, self.wC), (self.wz, self.wdt)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
         streams, rest = super().project(x)

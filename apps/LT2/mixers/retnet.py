@@ -32,6 +32,7 @@ class RetNetArgs:
 class RetNet(LinearMixer):
     module_name = "retnet"
     reads = frozenset({"n_heads", "rope_theta"})
+    rest_linears = ("wg",)
     recurrence = staticmethod(simple_gla)
     recurrence_step = staticmethod(simple_gla_step)
     state_flops = 5  # write the outer product, read q^T S: 2 each; and the decay
@@ -50,9 +51,6 @@ class RetNet(LinearMixer):
         self.wg = nn.Linear(shared.dim, values, bias=False)  # output gate
         self.wo = nn.Linear(values, shared.dim, bias=False)
         self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps)
-
-    def projections(self) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
-        return (self.wq, self.wk, self.wv), (self.wg,)
 
     def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return rotated q and k, v, and g (H,) fp32, which is the same for all tokens."""
