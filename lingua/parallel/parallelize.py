@@ -50,8 +50,8 @@ def parallelize_model(
 ) -> nn.Module:
     """Prepare a model for training, in place, and return it.
 
-    The model is on meta, or has the same weights on every rank. There are
-    `n_block_kinds` different block computations, which are compiled separately.
+    The model is on meta, or has the same weights on every rank. Its blocks do `n_block_kinds`
+    different computations, which are compiled separately.
     """
     plan = fsdp_grouping_plan or default_fsdp_grouping_plan(
         len(list(get_module(model, "layers").children()))
@@ -128,7 +128,6 @@ def default_no_recompute_ops() -> set[Any]:
     return {
         aten.mm.default,
         aten.addmm.default,
-        aten._scaled_mm.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
@@ -147,7 +146,7 @@ def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) ->
 
     Sizes and numbers are constants in compiled code. Mark a size that varies with
     torch._dynamo.maybe_mark_dynamic. A call that needs more than `limit_of_kind * n_kinds` versions
-    raises UserError, where torch would silently fall back to eager mode.
+    raises UserError; torch would fall back to eager mode with only a warning.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
