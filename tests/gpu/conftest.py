@@ -1,4 +1,4 @@
-"""GPU tests run kernels untuned, and end with a table of their errors."""
+"""Run kernels untuned, and print a table of errors at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.tolerances import measured
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A table of the worst error of each tensor in each file, for reports in docs/benchmarks."""
+    """Print the worst error of each tensor in each file, for reports in docs/benchmarks."""
     worst: dict[tuple[str, str, float], float] = {}
     for test, name, error, bound in measured:
         if test.startswith("tests/gpu/"):

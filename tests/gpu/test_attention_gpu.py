@@ -1,4 +1,4 @@
-"""Every attention backend on CUDA against dense fp32 attention: outputs and all gradients."""
+"""The attention backends on CUDA against dense fp32 attention: outputs and all gradients."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ def test_backend_equals_dense_attention(impl, case, n_kv_heads):
     if impl == "sdpa" and "window" in options:
         pytest.skip("refused when the model is built")
     if lengths := options.pop("lengths", None):
-        bounds = torch.tensor([0, *lengths]).cumsum(0)
-        options["cu_seqlens"] = bounds.int().cuda()
+        options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
     qkv = make_qkv(n_kv_heads)
     out = attention(*qkv, impl=impl, **options)
     weights = torch.randn_like(out)
@@ -59,13 +58,13 @@ def test_backend_equals_dense_attention(impl, case, n_kv_heads):
         assert_same(g, w, BF16_KERNEL, f"d{name}")
 
 
-@pytest.mark.parametrize("width", [20, 272])
+@pytest.mark.parametrize("head_dim", [20, 272])
 @pytest.mark.parametrize("case", CASES)
-def test_auto_takes_heads_of_a_width_without_flash_kernels(case, width):
+def test_auto_supports_head_dims_without_flash_kernels(case, head_dim):
     options = dict(CASES[case])
     if lengths := options.pop("lengths", None):
         options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
-    qkv = make_qkv(2, K=width)
+    qkv = make_qkv(2, K=head_dim)
     out = attention(*qkv, **options)
     out.float().sum().backward()
     wide = [t.detach().float() for t in qkv]
@@ -86,7 +85,7 @@ def test_auto_takes_heads_of_a_width_without_flash_kernels(case, width):
     ],
 )
 def test_decode_attention_equals_dense_attention(impl, dtype, B, H, G, K, S):
-    """Each row has its own number of valid slots; what lies in the others does not count."""
+    """Each row has its own number of valid slots; the other slots have no effect."""
     torch.manual_seed(0)
     q = torch.randn(B, H, K, dtype=dtype, device="cuda")
     k, v = torch.randn(2, B, S, G, K, dtype=dtype, device="cuda")
@@ -95,7 +94,7 @@ def test_decode_attention_equals_dense_attention(impl, dtype, B, H, G, K, S):
     assert got.dtype == dtype
     bound = BF16_KERNEL if dtype == torch.bfloat16 else FP32
     for b, n in enumerate(n_valid.tolist()):
-        queries = q[b].expand(1, n, H, K).float()  # the last of them sees all n keys
+        queries = q[b].expand(1, n, H, K).float()  # the last one sees all n keys
         want = naive_attention(queries, k[b, None, :n].float(), v[b, None, :n].float())
         assert_same(got[b], want[0, -1], bound, "o")
 

@@ -1,7 +1,7 @@
 """DeepSeek sparse attention on CUDA in bf16 against the definition in fp32.
 
-In bf16 and fp32 the indexer may choose different keys where scores nearly tie, so the definition is
-given the choice that was made in bf16; that the choice itself is right is a test of its own.
+bf16 and fp32 may choose different keys if scores nearly tie, so the definition gets the choice made
+in bf16. A separate test checks the choice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMES = ("q", "k", "v", "index.q", "index.k", "index.w")
 
 @pytest.fixture
 def poisoned_memory():
-    """torch.empty holds NaN, so a part that is not written cannot pass."""
+    """Fill torch.empty with NaN, so unwritten parts cannot pass."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -54,7 +54,7 @@ def run(inputs, impl="auto", **options):
 
 @torch.no_grad()
 def choice_of(inputs, impl, top_k, cu_seqlens=None):
-    """(B, T, S) bool: the keys that the operator selects."""
+    """Return the keys that the operator selects, (B, T, S) bool."""
     _, _, bits, *_ = _forward(*inputs, cu_seqlens, top_k, False, True, impl == "triton")
     return unpack_bits(bits, inputs[1].shape[1])
 
@@ -98,7 +98,7 @@ def assert_equals_naive(inputs, impl, *, top_k, cu_seqlens=None):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Several blocks of queries at the lengths of these tests."""
+    """Use several blocks of queries at the lengths of these tests."""
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 2**17)
 
 
@@ -133,8 +133,8 @@ def test_bf16_equals_naive_on_packed_documents(top_k, impl):
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("documents", [None, (100, 233)], ids=["dense", "packed"])
-def test_rows_of_more_keys_than_a_program_holds(monkeypatch, documents):
-    """Blocks whose keys are few choose in the kernel, later ones in torch: all the same choice."""
+def test_more_keys_than_a_program_holds(monkeypatch, documents):
+    """Blocks with few keys choose in the kernel, later ones in torch, with the same result."""
     cu_seqlens = None if documents is None else packed(documents)
     inputs = make_inputs(1, 333)
     want = run(inputs, "triton", top_k=50, cu_seqlens=cu_seqlens)
@@ -148,7 +148,7 @@ def test_rows_of_more_keys_than_a_program_holds(monkeypatch, documents):
 
 @pytest.mark.parametrize("special", [0.0, -0.0, float("inf"), float("-inf"), 1e-45, -1e-45])
 def test_scores_of_every_kind_are_in_order(special):
-    """A program finds the least selected score by its bits; ties, both zeros and infinities too."""
+    """The search over bits handles ties, both zeros and infinities."""
     torch.manual_seed(0)
     B, T, top_k = 2, 700, 100
     scores = torch.randn(B, T, T, device="cuda").round(decimals=1)
@@ -191,7 +191,7 @@ def test_fp32_equals_naive():
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("weights", ["random", "zero"])
-def test_the_choice_is_that_of_the_definition_but_for_near_ties(weights, impl):
+def test_the_choice_equals_the_definition_except_near_ties(weights, impl):
     inputs = make_inputs(2, 700)
     with torch.no_grad():
         inputs[5] *= weights == "random"
@@ -205,7 +205,7 @@ def test_the_choice_is_that_of_the_definition_but_for_near_ties(weights, impl):
     weakest = scores.masked_fill(~selected, torch.inf).amin(-1, keepdim=True)
     better = visible & ~selected & (scores > weakest + 1e-4 * scores.abs().amax())
     assert not better.any()
-    if weights == "zero":  # all tie: the last 100 keys
+    if weights == "zero":  # all equal: the last 100 keys
         last = visible & ~visible.tril(-100)
         assert torch.equal(selected, last.expand(2, -1, -1))
 
@@ -225,12 +225,12 @@ def test_queries_may_be_the_last_of_the_tokens():
     got, _ = run((late[0], k, v, late[1], index_k, late[2]), top_k=50)
     want = want[:, 130:].float()
     apart = (got.float() - want).norm(dim=(-1, -2)) > 0.02 * want.norm(dim=(-1, -2))
-    assert apart.float().mean() < 0.05  # queries with a near tie may choose otherwise
+    assert apart.float().mean() < 0.05  # queries with a near tie may choose differently
 
 
 def test_peak_memory_is_below_one_matrix_of_scores(impl):
-    """Forward and backward of 16 heads at 4096 tokens; dense fp32 scores would take 1 GiB."""
-    run(make_inputs(1, 64), impl, top_k=8)  # cuBLAS takes its workspace
+    """Run 16 heads at 4096 tokens, forward and backward; dense fp32 scores would take 1 GiB."""
+    run(make_inputs(1, 64), impl, top_k=8)  # cuBLAS allocates its workspace
     inputs = make_inputs(1, 4096, H=16, G=16)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -241,14 +241,14 @@ def test_peak_memory_is_below_one_matrix_of_scores(impl):
     peak = torch.cuda.max_memory_allocated() - before
     dense = 4 * 16 * 4096**2
     assert peak < dense / 1.5, f"{peak / 2**20:.0f} MiB"
-    # Between forward and backward: the output, one bit a pair, the loss's gradients, a sum of
-    # exponentials for each query and head.
+    # Kept for backward: the output, one bit per pair, the loss's gradients, and the log-sum-exp of
+    # each query and head.
     assert kept < 2**20 * (8 + 2 + 3 + 0.25) * 1.2, f"{kept / 2**20:.1f} MiB"
 
 
 @pytest.mark.parametrize("documents", [None, (1, 63, 136)], ids=["dense", "packed"])
 def test_block_compiles_whole(documents):
-    """Forward and backward in one graph each, with eager's results."""
+    """Forward and backward are one graph each, with eager's results."""
     cu_seqlens = None if documents is None else packed(documents)
     inputs = make_inputs(1, 200)
 
@@ -262,18 +262,18 @@ def test_block_compiles_whole(documents):
     pairs = [*zip(got, want, strict=True)]
     pairs += zip(gradients(*got, inputs), gradients(*want, inputs), strict=True)
     for a, b in pairs:
-        assert_same(a, b, BF16_KERNEL)  # a fused silu keeps digits that eager rounds away
+        assert_same(a, b, BF16_KERNEL)  # a fused silu does not round its input
 
 
 @pytest.mark.parametrize("documents", [None, (1, 63, 136)], ids=["dense", "packed"])
 def test_operator_is_registered_well(documents, impl):
-    bounds = None if documents is None else packed(documents)
+    cu_seqlens = None if documents is None else packed(documents)
     inputs = make_inputs(1, 200)
-    options = (bounds, 30, True, True, impl == "triton")
+    options = (cu_seqlens, 30, True, True, impl == "triton")
     torch.library.opcheck(_forward, (*inputs, *options))
     with torch.no_grad():
         o, lse, bits, *_ = _forward(*inputs, *options)
-    saved = (*(x.detach() for x in inputs[:3]), o, lse, bits, bounds, o)
+    saved = (*(x.detach() for x in inputs[:3]), o, lse, bits, cu_seqlens, o)
     torch.library.opcheck(_backward, saved, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -317,7 +317,7 @@ def test_step_in_a_cuda_graph_equals_eager_steps(top_k):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        mixer.step(token, captured)  # warm-up, on a cache that is emptied below
+        mixer.step(token, captured)  # warm up; the cache is reset below
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -330,5 +330,5 @@ def test_step_in_a_cuda_graph_equals_eager_steps(top_k):
         graph.replay()
         got.append(output.clone())
     assert torch.equal(torch.cat(got, 1), want)
-    if top_k >= 40:  # where keys are chosen, near ties may be chosen otherwise
+    if top_k >= 40:  # with a choice of keys, near ties may differ
         assert_same(want, mixer(x)[:, 20:], BF16_LAYER)

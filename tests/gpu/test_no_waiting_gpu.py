@@ -1,4 +1,4 @@
-"""CUDA itself says whether the host waits for it: in prefill, in steps, and in generation."""
+"""Prefill, steps, training and generation do not sync with the device; CUDA checks it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Inside, a copy or an operator that waits for the device raises a RuntimeError."""
+    """Make every copy and operator that syncs with the device raise a RuntimeError."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -33,14 +33,14 @@ def no_waiting() -> Iterator[None]:
 
 
 def prefill_of(model, *, packed: bool):
-    """A prefill into rows of an empty cache, as the generator does it, and the cache."""
+    """Return a prefill into rows of an empty cache, as in the generator, and the cache."""
     cache = model.init_cache(3, 200)
     shape = (1, 170) if packed else (3, 70)
     tokens = torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).cuda()
 
     def prefill():
         cache.reset([0, 1, 2])
-        # Bounds of their own for each call, as each batch of prompts has them.
+        # New cu_seqlens for each call, as for each batch of prompts.
         cu_seqlens = upload_cu_seqlens([0, 70, 71, 170], "cuda") if packed else None
         return model.prefill(tokens, cache, cu_seqlens=cu_seqlens, rows=[2, 0, 1], last_only=True)
 
@@ -49,11 +49,11 @@ def prefill_of(model, *, packed: bool):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_prefill_and_steps_wait_for_nothing(kind, packed):
+def test_prefill_and_steps_do_not_sync(kind, packed):
     model = make_model(kind)
     prefill, cache = prefill_of(model, packed=packed)
     token = torch.full((3, 1), 65, device="cuda")
-    want = prefill().clone()  # loads and tunes kernels, which waits
+    want = prefill().clone()  # loads and tunes kernels, with syncs
     model.step(token, cache)
     with no_waiting():
         got = prefill()
@@ -70,7 +70,7 @@ TRAINED.remove(("nsa", True, False))  # fla's backward reads the documents' leng
 
 
 @pytest.mark.parametrize("kind, doc_mask, compiled", TRAINED)
-def test_forward_and_backward_wait_for_nothing(kind, doc_mask, compiled):
+def test_forward_and_backward_do_not_sync(kind, doc_mask, compiled):
     model = make_model(kind).requires_grad_(True)
     if compiled:
         torch.compiler.reset()
@@ -79,18 +79,18 @@ def test_forward_and_backward_wait_for_nothing(kind, doc_mask, compiled):
 
     def run(first: int) -> None:
         views[..., -1] = 0
-        views[0, [0, first, 70], -1] = 1  # where documents begin
+        views[0, [0, first, 70], -1] = 1  # document starts
         model(*to_device(views, doc_mask, torch.device("cuda"))).backward()
 
-    run(66)  # loads and tunes kernels, which waits
-    run(67)  # gradients are there
+    run(66)  # loads and tunes kernels, with syncs
+    run(67)  # allocates gradients
     with no_waiting():
         run(68)
 
 
 @pytest.mark.parametrize("kind", ["full", "window", "gdn", "hybrid"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_compiled_prefill_waits_for_nothing(kind, packed):
+def test_a_compiled_prefill_does_not_sync(kind, packed):
     torch.compiler.reset()
     model = make_model(kind)
     prefill, _ = prefill_of(model, packed=packed)
@@ -101,24 +101,24 @@ def test_a_compiled_prefill_waits_for_nothing(kind, packed):
     assert relative_error(got, want) <= BF16_KERNEL
 
 
-def test_a_continued_prefill_waits_for_nothing():
-    """The longer the prompt, the more pieces it is read in."""
+def test_a_prefill_in_chunks_does_not_sync():
+    """Long prompts are read in chunks."""
     model = make_model("full")
     cache = model.init_cache(2, 100)
     tokens = torch.randint(256, (2, 90), device="cuda")
     for part in range(2):
         cache.reset()
         if part == 0:
-            for piece in tokens.split(30, dim=1):
-                model.prefill(piece, cache, last_only=True)
+            for chunk in tokens.split(30, dim=1):
+                model.prefill(chunk, cache, last_only=True)
             continue
         with no_waiting():
-            for piece in tokens.split(30, dim=1):
-                model.prefill(piece, cache, last_only=True)
+            for chunk in tokens.split(30, dim=1):
+                model.prefill(chunk, cache, last_only=True)
 
 
-def test_a_ring_is_written_alike_in_any_order():
-    """Tokens whose slot a later one takes are written, too: with what that one writes."""
+def test_a_ring_buffer_holds_the_last_tokens():
+    """Tokens that share a slot all write the value of the last of them."""
     torch.manual_seed(0)
     new = torch.randn(1, 5000, 2, 8, device="cuda")
     lengths = torch.tensor([4000, 1000], device="cuda")
@@ -133,8 +133,8 @@ def test_a_ring_is_written_alike_in_any_order():
 
 @pytest.mark.parametrize("graph", [False, None])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_step_of_generation_waits_once(graph, temperature, monkeypatch):
-    """For its tokens: everything else of a run on warm kernels is started without a look back."""
+def test_a_step_of_generation_syncs_once(graph, temperature, monkeypatch):
+    """With warm kernels, a step syncs for its tokens only."""
     model = make_model("hybrid")
     options = {"max_gen_len": 12, "max_tokens": 90, "temperature": temperature, "top_p": 0.9}
     generator = make_generator(model, reduce_generation_overhead=graph, **options)
@@ -158,7 +158,7 @@ def test_a_step_of_generation_waits_once(graph, temperature, monkeypatch):
 
     prepare = DecodeGraph.__init__
 
-    def capture(self, *args):  # once a batch, and waits
+    def capture(self, *args):  # once per batch, with syncs
         torch.cuda.set_sync_debug_mode("default")
         prepare(self, *args)
         torch.cuda.set_sync_debug_mode("error")
@@ -168,12 +168,12 @@ def test_a_step_of_generation_waits_once(graph, temperature, monkeypatch):
     with no_waiting():
         got = tokens()
     assert got == want
-    # Ten answers in three rows of 24 slots: four times a prefill and eleven steps.
+    # Ten answers in three rows of 24 slots: four prefills with eleven steps each.
     assert n_fetched == 4 * 12
 
 
 @pytest.mark.parametrize("graph", [False, None])
-def test_logits_that_break_down_in_a_step_are_told_of(graph):
+def test_non_finite_logits_of_a_step_are_reported(graph):
     model = make_model("hybrid")
     generator = make_generator(
         model, max_gen_len=8, max_tokens=60, reduce_generation_overhead=graph
@@ -182,15 +182,15 @@ def test_logits_that_break_down_in_a_step_are_told_of(graph):
     fed = next(i for i in range(1, 7) if tokens[i] not in [*tokens[:i], *b"once", 256, 0])
     with torch.no_grad():
         model.tok_embeddings.weight[tokens[fed]] = float("nan")
-    with pytest.raises(UserError, match="logits are NaN or infinite"):
+    with pytest.raises(UserError, match="logits"):
         list(generator.complete(["once"], score=False))
     assert torch.zeros(1, device="cuda").item() == 0, "the device has met an assertion"
 
 
 @pytest.mark.parametrize("graph", [False, None])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CHOOSE_KEYS])
-def test_samples_that_begin_with_a_copied_row_go_on_as_those_that_read_the_prompt(kind, graph):
-    """Copies are exact: greedy samples of a prompt are one answer, in rows that are refilled."""
+def test_samples_of_a_copied_row_equal_samples_of_the_prompt(kind, graph):
+    """Copies are exact: greedy samples of a prompt are equal, in refilled rows too."""
     model = make_model(kind)
     options = {"max_gen_len": 32, "reduce_generation_overhead": graph}
     prompt = list(range(40, 80))

@@ -1,7 +1,7 @@
-"""Native sparse attention on CUDA: fla's kernels behind our operators against the definition.
+"""Native sparse attention on CUDA: fla's kernels against the definition.
 
-Which blocks are chosen is discrete: rounding in bf16 may swap two that are nearly as important. So
-the inputs here rank blocks by a wide margin, or all blocks are chosen, or both are told which.
+The choice of blocks is discrete: rounding in bf16 may swap blocks of nearly equal importance. So
+inputs rank blocks by a wide margin, or all blocks are chosen, or both forms get one choice.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ DOCUMENTS = (1, 63, 0, 65, 400, 64, 0, 0, 7)
 
 @pytest.fixture
 def poisoned_memory():
-    """torch.empty holds NaN, so an output that a kernel does not write cannot pass."""
+    """Fill torch.empty with NaN, so an output that a kernel does not write cannot pass."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def make_inputs(B, T, K=64, *, heads=H, groups=G, block_size=32, cu_seqlens=None):
-    """q, k, v and gates in bf16 on the GPU, all asking for gradients.
+    """Make q, k, v and gates in bf16 on the GPU, all requiring gradients.
 
-    Blocks have places in a random order, one for each group, along a direction that all queries
-    look to: of two neighbours in that order one scores higher by about 0.1 with every head.
+    Each group ranks its blocks in a random order, along a direction that all queries share.
+    Neighbours in that order differ by about 0.1 in the scores of every head.
     """
     torch.manual_seed(0)
     direction = F.normalize(torch.randn(K), dim=0)
@@ -64,7 +64,7 @@ def run(inputs, impl, *, cu_seqlens=None, **sizes):
 
 
 def loss_of(o):
-    """A random projection, of numbers that bf16 holds: their rounding is no error of a kernel."""
+    """Project o on random bf16 numbers, which add no rounding error."""
     torch.manual_seed(1)
     return (o.float() * torch.randn(o.shape).bfloat16().to(o)).sum()
 
@@ -95,7 +95,7 @@ def test_kernel_equals_naive(T):
 @pytest.mark.parametrize(
     "T, sizes",
     [
-        (700, {"block_size": 16, "n_blocks": 8}),  # 44 blocks, which fla takes 16 at a time
+        (700, {"block_size": 16, "n_blocks": 8}),  # 44 blocks, 16 per iteration of fla
         (200, {"block_size": 16, "n_blocks": 5}),  # fla keeps 8
         (1500, {"block_size": 64, "n_blocks": 16, "window_size": 512}),  # the defaults
     ],
@@ -106,7 +106,7 @@ def test_kernel_equals_naive_at_other_sizes(T, sizes):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("K, heads, groups", [(16, 16, 1), (96, 32, 2), (128, 32, 1)])
-def test_kernel_equals_naive_at_other_widths(K, heads, groups):
+def test_kernel_equals_naive_at_other_head_dims(K, heads, groups):
     assert_kernel_is_right(make_inputs(2, 300, K, heads=heads, groups=groups))
 
 
@@ -129,8 +129,8 @@ def test_kernel_equals_naive_when_all_blocks_are_chosen(lengths):
 
 
 @pytest.mark.parametrize("lengths", [None, DOCUMENTS], ids=["dense", "packed"])
-def test_kernel_chooses_the_blocks_of_the_definition(lengths):
-    """As sets; each block once, and -1 where there are fewer."""
+def test_kernel_chooses_the_same_blocks_as_the_definition(lengths):
+    """The chosen sets are equal; each block is chosen once, and -1 fills unused slots."""
     from apps.LT2.kernel.nsa import fla
 
     lengths = (600,) if lengths is None else lengths
@@ -138,10 +138,10 @@ def test_kernel_chooses_the_blocks_of_the_definition(lengths):
     n_keys, size, n_blocks = T, 16, 5
     inputs = make_inputs(1, T, block_size=size, cu_seqlens=cu_seqlens)
     q, k = (x.detach() for x in inputs[:2])
-    bounds = None if len(lengths) == 1 else cu_seqlens
-    means = mean_of_blocks(k, cut_blocks(T, size, bounds, k.device), packed=bounds is not None)
-    _, lse = fla._compressed(q, means, means, bounds, n_keys, size)
-    got = fla._choose(q, means, lse, bounds, n_keys, size, n_blocks)
+    offsets = None if len(lengths) == 1 else cu_seqlens
+    means = mean_of_blocks(k, cut_blocks(T, size, offsets, k.device), packed=offsets is not None)
+    _, lse = fla._compressed(q, means, means, offsets, n_keys, size)
+    got = fla._choose(q, means, lse, offsets, n_keys, size, n_blocks)
     assert got.shape == (1, T, G, 8)
 
     ends = cu_seqlens.tolist()
@@ -161,10 +161,10 @@ def test_kernel_chooses_the_blocks_of_the_definition(lengths):
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("lengths", [None, DOCUMENTS], ids=["dense", "packed"])
 def test_selected_attention_reads_the_given_blocks(lengths):
-    """A random choice, in a random order, with gaps of -1."""
+    """The choice is random, in random order, with gaps of -1."""
     from apps.LT2.kernel.nsa import fla
 
-    bounds = None if lengths is None else packed(lengths)
+    offsets = None if lengths is None else packed(lengths)
     lengths = (300,) if lengths is None else lengths
     T, size = sum(lengths), 32
     torch.manual_seed(0)
@@ -187,7 +187,7 @@ def test_selected_attention_reads_the_given_blocks(lengths):
 
     inputs = [torch.randn(1, T, n, 64).bfloat16().cuda().requires_grad_() for n in (H, G, G)]
     exact = exact_copies(inputs)
-    o, _ = fla._selected(*inputs, chosen.cuda(), bounds, T, size)
+    o, _ = fla._selected(*inputs, chosen.cuda(), offsets, T, size)
     q, k, v = (x[0] for x in exact)
     documents, start = [], 0
     for n, choice in zip(lengths, choices, strict=True):
@@ -219,7 +219,7 @@ def test_queries_that_continue_a_past_have_no_backward():
 
 
 def test_views_of_a_fused_projection():
-    """q, k, v cut out of one tensor are strided; so may the gradient of o be."""
+    """Views of one tensor are strided, and so is the gradient of o."""
     inputs = make_inputs(2, 65)
     heads = torch.cat(inputs[:3], dim=2).detach().requires_grad_()
     o = run([*heads.split([H, G, G], dim=2), inputs[3]], "fla")
@@ -228,12 +228,12 @@ def test_views_of_a_fused_projection():
     (got,) = torch.autograd.grad((o * weight).sum(), heads)
     want = torch.autograd.grad((want_o * weight).sum(), inputs[:3])
     assert torch.equal(o, want_o)
-    # The queries that read a block come in any order, so sums over them differ by roundings.
+    # The order of queries that read a block varies, so their sums differ by rounding.
     assert_same(got, torch.cat(want, dim=2), BF16_KERNEL)
 
 
-def test_bounds_written_anew_in_the_same_buffer():
-    """fla keeps tables of tokens by the identity of cu_seqlens; a reused buffer needs new ones."""
+def test_cu_seqlens_overwritten_in_place():
+    """fla caches token tables by the identity of cu_seqlens; new content needs new tables."""
     buffer = packed((100, 28))
     run(make_inputs(1, 128, cu_seqlens=buffer), "fla", cu_seqlens=buffer)
     buffer.copy_(packed((30, 98)))
@@ -249,7 +249,7 @@ def test_bounds_written_anew_in_the_same_buffer():
 
 @pytest.mark.parametrize("lengths", [None, (1, 63, 136)], ids=["dense", "packed"])
 def test_block_compiles_whole(lengths):
-    """Forward and backward in one graph each, with eager's results."""
+    """Forward and backward are one graph each, with eager's results."""
     cu_seqlens = None if lengths is None else packed(lengths)
     inputs = make_inputs(1, 200, cu_seqlens=cu_seqlens)
 
@@ -262,12 +262,12 @@ def test_block_compiles_whole(lengths):
     want_grads = torch.autograd.grad(loss_of(want), inputs)
     got_grads = torch.autograd.grad(loss_of(got), inputs)
     for a, b in zip((got, *got_grads), (want, *want_grads), strict=True):
-        assert_same(a, b, BF16_KERNEL)  # a fused silu keeps digits that eager rounds away
+        assert_same(a, b, BF16_KERNEL)  # a fused silu does not round its input
 
 
 @pytest.mark.parametrize("lengths", [None, (1, 63, 136)], ids=["dense", "packed"])
 def test_operators_are_registered_well(lengths):
-    """Schema, fake shapes, autograd and dynamic shapes, by torch's own check."""
+    """Check schema, fake shapes, autograd and dynamic shapes with torch's own check."""
     from apps.LT2.kernel.nsa import fla
 
     cu_seqlens = None if lengths is None else packed(lengths)
@@ -332,7 +332,7 @@ def test_step_in_a_cuda_graph_equals_naive():
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()  # warm-up, on a cache that is reset below
+        step()  # warm up; the cache is reset below
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -351,9 +351,11 @@ def test_step_in_a_cuda_graph_equals_naive():
 
 
 @torch.no_grad()
-def test_layer_is_that_of_fla_with_the_same_weights():
-    """fla's window branch needs a package of its own, so it is left out there and taken off here;
-    and fla rotates the halves of a head where we rotate neighbours."""
+def test_layer_equals_fla_with_the_same_weights():
+    """Compare without the window branch, for which fla needs another package.
+
+    fla rotates halves of a head; we rotate neighbours.
+    """
     layers = pytest.importorskip("fla.layers.nsa")
     args = LoopedTransformerArgs(
         dim=128,
@@ -386,7 +388,7 @@ def test_layer_is_that_of_fla_with_the_same_weights():
     theirs.g_proj.weight.copy_(ours.wg.weight)
     theirs.o_proj.weight.copy_(ours.wo.weight)
 
-    x = torch.randn(2, 200, 128).cuda().bfloat16()  # 7 blocks: all are chosen
+    x = torch.randn(2, 200, 128).cuda().bfloat16()  # 7 blocks: all chosen
     q, k, v, gates = ours._project(x, torch.arange(200, device="cuda"))
     window = attention(q, k, v, window=50) * gates[..., 2:]
     got = ours(x) - ours.wo(window.flatten(2))

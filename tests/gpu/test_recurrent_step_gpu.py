@@ -16,7 +16,7 @@ SHAPES = [(1, 1, 1, 1), (2, 3, 96, 192), (1, 2, 64, 64), (2, 2, 128, 256), (3, 2
 
 def make_inputs(B, H, K, V, decay: str, delta: bool, dtype=torch.float32):
     torch.manual_seed(0)
-    qkv = [torch.randn(B, H, width) for width in (K, K, V)]
+    qkv = [torch.randn(B, H, dim) for dim in (K, K, V)]
     qkv[1] /= K**0.5
     g = {"none": None, "head": -torch.rand(B, H, 1), "channel": -torch.rand(B, H, K)}[decay]
     beta = 2 * torch.rand(B, H) if delta else None
@@ -48,7 +48,7 @@ def test_half_precision_inputs_are_computed_in_fp32(dtype):
     assert_same(state, want_state, FP32, "state")
 
 
-def test_strided_inputs_are_read_where_they_lie():
+def test_strided_inputs_are_not_copied():
     (q, k, v, g, beta), state = make_inputs(2, 4, 32, 48, "head", True)
     fused = torch.cat([q, k, v], dim=-1)
     views = (*fused.split([32, 32, 48], dim=-1), g[:, :1].expand(2, 4, 1), beta.T.contiguous().T)
@@ -65,7 +65,7 @@ def test_operator_is_registered_well(decay, delta):
     torch.library.opcheck(recurrent_step_triton, (*inputs, state, 0.125))
 
 
-def test_states_the_kernel_does_not_take_are_computed_in_torch():
+def test_unsupported_states_are_computed_in_torch():
     inputs, state = make_inputs(2, 3, 16, 16, "head", True)
     strided = state.mT.contiguous().mT
     o = recurrent_step(*inputs, strided)

@@ -1,4 +1,4 @@
-"""The kernels of the short convolution, alone and in compiled code, against the definition."""
+"""The kernels of the short convolution, eager and in compiled code, against the definition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def inputs_of(x, weight, bias):
 
 
 def compare(conv, x, weight, bias, bound, **options):
-    """y and every gradient against the definition in fp32, with a gradient that has strides."""
+    """Compare y and every gradient with the definition in fp32; the gradient of y is strided."""
     torch.manual_seed(1)
     weighting = torch.randn(*x.shape[:2], 2 * x.shape[2], device="cuda").to(x.dtype)[..., ::2]
     y = conv(x, weight, bias, **options)
@@ -38,7 +38,7 @@ def compare(conv, x, weight, bias, bound, **options):
 
 
 def make(B, T, C, k, *, with_bias=True, dtype=torch.float32):
-    """x lies in a wider tensor, as where one product makes the streams and the gates."""
+    """Make inputs; x is a view of a larger tensor, as in the fused projection of a mixer."""
     torch.manual_seed(0)
     x = torch.randn(B, T, C + 8, device="cuda").to(dtype)[..., 8:].requires_grad_()
     weight = torch.randn(C, k, device="cuda").requires_grad_()
@@ -53,7 +53,7 @@ def test_sequences_equal_naive(k, with_bias, activation):
 
 
 @pytest.mark.parametrize("T", [1, 3, 63, 64, 65, 200])
-def test_lengths_that_fill_no_block(T):
+def test_lengths_that_do_not_fill_a_block(T):
     compare(short_conv, *make(3, T, 70, 4), FP32)
 
 
@@ -87,7 +87,7 @@ def test_step_in_a_cuda_graph_equals_naive():
     token, state = x[:, 0].clone(), torch.zeros(3, 3, 64, device="cuda").bfloat16()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        short_conv_step(token, weight, state)  # warm-up, on a state that is reset below
+        short_conv_step(token, weight, state)  # warm up; the state is reset below
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -107,7 +107,7 @@ def test_step_in_a_cuda_graph_equals_naive():
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("k", [2, 3, 4, 8])
 def test_step_equals_naive(k, with_bias, activation):
-    """In fp32, on channels that fill no block, read out of a wider tensor."""
+    """x is fp32, does not fill a block of channels, and is a view of a larger tensor."""
     torch.manual_seed(0)
     x = torch.randn(2, 12, 333, device="cuda")[..., :300]
     weight = torch.randn(300, k, device="cuda")

@@ -1,8 +1,8 @@
-"""Kernels that are not tuned: a kernel is right with any of its configurations, or it is not.
+"""Run Triton kernels without autotuning: every configuration must give right results.
 
-Tuning tries every configuration of a kernel at every new head count and width, which takes minutes
-for each operator. Here the first that fits the GPU is taken; nothing is written to the cache of
-tuned choices. For a process that a test starts:
+Autotuning tries every configuration at every new head count and head dim, minutes per operator.
+`untuned` uses the first that fits the GPU and writes nothing to the cache of tuned choices. For a
+process that a test starts:
 
     python -m tests.gpu.untuned MODULE ARGUMENT...
 """
@@ -25,7 +25,7 @@ def untuned() -> Iterator[None]:
     too_slow = [float("inf")] * 3
 
     def run_once(self, *args, config, **meta):
-        if getattr(self, "_settled", None) is self.nargs:  # an earlier one fits these arguments
+        if getattr(self, "_settled", None) is self.nargs:  # an earlier configuration fits
             return too_slow
         timings = bench(self, *args, config=config, **meta)
         if timings != too_slow:

@@ -1,9 +1,9 @@
-"""Our Triton kernels in Triton's interpreter, on a CPU: what they compute, not how fast.
+"""Tests of our Triton kernels in Triton's interpreter, on a CPU.
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted
 
-Triton looks at the variable when a kernel is defined, so these tests have a process of their own:
-tests/LT2/kernel/test_interpreted.py starts it.
+Triton reads the variable when a kernel is defined, so tests/LT2/kernel/test_interpreted.py runs
+these tests in a separate process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The kernels of a decode step, of recurrences and of attention, against their definitions."""
+"""The decode kernels of recurrences and of attention against their torch forms."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_step_of_a_recurrence(K, V, decay, delta):
 @pytest.mark.parametrize("H, G, K", [(4, 2, 16), (3, 1, 40)])
 @pytest.mark.parametrize("n_valid", [(1, 65), (300, 600)], ids=str)
 def test_attention_over_a_cache(monkeypatch, n_valid, H, G, K):
-    """In several parts, of which some hold no valid slot."""
+    """Some of the parts have no valid slot."""
     monkeypatch.setattr(decode_triton, "MIN_SLOTS", 64)
     torch.manual_seed(0)
     q, k, v = torch.randn(2, H, K), torch.randn(2, 600, G, K), torch.randn(2, 600, G, K)

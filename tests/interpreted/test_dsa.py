@@ -1,6 +1,6 @@
 """The kernels of sparse attention and of its indexer against the definition.
 
-In fp32 both choose the same keys, since scores of random inputs are far apart.
+In fp32 both choose the same keys: scores of random inputs differ by more than rounding.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apps.LT2.kernel.dsa import Index, blocks, fused, triton_index
+from apps.LT2.kernel.dsa import Index, blocked, blocks, triton_index
 from apps.LT2.kernel.dsa.naive import dsa_naive
 from apps.LT2.kernel.dsa.selection import mask_bytes, select_top_k, unpack_bits
 from apps.LT2.kernel.dsa.triton import differentiate
@@ -23,12 +23,12 @@ NAMES = ("q", "k", "v", "index.q", "index.k", "index.w")
         (1, 70, 20, None, (4, 2, 16, 2, 16), 2**15),
         (2, 33, None, None, (2, 2, 16, 1, 16), 2**15),  # dense, as in warm-up
         (1, 75, 9, (1, 30, 0, 44), (3, 1, 24, 2, 20), 2**15),
-        (1, 40, 7, None, (2, 1, 130, 1, 16), 2**15),  # the small tiles of wide heads
+        (1, 40, 7, None, (2, 1, 130, 1, 16), 2**15),  # the small tiles of large head dims
         (1, 75, 9, (30, 45), (2, 1, 16, 2, 16), 20),  # more keys than a program holds
     ],
 )
 def test_output_loss_and_every_gradient(monkeypatch, B, T, top_k, lengths, heads, max_choice):
-    """In blocks of 48 queries or fewer."""
+    """Use blocks of at most 48 queries."""
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 48 * B * T)
     monkeypatch.setattr(triton_index, "MAX_CHOICE", max_choice)
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def test_output_loss_and_every_gradient(monkeypatch, B, T, top_k, lengths, heads
     inputs[-1] /= (J * C) ** 0.5
     bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).int()
     q, k, v, *index = inputs
-    out = fused.forward(q, k, v, Index(*index), bounds, top_k or T, with_loss=True)
+    out = blocked.forward_on_kernels(q, k, v, Index(*index), bounds, top_k or T, with_loss=True)
     do = torch.randn(out.o_BTHK.shape)
     grads = differentiate(q, k, v, out.bits_BTX, bounds, out.o_BTHK, out.lse_BHT, do)
 
@@ -56,7 +56,7 @@ def test_output_loss_and_every_gradient(monkeypatch, B, T, top_k, lengths, heads
 
 @pytest.mark.parametrize("special", [0.0, float("inf"), float("-inf"), 1e-45])
 def test_scores_of_every_kind_are_in_order(special):
-    """The least selected score is found by its bits; ties, both zeros and infinities too."""
+    """The search over bits handles ties, both zeros and infinities."""
     torch.manual_seed(0)
     T, top_k = 24, 5
     scores = torch.randn(1, T, T).round(decimals=1)

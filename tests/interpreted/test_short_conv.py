@@ -22,7 +22,7 @@ from tests.tolerances import FP32, assert_same
     ],
 )
 def test_sequences_and_every_gradient(B, T, C, k, with_bias, lengths, silu):
-    """x lies in a wider tensor, as where one product makes the streams and the gates."""
+    """x is a view of a larger tensor, as in the fused projection of streams and gates."""
     torch.manual_seed(0)
     wide = torch.randn(B, T, C + 5).requires_grad_()
     weight = torch.randn(C, k).requires_grad_()

@@ -4,8 +4,8 @@ Shapes: M chunks of all sequences, H heads, C tokens in a chunk, D any size, K k
 dim, N sequences.
 
 Chunks are numbered by step: the first chunk of every sequence, longest sequence first, then the
-second chunk of those that have one, and so on. One step of a state recurrence serves all sequences
-and reads a contiguous slice. A long document among short ones costs no padding.
+second chunk of every sequence that has one, and so on. One step of a state recurrence serves all
+sequences and reads a contiguous slice. A long document among short ones costs no padding.
 """
 
 from __future__ import annotations

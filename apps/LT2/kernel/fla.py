@@ -1,7 +1,7 @@
 """fla's chunk kernels as custom operators of torch.
 
-fla's entry points break a compiled graph. `chunk_operator` wraps its kernels as one opaque operator
-with a registered backward, so the block around it compiles whole. An operator module states only
+fla's entry points break a compiled graph. `ChunkOperator` wraps its kernels as one operator with a
+registered backward, so the block around it compiles whole. The module of a recurrence states only
 which functions of fla it calls, with which arguments.
 
 fla is imported at the first call: that takes seconds.
@@ -14,7 +14,6 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -25,12 +24,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from apps.LT2.kernel.documents import (
-    document_of_tokens,
-    host_cu_seqlens,
-    upload,
-    upload_cu_seqlens,
-)
+from apps.LT2.kernel.documents import document_of_tokens, host_cu_seqlens, upload, upload_cu_seqlens
 from lingua.errors import UserError
 
 CHUNK = 64  # tokens in a chunk of fla's kernels
@@ -161,27 +155,8 @@ def sum_decay(g: Tensor, packed: Packed, *, reverse: bool = False) -> Tensor:
 # ---- the operators
 
 
-@dataclass(frozen=True)
 class ChunkOperator:
-    """The kernels of a recurrence, `lt2::<name>`, and its gradient, `lt2::<name>_backward`."""
-
-    run: Callable[..., tuple[Tensor, Tensor]]  # same arguments and results as the recurrence
-    forward: CustomOpDef
-    backward: CustomOpDef
-
-
-def chunk_operator(
-    name: str,
-    inputs: Sequence[str],
-    forward: Callable[..., Tensors],
-    backward: Callable[..., Sequence[Tensor | None]],
-    *,
-    n_matrices: int,
-    matrix_dtype: torch.dtype | None = None,
-    section: str,
-    max_key_dim: int | None = None,
-) -> ChunkOperator:
-    """Define the operator `lt2::<name>` and its backward.
+    """The kernels of a recurrence as `lt2::<name>`, with its gradient `lt2::<name>_backward`.
 
         forward(q, k, v, *inputs, packed, **options) -> o, final state, *kept
         backward(q, k, v, *inputs, *matrices, packed, **options)
@@ -190,17 +165,69 @@ def chunk_operator(
     inputs    names after q, k, v; the first is "g" if the recurrence decays
     kept      for backward: the summed decay, which replaces g there, if there is a g; then
               `n_matrices` of shape (B, T, H, CHUNK) in `matrix_dtype`, k's dtype if None
-    packed    fla's arguments for packed documents; `options` are those of all its functions
+    packed    fla's arguments for packed documents; `options` go to every function of fla
     section   options that set the head dims, for error messages
-    A constant decay (H,) has no gradient; None stands for it, and for that of a missing state.
+    backward returns None for a missing state and for a constant decay (H,).
     """
-    names = ("q", "k", "v", *inputs)
-    decays = "g" in inputs
 
-    def call_forward(*args: Any) -> Tensors:
+    def __init__(
+        self,
+        name: str,
+        inputs: Sequence[str],
+        forward: Callable[..., Tensors],
+        backward: Callable[..., Sequence[Tensor | None]],
+        *,
+        n_matrices: int,
+        matrix_dtype: torch.dtype | None = None,
+        section: str,
+        max_key_dim: int | None = None,
+    ):
+        self.name, self.section, self.max_key_dim = name, section, max_key_dim
+        self.n_matrices, self.matrix_dtype = n_matrices, matrix_dtype
+        self.n_inputs, self.decays = 3 + len(inputs), "g" in inputs
+        self.forward_kernels, self.backward_kernels = forward, backward
+        names = ["q", "k", "v", *inputs]
+        rest = "Tensor? state, Tensor? cu_seqlens, float scale"
+        n_outputs = 2 + self.decays + n_matrices
+        self.forward = _define(name, names, rest, n_outputs, self._forward)
+        names += [f"matrix_{i}" for i in range(n_matrices)]
+        rest += ", Tensor do, Tensor? dfinal"
+        n_outputs = self.n_inputs + 1
+        self.backward = _define(f"{name}_backward", names, rest, n_outputs, self._backward)
+        self.forward.register_fake(self._fake_forward)
+        self.backward.register_fake(self._fake_backward)
+        self.forward.register_autograd(self._differentiate, setup_context=self._save)
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *others: Tensor,
+        scale: float | None = None,
+        state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the recurrence for 16-bit q, k, v on CUDA; `scale` is K**-0.5 if None."""
+        K, V = k.shape[-1], v.shape[-1]
+        check_fla_inputs(self.name, q, k, v)
+        check_head_dims(self.name, self.section, K, V, self.max_key_dim)
+        fp32 = [pad_head_dim(x.float()) if x.ndim == 4 else x.float().contiguous() for x in others]
+        o, final, *_ = self.forward(
+            pad_head_dim(q),
+            pad_head_dim(k),
+            pad_head_dim(v),
+            *fp32,
+            _pad_state(state),
+            cu_seqlens,
+            K**-0.5 if scale is None else scale,
+        )
+        return o[..., :V], final[..., :K, :V]
+
+    def _forward(self, *args: Any) -> Tensors:
         *tensors, state, cu_seqlens, scale = args
         with torch.cuda.device_of(tensors[0]):
-            return forward(
+            return self.forward_kernels(
                 *tensors,
                 packed_arguments(cu_seqlens),
                 scale=scale,
@@ -209,11 +236,21 @@ def chunk_operator(
                 chunk_size=CHUNK,
             )
 
-    def call_backward(*args: Any) -> Tensors:
+    def _fake_forward(self, *args: Any) -> Tensors:
+        q, k, v, *others = args[: self.n_inputs]
+        B, T, H, V = v.shape
+        cu_seqlens, dtype = args[-2], self.matrix_dtype or k.dtype
+        n_sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        final = v.new_empty(n_sequences, H, q.shape[3], V, dtype=torch.float32)
+        kept = [torch.empty_like(others[0])] if self.decays else []
+        kept += [k.new_empty(B, T, H, CHUNK, dtype=dtype) for _ in range(self.n_matrices)]
+        return torch.empty_like(v), final, *kept
+
+    def _backward(self, *args: Any) -> Tensors:
         *tensors, state, cu_seqlens, scale, do, dfinal = args
         q, k, *_ = tensors
         with torch.cuda.device_of(q):
-            dq, dk, *grads = backward(
+            dq, dk, *grads = self.backward_kernels(
                 *tensors,
                 packed_arguments(cu_seqlens),
                 scale=scale,
@@ -226,86 +263,36 @@ def chunk_operator(
         # Some kernels return fp32. An operator cannot return None.
         return dq.to(q.dtype), dk.to(k.dtype), *(q.new_empty(0) if d is None else d for d in grads)
 
-    def fake_forward(*args: Any) -> Tensors:
-        q, k, v, *others = args[: len(names)]
-        cu_seqlens = args[-2]
-        n_sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        B, T, H, V = v.shape
-        final = v.new_empty(n_sequences, H, q.shape[3], V, dtype=torch.float32)
-        kept = [torch.empty_like(others[0])] if decays else []
-        dtype = matrix_dtype or k.dtype
-        kept += [k.new_empty(B, T, H, CHUNK, dtype=dtype) for _ in range(n_matrices)]
-        return torch.empty_like(v), final, *kept
-
-    def fake_backward(*args: Any) -> Tensors:
-        given, state = args[: len(names)], args[-5]
+    def _fake_backward(self, *args: Any) -> Tensors:
+        given, state = args[: self.n_inputs], args[-5]
         like = [*(x if x.ndim > 1 else None for x in given), state]
         return tuple(given[0].new_empty(0) if x is None else torch.empty_like(x) for x in like)
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         *given, state, cu_seqlens, ctx.scale = inputs
         _, _, *kept = output
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)  # else zeros of the size of `kept` are allocated
-        if decays:
+        if self.decays:
             given[DECAY], *kept = kept
         ctx.save_for_backward(*given, *kept, state, cu_seqlens)
 
-    def differentiate(
-        ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: None
+    def _differentiate(
+        self, ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         *saved, state, cu_seqlens = ctx.saved_tensors
         if do is None and dfinal is None:
-            return (None,) * (len(names) + 3)
+            return (None,) * (self.n_inputs + 3)
         if do is None:
             do = torch.zeros_like(saved[2])
-        *grads, dstate = backward_op(*saved, state, cu_seqlens, ctx.scale, do, dfinal)
-        if decays and saved[DECAY].ndim == 1:
+        *grads, dstate = self.backward(*saved, state, cu_seqlens, ctx.scale, do, dfinal)
+        if self.decays and saved[DECAY].ndim == 1:
             grads[DECAY] = None
         return *grads, None if state is None else dstate, None, None
 
-    def run(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *others: Tensor,
-        scale: float | None = None,
-        state: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        K, V = k.shape[-1], v.shape[-1]
-        check_fla_inputs(name, q, k, v)
-        check_head_dims(name, section, K, V, max_key_dim)
-        fp32 = [pad_head_dim(x.float()) if x.ndim == 4 else x.float().contiguous() for x in others]
-        o, final, *_ = forward_op(
-            pad_head_dim(q),
-            pad_head_dim(k),
-            pad_head_dim(v),
-            *fp32,
-            _pad_state(state),
-            cu_seqlens,
-            K**-0.5 if scale is None else scale,
-        )
-        return o[..., :V], final[..., :K, :V]
-
-    matrices = tuple(f"matrix_{i}" for i in range(n_matrices))
-    rest = "Tensor? state, Tensor? cu_seqlens, float scale"
-    forward_op = _define(name, names, rest, call_forward, 2 + decays + n_matrices)
-    backward_op = _define(
-        f"{name}_backward",
-        names + matrices,
-        f"{rest}, Tensor do, Tensor? dfinal",
-        call_backward,
-        len(names) + 1,
-    )
-    forward_op.register_fake(fake_forward)
-    backward_op.register_fake(fake_backward)
-    forward_op.register_autograd(differentiate, setup_context=save)
-    return ChunkOperator(run, forward_op, backward_op)
-
 
 def _define(
-    name: str, tensors: Sequence[str], rest: str, function: Callable[..., Tensors], n_outputs: int
+    name: str, tensors: Sequence[str], rest: str, n_outputs: int, function: Callable[..., Tensors]
 ) -> CustomOpDef:
     arguments = ", ".join(f"Tensor {x}" for x in tensors)
     schema = f"({arguments}, {rest}) -> ({', '.join(['Tensor'] * n_outputs)})"

@@ -1,9 +1,9 @@
-"""What every recurrence promises on a CPU: its chunked form is its definition.
+"""Tests that every recurrence passes on a CPU: its chunked form equals its definition.
 
-A test file has a subclass of `RecurrenceContract` with the door, the step and inputs of its
-operator, and tests of its own for the equation and for what is special about it.
+A test file subclasses `RecurrenceContract` and adds tests for the equation and for what is special
+about its recurrence.
 
-Shapes: B rows, T tokens, N sequences, H heads, K key and V value width.
+Shapes: B rows, T tokens, N sequences, H heads, K key and V value head dim.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def packed(lengths: Sequence[int]) -> Tensor:
 class RecurrenceContract:
     recurrence: ClassVar[Callable]  # (*inputs, state=, cu_seqlens=, impl=) -> o, final state
     step: ClassVar[Callable]  # step(*inputs of a token, state) -> o
-    names: ClassVar[tuple[str, ...]]  # of the inputs, q, k and v first and the state last
+    names: ClassVar[tuple[str, ...]]  # of the inputs; q, k and v first, the state last
 
     def make_inputs(self, B: int, T: int, N: int, dtype: torch.dtype) -> list[Tensor]:
-        """The inputs of B rows, and last the states of N sequences."""
+        """Make the inputs of B rows, and last the states of N sequences."""
         raise NotImplementedError
 
     def inputs(
         self, B: int, T: int, N: int, *, dtype: torch.dtype = torch.float64, **options: Any
     ) -> list[Tensor]:
-        """The same, all asking for gradients."""
+        """Make the same, all requiring gradients."""
         torch.manual_seed(0)
         return [x.requires_grad_() for x in self.make_inputs(B, T, N, dtype, **options)]
 
@@ -51,7 +51,7 @@ class RecurrenceContract:
         return self.recurrence(*inputs, state=state, cu_seqlens=cu_seqlens, impl=impl)
 
     def results(self, inputs, impl: str, *, cu_seqlens: Tensor | None = None) -> dict[str, Tensor]:
-        """Output, final state and the gradients of a random projection of both."""
+        """Return output, final state and the gradients of a random projection of both."""
         o, final = self.run(inputs, impl, cu_seqlens=cu_seqlens)
         torch.manual_seed(1)
         loss = sum((x * torch.randn(x.shape, dtype=torch.float64)).sum() for x in (o, final))
@@ -63,7 +63,7 @@ class RecurrenceContract:
         self, inputs, *, cu_seqlens: Tensor | None = None, bound: float | None = None
     ) -> None:
         got = self.results(inputs, "chunked", cu_seqlens=cu_seqlens)
-        if bound is not None:  # where the definition in fp32 is no better
+        if bound is not None:  # the definition in fp32 is as inexact
             inputs = [x.detach().double().requires_grad_() for x in inputs]
         want = self.results(inputs, "naive", cu_seqlens=cu_seqlens)
         for name, x in got.items():
@@ -119,7 +119,7 @@ class RecurrenceContract:
             assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
     @pytest.mark.parametrize("impl", ["naive", "chunked"])
-    def test_initial_state_is_left_alone_and_not_returned(self, impl):
+    def test_initial_state_is_neither_changed_nor_returned(self, impl):
         inputs = [x.detach() for x in self.inputs(1, 5, 3)]
         before = inputs[-1].clone()
         _, final = self.run(inputs, impl, cu_seqlens=packed((0, 5, 0)))
@@ -135,7 +135,7 @@ class RecurrenceContract:
         assert o.dtype == torch.bfloat16 and final.dtype == torch.float32
         assert torch.equal(o, o.float().bfloat16())
         assert_same(final, want_final, FP32, "final state")
-        assert_same(o, want, 2**-8, "o")  # rounded once, on being stored
+        assert_same(o, want, 2**-8, "o")  # rounded once, when stored
 
     def test_steps_equal_forward(self):
         *inputs, state = [x.detach() for x in self.inputs(3, 20, 3, dtype=torch.float32)]
@@ -146,6 +146,6 @@ class RecurrenceContract:
         assert_same(state, want_final, FP32, "state")
         assert state.data_ptr() == storage
 
-    def test_fla_on_cpu_names_what_works(self):
+    def test_fla_on_cpu_suggests_chunked(self):
         with pytest.raises(UserError, match="impl='chunked'"):
             self.run(self.inputs(1, 4, 1, dtype=torch.float32), "fla")

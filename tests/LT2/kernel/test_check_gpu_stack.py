@@ -1,4 +1,4 @@
-"""What the start-up check of the GPU packages refuses, and with which advice."""
+"""The start-up check of the GPU packages and its advice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lingua.errors import UserError
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with a Hopper GPU, fla and a Triton of the given version."""
+    """Simulate a machine with a Hopper GPU, fla and a Triton of the given version."""
 
     def build(*, triton="3.7.1", capability=(9, 0), missing=()):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -59,8 +59,8 @@ def test_missing_package_names_the_extra(machine, package):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_only_models_that_need_fla_ask_for_it(machine, mixer):
-    """In training and in inference alike; MIXERS that run on torch and on our own Triton do not."""
+def test_only_mixers_on_fla_need_it(machine, mixer):
+    """full, window and dsa run on torch and on our Triton kernels."""
     machine(missing=("fla",))
     args = LoopedTransformerArgs(mixer=mixer)
     if mixer in ("full", "window", "dsa"):

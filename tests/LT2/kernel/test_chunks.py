@@ -1,4 +1,4 @@
-"""Decay inside a chunk: what is left between two tokens, also where its factors would overflow."""
+"""Decay inside a chunk, also if its factors would overflow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.tolerances import BY_DTYPE, FP64, assert_same
 
 
 def scores_by_pairs(q, k, g):
-    """sum_k q_ik k_jk exp(g_(j+1) + .. + g_i), for one chunk (C, K)."""
+    """Return sum_k q_ik k_jk exp(g_(j+1) + .. + g_i) for one chunk (C, K)."""
     C = len(q)
     rows = [
         [
@@ -28,7 +28,7 @@ def test_scores_and_gradients_of_channel_decay(decay, dtype):
     torch.manual_seed(0)
     q, k, g = torch.randn(3, 7, 5, dtype=dtype)
     g = -decay * g.abs()
-    g[3:5] *= 1e-3  # weak decay after strong: small differences of large sums
+    g[3:5] *= 1e-3  # weak after strong decay: small differences of large sums
     inputs = [x.clone().requires_grad_() for x in (q, k, g)]
     q, k, g = inputs
     got = ChannelDecay.of(g[None, None], dtype).scores(*(x[None, None] for x in (k, q, k)))

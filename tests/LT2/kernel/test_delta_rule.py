@@ -1,4 +1,4 @@
-"""Delta rule: the chunked form against the definition, in results and every gradient."""
+"""Delta rule: the chunked form and the step against the definition."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class TestDeltaRule(RecurrenceContract):
             assert_same(final[0, h], S, FP64)
 
     def test_a_key_written_with_strength_1_is_read_back(self):
-        """beta 1 overwrites: whatever was there, S^T k is v afterwards."""
+        """beta 1 overwrites: S^T k is v afterwards."""
         _, k, v, beta, state = self.inputs(2, 70, 2)
         o, _ = delta_rule(k, k, v, torch.ones_like(beta), state=state)
         assert_same(o * K**0.5, v, FP64)
 
     def test_repeated_keys_written_with_full_strength(self):
-        """beta 2 on one key flips the state at every token, and nothing ever fades."""
+        """beta 2 on one key flips the state at every token, without decay."""
         inputs = self.inputs(1, 128, 1, dtype=torch.float32)
         with torch.no_grad():
             inputs[1][:] = inputs[1][:, :1]

@@ -1,8 +1,7 @@
 """DeepSeek sparse attention: the blocked operator against its definition, ties, and memory.
 
-Comparisons are in fp64: there two orders of summation agree so closely that they choose the same
-keys. Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head width, J index
-heads, C index width.
+Comparisons are in fp64, where rounding does not change the choice of keys. Shapes: B batch, T
+queries, S keys, H query heads, G key/value heads, K head dim, J index heads, C index dim.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ def run(inputs, impl="blocked", **options):
     return dsa(q, k, v, Index(*index), with_loss=True, impl=impl, **options)
 
 
-def bounds_of(lengths):
+def cu_seqlens_of(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Several blocks of 16 queries, the least there is."""
+    """Use blocks of 16 queries, the minimum."""
     monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
 
 
@@ -80,15 +79,15 @@ def test_queries_may_be_the_last_of_the_tokens(top_k):
 @pytest.mark.parametrize("lengths", [(3, 0, 57, 1, 39), (0, 16, 16, 0), (1, 1, 1)])
 def test_blocked_equals_naive_on_packed_documents(lengths, top_k):
     inputs = make_inputs(1, sum(lengths))
-    assert_equals_naive(inputs, top_k=top_k, cu_seqlens=bounds_of(lengths))
+    assert_equals_naive(inputs, top_k=top_k, cu_seqlens=cu_seqlens_of(lengths))
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_bounds_written_anew_in_the_same_buffer():
-    """Bounds are read from the device once for every content, not once for every tensor."""
-    inputs, buffer = make_inputs(1, 60), bounds_of((50, 10))
+def test_cu_seqlens_overwritten_in_place():
+    """The host copy of cu_seqlens is updated with its content."""
+    inputs, buffer = make_inputs(1, 60), cu_seqlens_of((50, 10))
     run(inputs, top_k=5, cu_seqlens=buffer)
-    buffer.copy_(bounds_of((20, 40)))
+    buffer.copy_(cu_seqlens_of((20, 40)))
     assert_equals_naive(inputs, top_k=5, cu_seqlens=buffer)
 
 
@@ -107,8 +106,8 @@ def test_with_no_choice_it_is_causal_attention(top_k):
     assert_same(o, naive_attention(*inputs[:3]), FP32)
 
 
-def test_each_loss_has_its_own_inputs():
-    """The output's gradient is the same with and without the loss, and reaches no indexer."""
+def test_output_and_loss_train_different_inputs():
+    """The output's gradient does not reach the indexer, nor the loss's gradient q, k and v."""
     inputs = make_inputs(1, 40)
     o, loss = run(inputs, top_k=7)
     by_output = torch.autograd.grad(o.sum(), inputs, allow_unused=True, retain_graph=True)
@@ -119,8 +118,8 @@ def test_each_loss_has_its_own_inputs():
         assert torch.equal(by_both[i], alone[i]) and alone[i].any(), NAMES[i]
 
 
-def test_the_loss_is_zero_where_the_indexer_knows():
-    """One index head whose scores are the logits of the only head: softmax(I) is p."""
+def test_the_loss_of_a_perfect_indexer_is_zero():
+    """The scores of one index head equal the logits of the only head, so softmax(I) is p."""
     torch.manual_seed(0)
     q, k = (
         torch.rand(1, 30, 1, K).double(),
@@ -138,7 +137,7 @@ def test_the_loss_is_zero_where_the_indexer_knows():
 
 
 def brute_force(scores, visible, top_k):
-    """By hand: the largest scores first, and of equal ones the later key."""
+    """Select the largest scores first; of equal ones the later key."""
     selected = torch.zeros_like(visible)
     for t in range(len(scores)):
         keys = [s for s in range(scores.shape[1]) if visible[t, s]]
@@ -164,12 +163,12 @@ def test_equal_scores_are_ranked_by_position(scores, top_k):
     seen = torch.arange(1, 31).clamp(max=top_k)
     assert torch.equal(selected.sum(-1), seen)
 
-    for t in (0, 7, 29):  # what a decode step chooses, among slots of which some are empty
+    for t in (0, 7, 29):  # as a decode step chooses, with empty slots
         row = select_top_k(scores[None, t : t + 1], visible[t : t + 1], top_k)[0]
         assert torch.equal(row[0], selected[t])
 
 
-def test_selected_indices_are_those_of_the_mask():
+def test_selected_indices_match_the_mask():
     torch.manual_seed(0)
     selected = torch.rand(5, 20) < torch.tensor([0, 0.2, 0.4, 0, 0.3])[:, None]
     selected[3, -6:] = True
@@ -181,7 +180,7 @@ def test_selected_indices_are_those_of_the_mask():
 
 
 @pytest.mark.parametrize("size", [1, 8, 9, 63])
-def test_bits_are_unpacked_as_they_were_packed(size):
+def test_unpack_bits_undoes_pack_bits(size):
     mask = torch.rand(3, 4, size) < 0.5
     bits = pack_bits(mask)
     assert bits.shape == (3, 4, (size + 7) // 8) and bits.dtype == torch.uint8
@@ -194,7 +193,7 @@ def test_bits_are_unpacked_as_they_were_packed(size):
 @pytest.mark.parametrize("weights", ["random", "zero", "negative"])
 @pytest.mark.parametrize("top_k", [1, 5, 16, 40, 100])
 def test_step_equals_the_last_query(top_k, weights):
-    """Also where most scores are equal: ReLU gives zeros, and a weight of 0 nothing else."""
+    """Also with many equal scores: ReLU makes zeros, and a weight of 0 makes all equal."""
     inputs = [x.detach() for x in make_inputs(3, 40)]
     inputs[5] = {"random": inputs[5], "zero": 0 * inputs[5], "negative": -inputs[5].abs()}[weights]
     q, k, v, index_q, index_k, w = inputs
@@ -206,7 +205,7 @@ def test_step_equals_the_last_query(top_k, weights):
         assert_same(got, want[:, t], FP64, f"token {t}")
 
 
-def test_a_step_reads_no_more_than_the_selected_keys_and_values():
+def test_a_step_reads_only_the_selected_keys_and_values():
     q, k, v, index_q, index_k, w = [x.detach() for x in make_inputs(2, 40)]
     index = Index(index_q[:, -1:], index_k, w[:, -1:])
     n_valid = torch.tensor([40, 3])
@@ -216,7 +215,7 @@ def test_a_step_reads_no_more_than_the_selected_keys_and_values():
     visible = torch.arange(40) < n_valid[:, None]
     unread = ~select_top_k(scores[:, None], visible[:, None], 5)[:, 0]
     assert unread.sum().item() == 35 + 37
-    unread[1, 0] = False  # stands in for the two keys that the row does not have, and is masked
+    unread[1, 0] = False  # fills the unused slots of the row, and is masked
     k[unread], v[unread] = torch.nan, torch.nan
     assert torch.equal(dsa_step(q[:, -1], k, v, index, n_valid, top_k=5), want)
 
@@ -225,7 +224,7 @@ def test_a_step_reads_no_more_than_the_selected_keys_and_values():
 
 
 class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation returns."""
+    """Record the bytes of the largest tensor that any operation returns."""
 
     nbytes = 0
 
@@ -253,7 +252,7 @@ def test_no_tensor_of_all_queries_by_all_keys():
         )
     with Largest() as backward:
         plain.backward(q, k, v, out.bits_BTX, None, torch.ones_like(q))
-    # A block is 16 queries; the selection of all is one bit a pair.
+    # A block has 16 queries; the whole selection has one bit per pair.
     assert max(forward.nbytes, backward.nbytes) <= max(4 * H * 16 * T, T * T // 8)
     assert out.bits_BTX.nbytes == T * T // 8
 
@@ -261,24 +260,24 @@ def test_no_tensor_of_all_queries_by_all_keys():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("top_k, with_loss", [(7, True), (7, False), (40, True)])
 def test_operator_is_registered_well(packed, top_k, with_loss):
-    """Schema, fake shapes, autograd and dynamic shapes, by torch's own check."""
-    bounds = bounds_of((3, 37)) if packed else None
+    """Check schema, fake shapes, autograd and dynamic shapes with torch's own check."""
+    cu_seqlens = cu_seqlens_of((3, 37)) if packed else None
     inputs = make_inputs(1, 40, dtype=torch.float32)
-    torch.library.opcheck(_forward, (*inputs, bounds, top_k, with_loss, True, False))
+    torch.library.opcheck(_forward, (*inputs, cu_seqlens, top_k, with_loss, True, False))
     with torch.no_grad():
-        o, lse, bits, *_ = _forward(*inputs, bounds, top_k, with_loss, True, False)
-    saved = (*(x.detach() for x in inputs[:3]), o, lse, bits, bounds, o)
+        o, lse, bits, *_ = _forward(*inputs, cu_seqlens, top_k, with_loss, True, False)
+    saved = (*(x.detach() for x in inputs[:3]), o, lse, bits, cu_seqlens, o)
     torch.library.opcheck(_backward, saved, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_block_compiles_whole(packed):
-    """One graph, with eager's results; the code that Inductor makes is tested on CUDA."""
-    bounds = bounds_of((3, 37)) if packed else None
+    """One graph with eager's results; tests/gpu covers Inductor."""
+    cu_seqlens = cu_seqlens_of((3, 37)) if packed else None
     inputs = make_inputs(1, 40)
 
     def block(q, *rest):
-        o, loss = run((q * 2, *rest), top_k=7, cu_seqlens=bounds)
+        o, loss = run((q * 2, *rest), top_k=7, cu_seqlens=cu_seqlens)
         return o.sin().sum() + loss
 
     want = block(*inputs)
@@ -293,7 +292,7 @@ def test_block_compiles_whole(packed):
 @pytest.mark.parametrize(
     "B, heads, index_heads, can", [(4095, 16, 4, True), (4096, 16, 4, False), (16384, 2, 4, False)]
 )
-def test_kernels_are_not_asked_for_more_heads_than_a_grid_has_room_for(B, heads, index_heads, can):
+def test_kernels_support_no_more_heads_than_a_grid(B, heads, index_heads, can):
     with FakeTensorMode():
         options = {"device": "cuda", "dtype": torch.bfloat16}
         q, k = torch.empty(B, 1, heads, 64, **options), torch.empty(B, 1, 1, 64, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apps.LT2.kernel import fla
 from apps.LT2.kernel.documents import upload_cu_seqlens
-from apps.LT2.kernel.fla import chunk_offsets, chunk_operator, packed_arguments, packed_tokens
+from apps.LT2.kernel.fla import ChunkOperator, chunk_offsets, packed_arguments, packed_tokens
 from tests.tolerances import FP32, assert_same
 from tests.waiting import no_waiting
 
@@ -38,7 +38,7 @@ def toy_backward(q, k, v, decay, qk, packed, *, scale, initial_state, do, dht, c
     return do * k * v, dk, dv, dg, None if initial_state is None else 3 * dht
 
 
-TOY = chunk_operator("test_toy", ("g",), toy_forward, toy_backward, n_matrices=1, section="model")
+TOY = ChunkOperator("test_toy", ("g",), toy_forward, toy_backward, n_matrices=1, section="model")
 
 
 def toy_inputs(K: int, *, constant_decay=False, with_state=True) -> list[Tensor | None]:

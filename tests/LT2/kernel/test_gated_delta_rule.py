@@ -1,4 +1,4 @@
-"""Gated delta rule: the chunked form against the definition, in results and every gradient."""
+"""Gated delta rule: the chunked form and the step against the definition."""
 
 from __future__ import annotations
 
@@ -41,17 +41,19 @@ class TestGatedDeltaRule(RecurrenceContract):
     def test_strong_decay_keeps_gradients_right(self, dtype):
         inputs = self.inputs(2, 150, 2, dtype=dtype, decay=20.0)
         with torch.no_grad():
-            inputs[3][:, 30:60] = -1e-3  # weak decay after strong: small differences of large sums
+            inputs[3][:, 30:60] = -1e-3  # weak after strong decay: small differences of large sums
             inputs[3][:, 100] = -200.0
         self.assert_chunked_is_right(inputs)
 
     def test_repeated_keys_written_with_full_strength(self):
-        """beta 2 on one key flips the state at every token: powers of the system's matrix would
-        overflow fp32 long before its inverse, whose entries stay at 2, loses a digit."""
+        """beta 2 on one key flips the state at every token.
+
+        Powers of the system's matrix overflow fp32; the entries of its inverse stay at 2.
+        """
         inputs = self.inputs(1, 128, 1, dtype=torch.float32)
         with torch.no_grad():
             inputs[1][:] = inputs[1][:, :1]
             inputs[3].zero_()
             inputs[4].fill_(2.0)
-        # 128 reflections, none of which forgets an error.
+        # 128 reflections keep all errors.
         self.assert_chunked_is_right(inputs, bound=10 * FP32)

@@ -1,4 +1,4 @@
-"""Gated linear attention: the chunked form against the definition, in results and gradients."""
+"""Gated linear attention: the chunked form and the step against the definition."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class TestGLA(RecurrenceContract):
     def test_strong_decay_keeps_gradients_right(self, dtype):
         inputs = self.inputs(2, 150, 2, dtype=dtype, decay=20.0)
         with torch.no_grad():
-            inputs[3][:, 30:60] = -1e-3  # weak decay after strong: small differences of large sums
-            inputs[3][:, 100, :, ::2] = -200.0  # half of the channels forget, half do not
+            inputs[3][:, 30:60] = -1e-3  # weak after strong decay: small differences of large sums
+            inputs[3][:, 100, :, ::2] = -200.0  # half of the channels are erased
             inputs[3][:, 90:120, :, 1::2] = 0.0
         self.assert_chunked_is_right(inputs)
 
     @pytest.mark.parametrize("impl", ["naive", "chunked"])
-    def test_scale_multiplies_outputs_alone(self, impl):
+    def test_scale_multiplies_outputs_only(self, impl):
         *inputs, state = self.inputs(2, 20, 2)
         o, final = gla(*inputs, state=state, impl=impl)
         scaled, same_final = gla(*inputs, state=state, scale=3.0, impl=impl)

@@ -1,5 +1,4 @@
-"""Our Triton kernels in Triton's interpreter: the tests of tests/interpreted, in a process whose
-kernels are defined for it."""
+"""Run tests/interpreted in a new process: Triton's interpreter must be on before import."""
 
 from __future__ import annotations
 

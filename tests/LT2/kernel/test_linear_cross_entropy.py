@@ -1,4 +1,4 @@
-"""The chunked loss is the plain cross-entropy, and never holds the logits of the whole batch."""
+"""The chunked loss equals the plain cross-entropy and never holds all logits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apps.LT2.kernel import linear_cross_entropy as door
+from apps.LT2.kernel import linear_cross_entropy as module
 from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy, naive_linear_cross_entropy
 from tests.tolerances import BF16_KERNEL, FP32, assert_same
 
@@ -16,7 +16,7 @@ N, D, V, CHUNK = 21, 16, 50, 8  # two whole chunks and a part
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(door, "CHUNK_TOKENS", CHUNK)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", CHUNK)
 
 
 def inputs(n: int = N, ignored: tuple[int, ...] = (), dtype=torch.float32):
@@ -36,14 +36,14 @@ def test_loss_and_gradients_are_those_of_cross_entropy(form, n, ignored):
     got = form(hidden, weight, target)
     want = F.cross_entropy(hidden @ weight.T, target)
     assert_same(got, want, FP32)
-    # A factor on the loss, as gradient accumulation puts there.
+    # A factor on the loss, as in gradient accumulation.
     got = torch.autograd.grad(3 * got, (hidden, weight))
     want = torch.autograd.grad(3 * want, (hidden, weight))
     for name, g, w in zip(("hidden", "weight"), got, want, strict=True):
         assert_same(g, w, FP32, name)
 
 
-def test_a_chunk_without_targets_weighs_nothing():
+def test_a_chunk_without_targets_has_no_weight():
     hidden, weight, target = inputs(ignored=tuple(range(CHUNK, 2 * CHUNK)))
     assert_same(
         linear_cross_entropy(hidden, weight, target),
@@ -89,7 +89,7 @@ def test_frozen_weight_gets_no_gradient():
 
 
 class Recorder(TorchDispatchMode):
-    """Counts matrix products, and the elements of the largest tensor that is made."""
+    """Count matrix products, and the elements of the largest tensor."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ def test_only_a_chunk_of_logits_exists_at_a_time():
     assert recorder.largest <= max(CHUNK * V, hidden.numel(), weight.numel())
 
 
-def test_evaluation_does_not_pay_for_gradients():
+def test_no_grad_computes_no_gradients():
     hidden, weight, target = inputs()
     with torch.no_grad(), Recorder() as recorder:
         linear_cross_entropy(hidden, weight, target)

@@ -1,5 +1,4 @@
-"""Native sparse attention: the blocked form and the decode step against the definition, and what
-the choice of blocks promises."""
+"""Native sparse attention: the blocked form, the decode step and the choice of blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ OTHER_SIZES = {"block_size": 5, "n_blocks": 7, "window_size": 1}
 
 
 def make_inputs(B, T, *, dtype=torch.float64, seed=0):
-    """q, k, v and gates of B rows, all asking for gradients."""
+    """Make q, k, v and gates of B rows, all requiring gradients."""
     torch.manual_seed(seed)
     shapes = ((B, T, H, K), (B, T, G, K), (B, T, G, K))
     inputs = [torch.randn(shape, dtype=dtype) for shape in shapes]
@@ -33,14 +32,14 @@ def make_inputs(B, T, *, dtype=torch.float64, seed=0):
 
 
 def one_branch(x, i):
-    """Gates that let a single branch through."""
+    """Make gates of 1 for branch i and 0 for others."""
     gates = torch.zeros(*x.shape[:3], 3, dtype=x.dtype)
     gates[..., i] = 1
     return gates
 
 
 def results(inputs, impl, *, sizes=SIZES, cu_seqlens=None):
-    """The output and the gradients of a random projection of it."""
+    """Return the output and the gradients of a random projection of it."""
     o = native_sparse_attention(*inputs, **sizes, cu_seqlens=cu_seqlens, impl=impl)
     torch.manual_seed(1)
     weight = torch.randn(o.shape, dtype=torch.float64)
@@ -57,7 +56,7 @@ def packed(lengths):
 
 
 def softmax_mean(q, keys, values):
-    """One query over a list of keys; nothing to see gives zero."""
+    """Attend with one query to a list of keys; zero without keys."""
     if not keys:
         return torch.zeros_like(q)
     weights = torch.stack([(q @ k) / K**0.5 for k in keys]).softmax(0)
@@ -65,7 +64,7 @@ def softmax_mean(q, keys, values):
 
 
 def test_naive_is_the_definition_of_the_paper():
-    """Token by token: block 2 (a mean of keys in place of the paper's MLP), 4 blocks, window 3."""
+    """Compute it token by token, with block size 2, 4 blocks and window 3."""
     T, size = 15, 2
     q, k, v, gates = (x[0].detach() for x in make_inputs(1, T))
     got = native_sparse_attention(
@@ -149,7 +148,7 @@ def test_last_queries_equal_those_of_the_whole(n_past, impl):
 @pytest.mark.parametrize("impl", ["naive", "blocked"])
 @pytest.mark.parametrize("T, n_blocks", [(8, 3), (63, 8), (64, 8), (70, 40)])
 def test_choosing_all_blocks_is_full_attention(T, n_blocks, impl):
-    """With fewer blocks than choices, none counts twice and those left over weigh nothing."""
+    """With fewer blocks than choices, no block counts twice."""
     q, k, v, _ = make_inputs(2, T)
     sizes = {"block_size": 8, "n_blocks": n_blocks, "window_size": 3}
     got = native_sparse_attention(q, k, v, one_branch(q, 1), **sizes, impl=impl)
@@ -168,7 +167,7 @@ def test_compressed_attention_is_zero_before_the_first_complete_block(impl):
     assert_same(o[:, 7], v[:, :8].mean(1).repeat_interleave(H // G, 1), FP64, "one complete block")
 
 
-def test_choice_is_that_of_the_definition():
+def test_choice_equals_the_definition():
     torch.manual_seed(0)
     T, n_complete = 100, 12
     importance = torch.rand(T, G, n_complete)
@@ -183,10 +182,10 @@ def test_choice_is_that_of_the_definition():
             assert sorted(blocks) == sorted(want[t][g])
 
 
-def test_lowest_of_equals_is_chosen_at_any_length():
-    """Weights that underflow are all zero: prefill and step have to agree on them."""
+def test_lowest_of_equal_blocks_is_chosen_at_any_length():
+    """Weights that underflow are all zero; prefill and step must agree on them."""
     for n in (9, 30, 100, 3000):
-        for first in (0, 7):  # of a document behind others, whose blocks weigh nothing here either
+        for first in (0, 7):  # of a document after others
             own = torch.tensor([first + n - 1])
             got = choose_blocks(torch.zeros(first + n + 2), torch.tensor([first]), own, 6)
             assert sorted(got.tolist()) == [0, 1, 2, 3, n - 2, n - 1]
@@ -194,13 +193,13 @@ def test_lowest_of_equals_is_chosen_at_any_length():
 
 @pytest.mark.parametrize("impl", ["naive", "blocked"])
 def test_half_precision_inputs(impl):
-    """Every block is chosen here, so no choice hangs on a rounding."""
+    """All blocks are chosen, so rounding cannot change the choice."""
     inputs = [x.detach().bfloat16() for x in make_inputs(2, 60, dtype=torch.float32)]
     sizes = {"block_size": 8, "n_blocks": 8, "window_size": 5}
     o = native_sparse_attention(*inputs, **sizes, impl=impl)
     want = native_sparse_attention(*(x.float() for x in inputs), **sizes, impl="naive")
     assert o.dtype == torch.bfloat16
-    assert_same(o, want, 2**-7)  # a few roundings of the output's size: block means, branches, sum
+    assert_same(o, want, 2**-7)  # roundings of block means, branches and the sum
 
 
 @pytest.mark.parametrize("sizes", [SIZES, OTHER_SIZES])
@@ -235,7 +234,7 @@ def test_rows_of_a_step_may_be_at_different_positions():
     assert_same(got, want[row, position_B], FP32)
 
 
-def test_fla_on_cpu_names_what_works():
+def test_fla_on_cpu_raises_a_user_error():
     inputs = [x.detach().bfloat16() for x in make_inputs(1, 4)]
     with pytest.raises(UserError, match="CUDA"):
         native_sparse_attention(*inputs, **SIZES, impl="fla")

@@ -1,4 +1,4 @@
-"""The decode step of linear recurrences, of every kind, against its equations."""
+"""The decode step of all linear recurrences against its equations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHAPES = [(1, 1, 1, 1), (2, 3, 12, 20), (3, 2, 7, 5)]
 
 def make_inputs(B, H, K, V, decay: str, delta: bool):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(B, H, width) for width in (K, K, V))
+    q, k, v = (torch.randn(B, H, dim) for dim in (K, K, V))
     g = {"none": None, "head": -torch.rand(B, H, 1), "channel": -torch.rand(B, H, K)}[decay]
     beta = 2 * torch.rand(B, H) if delta else None
     return (q, k / K**0.5, v, g, beta), torch.randn(B, H, K, V)

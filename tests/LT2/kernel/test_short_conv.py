@@ -47,7 +47,7 @@ def test_equals_naive(T, k, activation, dtype):
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("with_state", [False, True])
 def test_documents_do_not_leak(lengths, k, with_state):
-    """Packed equals one by one, in the result, the new state and the gradients."""
+    """Packed documents equal separate ones: result, new state and gradients."""
     cu_seqlens = packed(lengths)
     x, weight, states, _ = make_inputs(1, sum(lengths), len(lengths), k)
     options = {"cu_seqlens": cu_seqlens, "state": states if with_state else None}

@@ -1,4 +1,4 @@
-"""Linear attention with one decay a head: the chunked form against the definition."""
+"""Linear attention with one decay per head: the chunked form against the definition."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TestSimpleGLA(RecurrenceContract):
     def test_strong_decay_keeps_gradients_right(self, dtype):
         inputs = self.inputs(2, 150, 2, dtype=dtype, decay=20.0)
         with torch.no_grad():
-            inputs[3][:, 30:60] = -1e-3  # weak decay after strong: small differences of large sums
+            inputs[3][:, 30:60] = -1e-3  # weak after strong decay: small differences of large sums
             inputs[3][:, 100] = -200.0
         self.assert_chunked_is_right(inputs)
 

@@ -14,11 +14,7 @@ MAX_QUERIES = 128  # per row; only their fp32 scores are in memory
 
 @torch.no_grad()
 def first_token_mass(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
-    *,
-    window: int | None = None,
-    cu_seqlens: Tensor | None = None,
+    q_BTHK: Tensor, k_BTHK: Tensor, *, window: int | None = None, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """Return the probability that queries give to their document's first key, (B, H, Q) fp32.
 

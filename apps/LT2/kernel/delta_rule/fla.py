@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from apps.LT2.kernel.fla import Packed, Tensors, chunk_operator, import_fla
+from apps.LT2.kernel.fla import ChunkOperator, Packed, Tensors, import_fla
 
 
 def _forward(
@@ -30,7 +30,7 @@ def _backward(
     )
 
 
-OPERATOR = chunk_operator(
+OPERATOR = ChunkOperator(
     "delta_rule",
     ("beta",),
     _forward,

@@ -53,7 +53,7 @@ def dsa(
     index.q     (B, T, J, C)
     index.k     (B, S, C)
     index.w     (B, T, J)      fp32; the caller scales it by (J C)**-0.5
-    top_k       the most keys a query attends to; None = all that it sees (dense warm-up)
+    top_k       keys selected per query; None = all visible keys (dense warm-up)
     cu_seqlens  (n_docs + 1,)  int32 offsets of packed documents; then B is 1 and S is T
     impl        "naive", "blocked" (plain torch), "triton" (16-bit CUDA tensors with S = T), or
                 "auto": triton if it supports the tensors, else blocked
@@ -70,13 +70,7 @@ def dsa(
     supported = impl != "triton" or kernels_support(q_BTHK, k_BSGK, index)
     assert supported, f"impl='triton' does not support {q_BTHK.dtype} on {q_BTHK.device}, or T != S"
     return IMPLS[impl](
-        q_BTHK,
-        k_BSGK,
-        v_BSGK,
-        index,
-        top_k=top_k,
-        cu_seqlens=cu_seqlens,
-        with_loss=with_loss,
+        q_BTHK, k_BSGK, v_BSGK, index, top_k=top_k, cu_seqlens=cu_seqlens, with_loss=with_loss
     )
 
 

@@ -1,7 +1,7 @@
-"""DeepSeek sparse attention and the indexer's loss in plain torch, in blocks of queries.
+"""DeepSeek sparse attention and the indexer's loss, in blocks of queries.
 
 The only tensor of all queries by all keys is a mask of one bit each. Scores and loss are fp32 (fp64
-for fp64 inputs). `fused.py` is the same with kernels.
+for fp64 inputs).
 
 Shapes as in `dsa`; Q queries in a block.
 """
@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from apps.LT2.kernel.arguments import wide_dtype
-from apps.LT2.kernel.dsa.blocks import query_blocks
+from apps.LT2.kernel.dsa.blocks import query_blocks, query_ranges
 from apps.LT2.kernel.dsa.plain import PlainAttention
 from apps.LT2.kernel.dsa.selection import (
     Index,
     head_products,
     index_scores,
+    mask_bytes,
     pack_bits,
     select_top_k,
     wide_bmm,
 )
+from apps.LT2.kernel.dsa.triton import Documents, KernelAttention
+from apps.LT2.kernel.dsa.triton_index import KernelIndexer
 
 
 @dataclass
@@ -46,6 +49,7 @@ def forward(
     with_loss: bool,
     keep_selection: bool,
 ) -> Forward:
+    """Compute in plain torch."""
     (B, T, H, _), S, J = q_BTHK.shape, k_BSGK.shape[1], index.q_BTJC.shape[2]
     wide, device = wide_dtype(q_BTHK.dtype), q_BTHK.device
     keep = keep_selection and top_k < S
@@ -80,6 +84,32 @@ def forward(
     o_BTHK, lse_BHT = attention.results()
     grads = [grad.to(x.dtype) for grad, x in zip(grads, index, strict=False)]
     return Forward(o_BTHK, lse_BHT, bits_BTX, loss, grads)
+
+
+def forward_on_kernels(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    index: Index,
+    cu_seqlens: Tensor | None,
+    top_k: int,
+    *,
+    with_loss: bool,
+) -> Forward:
+    """Compute on Triton kernels; S is T. The loss's gradient overwrites a block's scores."""
+    B, T = q_BTHK.shape[:2]
+    bits_BTX = q_BTHK.new_zeros(B, T, mask_bytes(T), dtype=torch.uint8)
+    documents = Documents.of(cu_seqlens, T, q_BTHK.device)
+    attention = KernelAttention(q_BTHK, k_BTGK, v_BTGK, bits_BTX, documents)
+    indexer = KernelIndexer(index, attention, top_k, with_loss=with_loss)
+    for begin, end in query_ranges(T, elements_per_query=B * T):
+        scores_BQS, log_sum_BQ = indexer.choose(begin, end)
+        attention.attend(begin, end)
+        if with_loss:
+            indexer.compare(scores_BQS, log_sum_BQ, begin, end)
+            indexer.differentiate(scores_BQS, begin, end)
+    loss, grads = indexer.results()
+    return Forward(attention.o_BTHK, attention.lse_BHT, bits_BTX, loss, grads)
 
 
 def _divergence(

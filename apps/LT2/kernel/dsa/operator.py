@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apps.LT2.kernel.arguments import wide_dtype
-from apps.LT2.kernel.dsa import blocked, fused, plain
+from apps.LT2.kernel.dsa import blocked, plain
 from apps.LT2.kernel.dsa.selection import Index, mask_bytes
 from apps.LT2.kernel.dsa.triton import differentiate
 
@@ -79,7 +79,7 @@ def _forward(
     index = Index(index_q, index_k, index_w)
     if use_kernels:
         with torch.cuda.device_of(q):
-            out = fused.forward(q, k, v, index, cu_seqlens, top_k, with_loss=with_loss)
+            out = blocked.forward_on_kernels(q, k, v, index, cu_seqlens, top_k, with_loss=with_loss)
     else:
         keep = {"with_loss": with_loss, "keep_selection": keep_selection}
         out = blocked.forward(q, k, v, index, cu_seqlens, top_k, **keep)

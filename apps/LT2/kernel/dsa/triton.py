@@ -51,12 +51,7 @@ class KernelAttention:
     """
 
     def __init__(
-        self,
-        q_BTHK: Tensor,
-        k_BTGK: Tensor,
-        v_BTGK: Tensor,
-        bits_BTX: Tensor,
-        documents: Documents,
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, bits_BTX: Tensor, documents: Documents
     ):
         B, T, H, K = q_BTHK.shape
         self.inputs = tuple(x.contiguous() for x in (q_BTHK, k_BTGK, v_BTGK))
@@ -115,7 +110,7 @@ def differentiate(
     _dq_kernel[grid](*inputs, documents.start_T, o_BTHK, *rest, dq_BTHK, *sizes, **options)
 
     # One program per query head, even if heads share keys: programs per key head would be few, and
-    # those of the first keys, which all queries see, would run long. The sums over heads follow.
+    # the first keys, which all queries see, would take long. Heads are summed afterwards.
     shared = H > G
     dtype = torch.float32 if shared else k_BTGK.dtype
     dk, dv = (k_BTGK.new_empty(B, T, H, K, dtype=dtype) for _ in range(2))

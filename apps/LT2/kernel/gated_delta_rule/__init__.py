@@ -48,12 +48,7 @@ def gated_delta_rule(
 
 
 def gated_delta_step(
-    q_BHK: Tensor,
-    k_BHK: Tensor,
-    v_BHV: Tensor,
-    g_BH: Tensor,
-    beta_BH: Tensor,
-    state_BHKV: Tensor,
+    q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, g_BH: Tensor, beta_BH: Tensor, state_BHKV: Tensor
 ) -> Tensor:
     """Run one token of every sequence and update `state_BHKV` (fp32) in place; returns o (B, H, V).
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from apps.LT2.kernel.fla import Packed, Tensors, chunk_operator, import_fla
+from apps.LT2.kernel.fla import ChunkOperator, Packed, Tensors, import_fla
 
 
 def _forward(
@@ -40,7 +40,7 @@ def _backward(
     return dq, dk, dv, dg, dbeta, dstate
 
 
-OPERATOR = chunk_operator(
+OPERATOR = ChunkOperator(
     "gated_delta_rule",
     ("g", "beta"),
     _forward,

@@ -40,10 +40,7 @@ def gla_chunked(
     decay = ChannelDecay.of(layout.to_chunks(g_BTHK), dtype)
 
     starts_MHKV, final_NHKV = pass_state(
-        layout,
-        keep=decay.whole,
-        write=(k_MHCK * decay.to_end).mT @ v_MHCV,
-        state=state,
+        layout, keep=decay.whole, write=(k_MHCK * decay.to_end).mT @ v_MHCV, state=state
     )
     (scores_MHCC,) = decay.scores(k_MHCK, q_MHCK)
     o_MHCV = (q_MHCK * decay.from_start) @ starts_MHKV + scores_MHCC @ v_MHCV

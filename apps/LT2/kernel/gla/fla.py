@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.fla import Packed, Tensors, chunk_operator, import_fla, sum_decay
+from apps.LT2.kernel.fla import ChunkOperator, Packed, Tensors, import_fla, sum_decay
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, packed: Packed, **options: Any) -> Tensors:
@@ -29,7 +29,7 @@ def _backward(
     )
 
 
-OPERATOR = chunk_operator(
+OPERATOR = ChunkOperator(
     "gla",
     ("g",),
     _forward,

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from apps.LT2.kernel.fla import Packed, Tensors, chunk_operator, import_fla
+from apps.LT2.kernel.fla import ChunkOperator, Packed, Tensors, import_fla
 
 
 def _forward(
@@ -42,6 +42,6 @@ def _backward(
     return dq, dk, dv, dg, dbeta, dstate
 
 
-OPERATOR = chunk_operator(
+OPERATOR = ChunkOperator(
     "kda", ("g", "beta"), _forward, _backward, n_matrices=2, section="model.kda", max_key_dim=256
 )

@@ -4,8 +4,8 @@ The (N, V) logits of a 128k vocabulary are the largest tensors of a language mod
 for one chunk of tokens at a time. The chunk's gradients are computed at once: the gradient of a
 mean loss is known up to the factor that backward brings. Loss and softmax are fp32.
 
-Ranks of tensor parallelism hold the logits of their own tokens of the vocabulary, as in Megatron-LM
-(https://arxiv.org/abs/1909.08053, section 3). They exchange two numbers per token: the log-sum-exp
+With tensor parallelism each rank holds the logits of a part of the vocabulary, as in Megatron-LM
+(https://arxiv.org/abs/1909.08053, section 3). Ranks exchange two numbers per token: the log-sum-exp
 and the label's logit. The gradient of `hidden` is reduced once, for all chunks.
 """
 
@@ -105,12 +105,7 @@ def _global_log_z_and_label_logit(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        ignore: int,
-        tp: TensorParallel,
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, ignore: int, tp: TensorParallel
     ) -> Tensor:
         first_token = tp.rank * weight.shape[0]
         n_targets = (target != ignore).sum().clamp(min=1)

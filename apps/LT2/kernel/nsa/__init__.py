@@ -81,7 +81,7 @@ def native_sparse_attention_step(
 
     cache: keys and values (B, S, G, K) with position p in slot p, and the means of their blocks
     (B, C, G, K), S / C tokens each. The token is written to all four in place. No shape depends on
-    `position_B`, and there is no sync. q is multiplied by K**-0.5.
+    `position_B`, and nothing syncs with the device. q is multiplied by K**-0.5.
     """
     k_BSGK, v_BSGK, k_BCGK, v_BCGK = cache
     row = torch.arange(len(q_BHK), device=q_BHK.device)

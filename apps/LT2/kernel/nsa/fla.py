@@ -99,19 +99,9 @@ def _compressed(
 
     Both are zero for a query before the first complete block.
     """
-    offsets, tokens = packed_tokens(cu_seqlens)
+    arguments = _forward_arguments(q, k_BCGK, v_BCGK, cu_seqlens, block_size)
     with torch.cuda.device_of(q):
-        return _compression().parallel_nsa_compression_fwd(
-            q=q,
-            k=k_BCGK,
-            v=v_BCGK,
-            TK=n_keys,
-            block_size=block_size,
-            scale=_scale(q),
-            cu_seqlens_q=offsets,
-            cu_seqlens_k=offsets,
-            token_indices_q=tokens,
-        )
+        return _compression().parallel_nsa_compression_fwd(TK=n_keys, **arguments)
 
 
 @torch.library.custom_op("lt2::nsa_compressed_backward", mutates_args=())
@@ -126,20 +116,9 @@ def _compressed_backward(
     do: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q and of the means; zero for means that belong to no block."""
-    offsets, tokens = packed_tokens(cu_seqlens)
+    arguments = _backward_arguments(q, k_BCGK, v_BCGK, o, lse, cu_seqlens, block_size, do)
     with torch.cuda.device_of(q):
-        dq, dk, dv = _compression().parallel_nsa_compression_bwd(
-            q=q,
-            k=k_BCGK,
-            v=v_BCGK,
-            o=o,
-            lse=lse,
-            do=do.contiguous(),
-            block_size=block_size,
-            scale=_scale(q),
-            cu_seqlens=offsets,
-            token_indices=tokens,
-        )
+        dq, dk, dv = _compression().parallel_nsa_compression_bwd(**arguments)
     if cu_seqlens is not None:  # the kernel does not write rows after the last block
         n_blocks = ((cu_seqlens.diff() + block_size - 1) // block_size).sum()
         unused = torch.arange(dk.shape[1], device=dk.device) >= n_blocks
@@ -171,7 +150,7 @@ def _choose(
             lse=lse,
             block_counts=n_blocks,
             block_size=block_size,
-            scale=_scale(q),
+            scale=q.shape[-1] ** -0.5,
             cu_seqlens=offsets,
         )
     chosen[..., n_blocks:] = -1  # most important first
@@ -189,19 +168,10 @@ def _selected(
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Return o (B, T, H, K) and the fp32 log-sum-exp (B, T, H) of the scores."""
-    offsets, tokens = packed_tokens(cu_seqlens)
+    arguments = _forward_arguments(q, k, v, cu_seqlens, block_size)
     with torch.cuda.device_of(q):
         return _parallel().parallel_nsa_fwd(
-            q=q,
-            k=k,
-            v=v,
-            block_indices=chosen,
-            block_counts=chosen.shape[-1],
-            block_size=block_size,
-            scale=_scale(q),
-            cu_seqlens_q=offsets,
-            cu_seqlens_k=offsets,
-            token_indices_q=tokens,
+            block_indices=chosen, block_counts=chosen.shape[-1], **arguments
         )
 
 
@@ -218,21 +188,10 @@ def _selected_backward(
     do: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    offsets, tokens = packed_tokens(cu_seqlens)
+    arguments = _backward_arguments(q, k, v, o, lse, cu_seqlens, block_size, do)
     with torch.cuda.device_of(q):
         return _parallel().parallel_nsa_bwd(
-            q=q,
-            k=k,
-            v=v,
-            o=o,
-            lse=lse,
-            do=do.contiguous(),
-            block_indices=chosen,
-            block_counts=chosen.shape[-1],
-            block_size=block_size,
-            scale=_scale(q),
-            cu_seqlens=offsets,
-            token_indices=tokens,
+            block_indices=chosen, block_counts=chosen.shape[-1], **arguments
         )
 
 
@@ -266,8 +225,30 @@ _choose.register_fake(
 )
 
 
-def _scale(q: Tensor) -> float:
-    return q.shape[-1] ** -0.5
+def _forward_arguments(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, block_size: int
+) -> dict[str, Any]:
+    offsets, tokens = packed_tokens(cu_seqlens)
+    packed = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "token_indices_q": tokens}
+    scale = q.shape[-1] ** -0.5
+    return {"q": q, "k": k, "v": v, "block_size": block_size, "scale": scale, **packed}
+
+
+def _backward_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    block_size: int,
+    do: Tensor,
+) -> dict[str, Any]:
+    offsets, tokens = packed_tokens(cu_seqlens)
+    results = {"o": o, "lse": lse, "do": do.contiguous()}
+    packed = {"cu_seqlens": offsets, "token_indices": tokens}
+    scale = q.shape[-1] ** -0.5
+    return {"q": q, "k": k, "v": v, "block_size": block_size, "scale": scale, **results, **packed}
 
 
 def _parallel() -> ModuleType:

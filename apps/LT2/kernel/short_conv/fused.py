@@ -60,21 +60,15 @@ short_conv_fused.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 @torch.library.custom_op("lt2::short_conv_backward", mutates_args=())
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    position: Tensor | None,
-    silu: bool,
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias (empty without bias)."""
     x, dy = _contiguous_channels(x), _contiguous_channels(dy)
     B, T, C = x.shape
     K, grid = weight.shape[1], _grid(B, T, C)
     dx = x.new_empty(B, T, C)
-    sums = x.new_empty(
-        B, grid[0], K + 1, C, dtype=torch.float32
-    )  # a row per weight, and one for the bias
+    # A row per weight, and one for the bias.
+    sums = x.new_empty(B, grid[0], K + 1, C, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _conv_backward_kernel[grid](
             x,

@@ -39,16 +39,13 @@ def simple_gla_chunked(
     decay = HeadDecay.of(g_MHC, dtype)
 
     def by_group(a_MGXY: Tensor, b_MHYZ: Tensor) -> Tensor:
-        """Multiply a group's matrix with those of its heads: (M, H, X, Z)."""
+        """Multiply a group's matrix with its heads' matrices: (M, H, X, Z)."""
         product = a_MGXY[:, :, None] @ b_MHYZ.unflatten(1, (G, -1))
         return product.flatten(1, 2)
 
     # A scalar decay commutes with products, so it is applied to v and o, which heads do not share.
     starts_MHKV, final_NHKV = pass_state(
-        layout,
-        keep=decay.whole,
-        write=by_group(k_MGCK.mT, v_MHCV * decay.to_end),
-        state=state,
+        layout, keep=decay.whole, write=by_group(k_MGCK.mT, v_MHCV * decay.to_end), state=state
     )
     qk_MHCC = repeat_kv(q_MGCK @ k_MGCK.mT, H // G, dim=1)
     o_MHCV = by_group(q_MGCK, starts_MHKV) * decay.from_start

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from apps.LT2.kernel.fla import Packed, Tensors, chunk_operator, import_fla, sum_decay
+from apps.LT2.kernel.fla import ChunkOperator, Packed, Tensors, import_fla, sum_decay
 from lingua.transformer import repeat_kv
 
 
@@ -54,11 +54,6 @@ def _decay_arguments(g_sum: Tensor) -> dict[str, Tensor | None]:
     return {"g": None if constant else g_sum, "g_gamma": g_sum if constant else None}
 
 
-OPERATOR = chunk_operator(
-    "simple_gla",
-    ("g",),
-    _forward,
-    _backward,
-    n_matrices=0,
-    section="model.retnet, model.mamba2",
+OPERATOR = ChunkOperator(
+    "simple_gla", ("g",), _forward, _backward, n_matrices=0, section="model.retnet, model.mamba2"
 )
