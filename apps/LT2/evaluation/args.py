@@ -81,8 +81,8 @@ class EvalArgs:
     name: str = "evals"  # of the job; in training also of the folder of results
     # folder for results.json and validation.json; null = evals/<step> in the run's folder
     dump_dir: str | None = None
-    # folder of metrics.eval.jsonl and metrics.validation.jsonl; null = dump_dir, or the run's
-    # folder if that is null too
+    # folder of metrics.eval.jsonl and metrics.validation.jsonl; null = dump_dir if set, else the
+    # run's folder
     metric_log_dir: str | None = None
     ckpt_dir: str = ""  # a run's folder (newest checkpoint), a step folder or a file of weights
     generator: PackedCausalTransformerGeneratorArgs = field(

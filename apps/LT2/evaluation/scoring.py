@@ -162,7 +162,7 @@ def score_batch(model: LoopedTransformer, batch: Sequence[Window]) -> list[tuple
     targets = [token for window in batch for token in window.tokens[-window.n_targets :]]
     h_ND = h_TD[upload(positions, device, torch.int64)]
     target_N = upload(targets, device, torch.int64)
-    n_at_once = max(1, LOGITS_AT_ONCE // model.head_weight.shape[0])  # limits the logits in memory
+    n_at_once = max(1, LOGITS_AT_ONCE // model.head_weight.shape[0])  # limits memory
     scores = [
         score_tokens(F.linear(h, model.head_weight).float(), target)
         for h, target in zip(h_ND.split(n_at_once), target_N.split(n_at_once), strict=True)

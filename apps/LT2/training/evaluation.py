@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 GPUS_PER_NODE = 8
 RECORDS = "metrics.eval.jsonl"
-# Environment variables of this job whose values the evaluation jobs share.
+# stool's options that an evaluation job takes from the environment of this job.
 SLURM_OPTIONS = {
     "partition": "SLURM_JOB_PARTITION",
     "account": "SLURM_JOB_ACCOUNT",
@@ -53,7 +53,7 @@ def metrics_path(args: TrainArgs) -> Path:
 
 
 def build_run_validator(args: TrainArgs) -> Validator | None:
-    """Build the validator of `eval.validation`, and read its text, where a mistake may be."""
+    """Build the validator of `eval.validation`, and read its text now: it may have mistakes."""
     validation = (args.eval or EvalArgs()).validation
     if validation is None:
         return None
@@ -63,6 +63,7 @@ def build_run_validator(args: TrainArgs) -> Validator | None:
     return validator
 
 
+@dataclass
 class Evaluator:
     """Evaluates a run: the validation loss of its model, and the harness on its checkpoints.
 
@@ -70,20 +71,18 @@ class Evaluator:
     repeated by `catch_up` of the resumed run. All methods are collectives.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        metrics: MetricLogger,
-        validator: Validator | None,
-        should_stop: Callable[[], bool],
-    ):
-        self.trainer, self.args, self.metrics = trainer, trainer.args, metrics
-        self.validator, self.should_stop = validator, should_stop
-        self.harness = (trainer.args.eval or EvalArgs()).harness
-        self.jobs: dict[int, Any] = {}  # submitit's handles of unfinished jobs, by step
+    trainer: Trainer
+    metrics: MetricLogger
+    validator: Validator | None
+    should_stop: Callable[[], bool]
+    jobs: dict[int, Any] = field(default_factory=dict)  # submitit's handles, by step
+
+    def __post_init__(self) -> None:
+        self.args = self.trainer.args
+        self.harness = (self.args.eval or EvalArgs()).harness
 
     def catch_up(self) -> None:
-        """Run evaluations that the run skipped when it stopped. Drop scores of later steps."""
+        """Drop the scores of later steps, and run evaluations that a stop interrupted."""
         args, step = self.args, self.trainer.state.step
         if run_on_rank_0(lambda: is_validation_missing(args, step)):
             self.log_validation_loss()
@@ -157,7 +156,7 @@ class Evaluator:
             self.metrics.send({"global_step": args.global_step, **flatten_scores(scores)})
 
 
-# ---- what is still to be evaluated
+# ---- missing evaluations
 
 
 def is_evaluated(args: TrainArgs, step: int) -> bool:
