@@ -48,7 +48,7 @@ def measure(rank: int, world_size: int, data: Path) -> str:
 def test_ranks_are_measured_together(tmp_path):
     first, second = run_ranks(2, measure, write_corpus(tmp_path / "data"))
     assert second == "", "one rank tells"
-    assert "model.loop_count=2: model.kda is set, and no layer is kda" in first
+    assert "model.loop_count=2: model.kda has no effect" in first
     rows = json.loads(first.splitlines()[-1])["rows"]
     assert_table(first.splitlines(), [row["recipe"] for row in rows])
     assert [row["problem"] for row in rows] == [""] * 4
