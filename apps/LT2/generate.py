@@ -3,25 +3,22 @@
     python -m apps.LT2.generate ckpt=runs/demo max_gen_len=256 temperature=0.7 \\
         prompts='["Once upon a time"]'
 
-Without `prompts` or `prompts_file` the lines of stdin are the prompts; on a terminal it asks for
-them. A single answer is shown as it comes, those of a list in order. The library behind this is
-generator.py.
+Without `prompts` and `prompts_file`, prompts are the lines of stdin; on a terminal the program asks
+for them. A single answer is printed as it is generated.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from apps.LT2.inference.generator import (
-    PackedCausalTransformerGenerator as PackedCausalTransformerGenerator,
+    PackedCausalTransformerGenerator,
+    PackedCausalTransformerGeneratorArgs,
+    Prompt,
 )
-from apps.LT2.inference.generator import (
-    PackedCausalTransformerGeneratorArgs as PackedCausalTransformerGeneratorArgs,
-)
-from apps.LT2.inference.generator import Prompt
 from apps.LT2.inference.load import find_checkpoint, load_model_and_tokenizer, resolve_device
 from lingua.args import parse_args
 from lingua.errors import UserError, run_cli
@@ -30,24 +27,24 @@ from lingua.tokenizer import well_formed
 
 @dataclass(kw_only=True)
 class GenerateArgs(PackedCausalTransformerGeneratorArgs):
-    ckpt: str  # a run's dump_dir (newest checkpoint), a step folder, or a file of weights
-    prompts: list[str] | None = None  # texts to go on with, as '["Once upon", "In a"]'
-    prompts_file: str | None = None  # UTF-8 file with a prompt on every line, empty ones too
-    skip_bad_prompts: bool = False  # name the prompts that cannot run, and run the others
-    num_samples: int = 1  # answers to each prompt; more than one needs a temperature
-    loop_count: int | None = None  # run the stack this often; null = as in training
-    tokenizer_path: str | None = None  # where the tokenizer's file lies now; null = as in training
+    ckpt: str  # a run's dump_dir (newest checkpoint), a step folder, or a weight file
+    prompts: list[str] | None = None  # texts to continue, such as '["Once upon", "In a"]'
+    prompts_file: str | None = None  # UTF-8 file; each line is a prompt, also an empty one
+    skip_bad_prompts: bool = False  # report prompts that can't run, and run the others
+    num_samples: int = 1  # answers per prompt; more than one needs a temperature
+    loop_count: int | None = None  # number of loops; null = as in training
+    tokenizer_path: str | None = None  # path of the tokenizer file; null = as in training
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prompts is not None and self.prompts_file is not None:
-            raise UserError(f"prompts_file={self.prompts_file}: prompts is set, too; leave one out")
+            raise UserError(f"prompts_file={self.prompts_file}: prompts is also set; remove one")
         if self.num_samples < 1:
             raise UserError(f"num_samples={self.num_samples} must be at least 1")
         if self.num_samples > 1 and self.temperature == 0:
             raise UserError(
-                f"num_samples={self.num_samples}: with temperature=0 all of them are the same; "
-                "set a temperature such as 0.7"
+                f"num_samples={self.num_samples}: all samples are equal at temperature=0; set a "
+                "temperature such as 0.7"
             )
 
 
@@ -56,85 +53,77 @@ class GenerateArgs(PackedCausalTransformerGeneratorArgs):
 
 @dataclass
 class PromptLine:
-    where: str  # it comes from, for messages
+    source: str  # for messages, such as "stdin, line 3"
     text: str
-    problem: str = ""  # why it cannot be answered
+    problem: str = ""  # why it can't run
+    tokens: list[int] = field(default_factory=list)
 
 
 def read_prompts(args: GenerateArgs) -> list[PromptLine] | None:
-    """The prompts from where the options say; None means to ask for them on the terminal."""
+    """Return the prompts of the options or of stdin; None if stdin is a terminal."""
     if args.prompts is not None:
-        where = "prompts=[]"
+        source = "prompts=[]"
         prompts = [PromptLine(f"prompts[{i}]", text) for i, text in enumerate(args.prompts)]
     elif args.prompts_file is not None:
-        where = f"prompts_file={args.prompts_file}"
+        source = f"prompts_file={args.prompts_file}"
         try:
-            prompts = split_lines(where, Path(args.prompts_file).read_bytes())
+            prompts = decode_lines(source, Path(args.prompts_file).read_bytes())
         except OSError as error:
-            raise UserError(f"{where}: not readable: {error}") from None
+            raise UserError(f"{source} is not readable: {error}") from None
     elif sys.stdin.isatty():
         return None
     else:
-        where = "stdin"
-        prompts = split_lines(where, sys.stdin.buffer.read())
+        source = "stdin"
+        prompts = decode_lines(source, sys.stdin.buffer.read())
     if not prompts:
-        raise UserError(
-            f"{where} holds no prompt: give prompts='[\"...\"]', a file, or lines on stdin"
-        )
+        raise UserError(f"{source} holds no prompt; use prompts='[\"...\"]', a file, or stdin")
     return prompts
 
 
-def split_lines(where: str, content: bytes) -> list[PromptLine]:
-    """Lines as files have them; str.splitlines would cut at rarer characters, too."""
-    lines = content.replace(b"\r\n", b"\n").split(b"\n")
-    if lines[-1] == b"":
-        del lines[-1]
-    return [decode_line(f"{where}, line {i}", line) for i, line in enumerate(lines, start=1)]
+def decode_lines(source: str, content: bytes) -> list[PromptLine]:
+    """Decode UTF-8 lines; a line that isn't UTF-8 becomes a prompt with a problem."""
+    prompts = []
+    for i, line in enumerate(content.splitlines(), start=1):
+        text = problem = ""
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8: {error.reason} at byte {error.start + 1}"
+        prompts.append(PromptLine(f"{source}, line {i}", text, problem))
+    return prompts
 
 
-def decode_line(where: str, line: bytes) -> PromptLine:
-    try:
-        return PromptLine(where, line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        shown = line.decode("utf-8", errors="replace")
-        return PromptLine(where, shown, f"not UTF-8: {error.reason} at byte {error.start + 1}")
-
-
-def refuse_bad_prompts(prompts: list[PromptLine], *, skip: bool) -> None:
-    """Name the prompts that cannot be answered; a UserError, unless others are to go on."""
+def reject_bad_prompts(prompts: list[PromptLine], *, skip: bool) -> None:
+    """Raise UserError for prompts with a problem, or report them if `skip` and others can run."""
     bad = [prompt for prompt in prompts if prompt.problem]
     if skip and len(bad) < len(prompts):
         for prompt in bad:
-            print(f"skipped: {prompt.where}: {prompt.problem}", file=sys.stderr)
+            print(f"skipped: {prompt.source}: {prompt.problem}", file=sys.stderr)
     elif bad:
-        others = f" ({len(bad) - 1} more cannot run either)" if len(bad) > 1 else ""
-        hint = "; or run the rest by skip_bad_prompts=true" if len(bad) < len(prompts) else ""
-        raise UserError(f"{bad[0].where}: {bad[0].problem}{others}{hint}")
+        others = f" ({len(bad) - 1} more can't run either)" if len(bad) > 1 else ""
+        hint = "; skip_bad_prompts=true runs the others" if len(bad) < len(prompts) else ""
+        raise UserError(f"{bad[0].source}: {bad[0].problem}{others}{hint}")
 
 
-def prepare_prompts(
-    generator: PackedCausalTransformerGenerator, prompts: list[PromptLine], *, skip: bool
-) -> dict[int, list[int]]:
-    """Token ids of the prompts that can be answered, by their place in the list."""
-    tokens = generator.prepare([prompt.text for prompt in prompts])
-    for prompt, prepared in zip(prompts, tokens, strict=True):
-        if isinstance(prepared, UserError) and not prompt.problem:
-            prompt.problem = str(prepared)
-    refuse_bad_prompts(prompts, skip=skip)
-    return {
-        place: prepared
-        for place, (prompt, prepared) in enumerate(zip(prompts, tokens, strict=True))
-        if not prompt.problem and not isinstance(prepared, UserError)
-    }
+def tokenize_prompts(
+    generator: PackedCausalTransformerGenerator, prompts: list[PromptLine]
+) -> None:
+    """Set the tokens or the problem of each prompt, in place."""
+    prepared = generator.prepare([prompt.text for prompt in prompts])
+    for prompt, tokens in zip(prompts, prepared, strict=True):
+        if not isinstance(tokens, UserError):
+            prompt.tokens = tokens
+        elif not prompt.problem:
+            prompt.problem = str(tokens)
 
 
 # ---- answers
 
 
-def answer_one(
+def stream_answer(
     generator: PackedCausalTransformerGenerator, prompt: Prompt, *, place: int = 0
 ) -> None:
-    """Print an answer as it comes."""
+    """Print one answer as it is generated."""
 
     def show(_: int, text: str) -> None:
         print(text, end="", flush=True)
@@ -143,42 +132,30 @@ def answer_one(
         print()
 
 
-def answer_often(
-    generator: PackedCausalTransformerGenerator, prompt: Prompt, *, place: int, num_samples: int
+def print_answers(
+    generator: PackedCausalTransformerGenerator, prompts: list[PromptLine], *, num_samples: int
 ) -> None:
-    """Print several answers to a prompt, numbered, as they are done."""
-    answers = generator.complete([prompt], num_samples=num_samples, places=[place], score=False)
-    for k, done in enumerate(answers, start=1):
-        print(f"[{k}/{num_samples}] {done.text}\n", flush=True)
-
-
-def answer_all(
-    generator: PackedCausalTransformerGenerator,
-    prompts: list[PromptLine],
-    tokens: dict[int, list[int]],
-    *,
-    num_samples: int,
-) -> None:
-    """Print each prompt with its answers, in order, as they are done. `tokens` has the token ids
-    of those to answer, by place."""
+    """Print each prompt that can run with its answers, in order, as they are done."""
+    good = {place: prompt for place, prompt in enumerate(prompts) if not prompt.problem}
     answers = generator.complete(
-        list(tokens.values()), num_samples=num_samples, places=list(tokens), score=False
+        [prompt.tokens for prompt in good.values()],
+        num_samples=num_samples,
+        places=list(good),
+        score=False,
     )
-    numbered = itertools.product(tokens, range(1, num_samples + 1))
-    for (place, k), done in zip(numbered, answers, strict=True):
-        label = f"{place + 1}/{len(prompts)}"
-        if k == 1:
-            print(f"[{label}] prompt: {well_formed(prompts[place].text)}")
-        which = f"answer {k}" if num_samples > 1 else "answer"
-        print(
-            f"[{label}] {which}: {done.text}", end="\n" if k < num_samples else "\n\n", flush=True
-        )
+    for place, prompt in good.items():
+        label = f"[{place + 1}/{len(prompts)}]"
+        print(f"{label} prompt: {well_formed(prompt.text)}", flush=True)
+        for k, done in enumerate(itertools.islice(answers, num_samples), start=1):
+            which = f"answer {k}" if num_samples > 1 else "answer"
+            print(f"{label} {which}: {done.text}", flush=True)
+        print()
 
 
 def converse(generator: PackedCausalTransformerGenerator, *, num_samples: int) -> None:
-    """Ask for prompts on the terminal; the n-th gets the answers it would get in a list."""
-    print("A prompt on each line. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
-    for index in itertools.count():
+    """Ask for prompts on the terminal; the n-th gets the same answers as in a list."""
+    print("One prompt per line. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
+    for place in itertools.count():
         try:
             prompt = input("> ")
         except (EOFError, KeyboardInterrupt):
@@ -186,9 +163,13 @@ def converse(generator: PackedCausalTransformerGenerator, *, num_samples: int) -
             return
         try:
             if num_samples == 1:
-                answer_one(generator, prompt, place=index)
-            else:
-                answer_often(generator, prompt, place=index, num_samples=num_samples)
+                stream_answer(generator, prompt, place=place)
+                continue
+            answers = generator.complete(
+                [prompt], num_samples=num_samples, places=[place], score=False
+            )
+            for k, done in enumerate(answers, start=1):
+                print(f"[{k}/{num_samples}] {done.text}\n", flush=True)
         except KeyboardInterrupt:
             print()
         except UserError as error:
@@ -208,10 +189,10 @@ def main(argv: list[str]) -> None:
         ],
     )
     args.uses_graph(resolve_device(args.device))
-    find_checkpoint(args.ckpt)  # before prompts are asked for
+    find_checkpoint(args.ckpt)  # report a wrong path before asking for prompts
     prompts = read_prompts(args)
     if prompts is not None and not args.skip_bad_prompts:
-        refuse_bad_prompts(prompts, skip=False)
+        reject_bad_prompts(prompts, skip=False)  # before loading the model
     model, tokenizer, config = load_model_and_tokenizer(
         args.ckpt,
         dtype=args.dtype,
@@ -224,12 +205,13 @@ def main(argv: list[str]) -> None:
     if prompts is None:
         converse(generator, num_samples=args.num_samples)
         return
-    tokens = prepare_prompts(generator, prompts, skip=args.skip_bad_prompts)
+    tokenize_prompts(generator, prompts)
+    reject_bad_prompts(prompts, skip=args.skip_bad_prompts)
     if len(prompts) == args.num_samples == 1:
         print(well_formed(prompts[0].text), end="", flush=True)
-        answer_one(generator, tokens[0])
+        stream_answer(generator, prompts[0].tokens)
     else:
-        answer_all(generator, prompts, tokens, num_samples=args.num_samples)
+        print_answers(generator, prompts, num_samples=args.num_samples)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Decoding by a CUDA graph gives the tokens of eager decoding; so does decoding compiled layers."""
+"""Decoding with a CUDA graph or with compiled layers equals eager decoding."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.mixers.gla import GLAArgs
 from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.nsa import NSAArgs
-from lingua.tokenizer import ByteTokenizer
+from tests.LT2.inference.generators import EndlessTokenizer
 from tests.LT2.tiny import KINDS, tiny_model
 from tests.tolerances import BF16_KERNEL, BF16_LAYER, relative_error
 
 pytestmark = pytest.mark.gpu
 
-# Widths that kernels of the prefill take: heads of 64, blocks of 16 or more.
-WIDTHS = {"dim": 128, "multiple_of": 64}
+# Dims that the kernels of the prefill support: heads of 64, blocks of 16 or more.
+DIMS = {"dim": 128, "multiple_of": 64}
 GDN = GatedDeltaNetArgs(head_dim=64, expand_v=1.0)
 DSA = DSAArgs(top_k=32, n_index_heads=1)
 CHANGES = {
@@ -40,18 +40,18 @@ CHANGES = {
     "dsa": {"dsa": DSA},
     "gdn+dsa": {"gdn": GDN, "dsa": DSA},
 }
-CHOOSE_KEYS = ("nsa", "dsa", "gdn+dsa")  # and a choice may tip over with another rounding
+CHOOSE_KEYS = ("nsa", "dsa", "gdn+dsa")  # rounding may change which keys these select
 
 
 def make_model(kind: str):
-    model = tiny_model(kind, 2, **{**WIDTHS, **CHANGES.get(kind, {})}).cuda()
+    model = tiny_model(kind, 2, **{**DIMS, **CHANGES.get(kind, {})}).cuda()
     cast_for_inference(model, torch.bfloat16)
     fuse_projections(model)
     return model
 
 
 def greedy(model, prompt, cache, step, n_tokens: int):
-    """(tokens, logits) of greedy decoding after a prefill."""
+    """Return (tokens, logits) of greedy decoding after a prefill."""
     logits = model.prefill(prompt, cache, last_only=True)
     tokens, all_logits = [], [logits.clone()]
     for _ in range(n_tokens):
@@ -67,7 +67,7 @@ def test_graph_decode_equals_eager_decode(kind):
     cache, eager_cache = model.init_cache(2, 100), model.init_cache(2, 100)
     graph = DecodeGraph(model, cache)
     assert cache.lengths == [0, 0]
-    for n_prompt in (70, 33):  # the graph serves one prompt after the other
+    for n_prompt in (70, 33):  # the graph serves several prompts
         prompt = torch.randint(258, (2, n_prompt), device="cuda")
         cache.reset()
         eager_cache.reset()
@@ -79,12 +79,6 @@ def test_graph_decode_equals_eager_decode(kind):
         assert relative_error(got_logits, want_logits) <= BF16_KERNEL
 
 
-class EndlessTokenizer(ByteTokenizer):
-    def __init__(self):
-        super().__init__()
-        self.eos_id = -1
-
-
 def make_generator(model, **options) -> PackedCausalTransformerGenerator:
     cfg = PackedCausalTransformerGeneratorArgs(**{"max_tokens": 4096, **options})
     return PackedCausalTransformerGenerator(cfg, model, EndlessTokenizer())
@@ -94,8 +88,8 @@ PROMPTS = [[(7 * i + n) % 256 for i in range(n)] for n in (70, 33, 1, 64, 100)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_generation_by_a_graph_gives_the_tokens_of_eager_generation(kind):
-    """256 greedy tokens each, in rows that are refilled and, in the end, partly free."""
+def test_generation_with_a_graph_equals_eager_generation(kind):
+    """256 greedy tokens each, in rows that are refilled and at the end partly free."""
     model = make_model(kind)
 
     def generate(graph: bool | None) -> list[list[int]]:
@@ -105,12 +99,12 @@ def test_generation_by_a_graph_gives_the_tokens_of_eager_generation(kind):
 
     want = generate(False)
     assert [len(tokens) for tokens in want] == [256] * len(PROMPTS)
-    assert len({t for tokens in want for t in tokens}) > 8, "too dull a model to show a mistake"
+    assert len({t for tokens in want for t in tokens}) > 8, "too few distinct tokens"
     assert generate(None) == want
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CHOOSE_KEYS])
-def test_a_compiled_prefill_scores_prompts_of_any_length_as_an_eager_one(kind):
+def test_a_compiled_prefill_scores_prompts_of_any_length(kind):
     torch.compiler.reset()
     model = make_model(kind)
 
@@ -124,8 +118,8 @@ def test_a_compiled_prefill_scores_prompts_of_any_length_as_an_eager_one(kind):
 
 
 @pytest.mark.parametrize("kind", ["full", "hybrid"])
-def test_compiled_steps_in_a_graph_answer_prompts_of_any_length(kind):
-    """Most tokens are eager's: rounding differs, and after the first that does all may."""
+def test_compiled_steps_in_a_graph_serve_any_length(kind):
+    """Compares the first tokens: rounding differs, so later tokens may."""
     torch.compiler.reset()
     model = make_model(kind)
     for n in (2, 5, 3):
@@ -142,7 +136,7 @@ def test_compiled_steps_in_a_graph_answer_prompts_of_any_length(kind):
 
 
 @pytest.mark.parametrize("kind", ["full", "gdn", "hybrid"])
-def test_capture_in_the_middle_of_a_sequence_leaves_it_as_it_was(kind):
+def test_capture_preserves_a_sequence(kind):
     model = make_model(kind)
     prompt = torch.randint(258, (2, 40), device="cuda")
     cache, eager_cache = model.init_cache(2, 64), model.init_cache(2, 64)
@@ -158,8 +152,8 @@ def test_capture_in_the_middle_of_a_sequence_leaves_it_as_it_was(kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CHOOSE_KEYS])
-def test_compiled_layers_decode_as_eager_ones(kind):
-    """The same tokens are fed in: fused kernels round elsewhere, and an argmax may tip over."""
+def test_compiled_layers_decode_like_eager_ones(kind):
+    """With the same input tokens, as fused kernels round differently and may change an argmax."""
     torch.compiler.reset()
     model = make_model(kind)
     compiled = copy.deepcopy(model)
@@ -179,7 +173,7 @@ def test_compiled_layers_decode_as_eager_ones(kind):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_point_is_measured(compiled):
+def test_a_benchmark_point_is_measured(compiled):
     torch.compiler.reset()
     model = make_model("hybrid")
     if compiled:
@@ -194,7 +188,7 @@ def test_a_point_is_measured(compiled):
         assert cost.peak_gib is not None and cost.peak_gib > 0
 
 
-def test_memory_that_runs_out_is_a_row_and_comes_back():
+def test_out_of_memory_is_reported_and_frees_the_memory():
     model = make_model("full")
     ceilings = measure_ceilings(torch.device("cuda"), torch.bfloat16, repeats=1)
     plan = Plan(1, 1, 1, prefill_chunk=None, compiled=False, cuda_graph=True)

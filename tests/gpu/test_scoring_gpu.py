@@ -1,4 +1,4 @@
-"""Packed scores and answers on CUDA against one request at a time on the CPU, in fp32."""
+"""Packed scores on CUDA equal single requests on the CPU, in fp32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REQUESTS = [(TOKENS[: 3 + 5 * i], TOKENS[3 + 5 * i : 6 + 7 * i]) for i in range(
 
 
 @pytest.mark.parametrize("kind", ["full", "hybrid"])
-def test_scores_on_cuda_are_those_on_the_cpu(kind):
+def test_scores_on_cuda_equal_the_cpu(kind):
     model = tiny_model(kind, 2)
     limits = {"max_len": 24, "max_tokens": 64}
     want = [score_continuations(model, [request], **limits)[0] for request in REQUESTS]
@@ -28,7 +28,7 @@ def test_scores_on_cuda_are_those_on_the_cpu(kind):
 
 
 @pytest.mark.parametrize("kind", ["full", "hybrid"])
-def test_prompts_that_are_not_scored_get_the_same_answers(kind):
+def test_scoring_does_not_change_the_answers(kind):
     model = tiny_model(kind, 2).cuda()
     cfg = PackedCausalTransformerGeneratorArgs(max_gen_len=8)
     generator = PackedCausalTransformerGenerator(cfg, model, ByteTokenizer())

@@ -1,10 +1,10 @@
-"""Continuous batching: a row of the cache whose sequence has ended takes the next one at once.
+"""Continuous batching: when a sequence ends, the next one takes its row of the cache at once.
 
     row 0   aaaaaaaa|cccccccccc          time ->
-    row 1   bbb|ddddddddd|eeeeeee        d is prefilled while a waits for it, then both go on
+    row 1   bbb|ddddddddd|eeeeeee        row 0 waits during the prefill of d, then both decode
 
-Rows do not mix and a sequence brings its own random numbers, so that its tokens are those that it
-gets alone. Shapes: B rows of the cache, n sequences that are prefilled together, V vocabulary.
+Rows are independent and each sequence has its own random numbers, so a sequence gets the tokens
+that it would get alone. Shapes: B rows of the cache, n sequences prefilled together, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,20 +21,18 @@ from apps.LT2.inference.sequence import GeneratedSequence
 from apps.LT2.kernel.documents import upload
 from lingua.errors import UserError
 
-# (logits of a row each, the sequences in these rows or None where one is free) -> token ids, any of
-# the vocabulary where logits are NaN
+# (logits (n, V), the sequence of each row or None for a free row) -> token ids (n,)
 Choose = Callable[[Tensor, Sequence[GeneratedSequence | None]], Tensor]
-# tokens (B, 1) -> logits (B, 1, V), as `model.step`, and whether those of a row are finite, (B,)
-Step = Callable[[Tensor], tuple[Tensor, Tensor]]
-BROKEN = -1  # fetched in place of a token whose logits are not
+Step = Callable[[Tensor], Tensor]  # tokens (B, 1) -> logits (B, 1, V)
+NOT_FINITE = -1  # replaces a token with NaN or infinite logits
 
 
 def group_by_length(n_slots: Sequence[int], max_slots: int) -> list[list[int]]:
-    """Sort places by what they need into groups, one for each cache.
+    """Partition indices into groups with one cache each; `n_slots` is what each sequence needs.
 
-    All rows of a cache are as long as the longest sequence in it. So that one long prompt does not
-    leave room for few rows, a group has rows of which none is more than twice as long as needed;
-    but for sequences that fit into `max_slots` all at once.
+    The longest sequence sets the row length of its cache, so one long prompt would leave few rows.
+    In a group, no row is more than twice as long as needed. Sequences that all fit into `max_slots`
+    stay together.
     """
     if len(n_slots) * max(n_slots, default=0) <= max_slots:
         return [list(range(len(n_slots)))] if n_slots else []
@@ -47,10 +45,10 @@ def group_by_length(n_slots: Sequence[int], max_slots: int) -> list[list[int]]:
 
 
 class ContinuousBatch:
-    """Runs sequences, in order, in the rows of one cache."""
+    """Run sequences, in order, in the rows of one cache."""
 
     def __init__(self, prefill: PromptPrefill, step: Step, choose: Choose, *, eos_id: int):
-        """`prefill` fills rows of its empty cache, and `step` moves that on."""
+        """`step` must extend the cache of `prefill`, which is empty."""
         self.cache, self.prefill = prefill.cache, prefill
         self.step, self.choose, self.eos_id = step, choose, eos_id
         n_rows = self.cache.batch_size
@@ -58,7 +56,7 @@ class ContinuousBatch:
         self.tokens_B1 = torch.zeros(n_rows, 1, dtype=torch.int64, device=prefill.device)
 
     def run(self, sequences: Sequence[GeneratedSequence]) -> Iterator[list[GeneratedSequence]]:
-        """After every prefill and every step, those that have a token more, or are done."""
+        """Yield the sequences that got a token or ended, after every prefill and every step."""
         waiting = deque(sequences)
         while True:
             while waiting and None in self.rows:
@@ -68,7 +66,7 @@ class ContinuousBatch:
             yield self._decode()
 
     def _admit(self, waiting: deque[GeneratedSequence]) -> list[GeneratedSequence]:
-        """Put the next sequences into the rows that are free, with their first tokens."""
+        """Start the next sequences in the free rows, with their first tokens."""
         free = [row for row, sequence in enumerate(self.rows) if sequence is None]
         new = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
         rows = free[: len(new)]
@@ -77,36 +75,36 @@ class ContinuousBatch:
         self.tokens_B1[upload(rows, tokens_n.device, torch.int64), 0] = tokens_n
         for row, sequence in zip(rows, new, strict=True):
             self.rows[row] = sequence
-        self._push(rows, tokens_n, all_finite(logits_nV))
+        self._push(rows, tokens_n, logits_nV)
         return new
 
     def _decode(self) -> list[GeneratedSequence]:
-        """One step of all rows. Those without a sequence go along, and nobody looks at them."""
+        """Run one step of all rows. Free rows are computed too, and ignored."""
         full = [row for row, n in enumerate(self.cache.lengths) if n == self.cache.max_seqlen]
         if full:
-            assert not any(self.rows[row] for row in full), "a sequence has outgrown its row"
+            assert not any(self.rows[row] for row in full), "a sequence is longer than its row"
             self.cache.reset(full)
         active = [sequence for sequence in self.rows if sequence is not None]
-        logits_B1V, finite_B = self.step(self.tokens_B1)
-        tokens_B = self.choose(logits_B1V[:, 0], self.rows)
+        logits_BV = self.step(self.tokens_B1)[:, 0]
+        tokens_B = self.choose(logits_BV, self.rows)
         self.tokens_B1 = tokens_B[:, None]
-        self._push(range(len(self.rows)), tokens_B, finite_B)
+        self._push(range(len(self.rows)), tokens_B, logits_BV)
         return active
 
-    def _push(self, rows: Sequence[int], tokens_n: Tensor, finite_n: Tensor) -> None:
-        """Hand out tokens; a row whose sequence ends with its token is free.
+    def _push(self, rows: Sequence[int], tokens_n: Tensor, logits_nV: Tensor) -> None:
+        """Append a token to the sequence in each of `rows`; free a row when its sequence ends.
 
-        finite_n: whether their logits are. A UserError where those of a sequence are not: its token
-        could be any. It comes with the tokens, since to ask for it would be to wait once more.
+        UserError if a sequence's logits aren't finite, as its token is then arbitrary. The flag
+        travels with the tokens, which saves a second sync.
         """
-        tokens = tokens_n.where(finite_n, BROKEN).tolist()
-        given = [(row, s, t) for row, t in zip(rows, tokens, strict=True) if (s := self.rows[row])]
-        if any(token == BROKEN for _, _, token in given):
+        tokens = tokens_n.where(all_finite(logits_nV), NOT_FINITE).tolist()
+        active = [(row, s, t) for row, t in zip(rows, tokens, strict=True) if (s := self.rows[row])]
+        if any(token == NOT_FINITE for _, _, token in active):
             raise UserError(
-                "the model's logits are NaN or infinite: the checkpoint is broken, or its numbers "
-                "are too large for this dtype; dtype=fp32 tells"
+                "the model's logits are NaN or infinite: the checkpoint is broken, or its values "
+                "are too large for this dtype; try dtype=fp32"
             )
-        for row, sequence, token in given:
+        for row, sequence, token in active:
             sequence.push(token, self.eos_id)
             if sequence.done:
                 self.rows[row] = None

@@ -1,16 +1,14 @@
-"""A prompt is prefilled once, and its samples begin with copies of its row.
+"""Prefill each prompt once; all its samples start from copies of its row.
 
-Samples of a prompt stand next to each other in the list of sequences. Those that begin together are
-copied from the first one's row, right after its prefill. For those that begin later, when a row has
-come free, the prompt is kept in a cache of one row: samples begin in order, so that there is never
-more than one prompt to keep. Shapes: n sequences that begin together, V vocabulary.
+Samples of a prompt are adjacent in the list of sequences. Samples that start together copy the
+first one's row. For later samples, the prompt is kept in a cache of one row. Samples start in
+order, so one kept prompt is enough. Shapes: n sequences that start together, V vocabulary.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,31 +20,28 @@ from apps.LT2.kernel.documents import upload
 from apps.LT2.transformer import LoopedTransformer
 
 
-@dataclass
-class KeptPrompt:
-    """What the later samples of a prompt begin with."""
-
-    sample: GeneratedSequence  # one of those that have begun; it has the prompt's scores
+class KeptPrompt(NamedTuple):
+    sample: GeneratedSequence  # an earlier sample, with the prompt's scores
+    cache: ModelCache  # one row
     logits_1V: Tensor
 
 
 class PromptPrefill:
-    """Fills rows of `cache` with prompts."""
+    """Fill rows of `cache` with prompts."""
 
     def __init__(
         self,
         model: LoopedTransformer,
         cache: ModelCache,
-        one_row: Callable[[], ModelCache],
+        make_row: Callable[[], ModelCache],
         *,
         score: bool,
     ):
-        """one_row: makes a cache of one row as long as those of `cache`, if one is needed; score:
-        give the sequences the scores of their prompts, which takes logits for each token."""
-        self.model, self.cache, self.one_row, self.score = model, cache, one_row, score
+        """`make_row` allocates a cache of one row of the same length, if a prompt is kept.
+        `score` scores the prompts, which computes logits for all their tokens."""
+        self.model, self.cache, self.make_row, self.score = model, cache, make_row, score
         self.device = model.tok_embeddings.weight.device
         self.kept: KeptPrompt | None = None
-        self.kept_row: ModelCache | None = None  # allocated when a prompt is first kept
 
     def begin(
         self,
@@ -54,54 +49,47 @@ class PromptPrefill:
         rows: Sequence[int],
         following: GeneratedSequence | None,
     ) -> Tensor:
-        """Logits (n, V) after the prompts of `new`, which `rows` hold from then on. `following` is
-        the sequence that will begin after these."""
+        """Fill `rows` with the prompts of `new`; return the logits (n, V) after them.
+
+        `following` is the next sequence to start after `new`.
+        """
         kept = self.kept
-        n_kept = 0 if kept is None else sum(s.shares_prompt(kept.sample) for s in new)
+        n_kept = sum(s.shares_prompt(kept.sample) for s in new) if kept else 0
         logits = []
-        if kept is not None and n_kept:
-            logits.append(self._begin_with(kept, new[:n_kept], rows[:n_kept]))
+        if kept and n_kept:
+            self.cache.copy_rows(rows[:n_kept], kept.cache, [0] * n_kept)
+            for sequence in new[:n_kept]:
+                sequence.scores = kept.sample.scores
+            logits.append(kept.logits_1V.expand(n_kept, -1))
         if n_kept < len(new):
             logits.append(self._prefill(new[n_kept:], rows[n_kept:]))
         logits_nV = torch.cat(logits)
-        if following is None or not following.shares_prompt(new[-1]):
-            self.kept = None
-        elif n_kept < len(new):
-            self._keep(new[-1], rows[-1], logits_nV[-1:].clone())
+        if n_kept < len(new) and following and following.shares_prompt(new[-1]):
+            cache = kept.cache if kept else self.make_row()
+            cache.copy_rows([0], self.cache, [rows[-1]])
+            self.kept = KeptPrompt(new[-1], cache, logits_nV[-1:].clone())
         return logits_nV
 
-    def _keep(self, sample: GeneratedSequence, row: int, logits_1V: Tensor) -> None:
-        if self.kept_row is None:
-            self.kept_row = self.one_row()
-        self.kept_row.copy_rows([0], self.cache, [row])
-        self.kept = KeptPrompt(sample, logits_1V)
-
-    def _begin_with(
-        self, kept: KeptPrompt, new: Sequence[GeneratedSequence], rows: Sequence[int]
-    ) -> Tensor:
-        assert self.kept_row is not None, "a prompt without a row"
-        self.cache.copy_rows(rows, self.kept_row, [0] * len(rows))
-        for sequence in new:
-            sequence.take_scores(kept.sample)
-        return kept.logits_1V.expand(len(new), -1)
-
     def _prefill(self, new: Sequence[GeneratedSequence], rows: Sequence[int]) -> Tensor:
-        """Each prompt is read once, and copied to the other rows of its samples."""
-        changes = [not b.shares_prompt(a) for a, b in itertools.pairwise(new)]
-        prompt_of = list(itertools.accumulate(changes, initial=0))  # of each sequence
-        first = [prompt_of.index(n) for n in range(prompt_of[-1] + 1)]  # sequence of each prompt
+        """Prefill each prompt once, and copy it to the rows of its other samples."""
+        origin = list(range(len(new)))  # index of the first sample of the same prompt
+        for i in range(1, len(new)):
+            if new[i].shares_prompt(new[i - 1]):
+                origin[i] = origin[i - 1]
+        first = sorted(set(origin))
         logits = self._read([new[i] for i in first], [rows[i] for i in first])
-        copies = [i for i in range(len(new)) if i != first[prompt_of[i]]]
+        copies = [i for i in range(len(new)) if origin[i] != i]
         if not copies:
             return logits
-        origins = [first[prompt_of[i]] for i in copies]
-        self.cache.copy_rows([rows[i] for i in copies], self.cache, [rows[i] for i in origins])
-        for i, origin in zip(copies, origins, strict=True):
-            new[i].take_scores(new[origin])
-        return logits[upload(prompt_of, logits.device, torch.int64)]
+        self.cache.copy_rows(
+            [rows[i] for i in copies], self.cache, [rows[origin[i]] for i in copies]
+        )
+        for i in copies:
+            new[i].scores = new[origin[i]].scores
+        return logits[upload([first.index(i) for i in origin], logits.device, torch.int64)]
 
     def _read(self, new: Sequence[GeneratedSequence], rows: Sequence[int]) -> Tensor:
-        """Prefill the prompts, packed; logits after each."""
+        """Prefill packed prompts; return the logits after each."""
         self.cache.reset(rows)
         tokens_1T, cu_seqlens = pack_prompts([s.prompt for s in new], self.device)
         logits = self.model.prefill(
@@ -110,6 +98,6 @@ class PromptPrefill:
         if not self.score:
             return logits[:, 0]
         scores = score_prompts(logits[0], tokens_1T[0], [len(s.prompt) for s in new])
-        for sequence, (loglikelihood, greedy) in zip(new, scores, strict=True):
-            sequence.loglikelihood, sequence.greedy = loglikelihood, greedy
+        for sequence, sequence_scores in zip(new, scores, strict=True):
+            sequence.scores = sequence_scores
         return logits[0, cu_seqlens[1:].long() - 1]

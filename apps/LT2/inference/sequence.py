@@ -1,4 +1,4 @@
-"""One sequence on its way through generation: a prompt, its random numbers and its answer."""
+"""One sequence during generation: its prompt, its random numbers and its answer."""
 
 from __future__ import annotations
 
@@ -14,52 +14,47 @@ from lingua.tokenizer import Tokenizer
 
 @dataclass(eq=False)
 class GeneratedSequence:
-    prompt: list[int]  # token ids; samples of a prompt hold one list
+    prompt: list[int]  # token ids; samples of a prompt share one list object
     max_gen_len: int
-    rng: random.Random  # gives one number for each token of the answer
+    rng: random.Random  # one number for each token of the answer
     stream: TextStream  # the answer's text
     tokens: list[int] = field(default_factory=list)  # of the answer
     done: bool = False
-    # Scores of the prompt, as Completion has them; empty until somebody wants them.
-    loglikelihood: Tensor = field(default_factory=lambda: torch.empty(0))
-    greedy: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    # The prompt's (loglikelihood, greedy), see Completion; empty if not scored.
+    scores: tuple[Tensor, Tensor] = field(
+        default_factory=lambda: (torch.empty(0), torch.empty(0, dtype=torch.bool))
+    )
 
     @property
     def n_slots(self) -> int:
-        """Cache slots that it may need."""
+        """Cache slots for the prompt and the longest answer."""
         return len(self.prompt) + self.max_gen_len
 
     def shares_prompt(self, other: GeneratedSequence) -> bool:
-        """Are these samples of one prompt? Prompts that are equal by chance are not."""
+        """Return whether both are samples of one prompt; equal texts are separate prompts."""
         return self.prompt is other.prompt
 
-    def take_scores(self, other: GeneratedSequence) -> None:
-        """Those of another sample of the same prompt."""
-        self.loglikelihood, self.greedy = other.loglikelihood, other.greedy
-
     def push(self, token: int, eos_id: int) -> None:
-        """One more token of the answer, which may be its last."""
+        """Append a token to the answer, and end the answer if it is the last one."""
         assert not self.done, "this sequence has ended"
-        if self.max_gen_len == 0:  # its prompt's scores are all that it is here for
-            self.done = True
-            return
-        self.tokens.append(token)
-        if token != eos_id:
-            self.stream.push(token)
+        if self.max_gen_len > 0:  # else only the prompt's scores are wanted
+            self.tokens.append(token)
+            if token != eos_id:
+                self.stream.push(token)
         ended = token == eos_id or self.stream.stopped
         self.done = ended or len(self.tokens) == self.max_gen_len
         if self.done:
             self.stream.finish()
 
 
-UNFINISHED = "\ufffd"  # how decoders show bytes that do not make a character (yet)
+UNFINISHED = "\ufffd"  # what decoders return for an incomplete character
 
 
 class TextStream:
-    """The text of one growing sequence, in `text`.
+    """Decode a growing sequence into `text`, and stop at the first stop string.
 
-    A character whose last bytes are missing waits for them. `stopped` turns true when a stop string
-    has come up, wherever tokens begin and end in it; the text then ends before it.
+    An incomplete character waits for its last bytes. A stop string may span tokens. It sets
+    `stopped`, and the text ends before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, until: Sequence[str] = ()):
@@ -68,13 +63,13 @@ class TextStream:
         self._tokenizer = tokenizer
         self._until = until
         self._tokens: list[int] = []
-        # Decoding all tokens at each step would cost the length squared, so only a window of the
-        # last ones is decoded. It begins one step early, at a token whose text is out already:
-        # some tokenizers treat the first token of a text in a way of its own.
-        self._window = 0
-        self._settled = 0  # tokens before this one ended in a whole character
-        self._n_out = 0  # characters of the window's text that are in `text`
-        self._n_taken = 0  # characters of `text` that `take` gave out
+        # Decoding all tokens at each step would be quadratic, so only a window of the last tokens
+        # is decoded. It starts with tokens that are in `text` already, because some tokenizers
+        # decode the first token of a text differently.
+        self._window = 0  # index of its first token
+        self._settled = 0  # the tokens before this index end in a complete character
+        self._n_out = 0  # characters of the window that are in `text`
+        self._n_taken = 0  # characters of `text` that `take` returned
 
     def push(self, token: int) -> None:
         assert not self.stopped, "this sequence has ended"
@@ -89,14 +84,13 @@ class TextStream:
             self._n_out = max(self._n_out, len(whole))
 
     def finish(self) -> None:
-        """No token will come any more: bytes that wait for the rest of their character are shown
-        as the tokenizer shows them."""
+        """End the text; an incomplete character is decoded as the tokenizer decodes it."""
         if not self.stopped:
             self._grow(self._decode_window()[self._n_out :])
         self._until = ()
 
     def take(self) -> str:
-        """What is new since the last call, but for a tail that may turn out to be a stop string."""
+        """Return the text since the last call, without an end that may become a stop string."""
         end = len(self.text) if self.stopped else len(self.text) - self._n_held()
         new = self.text[self._n_taken : end]
         self._n_taken += len(new)
@@ -108,7 +102,7 @@ class TextStream:
     def _grow(self, new: str) -> None:
         before = len(self.text)
         self.text += new
-        # A match that ends in the old text would have been found when that was new.
+        # Only search where a match would end in the new text.
         found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self._until]
         found = [start for start in found if start >= 0]
         if found:
@@ -116,7 +110,7 @@ class TextStream:
             self.stopped = True
 
     def _n_held(self) -> int:
-        """Length of the longest end of the text with which some stop string begins."""
+        """Return the length of the longest suffix of the text that starts a stop string."""
         return max(
             (n for s in self._until for n in range(1, len(s)) if self.text.endswith(s[:n])),
             default=0,

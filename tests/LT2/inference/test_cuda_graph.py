@@ -1,4 +1,4 @@
-"""The decode graph, without CUDA: what it does around the capture, and what it may rely on."""
+"""DecodeGraph with a fake of torch.cuda, and what a capture needs of the model and its cache."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ class FakeStream:
 
 
 class FakeGraph:
-    """Runs the step again where CUDA would replay it: on the device, past the host's counters."""
+    """Runs the step again. Like a replay, it doesn't change the counters on the host."""
 
     graph: DecodeGraph
 
     def replay(self) -> None:
         lengths = list(self.graph.cache.lengths)
         self.graph.cache.lengths[:] = [0] * len(lengths)
-        logits_B1V, finite_B = self.graph._decode()
-        self.graph.logits_B1V.copy_(logits_B1V)
-        self.graph.finite_B.copy_(finite_B)
+        graph = self.graph
+        graph.logits_B1V.copy_(graph.model.step(graph.tokens_B1, graph.cache))
         self.graph.cache.lengths[:] = lengths
 
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """As much of torch.cuda as a DecodeGraph uses. Unlike CUDA's, a capture runs what it sees."""
+    """The part of torch.cuda that DecodeGraph uses. A fake capture runs the step."""
 
     @contextmanager
     def capture(_, capture_error_mode):
@@ -73,7 +72,7 @@ def greedy(model, prompt, cache, step, n_tokens: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("held", [0, 7])
-def test_the_cache_holds_what_it_held_before_the_capture(cuda, kind, held):
+def test_capture_restores_the_cache(cuda, kind, held):
     model = tiny_model(kind, loop_count=2)
     cache = model.init_cache(2, 12)
     if held:
@@ -89,7 +88,7 @@ def test_graph_decode_equals_eager_decode_over_several_prompts(cuda, kind):
     model = tiny_model(kind, loop_count=2)
     cache, eager_cache = model.init_cache(2, 20), model.init_cache(2, 20)
     graph = make_graph(model, cache)
-    for n_prompt in (9, 3):  # the graph outlives the sequences
+    for n_prompt in (9, 3):  # the graph serves several sequences
         prompt = torch.randint(258, (2, n_prompt))
         cache.reset()
         eager_cache.reset()
@@ -100,8 +99,8 @@ def test_graph_decode_equals_eager_decode_over_several_prompts(cuda, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_generation_by_graphs_gives_the_tokens_of_steps(cuda, kind, monkeypatch):
-    """Through rows that are refilled, and rows that are free for longer than they are."""
+def test_generation_with_a_graph_gives_the_same_tokens(cuda, kind, monkeypatch):
+    """With refilled rows, and free rows that run past their end."""
     graphs = []
 
     def make_and_count(model, cache):
@@ -124,11 +123,11 @@ def test_generation_by_graphs_gives_the_tokens_of_steps(cuda, kind, monkeypatch)
     assert generate(True) == generate(False)
     assert len(graphs) == 1 and graphs[0].cache.batch_size == 2
     generate(True, max_gen_len=1)
-    assert len(graphs) == 1, "a graph that nothing replays"
+    assert len(graphs) == 1, "captured a graph that is never replayed"
 
 
-def test_a_graph_tells_of_logits_that_are_not_finite(cuda, monkeypatch):
-    """The flag comes with the tokens of its step, and not with those of another one."""
+def test_nan_logits_of_a_graph_are_an_error(cuda, monkeypatch):
+    """In the step that computes them, not a later one."""
     monkeypatch.setattr(generator, "DecodeGraph", make_graph)
     model = tiny_model("hybrid", loop_count=2)
     cfg = generator.PackedCausalTransformerGeneratorArgs(max_gen_len=6, max_tokens=60)
@@ -136,15 +135,15 @@ def test_a_graph_tells_of_logits_that_are_not_finite(cuda, monkeypatch):
     made = generator.PackedCausalTransformerGenerator(cfg, model, ByteTokenizer())
     tokens = next(made.complete(["once"])).tokens
     third = tokens[2]
-    assert third not in tokens[:2] and third not in b"once", "the test wants it to be new"
-    model.tok_embeddings.weight[third] = float("nan")  # read by the fourth step alone
-    came: list[str] = []
-    with pytest.raises(UserError, match="logits are NaN or infinite"):
-        list(made.complete(["once"], on_text=lambda _, text: came.append(text)))
-    assert len("".join(came).encode()) <= 3
+    assert third not in tokens[:2] and third not in b"once", "the test needs a new token"
+    model.tok_embeddings.weight[third] = float("nan")  # only an input of the third step
+    texts: list[str] = []
+    with pytest.raises(UserError, match="NaN"):
+        list(made.complete(["once"], on_text=lambda _, text: texts.append(text)))
+    assert len("".join(texts).encode()) <= 3
 
 
-def test_a_full_cache_is_refused_before_anything_is_written(cuda):
+def test_a_full_cache_is_an_error_and_stays_unchanged(cuda):
     model = tiny_model("hybrid", loop_count=1)
     cache = model.init_cache(1, 4)
     graph = make_graph(model, cache)
@@ -156,8 +155,8 @@ def test_a_full_cache_is_refused_before_anything_is_written(cuda):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_noise_has_the_form_of_a_past(kind):
-    """Steps after noise run, count on from it, and see it."""
+def test_random_cache_contents_work_as_a_past(kind):
+    """Steps after it run, continue its lengths, and read it."""
     model = tiny_model(kind, loop_count=2)
     cache = model.init_cache(2, 12)
     token = torch.full((2, 1), 65)
@@ -178,17 +177,17 @@ def test_noise_has_the_form_of_a_past(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_one_piece_for_the_compiler(kind):
-    """No graph break and no look at the device: else neither a compiled step nor a graph works."""
+def test_a_compiled_step_has_no_graph_break(kind):
+    """And no sync: compiled steps and CUDA graphs need both."""
     torch._dynamo.reset()
     model = tiny_model(kind, loop_count=2)
     cache, plain_cache = model.init_cache(2, 12), model.init_cache(2, 12)
     token = torch.full((2, 1), 65)
     want = [model.step(token, plain_cache) for _ in range(3)]
-    pieces = []
+    graphs = []
 
     def backend(module, _):
-        pieces.append(module)
+        graphs.append(module)
         return module.forward
 
     for block in model.layers:
@@ -196,5 +195,5 @@ def test_a_step_is_one_piece_for_the_compiler(kind):
     got = [model.step(token, cache) for _ in range(3)]
     torch.testing.assert_close(got, want)
     families = {(s.mixer, s.window) for loop in tiny_args(kind, 2).layout() for s in loop}
-    assert len(pieces) == len(families)  # shared by all layers, loops and steps
+    assert len(graphs) == len(families)  # shared by all layers, loops and steps
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Packed, cached generation gives what a full forward for every token gives."""
+"""Packed, cached generation equals a full forward for every token."""
 
 from __future__ import annotations
 
@@ -17,19 +17,14 @@ from apps.LT2.inference.generator import (
 from apps.LT2.inference.load import load_model_and_tokenizer
 from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer
+from tests.LT2.inference.generators import TOKENIZER, make_generator
 from tests.LT2.scripted import Scripted
 from tests.LT2.tiny import KINDS, save_run, tiny_model
 from tests.tolerances import FP32, assert_same
 
 TEXT = "the quick brown fox jumps over the lazy dog, twice"
-# BOS comes on top: 1 to 40 tokens
+# 1 to 40 tokens with BOS
 PROMPTS = [TEXT[i : i + n] for i, n in enumerate([3, 0, 39, 1, 7, 12, 2])]
-TOKENIZER = ByteTokenizer()
-
-
-def make(model=None, **options) -> PackedCausalTransformerGenerator:
-    cfg = PackedCausalTransformerGeneratorArgs(**{"max_gen_len": 8, "max_tokens": 1000, **options})
-    return PackedCausalTransformerGenerator(cfg, model or tiny_model("hybrid", 2), TOKENIZER)
 
 
 def encode(prompt: str) -> list[int]:
@@ -37,7 +32,7 @@ def encode(prompt: str) -> list[int]:
 
 
 def texts_of_lengths(lengths) -> list[list[int]]:
-    """Token ids, from BOS on, of letters that look random."""
+    """Return BOS and random lower-case letters, as token ids."""
     generator = torch.Generator().manual_seed(0)
     return [
         [TOKENIZER.bos_id, *torch.randint(97, 123, (n - 1,), generator=generator).tolist()]
@@ -47,7 +42,7 @@ def texts_of_lengths(lengths) -> list[list[int]]:
 
 @torch.no_grad()
 def greedy_tokens(model, tokens: list[int], n: int) -> list[int]:
-    """The answer by definition: a full forward for each token."""
+    """Decode by definition: a full forward for each token."""
     answer: list[int] = []
     while len(answer) < n and TOKENIZER.eos_id not in answer:
         logits = model(torch.tensor([tokens + answer]))
@@ -57,8 +52,10 @@ def greedy_tokens(model, tokens: list[int], n: int) -> list[int]:
 
 @torch.no_grad()
 def assert_greedy(model, prompts: list[list[int]], answers: list[list[int]], n: int) -> None:
-    """Are these `greedy_tokens`? One forward tells, for it is causal: after each token of an answer
-    it says what a forward that ends there would say, whatever stands behind."""
+    """Check that the answers are `greedy_tokens`, with one forward.
+
+    The model is causal, so each position predicts the same token as a forward that ends there.
+    """
     rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
     longest = max(map(len, rows))
     best = model(torch.tensor([row + [0] * (longest - len(row)) for row in rows])).argmax(-1)
@@ -68,14 +65,14 @@ def assert_greedy(model, prompts: list[list[int]], answers: list[list[int]], n: 
         assert answer == row[first : first + len(answer)], f"after {len(prompt)} tokens"
 
 
-# ---- exact
+# ---- exactness
 
-# The paper's hybrids are 4:1.
+# The hybrids of the paper are 4:1.
 CASES = {kind: (kind, {}) for kind in KINDS} | {
     f"4:1 {kind}": (kind, {"n_layers": 5, "attention_pattern": "4:1"})
     for kind in ("hybrid", "gdn+dsa")
 }
-# Lengths 1 to 100, shared out among the loop counts; and what they leave is spread evenly.
+# Lengths 1 to 100, spread evenly over the loop counts.
 LENGTHS = {T: list(range(start, 101, 3)) for T, start in ((1, 1), (2, 2), (4, 3))}
 
 
@@ -86,21 +83,21 @@ def case_model(case: str, loop_count: int):
 
 @pytest.mark.parametrize("loop_count", [1, 2, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_packed_cached_batched_greedy_is_the_argmax_of_full_forwards(case, loop_count):
-    """Prompts of 1 to 100 tokens, more than there are rows."""
+def test_greedy_tokens_are_the_argmax_of_full_forwards(case, loop_count):
+    """Prompts of 1 to 100 tokens, more than the cache has rows."""
     model = case_model(case, loop_count)
     prompts = texts_of_lengths(LENGTHS[loop_count])
-    done = list(make(model, max_tokens=700).complete(prompts, score=False))
+    done = list(make_generator(model, max_tokens=700).complete(prompts, score=False))
     assert_greedy(model, prompts, [completion.tokens for completion in done], 8)
-    assert len({t for c in done for t in c.tokens}) > 16, "too dull a model to show a mistake"
+    assert len({t for c in done for t in c.tokens}) > 16, "too few distinct tokens"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_batch_says_what_a_forward_for_every_token_says(case):
+def test_a_batch_equals_a_forward_for_every_token(case):
     model = case_model(case, 2)
     prompts = PROMPTS[2:6]
     want = [greedy_tokens(model, encode(p), 8) for p in prompts]
-    assert [c.tokens for c in make(model).complete(prompts)] == want
+    assert [c.tokens for c in make_generator(model).complete(prompts)] == want
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -110,18 +107,22 @@ def test_greedy_is_exact_at_other_loop_counts_than_trained(case, tmp_path):
         model = load_model_and_tokenizer(str(tmp_path), device="cpu", loop_count=loop_count)[0]
         assert len(model.layout) == loop_count
         prompts = texts_of_lengths([1, 70, 33])
-        assert_greedy(model, prompts, [done.tokens for done in make(model).complete(prompts)], 8)
+        assert_greedy(
+            model, prompts, [done.tokens for done in make_generator(model).complete(prompts)], 8
+        )
 
 
 @pytest.mark.parametrize("loop_count", [1, 2, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_loglikelihoods_and_greedy_flags_are_those_of_a_forward(case, loop_count):
-    """Also of prompts that are longer than the window, and lose their start."""
+def test_loglikelihoods_and_greedy_flags_equal_a_forward(case, loop_count):
+    """Also for prompts that are cut to the window."""
     model = case_model(case, loop_count)
     prompts = [encode(p) for p in PROMPTS[:4]] + texts_of_lengths([90])
     prompts.append(encode("a") + greedy_tokens(model, encode("a"), 8))
     window = 35
-    _, loglikelihoods, greedy = make(model, max_prompt_len=window, max_gen_len=0).generate(prompts)
+    _, loglikelihoods, greedy = make_generator(
+        model, max_prompt_len=window, max_gen_len=0
+    ).generate(prompts)
     assert sum(len(prompt) > window for prompt in prompts) == 2
     for prompt, got, flags in zip(prompts, loglikelihoods, greedy, strict=True):
         tokens = torch.tensor([prompt[-window:]])
@@ -131,40 +132,40 @@ def test_loglikelihoods_and_greedy_flags_are_those_of_a_forward(case, loop_count
         assert torch.equal(flags, logits.argmax(-1) == tokens[0, 1:])
 
 
-def test_greedy_flags_are_true_for_the_answer_itself():
+def test_greedy_flags_are_true_for_a_greedy_answer():
     model = tiny_model("hybrid", 2)
     prompt = encode("once")
     answer = greedy_tokens(model, prompt, 8)
-    flags = make(model, max_gen_len=0).generate([prompt + answer])[2][0]
+    flags = make_generator(model, max_gen_len=0).generate([prompt + answer])[2][0]
     assert flags[len(prompt) - 1 :].tolist() == [True] * 8
 
 
 def test_bfloat16_weights_and_cache():
-    """Coarse numbers, so only what must be there is compared: the prompt's scores."""
+    """Compares only the prompts' scores, as rounding may change the tokens."""
     model = tiny_model("hybrid", 2)
-    want = make(model).generate(PROMPTS)[1]
+    want = make_generator(model).generate(PROMPTS)[1]
     for name, param in model.named_parameters():
         if param.ndim == 2 and "conv" not in name and name != "rho":
             param.data = param.data.bfloat16()
-    texts, got, _ = make(model).generate(PROMPTS)
+    texts, got, _ = make_generator(model).generate(PROMPTS)
     assert len(texts) == len(PROMPTS)
     torch.testing.assert_close(torch.cat(got), torch.cat(want), rtol=0.05, atol=0.3)
 
 
-# ---- where an answer ends
+# ---- the end of an answer
 
 
-def test_eos_ends_an_answer_while_others_go_on():
+def test_eos_ends_one_answer_of_a_batch():
     eos = TOKENIZER.eos_id
     model = Scripted([*b"ab", eos, *b"xyz"], [*b"cdef"], [eos, *b"q"])
-    done = list(make(model, max_gen_len=4).complete(["1", "22", "333"]))
+    done = list(make_generator(model, max_gen_len=4).complete(["1", "22", "333"]))
     assert [c.text for c in done] == ["ab", "cdef", ""]
     assert [c.tokens for c in done] == [[*b"ab", eos], [*b"cdef"], [eos]]
 
 
 def test_decoding_stops_when_all_answers_are_done():
     model = Scripted([*b"ab", TOKENIZER.eos_id], [TOKENIZER.eos_id])
-    make(model, max_gen_len=40).generate(["1", "2"])
+    make_generator(model, max_gen_len=40).generate(["1", "2"])
     assert model.n_steps == 2
 
 
@@ -178,70 +179,70 @@ def test_decoding_stops_when_all_answers_are_done():
         (["nothing"], "abcdef\N{EURO SIGN}gh", 11),
     ],
 )
-def test_until_cuts_at_texts_that_span_tokens(until, want, n_tokens):
+def test_stop_strings_may_span_tokens(until, want, n_tokens):
     script = [*"abcdef\N{EURO SIGN}gh".encode()]
-    done = next(make(Scripted(script), max_gen_len=11, until=until).complete(["x"]))
+    done = next(make_generator(Scripted(script), max_gen_len=11, until=until).complete(["x"]))
     assert done.text == want
     assert done.tokens == script[:n_tokens]
 
 
 def test_until_can_change_between_calls():
-    generator = make(Scripted([*b"abcdef"]), max_gen_len=6)
+    generator = make_generator(Scripted([*b"abcdef"]), max_gen_len=6)
     generator.cfg = replace(generator.cfg, until=["bcd"])
     assert generator.generate(["x"])[0] == ["a"]
 
 
-def test_until_does_not_look_at_the_prompt():
-    assert make(Scripted([*b"ab"]), max_gen_len=2, until=["xa"]).generate(["x"])[0] == ["ab"]
+def test_until_ignores_the_prompt():
+    generator = make_generator(Scripted([*b"ab"]), max_gen_len=2, until=["xa"])
+    assert generator.generate(["x"])[0] == ["ab"]
 
 
-def test_no_token_without_a_text_is_generated():
-    """Vocabularies are padded: ids beyond the tokenizer's mean nothing."""
+def test_padding_of_the_vocabulary_is_never_generated():
     model = tiny_model("full", 1, vocab_size=300)
     model.output.weight[258:] *= 50
     for temperature in (0.0, 1.0):
-        done = list(make(model, temperature=temperature).complete(PROMPTS))
+        done = list(make_generator(model, temperature=temperature).complete(PROMPTS))
         assert all(t < 258 for c in done for t in c.tokens)
 
 
 # ---- sampling
 
 
-def test_a_cold_temperature_is_greedy():
+def test_a_low_temperature_is_greedy():
     model = tiny_model("gdn", 2)
-    assert make(model, temperature=1e-6).generate(PROMPTS)[0] == make(model).generate(PROMPTS)[0]
+    greedy, cold = make_generator(model), make_generator(model, temperature=1e-6)
+    assert cold.generate(PROMPTS)[0] == greedy.generate(PROMPTS)[0]
 
 
 # ---- prompts
 
 
-def test_long_prompts_lose_their_start(caplog):
+def test_long_prompts_are_cut_at_their_start(caplog):
     model = tiny_model("full", 2)
-    texts, loglikelihoods, _ = make(model, max_prompt_len=10).generate([TEXT, "short"])
+    texts, loglikelihoods, _ = make_generator(model, max_prompt_len=10).generate([TEXT, "short"])
     assert "1 of 2 prompts" in caplog.text
     cut = encode(TEXT)[-10:]
-    want_texts, want, _ = make(model).generate([cut, encode("short")])
+    want_texts, want, _ = make_generator(model).generate([cut, encode("short")])
     assert texts == want_texts
     assert [len(t) for t in loglikelihoods] == [9, 5]
     torch.testing.assert_close(loglikelihoods, want, rtol=0, atol=0)
 
 
-def test_a_prompt_fits_to_the_last_slot_and_no_further():
-    tokens = encode(TEXT)
-    make(max_tokens=len(tokens) + 8).generate([tokens])
-    with pytest.raises(UserError, match=f"prompt 2 of 2.*set max_tokens={len(tokens) + 8}"):
-        make(max_tokens=len(tokens) + 7).generate(["short", tokens])
+def test_a_prompt_may_fill_the_cache_but_not_exceed_it():
+    model, tokens = tiny_model("hybrid", 2), encode(TEXT)
+    make_generator(model, max_tokens=len(tokens) + 8).generate([tokens])
+    with pytest.raises(UserError, match=f"prompt 2 of 2.*max_tokens={len(tokens) + 8}"):
+        make_generator(model, max_tokens=len(tokens) + 7).generate(["short", tokens])
 
 
-@pytest.mark.parametrize("strange", [-1, 258])
-def test_a_prompt_with_a_token_of_another_tokenizer_is_refused(strange):
-    told = f"prompt 2 of 2: token {strange} is none of the model's .model.vocab_size=258."
-    with pytest.raises(UserError, match=told):
-        make().generate(["text", [1, strange, 2]])
+@pytest.mark.parametrize("token", [-1, 258])
+def test_a_token_outside_the_vocabulary_is_an_error(token):
+    with pytest.raises(UserError, match=rf"prompt 2 of 2: token {token} .*model\.vocab_size=258"):
+        make_generator(tiny_model("hybrid", 2)).generate(["text", [1, token, 2]])
 
 
 def test_an_empty_prompt_starts_from_bos():
-    generator = make()
+    generator = make_generator(tiny_model("hybrid", 2))
     assert generator.generate([""])[0] == generator.generate([[TOKENIZER.bos_id]])[0]
     assert generator.generate([""])[1][0].shape == (0,)
     without = PackedCausalTransformerGenerator(
@@ -261,68 +262,70 @@ def test_an_empty_prompt_starts_from_bos():
         bare.generate([""])
 
 
-def test_no_prompts_no_answers():
-    assert make().generate([]) == ([], [], [])
+def test_no_prompts_give_no_answers():
+    assert make_generator(tiny_model("hybrid", 2)).generate([]) == ([], [], [])
 
 
-def test_max_gen_len_0_scores_and_says_nothing():
-    texts, loglikelihoods, _ = make(max_gen_len=0).generate(["abc"])
+def test_max_gen_len_0_only_scores():
+    texts, loglikelihoods, _ = make_generator(tiny_model("hybrid", 2), max_gen_len=0).generate(
+        ["abc"]
+    )
     assert texts == [""] and len(loglikelihoods[0]) == 3
 
 
-def test_generation_leaves_no_trace_on_a_model_in_training():
+def test_generation_does_not_disturb_training():
     model = tiny_model("hybrid", 2).requires_grad_(True)
     tokens = torch.tensor([encode(TEXT)])
-    make(model).generate(PROMPTS)
+    make_generator(model).generate(PROMPTS)
     model(tokens[:, :-1], target=tokens[:, 1:]).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_broken_model_is_told_of():
+def test_nan_weights_are_an_error():
     model = tiny_model("full", 1)
     model.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match="NaN"):
-        make(model).generate(["a"])
+        make_generator(model).generate(["a"])
 
 
-def test_memory_that_runs_out_names_the_option(monkeypatch):
+def test_out_of_memory_names_the_option(monkeypatch):
     def init_cache(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     model = tiny_model("full", 1)
     monkeypatch.setattr(model, "init_cache", init_cache)
-    with pytest.raises(UserError, match="^max_tokens=1000 takes more memory"):
-        make(model).generate(["a"])
+    with pytest.raises(UserError, match="^max_tokens=1000 "):
+        make_generator(model).generate(["a"])
 
 
-# ---- compiled
+# ---- compilation
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("part", ["prefill", "step"])
 def test_compiled_layers_give_the_same_tokens_at_all_lengths(part, monkeypatch):
-    pieces = []
+    graphs = []
 
     def backend(graph, _):
-        pieces.append(graph)
+        graphs.append(graph)
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     model = tiny_model("full", 2, n_layers=1)
-    plain = make(model)
+    plain = make_generator(model)
     option = {"prefill": "compile_prefilling", "step": "compile_decoding"}[part]
-    compiled = make(model, **{option: True})
-    n_pieces = []
+    compiled = make_generator(model, **{option: True})
+    n_graphs = []
     for lengths in ([5, 9, 3], [7, 2], [20, 4, 8, 11], [6, 13, 3]):
         prompts = texts_of_lengths(lengths)
         want = [c.tokens for c in plain.complete(prompts)]
         assert [c.tokens for c in compiled.complete(prompts)] == want
-        n_pieces.append(len(pieces))
-    assert n_pieces[0] > 0 and n_pieces[-2] == n_pieces[-1], "compiled anew for other lengths"
-    assert not any(part in vars(block) for block in model.layers), "the model is changed"
+        n_graphs.append(len(graphs))
+    assert n_graphs[0] > 0 and n_graphs[-2] == n_graphs[-1], "recompiled for other lengths"
+    assert not any(part in vars(block) for block in model.layers), "the model is not restored"
 
 
-def test_what_fails_compiled_leaves_the_model_as_it_was():
+def test_an_error_restores_the_uncompiled_model():
     model = tiny_model("full", 1)
     with pytest.raises(KeyError), compiled_for_generation(model, prefill=True, step=True):
         raise KeyError
@@ -332,7 +335,7 @@ def test_what_fails_compiled_leaves_the_model_as_it_was():
 # ---- options
 
 
-def test_graphs_are_for_gpus():
+def test_graphs_need_a_gpu():
     cfg = PackedCausalTransformerGeneratorArgs
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
     assert cfg().uses_graph(gpu) and not cfg().uses_graph(cpu)
@@ -357,13 +360,13 @@ def test_graphs_are_for_gpus():
         {"reduce_generation_overhead": True},
     ],
 )
-def test_an_impossible_option_is_named(option):
+def test_an_invalid_option_is_named(option):
     with pytest.raises(UserError, match=f"^{next(iter(option))}"):
-        make(tiny_model("full", 1), **option)
+        make_generator(tiny_model("full", 1), **option)
 
 
 def test_progress_counts_answers_and_tokens(capsys):
-    make(show_progress=True, max_tokens=50).generate(PROMPTS)
+    make_generator(tiny_model("hybrid", 2), show_progress=True, max_tokens=50).generate(PROMPTS)
     n_tokens = 8 * len(PROMPTS)
     last = capsys.readouterr().err.split("\r")[-1]
     assert last.startswith(f"{len(PROMPTS)}/{len(PROMPTS)} answers, {n_tokens} tokens")

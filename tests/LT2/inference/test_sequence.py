@@ -1,4 +1,4 @@
-"""Text that comes token by token is the text of all tokens, up to the first stop string."""
+"""Decoding token by token gives the text of all tokens, up to the first stop string."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ WORLD = "naïve 東京 🙂 ok\n\nend"
 
 
 class WordTokenizer(ByteTokenizer):
-    """Like SentencePiece: a token is a word with its leading space, which a text does not begin
-    with; so decoding token by token is not decoding them together."""
+    """Like SentencePiece: tokens start with a space, which is dropped at the start of a text."""
 
     WORDS = [" a", " stop", "s", " here", "."]
 
@@ -24,26 +23,26 @@ class WordTokenizer(ByteTokenizer):
 
 
 def stream_all(stream: TextStream, tokens) -> list[str]:
-    """What `take` gives after each token, and at the end."""
-    pieces = []
+    """Return the results of `take` after each token and at the end."""
+    texts = []
     for token in tokens:
         stream.push(token)
-        pieces.append(stream.take())
+        texts.append(stream.take())
         if stream.stopped:
             break
     stream.finish()
-    return [*pieces, stream.take()]
+    return [*texts, stream.take()]
 
 
-def test_pieces_are_whole_characters_as_soon_as_they_are_there():
+def test_characters_are_complete_and_not_delayed():
     stream = TextStream(TOKENIZER)
-    pieces = stream_all(stream, WORLD.encode())
-    assert "".join(pieces) == stream.text == WORLD
-    assert [p for p in pieces if p] == list(WORLD)
+    texts = stream_all(stream, WORLD.encode())
+    assert "".join(texts) == stream.text == WORLD
+    assert [text for text in texts if text] == list(WORLD)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_bytes_that_are_no_text_come_out_as_the_tokenizer_shows_them(seed):
+def test_invalid_bytes_decode_as_the_tokenizer_decodes_them(seed):
     rng = random.Random(seed)
     pool = [*WORLD.encode(), 0xFF, 0xE2, 0x80, 256, 300]
     tokens = [rng.choice(pool) for _ in range(60)]
@@ -51,7 +50,7 @@ def test_bytes_that_are_no_text_come_out_as_the_tokenizer_shows_them(seed):
     assert "".join(stream_all(stream, tokens)) == stream.text == TOKENIZER.decode(tokens)
 
 
-def test_half_a_character_at_the_end_is_shown_at_last():
+def test_an_incomplete_character_is_shown_at_the_end():
     stream = TextStream(TOKENIZER)
     *during, last = stream_all(stream, "a🙂".encode()[:-1])
     assert "".join(during) == "a" and last == "\ufffd"
@@ -62,20 +61,20 @@ def test_spaces_between_words_are_kept():
     assert stream_all(stream, [0, 1, 2, 3, 0]) == ["a", " ", "", "stops here", " a", ""]
 
 
-def test_the_start_of_a_stop_string_waits():
+def test_the_start_of_a_stop_string_is_held_back():
     stream = TextStream(TOKENIZER, until=["\n\n"])
     assert stream_all(stream, b"a\nb\n\nc") == ["a", "", "\nb", "", "", ""]
     assert stream.stopped and stream.text == "a\nb"
 
 
-def test_what_waited_comes_at_the_end():
+def test_held_text_is_released_at_the_end():
     stream = TextStream(TOKENIZER, until=["end!"])
     assert "".join(stream_all(stream, b"the end")) == stream.text == "the end"
     assert not stream.stopped
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_stop_string_is_found_wherever_it_is(seed):
+def test_a_stop_string_is_found_anywhere(seed):
     rng = random.Random(seed)
     text = "".join(rng.choice("ab🙂") for _ in range(40))
     until = ["".join(rng.choice("ab🙂") for _ in range(n)) for n in (3, 4, 5)]
@@ -88,7 +87,7 @@ def test_a_stop_string_is_found_wherever_it_is(seed):
     assert stream.stopped == bool(ends)
 
 
-def test_work_does_not_grow_with_the_text():
+def test_decoding_cost_does_not_grow_with_the_text():
     class Counting(ByteTokenizer):
         longest = 0
 

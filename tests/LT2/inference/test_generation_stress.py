@@ -1,4 +1,4 @@
-"""Odd requests in crowded batches, each against the same sequence alone in a cache."""
+"""Unusual requests in full batches give the same tokens as each sequence alone in a cache."""
 
 from __future__ import annotations
 
@@ -7,39 +7,29 @@ from typing import Any
 
 import pytest
 
-from apps.LT2.inference.generator import (
-    PackedCausalTransformerGenerator,
-    PackedCausalTransformerGeneratorArgs,
-)
 from lingua.errors import UserError
-from lingua.tokenizer import ByteTokenizer
+from tests.LT2.inference.generators import UNTIL, make_generator
 from tests.LT2.scripted import Scripted
 from tests.LT2.tiny import KINDS, tiny_model
 
-TOKENIZER = ByteTokenizer()
 TEXT = "the quick brown fox jumps over the lazy dog, twice and then once more for good measure"
-UNTIL = [chr(c) for c in range(0, 128, 4)]
-
-
-def make(model, **options) -> PackedCausalTransformerGenerator:
-    cfg = PackedCausalTransformerGeneratorArgs(**{"max_gen_len": 8, "max_tokens": 1000, **options})
-    return PackedCausalTransformerGenerator(cfg, model, TOKENIZER)
 
 
 def together(model, prompts, num_samples: int = 1, **options) -> list[list[int]]:
-    done = make(model, **options).complete(prompts, num_samples=num_samples, score=False)
+    done = make_generator(model, **options).complete(prompts, num_samples=num_samples, score=False)
     return [completion.tokens for completion in done]
 
 
 def one_by_one(model, prompts, num_samples: int = 1, **options) -> list[list[int]]:
-    """No other row, no refilled row, no row that was copied."""
-    generator, answers = make(model, **options), []
+    """Without other rows, refilled rows or copied rows."""
+    generator, answers = make_generator(model, **options), []
     for place, prompt in enumerate(prompts):
         (tokens,) = generator.prepare([prompt])
         assert isinstance(tokens, list)
         for k in range(num_samples):
             alone = generator._new_sequence(list(tokens), place, k)
-            answers += [done.tokens for done in generator._report([alone], None, False)]
+            list(generator._run([alone], False))
+            answers.append(alone.tokens)
     return answers
 
 
@@ -56,8 +46,8 @@ def pick(rng: random.Random) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["window", "hybrid", "gdn+dsa"])
-def test_any_mixture_of_options_and_prompts(kind, seed):
-    """Empty prompts and long ones, some twice, in few rows and in many."""
+def test_random_options_and_prompts(kind, seed):
+    """Empty, long and repeated prompts, in few and many rows."""
     rng, model = random.Random(f"{kind} {seed}"), tiny_model(kind, 1)
     prompts = [TEXT[i : i + rng.choice([0, 1, 2, 5, 40, 80])] for i in rng.sample(range(40), 4)]
     prompts += prompts[: rng.randint(0, 2)]
@@ -67,7 +57,7 @@ def test_any_mixture_of_options_and_prompts(kind, seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_long_prompt_among_many_short_ones(kind):
+def test_one_long_prompt_among_short_ones(kind):
     model = tiny_model(kind, 1)
     prompts = ["a", "b", TEXT, "", "c", "", "a", "b"]
     want = one_by_one(model, prompts, until=UNTIL)
@@ -75,7 +65,7 @@ def test_a_long_prompt_among_many_short_ones(kind):
         assert together(model, prompts, until=UNTIL, max_tokens=max_tokens) == want
 
 
-def test_extreme_sampling_is_what_it_tends_to():
+def test_extreme_sampling_options_equal_their_limits():
     model = tiny_model("hybrid", 1)
     prompts = ["once", "upon", "a time"]
     greedy = together(model, prompts)
@@ -83,21 +73,13 @@ def test_extreme_sampling_is_what_it_tends_to():
         assert together(model, prompts, **{"temperature": 1.0, **options}) == greedy
     free = together(model, prompts, temperature=1.0)
     assert free != greedy
-    # No limit, and random numbers that pick among tokens sorted by probability.
+    # No limit, but the tokens are sorted by probability.
     every = together(model, prompts, temperature=1.0, top_k=258)
     for options in ({"top_k": 10**9}, {"top_p": 1.0}):
         assert together(model, prompts, temperature=1.0, **options) == every
 
 
-def test_rows_that_all_end_at_once_are_all_refilled_at_once():
-    scripts = [[*b"ab", TOKENIZER.eos_id]] * 9
-    model = Scripted(*scripts)
-    texts = make(model, max_gen_len=6, max_tokens=24).generate(["1"] * 9)[0]
-    assert texts == ["ab"] * 9
-    assert model.prefilled == [[0, 1, 2]] * 3 and model.n_steps == 6
-
-
-def test_more_samples_than_rows_of_more_prompts_than_rows():
+def test_more_prompts_and_samples_than_rows():
     model = tiny_model("hybrid", 1)
     prompts = ["once", "upon", "once"]
     want = one_by_one(model, prompts, 5, temperature=1.0, until=UNTIL)
@@ -107,7 +89,7 @@ def test_more_samples_than_rows_of_more_prompts_than_rows():
         assert got == want
 
 
-def test_a_prompt_that_is_too_long_is_named_before_any_sample_of_another_runs():
-    model = Scripted()  # which has nothing to say
-    with pytest.raises(UserError, match=r"prompt 2 of 3: it has 31 tokens.*set max_tokens=39"):
-        list(make(model, max_tokens=30).complete(["a", "x" * 30, "b"], num_samples=4))
+def test_a_too_long_prompt_is_reported_before_anything_runs():
+    model = Scripted()  # fails if it is called
+    with pytest.raises(UserError, match=r"prompt 2 of 3.*max_tokens=39"):
+        list(make_generator(model, max_tokens=30).complete(["a", "x" * 30, "b"], num_samples=4))
