@@ -263,7 +263,6 @@ MISTAKES = {
     "async_eval_gpus=0 must be at least 1": {"async_eval_gpus": 0},
     "unknown option eval.harness.taks": {"eval.harness.taks": "[a]"},
     "unknown option eval.generator.temprature": {"eval.generator.temprature": 1},
-    "unknown option eval.dataset_dir": {"eval.dataset_dir": "x"},
     "eval.harness.tasks is empty": {"eval.harness.limit": 3},
 }
 
