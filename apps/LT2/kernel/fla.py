@@ -308,14 +308,14 @@ def _define(
 
 def _cached_by_content(build: Callable[..., Any]) -> Callable[..., Any]:
     """Cache `build(offsets, device, *options)` for each cu_seqlens until its content changes."""
-    tables = WeakIdKeyDictionary()  # cu_seqlens -> (its content and the options, table)
+    tables = WeakIdKeyDictionary()  # cu_seqlens -> (its content, options, table)
 
     def table(cu_seqlens: Tensor, *options: int) -> Any:
         offsets, known = host_cu_seqlens(cu_seqlens), tables.get(cu_seqlens)
-        if known is None or known[0] != (offsets, options):
+        if known is None or known[0] != offsets or known[1] != options:
             built = build(offsets, cu_seqlens.device, *options)
-            known = tables[cu_seqlens] = ((offsets, options), built)
-        return known[1]
+            known = tables[cu_seqlens] = (offsets, options, built)
+        return known[2]
 
     return table
 
