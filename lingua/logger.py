@@ -109,7 +109,7 @@ class FileHandler(WarnOnce, logging.FileHandler):
 
 
 class LogFormatter(logging.Formatter):
-    """Prefix rank, level, time and time since the start; indent further lines below the prefix."""
+    """Prefix rank, level, time and time since the start; indent further lines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class LogFormatter(logging.Formatter):
         elapsed = timedelta(seconds=max(0, round(record.created - self.start)))
         prefix = f"{self.rank}{record.levelname:<7} {when} - {elapsed} - "
         text = super().format(record)  # with the traceback, if any
-        return redact(prefix + text.replace("\n", "\n" + " " * len(prefix)))
+        return redact(prefix + text.replace("\n", "\n    "))
 
 
 def _is_ours_or_no_debug(record: logging.LogRecord) -> bool:

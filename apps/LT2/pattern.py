@@ -200,7 +200,7 @@ class PatternParser:
 
 # ---- the table that a run logs
 
-COLUMNS = 100
+COLUMNS = 86  # with the margin of the summary of a run, 100
 # Letters that stand out; other mixers take one of their name.
 PREFERRED_LETTERS = {"full": "F", "window": "wxyz"}
 

@@ -293,4 +293,4 @@ def test_headers_number_the_layers_below():
                 assert layer % group == 0
                 assert row[column] == ("F" if layer % 5 == 4 else "g")
                 assert row[column - 1] == " "
-    assert "80" in table("4:1", n_layers=97)[2]
+    assert "60" in table("4:1", n_layers=97)[2]

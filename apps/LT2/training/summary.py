@@ -10,7 +10,6 @@ from apps.LT2.flops import count_parameters
 from apps.LT2.pattern import format_layout
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.training.trainer import Trainer
-from apps.LT2.transformer import LoopedTransformer
 from lingua.dataloader.args import DataArgs
 from lingua.parallel.args import resolve_dtype
 
@@ -21,31 +20,26 @@ LABEL_WIDTH = 9
 def format_summary(trainer: Trainer, world_size: int) -> str:
     """Return a table of the model, its layout, the data, the devices and the steps."""
     args, model, step = trainer.args, trainer.model, trainer.state.step
-    data, n_tokens = args.data, trainer.tokens_per_step
-    resumed = f", {step:,} of them done" if step else ""
-    rows = {
-        "model": f"{args.model.n_layers} layers x {args.model.loop_count} loops, dim "
-        f"{args.model.dim}\n{_parameters(model)}",
-        "layout": format_layout(model.inference_layout, model.layout_plan.random_loops),
-        "data": f"{_sources(data)} in {data.root_dir}\ntokenizer "
-        f"{data.tokenizer.path or data.tokenizer.name}, vocabulary {args.model.vocab_size:,}",
-        "devices": _devices(args, trainer.device, world_size),
-        "batch": f"{n_tokens:,} tokens a step: {_factors(args)}",
-        "steps": f"{args.steps:,} ({args.steps * n_tokens:,} tokens){resumed}",
-        "config": str(Path(args.dump_dir, "config.yaml")),
-    }
-    table = [
-        label.ljust(LABEL_WIDTH) + text.replace("\n", "\n" + " " * LABEL_WIDTH)
-        for label, text in rows.items()
-    ]
-    return "\n".join([f"run {args.name}", *table])
-
-
-def _parameters(model: LoopedTransformer) -> str:
     count = count_parameters(model)
-    parts = {"layers": count.body, "embeddings": count.embedding, "gates": count.gates}
-    listed = ", ".join(f"{n:,} in {name}" for name, n in parts.items() if n)
-    return f"{count.total:,} parameters: {listed}"
+    shares = {"layers": count.body, "embeddings": count.embedding, "gates": count.gates}
+    shape = f"{args.model.n_layers} layers x {args.model.loop_count} loops, dim {args.model.dim}"
+    data, n_tokens = args.data, trainer.tokens_per_step
+    tokenizer = data.tokenizer.path or data.tokenizer.name
+    done = f", {step:,} of them done" if step else ""
+    rows = [
+        ("model", f"{shape}, {count.total:,} parameters"),
+        ("", ", ".join(f"{n:,} in {name}" for name, n in shares.items() if n)),
+        ("layout", format_layout(model.inference_layout, model.layout_plan.random_loops)),
+        ("data", f"{_sources(data)} in {data.root_dir}"),
+        ("", f"tokenizer {tokenizer}, vocabulary {args.model.vocab_size:,}"),
+        ("devices", _devices(args, trainer.device, world_size)),
+        ("batch", f"{n_tokens:,} tokens a step: {_factors(args)}"),
+        ("steps", f"{args.steps:,} ({args.steps * n_tokens:,} tokens){done}"),
+        ("config", str(Path(args.dump_dir, "config.yaml"))),
+    ]
+    margin = " " * LABEL_WIDTH
+    lines = [label.ljust(LABEL_WIDTH) + text.replace("\n", "\n" + margin) for label, text in rows]
+    return "\n".join([f"run {args.name}", *lines])
 
 
 def _sources(data: DataArgs) -> str:
@@ -62,7 +56,7 @@ def _devices(args: TrainArgs, device: torch.device, world_size: int) -> str:
     degrees = {n: getattr(args.distributed, n) for n in ("dp_replicate", "dp_shard", "tp_size")}
     parts = [f"{world_size} x {name}", *(f"{n}={k}" for n, k in degrees.items() if k > 1), dtype]
     if args.distributed.compile:
-        parts.append("compiled (the first step may take minutes)")
+        parts.append("compiled: the first step may take minutes")
     return ", ".join(parts)
 
 
