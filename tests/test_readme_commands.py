@@ -26,6 +26,7 @@ EXCEPTIONS = {
     "bash setup/create_env.sh": "installs packages",
     "sbatch setup/create_env.sh": "installs packages",
     "conda activate": "goes with create_env.sh",
+    "python setup/prepare_local_data.py": "`shell` runs it on a smaller library",
     "python setup/download_tokenizer.py": "needs the network; tests/setup/test_download.py",
 }
 
@@ -41,6 +42,10 @@ TINY_RUN = (
     f"{TINY_MODEL} steps=2 data.batch_size=2 data.seq_len=64 data.load_async=false "
     "checkpoint.eval.every=2 eval.validation.max_steps=2"
 )
+LOCAL_DATA = (
+    '"data.sources={local: 1.0}" data.tokenizer.name=hf '
+    "data.tokenizer.path=data/local/tokenizer.json"
+)
 TINY_BENCHMARK = "--seq-len 16 --batch-size 1 2 --repeats 1 --warmup 1 --decode-tokens 2"
 TINY_RECIPE = "model.dim=32 model.n_layers=5 model.n_heads=2 model.vocab_size=300"
 LOCAL_TASKS = "harness.tasks=[lt2_local_choice] harness.include_path=apps/LT2/local_tasks"
@@ -51,6 +56,9 @@ SMALLER = {
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml model.": TINY_RUN,
     'python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml "data.sources=': TINY_RUN,
     "torchrun --nproc-per-node 8 -m apps.LT2.train": f"{TINY_RUN} dump_dir=runs/torchrun",
+    "torchrun --nproc-per-node 8 -m apps.LT2.train config=apps/LT2/configs/600M/looped": (
+        f"{TINY_RUN} {LOCAL_DATA} distributed.compile=false grad_acc_steps=1 dump_dir=runs/looped"
+    ),
     "python setup/download_prepare_hf_data.py": (
         "--source_dir data/local --validation_documents 5 --nchunks 2"
     ),
@@ -59,7 +67,7 @@ SMALLER = {
     "python -m apps.LT2.scripts.benchmark_train": (
         f"{TINY_MODEL} data.batch_size=1 data.seq_len=32 data.load_async=false"
     ),
-    "python -m lingua.stool script=": "ngpu=1",
+    "python -m lingua.stool script=": "ngpu=1 override=true",
     "python -m apps.LT2.generate": "max_gen_len=8",
     "python -m apps.LT2.eval": "harness.limit=4 harness.bootstrap_iters=0",
     "python -m apps.LT2.lm_eval": "--limit 4",
