@@ -1,4 +1,4 @@
-"""A rank ends when torchrun dies, in any phase of its start."""
+"""A rank ends when torchrun dies, also before training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from lingua.parallel import torchrun
 from lingua.parallel.signals import init_signal_handler
-from lingua.parallel.torchrun import signal_when_torchrun_dies
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 
@@ -23,14 +23,14 @@ def test_rank_gets_a_signal_when_torchrun_is_killed(monkeypatch, launcher, want)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv(launcher, "0")
     reader, writer = os.pipe()
-    torchrun = os.fork()
-    if torchrun == 0:
+    parent = os.fork()
+    if parent == 0:
         if os.fork() == 0:
             rank(writer)
         signal.pause()
     assert os.read(reader, 1) == b"1"  # ready
-    os.kill(torchrun, signal.SIGKILL)
-    os.waitpid(torchrun, 0)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
     os.close(writer)
     timeout = 30 if want else 0.3
     ready, _, _ = select.select([reader], [], [], timeout)
@@ -39,8 +39,9 @@ def test_rank_gets_a_signal_when_torchrun_is_killed(monkeypatch, launcher, want)
 
 
 def rank(writer: int) -> None:
+    torchrun._parent = os.getppid()  # the import was in another process
     init_signal_handler(lambda *_: os.write(writer, b"2") and os._exit(0))
-    signal_when_torchrun_dies()
+    torchrun.signal_when_torchrun_dies()
     os.write(writer, b"1")
     signal.sigtimedwait([], 5)
     os._exit(0)
@@ -49,14 +50,13 @@ def rank(writer: int) -> None:
 # A rank that waits for a store without a server.
 RANK = """
 import os, sys, time
-print("started", os.getpid(), flush=True)
-EARLY
 import lingua.parallel.torchrun
-print("imported", flush=True)
+print("imported", os.getpid(), flush=True)
 LATE
 from lingua.distributed import setup_torch_distributed
 from lingua.parallel.args import DistributedArgs
 from lingua.errors import run_cli
+from lingua.parallel import torchrun
 from lingua.parallel.signals import init_signal_handler
 init_signal_handler(lambda *_: None)  # as in training
 args = DistributedArgs(fsdp_type="full_shard", spawn_method="spawn")
@@ -64,29 +64,23 @@ run_cli(lambda _: (print("waits", flush=True), setup_torch_distributed(args)))
 """
 
 
-MOMENTS = {"started": "EARLY", "imported": "LATE", "waits": ""}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", ["imported", "waits"])
 def test_rank_ends_if_torchrun_is_killed_before_training(tmp_path, moment):
-    code = RANK
-    for place in ("EARLY", "LATE"):
-        code = code.replace(place, "time.sleep(1)" if place == MOMENTS[moment] else "")
+    code = RANK.replace("LATE", "time.sleep(1)" if moment == "imported" else "")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     environment |= {"TORCHELASTIC_RUN_ID": "0", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
-    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     log = tmp_path / "log"
     with open(log, "w") as file:
-        torchrun = subprocess.Popen(
+        launcher = subprocess.Popen(
             ["bash", "-c", '"$@" & wait', "-", sys.executable, "-c", code],
             env=environment,
             stdout=file,
             stderr=file,
         )
     wait_for(log, moment)
-    torchrun.kill()
-    torchrun.wait()
+    launcher.kill()
+    launcher.wait()
     wait_for(log, "error: rank 1: torchrun has died")
     pid = int(log.read_text().split()[1])
     for _ in range(100):
