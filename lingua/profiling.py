@@ -15,9 +15,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -69,11 +70,13 @@ def maybe_run_profiler(
         folder = Path(dump_dir) / config.trace_folder
         folder.mkdir(parents=True, exist_ok=True)
         on_cuda = any(p.is_cuda for p in module.parameters())
-        if on_cuda and config.mem_steps:
-            windows.append(MemorySnapshot(folder, config.mem_warmup, config.mem_steps))
-        if config.profile_steps:
-            windows.append(Trace(folder, config.profile_warmup, config.profile_steps, on_cuda))
-    profiler = Profiler(windows)
+        if on_cuda:
+            memory = record_memory(folder / _file_name("memory", config.mem_warmup, "pickle"))
+            windows.append(Window("mem_warmup", config.mem_warmup, config.mem_steps, memory))
+        path = folder / _file_name("trace", config.profile_warmup, "json.gz")
+        trace = record_trace(path, on_cuda)
+        windows.append(Window("profile_warmup", config.profile_warmup, config.profile_steps, trace))
+    profiler = Profiler([window for window in windows if window.steps])
     try:
         yield profiler
         profiler.warn_missed()
@@ -81,98 +84,78 @@ def maybe_run_profiler(
         profiler.close()
 
 
+class Window(NamedTuple):
+    option: str  # the one that sets `start`
+    start: int
+    steps: int
+    recording: AbstractContextManager[None]
+
+
 class Profiler:
-    """Opens and closes its windows as iterations pass."""
+    """Opens and closes windows, which do not overlap, as iterations pass."""
 
     def __init__(self, windows: list[Window]):
         self.windows = windows
         self.iteration = -1
+        self._open = ExitStack()
         self.step()
 
     def step(self) -> None:
         """End an iteration."""
         self.iteration += 1
         for window in self.windows:
-            if window.is_open and self.iteration >= window.end:
-                window.close()
+            if self.iteration == window.start + window.steps:
+                self.close()
         for window in self.windows:
             if self.iteration == window.start:
-                window.open()
+                self._open.enter_context(window.recording)
 
     def close(self) -> None:
-        for window in self.windows:
-            if window.is_open:
-                window.close()
+        """Write the open window, if any."""
+        self._open.close()
 
     def warn_missed(self) -> None:
         """Warn about windows that start after the last iteration of this process."""
         for window in self.windows:
             if self.iteration < window.start:
                 log_on_rank_0(
-                    "profiling.%s=%d: no %s was written, because this process ended after %d "
+                    "profiling.%s=%d: not reached, because this process ended after %d "
                     "iterations; use a lower value",
-                    *(window.option, window.start, window.kind, self.iteration),
+                    *(window.option, window.start, self.iteration),
                     level=logging.WARNING,
                 )
 
 
-class Window:
-    """Record iterations start to end - 1 into one file."""
-
-    kind: str
-    option: str  # the one that sets `start`
-    suffix: str
-
-    def __init__(self, folder: Path, start: int, steps: int):
-        self.start, self.end = start, start + steps
-        self.path = folder / f"{self.kind}_rank{get_global_rank():05d}_iter{start:06d}{self.suffix}"
-        self.is_open = False
-
-    def open(self) -> None:
-        self.is_open = True
-
-    def close(self) -> None:
-        """Write the file. A full disk is logged; the run continues."""
-        self.is_open = False
-        try:
-            self.write()
-        except OSError as error:
-            self.path.unlink(missing_ok=True)
-            logger.warning("profiling: could not write %s (%s)", self.path, error.strerror)
-        else:
-            logger.info("profiling: wrote %s", self.path)
-
-    def write(self) -> None:
-        raise NotImplementedError
+def _file_name(kind: str, start: int, suffix: str) -> str:
+    return f"{kind}_rank{get_global_rank():05d}_iter{start:06d}.{suffix}"
 
 
-class MemorySnapshot(Window):
-    kind, option, suffix = "memory", "mem_warmup", ".pickle"
-
-    def open(self) -> None:
-        torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
-        super().open()
-
-    def write(self) -> None:
-        torch.cuda.memory._dump_snapshot(str(self.path))
-        torch.cuda.memory._record_memory_history(enabled=None)
+@contextmanager
+def record_memory(path: Path) -> Iterator[None]:
+    torch.cuda.memory._record_memory_history(max_entries=MAX_MEMORY_EVENTS)
+    yield
+    with _logged(path):
+        torch.cuda.memory._dump_snapshot(str(path))
+    torch.cuda.memory._record_memory_history(enabled=None)
 
 
-class Trace(Window):
-    kind, option, suffix = "trace", "profile_warmup", ".json.gz"
-
-    def __init__(self, folder: Path, start: int, steps: int, on_cuda: bool):
-        super().__init__(folder, start, steps)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
-        self.on_cuda = on_cuda
-        self.profile = profile(activities=activities, record_shapes=True)
-
-    def open(self) -> None:
-        self.profile.start()
-        super().open()
-
-    def write(self) -> None:
-        if self.on_cuda:
+@contextmanager
+def record_trace(path: Path, on_cuda: bool) -> Iterator[None]:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
+    with profile(activities=activities, record_shapes=True) as trace:
+        yield
+        if on_cuda:
             torch.cuda.synchronize()  # kernels in flight belong to the window
-        self.profile.stop()
-        self.profile.export_chrome_trace(str(self.path))
+    with _logged(path):
+        trace.export_chrome_trace(str(path))
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Log that the file is written. On a full disk, warn; the run continues."""
+    try:
+        yield
+        logger.info("profiling: wrote %s", path)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        logger.warning("profiling: could not write %s (%s)", path, error.strerror)

@@ -63,7 +63,7 @@ def test_run_that_ends_before_its_window_warns(tmp_path, caplog):
     assert not caplog.records
     train(tmp_path, trace_only(10, 1), 3)
     (record,) = caplog.records
-    assert "profiling.profile_warmup=10: no trace" in record.getMessage()
+    assert "profiling.profile_warmup=10: not reached" in record.getMessage()
 
 
 def test_window_is_written_after_an_error(tmp_path):
