@@ -1,7 +1,6 @@
 """Tokenizers: text to token ids and back, behind one small interface.
 
     bytes     256 byte values, then bos and eos; needs no file
-    mock      printable ASCII, one id per character; for tests
     tiktoken  a file of mergeable ranks in base64, read as in Llama 3
     sp        a SentencePiece model
     hf        a Hugging Face tokenizer.json, or a folder that contains one
@@ -29,8 +28,8 @@ from lingua.errors import UserError, import_optional
 
 @dataclass
 class TokenizerArgs:
-    name: str = "bytes"  # bytes, tiktoken (Llama 3 files), sp (SentencePiece), hf or mock
-    path: str | None = None  # the tokenizer's file or folder; null for bytes and mock
+    name: str = "bytes"  # bytes, tiktoken (Llama 3 files), sp (SentencePiece) or hf
+    path: str | None = None  # the tokenizer's file or folder; null for bytes
 
     def __post_init__(self) -> None:
         if self.name not in TOKENIZERS:
@@ -100,26 +99,6 @@ class ByteTokenizer(Tokenizer):
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
         return starts_from_bytes([bytes([t]) for t in tokens])
-
-
-class MockTokenizer(Tokenizer):
-    """One id per printable ASCII character; other characters become a question mark."""
-
-    FIRST, LAST = ord(" "), ord("~")
-
-    def __init__(self) -> None:
-        self.bos_id = self.LAST - self.FIRST + 1
-        self.eos_id, self.n_words = self.bos_id + 1, self.bos_id + 2
-
-    def _encode(self, text: str) -> list[int]:
-        codes = (ord(c) if self.FIRST <= ord(c) <= self.LAST else ord("?") for c in text)
-        return [code - self.FIRST for code in codes]
-
-    def _decode(self, tokens: list[int]) -> str:
-        return "".join(chr(t + self.FIRST) for t in tokens if t < self.bos_id)
-
-    def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
-        return list(range(len(tokens)))
 
 
 class TikTokenTokenizer(Tokenizer):
@@ -244,7 +223,6 @@ class HuggingFaceTokenizer(Tokenizer):
 # name -> (class, file name inside a folder; None: no file)
 TOKENIZERS: dict[str, tuple[Any, str | None]] = {
     "bytes": (ByteTokenizer, None),
-    "mock": (MockTokenizer, None),
     "tiktoken": (TikTokenTokenizer, "tokenizer.model"),
     "sp": (SentencePieceTokenizer, "tokenizer.model"),
     "hf": (HuggingFaceTokenizer, "tokenizer.json"),
