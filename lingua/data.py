@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from lingua.dataloader.args import DataArgs
-from lingua.dataloader.jsonl import (
+from lingua.dataloader.jsonl import (  # noqa: F401
     TRAIN_PATTERN,
     ChunksState,
+    JSONLState,
     ReadFile,
     distribute_data_to_rank,
     document_text,
@@ -39,9 +40,6 @@ from lingua.dataloader.jsonl import (
     loop_on_jsonl,
     read_jsonl,
 )
-from lingua.dataloader.jsonl import JSONLState as JSONLState
-from lingua.dataloader.jsonl import find_val_files as find_val_files
-from lingua.dataloader.jsonl import iter_val_documents as iter_val_documents
 from lingua.dataloader.packing import (
     PackTokensState,
     PrefetchState,
@@ -49,17 +47,12 @@ from lingua.dataloader.packing import (
     init_pack_state,
     pack_tokens,
 )
-from lingua.dataloader.packing import document_offsets as document_offsets
-from lingua.dataloader.prefetch import async_iterator
-from lingua.dataloader.prefetch import consume_buffer as consume_buffer
-from lingua.dataloader.prefetch import feed_buffer as feed_buffer
+from lingua.dataloader.prefetch import async_iterator, consume_buffer, feed_buffer  # noqa: F401
 from lingua.dataloader.pretokenized import TokenRecipe, check_token_files, read_tokens
 from lingua.dataloader.reshard import DataState, is_resharded, open_resharded, streams_of
-from lingua.dataloader.resume import check_state_matches as check_state_matches
 from lingua.dataloader.resume import fit_state_to_args
 from lingua.errors import UserError
-from lingua.tokenizer import TokenizerArgs as TokenizerArgs
-from lingua.tokenizer import build_tokenizer, find_tokenizer_file
+from lingua.tokenizer import TokenizerArgs, build_tokenizer, find_tokenizer_file  # noqa: F401
 
 # Batches that the worker holds ready, to even out slow reads. Shuffling has its own buffer.
 MAX_BATCHES_AHEAD = 16

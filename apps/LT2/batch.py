@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apps.LT2.kernel.documents import upload_cu_seqlens
-from lingua.data import document_offsets
+from lingua.dataloader.packing import document_offsets
 
 if TYPE_CHECKING:
     import numpy as np

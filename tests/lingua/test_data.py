@@ -22,7 +22,6 @@ from lingua.data import (  # noqa: E402
     DataArgs,
     build_dataloader,
     build_dataloader_from_args,
-    check_state_matches,
     choose_source,
     init_choice_state,
     init_dataloader_state_from_args,
@@ -31,6 +30,7 @@ from lingua.data import (  # noqa: E402
     validate_data_args,
 )
 from lingua.dataloader.packing import NO_TARGET  # noqa: E402
+from lingua.dataloader.resume import check_state_matches  # noqa: E402
 from lingua.tokenizer import TokenizerArgs  # noqa: E402
 
 
@@ -235,7 +235,7 @@ def test_closing_the_loader_closes_its_files(root):
         {"seed": 6},
         {"sources": {"web": 1.0}},
         {"sources": {"web": 1.0, "code": 2.5}},
-        {"tokenizer": TokenizerArgs("mock")},
+        {"tokenizer": TokenizerArgs("hf", __file__)},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -19,8 +19,8 @@ import torch
 
 from apps.LT2.batch import Batch, to_device
 from apps.LT2.transformer import LoopedTransformer
-from lingua.data import find_val_files, iter_val_documents
 from lingua.dataloader.args import DataArgs
+from lingua.dataloader.jsonl import find_val_files, iter_val_documents
 from lingua.dataloader.packing import NO_TARGET, view_row
 from lingua.distributed import agree_any, dist_sum
 from lingua.errors import UserError
