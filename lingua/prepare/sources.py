@@ -39,16 +39,9 @@ def find_document_files(folder: Path) -> list[Path]:
 
 
 def describe_skipped(folder: Path) -> str | None:
-    """List in one line the files below `folder` that `find_document_files` skips.
-
-    Hidden files are listed only if their names end in one of SUFFIXES.
-    """
+    """List in one line the files below `folder` that `find_document_files` skips."""
     skipped = sorted(
-        path
-        for path in folder.rglob("*")
-        if not _is_read(path, folder)
-        and (path.is_symlink() or not path.is_dir())  # links to folders are not followed
-        and (not _is_hidden(path, folder) or path.name.endswith(SUFFIXES))
+        path for path in folder.rglob("*") if path.is_file() and not _is_read(path, folder)
     )
     if not skipped:
         return None
@@ -56,16 +49,13 @@ def describe_skipped(folder: Path) -> str | None:
     more = ", ..." if len(skipped) > MAX_NAMED else ""
     return (
         f"{folder}: {len(skipped):,} files skipped ({', '.join(names)}{more}): only files that end "
-        f"in {', '.join(SUFFIXES)} are read, no hidden files and no linked folders"
+        f"in {', '.join(SUFFIXES)} are read, and no hidden files"
     )
 
 
 def _is_read(path: Path, folder: Path) -> bool:
-    return path.name.endswith(SUFFIXES) and path.is_file() and not _is_hidden(path, folder)
-
-
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+    is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.name.endswith(SUFFIXES) and path.is_file() and not is_hidden
 
 
 def estimate_text_bytes(file: Path) -> int:
