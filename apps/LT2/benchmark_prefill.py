@@ -35,7 +35,7 @@ from apps.LT2.benchmark.timing import (
     release_memory,
 )
 from apps.LT2.flops import count_parameters
-from apps.LT2.inference.compiled import compile_prefill, compile_step
+from apps.LT2.inference.compiled import compile_layers
 from apps.LT2.inference.load import (
     cast_for_inference,
     check_kernels,
@@ -152,9 +152,9 @@ def build(
     cast_for_inference(model, dtype)
     fuse_projections(model)
     if plan.compiled:
-        compile_step(model)
+        compile_layers(model, "step", dynamic=False)
         if plan.prefill_chunk is None:
-            compile_prefill(model)
+            compile_layers(model, "prefill", dynamic=False)
     return model.requires_grad_(False).eval()
 
 

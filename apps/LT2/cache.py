@@ -78,9 +78,6 @@ class ModelCache:
                 for cache, tensors in zip(self._caches(), saved, strict=True):
                     cache.restore(tensors)
 
-    def nbytes(self) -> int:
-        return sum(cache.nbytes() for cache in self._caches())
-
     def extend(self, rows: Sequence[int], n_tokens: Sequence[int]) -> tuple[Extension, ...]:
         """Count `n_tokens` new tokens in `rows`; UserError, and no change, if they don't fit.
 
@@ -101,8 +98,7 @@ class ModelCache:
         return [cache for loop in self.mixers for cache in loop]
 
     def _index(self, rows: Sequence[int]) -> Tensor:
-        caches = self._caches()
-        return upload(rows, caches[0].device if caches else "cpu", torch.int64)
+        return upload(rows, self.mixers[0][0].device, torch.int64)
 
 
 def packed_lengths(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> list[int]:

@@ -191,8 +191,6 @@ def main(argv: list[str]) -> None:
     args.uses_graph(resolve_device(args.device))
     find_checkpoint(args.ckpt)  # report a wrong path before asking for prompts
     prompts = read_prompts(args)
-    if prompts is not None and not args.skip_bad_prompts:
-        reject_bad_prompts(prompts, skip=False)  # before loading the model
     model, tokenizer, config = load_model_and_tokenizer(
         args.ckpt,
         dtype=args.dtype,

@@ -132,13 +132,3 @@ def split_vocabulary(model: nn.Module, tp: TensorParallel) -> None:
     model.tok_embeddings = SplitEmbedding(model.tok_embeddings, tp)
     if not model.args.weight_tying:
         model.output = SplitLinear(model.output, tp, OUTPUTS)
-
-
-def set_resharding(model: LoopedTransformer, between_loops: bool) -> None:
-    """Pass distributed.reshard_between_loops to `set_gradient_sync`."""
-    model.reshard_between_loops = between_loops
-
-
-def set_activation_checkpointing(model: LoopedTransformer, mode: str) -> None:
-    """Apply distributed.activation_checkpointing=loop, which only the model can."""
-    model.checkpoint_loops = mode == "loop"

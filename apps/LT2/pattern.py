@@ -43,9 +43,6 @@ class LayerSpec:
 Loop = tuple[LayerSpec, ...]
 Layout = tuple[Loop, ...]  # layout[loop][layer]
 
-# A model with more, from a typing error, would take hours to build and all memory.
-MOST = {"n_layers": 2000, "loop_count": 10_000}
-
 # One module serves these, so a layer may change from one to the other at any time.
 SOFTMAX_MIXERS = ("full", "window")
 
@@ -117,9 +114,6 @@ class PatternParser:
         for field in ("n_layers", "loop_count", "default_sliding_window"):
             if getattr(self, field) < 1:
                 raise UserError(f"model.{field}={getattr(self, field)} must be at least 1")
-        for field, most in MOST.items():
-            if getattr(self, field) > most:
-                raise UserError(f"model.{field}={getattr(self, field)} must be at most {most}")
 
     def _spec(self, name: str) -> LayerSpec:
         return LayerSpec(name, self.default_sliding_window if name == "window" else None)

@@ -28,11 +28,9 @@ from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
     count_block_kinds,
     get_no_recompute_ops,
-    set_activation_checkpointing,
-    set_resharding,
     tp_parallelize,
 )
-from apps.LT2.training.args import TrainArgs, build_on_meta, check_and_build
+from apps.LT2.training.args import TrainArgs, check_and_build
 from apps.LT2.training.args import validate_train_args as validate_train_args
 from apps.LT2.training.evaluation import (
     Evaluator,
@@ -259,18 +257,14 @@ def setup_process(args: TrainArgs) -> PreemptionFlag:
 
 
 def build_model(
-    args: TrainArgs,
-    mesh: DeviceMesh | None,
-    device: torch.device,
-    model: LoopedTransformer | None = None,
-) -> LoopedTransformer:
+    args: TrainArgs, mesh: DeviceMesh | None, device: torch.device, model: LoopedTransformer
+) -> None:
     """Parallelize `model`, which is on meta, allocate it on `device` and initialize it, in place.
 
-    None builds the model first.
+    parallelize_model checkpoints single layers; only the model can checkpoint whole loops.
     """
-    model = build_on_meta(args.model) if model is None else model
-    set_activation_checkpointing(model, args.distributed.activation_checkpointing)
-    set_resharding(model, args.distributed.reshard_between_loops)
+    model.checkpoint_loops = args.distributed.activation_checkpointing == "loop"
+    model.reshard_between_loops = args.distributed.reshard_between_loops
     parallelize_model(
         model,
         mesh,
@@ -288,7 +282,6 @@ def build_model(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(args.model.seed)
         model.init_weights()
-    return model
 
 
 def zero_at_start() -> list[str]:

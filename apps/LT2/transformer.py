@@ -43,12 +43,7 @@ from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.pattern import LayerSpec, Layout, LayoutPlan, PatternParser
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import local_weight, tp_of
-from lingua.transformer import (
-    RMSNorm,
-    depth_factor,
-    init_linear,
-    trunc_normal_,
-)
+from lingua.transformer import RMSNorm, depth_factor, init_linear, trunc_normal_
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +131,9 @@ class LoopedTransformer(nn.Module):
         )
         # Activation checkpointing of whole loops; set by the trainer.
         self.checkpoint_loops = False
-        # Set by apps.LT2.parallel: whether FSDP gathers the layers again for each loop, and what
-        # runs when the backward enters loop 0, its last pass over the layers.
+        # Whether FSDP gathers the layers again for each loop; set by the trainer.
         self.reshard_between_loops = False
+        # Runs when the backward enters loop 0, its last pass; set by apps.LT2.parallel.
         self.before_last_backward: Callable[[], None] | None = None
         # The mean over (loop, layer) of the mixers' own losses, of the last forward with a target.
         self.mixer_losses: dict[str, Tensor] = {}
@@ -254,16 +249,11 @@ class LoopedTransformer(nn.Module):
         return local_weight(self.head)
 
     def init_cache(
-        self,
-        batch_size: int,
-        max_seqlen: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, batch_size: int, max_seqlen: int, *, dtype: torch.dtype | None = None
     ) -> ModelCache:
-        """Allocate an empty cache of `batch_size` rows, by default like the embedding."""
+        """Allocate an empty cache of `batch_size` rows, by default in the embedding's dtype."""
         weight = self.tok_embeddings.weight
-        like = torch.empty(0, device=device or weight.device, dtype=dtype or weight.dtype)
+        like = torch.empty(0, device=weight.device, dtype=dtype or weight.dtype)
         mixers = [
             [
                 block.mixer(spec).init_cache(batch_size, max_seqlen, like, spec.window)
@@ -347,6 +337,12 @@ class LoopedTransformer(nn.Module):
     def _logits(self, h: Tensor) -> Tensor:
         tp = tp_of(self.head)
         return tp.gather_from(F.linear(tp.copy_to(h), self.head_weight)).float()
+
+
+def build_on_meta(args: LoopedTransformerArgs) -> LoopedTransformer:
+    """Build the model without memory. UserError for impossible shapes, patterns and backends."""
+    with torch.device("meta"):
+        return LoopedTransformer(args)
 
 
 def fit_loop_gates(rho_TD: Tensor, loop_count: int) -> Tensor:

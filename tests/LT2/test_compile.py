@@ -14,7 +14,6 @@ from apps.LT2.mixers.linear import LinearMixer
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
     count_block_kinds,
-    set_activation_checkpointing,
 )
 from apps.LT2.transformer import LoopedTransformer
 from lingua.distributed import parallelize_model
@@ -81,7 +80,7 @@ def compiled(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     options = {"n_layers": 2, "attention_pattern": pattern}
     model = tiny_model("gdn", 1 + pattern.count("->"), **options).requires_grad_(True)
-    set_activation_checkpointing(model, mode)
+    model.checkpoint_loops = mode == "loop"
     args = DistributedArgs(
         model_dtype="fp32",
         compile=True,

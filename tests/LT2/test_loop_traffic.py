@@ -17,9 +17,7 @@ from torch import Tensor
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
     get_no_recompute_ops,
-    set_activation_checkpointing,
     set_gradient_sync,
-    set_resharding,
     tp_parallelize,
 )
 from apps.LT2.transformer import LoopedTransformer
@@ -82,8 +80,8 @@ def make(loops: int) -> LoopedTransformer:
 def parallel_model(loops: int, options: dict) -> tuple[LoopedTransformer, Any]:
     args = DistributedArgs(model_dtype="fp32", **options)
     mesh, model = get_device_mesh(args), make(loops)
-    set_activation_checkpointing(model, args.activation_checkpointing)
-    set_resharding(model, args.reshard_between_loops)
+    model.checkpoint_loops = args.activation_checkpointing == "loop"
+    model.reshard_between_loops = args.reshard_between_loops
     plan = build_fsdp_grouping_plan(model.args, reshard_between_loops=args.reshard_between_loops)
     ops = get_no_recompute_ops()
     parallelize_model(model, mesh, model.args, args, plan, tp_parallelize, ops)

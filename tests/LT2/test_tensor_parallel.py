@@ -20,7 +20,6 @@ from apps.LT2.parallel import (
     check_tensor_parallel,
     count_block_kinds,
     get_no_recompute_ops,
-    set_activation_checkpointing,
     set_gradient_sync,
     tp_parallelize,
 )
@@ -113,7 +112,7 @@ def make(kind: str, options: Options) -> LoopedTransformer:
 def make_parallel(kind: str, options: Options, distributed: Options) -> tuple[Any, Any]:
     args = DistributedArgs(model_dtype="fp32", **distributed)
     model, mesh = make(kind, options), get_device_mesh(args)
-    set_activation_checkpointing(model, args.activation_checkpointing)
+    model.checkpoint_loops = args.activation_checkpointing == "loop"
     plan = build_fsdp_grouping_plan(model.args)
     ops = get_no_recompute_ops()
     kinds = count_block_kinds(model)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apps.LT2.kernel import linear_cross_entropy
-from apps.LT2.parallel import get_no_recompute_ops, set_activation_checkpointing
+from apps.LT2.parallel import get_no_recompute_ops
 from apps.LT2.transformer import LoopedTransformer
 from lingua.parallel.parallelize import apply_activation_checkpointing
 from tests.LT2.looped_models import MODELS, assert_same_fp32, decode, make, packed, prompt
@@ -183,7 +183,7 @@ def test_more_recomputation_keeps_less_memory_for_the_backward():
     kept = {}
     for mode in ("none", "selective", "full", "loop"):
         model = make(loop_count=4)
-        set_activation_checkpointing(model, mode)
+        model.checkpoint_loops = mode == "loop"
         for block in model.layers:
             apply_activation_checkpointing(block, mode, get_no_recompute_ops())
         tokens, targets = prompt(2, 63), prompt(2, 64)[:, 1:]

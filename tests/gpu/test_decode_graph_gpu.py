@@ -9,7 +9,7 @@ import torch
 
 from apps.LT2.benchmark.inference_cost import Plan, measure_point
 from apps.LT2.benchmark.timing import measure_ceilings
-from apps.LT2.inference.compiled import compile_prefill, compile_step
+from apps.LT2.inference.compiled import compile_layers
 from apps.LT2.inference.cuda_graph import DecodeGraph
 from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
@@ -157,8 +157,8 @@ def test_compiled_layers_decode_like_eager_ones(kind):
     torch.compiler.reset()
     model = make_model(kind)
     compiled = copy.deepcopy(model)
-    compile_prefill(compiled)
-    compile_step(compiled)
+    compile_layers(compiled, "prefill", dynamic=False)
+    compile_layers(compiled, "step", dynamic=False)
     tokens = torch.randint(258, (2, 80), device="cuda")
     cache, compiled_cache = model.init_cache(2, 100), compiled.init_cache(2, 100)
     want = [model.prefill(tokens[:, :64], cache)]
@@ -177,8 +177,8 @@ def test_a_benchmark_point_is_measured(compiled):
     torch.compiler.reset()
     model = make_model("hybrid")
     if compiled:
-        compile_prefill(model)
-        compile_step(model)
+        compile_layers(model, "prefill", dynamic=False)
+        compile_layers(model, "step", dynamic=False)
     ceilings = measure_ceilings(torch.device("cuda"), torch.bfloat16, repeats=3)
     assert 1e11 < ceilings.copy_bytes_per_s < 2e13 and 1e13 < ceilings.matmul_flops < 1e16
     plan = Plan(2, 1, 4, prefill_chunk=64, compiled=compiled, cuda_graph=True)

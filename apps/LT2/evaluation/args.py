@@ -11,7 +11,6 @@ from lingua.errors import UserError
 from lingua.metrics import WandbArgs
 
 VERBOSITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-MAX_SEED = 2**32 - 1  # NumPy's
 
 
 @dataclass
@@ -64,9 +63,6 @@ class LMHarnessArgs:
             raise UserError(
                 "harness.fewshot_as_multiturn=true needs harness.apply_chat_template=true"
             )
-        for name in ("random", "numpy_random", "torch_random", "fewshot_random"):
-            seed = getattr(self, f"{name}_seed")
-            _require(0 <= seed <= MAX_SEED, f"{name}_seed", seed, "from 0 to 2**32 - 1")
         levels = ", ".join(VERBOSITIES)
         _require(self.verbosity in VERBOSITIES, "verbosity", self.verbosity, f"one of {levels}")
 

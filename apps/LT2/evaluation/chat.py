@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 from lingua.errors import UserError, import_optional
 from lingua.tokenizer import TokenizerArgs, find_tokenizer_file
@@ -57,9 +56,10 @@ def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
         if jinja.is_file():
             return ChatTemplate(jinja.read_text(encoding="utf-8"), jinja)
         config = file.with_name("tokenizer_config.json")
-        text = _read_json(config).get("chat_template") if config.is_file() else None
-        if isinstance(text, list):
-            text = _select_default(text)
+        options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        text = options.get("chat_template")
+        if isinstance(text, list):  # several templates by name
+            text = next((named["template"] for named in text if named["name"] == "default"), None)
         if isinstance(text, str):
             return ChatTemplate(text, config)
     place = file.parent if file is not None else f"the tokenizer {tokenizer.name} (it has no file)"
@@ -67,19 +67,6 @@ def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
         f"apply_chat_template=true: no chat template in {place}; add a chat_template.jinja, or set "
         "apply_chat_template=false"
     )
-
-
-def _select_default(named: list[Any]) -> str | None:
-    """Return the template named `default` of a tokenizer with several templates."""
-    templates = (entry for entry in named if isinstance(entry, dict))
-    return next((t.get("template") for t in templates if t.get("name") == "default"), None)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
 
 
 def _raise_exception(message: str) -> None:

@@ -166,7 +166,7 @@ def build_validator(validation: ValidationArgs, loaded: LoadedModel) -> Validato
     check_validation_sources(validation, "validation")
     data = dataclass_from_dict(DataArgs, loaded.config["data"], strict=False)
     validator = Validator(validation, data, loaded.tokenizer)
-    if validator.rows() is None:
+    if validator.rows is None:
         raise UserError(
             f"validation: no *.val.jsonl with text in data.root_dir={data.root_dir} of the run "
             f"(cwd {Path.cwd()}); set validation.root_dir and validation.sources, or "

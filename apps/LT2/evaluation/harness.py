@@ -321,11 +321,3 @@ class RegisteredLM(EvalHarnessLM):
         if given.get("device") == DEFAULT_DEVICE:
             del given["device"]
         return cls(**given | arg_dict)
-
-    @classmethod
-    def create_from_arg_string(
-        cls, arg_string: str, additional_config: dict[str, Any] | None = None
-    ) -> RegisteredLM:
-        from lm_eval.utils import simple_parse_args_string
-
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)

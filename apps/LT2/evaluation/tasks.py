@@ -37,8 +37,6 @@ def load_tasks(args: LMHarnessArgs) -> Any:
     for spec in expand_names(args, manager):
         try:
             part = manager.load([spec])
-        except UserError:
-            raise
         except Exception as error:  # from datasets, the network, or the task's code
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             raise UserError(

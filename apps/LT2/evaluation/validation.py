@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,16 +133,13 @@ class Validator:
 
     def __init__(self, args: ValidationArgs, data: DataArgs, tokenizer: Tokenizer):
         self.args, self.data, self.tokenizer = args, data, tokenizer
-        self._rows: ValidationRows | None = None
-        self._read = False
 
+    @cached_property
     def rows(self) -> ValidationRows | None:
-        if not self._read:
-            self._rows = build_rows(self._documents(), self.data.seq_len)
-            self._read = True
-            if self._rows is None:
-                logger.info("no *.val.jsonl in data.sources: no validation loss")
-        return self._rows
+        rows = build_rows(self._documents(), self.data.seq_len)
+        if rows is None:
+            logger.info("no *.val.jsonl in data.sources: no validation loss")
+        return rows
 
     def _documents(self) -> Iterator[tuple[list[int], int]]:
         """Yield (tokens, bytes of scored text) for each document."""
@@ -176,7 +174,7 @@ class Validator:
         The result is empty without validation text. Each rank calls `should_stop` after each batch;
         if it is true on any rank, all ranks stop and the result is empty.
         """
-        rows = self.rows()
+        rows = self.rows
         if rows is None:
             return {}
         log_on_rank_0("validation on %d rows of %d tokens", len(rows.tokens), self.data.seq_len)

@@ -8,27 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from apps.LT2.transformer import LoopedTransformer
 
 MAX_VARIANTS = 64  # compiled versions of one function, before torch refuses more
-
-
-def compile_prefill(model: LoopedTransformer) -> None:
-    """Compile the prefill of every layer for constant shapes, in place.
-
-    For prompts of few lengths, each prefilled at once: a prefill that continues a sequence is
-    compiled again for each length of the past.
-    """
-    _compile(model, "prefill", dynamic=False)
-
-
-def compile_step(model: LoopedTransformer) -> None:
-    """Compile the decode step of every layer for constant shapes, in place."""
-    _compile(model, "step", dynamic=False, fullgraph=True)
 
 
 @contextmanager
@@ -42,9 +27,9 @@ def compiled_for_generation(
     """
     names = ["prefill"] * prefill + ["step"] * step
     if prefill:
-        _compile(model, "prefill", dynamic=True)
+        compile_layers(model, "prefill", dynamic=True)
     if step:
-        _compile(model, "step", dynamic=None, fullgraph=True)
+        compile_layers(model, "step", dynamic=None)
     try:
         yield
     finally:
@@ -53,9 +38,15 @@ def compiled_for_generation(
                 delattr(block, name)
 
 
-def _compile(model: LoopedTransformer, name: str, **options: Any) -> None:
+def compile_layers(model: LoopedTransformer, name: str, *, dynamic: bool | None) -> None:
+    """Compile the method `name` of every layer, "prefill" or "step", in place.
+
+    dynamic=False is for constant shapes. A prefill that continues a sequence is then compiled again
+    for each length of the past.
+    """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MAX_VARIANTS)
     for block in model.layers:
         assert name not in vars(block), f"{name} is already compiled"
-        setattr(block, name, torch.compile(getattr(block, name), **options))
+        method, fullgraph = getattr(block, name), name == "step"
+        setattr(block, name, torch.compile(method, dynamic=dynamic, fullgraph=fullgraph))

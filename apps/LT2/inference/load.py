@@ -21,16 +21,16 @@ from torch import nn
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.mixers import MIXERS, Mixer
-from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, fit_loop_gates
+from apps.LT2.transformer import (
+    LoopedTransformer,
+    LoopedTransformerArgs,
+    build_on_meta,
+    fit_loop_gates,
+)
 from lingua.args import dataclass_from_dict
 from lingua.checkpoint import CONFIG_NAME, CONSOLIDATE_NAME, CheckpointArgs, CheckpointManager
 from lingua.checkpointing.dcp import check_fits
-from lingua.checkpointing.weights import (
-    SAFETENSORS_NAME,
-    find_weights,
-    read_weights,
-    weight_dtype,
-)
+from lingua.checkpointing.weights import SAFETENSORS_NAME, find_weights, read_weights, weight_dtype
 from lingua.errors import UserError
 from lingua.parallel.args import DTYPES, resolve_dtype
 from lingua.parallel.ranks import get_device
@@ -69,8 +69,7 @@ def load_model_and_tokenizer(
     if loop_count is not None:
         args = replace(args, loop_count=loop_count)
     args = _fit_to_device(args, on.type, matrix_dtype)
-    with torch.device("meta"):
-        model = LoopedTransformer(args)
+    model = build_on_meta(args)
     weights = read_weights(source, "ckpt", device=on, matrix_dtype=matrix_dtype)
     if "rho" in weights and args.use_residual:
         weights["rho"] = fit_loop_gates(weights["rho"], args.loop_count)
@@ -132,12 +131,8 @@ def read_config(source: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"ckpt={source}: {file} is not readable: {error}") from None
-    for option in ("model", "data.tokenizer"):
-        section = config
-        for key in option.split("."):
-            section = section.get(key) if isinstance(section, dict) else None
-        if not isinstance(section, dict):
-            raise UserError(f"ckpt={source}: {file} has no section `{option}`")
+    if missing := sorted({"model", "data"} - config.keys()):
+        raise UserError(f"ckpt={source}: {file} has no section `{missing[0]}`")
     return config
 
 

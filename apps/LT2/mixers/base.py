@@ -51,9 +51,6 @@ class MixerCache:
         for tensor, other in zip(self._tensors(), source._tensors(), strict=True):
             tensor.index_copy_(0, rows, other.index_select(0, source_rows))
 
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors())
-
     def fill_randomly(self, n_tokens: int) -> None:
         """Fill every row with `n_tokens` tokens of noise, in place, to time steps."""
         for tensor in self._tensors():

@@ -69,9 +69,6 @@ class GatedDeltaNet(LinearMixer):
         g = log_decay(a, self.tp.own(self.A_log), self.tp.own(self.dt_bias))
         return l2_normalize(q), l2_normalize(k), v, g, beta
 
-    def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
-        return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
-
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         super().reset_parameters(init_std, factor)
         init_decay(self.A_log, self.dt_bias)

@@ -68,9 +68,6 @@ class GatedLinearAttention(LinearMixer):
         g = F.logsigmoid(rest[1].float() + self.tp.own(self.decay_bias).float()) / TEMPERATURE
         return *self.split_qkv(streams), self.split_heads(g, self.key_dim)
 
-    def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
-        return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
-
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         super().reset_parameters(init_std, factor)
         nn.init.zeros_(self.decay_bias)

@@ -47,6 +47,7 @@ class KimiDeltaAttention(LinearMixer):
     recurrence_step = staticmethod(kda_step)
     state_flops = 7  # read k^T S, write the outer product, read q^T S: 2 each; and the decay
     conv: ShortConv
+    norm: GatedRMSNorm
 
     def __init__(self, shared: MixerArgs, own: KDAArgs):
         super().__init__()

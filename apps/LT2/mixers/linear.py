@@ -45,7 +45,8 @@ class LinearMixer(Mixer):
     """A mixer whose past is a matrix per head, whose size doesn't depend on the length.
 
     A subclass names its linears and kernels, sets the heads, dims and `conv` (None: the streams are
-    not convolved), and gives `inputs` and `output`.
+    not convolved), and gives `inputs`. It gives `output` too, unless the norm of each head is gated
+    by the first of `rest`.
     """
 
     stream_linears: ClassVar[tuple[str, ...]] = ("wq", "wk", "wv")  # in the order of the streams
@@ -62,6 +63,7 @@ class LinearMixer(Mixer):
     key_dim: int
     value_dim: int
     conv: ShortConv | None
+    norm: nn.Module
     wo: nn.Linear
 
     @abstractmethod
@@ -72,9 +74,9 @@ class LinearMixer(Mixer):
         are (T,) or (B, T), or (B,) in a step.
         """
 
-    @abstractmethod
     def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
         """Return (..., D) for o (..., H, V)."""
+        return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
         """Return (streams (..., C), rest) of x (..., D)."""

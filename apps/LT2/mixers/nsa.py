@@ -204,23 +204,13 @@ class NativeSparseAttention(Mixer):
 def grouped_heads(shared: MixerArgs) -> tuple[int, int, int]:
     """Return (query heads, key/value heads, head dim); UserError if the groups are too small."""
     n_heads, n_kv_heads, head_dim = resolve_heads(shared)
-    if n_heads < MIN_GROUP:
-        raise UserError(
-            f"model.n_heads={n_heads} must be at least {MIN_GROUP} for nsa; use "
-            f"n_heads={MIN_GROUP} with n_kv_heads=1 and model.head_dim"
-        )
-    if shared.n_kv_heads is None:
-        if n_heads % MIN_GROUP:
-            raise UserError(
-                f"model.n_kv_heads=null is n_heads / {MIN_GROUP} for nsa, and {MIN_GROUP} does not "
-                f"divide model.n_heads={n_heads}; set model.n_kv_heads, e.g. to 1"
-            )
+    if shared.n_kv_heads is None and n_heads % MIN_GROUP == 0:
         n_kv_heads = n_heads // MIN_GROUP
-    if n_heads // n_kv_heads < MIN_GROUP:
+    if n_heads < n_kv_heads * MIN_GROUP:
         raise UserError(
-            f"model.n_kv_heads={n_kv_heads} must leave {MIN_GROUP} or more of the "
-            f"model.n_heads={n_heads} query heads per key/value head for nsa; use "
-            f"n_kv_heads={n_heads // MIN_GROUP} or fewer, or null"
+            f"model.n_heads={n_heads} with model.n_kv_heads={shared.n_kv_heads}: nsa needs "
+            f"{MIN_GROUP} or more query heads per key/value head; use a multiple of {MIN_GROUP} as "
+            "n_heads, with n_kv_heads=null"
         )
     return n_heads, n_kv_heads, head_dim
 

@@ -61,9 +61,6 @@ class RetNet(LinearMixer):
         # A tensor-parallel rank needs the decays of its heads only.
         return q, k, v, self.tp.own(log_decays(self.n_heads * self.tp.size, v.device))
 
-    def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
-        return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
-
 
 def log_decays(n_heads: int, device: torch.device) -> Tensor:
     """Return log(1 - 2^(-5-h)) of heads h = 0, 1, .., (H,) fp32."""

@@ -36,7 +36,7 @@ from apps.LT2.train import build_model
 from apps.LT2.training.args import TrainArgs, validate_train_args
 from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.unused_options import unused_options
-from apps.LT2.transformer import LoopedTransformer
+from apps.LT2.transformer import build_on_meta
 from lingua.args import parse_args
 from lingua.checkpointing.weights import load_initial_weights
 from lingua.config.cli import OVERRIDE, OneLineParser
@@ -103,7 +103,9 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     counters.clear()
     seed_everything(args.seed)
     mesh = get_device_mesh(args.distributed)
-    model = build_model(args, mesh, device)
+    model = build_on_meta(args.model)
+    flops_per_token = train_flops_per_token(model, args.data.seq_len)  # before TP splits the heads
+    build_model(args, mesh, device, model)
     if args.checkpoint.init_ckpt_path is not None:
         load_initial_weights(args.checkpoint.init_ckpt_path, model)
     optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
@@ -138,9 +140,7 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     dtype = resolve_dtype(args.distributed.model_dtype, device.type)
     if device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(), dtype)
-        with torch.device("meta"):
-            whole = LoopedTransformer(args.model)  # a TP model has only this rank's heads
-        flops = train_flops_per_token(whole, args.data.seq_len) * row.tokens_per_s / row.n_ranks
+        flops = flops_per_token * row.tokens_per_s / row.n_ranks
         row.mfu = None if peak is None else flops / peak
     row.graph_breaks = sum(counters["graph_break"].values())
     row.first_loss, row.last_loss = (state.losses[i].item() for i in (0, steps - 1))

@@ -16,9 +16,9 @@ def import_pyplot(needed_by: str) -> Any:
     return import_optional("matplotlib.pyplot", extra="plot", needed_by=needed_by)
 
 
-def save_figure(figure: Any, out: Path, option: str) -> None:
-    """Write the figure. UserError that names `option` if the path cannot be written."""
+def save_figure(figure: Any, out: Path) -> None:
+    """Write the figure. UserError if the path cannot be written."""
     try:
         figure.savefig(out)
     except (OSError, ValueError) as error:
-        raise UserError(f"{option} {out}: {error}") from None
+        raise UserError(f"{out}: {error}") from None

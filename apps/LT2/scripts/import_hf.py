@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from apps.LT2.scripts.llama import from_llama, read_llama_config
 from apps.LT2.scripts.weight_folder import copy_tokenizer, new_folder, write_json
-from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
+from apps.LT2.transformer import LoopedTransformerArgs, build_on_meta
 from lingua.args import parse_args
 from lingua.checkpointing.dcp import CONFIG_NAME, check_fits
 from lingua.checkpointing.weights import (
@@ -34,16 +33,12 @@ from lingua.tokenizer import TOKENIZERS, TokenizerArgs, build_tokenizer
 INDEX_NAME = f"{SAFETENSORS_NAME}.index.json"
 
 
-def hf_tokenizer() -> TokenizerArgs:
-    return TokenizerArgs(name="hf")
-
-
 @dataclass(kw_only=True)
 class ImportArgs:
     hf: str  # folder with config.json, model.safetensors and tokenizer.json
     out: str  # new folder
     # tokenizer of the model; a null path means the file in the folder hf
-    tokenizer: TokenizerArgs = field(default_factory=hf_tokenizer)
+    tokenizer: TokenizerArgs = field(default_factory=lambda: TokenizerArgs(name="hf"))
 
 
 def import_llama(args: ImportArgs) -> None:
@@ -53,8 +48,7 @@ def import_llama(args: ImportArgs) -> None:
         model_args = read_llama_config(config, f"hf={args.hf}: config.json")
         tokenizer = find_tokenizer(args, model_args)
         weights = from_llama(read_folder(source), model_args, f"hf={args.hf}")
-        with torch.device("meta"):
-            model = LoopedTransformer(model_args)
+        model = build_on_meta(model_args)
         shapes = {name: tensor.shape for name, tensor in weights.items()}
         check_fits(f"hf={args.hf}", model.state_dict(), shapes, may_leave_out=False)
         copy_tokenizer(folder, tokenizer)
@@ -91,24 +85,18 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             f"hf={folder} has no {SAFETENSORS_NAME} and no {INDEX_NAME}; convert other formats "
             "with transformers' save_pretrained"
         )
-    files = read_json(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise UserError(f"hf={folder}: {INDEX_NAME} has no weight_map of file names")
-    names = sorted(set(files.values()))
+    shards = set(read_json(folder / INDEX_NAME)["weight_map"].values())
     weights: dict[str, Tensor] = {}
-    for name in names:
+    for name in sorted(shards):
         weights |= read_weights(folder / name, "hf")
     return weights
 
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"hf={file.parent}: {file.name} is not readable: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"hf={file.parent}: {file.name} is not a mapping")
-    return content
 
 
 def main(argv: list[str]) -> None:

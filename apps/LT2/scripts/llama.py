@@ -88,8 +88,6 @@ def llama_config(
 def read_llama_config(config: Mapping[str, Any], where: str) -> LoopedTransformerArgs:
     """Read the model options of a config.json. UserError, prefixed by `where`, if unsupported."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise UserError(f"{where}: rope_parameters={rope} is not a mapping")
     kind = rope.get("rope_type", rope.get("type", "default"))
     wanted = {  # option: (its value, supported values)
         "model_type": (config.get("model_type"), ("llama",)),
@@ -108,6 +106,7 @@ def read_llama_config(config: Mapping[str, Any], where: str) -> LoopedTransforme
             choices = " or ".join(map(str, known))
             raise UserError(f"{where}: {option}={value} is not supported, only {choices}")
     dim, n_heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
+    hidden_dim = _size(config, "intermediate_size", where)
     options = {
         "dim": dim,
         "n_layers": _size(config, "num_hidden_layers", where),
@@ -120,7 +119,9 @@ def read_llama_config(config: Mapping[str, Any], where: str) -> LoopedTransforme
         "max_seqlen": config.get("max_position_embeddings", 2048),
         "weight_tying": config.get("tie_word_embeddings", False),
         "use_residual": False,
-        **_ffn_options(dim, _size(config, "intermediate_size", where)),
+        "multiple_of": 1,
+        # Add 0.5, because FeedForward rounds the product down.
+        "ffn_dim_multiplier": (hidden_dim + 0.5) / int(2 * (4 * dim) / 3),
     }
     try:
         return dataclass_from_dict(LoopedTransformerArgs, options)
@@ -129,19 +130,10 @@ def read_llama_config(config: Mapping[str, Any], where: str) -> LoopedTransforme
 
 
 def _size(config: Mapping[str, Any], option: str, where: str) -> int:
-    if option not in config:
-        raise UserError(f"{where} has no {option}")
-    value = config[option]
+    value = config.get(option)
     if type(value) is not int or value < 1:
         raise UserError(f"{where}: {option}={value} must be an integer of at least 1")
     return value
-
-
-def _ffn_options(dim: int, hidden_dim: int) -> dict[str, Any]:
-    """Return multiple_of and ffn_dim_multiplier for which FeedForward has this hidden dim."""
-    plain = int(2 * (4 * dim) / 3)
-    # Add 0.5, because FeedForward rounds the product down.
-    return {"multiple_of": 1, "ffn_dim_multiplier": (hidden_dim + 0.5) / plain}
 
 
 def to_llama(weights: Mapping[str, Tensor], args: LoopedTransformerArgs) -> dict[str, Tensor]:

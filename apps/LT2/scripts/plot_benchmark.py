@@ -25,14 +25,10 @@ Points = dict[str, dict[int, float]]  # line -> length -> tokens/s
 
 def read_result(path: Path) -> dict[str, Any]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable: {error}") from None
-    try:
-        result = json.loads(lines[-1])
-    except (IndexError, ValueError):
-        result = None
-    if not isinstance(result, dict) or "rows" not in result:
+        result = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    except (OSError, IndexError, ValueError) as error:
+        raise UserError(f"{path}: the last line is not readable as JSON: {error}") from None
+    if "rows" not in result:
         raise UserError(f"{path}: the last line is not a result of apps.LT2.benchmark_prefill")
     return result
 
@@ -64,7 +60,7 @@ def check_can_draw(out: Path) -> None:
         raise UserError(f"--plot {out}: the folder {out.parent} does not exist")
 
 
-def draw(results: Sequence[dict[str, Any]], out: Path, option: str = "--plot") -> None:
+def draw(results: Sequence[dict[str, Any]], out: Path) -> None:
     pyplot = import_pyplot(needed_by="plotting a benchmark")
     figure, all_axes = pyplot.subplots(1, 2, figsize=(12, 5), dpi=150, layout="constrained")
     for axes, (kind, title) in zip(all_axes, PANELS.items(), strict=True):
@@ -94,7 +90,7 @@ def draw(results: Sequence[dict[str, Any]], out: Path, option: str = "--plot") -
     figure.suptitle("; ".join(devices), fontsize=9)
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    save_figure(figure, out, option)
+    save_figure(figure, out)
     pyplot.close(figure)
 
 
@@ -111,7 +107,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="figure to write")
     args = parser.parse_args(argv)
     results = [read_result(path) for path in args.results]
-    draw(results, args.out, option="--out")
+    draw(results, args.out)
     print(f"{sum(len(result['rows']) for result in results)} rows: {args.out}")
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,12 +72,10 @@ def read_curves(given: Sequence[Path]) -> list[Curve]:
 
 def runs_of(path: Path) -> list[tuple[str, Path]]:
     """Return the name and folder of the run, or of all runs in the folder."""
-    alone = [(path.resolve().name, path)]
-    if not path.is_dir() or not os.access(path, os.R_OK | os.X_OK):
-        return alone
-    if is_run(path) or (path / "metrics.jsonl").exists():
-        return alone
-    return list(find_runs(path).items()) or alone
+    runs = {}
+    if path.is_dir() and not is_run(path) and not (path / "metrics.jsonl").exists():
+        runs = find_runs(path)
+    return list(runs.items()) or [(path.resolve().name, path)]
 
 
 def read_curve(run: Path, name: str = "") -> Curve:
@@ -148,7 +145,7 @@ def draw(curves: list[Curve], out: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
     axes.legend(frameon=False)
-    save_figure(figure, out, option="--out")
+    save_figure(figure, out)
     pyplot.close(figure)
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval
 from apps.LT2.evaluation.validation import check_validation_sources
 from apps.LT2.inference.load import check_kernels
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.parallel import check_tensor_parallel
-from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
+from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, build_on_meta
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, check_init
 from lingua.data import validate_data_args
 from lingua.dataloader.args import DataArgs
@@ -24,7 +22,7 @@ from lingua.distributed import (
     get_is_master,
     get_world_size,
 )
-from lingua.errors import UserError, first_line
+from lingua.errors import UserError
 from lingua.metrics import LoggingArgs, check_logging_packages
 from lingua.optim import OptimArgs
 from lingua.parallel.args import DistributedArgs, resolve_dtype
@@ -135,17 +133,6 @@ def fill_in_defaults(args: TrainArgs, output_size: int | None, world_size: int) 
         data=replace(args.data, seed=data_seed),
         checkpoint=replace(args.checkpoint, path=path),
     )
-
-
-def build_on_meta(args: LoopedTransformerArgs) -> LoopedTransformer:
-    """Build the model without memory. UserError for impossible shapes, patterns and backends."""
-    try:
-        with torch.device("meta"):
-            return LoopedTransformer(args)
-    except (RuntimeError, TypeError) as error:
-        if "verflow" not in str(error):
-            raise
-        raise UserError(f"model: its tensors are too large ({first_line(error)})") from None
 
 
 def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> None:

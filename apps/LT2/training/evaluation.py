@@ -59,7 +59,7 @@ def build_run_validator(args: TrainArgs) -> Validator | None:
         return None
     tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
     validator = Validator(validation, args.data, tokenizer)
-    run_together(validator.rows)
+    run_together(lambda: validator.rows)
     return validator
 
 

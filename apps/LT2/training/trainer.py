@@ -86,12 +86,6 @@ class TrainState:
             }
         )
 
-    def add_losses(self, loss: Tensor, mixer_losses: dict[str, Tensor]) -> None:
-        """Append the losses of one step."""
-        self.losses.append(loss)
-        for name, mixer_loss in mixer_losses.items():
-            self.mixer_losses.setdefault(name, []).append(mixer_loss)
-
     def clear_losses(self) -> None:
         self.losses.clear()
         self.mixer_losses.clear()
@@ -182,8 +176,9 @@ class Trainer:
         self.optimizer.zero_grad()
         self.state.step += 1
         self.state.n_tokens = (self.state.n_tokens or 0) + self.tokens_per_step
-        mixer_means = {name: loss / n_micro for name, loss in mixer_totals.items()}
-        self.state.add_losses(total / n_micro, mixer_means)
+        self.state.losses.append(total / n_micro)
+        for name, mixer_total in mixer_totals.items():
+            self.state.mixer_losses.setdefault(name, []).append(mixer_total / n_micro)
         return StepResult(grad_norm, mixer_grad_norms, lr, data_seconds)
 
     def _read_micro_batches(self) -> list[Any]:

@@ -242,9 +242,6 @@ def test_the_default_of_several_chat_templates_is_used(tmp_path):
     config.write_text(json.dumps({"chat_template": named[:1]}))
     with pytest.raises(UserError, match="apply_chat_template=true: no chat template"):
         find_chat_template(tokenizer)
-    config.write_text("{")
-    with pytest.raises(UserError, match="tokenizer_config.json is not JSON"):
-        find_chat_template(tokenizer)
 
 
 def test_a_cache_of_answers_needs_one_process(monkeypatch):

@@ -85,7 +85,7 @@ def test_an_empty_text_does_not_predict_the_next(tmp_path):
     (tmp_path / "text").mkdir()
     lines = [json.dumps({"text": text}) + "\n" for text in ("", "a loop")]
     (tmp_path / "text" / "a.val.jsonl").write_text("".join(lines))
-    rows = validator(tmp_path, add_bos=False, add_eos=False).rows()
+    rows = validator(tmp_path, add_bos=False, add_eos=False).rows
     assert rows is not None and rows.n_bytes == len("a loop") - 1
 
 
@@ -142,7 +142,7 @@ def test_max_steps_and_additional_sources(root, tmp_path):
     assert first == score(root, args=elsewhere)
     assert first != score(root)
     both = ValidationArgs(root_dir=str(tmp_path), sources=["other"])
-    rows, alone = validator(root, both).rows(), validator(root).rows()
+    rows, alone = validator(root, both).rows, validator(root).rows
     assert rows is not None and alone is not None
     assert rows.n_bytes == alone.n_bytes + len(TEXTS[0])
 

@@ -168,7 +168,7 @@ def params(**changes):
         (lambda folder: (folder / "params.json").unlink(), "params.json.*missing"),
         (lambda folder: (folder / "params.json").write_text("{"), "not readable"),
         (lambda folder: edit_params(folder, lambda c: c.pop("model")), "section `model`"),
-        (lambda folder: edit_params(folder, lambda c: c.pop("data")), "section `data.tokenizer`"),
+        (lambda folder: edit_params(folder, lambda c: c.pop("data")), "section `data`"),
         (params(vocab_size=100), "model.vocab_size=100.*258"),
         (params(n_layer=3), "params.json, section model: unknown option n_layer"),
         (params(n_layers=6), "layers.3"),

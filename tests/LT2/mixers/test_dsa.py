@@ -11,7 +11,7 @@ from apps.LT2.kernel.dsa.selection import head_products, index_scores, select_to
 from apps.LT2.mixers import Prompts
 from apps.LT2.mixers.attention import Attention
 from apps.LT2.mixers.dsa import DSAArgs, SparseAttention
-from apps.LT2.parallel import get_no_recompute_ops, set_activation_checkpointing
+from apps.LT2.parallel import get_no_recompute_ops
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.errors import UserError
 from lingua.parallel.parallelize import apply_activation_checkpointing
@@ -175,7 +175,7 @@ def test_recomputation_gives_the_same_gradients(kind, mode):
         torch.manual_seed(0)
         model = LoopedTransformer(tiny_args(kind, 2))
         model.init_weights()
-        set_activation_checkpointing(model, how)
+        model.checkpoint_loops = how == "loop"
         for block in model.layers:
             apply_activation_checkpointing(block, how, get_no_recompute_ops())
         text = torch.randint(258, (2, 31), generator=torch.Generator().manual_seed(0))

@@ -68,8 +68,8 @@ def test_null_kv_heads_make_groups_of_16(n_heads, want):
     "changes, message",
     [
         ({"n_heads": 8}, r"model\.n_heads=8"),
-        ({"n_heads": 40}, r"model\.n_kv_heads=null .*model\.n_heads=40"),
-        ({"n_heads": 32, "n_kv_heads": 4}, r"model\.n_kv_heads=4 .*n_kv_heads=2"),
+        ({"n_heads": 40}, r"model\.n_heads=40 .*model\.n_kv_heads=None"),
+        ({"n_heads": 32, "n_kv_heads": 4}, r"model\.n_heads=32 .*model\.n_kv_heads=4"),
         ({"nsa": NSAArgs(n_blocks=2)}, r"model\.nsa\.n_blocks=2"),
         ({"nsa": NSAArgs(block_size=0)}, r"model\.nsa\.block_size=0"),
         ({"nsa": NSAArgs(window_size=0)}, r"model\.nsa\.window_size=0"),

@@ -10,7 +10,7 @@ from apps.LT2.batch import Batch
 from apps.LT2.kernel.attention.first_token import MAX_QUERIES, first_token_mass
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
 from apps.LT2.kernel.documents import local_positions
-from apps.LT2.parallel import build_fsdp_grouping_plan, set_activation_checkpointing
+from apps.LT2.parallel import build_fsdp_grouping_plan
 from apps.LT2.training.probes import run_probed_pass
 from apps.LT2.transformer import LoopedTransformer
 from lingua.distributed import get_device_mesh, parallelize_model, set_gradient_sync
@@ -150,7 +150,7 @@ def test_recomputed_and_compiled_layers_have_the_same_statistics(mode):
     batch = make_batch(1, DOCUMENTS)
     want, _ = measure(make_model(), batch)
     model = make_model()
-    set_activation_checkpointing(model, mode)
+    model.checkpoint_loops = mode == "loop"
     args = DistributedArgs(model_dtype="fp32", compile=True, activation_checkpointing=mode)
     parallelize_model(model, None, None, args, build_fsdp_grouping_plan(model.args))
     got, _ = measure(model, batch)
