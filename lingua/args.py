@@ -33,17 +33,17 @@ def parse_args(
     argv: Sequence[str],
     *,
     prog: str = "python -m ...",
-    description: str = "",
-    examples: Sequence[str] = (),
+    doc: str | None = "",
     config: Mapping[str, Any] | None = None,
 ) -> T:
     """Read `[config=FILE.yaml] [a.b=c ...]` into a `cls`; `--help` prints every option and exits.
 
-    If `cls` has a field `config`, `config=` sets that field and no file is read. The argument
-    `config` is a mapping that replaces the file.
+    The help starts with the first two paragraphs of `doc`, the command's docstring: what it does,
+    and examples. If `cls` has a field `config`, `config=` sets that field and no file is read. The
+    argument `config` is a mapping that replaces the file.
     """
     if "-h" in argv or "--help" in argv:
-        print_text(format_help(cls, prog=prog, description=description, examples=examples))
+        print_text(format_help(cls, prog=prog, docstring=doc or ""))
         raise SystemExit(0)
     typed = [_split_option(arg) for arg in argv]
     options = Options(cls)

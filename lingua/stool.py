@@ -2,7 +2,7 @@
 
     python -m lingua.stool script=apps.LT2.train config=run.yaml nodes=8 partition=gpu
     python -m lingua.stool config=run.yaml nodes=1 ngpu=1 launcher=bash -- steps=100 dump_dir=/tmp/x
-    python -m lingua.stool config=run.yaml nodes=1 sweep.optim.lr=[1e-4,3e-4] array=1
+    python -m lingua.stool config=run.yaml nodes=1 'sweep.optim.lr=[1e-4,3e-4]' array=1
 
 Options before `--` are stool's. Options after it belong to the script and win over the config.
 stool checks the config against the script's TrainArgs before it writes anything. A script may have
@@ -181,18 +181,7 @@ def submit(job: Job) -> None:
 
 def main(argv: list[str]) -> None:
     split = argv.index("--") if "--" in argv else len(argv)
-    args = parse_args(
-        StoolArgs,
-        argv[:split],
-        prog="python -m lingua.stool",
-        description=(__doc__ or "").partition("\n\n")[0],
-        examples=[
-            "python -m lingua.stool config=run.yaml nodes=8 partition=gpu",
-            "python -m lingua.stool config=run.yaml nodes=1 ngpu=1 launcher=bash -- steps=100",
-            "python -m lingua.stool config=run.yaml nodes=8 partition=gpu dry_run=true",
-            "python -m lingua.stool config=run.yaml nodes=1 'sweep.optim.lr=[1e-4,3e-4]' array=1",
-        ],
-    )
+    args = parse_args(StoolArgs, argv[:split], prog="python -m lingua.stool", doc=__doc__)
     launch_job(replace(args, overrides=[*args.overrides, *argv[split + 1 :]]))
 
 

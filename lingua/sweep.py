@@ -146,16 +146,7 @@ class TableArgs:
 
 
 def main(argv: list[str]) -> None:
-    args = parse_args(
-        TableArgs,
-        argv,
-        prog="python -m lingua.sweep",
-        description="Print the table of a sweep, or of the runs in a folder.",
-        examples=[
-            "python -m lingua.sweep dump_dir=runs/tune",
-            "python -m lingua.sweep dump_dir=runs",
-        ],
-    )
+    args = parse_args(TableArgs, argv, prog="python -m lingua.sweep", doc=__doc__)
     if not args.dump_dir:
         raise UserError("dump_dir is empty: use the folder of a sweep, or of runs")
     print_text(format_table(Path(args.dump_dir), args.script))

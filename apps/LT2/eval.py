@@ -92,17 +92,7 @@ def input_paths(args: EvalArgs) -> dict[str, str | None]:
 
 
 def main(argv: list[str]) -> None:
-    args = parse_args(
-        EvalArgs,
-        argv,
-        prog="python -m apps.LT2.eval",
-        description="Evaluate a checkpoint on tasks of the LM-Evaluation-Harness and on text.",
-        examples=(
-            "torchrun --nproc-per-node 8 -m apps.LT2.eval config=apps/LT2/configs/600M/eval.yaml "
-            "ckpt_dir=runs/demo",
-            "python -m apps.LT2.eval ckpt_dir=runs/demo harness.tasks=[arc_easy] validation=null",
-        ),
-    )
+    args = parse_args(EvalArgs, argv, prog="python -m apps.LT2.eval", doc=__doc__)
     launch_eval(args)
 
 

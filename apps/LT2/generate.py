@@ -177,17 +177,7 @@ def converse(generator: PackedCausalTransformerGenerator, *, num_samples: int) -
 
 
 def main(argv: list[str]) -> None:
-    args = parse_args(
-        GenerateArgs,
-        argv,
-        prog="python -m apps.LT2.generate",
-        description="Generate text from a checkpoint.",
-        examples=[
-            "python -m apps.LT2.generate ckpt=runs/demo max_gen_len=256 temperature=0.7 "
-            "prompts='[\"Once upon a time\"]'",
-            "python -m apps.LT2.generate ckpt=runs/demo prompts_file=prompts.txt until='[\"\\n\"]'",
-        ],
-    )
+    args = parse_args(GenerateArgs, argv, prog="python -m apps.LT2.generate", doc=__doc__)
     args.uses_graph(resolve_device(args.device))
     find_checkpoint(args.ckpt)  # report a wrong path before asking for prompts
     prompts = read_prompts(args)

@@ -351,16 +351,7 @@ def input_paths(args: TrainArgs) -> dict[str, str | Path | None]:
 
 
 def main(argv: list[str]) -> None:
-    args = parse_args(
-        TrainArgs,
-        argv,
-        prog="python -m apps.LT2.train",
-        description="Train a looped Transformer.",
-        examples=(
-            "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml",
-            "torchrun --nproc-per-node 8 -m apps.LT2.train config=... model.loop_count=4",
-        ),
-    )
+    args = parse_args(TrainArgs, argv, prog="python -m apps.LT2.train", doc=__doc__)
     train(args)
 
 

@@ -13,7 +13,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -55,14 +55,11 @@ def walk_fields(cls: type, prefix: str = "", base: Any = None) -> Iterator[Field
             yield from walk_fields(section, f"{path}.", default if is_instance else None)
 
 
-def format_help(cls: type, *, prog: str, description: str, examples: Sequence[str]) -> str:
-    """Return the text of `--help`: usage, examples, and every option under its section."""
+def format_help(cls: type, *, prog: str, docstring: str) -> str:
+    """Return the text of `--help`: usage, start of `docstring`, and every option by section."""
     config = "" if "config" in field_types(cls) else " [config=FILE.yaml]"
     lines = [f"usage: {prog}{config} [option=value ...]", ""]
-    if description:
-        lines += [*description.strip().splitlines(), ""]
-    if examples:
-        lines += ["examples:", *(f"  {example}" for example in examples), ""]
+    lines += [line for paragraph in docstring.strip().split("\n\n")[:2] for line in (paragraph, "")]
     lines += ["options (the command line overrides the config file, the file the defaults):"]
     docs = list(walk_fields(cls))
     headings = {doc.path: doc.meaning for doc in docs}

@@ -81,7 +81,7 @@ def command_line(data: Path, dump_dir: Path, changes: dict[str, Any]) -> list[st
 
 def train_args(data: Path, dump_dir: Path, **changes: Any) -> TrainArgs:
     """Parse options by dotted name: `**{"data.seq_len": 16}`."""
-    return parse_args(TrainArgs, command_line(data, dump_dir, changes), prog="t", description="t")
+    return parse_args(TrainArgs, command_line(data, dump_dir, changes))
 
 
 def train(data: Path, dump_dir: Path, *, keep_code: bool = False, **changes: Any) -> Path:

@@ -100,15 +100,7 @@ def write_hf_tokenizer(folder: Path, tokenizer: TokenizerArgs, loaded: LoadedMod
 
 def main(argv: list[str]) -> None:
     args = parse_args(
-        ExportArgs,
-        argv,
-        prog="python -m apps.LT2.scripts.export_weights",
-        description="Export the weights of a checkpoint, without its optimizer, to a new folder.",
-        examples=[
-            "python -m apps.LT2.scripts.export_weights ckpt=runs/demo format=safetensors out=demo",
-            "python -m apps.LT2.scripts.export_weights ckpt=runs/llama format=hf out=llama "
-            "dtype=bf16",
-        ],
+        ExportArgs, argv, prog="python -m apps.LT2.scripts.export_weights", doc=__doc__
     )
     export(args)
     print(f"wrote {args.out}")

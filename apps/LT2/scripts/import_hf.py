@@ -100,13 +100,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    args = parse_args(
-        ImportArgs,
-        argv,
-        prog="python -m apps.LT2.scripts.import_hf",
-        description="Import a Hugging Face Llama folder, for generate, eval and train.",
-        examples=["python -m apps.LT2.scripts.import_hf hf=Llama-folder out=llama"],
-    )
+    args = parse_args(ImportArgs, argv, prog="python -m apps.LT2.scripts.import_hf", doc=__doc__)
     import_llama(args)
     print(f"wrote {args.out}")
 

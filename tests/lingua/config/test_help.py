@@ -28,12 +28,13 @@ def test_describe_fields_reads_comments():
 
 def test_help_prints_every_field_and_the_examples(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_args(Args, ["--help"], prog="run me", description="Does it.", examples=["run me a=b"])
+        parse_args(Args, ["--help"], prog="run me", doc="Does it.\n\n    run me a=b\n\nMore.\n")
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for doc in describe_fields(Args):
         assert doc.path in text and doc.meaning in text
-    assert "run me a=b" in text and "Does it." in text and "where text comes from" in text
+    assert "Does it.\n\n    run me a=b\n\n" in text and "More." not in text
+    assert "where text comes from" in text
 
 
 def test_help_works_with_a_closed_pipe():
