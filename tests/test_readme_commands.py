@@ -68,6 +68,7 @@ SMALLER = {
         f"{TINY_MODEL} data.batch_size=1 data.seq_len=32 data.load_async=false"
     ),
     "python -m lingua.stool script=": "ngpu=1 override=true",
+    "python -m lingua.stool config=apps/LT2/configs/600M/debug.yaml launcher=bash": TINY_RUN,
     "python -m apps.LT2.generate": "max_gen_len=8",
     "python -m apps.LT2.eval": "harness.limit=4 harness.bootstrap_iters=0",
     "python -m apps.LT2.lm_eval": "--limit 4",
