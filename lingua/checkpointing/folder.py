@@ -83,10 +83,15 @@ def publish(
     if problem is not None:
         raise OSError(f"{unfinished}: {problem}")
     if final.exists():
-        os.rename(final, final.with_name(final.name + REPLACED))
+        os.rename(final, _unused_name(final.with_name(final.name + REPLACED)))
     os.rename(unfinished, final)
     fsync_path(final.parent)
     clear_leftovers(final.parent)
+
+
+def _unused_name(path: Path) -> Path:
+    """Append a number if `path` exists because it contains other files."""
+    return next(p for i in range(10**9) if not (p := Path(f"{path}{i or ''}")).exists())
 
 
 # ---- check
@@ -162,6 +167,9 @@ def is_own(folder: Path) -> bool:
 def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint. It is renamed first, so an interrupted deletion leaves no half one."""
     unfinished = folder.with_name(folder.name + UNFINISHED)
+    if unfinished.exists():
+        logger.warning(f"{folder} is not deleted because {unfinished} exists")
+        return
     os.rename(folder, unfinished)
     shutil.rmtree(unfinished)
 
@@ -171,7 +179,7 @@ def clear_leftovers(parent: Path) -> None:
     for folder in list(parent.iterdir()) if parent.is_dir() else []:
         if not FOLDER_PATTERN.fullmatch(folder.stem) or not folder.is_dir():
             continue
-        final, was_replaced = folder.with_suffix(""), folder.suffix == REPLACED
+        final, was_replaced = folder.with_suffix(""), folder.suffix.startswith(REPLACED)
         if was_replaced and is_published(folder) and not final.exists():
             os.rename(folder, final)
         elif was_replaced or folder.suffix == UNFINISHED:

@@ -39,9 +39,16 @@ def find_document_files(folder: Path) -> list[Path]:
 
 
 def describe_skipped(folder: Path) -> str | None:
-    """List in one line the files below `folder` that `find_document_files` skips."""
+    """List in one line the files below `folder` that `find_document_files` skips.
+
+    Hidden files are listed only if their names end in one of SUFFIXES.
+    """
     skipped = sorted(
-        path for path in folder.rglob("*") if path.is_file() and not _is_read(path, folder)
+        path
+        for path in folder.rglob("*")
+        if not _is_read(path, folder)
+        and (path.is_symlink() or not path.is_dir())  # links to folders are not followed
+        and (not _is_hidden(path, folder) or path.name.endswith(SUFFIXES))
     )
     if not skipped:
         return None
@@ -49,13 +56,16 @@ def describe_skipped(folder: Path) -> str | None:
     more = ", ..." if len(skipped) > MAX_NAMED else ""
     return (
         f"{folder}: {len(skipped):,} files skipped ({', '.join(names)}{more}): only files that end "
-        f"in {', '.join(SUFFIXES)} are read, and no hidden files"
+        f"in {', '.join(SUFFIXES)} are read, no hidden files and no linked folders"
     )
 
 
 def _is_read(path: Path, folder: Path) -> bool:
-    is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.name.endswith(SUFFIXES) and path.is_file() and not is_hidden
+    return path.name.endswith(SUFFIXES) and path.is_file() and not _is_hidden(path, folder)
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def estimate_text_bytes(file: Path) -> int:

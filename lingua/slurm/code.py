@@ -113,8 +113,7 @@ def snapshot_code(root: Path, target: Path, without: Path) -> int:
     try:
         for file in files:
             (new / file).parent.mkdir(parents=True, exist_ok=True)
-            source = root / file
-            shutil.copy2(source, new / file, follow_symlinks=not source.is_dir())
+            _copy(root, file, new / file)
         if target.exists():
             target.rename(old)
         new.rename(target)
@@ -125,3 +124,14 @@ def snapshot_code(root: Path, target: Path, without: Path) -> int:
         raise
     shutil.rmtree(old, ignore_errors=True)
     return len(files)
+
+
+def _copy(root: Path, file: Path, target: Path) -> None:
+    """Copy a file. A link to a folder below `root` becomes a link to the folder's copy."""
+    source = root / file
+    if not source.is_dir():
+        shutil.copy2(source, target)
+        return
+    folder = source.resolve()
+    is_inside = folder.is_relative_to(root.resolve())
+    target.symlink_to(os.path.relpath(folder, source.parent.resolve()) if is_inside else folder)

@@ -148,11 +148,13 @@ def test_skipped_files_are_listed(tmp_path, capsys):
     options = ("--source_dir", str(source), "--validation_documents", "10")
     prepare(tmp_path, *options)
     assert "files skipped" not in capsys.readouterr().out
-    for name in ("x.txt", "e.json", "f.gz", ".hidden.jsonl"):
+    for name in ("x.txt", "e.json", ".hidden.txt", ".hidden.jsonl"):
         (source / name).write_text("")
+    (source / "linked").symlink_to(source)
+    (source / "gone.jsonl").symlink_to(source / "nothing")
     prepare(tmp_path, *options)
     [line, *_] = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{source}: 4 files skipped (.hidden.jsonl, e.json, f.gz, ...)")
+    assert line.startswith(f"{source}: 5 files skipped (.hidden.jsonl, e.json, gone.jsonl, ...)")
     assert "end in .parquet, .jsonl, .jsonl.gz" in line
 
 

@@ -52,7 +52,7 @@ def test_submodules_and_linked_folders_are_copied(project, args, tmp_path, caplo
     (project / "sub" / "new.py").write_text("not added yet")
     git(project, "clone", "-q", str(other), "clone")
     (project / "outside").symlink_to(other)
-    (project / "inside").symlink_to("project")
+    (project / "inside").symlink_to(project / "project")
     git(project, "add", "outside", "inside")
     launch_job(args)
     code = project / "runs" / "a b" / "code"
@@ -73,7 +73,7 @@ def test_a_submodule_that_is_not_checked_out_is_left_out(project, tmp_path):
 def test_a_copy_that_fails_leaves_nothing(project, monkeypatch):
     (project / "runs").mkdir()
 
-    def full(*_, **__):
+    def full(*_):
         raise OSError("full")
 
     monkeypatch.setattr(shutil, "copy2", full)
