@@ -48,9 +48,12 @@ def run_cli(main: Callable[[list[str]], Any]) -> None:
         main(sys.argv[1:])
     except (UserError, MachineFault, OSError) as error:
         is_mistake = isinstance(error, UserError)
-        if not is_mistake and not is_machine_fault(error):
+        message = str(error)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            is_mistake, message = True, f"{error.filename}: {error.strerror}"
+        elif not is_mistake and not is_machine_fault(error):
             raise
-        print_error(redact(" ".join(str(error).splitlines())))
+        print_error(redact(" ".join(message.splitlines())))
         raise SystemExit(2 if is_mistake else 1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -126,7 +126,7 @@ def parse_line(line: bytes, file_path: str, end: int) -> dict[str, Any]:
 def parse_object(line: bytes) -> dict[str, Any]:
     """Parse a JSON object; raise ValueError for anything else."""
     try:
-        document = json.loads(line.decode("utf-8"))
+        document = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
     except ValueError as error:
         raise ValueError(f"not JSON in UTF-8: {error}") from None
     if not isinstance(document, dict):
@@ -136,6 +136,14 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 def name_keys(document: dict[str, Any]) -> str:
     return ", ".join(map(repr, sorted(document)[:10])) or "no key"
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a repeated key: `json` would silently drop all but its last value."""
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError("a key is given twice in an object")
+    return document
 
 
 def document_text(document: dict[str, Any]) -> str:

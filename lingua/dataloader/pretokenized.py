@@ -167,6 +167,8 @@ def write_token_files(chunk: Path, tokenizer: Tokenizer, recipe: TokenRecipe) ->
         }
         if files.made_from(recipe) != made_from:
             raise UserError(f"{chunk} changed while it was read; run the same command again")
+        if out.n_tokens == 0:
+            raise UserError(f"{chunk} has no document with a token: remove it")
         write_atomic(files.facts, json.dumps(facts, indent=2) + "\n")
         files.unfinished.unlink()
     return facts
@@ -192,16 +194,20 @@ class _TokenWriter:
         self._ends = array("q")  # of documents since the last commit: byte, token
         _lock(tokens)
         if files.unfinished.exists() and files.unfinished.read_text() == json.dumps(made_from):
-            self._resume(files)
+            self._resume(files, made_from["chunk_bytes"])
         tokens.truncate(self.n_tokens * dtype.itemsize)
         index.truncate(self.n_documents * INDEX_ROW)
         write_atomic(files.unfinished, json.dumps(made_from))
 
-    def _resume(self, files: TokenFiles) -> None:
-        self.n_documents = self._index.tell() // INDEX_ROW
-        if self.n_documents:
-            with open(files.index, "rb") as index:
-                self.end_byte, self.n_tokens = _read_row(index, self.n_documents - 1)
+    def _resume(self, files: TokenFiles, chunk_bytes: int) -> None:
+        n_documents = self._index.tell() // INDEX_ROW
+        if n_documents == 0:
+            return
+        with open(files.index, "rb") as index:
+            end_byte, n_tokens = _read_row(index, n_documents - 1)
+        is_within = 0 < end_byte <= chunk_bytes and n_tokens >= 0
+        if is_within and n_tokens * self.dtype.itemsize <= self._tokens.tell():
+            self.n_documents, self.end_byte, self.n_tokens = n_documents, end_byte, n_tokens
 
     def add(self, tokens: list[int], end_byte: int) -> None:
         import numpy as np
@@ -254,8 +260,12 @@ def read_tokens(
                     )
                 first = last + block_size
             for number in range(first, facts["documents"], block_size):
-                _, begin = _read_row(index, number - 1) if number else (0, 0)
+                begin_byte, begin = _read_row(index, number - 1) if number else (0, 0)
                 end_byte, end = _read_row(index, number)
+                is_valid = begin_byte < end_byte <= facts["chunk_bytes"]
+                if not (is_valid and 0 <= begin <= end <= facts["tokens"]):
+                    # setup/tokenize_data.py would keep it, as its size is right
+                    raise _unusable(f"{files.index} is damaged (row {number}): delete it")
                 data = _read_at(tokens, begin * dtype.itemsize, (end - begin) * dtype.itemsize)
                 state = jsonl_state(file_path, end_byte, block_size, offset, current_iter)
                 yield np.frombuffer(data, dtype), state

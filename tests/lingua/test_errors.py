@@ -47,6 +47,14 @@ def test_run_cli_prints_one_line(capsys, monkeypatch):
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
+def test_a_file_name_that_is_too_long_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["program"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda _: Path("a" * 300).exists())
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {'a' * 300}: File name too long\n"
+
+
 def test_missing_package_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"logging\.wandb needs .* pip install -e '\.\[wandb\]'"):
         import_optional("no_such_package_here", extra="wandb", needed_by="logging.wandb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,10 @@ from lingua.dataloader.args import DataArgs
 from lingua.dataloader.pretokenized import TokenFiles, TokenRecipe
 from lingua.errors import UserError
 from tests.lingua.dataloader.token_chunks import (
+    code_files,
     data_args,
     replace_text,
+    set_row,
     write,
 )
 
@@ -134,6 +137,25 @@ def test_text_that_changes_while_it_is_read_is_refused(args, chunk, monkeypatch)
     assert "tokens.json cannot be read" in (
         TokenFiles(chunk).find_problem(TokenRecipe.of(args)) or ""
     )
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda files: os.truncate(files.tokens, files.tokens.stat().st_size - 2),
+        lambda files: set_row(files.index, (-1, 0), 2**62),
+        lambda files: set_row(files.index, (-1, 1), -1),
+    ],
+)
+def test_an_index_beyond_its_files_is_not_resumed(args, spoil):
+    files = code_files(args)
+    write(args, files.chunk)
+    want = files_beside(files.chunk)
+    files.facts.unlink()
+    files.unfinished.write_text(json.dumps(files.made_from(TokenRecipe.of(args))))
+    spoil(files)
+    write(args, files.chunk)
+    assert files_beside(files.chunk) == want
 
 
 def test_two_processes_do_not_write_the_same_files(args, chunk, monkeypatch):

@@ -33,6 +33,7 @@ from tests.lingua.dataloader.token_chunks import (
     data_args,
     replace_text,
     script,
+    set_row,
     tokenize,
     touch,
     write,
@@ -214,6 +215,15 @@ SPOILED_LATER: dict[str, tuple[Callable[[TokenFiles], object], str]] = {
     "index truncated": (lambda files: os.truncate(files.index, 16), "index is truncated"),
     "tokens removed": (lambda files: files.tokens.unlink(), "tokens: cannot be read"),
     "facts removed": (lambda files: files.facts.unlink(), "json: cannot be read"),
+    **{
+        f"row {row} {column} is {value}": (
+            lambda files, at=(row, column), value=value: set_row(files.index, at, value),
+            "tokens.index is damaged .row [12].: delete it",
+        )
+        for row in (1, 2)
+        for column in (0, 1)
+        for value in (-1, 0, 2**62)
+    },
 }
 
 
@@ -263,6 +273,12 @@ def test_a_position_after_another_ranks_line_is_refused(made):
     _, after_first = next(pretokenized.read_tokens(chunk, 0, 2, 0, 0))
     with pytest.raises(UserError, match="has no line of this rank that ends at byte"):
         next(pretokenized.read_tokens(**{**after_first, "offset": 1}))
+
+
+def test_a_chunk_without_a_token_is_refused(args):
+    write_chunk(Path(args.root_dir or "") / "web" / "web.chunk.00.jsonl", ["", "", ""])
+    with pytest.raises(UserError, match="no document with a token"):
+        tokenize(args, "data.add_bos=false", "data.add_eos=false")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+
 from lingua.dataloader.args import DataArgs
 from lingua.dataloader.pretokenized import TokenFiles, TokenRecipe, write_token_files
 from lingua.tokenizer import TokenizerArgs, build_tokenizer
@@ -69,3 +71,7 @@ def touch(file: Path) -> None:
     """Move the mtime by a second, however coarse the file system's clock is."""
     now = file.stat().st_mtime_ns + 10**9
     os.utime(file, ns=(now, now))
+
+
+def set_row(index: Path, at: tuple[int, int], value: int) -> None:
+    np.memmap(index, np.int64, mode="r+").reshape(-1, 2)[at] = value
