@@ -94,7 +94,7 @@ def test_the_table_of_recipes_names_every_file_once():
 def test_the_table_of_mixers_names_every_mixer_once():
     (row,) = re.findall(r"^\| `mixer` \|(.*)\|$", MODEL_FIELDS, re.M)
     assert sorted(re.findall(r"`(\w+)`", row)) == sorted(MIXERS)
-    (listed,) = re.findall(r"^`mixer` is one of (.*)$", README, re.M)
+    (listed,) = re.findall(r"^`mixer` is one of (.*?)\(", README, re.M | re.S)
     assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(MIXERS)
     for table in re.findall(r"^\| mixer \|.*?\n\n", SECTIONS["docs/mixers.md: start"], re.M | re.S):
         cells = re.findall(r"^\|([^|]*)\|", table, re.M)[2:]
