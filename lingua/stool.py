@@ -94,6 +94,8 @@ def launch_in_background(args: StoolArgs, *, gpus: str | None = None) -> Any:
 def launch_sweep(args: StoolArgs) -> Path:
     """Check all runs of a sweep, write them and launch them. Return the path of their record."""
     import_submitit("a sweep")
+    if args.stdout:
+        raise UserError("stdout=true: the runs of a sweep write to files, in logs/ of each")
     runs = combinations(args.sweep)
     default = len(runs) if args.launcher == "sbatch" else 1
     at_once = min(args.array or default, len(runs))

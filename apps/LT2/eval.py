@@ -22,6 +22,7 @@ from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.args import LMHarnessArgs as LMHarnessArgs
 from apps.LT2.evaluation.evaluate import Scores, errors_name_ckpt_dir, evaluate
 from apps.LT2.evaluation.tasks import find_tasks
+from apps.LT2.evaluation.validation import ValidationArgs as ValidationArgs
 from apps.LT2.inference.load import find_checkpoint, read_config
 from lingua.args import parse_args
 from lingua.checkpointing.folder import is_checkpoint

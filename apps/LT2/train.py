@@ -173,6 +173,8 @@ class Run:
                 level=WARNING,
             )
             requeue_slurm_job()
+        else:
+            log_on_rank_0("finished %d steps in %s", self.state.step, self.args.dump_dir)
 
 
 class PreemptionFlag:

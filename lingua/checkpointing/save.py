@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
@@ -94,7 +95,11 @@ class Save:
 
         own = run_together(plan_own)
         ranks = _DistWrapper(None, use_dist=dist.is_initialized(), coordinator_rank=0)
-        return self._planner.finish_plan(ranks.reduce_scatter("plan", lambda: own, plan_all))
+        try:
+            plan = ranks.reduce_scatter("plan", lambda: own, plan_all)
+        except CheckpointException as error:  # a BaseException
+            raise RuntimeError(f"the plan of checkpoint {self.step} failed: {error}") from error
+        return self._planner.finish_plan(plan)
 
     def _write(self) -> None:
         try:

@@ -51,7 +51,8 @@ def plan_run(args: StoolArgs) -> Job:
         python=find_environment_python(args.anaconda),
         time_limit=find_time_limit(args),
     )
-    inputs = {"script": root, "anaconda": job.python, "config": None if is_mapping else args.config}
+    config = None if is_mapping else args.config
+    inputs = {"script": root, "anaconda": job.python, "config": config, "workdir": job.workdir}
     inputs |= getattr(module, "input_paths", lambda run_args: {})(run_args)
     try:
         check_may_use(job, inputs)

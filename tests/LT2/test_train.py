@@ -464,7 +464,7 @@ def test_a_run_starts_with_a_summary(data, tmp_path):
         "text (100%)",
         "tokenizer bytes",
         "1 x CPU",
-        "128 tokens a step",
+        "128 tokens per step",
         f"{tmp_path}/config.yaml",
         "model.gdn has no effect",
     ):

@@ -139,6 +139,12 @@ def test_without_submitit_the_extra_is_named(project, args, monkeypatch):
     assert not (project / "runs").exists()
 
 
+def test_runs_of_a_sweep_write_to_their_own_files(project, args):
+    with pytest.raises(UserError, match="stdout=true"):
+        launch_job(replace(args, sweep={"steps": [2]}, stdout=True))
+    assert not (project / "runs").exists()
+
+
 # ---- on this machine
 
 

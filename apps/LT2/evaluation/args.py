@@ -59,6 +59,7 @@ class LMHarnessArgs:
             raise UserError(f"harness.limit={self.limit}: harness.samples is set too; use only one")
         for name in ("bootstrap_iters", "num_fewshot"):
             _require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.stride is None or self.stride >= 1, "stride", self.stride, "1 or more")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise UserError(
                 "harness.fewshot_as_multiturn=true needs harness.apply_chat_template=true"

@@ -33,7 +33,7 @@ def format_summary(trainer: Trainer, world_size: int) -> str:
         ("data", f"{_sources(data)} in {data.root_dir}"),
         ("", f"tokenizer {tokenizer}, vocabulary {args.model.vocab_size:,}"),
         ("devices", _devices(args, trainer.device, world_size)),
-        ("batch", f"{n_tokens:,} tokens a step: {_factors(args)}"),
+        ("batch", f"{n_tokens:,} tokens per step: {_factors(args)}"),
         ("steps", f"{args.steps:,} ({args.steps * n_tokens:,} tokens){done}"),
         ("config", str(Path(args.dump_dir, "config.yaml"))),
     ]

@@ -66,6 +66,7 @@ MISTAKES = {
     "^eval.validation.max_steps=0": {"eval.validation.max_steps": 0},
     "^eval.generator.max_gen_len=-1": {"eval.generator.max_gen_len": -1},
     "^eval.harness.tasks is empty": {"eval.harness.limit": 3},
+    "^eval.harness.stride=0": {"eval.harness.tasks": ["lt2_local"], "eval.harness.stride": 0},
     "unknown option eval.validation.max_step;": {"eval.validation.max_step": 3},
     "unknown option modle": {"modle.dim": 64},
     "steps=1.5": {"steps": 1.5},

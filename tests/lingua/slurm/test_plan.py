@@ -126,7 +126,7 @@ def test_files_that_cannot_be_read_or_written_are_not_lost(tmp_path, mode):
         assert copy == "done 1" and files_below(run / "code") == {"new.py"}
 
 
-def test_override_leaves_the_inputs_of_the_run_in_place(project, args):
+def test_override_leaves_the_inputs_of_the_run_in_place(project, args, monkeypatch):
     launch_job(args)
     run = project / "runs" / "a b"
     (run / "corpus").mkdir()
@@ -148,6 +148,11 @@ def test_override_leaves_the_inputs_of_the_run_in_place(project, args):
     for option, asked in cases:
         with pytest.raises(UserError, match=f"override=true dump_dir=.*contains {option}="):
             launch_job(asked)
+    monkeypatch.chdir(run / "corpus")  # where the job would run
+    config = str(project / str(again.config))
+    with pytest.raises(UserError, match=r"override=true dump_dir=.*contains workdir="):
+        launch_job(replace(again, config=config, overrides=[f"dump_dir={run}"]))
+    monkeypatch.chdir(project)
     assert (run / "corpus").is_dir() and not (project / "runs" / "a b.old-1").exists()
     launch_job(replace(again, overrides=["corpus=beside"]))
     assert (project / "runs" / "a b.old-1" / "corpus").is_dir()
