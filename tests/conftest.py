@@ -1,4 +1,4 @@
-"""Shared by all tests: CPU first, one thread, and `gpu` tests only where there is CUDA."""
+"""Shared by all tests: one thread, ordered files, and `gpu` tests only with CUDA."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Before torch is imported, here and in the processes that tests start: on the two cores of a CI
-# machine, two workers with one thread each beat two workers that both take two.
+# Before torch is imported, here and in the processes that tests start. On two cores, two workers
+# with one thread each are faster than two workers with two threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
@@ -20,7 +20,7 @@ import torch
 from tests.quick_python import QuickPython
 
 torch.set_num_threads(1)
-# Ignored where a script started the tests in the background, and some send it to themselves.
+# Shells start background jobs with SIGINT ignored, but some tests send it to themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:
@@ -28,22 +28,22 @@ try:
 except ImportError:  # property tests skip themselves
     pass
 else:
-    # A shared machine is too uneven for deadlines; the same examples every time, so that a red
-    # run can be repeated.
+    # No deadlines, because shared machines are uneven. The same examples every time, so that a
+    # failure can be repeated.
     settings.register_profile("lt2", deadline=None, derandomize=True)
     settings.load_profile("lt2")
 
 
 @pytest.fixture(scope="session")
 def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QuickPython]:
-    """A `python` that has torch imported, for commands that are run as a user does."""
+    """Yield a `python` that has torch imported, for commands run as a user runs them."""
     with QuickPython(tmp_path_factory.mktemp("quick")) as quick:
         yield quick
 
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
-    """torch.compile with nothing compiled yet; what the test sets of its limits does not stay."""
+    """Reset torch.compile before and after the test, with its limits."""
     import torch._dynamo
 
     config = torch._dynamo.config
@@ -57,8 +57,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Runs and measurements collect garbage many times. Without torch and the tests themselves,
-    which stay, that takes milliseconds."""
+    """Exclude torch and the tests from garbage collection, which then takes milliseconds."""
     gc.collect()
     gc.freeze()
 
@@ -74,8 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _files_in_order(items: list[pytest.Item]) -> Callable[[pytest.Item], Any]:
-    """Files that take long go first, so that no core idles at the end while another one is at a
-    file that it began last: those with tests marked slow, and then those with most tests."""
+    """Start long files first, so that no core idles at the end: slow tests, then many tests."""
     n_tests = Counter(item.path for item in items)
     n_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     return lambda item: (n_slow[item.path] > 0, n_tests[item.path], str(item.path))

@@ -1,12 +1,12 @@
-"""A `python` for commands under test that forks a process with torch in it instead of a new one.
+"""A `python` for commands under test that forks a process in which torch is already imported.
 
     with QuickPython(folder) as quick:                  # folder gets bin/python and bin/torchrun
         quick.run("-m", "apps.LT2.train", ...)
         subprocess.run(["bash", "-c", "python -m apps.LT2.train ..."], env=quick.env())
 
-Importing torch and the evaluation harness takes longer than what a tiny model does with them. The
-`python` of `bin` hands its arguments, folder, environment and open files to a server that imported
-libraries once, and nothing of this repository; a fork of it runs the module as `python` would.
+Importing torch and the evaluation harness takes longer than a tiny model's work. `bin/python` sends
+its arguments, folder, environment and open files to a server that has imported libraries, but
+nothing of this repository. A fork of the server runs the module as `python` would.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class QuickPython:
         self.executable = str(self.bin / "python")
 
     def env(self) -> dict[str, str]:
-        """The environment of now, in which `python` is the quick one."""
+        """Return the current environment with this `python` first in PATH."""
         env = os.environ | {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
             "PYTHON_EXEC": self.executable,  # what torchrun starts its processes with

@@ -1,8 +1,8 @@
-"""How far apart two right answers may be: facts about dtypes, written once.
+"""Tolerances by dtype, each written once with its reason.
 
-Errors are ||got - want|| / ||want|| over the whole tensor (L2, computed in fp64). A bound here is
-some ten times what right code measures, and a hundredth of what one wrong token in 200 costs. A
-test that fails is to be understood, not given a wider bound.
+Errors are ||got - want|| / ||want|| over the whole tensor (L2, in fp64). A bound is about ten times
+the error of correct code, and a hundredth of the error of one wrong token in 200. Understand a
+failure; never widen a bound for it.
 """
 
 from __future__ import annotations
@@ -14,32 +14,31 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# (test, tensor, error, bound) of every comparison so far; tests/gpu prints the worst of them.
+# (test, tensor, error, bound) of every comparison; tests/gpu prints the worst ones.
 measured: list[tuple[str, str, float, float]] = []
 
 # Two orders of summation over a few hundred terms, forward and backward. Unit roundoff 1e-16.
 FP64 = 1e-12
 
-# The same, with a unit roundoff of 6e-8: chunked forms measure up to 3e-7 from their recurrences.
+# The same with unit roundoff 6e-8. Chunked forms differ from their recurrences by up to 3e-7.
 FP32 = 5e-6
 
-# Gradients of a whole layer in fp32: a norm over a short or small vector magnifies what rounding
-# left in it, and the sum over a batch is taken in another order. Measures up to 4e-6.
+# Gradients of a whole layer in fp32. A norm over a short or small vector magnifies rounding, and
+# the sum over a batch has another order. Measured up to 4e-6.
 FP32_GRAD = 3e-5
 
-# A whole model in fp32, forward and backward: each of up to 20 layers in a row, made lively for the
-# test, magnifies the rounding of those before it. Measures up to 3e-5.
+# A whole model in fp32, forward and backward. Each of up to 20 layers, with large weights for the
+# test, magnifies the rounding of earlier layers. Measured up to 3e-5.
 FP32_MODEL = 3e-4
 
-# A kernel that keeps its inputs and intermediate matrices in bf16 (unit roundoff 4e-3) and sums in
-# fp32, against fp32 arithmetic on the same bf16 inputs. Each result passes a few roundings, of
-# random sign, which partly average out in sums over K or over a chunk, and a last one on being
-# stored. The chunked gated delta rule with every such rounding put in by hand, forward and
-# backward, measures up to 4e-3 in every result and gradient.
+# A kernel with inputs and intermediate matrices in bf16 (unit roundoff 4e-3) and sums in fp32,
+# against fp32 arithmetic on the same inputs. Each result is rounded a few times with random sign,
+# which partly averages out, and once more when stored. The chunked gated delta rule with each of
+# these roundings simulated measures up to 4e-3 in every result and gradient.
 BF16_KERNEL = 1e-2
 
-# A mixer whose matrices and activations are bf16, against fp32 arithmetic on the same numbers: the
-# roundings of its input, of its projections, of the mixing and of its output. Measures up to 7e-3.
+# A mixer with weights and activations in bf16, against fp32 arithmetic on the same numbers: input,
+# projections, mixing and output are rounded. Measured up to 7e-3.
 BF16_LAYER = 2e-2
 
 BY_DTYPE = {torch.float64: FP64, torch.float32: FP32}
@@ -59,7 +58,7 @@ def assert_same(got: Tensor, want: Tensor, bound: float, name: str = "tensor") -
 
 
 def differences(got: Mapping[str, Tensor], want: Mapping[str, Tensor], bound: float) -> str:
-    """What is not the same by name, as a traceback for a process to send; "" where all is."""
+    """Return the first difference by name as a traceback, "" if everything is equal."""
     try:
         assert got.keys() == want.keys()
         for name, tensor in want.items():

@@ -1,8 +1,8 @@
-"""Catches code that would wait for a GPU, on a machine without one.
+"""Detect code that would sync with a GPU, on a machine without one.
 
-Whatever needs numbers of a tensor on the host fails inside `no_waiting`: `.item()`, `bool(x)`,
-`.tolist()`, `.cpu()`, and operators whose result has as many elements as the numbers say. Copies
-from the host to the device cannot be seen here; tests/gpu asks CUDA itself.
+Inside `no_waiting`, everything that reads a tensor on the host fails: `.item()`, `bool(x)`,
+`.tolist()`, `.cpu()`, and operators whose output shape depends on values. It can't detect copies
+from host to device; tests/gpu uses CUDA's own sync detection.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-# They give numbers to the host, or have to know how many elements there will be.
+# They return values to the host, or their output shape depends on values.
 READS = {
     aten._local_scalar_dense,
     aten.equal,
@@ -44,22 +44,22 @@ class _Catch(TorchDispatchMode):
             x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
         )
         if packet in READS or counts_by_tensor or masked:
-            raise WouldWait(f"{func} needs numbers of a tensor on the host")
+            raise WouldWait(f"{func} needs values of a tensor on the host")
         return func(*args, **kwargs)
 
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Inside, whatever would wait for the device raises WouldWait."""
+    """Raise WouldWait inside the block if code would sync with the device."""
 
     def refuse(name: str):
         def refused(self: Tensor, *_, **__):
-            raise WouldWait(f"Tensor.{name} brings numbers to the host")
+            raise WouldWait(f"Tensor.{name} copies values to the host")
 
         return refused
 
     with pytest.MonkeyPatch.context() as patch, _Catch():
-        # These read a CPU tensor without any operator.
+        # These read a CPU tensor without an operator.
         for name in ("tolist", "numpy", "cpu", "__array__"):
             patch.setattr(Tensor, name, refuse(name))
         yield

@@ -1,4 +1,4 @@
-"""The inference benchmark on a CPU: what is measured, how rows come about, and what is refused."""
+"""Test the inference benchmark on a CPU: tasks, rows, the table, the JSON, and mistakes."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ def recipe(tmp_path) -> Path:
 
 def write_recipe(path: Path, **model) -> Path:
     shape = {"dim": 32, "n_layers": 3, "n_heads": 2, "multiple_of": 16, "loop_count": 2}
-    path.write_text(json.dumps({"model": {**shape, "mixer": "gdn", **model}}))  # YAML, too
+    path.write_text(json.dumps({"model": {**shape, "mixer": "gdn", **model}}))  # JSON is YAML
     return path
 
 
 def run(capsys, *argv) -> tuple[dict, str]:
-    """(the JSON of the last line, what comes before it) of the program's stdout."""
+    """Run the program. Return the JSON of its last line, and the lines before it."""
     main([*map(str, argv), *FAST])
     *table, last = capsys.readouterr().out.splitlines()
     return json.loads(last), "\n".join(table)
 
 
-# ---- tasks and their numbers
+# ---- tasks
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +71,7 @@ def run(capsys, *argv) -> tuple[dict, str]:
 def test_a_prefill_leaves_the_whole_prompt_in_the_cache(kind, chunk):
     model = tiny_model(kind, loop_count=2)
     task = Prefill(model, 2, 8, Plan(1, 1, 1, chunk, False, False))
-    for _ in range(2):  # each run starts anew
+    for _ in range(2):  # each run starts again
         task.prepare()
         task.run()
     assert task.cache.lengths == [8, 8]
@@ -186,7 +186,7 @@ def test_prefill_without_memory_still_has_a_decode(monkeypatch):
     assert ratio is None
 
 
-# ---- the program
+# ---- the command
 
 
 def test_rows_are_configs_by_batch_sizes_by_lengths(capsys, recipe, quick_ceilings):
@@ -196,7 +196,7 @@ def test_rows_are_configs_by_batch_sizes_by_lengths(capsys, recipe, quick_ceilin
     assert [(r["config"], r["batch_size"], r["seqlen"]) for r in result["rows"]] == [
         (config, b, n) for config in ("tiny", "other") for b in (1, 3) for n in (4, 8)
     ]
-    assert result["configs"][0]["args"]["loop_count"] == 3  # overrides hold for all
+    assert result["configs"][0]["args"]["loop_count"] == 3  # overrides apply to all configs
     assert result["configs"][1]["args"]["loop_count"] == 3
     keys_and_values = 3 * 3 * 2 * 16 * 4  # loops, layers; one head of 16 in fp32
     assert result["rows"][-1]["cache_mib"] == 8 * keys_and_values / 2**20
@@ -225,7 +225,7 @@ def test_compare_prints_how_much_faster_the_second_is(capsys, monkeypatch, recip
         inner = getattr(Block, name)
         monkeypatch.setattr(Block, name, lambda *a, f=inner, **o: ran.append(1) or f(*a, **o))
 
-    def layers_run(action, device) -> float:  # a clock that no other program disturbs
+    def layers_run(action, device) -> float:  # a fixed clock
         ran.clear()
         action()
         return float(len(ran))
@@ -332,7 +332,7 @@ def test_as_a_program_mistakes_end_with_status_2(recipe, quick_python):
     assert "--seq-len 0" in done.stderr and done.stdout == ""
 
 
-# ---- pictures
+# ---- figures
 
 
 def row(config: str, batch_size: int, seqlen: int, prefill: float | None, decode: float) -> dict:

@@ -1,4 +1,4 @@
-"""The scripts around the inference benchmark, with a `python` that only says what it was asked."""
+"""Test the scripts around the inference benchmark with a `python` that prints its arguments."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_array_has_a_task_for_every_1b_recipe_and_length():
 def test_tasks_of_the_array_measure_each_pair_once(run, tmp_path):
     recipes = RECIPES[:2]
     env = {"RECIPES": " ".join(recipes), "LENGTHS": "16 32", "OPTIONS": "--batch-size 2"}
-    for task in range(5):  # one more than there is to do
+    for task in range(5):  # one more than there are points
         done = run(ARRAY, SLURM_ARRAY_TASK_ID=task, SLURM_ARRAY_TASK_COUNT=5, **env)
         assert done.returncode == 0, done.stderr
     program = "-m apps.LT2.benchmark_prefill"

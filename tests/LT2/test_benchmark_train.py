@@ -1,4 +1,4 @@
-"""The training benchmark on two ranks: a row for every combination, and collectives counted."""
+"""Test the training benchmark on two ranks: one row per combination, and its collectives."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def test_ranks_are_measured_together(tmp_path):
     for row in rows[:2]:
         assert row["collectives"]["allgather_base"] == N_LAYERS + 1
         assert row["collectives"]["reduce_scatter_base"] == N_LAYERS + 1
-    # Sharing heads costs all-reduces in every loop.
+    # Tensor parallelism needs all-reduces in every loop.
     n_reduced = [row["collectives"]["allreduce"] for row in rows]
     assert n_reduced[0] == n_reduced[1] < n_reduced[2] < n_reduced[3]
 
 
 def assert_table(lines: list[str], names: list[str]) -> None:
-    """Each row has a cell below each heading, two blanks or more apart from the next."""
+    """Check that each row has a cell below each heading, separated by two or more blanks."""
     head = next(i for i, line in enumerate(lines) if line.startswith("recipe"))
     assert lines[head - 2].startswith("ranks: 2; ")
     assert "tokens/s: all ranks together" in lines[head - 2]
@@ -101,7 +101,7 @@ def test_columns_stand_below_their_headings_whatever_a_name_s_length():
 
 
 def test_a_tokenizer_s_file_is_needed(tmp_path):
-    """README says so; benchmark_prefill, without text to read, takes Llama 3's vocabulary."""
+    """Unlike benchmark_prefill, which uses Llama 3's vocabulary without one."""
     gone = ["data.tokenizer.name=hf", f"data.tokenizer.path={tmp_path}/gone.json"]
     with pytest.raises(UserError, match="data.tokenizer.path=.*gone.json"):
         main([RECIPE, *options_of(write_corpus(tmp_path)), *gone])

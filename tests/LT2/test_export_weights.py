@@ -1,4 +1,4 @@
-"""Weights leave a run and come back, and a Llama is the same model here and in transformers."""
+"""Test export and import of weights; a Llama has equal logits here and in transformers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load(ckpt, **options):
 
 
 def sharp(model):
-    """Attention that depends on positions, and norms whose weights are seen."""
+    """Make attention depend on positions, and norm weights differ from 1."""
     for name, param in model.named_parameters():
         if "norm" in name:
             param += 0.3 * torch.randn_like(param)
@@ -129,8 +129,8 @@ def test_an_imported_llama_is_the_same_model_here(shape, tied, tmp_path):
     )
     llama = sharp(transformers.LlamaForCausalLM(config).eval().requires_grad_(False))
     for param in llama.model.layers.parameters():
-        param *= 5  # far from the small initial weights, under which little depends on a layer
-    # in parts, as large models come
+        param *= 5  # with small initial weights, outputs hardly depend on a layer
+    # sharded, like large models
     llama.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     ours = load(import_(tmp_path / "hf", tmp_path / "ours", "tokenizer.name=bytes")).model
@@ -146,7 +146,7 @@ def test_a_narrow_llama_has_one_dtype(tmp_path):
 
 
 def test_what_old_versions_wrote_of_a_llama_is_read(tmp_path):
-    """rope_theta at the top, a table of frequencies, and the tied head once more."""
+    """Old folders have rope_theta at the top level, rotary frequencies, and the tied head."""
     _, model = llama_run(tmp_path / "run", weight_tying=True)
     out = export(tmp_path / "run", tmp_path / "hf", "hf")
     config = json.loads((out / "config.json").read_text())
@@ -165,7 +165,7 @@ def test_what_old_versions_wrote_of_a_llama_is_read(tmp_path):
 
 @pytest.fixture
 def tokenizer_file(tmp_path):
-    """A tokenizer.json under another name, whose bos only the file beside it tells."""
+    """A tokenizer.json with another name, whose bos is only in tokenizer_config.json."""
     tokenizers = pytest.importorskip("tokenizers")
     vocab = {"<start>": 0, "</s>": 1, "what": 2, "is": 3, "asked": 4, "<unk>": 5}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))

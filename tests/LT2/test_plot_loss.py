@@ -1,4 +1,4 @@
-"""The loss curve: what is read from metrics.jsonl, and that a picture comes out."""
+"""Test the loss plot: reading metrics.jsonl, and writing a figure."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path, capsys, caplog):
     main([str(tune.parent)])
     assert capsys.readouterr().out.startswith("tune/lr=1: ")
 
-    # as a shell writes runs/tune/*: what is no run is told and passed over
+    # as a shell expands runs/tune/*; other files are skipped with a warning
     caplog.clear()
     main([*map(str, sorted(tune.iterdir())), "--out", str(tmp_path / "all.png")])
     for name in ("loss.png", "submitit", "sweep.json"):
         assert f"skipped: {tune / name}: no metrics.jsonl" in caplog.text
-    with pytest.raises(UserError, match="absent/metrics.jsonl"):  # a typing mistake
+    with pytest.raises(UserError, match="absent/metrics.jsonl"):  # a typo
         main([str(tune / "lr=1"), str(tmp_path / "absent"), "--out", str(tmp_path / "all.png")])
 
 
