@@ -1,7 +1,7 @@
-"""Every module imports on a machine that has torch and nothing else.
+"""Every module imports with torch alone, and imports follow one order without cycles.
 
-Tried in a process of its own in which any import outside the standard library, torch and what
-torch itself requires fails, as if the package were not installed.
+A subprocess imports all modules. In it, imports outside of the standard library, torch and torch's
+requirements fail, as if those packages were not installed.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("lingua", "apps")
 
-# `sys.argv`: names that may be imported, and the modules to try. Prints {module: error} as JSON.
+# `sys.argv`: allowed names, and the modules to import. Prints {module: error} as JSON.
 PROGRAM = """
 import importlib, json, sys, traceback
 
 allowed, modules = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 allowed = {*allowed, *sys.stdlib_module_names}
-stdlib_data = "_sysconfigdata_"  # a module named after the platform, in no list
+stdlib_data = "_sysconfigdata_"  # named after the platform
 
 class Only:
     def __init__(self, finder):
@@ -55,7 +55,7 @@ def module_names() -> list[str]:
 
 
 def torch_and_its_requirements() -> set[str]:
-    """Top-level import names; triton, which only the CUDA build requires, is not among them."""
+    """Return top-level import names, without triton, which only the CUDA build requires."""
     found, queue = set(), ["torch"]
     while queue:
         name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
@@ -93,20 +93,20 @@ def test_every_module_imports_with_torch_alone():
 
 
 def test_other_packages_are_out_of_reach_here():
-    """Else the test above would say nothing: numpy is installed wherever the tests run."""
+    """Else the test above could not fail: numpy is installed wherever the tests run."""
     assert "No module named 'numpy'" in failures(["numpy"])["numpy"]
 
 
 @pytest.mark.parametrize("module", ["lingua.data", "lingua.stool"])
 def test_data_workers_and_launches_start_without_torch(module):
-    """Importing it takes seconds, and hundreds of MiB in a worker of every rank."""
+    """Importing torch takes seconds, and hundreds of MiB in a worker of every rank."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 # ---- the order of imports
 
-# Each entry may import from entries of earlier lines, and of its own line; no cycles anywhere.
+# Each entry may import from earlier lines and from its own line, without cycles.
 # A name stands for a module and everything below it.
 ORDER = """
 lingua.redact lingua.errors
@@ -128,14 +128,14 @@ PLACES = {name: i for i, line in enumerate(ORDER.split("\n")) for name in line.s
 
 
 def place(module: str) -> int:
-    """The line of ORDER that `module` belongs to: that of its longest prefix."""
+    """Return the line of ORDER for `module`, by its longest prefix."""
     while module not in PLACES:
         module = module.rpartition(".")[0]
     return PLACES[module]
 
 
 def imports_of(file: Path, modules: set[str]) -> set[str]:
-    """Our modules that a file imports: anywhere, under TYPE_CHECKING and inside functions too."""
+    """Return our modules that a file imports, also under TYPE_CHECKING and inside functions."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -177,7 +177,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 
 def test_the_import_graph_is_complete():
-    """Else the two tests above would pass by seeing nothing."""
+    """Else the two tests above could pass without seeing imports."""
     graph = import_graph()
     assert {"lingua.config.yaml", "lingua.errors"} <= graph["lingua.args"]
     assert "lingua.parallel.tensor_parallel" in graph["lingua.parallel.parallelize"]
