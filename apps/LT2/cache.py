@@ -98,7 +98,8 @@ class ModelCache:
         return [cache for loop in self.mixers for cache in loop]
 
     def _index(self, rows: Sequence[int]) -> Tensor:
-        return upload(rows, self.mixers[0][0].device, torch.int64)
+        caches = self._caches()
+        return upload(rows, caches[0].device if caches else "cpu", torch.int64)
 
 
 def packed_lengths(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> list[int]:
