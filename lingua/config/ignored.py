@@ -17,7 +17,7 @@ IGNORED = {  # section.option -> why
     "harness.device": "the model is already on its device",
     "optim.annealing_step": "it has no effect in Lingua either",
     "wandb.anonymous": "wandb does not support it",
-    "wandb.monitor_gym": "there are no Gym environments",
+    "wandb.monitor_gym": "LT2 has no Gym environments",
     "wandb.tensorboard": "use wandb.sync_tensorboard",
 }
 
