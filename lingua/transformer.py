@@ -38,7 +38,7 @@ class BaseTransformerArgs:
     dim: int = 512  # model dim
     n_layers: int = 8  # physical layers
     head_dim: int | None = None  # dim of an attention head; null = dim / n_heads
-    n_heads: int | None = None  # query heads; null = dim / head_dim
+    n_heads: int | None = None  # query heads; null = dim / head_dim, or dim / 128
     n_kv_heads: int | None = None  # key and value heads (GQA); null = n_heads
     ffn_dim_multiplier: float | None = None  # scales the FFN dim 8/3 * dim; null = 1
     multiple_of: int = 256  # the FFN dim is rounded up to a multiple of this
@@ -74,33 +74,37 @@ def check_sizes(section: str, args: object, *fields: str) -> None:
             raise UserError(f"{section}.{field}={value} must be at least 1{or_null}")
 
 
+def query_heads(args: BaseTransformerArgs) -> int:
+    """Return model.n_heads; by default dim / head_dim, or the most heads of at least 128."""
+    check_sizes("model", args, "n_heads", "head_dim")
+    dim, head_dim = args.dim, args.head_dim
+    if args.n_heads is not None:
+        return args.n_heads
+    if head_dim is None:
+        return next(n for n in range(max(dim // 128, 1), 0, -1) if dim % n == 0)
+    if dim % head_dim:
+        raise UserError(
+            f"model.head_dim={head_dim} must divide model.dim={dim}; "
+            "use a divisor or set model.n_heads"
+        )
+    return dim // head_dim
+
+
 def resolve_heads(args: BaseTransformerArgs) -> tuple[int, int, int]:
     """Return (query heads, key/value heads, head dim), defaults filled in; or raise UserError."""
-    dim, n_heads, head_dim = args.dim, args.n_heads, args.head_dim
-    if n_heads is None and head_dim is None:
-        raise UserError("model.n_heads and model.head_dim are both null: set one, e.g. n_heads=8")
-    check_sizes("model", args, "n_heads", "n_kv_heads", "head_dim")
-    if head_dim is None:
-        assert n_heads is not None
-        if dim % n_heads:
-            raise UserError(
-                f"model.n_heads={n_heads} must divide model.dim={dim}; "
-                "use a divisor or set model.head_dim"
-            )
-        head_dim = dim // n_heads
-    if n_heads is None:
-        if dim % head_dim:
-            raise UserError(
-                f"model.head_dim={head_dim} must divide model.dim={dim}; "
-                "use a divisor or set model.n_heads"
-            )
-        n_heads = dim // head_dim
+    n_heads = query_heads(args)
+    check_sizes("model", args, "n_kv_heads")
+    if args.head_dim is None and args.dim % n_heads:
+        raise UserError(
+            f"model.n_heads={n_heads} must divide model.dim={args.dim}; "
+            "use a divisor or set model.head_dim"
+        )
     n_kv_heads = args.n_kv_heads or n_heads
     if n_heads % n_kv_heads:
         raise UserError(
             f"model.n_kv_heads={n_kv_heads} must divide the number of query heads, {n_heads}"
         )
-    return n_heads, n_kv_heads, head_dim
+    return n_heads, n_kv_heads, args.head_dim or args.dim // n_heads
 
 
 def check_rotary_dim(head_dim: int, *, option: str = "model.head_dim") -> None:

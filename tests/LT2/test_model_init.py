@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2 import transformer
-from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, fit_loop_gates
+from apps.LT2.mixers import MIXERS
+from apps.LT2.transformer import (
+    LoopedTransformer,
+    LoopedTransformerArgs,
+    build_on_meta,
+    fit_loop_gates,
+)
 from lingua.errors import UserError
 from tests.LT2.looped_models import MODELS, SMALL, VOCAB, assert_same_fp32, make, prompt
 
@@ -123,7 +129,6 @@ def test_families_of_different_loops_have_their_own_weights():
     [
         ({"vocab_size": -1}, "model.vocab_size=-1"),
         ({"dim": 0}, "model.dim=0"),
-        ({"n_heads": None}, r"model\.n_heads and model\.head_dim"),
         ({"n_heads": 5}, r"model\.n_heads=5"),
         ({"n_heads": 0}, "model.n_heads=0"),
         ({"n_heads": None, "head_dim": 5}, r"model\.head_dim=5"),
@@ -148,7 +153,7 @@ def test_families_of_different_loops_have_their_own_weights():
             {"attention_pattern": "3->full", "loop_count": 3},
             r"model\.loop_count=3",
         ),
-        ({"mixer": "gdn", "n_heads": None, "head_dim": 16}, "model.gdn.n_heads"),
+        ({"mixer": "gdn", "n_heads": None, "head_dim": 5}, r"model\.head_dim=5"),
         ({"mixer": "gdn", "n_heads": 5}, "model.gdn.head_dim"),
         ({"mixer": "gdn", "n_heads": 0}, "model.n_heads=0"),
     ],
@@ -156,6 +161,15 @@ def test_families_of_different_loops_have_their_own_weights():
 def test_wrong_models_are_user_errors(changes, match):
     with pytest.raises(UserError, match=match):
         LoopedTransformer(LoopedTransformerArgs(**{**SMALL, **changes}))
+
+
+@pytest.mark.parametrize("mixer", [m for m in MIXERS if m not in ("mamba2", "nsa")])
+@pytest.mark.parametrize("dim, head_dim, want", [(512, None, 4), (32, None, 1), (32, 16, 2)])
+def test_all_mixers_have_the_same_default_heads(mixer, dim, head_dim, want):
+    """dim / head_dim, or dim / 128."""
+    changes = {"dim": dim, "n_heads": None, "head_dim": head_dim, "mixer": mixer}
+    model = build_on_meta(LoopedTransformerArgs(**{**SMALL, **changes}))
+    assert {mixer.n_heads for block in model.layers for mixer in block.mixers()} == {want}
 
 
 @pytest.mark.parametrize("mixer", ["gdn", "kda", "deltanet"])

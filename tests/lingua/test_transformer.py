@@ -176,6 +176,23 @@ def test_heads_are_resolved(n_heads, head_dim, n_kv_heads, resolved):
     assert resolve_heads(args) == resolved
 
 
+@pytest.mark.parametrize(
+    "dim, n_heads, head_dim",
+    [
+        (2048, 16, 128),
+        (1024, 8, 128),
+        (128, 1, 128),
+        (64, 1, 64),
+        (320, 2, 160),
+        (1000, 5, 200),  # 7 heads would not divide dim
+        (254, 1, 254),
+    ],
+)
+def test_default_heads_have_128_channels(dim, n_heads, head_dim):
+    args = BaseTransformerArgs(dim=dim)
+    assert resolve_heads(args) == (n_heads, n_heads, head_dim)
+
+
 # --------------------------------------------------------------------------------------- init
 
 

@@ -26,7 +26,7 @@ from apps.LT2.mixers.parts import ShortConv
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import local_weight
 from lingua.probe import is_probing
-from lingua.transformer import check_sizes, fused_weight, init_linear
+from lingua.transformer import check_sizes, fused_weight, init_linear, query_heads
 
 # With fewer tokens reading the weights dominates, and concatenating them reads them twice.
 FUSE_TOKENS = 512
@@ -198,14 +198,11 @@ def head_shape(
 ) -> tuple[int, int, int]:
     """Return (heads, key dim, value dim) of the section `name`, such as "model.gdn".
 
-    By default there are model.n_heads heads, whose keys take `key_share` of model.dim. UserError
-    unless all three are whole numbers.
+    By default there are as many heads as query heads, whose keys take `key_share` of model.dim.
+    UserError unless all three are whole numbers.
     """
-    check_sizes("model", shared, "n_heads")
     check_sizes(name, own, "n_heads", "head_dim")
-    n_heads = own.n_heads or shared.n_heads
-    if n_heads is None:
-        raise UserError(f"{name}.n_heads and model.n_heads are both null: set one, e.g. 8")
+    n_heads = own.n_heads or query_heads(shared)
     key_dim = own.head_dim or key_share * shared.dim / n_heads
     if key_dim != int(key_dim):
         raise UserError(

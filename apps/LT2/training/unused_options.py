@@ -32,7 +32,10 @@ def unused_options(args: LoopedTransformerArgs) -> dict[str, str]:
     used = _mixers(args)
     reasons: dict[str, str] = {}
     for name in frozenset().union(*(mixer.reads for mixer in MIXERS.values())):
-        if not used & (readers := _readers(name)):
+        readers = _readers(name)
+        if name == "head_dim" and args.n_heads is None:
+            readers |= _readers("n_heads")  # the number of heads is then dim / head_dim
+        if not used & readers:
             reasons[name] = f"only {_names(readers)} layers use it"
     if all(getattr(getattr(args, name, None), "n_heads", None) for name in used):
         reasons.setdefault("n_heads", "the sections of these layers set n_heads")
