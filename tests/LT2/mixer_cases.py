@@ -6,6 +6,7 @@ zero would hide what it gates.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,6 +187,29 @@ CASES = {
 }
 
 
+# Another value of each option of a mixer's section, with which its output must change.
+OTHER_VALUES: dict[str, dict[str, Any]] = {
+    "gdn": UNUSUAL | {"n_heads": 1, "expand_v": 1.0},
+    "kda": UNUSUAL | {"n_heads": 1, "expand_v": 2.0},
+    "deltanet": UNUSUAL | {"n_heads": 1, "expand_v": 2.0},
+    "retnet": {"n_heads": 1, "head_dim": 8, "expand_v": 1.0},
+    "mamba2": {"expand": 1.0, "head_dim": 8, "state_dim": 5, "n_groups": 2, "conv_size": 2},
+    "hgrn2": {"n_heads": 1, "head_dim": 8, "expand_v": 2.0, "lower_bound": 0.5},
+    "gla": {"n_heads": 1, "head_dim": 4, "expand_v": 1.0, "gate_rank": 4},
+    "nsa": {"block_size": 8, "n_blocks": 3, "window_size": 9},
+    "dsa": {"top_k": 5, "n_index_heads": 2, "index_head_dim": 4, "warmup_steps": 1},
+}
+# The same for the options that several mixers read. A mixer may allow only some of the values.
+OTHER_SHARED_VALUES: dict[str, tuple[Any, ...]] = {
+    "n_heads": (4, 32),
+    "head_dim": (8,),
+    "n_kv_heads": (1,),
+    "rope_theta": (99.0,),
+    "gated_attn": (True,),
+    "attn_impl": ("naive",),  # in fp32, so the last bits change
+}
+
+
 def model_args(case: Case) -> LoopedTransformerArgs:
     options = {"n_heads": HEADS} | case.args
     return LoopedTransformerArgs(dim=DIM, n_layers=1, vocab_size=8, **options)
@@ -201,6 +225,27 @@ def make(case: Case, *, jitter: float = 0.1) -> Mixer:
             if name == "A_log" and jitter:
                 p[0] = -1.0  # a head that remembers hundreds of tokens, to reveal leaks
     return mixer
+
+
+def forward_with_loss(mixer: Mixer, x: Tensor, case: Case, cu_seqlens=None) -> tuple[Tensor, Any]:
+    """Return the output and the mixer's own loss, 0 if it has none."""
+    options = {"cu_seqlens": cu_seqlens, "window": case.window}
+    if mixer.own_loss is None:
+        return mixer(x, **options), 0.0
+    return mixer.forward_with_loss(x, **options)
+
+
+def file_of_tests(name: str) -> str:
+    return f"tests/LT2/mixers/test_{MIXERS[name].__module__.rpartition('.')[2]}.py"
+
+
+def definition_of(name: str) -> Callable[..., Any] | None:
+    """Return `definition` of the mixer's test file."""
+    try:
+        module = importlib.import_module(file_of_tests(name).removesuffix(".py").replace("/", "."))
+    except ModuleNotFoundError:
+        return None
+    return getattr(module, "definition", None)
 
 
 def tokens(*shape: int) -> Tensor:

@@ -1,41 +1,31 @@
 """The contract of every mixer: forward, weights, costs.
 
-A new mixer adds rows to CASES in mixer_cases.py, and no test here.
+A new mixer adds rows to CASES in mixer_cases.py, and no test here. test_mixer_contract.py checks
+that it has them.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from apps.LT2.mixers import MIXERS, Mixer, build_mixer
+from apps.LT2.mixers import MIXERS, build_mixer
 from lingua.optim import is_matrix
 from tests.LT2.mixer_cases import (
-    CASES,
     DIM,
     DOCUMENT_LENGTHS,
     LENGTHS,
-    Case,
     Decoder,
-    assert_same_fp32,
+    forward_with_loss,
     make,
     model_args,
     packed,
     tokens,
 )
 from tests.tolerances import BF16_LAYER, FP32_GRAD, assert_same
-
-
-def forward_with_loss(mixer: Mixer, x: Tensor, case: Case, cu_seqlens=None) -> tuple[Tensor, Any]:
-    """Return the output and the mixer's own loss, 0 if it has none."""
-    options = {"cu_seqlens": cu_seqlens, "window": case.window}
-    if mixer.own_loss is None:
-        return mixer(x, **options), 0.0
-    return mixer.forward_with_loss(x, **options)
 
 
 @pytest.mark.parametrize("seqlen", LENGTHS)
@@ -113,25 +103,6 @@ def test_projections_share_one_init_rule(case, init_std):
         std *= 0.9866 / (4.0 if name == "wo" else 1.0)  # cut at three standard deviations
         n = module.weight.numel()
         assert module.weight.std().item() / std == pytest.approx(1, abs=4 / (2 * n) ** 0.5), name
-
-
-def test_output_gate_of_attention_is_a_sigmoid_of_its_input():
-    mixer, x = make(CASES["full_gqa_gated"]), tokens(1, 9)
-    gate, mixer.wg = mixer.wg, None
-    heads = []
-    mixer.wo.register_forward_pre_hook(lambda m, inputs: heads.append(inputs[0]))
-    mixer(x)
-    mixer.wg = gate
-    want = (heads[0] / (1 + torch.exp(-x @ gate.weight.T))) @ mixer.wo.weight.T
-    assert_same_fp32(mixer(x), want)
-
-
-def test_output_gate_of_attention_starts_half_open():
-    mixer = make(CASES["full_gqa_gated"], jitter=0.0)
-    plain = make(CASES["full_gqa_gated"], jitter=0.0)
-    plain.wg = None
-    x = tokens(1, 9)
-    assert_same_fp32(mixer(x), plain(x) / 2)
 
 
 @pytest.mark.parametrize("seqlen", LENGTHS)

@@ -1,8 +1,8 @@
-"""Mixers on CUDA in bf16, and fla's layers with the same weights, against ours in fp32.
+"""Mixers on CUDA in bf16, and fla's layers with the same weights, against the papers' definitions.
 
-fla's layer right means that it is the same function, and ours right that projections, convolution,
-gates and norm around the kernel are. A new mixer adds a row to ORACLES. All use head dims that
-other tests have tuned already.
+The definitions are those of tests/LT2/mixers, in fp64. fla's layer right means that it is the same
+function, and ours right that projections, convolution, gates and norm around the kernel are. A new
+mixer adds a row to ORACLES. All use head dims that other tests have tuned already.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from apps.LT2.kernel.attention import naive_attention
 from apps.LT2.kernel.fla import import_fla
 from apps.LT2.mixers import MIXERS, Mixer, build_mixer
 from apps.LT2.mixers.deltanet import DeltaNetArgs
+from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.mixers.gla import GLAArgs
 from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.linear import LinearMixer
+from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.gpu.kernel_cases import packed
+from tests.LT2.mixer_cases import definition_of
 from tests.tolerances import BF16_LAYER, assert_same
 
 pytestmark = pytest.mark.gpu
@@ -68,16 +71,25 @@ def nothing_more(weights: dict[str, Tensor], mixer: Mixer) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Oracle:
-    layer: str  # class in fla.layers
-    names: dict[str, str]  # our parameter -> theirs
-    options: dict[str, Any]  # of fla's layer, besides hidden_size
+    """A mixer's options, and the layer of fla that computes the same, if fla has it."""
+
+    layer: str | None = None  # class in fla.layers
+    names: dict[str, str] = field(default_factory=dict)  # our parameter -> theirs
+    options: dict[str, Any] = field(default_factory=dict)  # of fla's layer, besides hidden_size
     # Their weights that don't follow from `names`.
     others: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = qkv_conv
     args: dict[str, Any] = field(default_factory=dict)  # of our model
+    window: int | None = None
     takes_documents: bool = True
+
+    def model_args(self) -> LoopedTransformerArgs:
+        shape = {"dim": DIM, "n_layers": 1, "n_heads": HEADS, "norm_eps": EPS, "vocab_size": 8}
+        return LoopedTransformerArgs(**(shape | self.args))
 
 
 ORACLES = {
+    "full": Oracle(args={"gated_attn": True}),
+    "window": Oracle(window=17),
     "gdn": Oracle(
         "GatedDeltaNet",
         QKVO | DECAY | {f"w{x}.weight": f"{x}_proj.weight" for x in "gab"},
@@ -146,7 +158,9 @@ ORACLES = {
         HEADS_AND_NORM | {"expand_ratio": WIDTH},
         others=nothing_more,
     ),
-    # All blocks are chosen: near ties are for kernel tests.
+    "mamba2": Oracle(args={"mamba2": Mamba2Args(expand=1.0, head_dim=WIDTH, state_dim=WIDTH)}),
+    # All blocks or keys are chosen: near ties are for kernel tests.
+    "dsa": Oracle(args={"dsa": DSAArgs(top_k=256)}),
     "nsa": Oracle(
         "NativeSparseAttention",
         {f"w{x}.weight": f"{x}_proj.weight" for x in "vgo"},
@@ -192,9 +206,7 @@ def attention_for_flas_window(monkeypatch):
 def make(name: str) -> Mixer:
     """Make a mixer in fp32, off its initial values; weights that fla has in bf16 are exact."""
     torch.manual_seed(0)
-    oracle = ORACLES[name]
-    shape = {"dim": DIM, "n_layers": 1, "n_heads": HEADS, "norm_eps": EPS, "vocab_size": 8}
-    mixer = build_mixer(MIXERS[name], LoopedTransformerArgs(**(shape | oracle.args)))
+    mixer = build_mixer(MIXERS[name], ORACLES[name].model_args())
     mixer.reset_parameters(None, 1.0)
     with torch.no_grad():
         for parameter_name, p in mixer.named_parameters():
@@ -215,6 +227,7 @@ def in_bf16(mixer: Mixer) -> Mixer:
 
 def in_fla(name: str, mixer: Mixer) -> nn.Module:
     oracle = ORACLES[name]
+    assert oracle.layer is not None
     layer_class = getattr(import_fla("fla.layers"), oracle.layer)
     layer = layer_class(hidden_size=DIM, **oracle.options)
     ours = {name: p.detach() for name, p in mixer.named_parameters()}
@@ -227,24 +240,41 @@ def in_fla(name: str, mixer: Mixer) -> nn.Module:
     return layer
 
 
-def output_and_gradient(layer: nn.Module, x: Tensor, **options: Any) -> dict[str, Tensor]:
+def by_definition(name: str, mixer: Mixer) -> Callable[..., Tensor]:
+    """Return the layer of the paper, one sequence or document at a time, in fp64 on the CPU."""
+    definition, oracle = definition_of(name), ORACLES[name]
+    assert definition is not None
+    weights = {name: p.detach().double().cpu() for name, p in mixer.named_parameters()}
+
+    def layer(x_BTD: Tensor, cu_seqlens: Tensor | None = None, **_: Any) -> Tensor:
+        sequences = x_BTD.double().cpu().flatten(0, 1)
+        n_tokens = x_BTD.shape[1]
+        lengths = cu_seqlens.diff().tolist() if cu_seqlens is not None else [n_tokens] * len(x_BTD)
+        args = oracle.model_args()
+        outputs = [definition(weights, args, x, oracle.window) for x in sequences.split(lengths)]
+        return torch.cat([y[0] if isinstance(y, tuple) else y for y in outputs]).view(x_BTD.shape)
+
+    return layer
+
+
+def output_and_gradient(layer: Callable[..., Any], x: Tensor, **options: Any) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     y = layer(x, **options)
     y = y[0] if isinstance(y, tuple) else y
     probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y)
     (dx,) = torch.autograd.grad((y * probe).sum(), x)
-    return {"output": y.float(), "gradient of the input": dx.float()}
+    return {"output": y.float().cpu(), "gradient of the input": dx.float().cpu()}
 
 
 @pytest.mark.parametrize("documents", [None, (1, 63, 136)], ids=["dense", "packed"])
 @pytest.mark.parametrize("name", ORACLES)
-def test_layer_equals_flas(name, documents):
-    mixer = make(name)
+def test_layers_equal_the_definition(name, documents):
+    mixer, oracle = make(name), ORACLES[name]
     x = torch.randn(1 if documents else 2, 200, DIM, device="cuda").bfloat16()
     options = {} if documents is None else {"cu_seqlens": packed(documents)}
-    want = output_and_gradient(mixer, x.float(), **options)
-    got = {"ours": output_and_gradient(in_bf16(mixer), x, **options)}
-    if documents is None or ORACLES[name].takes_documents:
+    want = output_and_gradient(by_definition(name, mixer), x.float(), **options)
+    got = {"ours": output_and_gradient(in_bf16(mixer), x, window=oracle.window, **options)}
+    if oracle.layer is not None and (documents is None or oracle.takes_documents):
         got["fla"] = output_and_gradient(in_fla(name, mixer), x, **options)
     for whose, results in got.items():
         for what, result in results.items():

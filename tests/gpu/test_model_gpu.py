@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from apps.LT2.mixers import deltanet, dsa, gdn, hgrn2, kda, mamba2, nsa, retnet
+from apps.LT2.mixers import dsa, nsa
+from apps.LT2.mixers.linear import LinearMixer
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.optim import is_matrix
 from tests.tolerances import BF16_KERNEL, relative_error
@@ -31,6 +32,7 @@ MODELS = {
         "nsa": nsa.NSAArgs(block_size=32, n_blocks=8, window_size=50),
     },
     "retnet": {"mixer": "retnet"},
+    "gla": {"mixer": "gla"},
     "hybrid": {"mixer": "gdn", "attention_pattern": "2:1"},
     "per-loop": {"attention_pattern": "16->full"},
     "dsa": {"mixer": "dsa", "dsa": dsa.DSAArgs(top_k=256)},
@@ -41,18 +43,6 @@ MODELS = {
         "dsa": dsa.DSAArgs(top_k=256),
     },
 }
-
-# A mixer's operator, and its implementation in plain torch.
-OPERATORS = [
-    (gdn, "gated_delta_rule", "chunked"),
-    (kda, "kda", "chunked"),
-    (mamba2, "simple_gla", "chunked"),
-    (hgrn2, "gla", "chunked"),
-    (deltanet, "delta_rule", "chunked"),
-    (retnet, "simple_gla", "chunked"),
-    (nsa, "native_sparse_attention", "blocked"),
-    (dsa, "dsa", "blocked"),
-]
 
 
 def make_model(name: str) -> LoopedTransformer:
@@ -97,8 +87,11 @@ def in_plain_torch(model: LoopedTransformer, monkeypatch) -> LoopedTransformer:
         for mixer in block.mixers():
             if hasattr(mixer, "attn_impl"):
                 mixer.attn_impl = "naive"
-    for module, name, impl in OPERATORS:
-        monkeypatch.setattr(module, name, partial(getattr(module, name), impl=impl))
+            if isinstance(mixer, LinearMixer):
+                plain = partial(mixer.recurrence, impl="chunked")
+                monkeypatch.setattr(mixer, "recurrence", plain)
+    for module, name in ((nsa, "native_sparse_attention"), (dsa, "dsa")):
+        monkeypatch.setattr(module, name, partial(getattr(module, name), impl="blocked"))
     return model
 
 

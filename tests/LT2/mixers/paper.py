@@ -1,24 +1,74 @@
-"""Parts that the layers of several papers share, for one sequence."""
+"""Parts that the layers of several papers share, for one sequence, and the defaults of sizes.
+
+A test file's `definition(weights, args, x_TD, window)` computes its paper's layer from these, with
+torch alone: it may call nothing of apps or lingua.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Weights = Mapping[str, Tensor]
+Heads = list[tuple[Tensor, Tensor, Tensor]]
 
-def convolve(x_TC: Tensor, conv) -> Tensor:
+
+def linear(weights: Weights, name: str, x_TD: Tensor, n_heads: int = 1) -> tuple[Tensor, ...]:
+    """Return x W^T of each head; one head has all channels."""
+    return (x_TD @ weights[f"{name}.weight"].T).chunk(n_heads, dim=-1)
+
+
+def head_shape(args: Any, own: Any, key_share: float = 1) -> tuple[int, int, int]:
+    """Return heads, key dim and value dim of a linear mixer."""
+    n_heads = own.n_heads or args.n_heads
+    key_dim = own.head_dim or int(key_share * args.dim / n_heads)
+    return n_heads, key_dim, int(key_dim * own.expand_v)
+
+
+def convolve(weights: Weights, x_TC: Tensor, size: int) -> Tensor:
     """Convolve depthwise and causally, with the last weight on the current token; then SiLU."""
-    if conv.weight is None:
+    if size == 0:
         return F.silu(x_TC)
-    padded_CT = F.pad(x_TC.T, (conv.size - 1, 0))
-    return F.silu(F.conv1d(padded_CT[None], conv.weight[:, None], groups=x_TC.shape[1])[0].T)
+    padded_CT = F.pad(x_TC.T, (size - 1, 0))
+    kernels, bias = weights["conv.weight"][:, None], weights.get("conv.bias")
+    return F.silu(F.conv1d(padded_CT[None], kernels, bias, groups=x_TC.shape[1])[0].T)
 
 
-def convolved_heads(layer, x_TD: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def unit(x: Tensor) -> Tensor:
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def convolved_heads(weights: Weights, x_TD: Tensor, own: Any, shape: tuple[int, int, int]) -> Heads:
     """Return (q (T, K), k (T, K), v (T, V)) of each head; q and k are unit vectors."""
-    streams_TC = torch.cat([x_TD @ w.weight.T for w in (layer.wq, layer.wk, layer.wv)], dim=-1)
-    keys, values = layer.n_heads * layer.key_dim, layer.n_heads * layer.value_dim
-    q_TC, k_TC, v_TC = convolve(streams_TC, layer.conv).split([keys, keys, values], dim=-1)
-    heads = zip(*(x.chunk(layer.n_heads, dim=-1) for x in (q_TC, k_TC, v_TC)), strict=True)
-    return [(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v) for q, k, v in heads]
+    n_heads, keys, values = shape[0], shape[0] * shape[1], shape[0] * shape[2]
+    streams_TC = torch.cat([x_TD @ weights[f"w{name}.weight"].T for name in "qkv"], dim=-1)
+    q_TC, k_TC, v_TC = convolve(weights, streams_TC, own.conv_size).split([keys, keys, values], -1)
+    heads = zip(*(x.chunk(n_heads, dim=-1) for x in (q_TC, k_TC, v_TC)), strict=True)
+    return [(unit(q), unit(k), v) for q, k, v in heads]
+
+
+def rms_norm(weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], eps=eps)
+
+
+def rotated(x_TK: Tensor, theta: float) -> Tensor:
+    """Turn the pairs (x[2i], x[2i+1]) of token t, as complex numbers, by t theta^(-2i / K)."""
+    T, K = x_TK.shape
+    speed = theta ** (-torch.arange(0, K, 2, dtype=x_TK.dtype) / K)
+    phase = torch.polar(torch.ones(T, K // 2, dtype=x_TK.dtype), torch.arange(T)[:, None] * speed)
+    pairs = torch.view_as_complex(x_TK.reshape(T, K // 2, 2).contiguous())
+    return torch.view_as_real(pairs * phase).flatten(1)
+
+
+def softmax_heads(weights: Weights, args: Any, x_TD: Tensor, n_kv_heads: int) -> Heads:
+    """Return rotated q and k, and v, of each query head; groups of heads share k and v."""
+    q = [rotated(q, args.rope_theta) for q in linear(weights, "wq", x_TD, args.n_heads)]
+    k = [rotated(k, args.rope_theta) for k in linear(weights, "wk", x_TD, n_kv_heads)]
+    v = linear(weights, "wv", x_TD, n_kv_heads)
+    group = args.n_heads // n_kv_heads
+    assert q[0].shape[1] == (args.head_dim or args.dim // args.n_heads)
+    return [(q[h], k[h // group], v[h // group]) for h in range(args.n_heads)]

@@ -15,7 +15,7 @@ from apps.LT2.parallel import get_no_recompute_ops
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.errors import UserError
 from lingua.parallel.parallelize import apply_activation_checkpointing
-from lingua.transformer import rotary_angles, rotate_pairs
+from tests.LT2.mixers.paper import Weights, linear, rms_norm, rotated, softmax_heads
 from tests.LT2.tiny import tiny_args
 from tests.tolerances import FP32, FP32_GRAD, assert_same
 
@@ -45,6 +45,40 @@ def tokens(*shape: int) -> Tensor:
     return torch.randn(*shape, DIM, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None):
+    """Return the output, and the mean over tokens of KL(p || softmax I) over the chosen keys."""
+    own = args.dsa
+    heads = softmax_heads(weights, args, x_TD, args.n_kv_heads or args.n_heads)
+    scores_TS = indexer_scores(weights, args, x_TD.detach())
+    o, losses = [[] for _ in heads], []
+    for t in range(len(x_TD)):
+        ranked = sorted(range(t + 1), key=lambda s: (-scores_TS[t, s].item(), -s))  # noqa: B023
+        chosen = ranked[: own.top_k]
+        target = 0
+        for h, (q, k, v) in enumerate(heads):
+            p = (k[chosen] @ q[t] * q.shape[1] ** -0.5).softmax(0)
+            o[h].append(p @ v[chosen])
+            target = target + p.detach() / len(heads)
+        guess = scores_TS[t, chosen].log_softmax(0)
+        losses.append((target * (target.log() - guess)).sum())
+    o_TC = torch.cat([torch.stack(head) for head in o], dim=-1)
+    if args.gated_attn:
+        o_TC = o_TC * torch.sigmoid(x_TD @ weights["wg.weight"].T)
+    return o_TC @ weights["wo.weight"].T, torch.stack(losses).mean()
+
+
+def indexer_scores(weights: Weights, args, x_TD: Tensor) -> Tensor:
+    """Compute I(t, s) = sum_j w(t, j) ReLU(q(t, j) . k(s)) / sqrt(J C), with rotated q and k."""
+    J, C = args.dsa.n_index_heads, args.dsa.index_head_dim
+    (k,), (w_TJ,) = linear(weights, "indexer.wk", x_TD), linear(weights, "indexer.ww", x_TD)
+    k = rotated(rms_norm(weights, "indexer.k_norm", k, args.norm_eps), args.rope_theta)
+    scores = 0
+    for j, q in enumerate(linear(weights, "indexer.wq", x_TD, J)):
+        products = rotated(q, args.rope_theta) @ k.T
+        scores = scores + w_TJ[:, j, None] * products.relu() * (J * C) ** -0.5
+    return scores
+
+
 GATED_GQA = {"n_kv_heads": 1, "gated_attn": True}
 
 
@@ -68,23 +102,6 @@ def test_it_is_a_window_if_all_scores_are_zero(shape):
     parts = [mixer.prefill(part, cache, Prompts()) for part in (x[:, :11], x[:, 11:30])]
     parts += [mixer.step(x[:, t : t + 1], cache) for t in range(30, 40)]
     assert_same(torch.cat(parts, 1), want, FP32)
-
-
-@torch.no_grad()
-def test_the_indexer_equals_the_papers():
-    """I(t, s) = sum_j w(t, j) ReLU(q(t, j) . k(s)) / sqrt(J C), with rotated q and k."""
-    mixer, x, positions = make(), tokens(1, 12), torch.arange(12)
-    indexer = mixer.indexer
-    index = indexer(x, positions)
-    cos, sin = rotary_angles(positions, 8, 10000.0)
-    k = indexer.wk.weight @ x[0].T  # C T
-    k = rotate_pairs((k / (k.square().mean(0) + 1e-5).sqrt()).T, cos, sin)
-    want = torch.zeros(12, 12)
-    for j in range(3):
-        q = rotate_pairs(x[0] @ indexer.wq.weight[8 * j : 8 * j + 8].T, cos, sin)
-        w = x[0] @ indexer.ww.weight[j]
-        want += w[:, None] * (q @ k.T).relu() * 3**-0.5 * 8**-0.5
-    assert_same(index_scores(head_products(index), index.w_BTJ)[0], want, FP32)
 
 
 def test_each_loss_trains_only_its_own_weights():

@@ -7,24 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apps.LT2.mixers.gdn import GatedDeltaNet, GatedDeltaNetArgs
 from apps.LT2.mixers.parts import init_decay
-from apps.LT2.transformer import LoopedTransformerArgs
-from tests.LT2.mixers.paper import convolved_heads
-from tests.tolerances import FP32, assert_same
-
-
-def make(**gdn) -> GatedDeltaNet:
-    torch.manual_seed(0)
-    args = LoopedTransformerArgs(
-        dim=16, n_heads=2, norm_eps=1e-3, vocab_size=8, gdn=GatedDeltaNetArgs(**gdn)
-    )
-    layer = GatedDeltaNet(args, args.gdn)
-    layer.reset_parameters(None, 1.0)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p += 0.3 * torch.randn_like(p)
-    return layer.double()
+from tests.LT2.mixers.paper import Weights, convolved_heads, head_shape, linear, rms_norm
 
 
 def head_outputs(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, g_T: Tensor, beta_T: Tensor) -> Tensor:
@@ -37,32 +21,17 @@ def head_outputs(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, g_T: Tensor, beta_T: 
     return torch.stack(outputs)
 
 
-def definition(layer: GatedDeltaNet, x_TD: Tensor, beta_range: float) -> Tensor:
-    g_TH = -layer.A_log.exp() * F.softplus(x_TD @ layer.wa.weight.T + layer.dt_bias)
-    beta_TH = beta_range * torch.sigmoid(x_TD @ layer.wb.weight.T)
-    gates = F.silu(x_TD @ layer.wg.weight.T).chunk(layer.n_heads, dim=-1)
+def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) -> Tensor:
+    own, shape = args.gdn, head_shape(args, args.gdn, key_share=0.75)
+    a_TH = x_TD @ weights["wa.weight"].T + weights["dt_bias"]
+    g_TH = -weights["A_log"].exp() * F.softplus(a_TH)
+    beta_TH = (1 + own.allow_neg_eigval) * torch.sigmoid(x_TD @ weights["wb.weight"].T)
+    gates = linear(weights, "wg", x_TD, shape[0])
     outputs = []
-    for h, (q, k, v) in enumerate(convolved_heads(layer, x_TD)):
+    for h, (q, k, v) in enumerate(convolved_heads(weights, x_TD, own, shape)):
         o = head_outputs(q, k, v, g_TH[:, h], beta_TH[:, h])
-        o = F.rms_norm(o, (layer.value_dim,), layer.norm.weight, eps=1e-3)
-        outputs.append(o * gates[h])
-    return torch.cat(outputs, -1) @ layer.wo.weight.T
-
-
-@pytest.mark.parametrize(
-    "gdn, shape, beta_range",
-    [
-        ({}, (2, 6, 12), 1.0),  # K = 0.75 dim / H, V = 2 K
-        ({"allow_neg_eigval": True}, (2, 6, 12), 2.0),
-        ({"conv_size": 0}, (2, 6, 12), 1.0),
-        ({"n_heads": 3, "head_dim": 4, "expand_v": 1.5, "conv_size": 2}, (3, 4, 6), 1.0),
-    ],
-)
-def test_layer_equals_the_papers_definition(gdn, shape, beta_range):
-    layer, x = make(**gdn), torch.randn(1, 70, 16, dtype=torch.double)
-    assert (layer.n_heads, layer.key_dim, layer.value_dim) == shape
-    # The epsilons of the unit vectors q and k differ slightly.
-    assert_same(layer(x)[0], definition(layer, x[0], beta_range), 10 * FP32)
+        outputs.append(rms_norm(weights, "norm", o, args.norm_eps) * F.silu(gates[h]))
+    return torch.cat(outputs, -1) @ weights["wo.weight"].T
 
 
 def test_decay_is_initialized_as_in_mamba2():

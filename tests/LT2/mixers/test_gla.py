@@ -10,7 +10,7 @@ from torch import Tensor
 from apps.LT2.mixers.gla import GatedLinearAttention, GLAArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.errors import UserError
-from tests.tolerances import FP32, assert_same
+from tests.LT2.mixers.paper import Weights, head_shape, linear, rms_norm
 
 
 def make(**gla) -> GatedLinearAttention:
@@ -24,32 +24,22 @@ def make(**gla) -> GatedLinearAttention:
     return layer.double()
 
 
-def definition(layer: GatedLinearAttention, x_TD: Tensor) -> Tensor:
+def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) -> Tensor:
     """Compute S_t = Diag(alpha_t) S_{t-1} + k_t^T v_t, alpha = sigmoid(.)^(1/16), per head."""
-    low_rank = x_TD @ layer.wa_down.weight.T @ layer.wa_up.weight.T
-    alpha = torch.sigmoid(low_rank + layer.decay_bias) ** (1 / 16)
-    q, k, v, gate = (x_TD @ w.weight.T for w in (layer.wq, layer.wk, layer.wv, layer.wg))
-    parts = (x.chunk(layer.n_heads, dim=-1) for x in (q, k, v, alpha, gate))
+    n_heads, key_dim, value_dim = head_shape(args, args.gla, key_share=0.5)
+    assert weights["wa_up.weight"].shape[1] == args.gla.gate_rank
+    q, k, v, gate = (linear(weights, f"w{name}", x_TD, n_heads) for name in "qkvg")
+    (a_TR,) = linear(weights, "wa_down", x_TD)
+    alpha_TC = torch.sigmoid(a_TR @ weights["wa_up.weight"].T + weights["decay_bias"]) ** (1 / 16)
     heads = []
-    for q, k, v, alpha, gate in zip(*parts, strict=True):
-        S = q.new_zeros(layer.key_dim, layer.value_dim)
-        outputs = []
+    for h, alpha in enumerate(alpha_TC.chunk(n_heads, dim=-1)):
+        S, outputs = x_TD.new_zeros(key_dim, value_dim), []
         for t in range(len(x_TD)):
-            S = alpha[t][:, None] * S + torch.outer(k[t], v[t])
-            outputs.append(S.T @ q[t] * layer.key_dim**-0.5)
-        o = F.rms_norm(torch.stack(outputs), (layer.value_dim,), layer.norm.weight, eps=1e-3)
-        heads.append(o * F.silu(gate))
-    return torch.cat(heads, -1) @ layer.wo.weight.T
-
-
-@pytest.mark.parametrize(
-    "gla, shape",
-    [({}, (2, 4, 8)), ({"n_heads": 3, "head_dim": 6, "expand_v": 0.5, "gate_rank": 2}, (3, 6, 3))],
-)
-def test_layer_equals_the_papers_definition(gla, shape):
-    layer, x = make(**gla), torch.randn(1, 70, 16, dtype=torch.double)
-    assert (layer.n_heads, layer.key_dim, layer.value_dim) == shape
-    assert_same(layer(x)[0], definition(layer, x[0]), FP32)  # gates and norm are computed in fp32
+            S = alpha[t][:, None] * S + torch.outer(k[h][t], v[h][t])
+            outputs.append(S.T @ q[h][t] * key_dim**-0.5)
+        o = rms_norm(weights, "norm", torch.stack(outputs), args.norm_eps)
+        heads.append(o * F.silu(gate[h]))
+    return torch.cat(heads, -1) @ weights["wo.weight"].T
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from apps.LT2.mixers.kda import KDAArgs, KimiDeltaAttention
 from apps.LT2.transformer import LoopedTransformerArgs
-from tests.LT2.mixers.paper import convolved_heads
-from tests.tolerances import FP32, assert_same
+from tests.LT2.mixers.paper import Weights, convolved_heads, head_shape, linear, rms_norm
 
 
 def make(jitter: float = 0.3, **kda) -> KimiDeltaAttention:
@@ -35,34 +33,19 @@ def head_outputs(q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, g_TK: Tensor, beta_T:
     return torch.stack(outputs)
 
 
-def definition(layer: KimiDeltaAttention, x_TD: Tensor, beta_range: float) -> Tensor:
-    beta_TH = beta_range * torch.sigmoid(x_TD @ layer.wb.weight.T)
-    a_TC = x_TD @ layer.wa_down.weight.T @ layer.wa_up.weight.T + layer.dt_bias
-    gate_TC = torch.sigmoid(x_TD @ layer.wg_down.weight.T @ layer.wg_up.weight.T + layer.gate_bias)
-    a, gates = a_TC.chunk(layer.n_heads, dim=-1), gate_TC.chunk(layer.n_heads, dim=-1)
+def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) -> Tensor:
+    own, shape = args.kda, head_shape(args, args.kda)
+    beta_TH = (1 + own.allow_neg_eigval) * torch.sigmoid(x_TD @ weights["wb.weight"].T)
+    (a_TR,), (gate_TR,) = linear(weights, "wa_down", x_TD), linear(weights, "wg_down", x_TD)
+    a = (a_TR @ weights["wa_up.weight"].T + weights["dt_bias"]).chunk(shape[0], dim=-1)
+    gate_TC = gate_TR @ weights["wg_up.weight"].T + weights["gate_bias"]
+    gates = torch.sigmoid(gate_TC).chunk(shape[0], dim=-1)
     outputs = []
-    for h, (q, k, v) in enumerate(convolved_heads(layer, x_TD)):
-        g = -layer.A_log[h].exp() * F.softplus(a[h])
+    for h, (q, k, v) in enumerate(convolved_heads(weights, x_TD, own, shape)):
+        g = -weights["A_log"][h].exp() * F.softplus(a[h])
         o = head_outputs(q, k, v, g, beta_TH[:, h])
-        o = F.rms_norm(o, (layer.value_dim,), layer.norm.weight, eps=1e-3)
-        outputs.append(o * gates[h])
-    return torch.cat(outputs, -1) @ layer.wo.weight.T
-
-
-@pytest.mark.parametrize(
-    "kda, shape, beta_range",
-    [
-        ({}, (2, 8, 8), 1.0),  # K = V = dim / H
-        ({"allow_neg_eigval": True}, (2, 8, 8), 2.0),
-        ({"conv_size": 0}, (2, 8, 8), 1.0),
-        ({"n_heads": 3, "head_dim": 4, "expand_v": 1.5, "conv_size": 2}, (3, 4, 6), 1.0),
-    ],
-)
-def test_layer_equals_the_papers_definition(kda, shape, beta_range):
-    layer, x = make(**kda), torch.randn(1, 70, 16, dtype=torch.double)
-    assert (layer.n_heads, layer.key_dim, layer.value_dim) == shape
-    # The epsilons of the unit vectors q and k differ slightly.
-    assert_same(layer(x)[0], definition(layer, x[0], beta_range), 10 * FP32)
+        outputs.append(rms_norm(weights, "norm", o, args.norm_eps) * gates[h])
+    return torch.cat(outputs, -1) @ weights["wo.weight"].T
 
 
 def test_the_rank_of_projections_is_the_value_dim():

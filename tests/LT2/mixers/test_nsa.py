@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from apps.LT2.kernel.nsa import native_sparse_attention
 from apps.LT2.mixers import Prompts
 from apps.LT2.mixers.nsa import NativeSparseAttention, NSAArgs, chosen_pairs, complete_block_pairs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.errors import UserError
-from lingua.transformer import precompute_freqs_cis
-from tests.tolerances import FP32, assert_same
+from tests.LT2.mixers.paper import Weights, softmax_heads
 
 SIZES = {"block_size": 8, "n_blocks": 4, "window_size": 5}
 
@@ -31,23 +30,45 @@ def make(**changes) -> NativeSparseAttention:
     return layer
 
 
-def rotate(x_THK, theta):
-    """Rotate pairs (x[2i], x[2i+1]) by t * theta ** (-2i / K)."""
-    matrices = precompute_freqs_cis(x_THK.shape[-1], len(x_THK), theta)
-    return torch.einsum("tpij,thpj->thpi", matrices, x_THK.unflatten(-1, (-1, 2))).flatten(-2)
-
-
-@pytest.mark.parametrize("n_heads, n_kv_heads", [(16, 1), (32, 2)])
-def test_layer_is_gated_sparse_attention_of_its_projections(n_heads, n_kv_heads):
-    layer = make(n_heads=n_heads, n_kv_heads=n_kv_heads, rope_theta=100.0)
-    x_TD = torch.randn(70, 32)
-    q = rotate((x_TD @ layer.wq.weight.T).view(70, n_heads, 4), 100.0)
-    k = rotate((x_TD @ layer.wk.weight.T).view(70, n_kv_heads, 4), 100.0)
-    v = (x_TD @ layer.wv.weight.T).view(70, n_kv_heads, 4)
+def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) -> Tensor:
+    own, T = args.nsa, len(x_TD)
+    n_kv_heads = args.n_kv_heads or args.n_heads // 16
+    heads, group = softmax_heads(weights, args, x_TD, n_kv_heads), args.n_heads // n_kv_heads
     # The three gates of a head are adjacent, as in fla's layer.
-    gates = 1 / (1 + torch.exp(-(x_TD @ layer.wg.weight.T).view(70, n_heads, 3)))
-    o = native_sparse_attention(*(y[None] for y in (q, k, v, gates)), **SIZES, impl="naive")
-    assert_same(layer(x_TD[None])[0], o[0].flatten(1) @ layer.wo.weight.T, FP32)
+    gates_TH3 = torch.sigmoid(x_TD @ weights["wg.weight"].T).view(T, args.n_heads, 3)
+    o = [[] for _ in range(T)]
+    for g in range(n_kv_heads):
+        q_RTK = torch.stack([q for q, _, _ in heads[g * group : (g + 1) * group]])
+        _, k, v = heads[g * group]
+        for t in range(T):
+            branches = branches_of(q_RTK[:, t], k[: t + 1], v[: t + 1], own)
+            gates = gates_TH3[t, g * group : (g + 1) * group]
+            gated = [gates[:, i, None] * branch for i, branch in enumerate(branches)]
+            o[t].append(sum(gated).flatten())
+    return torch.stack([torch.cat(row) for row in o]) @ weights["wo.weight"].T
+
+
+def branches_of(q_RK: Tensor, k_SK: Tensor, v_SK: Tensor, own: NSAArgs) -> list[Tensor]:
+    """Return what the heads of a group read from the past in each branch, (R, K) each."""
+
+    def attend(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        p = (q_RK @ keys.T * q_RK.shape[1] ** -0.5).softmax(-1)
+        return p @ values, p
+
+    size, own_block = own.block_size, (len(k_SK) - 1) // own.block_size
+    n_complete = len(k_SK) // size
+    compressed, importance = torch.zeros_like(q_RK), []
+    if n_complete:
+        means = [x[: n_complete * size].view(n_complete, size, -1).mean(1) for x in (k_SK, v_SK)]
+        compressed, p = attend(*means)
+        importance = p.sum(0).tolist()
+    read = {0, max(own_block - 1, 0), own_block}
+    others = sorted(range(1, own_block - 1), key=lambda block: -importance[block])
+    read |= set(others[: own.n_blocks - len(read)])
+    chosen = [s for s in range(len(k_SK)) if s // size in read]
+    selected, _ = attend(k_SK[chosen], v_SK[chosen])
+    windowed, _ = attend(k_SK[-own.window_size :], v_SK[-own.window_size :])
+    return [compressed, selected, windowed]
 
 
 def test_branches_start_half_open():

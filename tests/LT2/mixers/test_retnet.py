@@ -10,6 +10,7 @@ from torch import Tensor
 from apps.LT2.mixers.retnet import RetNet, RetNetArgs, log_decays
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.errors import UserError
+from tests.LT2.mixers.paper import Weights, head_shape, linear, rms_norm, rotated
 from tests.tolerances import FP32, FP64, assert_same
 
 
@@ -26,42 +27,19 @@ def make(**retnet) -> RetNet:
     return layer.double()
 
 
-def rotated(x_TK: Tensor) -> Tensor:
-    """Compute equation 4: the pairs of x_t as complex numbers, times exp(i t theta)."""
-    T, K = x_TK.shape
-    theta = 500.0 ** (-torch.arange(0, K, 2, dtype=x_TK.dtype) / K)
-    phase = torch.polar(torch.ones(T, K // 2, dtype=x_TK.dtype), torch.arange(T)[:, None] * theta)
-    pairs = torch.view_as_complex(x_TK.reshape(T, K // 2, 2).contiguous())
-    return torch.view_as_real(pairs * phase).flatten(1)
-
-
-def definition(layer: RetNet, x_TD: Tensor) -> Tensor:
+def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) -> Tensor:
     """Compute the parallel form, equation 5, per head, and equation 8 with an RMSNorm."""
-    T = len(x_TD)
+    T, (n_heads, key_dim, _) = len(x_TD), head_shape(args, args.retnet)
     age = torch.arange(T)[:, None] - torch.arange(T)
-    q, k, v, gate = (
-        (x_TD @ w.weight.T).chunk(layer.n_heads, dim=-1)
-        for w in (layer.wq, layer.wk, layer.wv, layer.wg)
-    )
+    q, k, v, gate = (linear(weights, f"w{name}", x_TD, n_heads) for name in "qkvg")
     heads = []
-    for h in range(layer.n_heads):
+    for h in range(n_heads):
         gamma = 1 - 2.0 ** (-5 - h)
-        D_TT = torch.where(age >= 0, gamma ** age.double(), 0)
-        scores = rotated(q[h]) @ rotated(k[h]).T * layer.key_dim**-0.5
-        o = F.rms_norm((scores * D_TT) @ v[h], (layer.value_dim,), layer.norm.weight, eps=1e-3)
-        heads.append(F.silu(gate[h]) * o)
-    return torch.cat(heads, -1) @ layer.wo.weight.T
-
-
-@pytest.mark.parametrize(
-    "retnet, shape",
-    [({}, (2, 8, 16)), ({"n_heads": 3, "head_dim": 4, "expand_v": 1.5}, (3, 4, 6))],
-)
-def test_layer_equals_the_papers_definition(retnet, shape):
-    layer, x = make(**retnet), torch.randn(1, 70, 16, dtype=torch.double)
-    assert (layer.n_heads, layer.key_dim, layer.value_dim) == shape
-    # Angles, decays and the norm are computed in fp32.
-    assert_same(layer(x)[0], definition(layer, x[0]), FP32)
+        D_TT = torch.where(age >= 0, gamma ** age.type_as(x_TD), 0)
+        scores = rotated(q[h], args.rope_theta) @ rotated(k[h], args.rope_theta).T
+        o = (scores * key_dim**-0.5 * D_TT) @ v[h]
+        heads.append(F.silu(gate[h]) * rms_norm(weights, "norm", o, args.norm_eps))
+    return torch.cat(heads, -1) @ weights["wo.weight"].T
 
 
 def test_log_decays_are_accurate():
