@@ -1,8 +1,8 @@
 """Read JSONL files, and share their lines among ranks.
 
 A source is a folder with `*.chunk.*.jsonl` for training and `*.val.jsonl` for evaluation. Each line
-is a JSON object with a string under `text` or, if missing, under `content`. Blank lines are
-ignored.
+is a JSON object with a string under `text` or, if that is missing or null, under `content`. Blank
+lines and the byte order mark of UTF-8 are ignored.
 
 `world` ranks share the chunks, sorted by name, as follows:
 1. Each full round of `world` chunks gives every rank one whole chunk.
@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
 from lingua.errors import UserError
+from lingua.files.listing import link_target, list_files
 from lingua.tokenizer import well_formed
 
 TRAIN_PATTERN = "*.chunk.*.jsonl"
 VAL_PATTERN = "*.val.jsonl"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors start a file with it
 
 
 class JSONLState(TypedDict):
@@ -103,7 +106,7 @@ def own_lines(
             file.seek(position)
             for line in file:
                 position += len(line)
-                if not line.strip():
+                if is_blank(line):
                     continue
                 if number % block_size == offset:
                     yield line, position
@@ -112,11 +115,15 @@ def own_lines(
         raise UserError(f"{file_path}: cannot be read ({error.strerror}); restore it") from None
 
 
+def is_blank(line: bytes) -> bool:
+    return not line.removeprefix(BYTE_ORDER_MARK).strip()
+
+
 def parse_line(line: bytes, file_path: str, end: int) -> dict[str, Any]:
     """Parse a document; `end`, the byte position after it, is used to find its line number."""
     try:
         document = parse_object(line)
-        if not isinstance(document.get("text", document.get("content")), str):
+        if not isinstance(find_text(document), str):
             raise ValueError(f'no string under "text" or "content" (found: {name_keys(document)})')
     except ValueError as error:
         raise line_error(file_path, end, str(error)) from None
@@ -126,7 +133,7 @@ def parse_line(line: bytes, file_path: str, end: int) -> dict[str, Any]:
 def parse_object(line: bytes) -> dict[str, Any]:
     """Parse a JSON object; raise ValueError for anything else."""
     try:
-        document = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys)
+        document = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except ValueError as error:
         raise ValueError(f"not JSON in UTF-8: {error}") from None
     if not isinstance(document, dict):
@@ -146,8 +153,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
+def find_text(document: dict[str, Any]) -> Any:
+    """Return the value of `text` or, if that is missing or null, of `content`."""
+    text = document.get("text")
+    return document.get("content") if text is None else text
+
+
 def document_text(document: dict[str, Any]) -> str:
-    return well_formed(document["text"] if "text" in document else document["content"])
+    return well_formed(find_text(document))
 
 
 def line_error(file_path: str, end: int, problem: str) -> UserError:
@@ -167,12 +180,15 @@ def find_and_sanitize_chunks(
     """Return the chunks of a source, sorted by name; check that `world_size` ranks can share them.
 
     Reads at most the first `world_size` lines of a chunk. Every rank does the same checks, so all
-    ranks raise the same UserError.
+    ranks raise the same UserError, also for a match that is no readable file.
     """
     folder = Path(dataset_path)
-    if not folder.is_dir():
-        raise UserError(f"data.sources: no folder {folder} (a source is a folder in data.root_dir)")
-    chunks = sorted(str(p) for p in folder.glob(file_pattern) if p.is_file())
+    if not os.path.isdir(folder):
+        raise UserError(
+            f"data.sources: no folder {folder}{link_target(folder)}; a source is a folder in "
+            "data.root_dir"
+        )
+    chunks = list_files(folder, file_pattern)
     if not chunks:
         raise UserError(f"data.sources: {folder} has no file named {file_pattern}")
     n_whole = len(chunks) - len(chunks) % world_size
@@ -213,13 +229,14 @@ def distribute_data_to_rank(
 
 
 def find_val_files(root_dir: str, sources: Iterable[str]) -> list[str]:
-    """Return all `*.val.jsonl` of these sources: sources in the order given, files by name."""
-    return [
-        str(path)
-        for source in sources
-        for path in sorted(Path(root_dir, source).glob(VAL_PATTERN))
-        if path.is_file()
-    ]
+    """Return all `*.val.jsonl` of these sources: sources in the order given, files by name.
+
+    UserError for a match that is no readable file, or whose first line is no document.
+    """
+    files = [f for source in sources for f in list_files(Path(root_dir, source), VAL_PATTERN)]
+    for file in files:
+        check_chunk(file, n_readers=1)
+    return files
 
 
 def iter_val_documents(

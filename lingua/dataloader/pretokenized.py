@@ -36,6 +36,7 @@ from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import JSONLState, document_text, jsonl_state, own_lines, parse_line
 from lingua.errors import UserError
 from lingua.files.atomic import write_atomic
+from lingua.files.listing import find_file_problem
 from lingua.tokenizer import Tokenizer, declared_specials, find_tokenizer_file
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ class TokenFiles:
 
         `may_hash`: compare the chunk's sha256 if its mtime has changed.
         """
+        for file in (self.facts, self.tokens, self.index):
+            if problem := find_file_problem(file):
+                return problem
         now = self.made_from(recipe)
         mtime_ns = now.pop("chunk_mtime_ns")
         try:
@@ -97,13 +101,11 @@ class TokenFiles:
                 self.tokens: facts["tokens"] * ITEM_BYTES[facts["dtype"]],
                 self.index: facts["documents"] * INDEX_ROW,
             }
-        except OSError as error:
-            return f"{self.facts.name} cannot be read ({error.strerror})"
         except (ValueError, KeyError, TypeError):
             return f"{self.facts.name} is damaged"
         for file, size in sizes.items():
-            if not file.is_file() or file.stat().st_size != size:
-                return f"{file.name} is missing or truncated"
+            if file.stat().st_size != size:
+                return f"{file.name} has another size than when it was written"
         if "chunk_sha256" not in facts:
             if mtime_ns > self.facts.stat().st_mtime_ns:
                 return f"{self.facts.name} has no chunk_sha256 and is older than the chunk"
@@ -146,6 +148,9 @@ def write_token_files(chunk: Path, tokenizer: Tokenizer, recipe: TokenRecipe) ->
 
     files = TokenFiles(chunk)
     files.facts.unlink(missing_ok=True)
+    for file in (files.tokens, files.index):
+        if file.exists() and not file.is_file():
+            raise UserError(f"{find_file_problem(file)}: remove it")
     dtype = np.dtype(np.uint16 if tokenizer.n_words <= 2**16 else np.uint32)
     made_from = files.made_from(recipe)
     with open(files.tokens, "ab", buffering=2**20) as tokens, open(files.index, "ab") as index:

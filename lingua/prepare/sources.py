@@ -2,8 +2,8 @@
 
     for document in read_documents(Path("000_00000.parquet")): ...     {"text": ..., "id": ...}
 
-Only the text (field `text` or, if missing, `content`) and the `id`, if any, are kept: training
-reads nothing else.
+Only the text (field `text` or, if missing or null, `content`) and the `id`, if any, are kept:
+training reads nothing else.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lingua.dataloader.jsonl import name_keys, parse_object
+from lingua.dataloader.jsonl import find_text, is_blank, name_keys, parse_object
 from lingua.errors import UserError, first_line, import_optional
+from lingua.files.listing import check_file, link_target
 from lingua.tokenizer import well_formed
 
 TEXT_KEYS = ("text", "content")
+TEXT_TYPES = ("string", "large_string", "string_view")  # of parquet columns
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
 MAX_NAMED = 3  # of the files that are not read
 BATCH_ROWS = 1024  # of a parquet file
@@ -29,10 +32,10 @@ EXPANSION = {".parquet": 2.0, ".gz": 3.0, ".zst": 3.0}
 
 
 def find_document_files(folder: Path) -> list[Path]:
-    """Return all files below `folder` that `read_documents` can read, sorted by path."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (seen from {Path.cwd()})")
-    found = sorted(path for path in folder.rglob("*") if _is_read(path, folder))
+    """Return all files below `folder` that `read_documents` can read by their names, sorted."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}{link_target(folder)}: no such folder (seen from {Path.cwd()})")
+    found = sorted(path for path in _walk(folder) if _is_read(path, folder))
     if not found:
         raise UserError(f"{folder} has no file that ends in {', '.join(SUFFIXES)}")
     return found
@@ -45,9 +48,8 @@ def describe_skipped(folder: Path) -> str | None:
     """
     skipped = sorted(
         path
-        for path in folder.rglob("*")
+        for path in _walk(folder)
         if not _is_read(path, folder)
-        and (path.is_symlink() or not path.is_dir())  # links to folders are not followed
         and (not _is_hidden(path, folder) or path.name.endswith(SUFFIXES))
     )
     if not skipped:
@@ -60,8 +62,20 @@ def describe_skipped(folder: Path) -> str | None:
     )
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield everything below `folder` except folders. Links to folders are not followed."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        yield from (Path(parent, name) for name in files)
+        yield from (path for name in folders if (path := Path(parent, name)).is_symlink())
+
+
 def _is_read(path: Path, folder: Path) -> bool:
-    return path.name.endswith(SUFFIXES) and path.is_file() and not _is_hidden(path, folder)
+    is_folder = os.path.isdir(path)
+    return path.name.endswith(SUFFIXES) and not is_folder and not _is_hidden(path, folder)
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
@@ -73,10 +87,11 @@ def estimate_text_bytes(file: Path) -> int:
 
 
 def check_document_file(file: Path) -> None:
-    """Refuse a parquet file that is truncated or has no text, without reading all of it."""
+    """Refuse a file that cannot be opened, and a truncated parquet file or one without text."""
+    check_file(file)
     if file.suffix == ".parquet":
         with _naming_broken(file), _open_parquet(file) as table:
-            _text_column(file, table.schema_arrow)
+            _text_columns(file, table.schema_arrow)
 
 
 def read_documents(file: Path) -> Iterator[dict[str, str]]:
@@ -89,11 +104,11 @@ def read_documents(file: Path) -> Iterator[dict[str, str]]:
 
 def _read_parquet(file: Path) -> Iterator[dict[str, str]]:
     with _naming_broken(file), _open_parquet(file) as table:
-        text = _text_column(file, table.schema_arrow)
-        columns = [text, "id"] if "id" in table.schema_arrow.names else [text]
+        texts = _text_columns(file, table.schema_arrow)
+        columns = [*texts, "id"] if "id" in table.schema_arrow.names else texts
         for batch in table.iter_batches(BATCH_ROWS, columns=columns):
             for row in batch.to_pylist():
-                yield _document(row[text], row.get("id"))
+                yield _document(find_text(row), row.get("id"))
 
 
 def _open_parquet(file: Path) -> Any:
@@ -101,20 +116,21 @@ def _open_parquet(file: Path) -> Any:
     return parquet.ParquetFile(file)
 
 
-def _text_column(file: Path, schema: Any) -> str:
-    text = next((name for name in TEXT_KEYS if name in schema.names), None)
-    if text is None:
+def _text_columns(file: Path, schema: Any) -> list[str]:
+    """Return the column of the text, then the one that replaces its nulls, if any."""
+    kinds = {name: str(schema.field(name).type) for name in TEXT_KEYS if name in schema.names}
+    if not kinds:
         raise UserError(f"{file} has no column text or content, but {', '.join(schema.names)}")
-    kind = str(schema.field(text).type)
-    if kind not in ("string", "large_string", "string_view"):
-        raise UserError(f"{file}: the column {text} has type {kind}, not text")
-    return text
+    first = next((name for name, kind in kinds.items() if kind != "null"), "text")
+    if kinds[first] not in TEXT_TYPES:
+        raise UserError(f"{file}: the column {first} has type {kinds[first]}, not text")
+    return [name for name, kind in kinds.items() if kind in TEXT_TYPES]
 
 
 def _read_lines(file: Path) -> Iterator[dict[str, str]]:
     with _naming_broken(file), _open(file) as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            if is_blank(line):
                 continue
             try:
                 row = parse_object(line)
@@ -125,12 +141,12 @@ def _read_lines(file: Path) -> Iterator[dict[str, str]]:
 
 
 def _text_of(row: dict[str, Any]) -> str | None:
-    for key in TEXT_KEYS:
-        if key in row:
-            if row[key] is None or isinstance(row[key], str):
-                return row[key]
-            raise ValueError(f'"{key}" is {json.dumps(row[key])[:40]}, not text')
-    raise ValueError(f'no "text" or "content" (found: {name_keys(row)})')
+    text = find_text(row)
+    if text is None and row.keys().isdisjoint(TEXT_KEYS):
+        raise ValueError(f'no "text" or "content" (found: {name_keys(row)})')
+    if text is None or isinstance(text, str):
+        return text
+    raise ValueError(f"the text is {json.dumps(text)[:40]}, not a string")
 
 
 def _open(file: Path) -> BinaryIO:

@@ -127,8 +127,11 @@ def test_all_ranks_stop_with_the_first(root):
 def test_no_text_has_no_loss(tmp_path):
     (tmp_path / "text").mkdir()
     assert score(tmp_path) == {}
+    (tmp_path / "text" / "text.val.jsonl").write_text('{"text": ""}\n')
+    assert score(tmp_path, add_bos=False, add_eos=False) == {}
     (tmp_path / "text" / "text.val.jsonl").write_text("")
-    assert score(tmp_path) == {}
+    with pytest.raises(UserError, match="text.val.jsonl is empty"):
+        score(tmp_path)
 
 
 def test_max_steps_and_additional_sources(root, tmp_path):

@@ -42,6 +42,8 @@ RAW = [  # lines that no JSON writer gives
     b'{"text": NaN}',
     b'{"text": "a", "x": NaN}',
     b'{"text": "\\ud800 lone"}',
+    b'{"text": null, "content": "b"}',
+    b'{"content": "b", "text": null}',
     b'\xef\xbb\xbf{"text": "bom"}',
     '{"text": "a"}'.encode("utf-16"),
     b'{"text": "tab\there"}',
@@ -76,12 +78,14 @@ def plain_reading(line: bytes) -> str | None:
         return dict(pairs)
 
     try:
-        document = json.loads(str(line, "utf-8"), object_pairs_hook=once)
+        plain = re.sub("^\ufeff", "", str(line, "utf-8"))
+        document = json.loads(plain, object_pairs_hook=once)
     except (ValueError, AssertionError):
         return None
-    if type(document) is not dict or not {"text", "content"} & document.keys():
+    if type(document) is not dict:
         return None
-    text = document["text" if "text" in document else "content"]
+    values = [document[key] for key in ("text", "content") if document.get(key) is not None]
+    text = values[0] if values else None
     return re.sub("[\ud800-\udfff]", "\ufffd", text) if type(text) is str else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -71,8 +72,8 @@ def test_consecutive_ranks_share_a_chunk_if_chunks_divide_ranks(tmp_path):
 def test_distribution_does_not_depend_on_directory_order(tmp_path, monkeypatch):
     folder = make_chunks(tmp_path, 5, 4)
     want = [distribute_data_to_rank(str(folder), rank, 2) for rank in range(2)]
-    glob = Path.glob
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: reversed(list(glob(self, pattern))))
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: sorted(listdir(folder), reverse=True))
     assert [distribute_data_to_rank(str(folder), rank, 2) for rank in range(2)] == want
 
 
@@ -96,6 +97,27 @@ def test_text_comes_before_content_and_blank_lines_do_not_count(tmp_path):
     assert [document_text(d) for d, _ in read_jsonl(str(file), 0, 2, 1, 0)] == ["c"]
 
 
+def test_a_null_text_counts_as_missing(tmp_path):
+    file = tmp_path / "x.val.jsonl"
+    file.write_text('{"text": null, "content": "c"}\n{"text": "", "content": "c"}\n')
+    assert [document_text(d) for d, _ in read_jsonl(str(file), 0, 1, 0, 0)] == ["c", ""]
+    assert list(iter_val_documents(str(tmp_path), [""])) == ["c", ""]
+
+
+@pytest.mark.parametrize("lines", ["\ufeff{}\n", "\ufeff\n{}\n", "\ufeff{0}\n\ufeff{0}\n"])
+def test_a_byte_order_mark_is_ignored(tmp_path, lines):
+    """Positions still count its bytes, so that a saved position can be checked and resumed."""
+    lines = lines.format('{"text": "\ufeffkept"}') * 2  # as in joined files
+    file = tmp_path / "x.chunk.0.jsonl"
+    file.write_text(lines, encoding="utf-8")
+    n_documents = lines.count("kept")
+    whole = list(islice(loop_on_jsonl(**distribute_data_to_rank(str(tmp_path), 0, 1)), 9))
+    assert {document_text(document) for document, _ in whole} == {"\ufeffkept"}
+    assert whole[n_documents - 1][1]["position"] == file.stat().st_size
+    for k, (_, state) in enumerate(whole[:4]):
+        assert list(islice(loop_on_jsonl(**state), 4)) == whole[k + 1 : k + 5]
+
+
 def test_text_is_utf8_and_broken_surrogates_are_replaced(tmp_path):
     file = tmp_path / "x.chunk.0.jsonl"
     file.write_bytes('{"text": "é漢😀"}\n{"text": "a\\ud83d b \\ud83d\\ude00"}\n'.encode())
@@ -108,6 +130,8 @@ BAD_LINES = {
     b'["a list"]': "must be a JSON object, got list",
     b'{"title": "x", "id": 1}': "found: 'id', 'title'",
     b'{"text": null}': 'no string under "text"',
+    b'{"text": null, "content": 3}': "found: 'content', 'text'",
+    b'{"text": 3, "content": "x"}': "found: 'content', 'text'",
     b'{"text": "\xff\xfe"}': "not JSON in UTF-8",
 }
 
@@ -144,6 +168,61 @@ def test_unreadable_chunks_are_refused_before_the_start(tmp_path, prepare, world
     prepare(folder)
     with pytest.raises(UserError, match=message):
         find_and_sanitize_chunks(str(folder), world_size)
+
+
+def link_in_a_circle(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def hide_from_reader(path: Path) -> None:
+    path.write_text('{"text": "x"}\n')
+    path.chmod(0)
+
+
+UNREADABLE = {
+    "dangling link": (lambda path: path.symlink_to("/not/there"), "a link to /not/there.*No such"),
+    "circle": (link_in_a_circle, "a link to .*cannot be read"),
+    "folder": (Path.mkdir, "is a folder"),
+    "linked folder": (lambda path: path.symlink_to("."), "is a folder"),
+    "pipe": (os.mkfifo, "is a pipe"),
+    "empty": (Path.touch, "is empty"),
+    "only a byte order mark": (lambda path: path.write_bytes(b"\xef\xbb\xbf\n"), "is empty"),
+    "no permission": (hide_from_reader, "Permission denied"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_matching_name_that_cannot_be_read_is_refused(tmp_path, kind, monkeypatch):
+    make, problem = UNREADABLE[kind]
+    if kind == "no permission":  # root may read everything
+        monkeypatch.setattr(os, "access", lambda path, _: Path(path).stat().st_mode & 0o444)
+    chunks, texts = make_chunks(tmp_path / "chunks", 2, 2), tmp_path / "texts"
+    write(texts / "a.val.jsonl", ["x"])
+    for path in (chunks / "x.chunk.02.jsonl", texts / "b.val.jsonl"):
+        make(path)
+    with pytest.raises(UserError, match=rf"x\.chunk\.02\.jsonl.*{problem}"):
+        find_and_sanitize_chunks(str(chunks), 1)
+    with pytest.raises(UserError, match=rf"b\.val\.jsonl.*{problem}"):
+        find_val_files(str(tmp_path), ["texts"])
+
+
+def test_a_link_to_a_readable_file_is_a_chunk(tmp_path):
+    make_chunks(tmp_path / "elsewhere", 1, 2)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "x.chunk.00.jsonl").symlink_to("../elsewhere/x.chunk.00.jsonl")
+    assert one_pass(tmp_path / "source", 0, 1) == ["0/0", "0/1"]
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(UserError, match="no folder .*link .a link to gone"):
+        find_and_sanitize_chunks(str(tmp_path / "link"), 1)
+
+
+def test_attribute_files_of_macos_are_skipped(tmp_path):
+    make_chunks(tmp_path, 1, 2)
+    write(tmp_path / "x.val.jsonl", ["held out"])
+    for name in ("._x.chunk.00.jsonl", "._x.chunk.01.jsonl", "._x.val.jsonl"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    assert one_pass(tmp_path, 0, 1) == ["0/0", "0/1"]
+    assert list(iter_val_documents(str(tmp_path), ["."])) == ["held out"]
 
 
 def test_whole_chunks_may_be_short(tmp_path):

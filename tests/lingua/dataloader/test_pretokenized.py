@@ -153,8 +153,10 @@ def test_small_vocabularies_take_two_bytes_per_token(made):
         (lambda files: files.facts.unlink(), "tokens.json cannot be read"),
         (lambda files: files.facts.write_text("{"), "tokens.json is damaged"),
         (lambda files: files.facts.write_text("{}"), "tokens.json is damaged"),
-        (lambda files: files.index.write_bytes(b"12345678"), "index is missing or truncated"),
-        (lambda files: files.tokens.unlink(), "tokens is missing or truncated"),
+        (lambda files: files.index.write_bytes(b"12345678"), "index has another size"),
+        (lambda files: files.tokens.unlink(), "tokens cannot be read"),
+        (lambda files: files.tokens.write_bytes(b""), "tokens is empty"),
+        (lambda files: move_away(files.index), "tokens.index .a link to gone. cannot be read"),
         (lambda files: write_chunk(files.chunk, ["other", "text"]), "made with chunk_bytes="),
         (lambda files: replace_text(files.chunk, "pass", "fail"), "the text has changed since"),
     ],
@@ -165,6 +167,24 @@ def test_files_that_do_not_fit_are_refused_and_made_again(args, made, spoil, pro
         first_batches(made)
     tokenize(args)
     assert_same_stream(first_batches(made, n=9), first_batches(args, n=9))
+
+
+def move_away(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("gone")
+
+
+@pytest.mark.parametrize("name", ["facts", "tokens", "index"])
+@pytest.mark.parametrize("replace", [Path.mkdir, os.mkfifo])
+def test_a_name_that_is_no_file_is_refused_without_waiting(args, made, name, replace):
+    file = getattr(code_files(args), name)
+    file.unlink()
+    replace(file)
+    with pytest.raises(UserError, match=f"{file.name} is a .*, not a file"):
+        first_batches(made)
+    if name != "facts":  # a new file takes its place
+        with pytest.raises(UserError, match=f"{file.name} is a .*, not a file"):
+            write(args, code_files(args).chunk)
 
 
 @pytest.fixture

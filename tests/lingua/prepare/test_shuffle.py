@@ -381,7 +381,8 @@ def test_a_parquet_file_without_text_names_its_columns(tmp_path, table, problem)
         (b'{"text": "\xff"}', "not JSON in UTF-8"),
         (b"[1]", "a line must be a JSON object, got list"),
         (b'{"title": "y"}', r"""no "text" or "content" \(found: 'title'\)"""),
-        (b'{"text": 3}', '"text" is 3, not text'),
+        (b'{"text": 3}', "the text is 3, not a string"),
+        (b'{"text": null, "content": [1]}', r"the text is \[1\], not a string"),
     ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
