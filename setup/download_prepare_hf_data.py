@@ -10,8 +10,9 @@ makes ./data/fineweb_edu_shuffled, a folder for `data.sources`, in 64 GB of memo
 
 If it is interrupted, the same command resumes and ends with the same bytes. They depend on the
 seed, not on the memory. With --source_dir the documents come from files on disk (parquet, or JSON
-lines, plain, .gz or .zst), and nothing is downloaded. Downloads stay in <data_dir>/<dataset> and
-can be removed at the end. The disk must hold them, and the text twice.
+lines, plain, .gz or .zst), and nothing is downloaded. Files of the splits test and validation are
+skipped, unless --split names them. Downloads stay in <data_dir>/<dataset> and can be removed at the
+end. The disk must hold them, and the text twice.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from lingua.errors import UserError, first_line, import_optional, run_cli
 from lingua.files.atomic import write_atomic
 from lingua.prepare.shuffle import ShufflePlan, find_finished, shuffle_documents
 from lingua.prepare.sources import describe_skipped, find_document_files
+from lingua.prepare.splits import ALL, select_split
 
 GB = 10**9
 MIN_MEMORY = 0.01  # GB
@@ -70,6 +72,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         help="documents held out for the validation loss; 0: no validation file",
     )
     add("--source_dir", type=Path, help="read the files of this folder instead of downloading")
+    add("--split", default="train", help=f"split of --source_dir to read: train, test, ..., {ALL}")
     given = parser.parse_args(argv)
     if not MIN_MEMORY <= given.memory < float("inf"):
         raise UserError(f"memory={given.memory} must be at least {MIN_MEMORY} (GB)")
@@ -79,6 +82,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(
             f"dataset {given.dataset!r} must be one of {corpora}, or have --source_dir FOLDER"
         )
+    if given.source_dir is None and given.split != "train":
+        raise UserError(f"--split {given.split} needs --source_dir; downloads only have train")
     if not re.fullmatch(r"\w[\w.-]*", given.dataset):
         raise UserError(f"dataset {given.dataset!r} must be letters, digits, '_', '.' or '-'")
     return given
@@ -167,8 +172,10 @@ def main(argv: Sequence[str]) -> None:
             if given.source_dir is None:
                 download(given.dataset, root)
             sources = find_document_files(root)
-            if given.source_dir and (skipped := describe_skipped(root)):
-                print(skipped)
+            if given.source_dir:
+                sources, other_splits = select_split(sources, root, given.split)
+                for line in filter(None, (describe_skipped(root), other_splits)):
+                    print(line)
             manifest = shuffle_documents(sources, root, out, plan)
     except OSError as error:
         raise UserError(f"{error}; fix it and run the same command again to resume") from None

@@ -157,6 +157,35 @@ def test_skipped_files_are_listed(tmp_path, capsys):
     assert "end in .parquet, .jsonl, .jsonl.gz" in line
 
 
+def test_only_one_split_of_a_hub_folder_is_prepared(tmp_path, capsys):
+    source = tmp_path / "hub"
+    (source / "data").mkdir(parents=True)
+    for split, n in (("train", 40), ("test", 20), ("validation", 3)):
+        table = pyarrow.table({"text": [f"{split} {i}" for i in range(n)]})
+        pyarrow.parquet.write_table(table, source / f"data/{split}-00000-of-00001.parquet")
+
+    def prepare_split(name: str, *options: str) -> tuple[set[str], str]:
+        out = prepare(
+            tmp_path,
+            "--source_dir",
+            str(source),
+            "--validation_documents",
+            "1",
+            *options,
+            name=name,
+        )
+        lines = [line for file in out.glob("*.jsonl") for line in file.read_text().splitlines()]
+        return {json.loads(line)["text"] for line in lines}, capsys.readouterr().out
+
+    texts, printed = prepare_split("a")
+    assert texts == {f"train {i}" for i in range(40)}
+    assert f"{source}: files of other splits skipped: test (1), validation (1)" in printed
+    assert prepare_split("b", "--split", "test")[0] == {f"test {i}" for i in range(20)}
+    assert len(prepare_split("c", "--split", "all")[0]) == 63
+    with pytest.raises(UserError, match="made from other source files"):
+        prepare_split("a", "--split", "test")
+
+
 @pytest.mark.parametrize(
     "dataset, repo_id, pattern",
     [
@@ -265,6 +294,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         (["fineweb_edu", "64", "--nchunks", "0"], "--nchunks 0 must be at least 1"),
         (["fineweb_edu", "64", "--validation_documents", "-1"], "documents -1 must be at least 0"),
         (["fineweb_edu", "64", "--source_dir", "/no/such"], "/no/such: no such folder"),
+        (["fineweb_edu", "64", "--split", "test"], "--split test needs --source_dir"),
     ],
 )
 def test_wrong_options_are_one_line(tmp_path, argv, message):
