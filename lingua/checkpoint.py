@@ -29,11 +29,11 @@ from torch.optim import Optimizer
 
 from lingua.args import dataclass_to_dict, diff_configs
 from lingua.checkpointing.dcp import CONFIG_NAME as CONFIG_NAME
-from lingua.checkpointing.dcp import METADATA_NAME, require_files
 from lingua.checkpointing.dcp import load_from_checkpoint as load_from_checkpoint
+from lingua.checkpointing.dcp import require_files
 from lingua.checkpointing.folder import FOLDER_NAME as FOLDER_NAME
-from lingua.checkpointing.folder import TRAIN_STATE_NAME as TRAIN_STATE_NAME
 from lingua.checkpointing.folder import (
+    MANIFEST_NAME,
     check_files,
     check_tensor_files,
     clear_leftovers,
@@ -43,11 +43,14 @@ from lingua.checkpointing.folder import (
     is_published,
     remove_checkpoint,
 )
+from lingua.checkpointing.folder import TRAIN_STATE_NAME as TRAIN_STATE_NAME
+from lingua.checkpointing.metadata import METADATA_NAME
 from lingua.checkpointing.save import Save
 from lingua.checkpointing.weights import CONSOLIDATE_FOLDER as CONSOLIDATE_FOLDER
 from lingua.checkpointing.weights import CONSOLIDATE_NAME as CONSOLIDATE_NAME
 from lingua.checkpointing.weights import check_init_path
 from lingua.checkpointing.weights import consolidate_checkpoints as consolidate_checkpoints
+from lingua.dataloader.resume import reject_lingua_state
 from lingua.distributed import (
     RanksFailed,
     get_dp_rank_and_degree,
@@ -56,7 +59,7 @@ from lingua.distributed import (
     run_on_rank_0,
     run_together,
 )
-from lingua.errors import UserError
+from lingua.errors import MachineFault, UserError
 from lingua.logger import log_on_rank_0
 from lingua.parallel.signals import defer_interrupt
 from lingua.redact import redact_all
@@ -108,7 +111,14 @@ def check_init(args: CheckpointArgs) -> None:
     check_init_path(args.init_ckpt_path)
     if args.continue_training_from_init:
         option = "checkpoint.continue_training_from_init=true: checkpoint.init_ckpt_path="
-        require_files(Path(args.init_ckpt_path or ""), *REQUIRED_FILES, option=option)
+        folder = Path(args.init_ckpt_path or "")
+        require_files(folder, *REQUIRED_FILES, option=option)
+        file = folder / TRAIN_STATE_NAME.format(0)
+        try:
+            state = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{option}{folder}: {file.name} is not JSON: {error}") from None
+        reject_lingua_state(state.get("data_loader_state", {}), str(file))
 
 
 class TrainState(Protocol):
@@ -148,6 +158,25 @@ class CheckpointManager:
         if not self.path.is_dir():
             return []
         return sorted(p for p in self.path.iterdir() if is_checkpoint(p))
+
+    @property
+    def foreign_save(self) -> Path | None:
+        """The newest complete checkpoint of another program. None if any is ours."""
+        saves = self.existing_saves
+        if any((folder / MANIFEST_NAME).exists() for folder in saves):
+            return None
+        names = (METADATA_NAME, CONFIG_NAME)
+        complete = [p for p in saves if all((p / name).is_file() for name in names)]
+        return complete[-1] if complete else None
+
+    def check_foreign(self) -> None:
+        """Raise UserError if another program wrote the checkpoints of this folder."""
+        if (folder := self.foreign_save) is not None:
+            raise UserError(
+                f"{self.path}: another program, such as Meta Lingua, wrote these checkpoints (they "
+                "have no manifest.json), so a run cannot resume from them; start a new run in "
+                f"another dump_dir from their weights, with checkpoint.init_ckpt_path={folder}"
+            )
 
     def get_last_step_path(self, *, quiet: bool = False) -> Path | None:
         """Return the newest undamaged checkpoint. With `quiet`, do not log damaged ones."""
@@ -288,8 +317,10 @@ class CheckpointManager:
             except UserError as error:
                 raise UserError(f"{error}{_name_cause(differences)}") from None
             except RanksFailed as error:
-                if path:
+                if path and isinstance(error, MachineFault):
                     raise
+                if path:
+                    raise UserError(f"cannot load checkpoint {folder}: {error}") from None
                 message = "cannot load checkpoint %s, trying the previous one: %s"
                 log_on_rank_0(message, folder, error, level=logging.WARNING)
                 unreadable[folder] = str(error)
@@ -325,6 +356,7 @@ class CheckpointManager:
 
     def _newest_readable(self, unreadable: dict[Path, str], *, quiet: bool = False) -> Path | None:
         """Return the newest undamaged checkpoint that is not in `unreadable`; add damaged ones."""
+        self.check_foreign()
         for folder in reversed(self.existing_saves):
             if folder in unreadable:
                 continue

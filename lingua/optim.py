@@ -171,7 +171,7 @@ OPTION_OF_PARAMETER = {  # a schedule reads the options that its parameters name
     "decay_fraction": "decay_fraction",
     "exp_factor": "exp_factor",
 }
-MEANS_CONSTANT = {"warmup": 0, "lr_min_ratio": 1.0}  # values that describe `constant`
+MEANS_CONSTANT = {"lr_min_ratio": 1.0}  # a value that describes `constant`
 
 
 def build_lr_fn(args: OptimArgs, n_steps: int) -> Callable[[int], float]:
@@ -195,6 +195,8 @@ def _warn_of_unused_options(args: OptimArgs) -> None:
     parameters = inspect.signature(SCHEDULERS[args.scheduler]).parameters
     for parameter, option in OPTION_OF_PARAMETER.items():
         value, default = getattr(args, option), getattr(OptimArgs, option)
+        if option == "warmup":
+            default = 0  # the default of 2000 steps looks like a warmup too
         if parameter not in parameters and value not in (default, MEANS_CONSTANT.get(option)):
             _warn(f"optim.{option}={value} has no effect with optim.scheduler={args.scheduler}")
 

@@ -168,6 +168,9 @@ class Probe:
         return f"{path}{suffix}::{name}"
 
 
+AutoProbeD = Probe  # Lingua's name
+
+
 class _Stats:
     """Statistics of a tensor, computed immediately, and kept on its device until `as_dict`."""
 

@@ -306,6 +306,23 @@ class FeedForward(nn.Module):
         init_linear(self.w2, init_std, factor)
 
 
+class TiedLinear(nn.Module):
+    """A head that uses the weight of `tied_module`, an embedding. It has no parameter itself."""
+
+    def __init__(self, tied_module: nn.Module):
+        super().__init__()
+        self._tied = (tied_module,)  # in a tuple, so that its parameters are not registered twice
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self._tied[0].weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
 @cache
 def flex_attention_on(device_type: str) -> Any:
     """Return FlexAttention, compiled on CUDA: eager, it is slow and takes much memory."""

@@ -15,8 +15,10 @@ The scores are also appended to metrics.eval.jsonl and metrics.validation.jsonl 
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.args import LMHarnessArgs as LMHarnessArgs
@@ -31,6 +33,13 @@ from lingua.errors import UserError, run_cli
 from lingua.files.lock import make_and_lock_folders, make_writable
 from lingua.logger import init_logger
 from lingua.parallel.args import DistributedArgs
+
+
+def __getattr__(name: str) -> Any:
+    """Find Lingua's EvalHarnessLM. Its module imports lm_eval, which takes seconds."""
+    if name == "EvalHarnessLM":
+        return importlib.import_module("apps.LT2.evaluation.harness").EvalHarnessLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def launch_eval(given: EvalArgs) -> dict[str, Scores]:

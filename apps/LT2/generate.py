@@ -19,10 +19,29 @@ from apps.LT2.inference.generator import (
     PackedCausalTransformerGeneratorArgs,
     Prompt,
 )
-from apps.LT2.inference.load import find_checkpoint, load_model_and_tokenizer, resolve_device
+from apps.LT2.inference.load import (
+    LoadedModel,
+    find_checkpoint,
+    load_model_and_tokenizer,
+    resolve_device,
+)
+from apps.LT2.inference.prompts import pack_prompts as pack_prompts
+from apps.LT2.inference.sampling import sample_tokens as sample_tokens
+from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.args import parse_args
 from lingua.errors import UserError, run_cli
 from lingua.tokenizer import well_formed
+
+
+def load_consolidated_model_and_tokenizer(
+    consolidated_path: str,
+    model_cls: type = LoopedTransformer,
+    model_args_cls: type = LoopedTransformerArgs,
+) -> LoadedModel:
+    """Do the same as `load_model_and_tokenizer`, under Lingua's name."""
+    assert model_cls is LoopedTransformer, "only LoopedTransformer can be loaded"
+    assert model_args_cls is LoopedTransformerArgs, "LoopedTransformer needs its own args"
+    return load_model_and_tokenizer(str(consolidated_path))
 
 
 @dataclass(kw_only=True)

@@ -45,7 +45,7 @@ from apps.LT2.training.summary import format_summary
 from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.trainer import every_n_steps as every_n_steps
 from apps.LT2.training.unused_options import train_warnings
-from apps.LT2.transformer import LoopedTransformer
+from apps.LT2.transformer import ZERO_IF_MISSING, LoopedTransformer
 from lingua.args import dump_config, parse_args
 from lingua.checkpoint import CheckpointManager
 from lingua.checkpointing.weights import load_initial_weights
@@ -308,7 +308,7 @@ def load_state(
     state = TrainState(0, 0, loader_state, scheduler)
     loaded = checkpoints.load(model, optimizer, state, mesh, config=args)
     if loaded is None and args.checkpoint.init_ckpt_path is not None:
-        load_initial_weights(args.checkpoint.init_ckpt_path, model)
+        load_initial_weights(args.checkpoint.init_ckpt_path, model, ZERO_IF_MISSING)
     elif loaded is not None:
         log_on_rank_0("resumed from %s, step %d", loaded.path, loaded.step)
         for difference in loaded.differences:

@@ -14,6 +14,7 @@ of the vocabulary.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,9 @@ from lingua.parallel.tensor_parallel import local_weight, tp_of
 from lingua.transformer import RMSNorm, depth_factor, init_linear, trunc_normal_
 
 logger = logging.getLogger(__name__)
+
+# Weights that checkpoints of models without loops lack, such as Lingua's.
+ZERO_IF_MISSING = ("rho",)
 
 
 @dataclass
@@ -337,6 +341,17 @@ class LoopedTransformer(nn.Module):
     def _logits(self, h: Tensor) -> Tensor:
         tp = tp_of(self.head)
         return tp.gather_from(F.linear(tp.copy_to(h), self.head_weight)).float()
+
+
+# Names of Lingua's apps.main.transformer.
+LMTransformer, LMTransformerArgs = LoopedTransformer, LoopedTransformerArgs
+
+
+def __getattr__(name: str) -> Any:
+    """Find Lingua's other names in apps.LT2.parallel, which imports this module."""
+    if name in ("build_fsdp_grouping_plan", "get_no_recompute_ops", "tp_parallelize"):
+        return getattr(importlib.import_module("apps.LT2.parallel"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def build_on_meta(args: LoopedTransformerArgs) -> LoopedTransformer:

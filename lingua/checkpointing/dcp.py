@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.optim import Optimizer
 
+from lingua.checkpointing.metadata import METADATA_NAME, MetadataReader, read_metadata
 from lingua.errors import UserError, first_line
 from lingua.logger import log_on_rank_0
 from lingua.optim import state_fields
 
 MODEL_KEY, OPTIM_KEY = "model", "optim"
-METADATA_NAME = ".metadata"
+# Lingua stores the weight of a tied head a second time.
+TIED_COPY = "output.tied_module.weight"
 CONFIG_NAME = "params.json"
 
 
@@ -42,18 +46,22 @@ def load_from_checkpoint(
     optimizer: Optimizer | None = None,
     model_key: str = MODEL_KEY,
     optim_key: str = OPTIM_KEY,
+    zero_if_missing: Sequence[str] = (),
 ) -> None:
     """Load a step folder into a model and optimizer, in place. A collective.
 
     An empty `model_key` means that the model's tensors have no prefix. Without an optimizer,
     stored weights that the model lacks are skipped with a warning; with one, they are a UserError.
-    Weights that the folder lacks, and other shapes, are always a UserError.
+    Weights that the folder lacks are set to zero if `zero_if_missing` lists them. Otherwise they
+    are a UserError, as are other shapes.
     """
     folder = Path(ckpt_dir)
     require_files(folder, METADATA_NAME)
     metadata = read_metadata(folder)
     weights = model.state_dict()
-    stored = {name: entry.size for name, entry in tensors_under(model_key, metadata).items()}
+    stored = {name: entry.size for name, entry in model_tensors(metadata, model_key).items()}
+    for name in missing_as_zero(f"checkpoint {folder}", weights, stored, zero_if_missing):
+        weights.pop(name).zero_()
     if not model_key:  # the root may hold other tensors
         stored = {name: size for name, size in stored.items() if name in weights}
     check_fits(f"checkpoint {folder}", weights, stored, may_leave_out=optimizer is None)
@@ -78,8 +86,13 @@ def require_files(folder: Path, *names: str, option: str = "") -> None:
             )
 
 
-def read_metadata(folder: Path) -> Metadata:
-    return FileSystemReader(folder).read_metadata()
+def model_tensors(
+    metadata: Metadata, model_key: str = MODEL_KEY
+) -> dict[str, TensorStorageMetadata]:
+    """Return size and dtype of the stored weights."""
+    stored = tensors_under(model_key, metadata)
+    stored.pop(TIED_COPY, None)
+    return stored
 
 
 def tensors_under(prefix: str, metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -93,15 +106,37 @@ def tensors_under(prefix: str, metadata: Metadata) -> dict[str, TensorStorageMet
 
 
 def read_tensors(folder: Path, state: dict[str, Any], *, is_collective: bool) -> None:
-    """Fill the tensors of a nested `state` in place; RuntimeError if a file is not readable."""
+    """Fill the tensors of a nested `state` in place; RuntimeError if a file is not readable.
+
+    UserError if a file holds more than tensors.
+    """
     try:
         with warnings.catch_warnings():  # DCP warns even if no_dist is set
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=not is_collective)
+            reader, planner = MetadataReader(folder), _TensorPlanner()
+            dcp.load(state, storage_reader=reader, planner=planner, no_dist=not is_collective)
     except CheckpointException as error:  # a BaseException
         rank, (cause, _) = sorted(error.failures.items())[0]
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, pickle.UnpicklingError):
+            raise not_only_tensors(f"a .distcp file in {folder}") from None
         message = f"rank {rank}: {type(cause).__name__}: {first_line(cause)}"
         raise RuntimeError(message) from error
+
+
+class _TensorPlanner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        """Refuse an entry that is not a tensor: torch would unpickle it."""
+        raise ValueError(f"{read_item.storage_index.fqn!a} is not a tensor")
+
+
+def not_only_tensors(file: str) -> UserError:
+    """Return the error for a file that torch refuses to unpickle. Its own advises to unpickle."""
+    return UserError(
+        f"{file} holds more than tensors; nothing in it was run. Do not use this checkpoint unless "
+        "you know who wrote it"
+    )
 
 
 def find_missing_tensors(folder: Path) -> str | None:
@@ -111,6 +146,16 @@ def find_missing_tensors(folder: Path) -> str | None:
         if not file.is_file() or file.stat().st_size < place.offset + place.length:
             return f"{file.name} does not contain {key.fqn}"
     return None
+
+
+def missing_as_zero(
+    source: str, weights: Mapping[str, Any], stored: Mapping[str, Any], names: Sequence[str]
+) -> list[str]:
+    """Return those of `names` that the model has and `source` lacks, and log them."""
+    missing = [name for name in names if name in weights and name not in stored]
+    if missing:
+        log_on_rank_0("%s has no %s: set to zero", source, missing[0], level=logging.WARNING)
+    return missing
 
 
 def check_fits(

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lingua.checkpointing.dcp import CONFIG_NAME, METADATA_NAME, find_missing_tensors
+from lingua.checkpointing.dcp import CONFIG_NAME, find_missing_tensors
+from lingua.checkpointing.metadata import METADATA_NAME
 from lingua.errors import UserError
 from lingua.files.atomic import fsync_path, write_atomic
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from lingua.checkpointing.dcp import (
     CONFIG_NAME,
-    METADATA_NAME,
     MODEL_KEY,
+    TIED_COPY,
     check_fits,
     load_from_checkpoint,
-    read_metadata,
+    missing_as_zero,
+    model_tensors,
+    not_only_tensors,
     read_tensors,
     require_files,
-    tensors_under,
 )
 from lingua.checkpointing.folder import check_files
+from lingua.checkpointing.metadata import METADATA_NAME, read_metadata
 from lingua.errors import UserError, first_line, import_optional
 from lingua.files.atomic import open_atomic, write_atomic
 from lingua.optim import is_matrix
@@ -67,9 +69,11 @@ def read_weights(
             check_files(source, f"{option}={source}")
             return _read_step_folder(source, device, matrix_dtype)
         weights = _read_file(source, option)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError:
+        raise not_only_tensors(f"{option}={source}") from None
+    except Exception as error:  # a damaged file can raise any error
         reason = f"weights are not readable: {first_line(error)}"
         raise UserError(f"{option}={source}: {reason}") from None
     return {
@@ -88,7 +92,7 @@ def _read_step_folder(
     folder: Path, device: torch.device | str, matrix_dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
-    for name, entry in tensors_under(MODEL_KEY, read_metadata(folder)).items():
+    for name, entry in model_tensors(read_metadata(folder)).items():
         like = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         dtype = weight_dtype(name, like, matrix_dtype)
         weights[name] = torch.empty(entry.size, dtype=dtype, device=device)
@@ -107,7 +111,7 @@ def _read_file(file: Path, option: str) -> dict[str, Tensor]:
     weights = content.get(MODEL_KEY, content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise UserError(f"{option}={file} must hold {{'{MODEL_KEY}': {{name: tensor}}}}")
-    return weights
+    return {name: tensor for name, tensor in weights.items() if name != TIED_COPY}
 
 
 def write_weights(file: Path, weights: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -162,17 +166,27 @@ def check_init_path(path: str | None) -> None:
         )
 
 
-def load_initial_weights(path: str, model: nn.Module) -> None:
-    """Fill a model, sharded or not, from a step folder or a weight file. A collective."""
+def load_initial_weights(path: str, model: nn.Module, zero_if_missing: Sequence[str] = ()) -> None:
+    """Fill a model, sharded or not, from a step folder or a weight file. A collective.
+
+    Weights that are missing there are set to zero if `zero_if_missing` lists them.
+    """
     check_init_path(path)
     source = find_weights(Path(path))
     assert source is not None
-    if source.is_dir():
-        load_from_checkpoint(source, model)
-        return
     option = "checkpoint.init_ckpt_path"
+    if source.is_dir():
+        try:
+            load_from_checkpoint(source, model, zero_if_missing=zero_if_missing)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UserError(f"{option}={source} is not readable: {first_line(error)}") from None
+        return
     weights = read_weights(source, option)
     targets = model.state_dict()
+    for name in missing_as_zero(f"{option}={source}", targets, weights, zero_if_missing):
+        targets.pop(name).zero_()
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     check_fits(f"{option}={source}", targets, shapes, may_leave_out=True)
     for name, target in targets.items():

@@ -8,8 +8,9 @@ Only `data.root_dir` and `data.tokenizer.path` may change, and options that don'
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import ChunksState, JSONLState, distribute_data_to_rank
@@ -45,8 +46,19 @@ def check_state_matches(args: DataArgs, state: PrefetchState) -> list[str]:
     ]
 
 
+def reject_lingua_state(state: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a data state of Meta Lingua; ours has more fields."""
+    if "it_state" in state and "world_size" not in state:
+        raise UserError(
+            f"cannot resume the data: {where} is a data state of Meta Lingua, which LT2 cannot "
+            "read; start a new run from the weights with checkpoint.init_ckpt_path, and "
+            "checkpoint.continue_training_from_init=false"
+        )
+
+
 def fit_state_to_args(args: DataArgs, state: DataState) -> DataState:
     """Return `state` with the paths of `args`; raise UserError for any other difference."""
+    reject_lingua_state(state, "data_loader_state")
     if not is_resharded(state):
         return _fit_stream(args, cast(PrefetchState, state))
     streams = {

@@ -41,7 +41,9 @@ class ChatTemplate:
                 bos_token="",  # the tokenizer adds it
                 eos_token="",
             )
-        except (self._jinja2.TemplateError, TypeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a template can raise any error
             raise UserError(
                 f"{self.source}: the chat template cannot format this conversation: {error}; "
                 "replace chat_template.jinja, or set apply_chat_template=false"

@@ -22,6 +22,7 @@ from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.mixers import MIXERS, Mixer
 from apps.LT2.transformer import (
+    ZERO_IF_MISSING,
     LoopedTransformer,
     LoopedTransformerArgs,
     build_on_meta,
@@ -29,7 +30,7 @@ from apps.LT2.transformer import (
 )
 from lingua.args import dataclass_from_dict
 from lingua.checkpoint import CONFIG_NAME, CONSOLIDATE_NAME, CheckpointArgs, CheckpointManager
-from lingua.checkpointing.dcp import check_fits
+from lingua.checkpointing.dcp import check_fits, missing_as_zero
 from lingua.checkpointing.weights import SAFETENSORS_NAME, find_weights, read_weights, weight_dtype
 from lingua.errors import UserError
 from lingua.parallel.args import DTYPES, resolve_dtype
@@ -73,6 +74,8 @@ def load_model_and_tokenizer(
     weights = read_weights(source, "ckpt", device=on, matrix_dtype=matrix_dtype)
     if "rho" in weights and args.use_residual:
         weights["rho"] = fit_loop_gates(weights["rho"], args.loop_count)
+    for name in missing_as_zero(str(source), model.state_dict(), weights, ZERO_IF_MISSING):
+        weights[name] = torch.zeros_like(model.get_parameter(name), device=on)
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     check_fits(f"ckpt={source}", model.state_dict(), shapes, may_leave_out=False)
     model.load_state_dict(weights, assign=True)
@@ -103,7 +106,7 @@ def find_checkpoint(ckpt: str) -> Path:
     found = find_weights(path)
     for folder in (path / "checkpoints", path):
         manager = CheckpointManager(CheckpointArgs(path=str(folder)))
-        found = found or manager.get_last_step_path()
+        found = found or manager.foreign_save or manager.get_last_step_path()
     if found is None:
         raise UserError(
             f"ckpt={ckpt} holds no complete checkpoint; name a run's dump_dir, a step folder such "

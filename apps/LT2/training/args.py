@@ -85,7 +85,9 @@ def check_and_build(
         check_device(args.model, args.distributed)
     check_logging_packages(args.logging)
     check_eval_args(args)
-    if not CheckpointManager(args.checkpoint).existing_saves:
+    checkpoints = CheckpointManager(args.checkpoint)
+    checkpoints.check_foreign()
+    if not checkpoints.existing_saves:
         check_init(args.checkpoint)
     return args, model
 

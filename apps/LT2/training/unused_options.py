@@ -13,6 +13,7 @@ from apps.LT2.mixers import MIXERS
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.config.help import format_value
+from lingua.transformer import depth_factor
 
 
 def train_warnings(args: TrainArgs) -> list[str]:
@@ -20,6 +21,7 @@ def train_warnings(args: TrainArgs) -> list[str]:
     return [
         *unused_options(args.model).values(),
         *_ineffective_limits(args.model),
+        *_wide_init(args.model),
         *_unused_train_options(args),
     ]
 
@@ -69,6 +71,17 @@ def _ineffective_limits(args: LoopedTransformerArgs) -> Iterator[str]:
         yield (
             f"model.dsa.top_k={args.dsa.top_k} is full attention with data.seq_len="
             f"{args.max_seqlen}; reduce it"
+        )
+
+
+def _wide_init(args: LoopedTransformerArgs) -> Iterator[str]:
+    factor = depth_factor(args.init_std_factor, dim=args.dim, layer=0, n_layers=args.n_layers)
+    if factor < 1:  # only dim_ratio
+        base = args.init_base_std or args.dim**-0.5
+        yield (
+            f"model.init_std_factor={args.init_std_factor} divides by dim / 4096, so model.dim="
+            f"{args.dim} initializes output projections with std {base / factor:.3g} instead of "
+            f"{base:.3g}; use disabled, global_depth or current_depth"
         )
 
 
