@@ -6,8 +6,8 @@
     hf        a Hugging Face tokenizer.json, or a folder that contains one
 
 `encode` adds special tokens only for `add_bos` and `add_eos`, never for their names in the text.
-`decode` drops bos and eos, and shows incomplete UTF-8 as U+FFFD, so any prefix of a stream can be
-decoded. The packages of the last three are imported when a tokenizer is built.
+`decode` drops bos, eos and ids without a token. It shows incomplete UTF-8 as U+FFFD, so any prefix
+of a stream can be decoded. The packages of the last three are imported when a tokenizer is built.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from lingua.errors import UserError, import_optional
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "tokenizer_config.json"  # next to the file of an hf tokenizer
+SPECIALS_NAME = "special_tokens_map.json"  # the same keys, in older folders
 
 
 @dataclass
@@ -41,11 +48,22 @@ class Tokenizer(ABC):
     n_words: int  # size of the vocabulary, special tokens included
     bos_id: int  # -1 if the vocabulary has none
     eos_id: int
+    gaps: Sequence[int] = ()  # ids below n_words without a token
+
+    def check_specials(self, add_bos: bool, add_eos: bool) -> None:
+        """Raise UserError for an option that needs a token that the vocabulary lacks."""
+        for role, added, token in (("bos", add_bos, self.bos_id), ("eos", add_eos, self.eos_id)):
+            if added and token < 0:
+                raise UserError(
+                    f"data.add_{role}=true, but the tokenizer has no {role} token; set "
+                    f"data.add_{role}=false{self._hint(role)}"
+                )
+
+    def _hint(self, role: str) -> str:
+        return ""
 
     def encode(self, text: str, add_bos: bool, add_eos: bool) -> list[int]:
-        for option, added, token in (("bos", add_bos, self.bos_id), ("eos", add_eos, self.eos_id)):
-            if added and token < 0:
-                raise UserError(f"data.add_{option}=true: the tokenizer has no {option}; set false")
+        self.check_specials(add_bos, add_eos)
         tokens = self._encode(well_formed(text))
         return [self.bos_id] * add_bos + tokens + [self.eos_id] * add_eos
 
@@ -63,6 +81,7 @@ class Tokenizer(ABC):
             tokens = self._encode(text)
         special = {self.bos_id, self.eos_id}
         starts = self._token_starts(text, [t for t in tokens if t not in special])
+        starts[:1] = [0] * len(starts[:1])  # some tokenizers drop blanks at the start of a text
         offsets: list[int] = []
         upcoming = len(text)  # from the right, as a special starts where the next token does
         for token in reversed(tokens):
@@ -74,7 +93,8 @@ class Tokenizer(ABC):
         return [text[s:e] for s, e in zip(offsets, ends, strict=True)], offsets
 
     def decode(self, tokens: list[int]) -> str:
-        return self._decode([t for t in tokens if t not in (self.bos_id, self.eos_id)])
+        specials = (self.bos_id, self.eos_id)
+        return self._decode([t for t in tokens if t < self.n_words and t not in specials])
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
@@ -161,13 +181,15 @@ class SentencePieceTokenizer(Tokenizer):
         return self.model.decode(tokens)
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
-        # the second name is for sentencepiece before 0.2.2
-        names = ("encode_as_proto", "encode_as_immutable_proto")
-        encode = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
-        pieces = encode(text).pieces
-        assert [p.id for p in pieces] == tokens, "tokens must be the result of encode"
-        # not from `begin`: depending on the version it counts characters or bytes
-        return list(accumulate((len(p.surface) for p in pieces[:-1]), initial=0))[: len(pieces)]
+        # neither method needs the package protobuf
+        if hasattr(self.model, "encode_as_offset_mapping"):
+            found = self.model.encode_as_offset_mapping(text)
+            ids, starts = found["ids"], [start for start, _ in found["offsets"]]
+        else:  # sentencepiece before 0.2.2
+            pieces = self.model.encode_as_immutable_proto(text).pieces
+            ids, starts = [p.id for p in pieces], [p.begin for p in pieces]
+        assert ids == tokens, "tokens must be the result of encode"
+        return starts
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -191,28 +213,53 @@ class HuggingFaceTokenizer(Tokenizer):
         self.model.encode_special_tokens = True  # "<s>" in a document is text, not a token
         self.model.no_padding()
         self.model.no_truncation()
+        self.model.post_processor = None  # adds nothing here, but may trim blanks from offsets
+        decoder = self.model.decoder
+        self.has_byte_tokens = decoder is not None and b"ByteFallback" in decoder.__getstate__()
         vocab = self.model.get_vocab(with_added_tokens=True)
-        self.n_words = max(vocab.values()) + 1  # not its length: ids may have gaps
-        declared = declared_specials("hf", path) or {}
+        self._hints: dict[str, str] = {}
+        self.bos_id = self._find_special("bos", path, vocab)
+        self.eos_id = self._find_special("eos", path, vocab)
+        ids = {*vocab.values(), self.bos_id, self.eos_id} - {-1}
+        self.n_words = max(ids) + 1
+        self.gaps = sorted(set(range(self.n_words)) - ids)
+        # They may be in the file without being marked as special.
+        ours = {self.bos_id, self.eos_id}
+        self.model.add_special_tokens([name for name, token in vocab.items() if token in ours])
 
-        def special(role: str, usual: tuple[str, ...]) -> int:
-            names = (declared[role],) if role in declared else usual
-            for name in names:
-                if name in vocab:
-                    return vocab[name]
-            raise UserError(
-                f"data.tokenizer.path={path} has no {role} token: looked for {' '.join(names)}; "
-                f"set {role}_token in a tokenizer_config.json in the same folder"
-            )
+    def _find_special(self, role: str, path: Path, vocab: dict[str, int]) -> int:
+        """Return the id of the declared token, else of one with a usual name; -1 if none."""
+        declared = read_specials(path)
+        if role not in declared:
+            usual = self.BOS_NAMES if role == "bos" else self.EOS_NAMES
+            self._hints[role] = f", or name it in {CONFIG_NAME} (looked for {' '.join(usual)})"
+            return next((vocab[name] for name in usual if name in vocab), -1)
+        token = declared[role]
+        if token is None:
+            self._hints[role] = f" ({path.parent} declares none)"
+            return -1
+        by_name = read_added_tokens(path) | vocab
+        if token in by_name:
+            return by_name[token]
+        if token in by_name.values():
+            return int(token)
+        self._hints[role] = f" ({path.parent} declares {token!r}, which is not in {path.name})"
+        warn_once(f"the tokenizer has no {role} token{self._hints[role]}")
+        return -1
 
-        self.bos_id = special("bos", self.BOS_NAMES)
-        self.eos_id = special("eos", self.EOS_NAMES)
+    def _hint(self, role: str) -> str:
+        return self._hints.get(role, "")
 
     def _encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.model.decode(tokens, skip_special_tokens=False)
+        text = self.model.decode(tokens, skip_special_tokens=False)
+        if self.has_byte_tokens and "\ufffd" in text:
+            # The library replaces a whole run of bytes if one of them is invalid.
+            names = map(self.model.id_to_token, tokens)
+            text = self.model.decoder.decode(join_byte_tokens(name for name in names if name))
+        return text
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
         encoding = self.model.encode(text, add_special_tokens=False)
@@ -253,21 +300,86 @@ def find_tokenizer_file(name: str, path: str | None) -> Path | None:
     return file
 
 
-def declared_specials(name: str, file: Path | None) -> dict[str, str] | None:
-    """Return bos and eos as named by tokenizer_config.json, next to the file of an hf tokenizer."""
-    path = None if file is None else file.with_name("tokenizer_config.json")
-    if name != "hf" or path is None or not path.is_file():
+def declared_specials(name: str, file: Path | None) -> dict[str, str | int] | None:
+    """Return the bos and eos tokens that an hf tokenizer's folder declares, or None without any."""
+    if name != "hf" or file is None:
         return None
+    declared = read_specials(file)
+    return {role: token for role, token in declared.items() if token is not None} or None
+
+
+def read_specials(file: Path) -> dict[str, str | int | None]:
+    """Return the text or id of bos and eos, None for "it has none"; undeclared ones are absent.
+
+    Reads tokenizer_config.json, then special_tokens_map.json, next to tokenizer.json.
+    """
+    declared: dict[str, str | int | None] = {}
+    for name in (CONFIG_NAME, SPECIALS_NAME):
+        path = file.with_name(name)
+        config = read_json_object(path)
+        for role in ("bos", "eos"):
+            for key, kind in ((f"{role}_token", str), (f"{role}_token_id", int)):
+                if key not in config or role in declared:
+                    continue
+                token = config[key]
+                if isinstance(token, dict):  # an AddedToken
+                    token = token.get("content", token)
+                if token is not None and type(token) is not kind:
+                    raise UserError(
+                        f"data.tokenizer.path: {path}: {key}={config[key]!r} must be a token's "
+                        f"{'text' if kind is str else 'id'}, or null"
+                    )
+                declared[role] = None if token == "" else token
+    return declared
+
+
+def read_added_tokens(file: Path) -> dict[str, int]:
+    """Return the ids of added_tokens_decoder, which may contain more than tokenizer.json."""
+    path = file.with_name(CONFIG_NAME)
+    added = read_json_object(path).get("added_tokens_decoder") or {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return {token["content"]: int(number) for number, token in added.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"data.tokenizer.path: {path}: added_tokens_decoder must map ids to tokens"
+        ) from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read an optional JSON file next to a tokenizer; {} without one. UserError if malformed."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"data.tokenizer.path: {path} is not JSON: {error}") from error
-    named = {role: config.get(f"{role}_token") for role in ("bos", "eos")}
-    return {
-        role: name["content"] if isinstance(name, dict) else name
-        for role, name in named.items()
-        if name
-    } or None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"data.tokenizer.path: {path} must be a JSON object, not a {type(content).__name__}"
+        )
+    return content
+
+
+@cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+
+
+def join_byte_tokens(names: Iterable[str]) -> list[str]:
+    """Replace each run of byte tokens by its text, in which an invalid byte is U+FFFD."""
+    joined: list[str] = []
+    for is_byte, run in groupby(names, key=lambda name: bool(BYTE_TOKEN.fullmatch(name))):
+        if is_byte:
+            content = bytes(int(name[3:5], 16) for name in run)
+            joined.append(
+                re.sub("[\udc80-\udcff]", "\ufffd", content.decode("utf-8", "surrogateescape"))
+            )
+        else:
+            joined += run
+    return joined
 
 
 def read_mergeable_ranks(path: Path) -> dict[bytes, int]:

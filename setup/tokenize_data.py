@@ -57,6 +57,8 @@ def end_with_parent() -> None:
 
 def main(argv: Sequence[str]) -> None:
     args, n_workers = parse_options(argv)
+    tokenizer = build_tokenizer(args.tokenizer.name, args.tokenizer.path)
+    tokenizer.check_specials(args.add_bos, args.add_eos)
     recipe, root = TokenRecipe.of(args), Path(require_root_dir(args))
     chunks = [
         Path(chunk)

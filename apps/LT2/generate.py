@@ -30,7 +30,7 @@ from apps.LT2.inference.sampling import sample_tokens as sample_tokens
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.args import parse_args
 from lingua.errors import UserError, run_cli
-from lingua.tokenizer import well_formed
+from lingua.tokenizer import Tokenizer, well_formed
 
 
 def load_consolidated_model_and_tokenizer(
@@ -139,6 +139,12 @@ def tokenize_prompts(
 # ---- answers
 
 
+def shown_prompt(prompt: PromptLine, tokenizer: Tokenizer) -> str:
+    """Return the text that the answer continues: the decoded tokens, or the uncut prompt."""
+    text, decoded = well_formed(prompt.text), tokenizer.decode(prompt.tokens)
+    return text if text.endswith(decoded.lstrip()) else decoded
+
+
 def stream_answer(
     generator: PackedCausalTransformerGenerator, prompt: Prompt, *, place: int = 0
 ) -> None:
@@ -215,7 +221,7 @@ def main(argv: list[str]) -> None:
     tokenize_prompts(generator, prompts)
     reject_bad_prompts(prompts, skip=args.skip_bad_prompts)
     if len(prompts) == args.num_samples == 1:
-        print(well_formed(prompts[0].text), end="", flush=True)
+        print(shown_prompt(prompts[0], tokenizer), end="", flush=True)
         stream_answer(generator, prompts[0].tokens)
     else:
         print_answers(generator, prompts, num_samples=args.num_samples)

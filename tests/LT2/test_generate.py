@@ -15,6 +15,7 @@ from apps.LT2.inference.generator import (
 )
 from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer
+from tests.lingua.tokenizer_kinds import TOKENIZER_KINDS, make_tokenizer
 from tests.LT2.tiny import save_run, tiny_model
 
 PROMPTS = ["first", "", "third one"]
@@ -202,6 +203,26 @@ def test_a_model_trained_without_bos_gets_none(tmp_path, capsys):
     generate.main([f"ckpt={tmp_path}", "max_gen_len=1", "device=cpu", "prompts=[first]"])
     token = int(model(torch.tensor([[*b"first"]]))[0, -1].argmax())
     assert capsys.readouterr().out == f"first{ByteTokenizer().decode([token])}\n"
+
+
+@pytest.mark.parametrize("prompt", ["The function", "The ", "  a (b)", "日本"])
+def test_the_printed_text_is_the_decoded_tokens(prompt, tmp_path, capsys):
+    tokenizer = make_tokenizer("sp-bpe")
+    model = tiny_model("full", 1, n_layers=1, vocab_size=tokenizer.n_words)
+    path = TOKENIZER_KINDS["sp-bpe"](tmp_path)[1]
+    save_run(tmp_path, model, data={"tokenizer": {"name": "sp", "path": path}})
+    tokens = tokenizer.encode(prompt, True, False)
+    cfg = PackedCausalTransformerGeneratorArgs(max_gen_len=6)
+    (answer,) = PackedCausalTransformerGenerator(cfg, model, tokenizer).complete([tokens])
+    generate.main([f"ckpt={tmp_path}", *OPTIONS, "dtype=fp32", f"prompts=['{prompt}']"])
+    text = tokenizer.decode(tokens + answer.tokens)
+    assert capsys.readouterr().out.strip() == text.strip()
+    generate.main([f"ckpt={tmp_path}", *OPTIONS, f"prompts=['{prompt}', 'x']"])
+    assert f"answer: {answer.text}\n" in capsys.readouterr().out
+
+
+def test_a_cut_prompt_is_printed_whole(ask):
+    assert ask("prompts=[first]", "max_prompt_len=2").startswith("first")
 
 
 def test_loop_count_is_used(ask, answers, caplog):

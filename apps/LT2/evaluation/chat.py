@@ -7,12 +7,11 @@ template that contains such names logs a warning.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 from lingua.errors import UserError, import_optional
-from lingua.tokenizer import TokenizerArgs, find_tokenizer_file
+from lingua.tokenizer import CONFIG_NAME, TokenizerArgs, find_tokenizer_file, read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +56,8 @@ def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
         jinja = file.with_name("chat_template.jinja")
         if jinja.is_file():
             return ChatTemplate(jinja.read_text(encoding="utf-8"), jinja)
-        config = file.with_name("tokenizer_config.json")
-        options = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        text = options.get("chat_template")
+        config = file.with_name(CONFIG_NAME)
+        text = read_json_object(config).get("chat_template")
         if isinstance(text, list):  # several templates by name
             text = next((named["template"] for named in text if named["name"] == "default"), None)
         if isinstance(text, str):

@@ -90,7 +90,8 @@ class PackedCausalTransformerGeneratorArgs:
 
 @dataclass
 class Completion:
-    text: str  # the answer without the stop string
+    # the text that the answer adds to the decoded prompt, up to the stop string
+    text: str
     tokens: list[int]  # the answer with the EOS or stop string that ended it
     # Scores of all tokens of the cut prompt except the first; on the CPU, empty if not requested.
     loglikelihood: Tensor  # log p(token | tokens before it) in nats, fp32
@@ -112,6 +113,7 @@ class PackedCausalTransformerGenerator:
         self.cfg, self.model, self.tokenizer = cfg, model, tokenizer
         self.add_bos = add_bos and tokenizer.bos_id >= 0
         self.device = model.tok_embeddings.weight.device
+        self.gaps = torch.tensor(tokenizer.gaps, dtype=torch.int64, device=self.device)
         cfg.uses_graph(self.device)
 
     def generate(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[Tensor], list[Tensor]]:
@@ -198,7 +200,7 @@ class PackedCausalTransformerGenerator:
 
     def _new_sequence(self, tokens: list[int], prompt: int, sample: int) -> GeneratedSequence:
         rng = sequence_rng(self.cfg.seed, prompt, sample)
-        stream = TextStream(self.tokenizer, self.cfg.until)
+        stream = TextStream(self.tokenizer, self.cfg.until, tokens)
         return GeneratedSequence(tokens, self.cfg.max_gen_len, rng, stream)
 
     def _run(
@@ -237,8 +239,11 @@ class PackedCausalTransformerGenerator:
     def _choose(self, logits_NV: Tensor, sequences: Sequence[GeneratedSequence | None]) -> Tensor:
         """Return the next token of each sequence; free rows (None) get an arbitrary one."""
         u = [0.0 if sequence is None else sequence.rng.random() for sequence in sequences]
+        logits_NV = logits_NV[:, : self.tokenizer.n_words]  # later ids have no text
+        if len(self.gaps):
+            logits_NV = logits_NV.index_fill(1, self.gaps, -torch.inf)
         return sample_tokens(
-            logits_NV[:, : self.tokenizer.n_words],  # ids of a padded vocabulary have no text
+            logits_NV,
             torch.tensor(u, dtype=torch.float64),
             temperature=self.cfg.temperature,
             top_p=self.cfg.top_p,

@@ -66,6 +66,10 @@ def load_model_and_tokenizer(
     source = find_checkpoint(ckpt)
     config = read_config(source)
     tokenizer = _build_tokenizer(source, config, tokenizer_path)
+    if config["data"].get("add_bos") and tokenizer.bos_id < 0:
+        logger.warning(
+            "data.add_bos=true in training, but the tokenizer has no bos token: using none"
+        )
     args = _model_args(config, tokenizer, source)
     if loop_count is not None:
         args = replace(args, loop_count=loop_count)

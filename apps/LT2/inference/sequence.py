@@ -48,45 +48,53 @@ class GeneratedSequence:
 
 
 UNFINISHED = "\ufffd"  # what decoders return for an incomplete character
+CONTEXT = 8  # tokens of the prompt that are decoded with the answer
 
 
 class TextStream:
-    """Decode a growing sequence into `text`, and stop at the first stop string.
+    """Decode an answer into `text`, and stop at the first stop string.
 
-    An incomplete character waits for its last bytes. A stop string may span tokens. It sets
-    `stopped`, and the text ends before it.
+    The decoded prompt followed by `text` is the decoded prompt and answer. An incomplete character
+    waits for its last bytes. A stop string may span tokens, but contains no text of the prompt. It
+    sets `stopped`, and the text ends before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, until: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, until: Sequence[str] = (), prompt: Sequence[int] = ()):
         self.text = ""
         self.stopped = False
         self._tokenizer = tokenizer
         self._until = until
-        self._tokens: list[int] = []
+        self._tokens = last_tokens(tokenizer, prompt)
         # Decoding all tokens at each step would be quadratic, so only a window of the last tokens
-        # is decoded. It starts with tokens that are in `text` already, because some tokenizers
-        # decode the first token of a text differently.
+        # is decoded. It starts with tokens that are in the prompt or in `text` already, because
+        # many tokenizers decode the first token of a text differently.
         self._window = 0  # index of its first token
-        self._settled = 0  # the tokens before this index end in a complete character
-        self._n_out = 0  # characters of the window that are in `text`
+        self._settled = len(self._tokens)  # tokens before this index end in a complete character
+        self._shown = self._decode(0)  # text of the window that is in the prompt or in `text`
         self._n_taken = 0  # characters of `text` that `take` returned
 
     def push(self, token: int) -> None:
         assert not self.stopped, "this sequence has ended"
         self._tokens.append(token)
-        window = self._decode_window()
+        window = self._decode(self._window)
         whole = window.rstrip(UNFINISHED)
-        self._grow(whole[self._n_out :])
+        n_shown = self._n_shown(window)
+        self._grow(whole[n_shown:])
         if whole == window:
-            self._window, self._settled = self._settled, len(self._tokens)
-            self._n_out = len(self._decode_window())
+            # A window without text would not show that its next token isn't the first.
+            if rest := self._decode(self._settled):
+                self._window, self._shown = self._settled, rest
+            else:
+                self._shown = window
+            self._settled = len(self._tokens)
         else:
-            self._n_out = max(self._n_out, len(whole))
+            self._shown = window[: max(n_shown, len(whole))]
 
     def finish(self) -> None:
         """End the text; an incomplete character is decoded as the tokenizer decodes it."""
         if not self.stopped:
-            self._grow(self._decode_window()[self._n_out :])
+            window = self._decode(self._window)
+            self._grow(window[self._n_shown(window) :])
         self._until = ()
 
     def take(self) -> str:
@@ -96,8 +104,16 @@ class TextStream:
         self._n_taken += len(new)
         return new
 
-    def _decode_window(self) -> str:
-        return self._tokenizer.decode(self._tokens[self._window :])
+    def _decode(self, start: int) -> str:
+        return self._tokenizer.decode(self._tokens[start:])
+
+    def _n_shown(self, window: str) -> int:
+        """Return the length of the part of the window that is shown already.
+
+        The prompt may end in U+FFFD: as a character, or for an incomplete one that is now complete.
+        """
+        is_prefix = window.startswith(self._shown)
+        return len(self._shown if is_prefix else self._shown.rstrip(UNFINISHED))
 
     def _grow(self, new: str) -> None:
         before = len(self.text)
@@ -115,3 +131,11 @@ class TextStream:
             (n for s in self._until for n in range(1, len(s)) if self.text.endswith(s[:n])),
             default=0,
         )
+
+
+def last_tokens(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """Return the last CONTEXT tokens of a prompt, or more if these have no text."""
+    n = CONTEXT
+    while n < len(prompt) and not tokenizer.decode(list(prompt[-n:])):
+        n *= 2
+    return list(prompt[-n:])

@@ -116,7 +116,9 @@ def check_numbers(args: TrainArgs) -> None:
 
 def fill_in_defaults(args: TrainArgs, output_size: int | None, world_size: int) -> TrainArgs:
     if output_size is None:
-        output_size = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path).n_words
+        tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
+        tokenizer.check_specials(args.data.add_bos, args.data.add_eos)
+        output_size = tokenizer.n_words
     vocab_size = output_size if args.model.vocab_size == -1 else args.model.vocab_size
     if vocab_size < output_size:
         raise UserError(

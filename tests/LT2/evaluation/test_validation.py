@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lingua.dataloader.args import DataArgs
 from lingua.errors import UserError
 from lingua.tokenizer import build_tokenizer
 from tests.lingua.dist_utils import run_ranks
+from tests.lingua.tokenizer_kinds import TOKENIZER_KINDS, make_tokenizer
 from tests.LT2.tiny import tiny_model
 
 TEXTS = ["a loop", "äöü over two bytes", "", "the last one ends in the middle of a row"]
@@ -87,6 +89,30 @@ def test_an_empty_text_does_not_predict_the_next(tmp_path):
     (tmp_path / "text" / "a.val.jsonl").write_text("".join(lines))
     rows = validator(tmp_path, add_bos=False, add_eos=False).rows
     assert rows is not None and rows.n_bytes == len("a loop") - 1
+
+
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+@pytest.mark.parametrize("doc_mask", [False, True])
+def test_bytes_of_every_tokenizer(kind, doc_mask, tmp_path, monkeypatch):
+    """Without BOS nothing predicts the first token, so its bytes do not count."""
+    monkeypatch.setitem(sys.modules, "google.protobuf", None)
+    monkeypatch.setattr("sentencepiece._protobuf_loaded", False, raising=False)
+    texts = ["the function returns", "is it", "a list"]
+    (tmp_path / "text").mkdir()
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "text" / "a.val.jsonl").write_text("".join(lines))
+    tokenizer = make_tokenizer(kind)
+    options = {"seq_len": SEQ_LEN, "doc_mask": doc_mask, "add_bos": False}
+    data = DataArgs(root_dir=str(tmp_path), sources={"text": 1.0}, **options)
+    rows = Validator(ValidationArgs(), data, tokenizer).rows
+    n_bytes = sum(map(len, texts))
+    for text in texts if doc_mask else texts[:1]:
+        first = tokenizer.decode(tokenizer.encode(text, False, False)[:1]).strip()
+        after = text[len(first) :]
+        if kind == "wordpiece":  # it drops the blank, which then belongs to the word before it
+            first += after[: len(after) - len(after.lstrip())]
+        n_bytes -= len(first)
+    assert rows is not None and rows.n_bytes == n_bytes
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])

@@ -17,6 +17,7 @@ from apps.LT2.inference.generator import (
 from apps.LT2.inference.load import load_model_and_tokenizer
 from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer
+from tests.lingua.tokenizer_kinds import TOKENIZER_KINDS, make_tokenizer
 from tests.LT2.inference.generators import TOKENIZER, make_generator
 from tests.LT2.scripted import Scripted
 from tests.LT2.tiny import KINDS, save_run, tiny_model
@@ -195,6 +196,35 @@ def test_until_can_change_between_calls():
 def test_until_ignores_the_prompt():
     generator = make_generator(Scripted([*b"ab"]), max_gen_len=2, until=["xa"])
     assert generator.generate(["x"])[0] == ["ab"]
+
+
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+def test_prompt_and_answer_are_their_decoded_tokens(kind):
+    tokenizer = make_tokenizer(kind)
+    model = tiny_model("full", 1, n_layers=1, vocab_size=tokenizer.n_words + 20)
+    cfg = PackedCausalTransformerGeneratorArgs(max_gen_len=12, temperature=1.0, top_p=0.99)
+    generator = PackedCausalTransformerGenerator(cfg, model, tokenizer)
+    prompts = [prompt for prompt in generator.prepare(["the", "The function"]) if prompt]
+    streamed = [""] * 4
+
+    def on_text(i, text):
+        streamed[i] += text
+
+    done = list(generator.complete(prompts, num_samples=2, on_text=on_text, score=False))
+    for i, answer in enumerate(done):
+        prompt = prompts[i // 2]
+        assert tokenizer.decode(prompt) + answer.text == tokenizer.decode(prompt + answer.tokens)
+        assert streamed[i] == answer.text
+        assert max(answer.tokens) < tokenizer.n_words
+
+
+def test_an_id_without_a_token_is_never_generated():
+    class Gaps(ByteTokenizer):
+        gaps = (98, 99)
+
+    cfg = PackedCausalTransformerGeneratorArgs(max_gen_len=3)
+    done = list(PackedCausalTransformerGenerator(cfg, Scripted([*b"abc"]), Gaps()).complete(["x"]))
+    assert done[0].tokens == [97, 0, 0]
 
 
 def test_padding_of_the_vocabulary_is_never_generated():

@@ -8,6 +8,7 @@ import pytest
 
 from apps.LT2.inference.sequence import TextStream
 from lingua.tokenizer import ByteTokenizer
+from tests.lingua.tokenizer_kinds import TOKENIZER_KINDS, make_tokenizer
 
 TOKENIZER = ByteTokenizer()
 WORLD = "naïve 東京 🙂 ok\n\nend"
@@ -98,3 +99,50 @@ def test_decoding_cost_does_not_grow_with_the_text():
     tokenizer = Counting()
     stream_all(TextStream(tokenizer), WORLD.encode() * 50)
     assert tokenizer.longest <= 16
+
+
+PROMPTS = ["The function returns", "the", "naïve 東京", "a\ufffd", "x\n", " ", ""]
+
+
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+def test_prompt_and_answer_are_their_decoded_tokens(kind):
+    tokenizer = make_tokenizer(kind)
+    for seed in range(60):
+        rng = random.Random(seed)
+        text = rng.choice(PROMPTS)
+        prompt = tokenizer.encode(text, tokenizer.bos_id >= 0 and seed % 2 == 0, False)
+        if seed % 3:  # any tokens: invalid bytes, specials, blanks
+            answer = [rng.randrange(tokenizer.n_words) for _ in range(20)]
+        else:
+            answer = tokenizer.encode(" ".join(rng.choices(PROMPTS, k=3)), False, False)
+        stream = TextStream(tokenizer, prompt=prompt)
+        shown = "".join(stream_all(stream, answer))
+        assert tokenizer.decode(prompt) + shown == tokenizer.decode(prompt + answer)
+        assert shown == stream.text
+
+
+@pytest.mark.parametrize("kind", ["sp-bpe", "byte-fallback", "wordpiece", "metaspace"])
+def test_stop_strings_see_the_blank_before_the_answer(kind):
+    tokenizer = make_tokenizer(kind)
+    prompt, answer = (tokenizer.encode(text, False, False) for text in ("the", "the returns"))
+    stream = TextStream(tokenizer, [" re"], prompt)
+    assert "".join(stream_all(stream, answer)) == stream.text == " the" and stream.stopped
+    stream = TextStream(tokenizer, [" the"], prompt)
+    assert stream_all(stream, answer)[-1] == stream.text == "" and stream.stopped
+
+
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+def test_a_stop_string_contains_no_text_of_the_prompt(kind):
+    tokenizer = make_tokenizer(kind)
+    prompt, answer = (tokenizer.encode(text, False, False) for text in ("the", "return"))
+    want = tokenizer.decode(prompt + answer)[3:]
+    stream = TextStream(tokenizer, ["the", "e r", "er", "ther"], prompt)
+    assert "".join(stream_all(stream, answer)) == want and not stream.stopped
+
+
+def test_a_character_may_start_in_the_prompt():
+    first, *rest = "東".encode()
+    stream = TextStream(TOKENIZER, prompt=[*b"a", first])
+    assert stream_all(stream, [*rest, *b"!"]) == ["", "東", "!", ""]
+    stream = TextStream(TOKENIZER, prompt=[*b"a", first])
+    assert "".join(stream_all(stream, b"b")) == "b"
