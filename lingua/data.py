@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -52,10 +53,12 @@ from lingua.dataloader.pretokenized import TokenRecipe, check_token_files, read_
 from lingua.dataloader.reshard import DataState, is_resharded, open_resharded, streams_of
 from lingua.dataloader.resume import fit_state_to_args
 from lingua.errors import UserError
+from lingua.files.listing import list_names
 from lingua.tokenizer import TokenizerArgs, build_tokenizer, find_tokenizer_file  # noqa: F401
 
 # Batches that the worker holds ready, to even out slow reads. Shuffling has its own buffer.
 MAX_BATCHES_AHEAD = 16
+ROOT_SOURCE = "."  # name of the source that is root_dir itself
 
 
 class MultiChoiceState(TypedDict):
@@ -243,6 +246,7 @@ def _rng_state(seed: int, rank: int, world_size: int) -> dict[str, Any]:
 
 def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) -> PrefetchState:
     """Return the state in which `rank` of `world_size` data-parallel ranks starts."""
+    args = fill_in_sources(args)
     assert args.seed is not None, "set data.seed to the top-level seed before building the loader"
     return init_state(
         root_dir=require_root_dir(args),
@@ -273,6 +277,7 @@ def build_dataloader_from_args(
     if state is None:
         state = init_dataloader_state_from_args(args, rank=0, world_size=1)
     else:
+        args = fill_in_sources(args)
         require_root_dir(args)
         find_tokenizer_file(args.tokenizer.name, args.tokenizer.path)
         state = fit_state_to_args(args, state)
@@ -290,6 +295,7 @@ def validate_data_args(args: DataArgs, world_size: int) -> None:
     Every rank does the same checks, so all ranks raise the same UserError.
     """
     find_tokenizer_file(args.tokenizer.name, args.tokenizer.path)
+    args = fill_in_sources(args)
     root_dir = require_root_dir(args)
     recipe = TokenRecipe.of(args) if args.pretokenized else None
     for source in args.sources:
@@ -311,7 +317,26 @@ def check_own_token_files(args: DataArgs, state: DataState) -> None:
                 check_token_files([place["file_path"]], recipe, may_hash=place["offset"] == 0)
 
 
+def fill_in_sources(args: DataArgs) -> DataArgs:
+    """Return `args` with root_dir as the only source if `sources` is empty and it has chunks."""
+    if args.sources or not args.root_dir or not list_names(Path(args.root_dir), TRAIN_PATTERN):
+        return args
+    return replace(args, sources={ROOT_SOURCE: 1.0})
+
+
+def find_unread_folders(args: DataArgs) -> list[str]:
+    """Return the folders in root_dir with chunks, if only the chunks in root_dir itself are read.
+
+    `args.sources` must be filled in.
+    """
+    root = Path(args.root_dir or "")
+    if list(args.sources) != [ROOT_SOURCE] or not root.is_dir():
+        return []
+    return sorted(p.name for p in root.iterdir() if list_names(p, TRAIN_PATTERN))
+
+
 def require_root_dir(args: DataArgs) -> str:
+    """Return `args.root_dir`. UserError if it is no folder or `args.sources` is empty."""
     if not args.root_dir:
         raise UserError("data.root_dir is not set: give the folder that contains the sources")
     root = Path(args.root_dir)
@@ -319,8 +344,12 @@ def require_root_dir(args: DataArgs) -> str:
         raise UserError(f"data.root_dir={args.root_dir}: no such folder (seen from {Path.cwd()})")
     if not args.sources:
         found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
-        raise UserError(
-            f"data.sources is empty: name folders of {root} with weights, for example "
-            f"data.sources.NAME=1 (folders there: {found})"
+        shuffled = root.with_name(f"{root.name}_shuffled")  # of setup/download_prepare_hf_data.py
+        advice = (
+            f"set data.root_dir={shuffled}"
+            if list_names(shuffled, TRAIN_PATTERN)
+            else f"name folders of {root} with weights, for example data.sources.NAME=1 (folders "
+            f"there: {found})"
         )
+        raise UserError(f"data.sources is empty and {root} has no {TRAIN_PATTERN}: {advice}")
     return args.root_dir

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from apps.LT2.training.args import TrainArgs
 from lingua.args import parse_args
 from lingua.config.cli import OneLineParser
-from lingua.data import require_root_dir
+from lingua.data import fill_in_sources, require_root_dir
 from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import find_and_sanitize_chunks
 from lingua.dataloader.prefetch import exit_with_parent
@@ -57,6 +57,7 @@ def end_with_parent() -> None:
 
 def main(argv: Sequence[str]) -> None:
     args, n_workers = parse_options(argv)
+    args = fill_in_sources(args)
     tokenizer = build_tokenizer(args.tokenizer.name, args.tokenizer.path)
     tokenizer.check_specials(args.add_bos, args.add_eos)
     recipe, root = TokenRecipe.of(args), Path(require_root_dir(args))

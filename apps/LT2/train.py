@@ -348,6 +348,7 @@ def input_paths(args: TrainArgs) -> dict[str, str | Path | None]:
     return {
         "checkpoint.init_ckpt_path": args.checkpoint.init_ckpt_path,
         "data.tokenizer.path": args.data.tokenizer.path,
+        "data.root_dir": None if args.data.sources else args.data.root_dir,
         **{f"data.sources.{source}": Path(root, source) for source in args.data.sources},
     }
 

@@ -14,7 +14,7 @@ class DataArgs:
     root_dir: str | None = None  # folder that contains the sources
     # sub-folder of root_dir -> weight. Weights are shares of *documents* and need not sum to 1:
     # with equal weights, the source with longer documents gives more tokens. Sources on the
-    # command line replace the sources of the config
+    # command line replace the sources of the config. Empty: the chunks in root_dir itself, "."
     sources: dict[str, float] = field(default_factory=dict)
     batch_size: int = 2  # rows per micro-batch and data-parallel rank
     seq_len: int = 2048  # tokens per row

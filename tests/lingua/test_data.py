@@ -23,6 +23,8 @@ from lingua.data import (  # noqa: E402
     build_dataloader,
     build_dataloader_from_args,
     choose_source,
+    fill_in_sources,
+    find_unread_folders,
     init_choice_state,
     init_dataloader_state_from_args,
     setup_sources,
@@ -274,12 +276,56 @@ def test_chunks_that_changed_since_the_checkpoint_are_refused(root):
         build_dataloader_from_args(args, state)
 
 
+@pytest.fixture
+def alone(root):
+    """A root_dir with chunks of its own, which also contains a source."""
+    make_source(root / "code" / "inner", ["not read"])
+    return make_args(root / "code", sources={})
+
+
+def test_chunks_in_root_dir_are_the_source_if_none_is_named(root, alone):
+    named = read(make_args(root, sources={"code": 1.0}), 12)
+    whole = read(alone, 12)
+    assert [b.tolist() for b, _ in whole] == [b.tolist() for b, _ in named]
+    validate_data_args(alone, 2)
+    state = json.loads(json.dumps(whole[4][1]))
+    assert_same(read(alone, 7, state), whole[5:])
+    filled = fill_in_sources(alone)  # as in config.yaml and params.json
+    assert filled.sources == {".": 1.0} and fill_in_sources(filled) == filled
+    assert_same(read(filled, 7, state), whole[5:])
+    assert find_unread_folders(filled) == ["inner"]
+    assert find_unread_folders(make_args(root)) == []
+
+
+def test_the_source_in_root_dir_may_move_and_is_checked_like_others(root, alone):
+    whole = read(alone, 6)
+    state = json.loads(json.dumps(whole[2][1]))
+    (root / "code").rename(root / "moved")
+    moved = replace(alone, root_dir=str(root / "moved"))
+    assert [b.tolist() for b, _ in read(moved, 3, state)] == [b.tolist() for b, _ in whole[3:]]
+    with pytest.raises(UserError, match="cannot resume the data: data.sources is"):
+        build_dataloader_from_args(make_args(root, sources={"moved": 1.0}), state)
+    (root / "moved" / "x.chunk.01.jsonl").unlink()
+    (root / "moved" / "x.chunk.01.jsonl").symlink_to("gone")
+    for check in (lambda: validate_data_args(moved, 1), lambda: read(moved, 1, state)):
+        with pytest.raises(UserError, match=r"x\.chunk\.01\.jsonl .a link to gone"):
+            check()
+
+
+def test_a_folder_of_downloads_names_the_shuffled_one(root):
+    (root / "web").rename(root / "corpus_shuffled")
+    (root / "corpus").mkdir()
+    (root / "corpus" / "x.val.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(UserError, match="set data.root_dir=.*/corpus_shuffled"):
+        validate_data_args(make_args(root / "corpus", sources={}), 1)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"root_dir": None}, "data.root_dir is not set"),
         ({"root_dir": "/nowhere/at/all"}, "data.root_dir=/nowhere/at/all: no such folder"),
-        ({"sources": {}}, r"data.sources is empty.*folders there: code, web"),
+        ({"sources": {}}, r"data.sources is empty and .*\.jsonl.*folders there: code, web"),
         ({"sources": {"wbe": 1.0}}, "no folder .*wbe"),
         ({"tokenizer": TokenizerArgs("tiktoken")}, "data.tokenizer.path is not set"),
         ({"tokenizer": TokenizerArgs("hf", "/no/file.json")}, "data.tokenizer.path=/no/file.json"),

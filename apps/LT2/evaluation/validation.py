@@ -20,6 +20,7 @@ import torch
 
 from apps.LT2.batch import Batch, to_device
 from apps.LT2.transformer import LoopedTransformer
+from lingua.data import ROOT_SOURCE
 from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import find_val_files, iter_val_documents
 from lingua.dataloader.packing import NO_TARGET, view_row
@@ -39,7 +40,8 @@ class ValidationArgs:
     max_steps: int | None = None  # number of documents, in the order of the files; null = all
     use_val_from_train_src: bool = True  # use the *.val.jsonl files of data.sources
     root_dir: str = ""  # folder of additional validation sources
-    sources: list[str] = field(default_factory=list)  # sub-folders of root_dir
+    # sub-folders of root_dir; empty = root_dir itself
+    sources: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         if self.max_steps is not None and self.max_steps < 1:
@@ -47,20 +49,24 @@ class ValidationArgs:
                 f"max_steps={self.max_steps} must be at least 1, or null for all documents"
             )
 
+    @property
+    def additional(self) -> list[str]:
+        """Sub-folders of `root_dir` to read, "." for `root_dir` itself."""
+        return self.sources or [ROOT_SOURCE] if self.root_dir else []
+
 
 def check_validation_sources(args: ValidationArgs, section: str) -> None:
     """Raise UserError for missing folders. `section` is the dotted name of `args` in the config."""
-    if bool(args.root_dir) != bool(args.sources):
+    if args.sources and not args.root_dir:
         raise UserError(
             f"{section}.root_dir={args.root_dir!r} with {section}.sources={args.sources}: sources "
-            "are sub-folders of root_dir; set both or neither"
+            "are sub-folders of root_dir; set root_dir"
         )
-    for source in args.sources:
+    option = f"{section}.{'sources' if args.sources else 'root_dir'}"
+    for source in args.additional:
         if not find_val_files(args.root_dir, [source]):
-            raise UserError(
-                f"{section}.sources: no *.val.jsonl in {Path(args.root_dir, source)} "
-                f"(cwd {Path.cwd()})"
-            )
+            folder = Path(args.root_dir, source)
+            raise UserError(f"{option}: no *.val.jsonl in {folder} (cwd {Path.cwd()})")
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,8 @@ def find_sources(args: ValidationArgs, data: DataArgs) -> list[tuple[str, list[s
     found = []
     if args.use_val_from_train_src and root and find_val_files(root, sources):
         found.append((root, sources))
-    if args.sources:
-        found.append((args.root_dir, args.sources))
+    if args.additional:
+        found.append((args.root_dir, args.additional))
     return found
 
 

@@ -13,7 +13,7 @@ from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.parallel import check_tensor_parallel
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, build_on_meta
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, check_init
-from lingua.data import validate_data_args
+from lingua.data import fill_in_sources, validate_data_args
 from lingua.dataloader.args import DataArgs
 from lingua.distributed import (
     EnvironmentArgs,
@@ -134,7 +134,7 @@ def fill_in_defaults(args: TrainArgs, output_size: int | None, world_size: int) 
         args,
         distributed=fit_to_world(args.distributed, world_size),
         model=replace(args.model, seed=model_seed, vocab_size=vocab_size, max_seqlen=seq_len),
-        data=replace(args.data, seed=data_seed),
+        data=replace(fill_in_sources(args.data), seed=data_seed),
         checkpoint=replace(args.checkpoint, path=path),
     )
 

@@ -10,6 +10,7 @@ from apps.LT2.flops import count_parameters
 from apps.LT2.pattern import format_layout
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.training.trainer import Trainer
+from lingua.data import ROOT_SOURCE
 from lingua.dataloader.args import DataArgs
 from lingua.parallel.args import resolve_dtype
 
@@ -30,7 +31,7 @@ def format_summary(trainer: Trainer, world_size: int) -> str:
         ("model", f"{shape}, {count.total:,} parameters"),
         ("", ", ".join(f"{n:,} in {name}" for name, n in shares.items() if n)),
         ("layout", format_layout(model.inference_layout, model.layout_plan.random_loops)),
-        ("data", f"{_sources(data)} in {data.root_dir}"),
+        ("data", _sources(data)),
         ("", f"tokenizer {tokenizer}, vocabulary {args.model.vocab_size:,}"),
         ("devices", _devices(args, trainer.device, world_size)),
         ("batch", f"{n_tokens:,} tokens per step: {_factors(args)}"),
@@ -43,11 +44,13 @@ def format_summary(trainer: Trainer, world_size: int) -> str:
 
 
 def _sources(data: DataArgs) -> str:
+    if list(data.sources) == [ROOT_SOURCE]:
+        return str(data.root_dir)
     total = sum(data.sources.values())
     listed = [f"{name} ({weight / total:.0%})" for name, weight in data.sources.items()]
     if len(listed) > MAX_SOURCES:
         listed[MAX_SOURCES - 1 :] = [f"{len(listed) - MAX_SOURCES + 1} more"]
-    return ", ".join(listed)
+    return f"{', '.join(listed)} in {data.root_dir}"
 
 
 def _devices(args: TrainArgs, device: torch.device, world_size: int) -> str:

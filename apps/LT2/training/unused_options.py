@@ -13,6 +13,7 @@ from apps.LT2.mixers import MIXERS
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.config.help import format_value
+from lingua.data import ROOT_SOURCE, find_unread_folders
 from lingua.transformer import depth_factor
 
 
@@ -91,6 +92,12 @@ def _unused_train_options(args: TrainArgs) -> Iterator[str]:
         yield (
             f"logging.acc_freq={acc_freq} has no effect with grad_acc_steps={args.grad_acc_steps}; "
             "make it smaller, or null"
+        )
+    if folders := find_unread_folders(args.data):
+        root = args.data.root_dir
+        yield (
+            f"data.sources is {ROOT_SOURCE}: only the chunks in {root} itself are read, not those "
+            f"in its folders {', '.join(folders)}; to read these, name them in data.sources"
         )
     if args.async_eval_gpus is not None and (args.eval is None or args.eval.harness is None):
         yield (

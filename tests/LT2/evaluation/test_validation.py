@@ -34,8 +34,8 @@ def root(tmp_path_factory):
 
 
 def validator(root, args=None, **changes) -> Validator:
-    options = {"batch_size": 2, "seq_len": SEQ_LEN, **changes}
-    data = DataArgs(root_dir=str(root), sources={"text": 1.0}, **options)
+    options = {"batch_size": 2, "seq_len": SEQ_LEN, "sources": {"text": 1.0}, **changes}
+    data = DataArgs(root_dir=str(root), **options)
     return Validator(args or ValidationArgs(), data, build_tokenizer("bytes"))
 
 
@@ -170,6 +170,10 @@ def test_max_steps_and_additional_sources(root, tmp_path):
     first = score(root, args=ValidationArgs(max_steps=1))
     assert first == score(root, args=elsewhere)
     assert first != score(root)
+    folder = ValidationArgs(use_val_from_train_src=False, root_dir=str(other))
+    assert first == score(root, args=folder)
+    check_validation_sources(folder, "validation")
+    assert score(root) == score(root / "text", sources={".": 1.0})
     both = ValidationArgs(root_dir=str(tmp_path), sources=["other"])
     rows, alone = validator(root, both).rows, validator(root).rows
     assert rows is not None and alone is not None
@@ -180,7 +184,7 @@ def test_max_steps_and_additional_sources(root, tmp_path):
     "options, named",
     [
         ({"sources": ["x"]}, "^eval.validation.root_dir"),
-        ({"root_dir": "somewhere"}, "^eval.validation.root_dir"),
+        ({"root_dir": "nowhere"}, "^eval.validation.root_dir: .*nowhere"),
         ({"sources": ["x"], "root_dir": "nowhere"}, "nowhere/x"),
     ],
 )

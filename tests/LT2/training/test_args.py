@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from apps.LT2.training.args import validate_train_args
+from apps.LT2.training.unused_options import train_warnings
 from lingua.errors import UserError
-from tests.LT2.tiny_run import train_args, write_corpus
+from tests.LT2.tiny_run import SMALL, column, train, train_args, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_a_bad_value_is_a_user_error(data, tmp_path, option, value):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"root_dir": "nowhere"}, "eval.validation.root_dir='nowhere' .*eval.validation.sources"),
+        ({"root_dir": "nowhere"}, "eval.validation.root_dir: no .*val.jsonl in nowhere"),
         ({"sources": "[text]"}, "eval.validation.root_dir='' .*eval.validation.sources"),
         ({"root_dir": "nowhere", "sources": "[a]", "max_steps": 1}, "no .*val.jsonl in nowhere/a"),
     ],
@@ -112,3 +113,21 @@ def test_defaults_are_filled_in_a_copy(data, tmp_path):
     assert (filled.model.vocab_size, filled.model.max_seqlen) == (258, 32)
     assert filled.checkpoint.path == str(tmp_path / "checkpoints")
     assert (given.model.vocab_size, given.model.seed, given.checkpoint.path) == (-1, None, None)
+
+
+def test_without_a_named_source_training_reads_root_dir(tmp_path):
+    data = write_corpus(tmp_path / "data")
+    named = train(data, tmp_path / "named", steps=3, **SMALL)
+    options = {**SMALL, "data.sources": "{}"}
+    alone = train(data / "text", tmp_path / "alone", steps=2, **options)
+    train(data / "text", alone, steps=3, **options)  # resumes
+    log = (alone / "train.log").read_text()
+    assert f"data     {data}/text\n" in log and "not those in its folders" not in log
+    assert "  .: 1.0\n" in (alone / "config.yaml").read_text()
+    for key in ("loss/out", "loss/val"):
+        assert column(alone, key)[-1] == column(named, key)[-1]
+    (data / "text" / "inner").mkdir()
+    args = validate_train_args(train_args(data / "text", tmp_path, **options))
+    assert not [w for w in train_warnings(args) if "inner" in w]
+    (data / "text" / "inner" / "a.chunk.0.jsonl").write_text("{}")
+    assert [w for w in train_warnings(args) if w.startswith("data.sources") and "inner" in w]

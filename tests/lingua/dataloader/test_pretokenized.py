@@ -127,6 +127,15 @@ def test_only_incomplete_files_are_made_again(made, capsys):
     validate_data_args(made, 1)
 
 
+def test_chunks_in_root_dir_are_tokenized_if_no_source_is_named(args):
+    root = Path(args.root_dir, "code")
+    script.main([f"data.root_dir={root}", "data.tokenizer.name=bytes"])
+    alone = replace(args, root_dir=str(root), sources={})
+    with_files = replace(alone, pretokenized=True)
+    validate_data_args(with_files, 1)
+    assert_same_stream(first_batches(with_files, n=5), first_batches(alone, n=5))
+
+
 def be_killed(chunk, **_):
     os.kill(os.getpid(), signal.SIGKILL)
 

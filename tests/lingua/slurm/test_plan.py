@@ -162,5 +162,7 @@ def test_the_scripts_of_this_repository_name_their_inputs(tmp_path):
     data, checkpoint = DataArgs("data", {"text": 1.0}), CheckpointArgs(init_ckpt_path="runs/a")
     inputs = training.input_paths(TrainArgs(data=data, checkpoint=checkpoint))
     assert inputs["checkpoint.init_ckpt_path"] == "runs/a"
-    assert inputs["data.sources.text"] == Path("data/text")
+    assert inputs["data.sources.text"] == Path("data/text") and inputs["data.root_dir"] is None
+    inputs = training.input_paths(TrainArgs(data=DataArgs("data")))
+    assert inputs["data.root_dir"] == "data"
     assert evaluation.input_paths(EvalArgs(ckpt_dir="runs/a"))["ckpt_dir"] == "runs/a"
