@@ -29,8 +29,8 @@ class DistributedArgs:
     selective_activation_checkpointing: bool = False  # Lingua's name for "selective" above
     compile: bool = False  # torch.compile every block
     fsdp_type: str = "no_shard"  # no_shard: every rank holds all weights; full_shard: FSDP2
-    # dtype of matrices in forward and backward: fp32, fp16, bf16, or auto (bf16 on CUDA, fp32 on
-    # CPU); master weights, gradient reduction and optimizer are always fp32
+    # dtype of matrices in forward and backward: fp32, bf16, or auto (bf16 on CUDA, fp32 on CPU);
+    # master weights, gradient reduction and optimizer are always fp32
     model_dtype: str = "bf16"
     # full_shard: free a layer's gathered weights after each loop. Saves memory; without it they are
     # gathered once a step, with it twice for every loop and micro-batch

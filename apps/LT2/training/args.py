@@ -110,6 +110,11 @@ def check_numbers(args: TrainArgs) -> None:
             f"model.max_seqlen={args.model.max_seqlen} contradicts data.seq_len="
             f"{args.data.seq_len}; set only data.seq_len"
         )
+    if args.distributed.model_dtype == "fp16":
+        raise UserError(
+            "distributed.model_dtype=fp16 rounds small gradients to zero, since training doesn't "
+            "scale the loss; use bf16, fp32 or auto, also to resume a run that used fp16"
+        )
     if args.data.n_views != 2:
         raise UserError(f"data.n_views={args.data.n_views} must be 2: input and next token")
 

@@ -30,6 +30,7 @@ def data(tmp_path_factory):
         ("model.vocab_size", 10),
         ("data.n_views", 3),
         ("distributed.tp_size", 2),
+        ("distributed.model_dtype", "fp16"),
         ("async_eval_gpus", 0),
         ("checkpoint.init_ckpt_path", "nowhere"),
     ],
