@@ -256,10 +256,21 @@ def run_together(work: Callable[[], T]) -> T:
     A UserError stays a UserError, a fault of the machine becomes RankMachineFault, and any other
     error RanksFailed.
     """
-    result, error = _attempt(work)
-    if agree_any(error is not None):  # cheaper than gather_objects, for use in every step
+    return run_and_average(lambda: (work(), 0.0))[0]
+
+
+def run_and_average(work: Callable[[], tuple[T, float]]) -> tuple[T, float]:
+    """Run `work` as `run_together` does, and average the number that it returns over all ranks.
+
+    One small collective carries the number and whether the rank failed, for use in every step.
+    """
+    done, error = _attempt(work)
+    result, number = (None, 0.0) if done is None else done
+    numbers = torch.tensor([float(error is not None), number], dtype=torch.float64)
+    failed, mean = dist_mean(numbers).tolist()
+    if failed:
         _raise_first(gather_objects(_describe(error)), error)
-    return cast(T, result)
+    return cast(T, result), mean
 
 
 def run_on_rank_0(work: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apps.LT2.kernel.documents import upload_cu_seqlens
-from lingua.dataloader.packing import document_offsets
+from lingua.dataloader.packing import NO_TARGET, document_offsets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,11 @@ def to_device(views_BTN: np.ndarray, doc_mask: bool, device: torch.device) -> Ba
         cu_seqlens = upload_cu_seqlens(document_offsets(views[..., -1]).tolist(), device)
         x, target = x.view(1, -1), target.view(1, -1)
     return copy_to(x, device), copy_to(target, device), cu_seqlens
+
+
+def count_targets(views_BTN: np.ndarray) -> int:
+    """Count the targets in an array (B, T, views); the last token of a document may have none."""
+    return int((views_BTN[..., 1] != NO_TARGET).sum())
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -143,19 +143,27 @@ class LoopedTransformer(nn.Module):
         self.mixer_losses: dict[str, Tensor] = {}
 
     def forward(
-        self, tokens_BT: Tensor, target: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        target: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        n_targets: Tensor | None = None,
     ) -> Tensor:
         """Return logits (B, T, V) in fp32, or with `target` (B, T) the mean cross-entropy.
 
         Targets of -100 are ignored. With `cu_seqlens` the batch is 1, and documents don't see each
-        other.
+        other. The sum is divided by `n_targets`, () in fp32; by default by the batch's own number.
         """
         with_loss = target is not None and torch.is_grad_enabled()
         h, losses = self._hidden_states(tokens_BT, cu_seqlens, with_loss)
         if target is None:
             return self._logits(h)
         loss = linear_cross_entropy(
-            h.flatten(0, 1), self.head_weight, target.flatten(), tp=tp_of(self.head)
+            h.flatten(0, 1),
+            self.head_weight,
+            target.flatten(),
+            n_targets=n_targets,
+            tp=tp_of(self.head),
         )
         return self._add_mixer_losses(loss, losses)
 

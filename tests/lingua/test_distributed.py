@@ -243,6 +243,7 @@ def check_reductions(rank, world_size):
         return rank
 
     assert ld.run_together(lambda: fail(None) if rank == 0 else rank) == rank
+    assert ld.run_and_average(lambda: (rank, 2.0 * rank)) == (rank, 1.0)
     with pytest.raises(UserError, match="^too big$"):
         ld.run_together(lambda: fail(UserError("too big")))
     full = OSError(errno.ENOSPC, "No space left")

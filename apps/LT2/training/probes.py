@@ -24,11 +24,13 @@ from apps.LT2.mixers import MIXERS
 from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.training.trainer import Trainer, every_n_steps
 from apps.LT2.transformer import LoopedTransformer
+from lingua.dataloader.packing import NO_TARGET
 from lingua.distributed import (
     clip_grad_norm_,
     dist_mean,
     dist_mean_dict,
     get_dp_rank_and_degree,
+    get_world_size,
     run_on_rank_0,
     sync_replicated_grads,
 )
@@ -46,10 +48,10 @@ def log_micro_batches(trainer: Trainer, metrics: MetricLogger) -> None:
     if acc_freq is None:
         return
 
-    def log(loss: Tensor) -> None:
+    def log(nats: Tensor, n_targets: int) -> None:
         is_logged = (state.step + 1) % logging.freq == 0
         if is_logged and state.acc_step and state.acc_step % acc_freq == 0:
-            mean = dist_mean(loss).item()
+            mean = (dist_mean(nats) / dist_mean(float(n_targets))).item()
             record = {"global_step": state.step, "acc_step": state.acc_step, "loss/out": mean}
             metrics.log(record)
 
@@ -95,9 +97,11 @@ def run_probed_pass(
     A collective. The gradients stay in `.grad`.
     """
     set_gradient_sync(model, True)
+    # Ranks may have different numbers of targets. A mean of 0 on all ranks would divide by 0.
+    n_targets = dist_mean((batch[1] != NO_TARGET).sum()).clamp(min=1 / get_world_size()).float()
     with probe:
         with recorded_residual_stream(model) as h_by_loop:
-            loss = model(*batch)
+            loss = model(*batch, n_targets)
         loss.backward()
     sync_replicated_grads(model, mesh)
     return loop_stats(model, probe, h_by_loop) | layer_stats(model)

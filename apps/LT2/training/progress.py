@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,7 +97,9 @@ class Progress:
 
 
 def _mean(losses: list[Tensor]) -> float:
-    """Average over steps and ranks."""
+    """Average over steps and ranks; NaN if no step had a target."""
+    if not losses:
+        return math.nan
     return dist_mean(torch.stack(losses).mean()).item()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from apps.LT2.batch import Batch, to_device
+from apps.LT2.batch import Batch, count_targets, to_device
 from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer
@@ -26,10 +26,11 @@ from lingua.distributed import (
     get_device,
     get_dp_rank_and_degree,
     get_global_rank,
-    run_together,
+    run_and_average,
     sync_replicated_grads,
 )
 from lingua.errors import UserError
+from lingua.logger import log_on_rank_0
 from lingua.optim import NonfiniteGuard, ScheduledLR
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class TrainState:
     data_loader_state: DataState
     scheduler: ScheduledLR
     n_tokens: int | None = 0  # read by all ranks; None after loading an older checkpoint
-    # One loss for each step since the last log record, on the device: this rank's mean.
+    # One loss for each step since the last log record, on the device. Its mean over ranks is the
+    # loss of the step. Steps without targets have none.
     losses: list[Tensor] = field(default_factory=list)
     mixer_losses: dict[str, list[Tensor]] = field(default_factory=dict)  # the same, by name
 
@@ -132,9 +134,10 @@ class Trainer:
     batches: Iterator[tuple[Any, Any]]
     mesh: DeviceMesh | None
     device: torch.device
-    # Called with a micro-batch before its forward, and with its loss after its backward.
+    # Called with a micro-batch before its forward, and after its backward with the sum of its
+    # nats, a tensor, and the number of its targets.
     before_micro_batch: Callable[[Batch], None] | None = None
-    after_micro_batch: Callable[[Tensor], None] | None = None
+    after_micro_batch: Callable[[Tensor, int], None] | None = None
 
     def __post_init__(self) -> None:
         args, (_, degree) = self.args, get_dp_rank_and_degree(self.mesh)
@@ -145,41 +148,67 @@ class Trainer:
         self.guard = NonfiniteGuard(args.optim.skip_nonfinite)
 
     def step(self) -> StepResult:
-        """Take one optimizer step. A collective."""
-        n_micro = self.args.grad_acc_steps
-        total = torch.zeros((), device=self.device)
-        mixer_totals: dict[str, Tensor] = {}
+        """Take one optimizer step. A collective. A step without targets updates nothing."""
         began = time.perf_counter()
         # An error in one rank's data is raised on all ranks, before they wait in a collective.
-        micro_batches = run_together(self._read_micro_batches)
+        micro_batches, n_targets = run_and_average(self._read_and_count)
         data_seconds = time.perf_counter() - began
+        lr = self.optimizer.param_groups[0]["lr"]
+        grad_norm, mixer_grad_norms = 0.0, {}
+        if n_targets:
+            self._accumulate(micro_batches, n_targets)
+            sync_replicated_grads(self.model, self.mesh)
+            grad_norm, mixer_grad_norms = self._clip()
+            if not self._skip(grad_norm, *mixer_grad_norms.values()):
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+        else:
+            log_on_rank_0(
+                "step %d skipped: no token has a target, since data.doc_mask=true and each of its "
+                "documents has one token; use longer documents, or data.doc_mask=false",
+                self.state.step + 1,
+                level=logging.WARNING,
+            )
+        self.state.scheduler.step()
+        self.state.step += 1
+        self.state.n_tokens = (self.state.n_tokens or 0) + self.tokens_per_step
+        return StepResult(grad_norm, mixer_grad_norms, lr, data_seconds)
+
+    def _accumulate(self, micro_batches: list[Any], n_targets: float) -> None:
+        """Accumulate the gradients of the step's loss, and add its losses to the state.
+
+        The loss of a step is the sum of nats over the number of targets, in all micro-batches and
+        ranks. `n_targets` is the mean of that number over micro-batches and ranks. Each micro-batch
+        divides its nats by it, so that the mean over micro-batches and ranks is the step's loss. A
+        mixer's own loss is a mean over tokens. All micro-batches have equally many, so their mean
+        is the step's, too.
+        """
+        n_micro = len(micro_batches)
+        divisor = torch.full((), n_targets, dtype=torch.float32, device=self.device)
+        total = torch.zeros((), device=self.device)
+        mixer_totals: dict[str, Tensor] = {}
         self.model.begin_step(self.state.step)
         for micro, views in enumerate(micro_batches):
             batch = to_device(views, self.args.data.doc_mask, self.device)
             if self.before_micro_batch is not None:
                 self.before_micro_batch(batch)
             set_gradient_sync(self.model, micro == n_micro - 1)
-            loss = self.model(*batch)
+            loss = self.model(*batch, divisor)
             (loss / n_micro).backward()
             total += loss.detach()
             for name, mixer_loss in self.model.mixer_losses.items():
                 mixer_totals[name] = mixer_totals.get(name, 0) + mixer_loss
             self.state.acc_step = (micro + 1) % n_micro
             if self.after_micro_batch is not None:
-                self.after_micro_batch(loss.detach())
-        sync_replicated_grads(self.model, self.mesh)
-        grad_norm, mixer_grad_norms = self._clip()
-        lr = self.optimizer.param_groups[0]["lr"]
-        if not self._skip(grad_norm, *mixer_grad_norms.values()):
-            self.optimizer.step()
-        self.state.scheduler.step()
-        self.optimizer.zero_grad()
-        self.state.step += 1
-        self.state.n_tokens = (self.state.n_tokens or 0) + self.tokens_per_step
+                self.after_micro_batch(loss.detach().double() * n_targets, count_targets(views))
         self.state.losses.append(total / n_micro)
         for name, mixer_total in mixer_totals.items():
             self.state.mixer_losses.setdefault(name, []).append(mixer_total / n_micro)
-        return StepResult(grad_norm, mixer_grad_norms, lr, data_seconds)
+
+    def _read_and_count(self) -> tuple[list[Any], float]:
+        """Read the micro-batches of a step, and return them and their mean number of targets."""
+        micro_batches = self._read_micro_batches()
+        return micro_batches, fmean(map(count_targets, micro_batches))
 
     def _read_micro_batches(self) -> list[Any]:
         micro_batches = []

@@ -52,6 +52,18 @@ def test_a_chunk_without_targets_has_no_weight():
     )
 
 
+@pytest.mark.parametrize("n_targets", [3.0, 15.0, 0.25])
+def test_the_sum_is_divided_by_a_given_number_of_targets(n_targets):
+    """The number that the targets have gives the same bits as none."""
+    hidden, weight, target = inputs(ignored=tuple(range(6)))
+    given = linear_cross_entropy(hidden, weight, target, n_targets=torch.tensor(n_targets))
+    mean = linear_cross_entropy(hidden, weight, target)
+    got, want = (torch.autograd.grad(loss, (hidden, weight)) for loss in (given, mean))
+    for g, w in zip((given, *got), (mean, *want), strict=True):
+        assert_same(g, w * 15 / n_targets, FP32)
+        assert torch.equal(g, w) == (n_targets == 15)
+
+
 @pytest.mark.parametrize("form", [linear_cross_entropy, naive_linear_cross_entropy])
 def test_no_target_at_all_gives_zero_and_zero_gradients(form):
     hidden, weight, target = inputs(ignored=tuple(range(N)))

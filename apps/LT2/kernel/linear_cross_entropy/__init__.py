@@ -33,17 +33,19 @@ def linear_cross_entropy(
     target_N: Tensor,
     ignore_index: int = -100,
     *,
+    n_targets: Tensor | None = None,
     tp: TensorParallel = ALONE,
 ) -> Tensor:
     """Return the mean of -log softmax(hidden weight^T)[target] over targets != `ignore_index`.
 
-    hidden  (N, D)    weight (V, D), of one floating dtype     target (N,) int64
-    tp      ranks with the same hidden and target; weight holds this rank's V rows
+    hidden     (N, D)    weight (V, D), of one floating dtype     target (N,) int64
+    n_targets  (), fp32: divides the sum, instead of the number of targets
+    tp         ranks with the same hidden and target; weight holds this rank's V rows
     Returns an fp32 scalar: zero, with zero gradients, if every target is ignored.
     """
     if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    args = (tp.copy_to(hidden_ND), weight_VD, target_N, ignore_index, tp)
+    args = (tp.copy_to(hidden_ND), weight_VD, target_N, ignore_index, n_targets, tp)
     return _LinearCrossEntropy.apply(*args)  # pyright: ignore
 
 
@@ -105,10 +107,17 @@ def _global_log_z_and_label_logit(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, ignore: int, tp: TensorParallel
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        ignore: int,
+        n_targets: Tensor | None,
+        tp: TensorParallel,
     ) -> Tensor:
         first_token = tp.rank * weight.shape[0]
-        n_targets = (target != ignore).sum().clamp(min=1)
+        if n_targets is None:
+            n_targets = (target != ignore).sum().clamp(min=1)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
@@ -141,4 +150,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_hidden = (d_hidden * grad).to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
