@@ -16,7 +16,6 @@ import atexit
 import logging
 import multiprocessing
 import multiprocessing.forkserver
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,6 +58,7 @@ from lingua.parallel.ranks import (  # noqa: F401
     get_world_size,
     setup_env,
 )
+from lingua.parallel.rendezvous import join_ranks
 from lingua.parallel.signals import (  # noqa: F401
     blocked_parent_signals,
     init_signal_handler,
@@ -134,14 +134,9 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     if device.type == "cuda":
         common |= {"backend": "nccl", "device_id": device}
     rank, world_size = get_global_rank(), get_world_size()
-    if get_is_torch_run():
-        dist.init_process_group(init_method="env://", **common)
-    elif world_size == 1:
-        # An in-memory store needs no port, so it cannot clash with another job.
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **common)
-    else:
-        address = f"tcp://{get_master_addr()}:{get_master_port(int(os.environ['SLURM_JOB_ID']))}"
-        dist.init_process_group(init_method=address, rank=rank, world_size=world_size, **common)
+    # An in-memory store needs no port, so it cannot clash with another job.
+    store = dist.HashStore() if world_size == 1 else join_ranks(timeout)
+    dist.init_process_group(store=store, rank=rank, world_size=world_size, **common)
     logger.info(f"process group: {common['backend']}, rank {rank} of {world_size} on {device}")
 
 

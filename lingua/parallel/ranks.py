@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 import subprocess
@@ -56,6 +57,21 @@ def setup_env(env_args: EnvironmentArgs) -> None:
 # ---- ranks
 
 
+@dataclass(frozen=True)
+class Launch:
+    """The place of this process among the processes of its job."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    names: tuple[str, ...]  # the variables that these numbers come from
+    alone: str  # what to do to run a single process
+
+    @property
+    def source(self) -> str:
+        return " ".join(f"{name}={os.environ[name]}" for name in self.names)
+
+
 def get_is_torch_run() -> bool:
     return "LOCAL_RANK" in os.environ
 
@@ -65,29 +81,73 @@ def get_is_slurm_job() -> bool:
     return not get_is_torch_run() and {"SLURM_JOB_ID", "SLURM_PROCID"} <= os.environ.keys()
 
 
-def _rank_variable(torchrun: str, slurm: str, alone: int) -> int:
+def find_launch() -> Launch:
+    """Read the ranks from the environment. UserError for ranks that cannot exist."""
     if get_is_torch_run():
-        return int(os.environ[torchrun])
-    return int(os.environ[slurm]) if get_is_slurm_job() else alone
+        if not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
+            raise UserError(
+                f"LOCAL_RANK={os.environ['LOCAL_RANK']} is set without RANK and WORLD_SIZE: unset "
+                "LOCAL_RANK to run one process, or set RANK and WORLD_SIZE (torchrun sets all)"
+            )
+        return _check_launch("RANK", "LOCAL_RANK", ("WORLD_SIZE",), alone="unset LOCAL_RANK")
+    if get_is_slurm_job():
+        total: tuple[str, ...] = ("SLURM_NTASKS",)
+        if not os.environ.get("SLURM_NTASKS") and os.environ.get("SLURM_NNODES"):
+            # sbatch sets SLURM_NTASKS only with --ntasks; the default is one task per node
+            total = ("SLURM_NNODES",)
+            total += ("SLURM_NTASKS_PER_NODE",) * bool(os.environ.get("SLURM_NTASKS_PER_NODE"))
+        return _check_launch("SLURM_PROCID", "SLURM_LOCALID", total, alone="unset SLURM_PROCID")
+    if os.environ.get("RANK") and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"RANK={os.environ['RANK']} WORLD_SIZE={os.environ['WORLD_SIZE']} are set without "
+            "LOCAL_RANK: set it too, start with torchrun, or unset both to run one process"
+        )
+    return Launch(0, 0, 1, (), "")
+
+
+def _check_launch(rank: str, local_rank: str, total: tuple[str, ...], *, alone: str) -> Launch:
+    """Read the variables of these names. `total` are factors of the number of processes."""
+    world_size = math.prod(read_number(name, at_least=1) for name in total)
+    source = " ".join(f"{name}={os.environ[name]}" for name in total)
+    place = read_number(rank)
+    if place >= world_size:
+        raise UserError(
+            f"{rank}={place} must be from 0 to {world_size - 1}, because {source}; correct one of "
+            f"them, or {alone} to run one process"
+        )
+    return Launch(place, read_number(local_rank), world_size, (rank, *total), alone)
+
+
+def read_number(name: str, *, at_least: int = 0, at_most: int | None = None) -> int:
+    """Read an environment variable. UserError unless it is a number in this range."""
+    text = os.environ.get(name)
+    with contextlib.suppress(ValueError):
+        value = int(text or "")
+        if at_least <= value and (at_most is None or value <= at_most):
+            return value
+    limit = f"at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+    if text is None:
+        raise UserError(f"{name} is not set; set it to a number, {limit}")
+    raise UserError(f"{name}={text} must be a number, {limit}")
 
 
 def get_global_rank() -> int:
-    return _rank_variable("RANK", "SLURM_PROCID", 0)
+    return find_launch().rank
 
 
 def get_local_rank() -> int:
-    return _rank_variable("LOCAL_RANK", "SLURM_LOCALID", 0)
+    return find_launch().local_rank
 
 
 def get_world_size() -> int:
-    return _rank_variable("WORLD_SIZE", "SLURM_NTASKS", 1)
+    return find_launch().world_size
 
 
 def get_local_world_size() -> int:
     """Return the number of this job's processes on this machine."""
     if get_is_slurm_job():
-        return get_world_size() // int(os.environ["SLURM_NNODES"])  # nodes have equal shares
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if get_is_torch_run() else 1
+        return get_world_size() // read_number("SLURM_NNODES", at_least=1)  # equal shares
+    return read_number("LOCAL_WORLD_SIZE", at_least=1) if get_is_torch_run() else 1
 
 
 def get_is_master() -> bool:
@@ -97,18 +157,25 @@ def get_is_master() -> bool:
 def get_master_port(job_id: int) -> int:
     """Return the same port on all ranks of a SLURM job, without communication."""
     if "MASTER_PORT" in os.environ:
-        return int(os.environ["MASTER_PORT"])
+        return read_number("MASTER_PORT", at_least=1, at_most=2**16 - 1)
     return random.Random(job_id).randint(20_000, 60_000)
 
 
 def get_master_addr() -> str:
-    if "MASTER_ADDR" in os.environ:
+    """Return the host of rank 0."""
+    if os.environ.get("MASTER_ADDR"):
         return os.environ["MASTER_ADDR"]
-    if get_is_slurm_job():
-        nodes = os.environ["SLURM_JOB_NODELIST"]
+    if not get_is_slurm_job():
+        return "127.0.0.1"
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    try:
         names = subprocess.check_output(["scontrol", "show", "hostnames", nodes], text=True)
         return names.split()[0]
-    return "127.0.0.1"
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(
+            f"MASTER_ADDR is not set, and scontrol does not name the host of rank 0 "
+            f"(SLURM_JOB_NODELIST={nodes}; {error}); set MASTER_ADDR to that host"
+        ) from None
 
 
 def get_device() -> torch.device:
@@ -119,9 +186,11 @@ def get_device() -> torch.device:
         return torch.device("cpu")
     local_rank, count = get_local_rank(), torch.cuda.device_count()
     if local_rank >= count:
+        name = "SLURM_LOCALID" if get_is_slurm_job() else "LOCAL_RANK"
+        option = "srun --ntasks-per-node" if get_is_slurm_job() else "torchrun --nproc-per-node"
         raise UserError(
-            f"local rank {local_rank} has no GPU: this machine has {count}; use "
-            f"torchrun --nproc-per-node {count} or fewer"
+            f"{name}={local_rank} has no GPU: this process sees {count}; use {option} {count} or "
+            "fewer"
         )
     return torch.device("cuda", local_rank)
 

@@ -14,7 +14,7 @@ LINE = r"0: %-7s \d\d-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6} - \d+:\d\d:\d\d - %s"
 
 @pytest.fixture(autouse=True)
 def clean_root(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "SLURM_JOB_ID", "SLURM_PROCID"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -28,6 +28,7 @@ def clean_root(monkeypatch):
 def as_rank(monkeypatch, rank: str) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "8")
 
 
 def test_each_line_is_on_one_stream(capsys):
@@ -93,8 +94,8 @@ def test_the_prefix_has_the_rank_except_under_slurm(capsys, monkeypatch):
     init_logger()
     logging.getLogger().info("x")
     monkeypatch.delenv("LOCAL_RANK")
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
-    monkeypatch.setenv("SLURM_PROCID", "3")
+    for name, value in {"JOB_ID": "1", "PROCID": "3", "LOCALID": "3", "NTASKS": "8"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
     init_logger()
     logging.getLogger().info("x")
     torchrun, slurm = capsys.readouterr().out.splitlines()

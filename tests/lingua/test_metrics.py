@@ -125,6 +125,7 @@ def test_complete_last_line_without_newline_is_kept(path):
 def test_other_ranks_write_nothing(path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     log_steps(path, [1], args=Args(logging=LoggingArgs(wandb=WandbArgs())))
     assert not path.exists()
 

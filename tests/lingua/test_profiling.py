@@ -47,6 +47,7 @@ def test_trace_holds_the_window(tmp_path, start, steps, n_steps, want):
 def test_files_are_named_by_rank(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("WORLD_SIZE", "10")
     train(tmp_path, trace_only(0, 1), 2)
     assert os.listdir(tmp_path / "profiling") == ["trace_rank00009_iter000000.json.gz"]
 

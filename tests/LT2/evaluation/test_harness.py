@@ -248,6 +248,7 @@ def test_a_cache_of_answers_needs_one_process(monkeypatch):
     hook = SimpleNamespace(dbdict={})
     make_lm().set_cache_hook(hook)
     monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="use_cache"):
         make_lm().set_cache_hook(hook)

@@ -236,7 +236,7 @@ def test_jobs_on_this_machine_use_free_gpus(monkeypatch):
     # srun instead of torchrun: six processes on two nodes
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name)
-    for name, value in {"JOB_ID": 1, "PROCID": 0, "NTASKS": 6, "NNODES": 2}.items():
+    for name, value in {"JOB_ID": 1, "PROCID": 0, "LOCALID": 0, "NTASKS": 6, "NNODES": 2}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert find_free_gpus(1) == "6"
 
