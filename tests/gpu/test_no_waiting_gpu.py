@@ -80,7 +80,8 @@ def test_forward_and_backward_do_not_sync(kind, doc_mask, compiled):
     def run(first: int) -> None:
         views[..., -1] = 0
         views[0, [0, first, 70], -1] = 1  # document starts
-        model(*to_device(views, doc_mask, torch.device("cuda"))).backward()
+        n_targets = torch.full((), 200.0, device="cuda")
+        model(*to_device(views, doc_mask, n_targets.device), n_targets).backward()
 
     run(66)  # loads and tunes kernels, with syncs
     run(67)  # allocates gradients
