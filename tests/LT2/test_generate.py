@@ -205,7 +205,7 @@ def test_a_model_trained_without_bos_gets_none(tmp_path, capsys):
     assert capsys.readouterr().out == f"first{ByteTokenizer().decode([token])}\n"
 
 
-@pytest.mark.parametrize("prompt", ["The function", "The ", "  a (b)", "日本"])
+@pytest.mark.parametrize("prompt", ["The ", "日本"])
 def test_the_printed_text_is_the_decoded_tokens(prompt, tmp_path, capsys):
     tokenizer = make_tokenizer("sp-bpe")
     model = tiny_model("full", 1, n_layers=1, vocab_size=tokenizer.n_words)

@@ -36,6 +36,7 @@ from lingua.checkpointing.weights import (
 )
 from lingua.errors import UserError, run_cli
 from lingua.parallel.args import DTYPES
+from lingua.tokenizer import CONFIG_NAME as TOKENIZER_CONFIG_NAME
 from lingua.tokenizer import HuggingFaceTokenizer, TokenizerArgs
 
 FILES = {"consolidated": CONSOLIDATE_NAME, "safetensors": SAFETENSORS_NAME, "hf": SAFETENSORS_NAME}
@@ -89,10 +90,10 @@ def write_hf_tokenizer(folder: Path, tokenizer: TokenizerArgs, loaded: LoadedMod
         print(f"the tokenizer {tokenizer.name} has no tokenizer.json, so the folder has none")
         return
     copy_tokenizer(folder, tokenizer)
-    config = folder / "tokenizer_config.json"
+    config = folder / TOKENIZER_CONFIG_NAME
     if not config.exists():
         special = {
-            f"{role}_token": loaded.tokenizer.model.id_to_token(token)
+            f"{role}_token": loaded.tokenizer.model.id_to_token(token) if token >= 0 else None
             for role, token in (("bos", loaded.tokenizer.bos_id), ("eos", loaded.tokenizer.eos_id))
         }
         write_json(config, {"tokenizer_class": "PreTrainedTokenizerFast", **special})

@@ -12,9 +12,15 @@ from typing import Any
 
 from lingua.errors import UserError
 from lingua.files.atomic import fsync_path
-from lingua.tokenizer import TOKENIZERS, TokenizerArgs, find_tokenizer_file
+from lingua.tokenizer import (
+    CONFIG_NAME,
+    SPECIALS_NAME,
+    TOKENIZERS,
+    TokenizerArgs,
+    find_tokenizer_file,
+)
 
-TOKENIZER_EXTRAS = ("tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_EXTRAS = (CONFIG_NAME, SPECIALS_NAME, "chat_template.jinja")
 
 
 @contextmanager
