@@ -24,6 +24,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, first_line, import_optional, run_cli
 from lingua.files.atomic import write_atomic
+from lingua.prepare.network import HUB, call_online
 from lingua.prepare.shuffle import ShufflePlan, find_finished, shuffle_documents
 from lingua.prepare.sources import describe_skipped, find_document_files
 from lingua.prepare.splits import ALL, select_split
@@ -101,9 +103,13 @@ def download(dataset: str, folder: Path) -> None:
         return
     hub = import_optional("huggingface_hub", extra="data", needed_by=f"downloading {dataset}")
     try:
-        info = hub.HfApi().dataset_info(
-            corpus.repo_id, revision=record.get("revision"), files_metadata=True
+        ask = partial(
+            hub.HfApi().dataset_info,
+            corpus.repo_id,
+            revision=record.get("revision"),
+            files_metadata=True,
         )
+        info = call_online(ask, HUB, dataset)
         folder.mkdir(parents=True, exist_ok=True)
         record = {"repo_id": corpus.repo_id, "revision": info.sha}
         write_atomic(record_file, json.dumps(record))

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lingua
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, first_line, import_optional, run_cli
 from lingua.files.atomic import write_atomic
+from lingua.prepare.network import HUB, call_online
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ TOKENIZERS = {
 # data.tokenizer.name=tiktoken splits text by Llama 3's rule, which this encoding shares. With the
 # ranks of another encoding it would silently give other tokens.
 CL100K = "cl100k_base"
+TIKTOKEN = "https://openaipublic.blob.core.windows.net"  # where tiktoken has its encodings
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -52,20 +56,23 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def download_from_hub(wanted: HubFile, folder: Path, api_key: str | None) -> Path:
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it logs each of its retries
     hub = import_optional("huggingface_hub", extra="data", needed_by="downloading a tokenizer")
+    what = f"{wanted.file} of {wanted.repo_id}"
+    download = partial(
+        hub.hf_hub_download, wanted.repo_id, filename=wanted.file, local_dir=folder, token=api_key
+    )
     try:
-        path = hub.hf_hub_download(
-            wanted.repo_id, filename=wanted.file, local_dir=folder, token=api_key
-        )
+        return Path(call_online(download, HUB, what))
+    except UserError:
+        raise
     except Exception as error:  # from the hub, its HTTP library, the network or the disk
-        reason = first_line(error)
+        problem = f"{what} could not be downloaded: {first_line(error)}"
         if api_key:
-            reason = reason.replace(api_key, "<api_key>")
-        raise UserError(
-            f"{wanted.file} of {wanted.repo_id} could not be downloaded: {reason}; accept its "
-            f"terms at https://huggingface.co/{wanted.repo_id} and give --api_key"
-        ) from None
-    return Path(path)
+            problem = problem.replace(api_key, "<api_key>")
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
+            problem += f"; accept its terms at {HUB}/{wanted.repo_id} and give --api_key"
+        raise UserError(problem) from None
 
 
 def save_tiktoken(name: str, folder: Path) -> Path:
@@ -77,7 +84,9 @@ def save_tiktoken(name: str, folder: Path) -> Path:
         )
     tiktoken = import_optional("tiktoken", extra="", needed_by=name)
     try:
-        ranks = tiktoken.get_encoding(name)._mergeable_ranks
+        ranks = call_online(lambda: tiktoken.get_encoding(name), TIKTOKEN, name)._mergeable_ranks
+    except UserError:
+        raise
     except Exception as error:  # from its HTTP library or the network
         raise UserError(f"{name} could not be downloaded: {first_line(error)}") from None
     lines = (

@@ -93,6 +93,7 @@ def hub(monkeypatch):
         stand_in = Hub(failure)
         for script in (data, tokenizers):
             monkeypatch.setattr(script, "import_optional", lambda *_, **__: stand_in)
+        monkeypatch.setattr("lingua.prepare.network.find_obstacle", lambda url: None)
         return stand_in
 
     return install
@@ -331,12 +332,34 @@ def test_without_a_key_the_hub_uses_its_own(tmp_path, hub):
     assert stand_in.calls[0][1]["token"] is None
 
 
-@pytest.mark.parametrize("kind", [OSError, RuntimeError])
-def test_a_key_is_not_printed_if_the_download_fails(tmp_path, hub, kind):
-    hub(kind("401 for token hf_secret"))
+@pytest.mark.parametrize("status", [401, 403, 404, None])
+def test_a_key_is_not_printed_if_the_download_fails(tmp_path, hub, status):
+    """Only a refusal has to do with the terms."""
+    failure = RuntimeError("no space for token hf_secret")
+    if status:
+        failure.response = SimpleNamespace(status_code=status)
+    hub(failure)
     with pytest.raises(UserError) as raised:
         tokenizers.main(["llama2", str(tmp_path), "--api_key", "hf_secret"])
-    assert "secret" not in str(raised.value) and "accept its terms" in str(raised.value)
+    assert "secret" not in str(raised.value)
+    assert ("accept its terms" in str(raised.value)) == (status is not None)
+
+
+@pytest.mark.parametrize(
+    "script, argv",
+    [
+        (tokenizers, ["llama3", "folder"]),
+        (tokenizers, ["cl100k_base", "folder"]),
+        (data, ["fineweb_edu", "1", "--data_dir", "folder"]),
+    ],
+)
+def test_without_a_network_the_cause_comes_first(tmp_path, hub, monkeypatch, script, argv):
+    stand_in = hub(ConnectionError("the library's own words"))
+    stand_in.get_encoding = stand_in.dataset_info = lambda *_, **__: stand_in.hf_hub_download("")
+    monkeypatch.setattr("lingua.prepare.network.find_obstacle", lambda url: "no route to host")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^no connection to [a-z.]+ \(no route to host\)"):
+        script.main(argv)
 
 
 def test_an_encoding_of_tiktoken_becomes_a_file_that_loads(tmp_path, monkeypatch):
