@@ -44,7 +44,7 @@ from lingua.checkpointing.folder import (
     remove_checkpoint,
 )
 from lingua.checkpointing.folder import TRAIN_STATE_NAME as TRAIN_STATE_NAME
-from lingua.checkpointing.metadata import METADATA_NAME
+from lingua.checkpointing.metadata import METADATA_NAME, read_metadata
 from lingua.checkpointing.save import Save
 from lingua.checkpointing.weights import CONSOLIDATE_FOLDER as CONSOLIDATE_FOLDER
 from lingua.checkpointing.weights import CONSOLIDATE_NAME as CONSOLIDATE_NAME
@@ -390,6 +390,7 @@ def _as_dict(config: Any) -> dict[str, Any]:
 def _check_and_read_config(folder: Path) -> dict[str, Any]:
     require_files(folder, *REQUIRED_FILES)
     check_files(folder, str(folder))
+    read_metadata(folder)
     return json.loads((folder / CONFIG_NAME).read_text())
 
 

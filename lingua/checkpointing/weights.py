@@ -157,8 +157,11 @@ def consolidate_checkpoints(ckpt_dir: str | os.PathLike) -> Path:
 
 
 def check_init_path(path: str | None) -> None:
-    """Raise UserError if checkpoint.init_ckpt_path names no weights."""
-    if path is not None and find_weights(Path(path)) is None:
+    """Raise UserError if checkpoint.init_ckpt_path names no weights, or a damaged index."""
+    source = None if path is None else find_weights(Path(path))
+    if source is not None and source.is_dir():
+        read_metadata(source)
+    if path is not None and source is None:
         raise UserError(
             f"checkpoint.init_ckpt_path={path}: no checkpoint found (no {METADATA_NAME}); name a "
             "step folder such as <dump_dir>/checkpoints/0000001000, or a weight file "

@@ -167,8 +167,12 @@ def _build_tokenizer(source: Path, config: Mapping[str, Any], path: str | None) 
 def _model_args(
     config: Mapping[str, Any], tokenizer: Tokenizer, source: Path
 ) -> LoopedTransformerArgs:
+    options = config["model"]
+    if "loop_count" not in options and (window := options.get("sliding_window")) is not None:
+        logger.warning("model.sliding_window=%d is not used: Lingua trains without it", window)
+        options = {**options, "sliding_window": None}
     try:
-        args = dataclass_from_dict(LoopedTransformerArgs, config["model"])
+        args = dataclass_from_dict(LoopedTransformerArgs, options)
     except UserError as error:
         raise UserError(f"ckpt={source}: {CONFIG_NAME}, section model: {error}") from None
     if args.vocab_size < tokenizer.n_words:
