@@ -225,6 +225,11 @@ def test_a_chat_template_beside_the_tokenizer(tmp_path):
         ("{{ messages[0].role + 1 }}", "here: .*cannot format"),
         ("{{ raise_exception('no system prompt') }}", "no system prompt"),
         ("{% for m in messages %}", "not a chat template"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "here: .*unsafe"),
+        ("{{ raise_exception.__globals__ }}", "here: .*unsafe"),
+        ("{{ messages.append(1) }}", "here: .*not safely callable"),
+        ("{{ 1 // 0 }}", "here: .*cannot format"),
+        ("{{ messages[0].role.encode('nope') }}", "here: .*cannot format"),
     ],
 )
 def test_a_failing_chat_template_is_a_user_error(template, message):
