@@ -66,6 +66,7 @@ class LoopedTransformerArgs(MixerArgs):
     default_sliding_window: int = 2048  # keys that a window layer sees, the token itself included
     use_residual: bool = True  # learned per-loop gate rho (T, dim), zero at the start
     gated_attn: bool = False  # sigmoid output gate on softmax attention
+    mixer_norm_eps: float | None = None  # epsilon of a linear mixer's output norm; null = norm_eps
     gdn: GatedDeltaNetArgs = field(default_factory=GatedDeltaNetArgs)
     kda: KDAArgs = field(default_factory=KDAArgs)
     mamba2: Mamba2Args = field(default_factory=Mamba2Args)
@@ -75,6 +76,14 @@ class LoopedTransformerArgs(MixerArgs):
     nsa: NSAArgs = field(default_factory=NSAArgs)
     dsa: DSAArgs = field(default_factory=DSAArgs)
     gla: GLAArgs = field(default_factory=GLAArgs)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mixer_norm_eps is not None and not self.mixer_norm_eps > 0:
+            raise UserError(
+                f"model.mixer_norm_eps={self.mixer_norm_eps} must be above 0, or null for "
+                "model.norm_eps"
+            )
 
     def layout(self) -> Layout:
         """Return what runs at each (loop, layer) in evaluation and inference."""

@@ -23,11 +23,17 @@ from lingua.transformer import BaseTransformerArgs
 class MixerArgs(BaseTransformerArgs):
     """The options of `model:` that mixers read, besides their sections such as `model.gdn`.
 
-    `LoopedTransformerArgs` gives these two their place among the fields and their defaults.
+    `LoopedTransformerArgs` gives these their place among the fields and their defaults.
     """
 
     attn_impl: str
     gated_attn: bool
+    mixer_norm_eps: float | None
+
+    @property
+    def output_norm_eps(self) -> float:
+        """Epsilon of the norm on the output of a linear mixer's recurrence."""
+        return self.norm_eps if self.mixer_norm_eps is None else self.mixer_norm_eps
 
 
 @dataclass

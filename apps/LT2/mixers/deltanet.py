@@ -47,7 +47,7 @@ class DeltaNet(LinearMixer):
         self.wb = nn.Linear(shared.dim, self.n_heads, bias=False)  # write strength
         self.wo = nn.Linear(values, shared.dim, bias=False)
         self.conv = ShortConv(2 * keys + values, own.conv_size, option="model.deltanet.conv_size")
-        self.norm = RMSNorm(self.value_dim, shared.norm_eps)
+        self.norm = RMSNorm(self.value_dim, shared.output_norm_eps)
 
     def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return (q, k, v, beta) by head; beta is fp32."""

@@ -59,7 +59,7 @@ class GatedDeltaNet(LinearMixer):
         self.conv = ShortConv(2 * keys + values, own.conv_size, option="model.gdn.conv_size")
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps)
+        self.norm = GatedRMSNorm(self.value_dim, shared.output_norm_eps)
 
     def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return (q, k, v, g, beta) by head; g and beta are fp32."""

@@ -56,7 +56,7 @@ class GatedLinearAttention(LinearMixer):
         # Not wa_up's bias: 2-D parameters may be bf16, 1-D ones stay fp32.
         self.decay_bias = nn.Parameter(torch.empty(keys))
         self.wo = nn.Linear(values, shared.dim, bias=False)
-        self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps)
+        self.norm = GatedRMSNorm(self.value_dim, shared.output_norm_eps)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
         streams, (gate, a) = super().project(x)

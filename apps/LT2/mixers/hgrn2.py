@@ -58,7 +58,7 @@ class HGRN2(LinearMixer):
         self.wv = nn.Linear(shared.dim, values, bias=False)  # the paper's input gate i
         self.wf = nn.Linear(shared.dim, keys, bias=False)  # forget gate
         self.wo = nn.Linear(values, shared.dim, bias=False)
-        self.norm = GroupedRMSNorm(values, 1, shared.norm_eps)
+        self.norm = GroupedRMSNorm(values, 1, shared.output_norm_eps)
 
     def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return (q, k, v, g) by head; g (..., H, K) is fp32."""

@@ -69,7 +69,7 @@ class KimiDeltaAttention(LinearMixer):
         self.conv = ShortConv(2 * keys + values, own.conv_size, option="model.kda.conv_size")
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(keys))
-        self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps, activation="sigmoid")
+        self.norm = GatedRMSNorm(self.value_dim, shared.output_norm_eps, activation="sigmoid")
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
         streams, (a, gate, b) = super().project(x)

@@ -49,6 +49,7 @@ class LinearMixer(Mixer):
     by the first of `rest`.
     """
 
+    reads = Mixer.reads | {"mixer_norm_eps"}
     stream_linears: ClassVar[tuple[str, ...]] = ("wq", "wk", "wv")  # in the order of the streams
     rest_linears: ClassVar[tuple[str, ...]]  # the other linears of the input
     # recurrence(*inputs, state=, cu_seqlens=) -> o (B, T, H, V), fp32 state (N, H, K, V) after the

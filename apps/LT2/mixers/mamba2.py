@@ -36,7 +36,7 @@ class Mamba2Args:
 
 class Mamba2(LinearMixer):
     module_name = "mamba2"
-    reads = frozenset()  # its heads come from expand and head_dim
+    reads = LinearMixer.reads - {"n_heads"}  # its heads come from expand and head_dim
     stream_linears = ("wx", "wB", "wC")
     rest_linears = ("wz", "wdt")
     recurrence = staticmethod(partial(simple_gla, scale=1.0))
@@ -61,7 +61,7 @@ class Mamba2(LinearMixer):
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = GroupedRMSNorm(inner, self.n_groups, shared.norm_eps)
+        self.norm = GroupedRMSNorm(inner, self.n_groups, shared.output_norm_eps)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
         streams, rest = super().project(x)

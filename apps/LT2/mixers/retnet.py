@@ -31,7 +31,7 @@ class RetNetArgs:
 
 class RetNet(LinearMixer):
     module_name = "retnet"
-    reads = frozenset({"n_heads", "rope_theta"})
+    reads = LinearMixer.reads | {"rope_theta"}
     rest_linears = ("wg",)
     recurrence = staticmethod(simple_gla)
     recurrence_step = staticmethod(simple_gla_step)
@@ -50,7 +50,7 @@ class RetNet(LinearMixer):
         self.wv = nn.Linear(shared.dim, values, bias=False)
         self.wg = nn.Linear(shared.dim, values, bias=False)  # output gate
         self.wo = nn.Linear(values, shared.dim, bias=False)
-        self.norm = GatedRMSNorm(self.value_dim, shared.norm_eps)
+        self.norm = GatedRMSNorm(self.value_dim, shared.output_norm_eps)
 
     def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return rotated q and k, v, and g (H,) fp32, which is the same for all tokens."""
