@@ -206,6 +206,7 @@ OTHER_SHARED_VALUES: dict[str, tuple[Any, ...]] = {
     "n_kv_heads": (1,),
     "rope_theta": (99.0,),
     "gated_attn": (True,),
+    "mixer_norm_eps": (1e-2,),
     "attn_impl": ("naive",),  # in fp32, so the last bits change
 }
 

@@ -76,9 +76,12 @@ def test_every_mixer_has_its_tests(name):
 # ---- the definition
 
 
+OTHER_CONSTANTS = {"norm_eps": 1e-3, "mixer_norm_eps": 2e-3, "rope_theta": 500.0}
+
+
 def assert_equals_definition(case: Case, definition: Callable[..., Any]) -> None:
     """Compare output, own loss and every gradient over one sequence longer than a chunk."""
-    case = dataclasses.replace(case, args={"norm_eps": 1e-3, "rope_theta": 500.0} | case.args)
+    case = dataclasses.replace(case, args=OTHER_CONSTANTS | case.args)
     mixer, x = make(case).double(), tokens(1, 70).double().requires_grad_()
     weights = dict(mixer.named_parameters())
     got, got_loss = forward_with_loss(mixer, x, case)

@@ -140,6 +140,7 @@ def test_families_of_different_loops_have_their_own_weights():
         ({"n_kv_heads": -1}, "model.n_kv_heads=-1"),
         ({"multiple_of": 0}, "model.multiple_of=0"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0"),
+        ({"mixer_norm_eps": 0.0}, "model.mixer_norm_eps=0.0"),
         ({"rope_theta": -1.0}, "model.rope_theta=-1.0"),
         ({"init_base_std": 0.0}, r"model\.init_base_std=0\.0"),
         ({"init_std_factor": "deep"}, r"model\.init_std_factor='deep'"),

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apps.LT2.mixers.gdn import GatedDeltaNet, GatedDeltaNetArgs
 from apps.LT2.mixers.parts import init_decay
+from apps.LT2.transformer import LoopedTransformerArgs
 from tests.LT2.mixers.paper import Weights, convolved_heads, head_shape, linear, rms_norm
 
 
@@ -30,7 +32,7 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
     outputs = []
     for h, (q, k, v) in enumerate(convolved_heads(weights, x_TD, own, shape)):
         o = head_outputs(q, k, v, g_TH[:, h], beta_TH[:, h])
-        outputs.append(rms_norm(weights, "norm", o, args.norm_eps) * F.silu(gates[h]))
+        outputs.append(rms_norm(weights, "norm", o, args.mixer_norm_eps) * F.silu(gates[h]))
     return torch.cat(outputs, -1) @ weights["wo.weight"].T
 
 
@@ -44,3 +46,10 @@ def test_decay_is_initialized_as_in_mamba2():
     assert A.mean().item() == pytest.approx(8, rel=0.03)
     assert 0.99e-3 < dt.min() < 1.1e-3 and 0.09 < dt.max() < 0.101
     assert dt.log().mean().exp().item() == pytest.approx(1e-2, rel=0.05)
+
+
+def test_the_output_norm_uses_norm_eps_by_default():
+    """Runs that lack the option keep their results."""
+    for options, eps in (({}, 1e-3), ({"mixer_norm_eps": 1e-4}, 1e-4)):
+        args = LoopedTransformerArgs(dim=16, n_heads=2, norm_eps=1e-3, **options)
+        assert GatedDeltaNet(args, GatedDeltaNetArgs()).norm.eps == eps

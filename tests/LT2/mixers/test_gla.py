@@ -15,7 +15,7 @@ from tests.LT2.mixers.paper import Weights, head_shape, linear, rms_norm
 
 def make(**gla) -> GatedLinearAttention:
     torch.manual_seed(0)
-    args = LoopedTransformerArgs(dim=16, n_heads=2, norm_eps=1e-3, gla=GLAArgs(**gla))
+    args = LoopedTransformerArgs(dim=16, n_heads=2, mixer_norm_eps=1e-3, gla=GLAArgs(**gla))
     layer = GatedLinearAttention(args, args.gla)
     layer.reset_parameters(None, 1.0)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
         for t in range(len(x_TD)):
             S = alpha[t][:, None] * S + torch.outer(k[h][t], v[h][t])
             outputs.append(S.T @ q[h][t] * key_dim**-0.5)
-        o = rms_norm(weights, "norm", torch.stack(outputs), args.norm_eps)
+        o = rms_norm(weights, "norm", torch.stack(outputs), args.mixer_norm_eps)
         heads.append(o * F.silu(gate[h]))
     return torch.cat(heads, -1) @ weights["wo.weight"].T
 

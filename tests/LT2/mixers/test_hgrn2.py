@@ -25,7 +25,10 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
             S = torch.diag(f_TK[t]) @ S + torch.outer(1 - f_TK[t], i[h][t])
             outputs.append(S.T @ F.silu(q[h][t]) * key_dim**-0.5)
         heads.append(torch.stack(outputs))
-    return rms_norm(weights, "norm", torch.cat(heads, -1), args.norm_eps) @ weights["wo.weight"].T
+    return (
+        rms_norm(weights, "norm", torch.cat(heads, -1), args.mixer_norm_eps)
+        @ weights["wo.weight"].T
+    )
 
 
 @pytest.mark.parametrize("lower_bound", [0.0, 0.25, 0.999])

@@ -13,7 +13,9 @@ from tests.LT2.mixers.paper import Weights, convolved_heads, head_shape, linear,
 
 def make(jitter: float = 0.3, **kda) -> KimiDeltaAttention:
     torch.manual_seed(0)
-    args = LoopedTransformerArgs(dim=16, n_heads=2, norm_eps=1e-3, vocab_size=8, kda=KDAArgs(**kda))
+    args = LoopedTransformerArgs(
+        dim=16, n_heads=2, mixer_norm_eps=1e-3, vocab_size=8, kda=KDAArgs(**kda)
+    )
     layer = KimiDeltaAttention(args, args.kda)
     layer.reset_parameters(None, 1.0)
     with torch.no_grad():
@@ -44,7 +46,7 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
     for h, (q, k, v) in enumerate(convolved_heads(weights, x_TD, own, shape)):
         g = -weights["A_log"][h].exp() * F.softplus(a[h])
         o = head_outputs(q, k, v, g, beta_TH[:, h])
-        outputs.append(rms_norm(weights, "norm", o, args.norm_eps) * gates[h])
+        outputs.append(rms_norm(weights, "norm", o, args.mixer_norm_eps) * gates[h])
     return torch.cat(outputs, -1) @ weights["wo.weight"].T
 
 

@@ -16,7 +16,7 @@ from tests.tolerances import FP32, assert_same
 
 def make(**mamba2) -> Mamba2:
     torch.manual_seed(0)
-    args = LoopedTransformerArgs(dim=16, norm_eps=1e-3, mamba2=Mamba2Args(**mamba2))
+    args = LoopedTransformerArgs(dim=16, mixer_norm_eps=1e-3, mamba2=Mamba2Args(**mamba2))
     layer = Mamba2(args, args.mamba2)
     layer.reset_parameters(None, 1.0)
     with torch.no_grad():
@@ -28,7 +28,7 @@ def make(**mamba2) -> Mamba2:
 def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) -> Tensor:
     own, inner = args.mamba2, int(args.mamba2.expand * args.dim)
     P, G, N = own.head_dim, own.n_groups, own.state_dim
-    H, eps = inner // P, args.norm_eps
+    H, eps = inner // P, args.mixer_norm_eps
     projected = torch.cat([x_TD @ weights[f"w{name}.weight"].T for name in "xBC"], dim=-1)
     x, B, C = convolve(weights, projected, own.conv_size).split([inner, G * N, G * N], dim=-1)
     dt_TH = F.softplus(x_TD @ weights["wdt.weight"].T + weights["dt_bias"])

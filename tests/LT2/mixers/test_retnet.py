@@ -17,7 +17,7 @@ from tests.tolerances import FP32, FP64, assert_same
 def make(**retnet) -> RetNet:
     torch.manual_seed(0)
     args = LoopedTransformerArgs(
-        dim=16, n_heads=2, norm_eps=1e-3, rope_theta=500.0, retnet=RetNetArgs(**retnet)
+        dim=16, n_heads=2, mixer_norm_eps=1e-3, rope_theta=500.0, retnet=RetNetArgs(**retnet)
     )
     layer = RetNet(args, args.retnet)
     layer.reset_parameters(None, 1.0)
@@ -38,7 +38,7 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
         D_TT = torch.where(age >= 0, gamma ** age.type_as(x_TD), 0)
         scores = rotated(q[h], args.rope_theta) @ rotated(k[h], args.rope_theta).T
         o = (scores * key_dim**-0.5 * D_TT) @ v[h]
-        heads.append(F.silu(gate[h]) * rms_norm(weights, "norm", o, args.norm_eps))
+        heads.append(F.silu(gate[h]) * rms_norm(weights, "norm", o, args.mixer_norm_eps))
     return torch.cat(heads, -1) @ weights["wo.weight"].T
 
 
