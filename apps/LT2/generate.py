@@ -9,6 +9,7 @@ for them. A single answer is printed as it is generated.
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import sys
 from dataclasses import dataclass, field
@@ -102,7 +103,8 @@ def read_prompts(args: GenerateArgs) -> list[PromptLine] | None:
 def decode_lines(source: str, content: bytes) -> list[PromptLine]:
     """Decode UTF-8 lines; a line that isn't UTF-8 becomes a prompt with a problem."""
     prompts = []
-    for i, line in enumerate(content.splitlines(), start=1):
+    lines = content.removeprefix(codecs.BOM_UTF8).splitlines()
+    for i, line in enumerate(lines, start=1):
         text = problem = ""
         try:
             text = line.decode("utf-8")

@@ -13,6 +13,7 @@ So any number of chunks works with any number of ranks, and all ranks together r
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -27,7 +28,6 @@ from lingua.tokenizer import well_formed
 
 TRAIN_PATTERN = "*.chunk.*.jsonl"
 VAL_PATTERN = "*.val.jsonl"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors start a file with it
 
 
 class JSONLState(TypedDict):
@@ -116,7 +116,7 @@ def own_lines(
 
 
 def is_blank(line: bytes) -> bool:
-    return not line.removeprefix(BYTE_ORDER_MARK).strip()
+    return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def parse_line(line: bytes, file_path: str, end: int) -> dict[str, Any]:

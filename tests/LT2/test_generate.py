@@ -63,7 +63,9 @@ def test_prompts_from_options_a_file_and_stdin(ask, tmp_path, answers):
     want = shown(PROMPTS, answers)
     assert ask(f"prompts={PROMPTS!r}") == want
     assert ask(stdin="\n".join(PROMPTS)) == want
-    for name, text in [("unix", "\n".join(PROMPTS) + "\n"), ("dos", "\r\n".join(PROMPTS))]:
+    lines = "\n".join(PROMPTS) + "\n"
+    texts = {"unix": lines, "dos": "\r\n".join(PROMPTS), "byte order mark": "\ufeff" + lines}
+    for name, text in texts.items():
         (tmp_path / name).write_text(text, newline="")
         assert ask(f"prompts_file={tmp_path / name}") == want
 

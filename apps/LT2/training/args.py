@@ -7,7 +7,7 @@ from pathlib import Path
 
 from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval
-from apps.LT2.evaluation.validation import check_validation_sources
+from apps.LT2.evaluation.validation import check_validation_sources, find_sources
 from apps.LT2.inference.load import check_kernels
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.parallel import check_tensor_parallel
@@ -160,6 +160,7 @@ def check_eval_args(args: TrainArgs) -> None:
     given, n_gpus = args.eval or EvalArgs(), args.async_eval_gpus
     if given.validation is not None:
         check_validation_sources(given.validation, "eval.validation")
+        find_sources(given.validation, args.data)  # refuses unreadable files
     for name in SET_BY_TRAINING:
         value = getattr(given, name)
         if value not in (None, ""):

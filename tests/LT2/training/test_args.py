@@ -55,6 +55,14 @@ def test_validation_folders_are_checked_at_the_start(data, tmp_path, options, me
         validate_train_args(train_args(data, tmp_path / "run", **options))
 
 
+def test_held_out_text_that_cannot_be_read_is_refused_at_the_start(tmp_path):
+    data = write_corpus(tmp_path / "data")
+    (data / "text" / "b.val.jsonl").symlink_to("gone")
+    with pytest.raises(UserError, match=r"b\.val\.jsonl .a link to gone"):
+        validate_train_args(train_args(data, tmp_path / "run"))
+    validate_train_args(train_args(data, tmp_path / "run", **{"eval.validation": None}))
+
+
 FULL = {"model.mixer": "full", "model.attention_pattern": None}
 MISTAKES = {
     "dump_dir is empty": {"dump_dir": ""},
