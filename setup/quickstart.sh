@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # Train a small model and generate text from a clean clone, in under ten minutes on two CPU cores.
 #
-#   bash setup/quickstart.sh [OVERRIDE...]        for example: model.loop_count=4 steps=500
+#   bash setup/quickstart.sh [OVERRIDE...]        for example: dump_dir=runs/q4 model.loop_count=4
 #
 # Creates .venv, installs, prepares a corpus from Python's standard library, trains
-# apps/LT2/configs/600M/debug.yaml into runs/quickstart, generates text and plots the loss. The same
-# command resumes an interrupted run. PYTHON=... sets the Python of a new .venv.
+# apps/LT2/configs/600M/debug.yaml into runs/quickstart or the given dump_dir, generates text and
+# plots the loss. The same command resumes an interrupted run. A finished run needs another dump_dir
+# for other options. PYTHON=... sets the Python of a new .venv.
 set -euo pipefail
 # shellcheck source=setup/_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 cd "$ROOT"
 
 DUMP_DIR=runs/quickstart
+for option in "$@"; do
+    [[ $option != dump_dir=* ]] || DUMP_DIR=${option#dump_dir=} # the last one wins
+done
 SECONDS=0 # bash counts them up
 
 make_venv
@@ -26,7 +30,7 @@ step "Preparing data/local"
 
 step "Training into $DUMP_DIR"
 "$VENV_PYTHON" -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml \
-    "dump_dir=$DUMP_DIR" "$@"
+    "$@" "dump_dir=$DUMP_DIR"
 
 step "Generating text"
 "$VENV_PYTHON" -m apps.LT2.generate "ckpt=$DUMP_DIR" max_gen_len=64 temperature=0.7 \

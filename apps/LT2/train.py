@@ -10,9 +10,13 @@ is started again with the same `dump_dir`, it resumes from its newest checkpoint
 from __future__ import annotations
 
 import gc
+import json
 import logging
-from contextlib import ExitStack
-from dataclasses import dataclass
+import os
+import shlex
+import sys
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from logging import WARNING
 from pathlib import Path
 from types import FrameType
@@ -21,6 +25,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.validation import Validator
 from apps.LT2.flops import train_flops_per_token
 from apps.LT2.mixers import MIXERS
@@ -46,8 +51,14 @@ from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.trainer import every_n_steps as every_n_steps
 from apps.LT2.training.unused_options import train_warnings
 from apps.LT2.transformer import ZERO_IF_MISSING, LoopedTransformer
-from lingua.args import dump_config, parse_args
-from lingua.checkpoint import CheckpointManager
+from lingua.args import (
+    dataclass_from_dict,
+    dataclass_to_dict,
+    diff_configs,
+    dump_config,
+    parse_args,
+)
+from lingua.checkpoint import CONFIG_NAME, CheckpointManager
 from lingua.checkpointing.weights import load_initial_weights
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import (
@@ -66,22 +77,29 @@ from lingua.distributed import (
     setup_env,
     setup_torch_distributed,
 )
-from lingua.errors import run_cli
+from lingua.errors import UserError, run_cli
 from lingua.files.atomic import write_atomic
 from lingua.files.lock import make_and_lock_folders
 from lingua.logger import end_in_log_file, init_logger, log_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.optim import ScheduledLR, build_optimizer
+from lingua.parallel.ranks import launcher
 from lingua.parallel.torchrun import exit_with_torchrun
 from lingua.parallel.watchdog import HangWatchdog
 from lingua.profiling import Profiler, maybe_run_profiler
+from lingua.redact import redact, redact_all
 from lingua.rng import seed_everything
 from lingua.slurm.code import CODE_VERSION, snapshot_code, version_record
+from lingua.slurm.script import SUBMIT_SCRIPT
 
 logger = logging.getLogger(__name__)
 
 # Initial weights outside this range were probably never initialized.
 MAX_WEIGHT, MAX_STD = 20.0, 5.0
+
+# Options that a finished run may differ in: where it is now, and the number of processes.
+OF_THIS_START = ("dump_dir", "checkpoint.path", "distributed.dp_replicate")
+OF_EVALUATION = ("eval.", "async_eval_gpus:")
 
 
 # ---- the loop
@@ -193,18 +211,40 @@ class PreemptionFlag:
 
 
 def is_finished(args: TrainArgs) -> bool:
-    """Return whether an earlier run has done everything. Nothing is written."""
+    """Return whether an earlier run has done everything. Nothing is written.
+
+    UserError if an option differs from the finished run, and so would have no effect.
+    """
     newest = CheckpointManager(args.checkpoint).get_last_step_path(quiet=True)
     step = int(newest.name) if newest is not None else 0
-    if step < args.steps or is_evaluation_missing(args, step):
+    if newest is None or step < args.steps:
         return False
-    if get_is_master():
+    is_missing = is_evaluation_missing(args, step)
+    unused = find_changed_options(args, newest)
+    if is_missing:
+        unused = [option for option in unused if not option.startswith(OF_EVALUATION)]
+    if unused:
+        raise UserError(
+            f"dump_dir={args.dump_dir}: all {step} steps are done, and these options differ from "
+            f"the finished run: {'; '.join(unused)}. Use another dump_dir to train with them"
+        )
+    if get_is_master() and not is_missing:
         print(
             f"{newest}: {step} steps are done and steps={args.steps}: nothing to do; increase "
             "steps, or name another dump_dir",
             flush=True,
         )
-    return True
+    return not is_missing
+
+
+def find_changed_options(args: TrainArgs, checkpoint: Path) -> list[str]:
+    """List options that differ from those of the checkpoint: ["optim.lr: 0.0003 -> 0.0001"]."""
+    saved = json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
+    # Options that are newer than the checkpoint get their defaults.
+    both = dataclass_from_dict(TrainArgs, saved, strict=False), args
+    both = (replace(config, eval=config.eval or EvalArgs()) for config in both)
+    changes = diff_configs(*(redact_all(dataclass_to_dict(config)) for config in both))
+    return [change for change in changes if change.partition(":")[0] not in OF_THIS_START]
 
 
 def build_run(
@@ -355,7 +395,29 @@ def input_paths(args: TrainArgs) -> dict[str, str | Path | None]:
 
 def main(argv: list[str]) -> None:
     args = parse_args(TrainArgs, argv, prog="python -m apps.LT2.train", doc=__doc__)
-    train(args)
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        if args.dump_dir and get_is_master():
+            print(how_to_resume(args, argv), file=sys.stderr, flush=True)
+        raise
+
+
+def how_to_resume(args: TrainArgs, argv: list[str]) -> str:
+    """Return two lines: the newest checkpoint, and the command that resumes from it."""
+    dump_dir = Path(args.dump_dir)
+    path = args.checkpoint.path or str(dump_dir / "checkpoints")
+    newest = None
+    with suppress(UserError):  # all are damaged
+        newest = CheckpointManager(replace(args.checkpoint, path=path)).get_last_step_path()
+    script = dump_dir / SUBMIT_SCRIPT
+    if os.environ.get("DUMP_DIR") == str(dump_dir.absolute()) and script.exists():
+        command = ["sbatch" if "SLURM_JOB_ID" in os.environ else "bash", str(script)]
+    else:
+        command = [*launcher(sys.orig_argv[0]), "-m", "apps.LT2.train", *argv]
+    state = f"newest checkpoint: {newest}" if newest else "no checkpoint is saved"
+    verb = "resume" if newest else "start over"
+    return redact(f"{state}\nto {verb}: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

@@ -131,6 +131,18 @@ def read_number(name: str, *, at_least: int = 0, at_most: int | None = None) -> 
     raise UserError(f"{name}={text} must be a number, {limit}")
 
 
+def launcher(python: str) -> list[str]:
+    """Return the start of a command that starts as many processes as this job has."""
+    n = get_world_size()
+    if n > 1 and get_is_slurm_job():
+        return ["srun", "--ntasks", str(n), python]
+    if n == 1 or not os.environ.get("LOCAL_WORLD_SIZE"):
+        return [python]
+    n_here = get_local_world_size()
+    nodes = ["--nnodes", str(n // n_here)] if n > n_here else []
+    return ["torchrun", *nodes, "--nproc-per-node", str(n_here)]
+
+
 def get_global_rank() -> int:
     return find_launch().rank
 

@@ -10,6 +10,7 @@ from typing import Any
 from lingua.errors import UserError
 
 LAUNCHERS = ("sbatch", "bash")
+SUBMIT_SCRIPT = "submit.slurm"
 CONFIG_ARGUMENT = 'config="$DUMP_DIR/base_config.yaml"'  # later options win over the file
 
 
@@ -77,7 +78,7 @@ class Job:
 
     @property
     def script(self) -> Path:
-        return self.dump_dir / "submit.slurm"
+        return self.dump_dir / SUBMIT_SCRIPT
 
 
 def resources(job: Job) -> dict[str, Any]:

@@ -28,11 +28,11 @@ from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny import KINDS, tiny_args
 from tests.LT2.tiny_run import (
     OPTIONS,
+    SMALL,
     assert_same_run,
     checkpoint,
     column,
     command_line,
-    fingerprint,
     stopped_after,
     tensors,
     train,
@@ -164,15 +164,6 @@ def test_two_stopped_ranks_resume_to_the_bit(data, tmp_path):
     run_ranks(2, stop_and_resume, data, tmp_path)
 
 
-def test_a_finished_run_changes_nothing(data, tmp_path, capfd):
-    train(data, tmp_path)
-    before = fingerprint(tmp_path)
-    capfd.readouterr()
-    train(data, tmp_path)
-    assert fingerprint(tmp_path) == before
-    assert "nothing to do" in capfd.readouterr().out
-
-
 def test_an_interrupted_validation_is_repeated(data, uninterrupted, tmp_path, monkeypatch):
     """After the last step too: then all steps are done, but the run isn't."""
     validate = Validator.__call__
@@ -195,7 +186,7 @@ def test_an_interrupted_validation_is_repeated(data, uninterrupted, tmp_path, mo
 
 
 def test_a_finished_run_resumes_with_more_steps(data, tmp_path):
-    options = {"optim.scheduler": "constant", "optim.warmup": 0}
+    options = {"optim.scheduler": "constant", "optim.warmup": 0, **SMALL}
     train(data, tmp_path / "parts", steps=4, **options)
     train(data, tmp_path / "parts", **options)
     train(data, tmp_path / "whole", **options)
