@@ -61,8 +61,12 @@ def run_cli(main: Callable[[list[str]], Any]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its repr if the message is empty."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    """Return the first line of an error's message, or its repr if the message is empty.
+
+    The message may quote a damaged file, so control characters are replaced.
+    """
+    line = (str(error).strip() or repr(error)).splitlines()[0]
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def print_traceback(kind: type[BaseException], error: BaseException, tb: Any) -> None:

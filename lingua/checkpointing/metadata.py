@@ -116,15 +116,15 @@ def _entry(entry: Any) -> TensorStorageMetadata | BytesStorageMetadata:
         return BytesStorageMetadata()
     state = _state(entry, "TensorStorageMetadata")
     dtype, *_ = _state(state["properties"], "TensorProperties", tuple)
-    chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in state["chunks"]]
-    return TensorStorageMetadata(
-        properties=TensorProperties(dtype=_is(torch.dtype, dtype)),
-        size=torch.Size(state["size"]),
-        chunks=[
-            ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"]))
-            for chunk in chunks
-        ],
-    )
+    states = [_state(chunk, "ChunkStorageMetadata") for chunk in state["chunks"]]
+    chunks = [
+        ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"]))
+        for chunk in states
+    ]
+    size = torch.Size(state["size"])
+    if sum(chunk.sizes.numel() for chunk in chunks) < size.numel():
+        raise ValueError(f"it lacks a part of a tensor of size {tuple(size)}")
+    return TensorStorageMetadata(TensorProperties(dtype=_is(torch.dtype, dtype)), size, chunks)
 
 
 def _index(index: Any) -> MetadataIndex:

@@ -94,6 +94,10 @@ MALICIOUS = {
     "attribute of a class": sets_on_class,
     "a call of metadata": lambda: by_name(Metadata.__module__, "Metadata", {}),
     "terminal codes": lambda: by_name("os", "\x1b[2Jsystem", "true"),
+    "terminal codes in a number": lambda: b"F\x1b[2J\n.",
+    "a tensor without chunks": lambda: pickle.dumps(
+        Metadata({"a": TensorStorageMetadata(TensorProperties(), torch.Size([1]), [])}, None, {})
+    ),
     "text": lambda: b"no pickle",
     "empty": lambda: b"",
     "a list": lambda: pickle.dumps([1, 2]),
