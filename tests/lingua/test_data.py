@@ -361,7 +361,8 @@ def test_impossible_values_are_refused(change, message):
         DataArgs(**change)
 
 
-def test_data_without_any_text_ends(tmp_path):
+def test_data_without_any_text_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("lingua.dataloader.packing.MAX_EMPTY", 300)
     make_source(tmp_path / "web", ["", ""], n_chunks=1)
     args = make_args(tmp_path, sources={"web": 1.0}, add_bos=False, add_eos=False)
     with pytest.raises(UserError, match="documents in a row have no text"):

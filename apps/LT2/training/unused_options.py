@@ -13,7 +13,7 @@ from apps.LT2.mixers import MIXERS
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.config.help import format_value
-from lingua.data import ROOT_SOURCE, find_unread_folders
+from lingua.data import find_unread_folders
 from lingua.transformer import depth_factor
 
 
@@ -96,8 +96,8 @@ def _unused_train_options(args: TrainArgs) -> Iterator[str]:
     if folders := find_unread_folders(args.data):
         root = args.data.root_dir
         yield (
-            f"data.sources is {ROOT_SOURCE}: only the chunks in {root} itself are read, not those "
-            f"in its folders {', '.join(folders)}; to read these, name them in data.sources"
+            f"data.sources: the chunks in {root} itself are read, those in its folders "
+            f"{', '.join(folders)} are not; to read these, name them in data.sources"
         )
     if args.async_eval_gpus is not None and (args.eval is None or args.eval.harness is None):
         yield (
