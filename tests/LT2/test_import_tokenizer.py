@@ -98,11 +98,12 @@ def test_another_models_tokenizer_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_without_bos_and_eos_is_exported(tmp_path):
-    folder, _ = hf_folder(tmp_path, bos_token=None, eos_token=None)
+def test_a_tokenizer_without_bos_is_exported(tmp_path):
+    folder, _ = hf_folder(tmp_path, "metaspace")
+    (folder / "tokenizer_config.json").unlink()
     tokenizer, _ = import_and_generate(folder, tmp_path / "out")
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (-1, -1)
-    (tmp_path / "out" / "tokenizer_config.json").write_text('{"bos_token_id": null}')
-    export_weights.main([f"ckpt={tmp_path / 'out'}", f"out={tmp_path / 'again'}", "format=hf"])
-    config = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert config["bos_token_id"] is None and config["eos_token_id"] == 1
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (-1, 1)
+    config = json.loads((tmp_path / "out-hf" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (None, 1)
+    special = json.loads((tmp_path / "out-hf" / "tokenizer_config.json").read_text())
+    assert (special["bos_token"], special["eos_token"]) == (None, "</s>")

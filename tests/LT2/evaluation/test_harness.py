@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from apps.LT2.evaluation.chat import ChatTemplate, find_chat_template
-from apps.LT2.inference.generator import PackedCausalTransformerGeneratorArgs
+from apps.LT2.inference.generator import (
+    PackedCausalTransformerGenerator,
+    PackedCausalTransformerGeneratorArgs,
+)
 from apps.LT2.inference.load import LoadedModel
 from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer, TokenizerArgs
 from tests.lingua.dist_utils import run_ranks
+from tests.lingua.tokenizer_kinds import make_tokenizer
 from tests.LT2.tiny import tiny_model
 
 pytest.importorskip("lm_eval")
@@ -161,6 +166,22 @@ def test_requests_with_different_settings():
     ]
 
 
+def test_an_answer_keeps_the_blank_before_its_first_word():
+    tokenizer = make_tokenizer("sp-bpe")
+    options = {"n_layers": 1, "max_seqlen": MAX_LEN, "vocab_size": tokenizer.n_words}
+    lm = make_lm(model=tiny_model("full", 1, **options), tokenizer=tokenizer)
+    asked = [(text, {"max_gen_toks": 5}) for text in ("the", "The function", "a (")]
+    for (text, _), answer in zip(
+        asked, lm.generate_until(requests("generate_until", *asked)), strict=True
+    ):
+        tokens = tokenizer.encode(text, True, False)
+        generator = PackedCausalTransformerGenerator(
+            replace(lm.cfg, max_gen_len=5), lm.model, tokenizer
+        )
+        (done,) = generator.complete([tokens])
+        assert text + answer == tokenizer.decode(tokens + done.tokens)
+
+
 def generate_on_rank(rank, world_size, max_tokens=60):
     lm = make_lm(max_tokens=max_tokens)
     sampled = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "max_gen_toks": 6}
@@ -244,6 +265,9 @@ def test_the_default_of_several_chat_templates_is_used(tmp_path):
     named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
     config.write_text(json.dumps({"chat_template": named}))
     assert find_chat_template(tokenizer).text == "b"
+    config.write_text(json.dumps([named]))
+    with pytest.raises(UserError, match="tokenizer_config.json"):
+        find_chat_template(tokenizer)
     config.write_text(json.dumps({"chat_template": named[:1]}))
     with pytest.raises(UserError, match="apply_chat_template=true: no chat template"):
         find_chat_template(tokenizer)

@@ -140,6 +140,13 @@ def test_a_stop_string_contains_no_text_of_the_prompt(kind):
     assert "".join(stream_all(stream, answer)) == want and not stream.stopped
 
 
+def test_a_prompt_may_end_in_tokens_without_text():
+    tokenizer = make_tokenizer("sp-bpe")
+    prompt = tokenizer.encode("the", False, False) + [tokenizer.eos_id] * 20
+    stream = TextStream(tokenizer, prompt=prompt)
+    assert "".join(stream_all(stream, tokenizer.encode("the", False, False))) == " the"
+
+
 def test_a_character_may_start_in_the_prompt():
     first, *rest = "東".encode()
     stream = TextStream(TOKENIZER, prompt=[*b"a", first])

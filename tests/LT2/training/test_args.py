@@ -7,6 +7,7 @@ import pytest
 from apps.LT2.training.args import validate_train_args
 from apps.LT2.training.unused_options import train_warnings
 from lingua.errors import UserError
+from tests.lingua.tokenizer_kinds import TOKENIZER_KINDS
 from tests.LT2.tiny_run import SMALL, column, train, train_args, write_corpus
 
 
@@ -61,6 +62,15 @@ def test_held_out_text_that_cannot_be_read_is_refused_at_the_start(tmp_path):
     with pytest.raises(UserError, match=r"b\.val\.jsonl .a link to gone"):
         validate_train_args(train_args(data, tmp_path / "run"))
     validate_train_args(train_args(data, tmp_path / "run", **{"eval.validation": None}))
+
+
+def test_a_tokenizer_without_bos_needs_add_bos_false(data, tmp_path):
+    name, path = TOKENIZER_KINDS["metaspace"](tmp_path)
+    options = {"data.tokenizer.name": name, "data.tokenizer.path": path}
+    with pytest.raises(UserError, match="data.add_bos=true.*data.add_bos=false"):
+        validate_train_args(train_args(data, tmp_path / "run", **options))
+    options["data.add_bos"] = False
+    assert validate_train_args(train_args(data, tmp_path / "run", **options)).data.add_eos
 
 
 FULL = {"model.mixer": "full", "model.attention_pattern": None}
