@@ -53,10 +53,7 @@ def select_split(files: Sequence[Path], folder: Path, split: str) -> tuple[list[
         )
     if not others:
         return selected, None
-    return (
-        selected,
-        f"{folder}: files of other splits skipped: {listed}; to read them, give --split",
-    )
+    return selected, f"{folder}: files of other splits skipped: {listed}; --split selects a split"
 
 
 def canonical(split: str) -> str:
@@ -97,7 +94,7 @@ def read_card(folder: Path) -> Iterator[tuple[str, str]]:
             if (split != "train") == is_other:
                 for pattern in [paths] if isinstance(paths, str) else paths or []:
                     for found in glob.iglob(str(pattern), root_dir=folder, recursive=True):
-                        yield found, split
+                        yield PurePosixPath(found).as_posix(), split  # without ./
 
 
 def _card_entries(card: Path) -> Iterator[dict[str, Any]]:

@@ -91,7 +91,7 @@ configs:
   - split: train
     path: "part_[01].jsonl"
   - split: test
-    path: [part_2.jsonl, more/**]
+    path: [./part_2.jsonl, more/**]
   - split: unsupervised
     path: part_3.jsonl
 - config_name: of names
