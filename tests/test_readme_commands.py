@@ -27,6 +27,7 @@ EXCEPTIONS = {
     "sbatch setup/create_env.sh": "installs packages",
     "conda activate": "goes with create_env.sh",
     "python setup/prepare_local_data.py": "`shell` runs it on a smaller library",
+    "python -m apps.LT2.lm_eval": "reads all tasks for 13 s; tests/LT2/test_eval.py runs it",
     "python setup/download_tokenizer.py": "needs the network; tests/setup/test_download.py",
 }
 
@@ -38,16 +39,18 @@ PLACEHOLDERS = {
 }
 
 TINY_MODEL = "model.dim=32 model.n_layers=5 model.n_heads=2 model.gdn.head_dim=16"
+# Few long batches: a batch of 64 tokens takes as long as one of 256.
 TINY_RUN = (
-    f"{TINY_MODEL} steps=2 data.batch_size=2 data.seq_len=64 data.load_async=false "
-    "checkpoint.eval.every=2 eval.validation.max_steps=2"
+    f"{TINY_MODEL} steps=2 data.batch_size=2 data.seq_len=256 data.load_async=false "
+    "data.prefetch_size=2 checkpoint.eval.every=2 eval.validation.max_steps=1"
 )
 LOCAL_DATA = (
     '"data.sources={local: 1.0}" data.tokenizer.name=hf '
     "data.tokenizer.path=data/local/tokenizer.json"
 )
-TINY_BENCHMARK = "--seq-len 16 --batch-size 1 2 --repeats 1 --warmup 1 --decode-tokens 2"
+TINY_BENCHMARK = "--seq-len 16 --batch-size 1 --repeats 1 --warmup 1 --decode-tokens 2"
 TINY_RECIPE = "model.dim=32 model.n_layers=5 model.n_heads=2 model.vocab_size=300"
+SHORT_ANSWERS = "generator.max_gen_len=4"
 LOCAL_TASKS = "harness.tasks=[lt2_local_choice] harness.include_path=apps/LT2/local_tasks"
 
 # Start of a command -> what is appended to it; of two settings the last one counts.
@@ -60,9 +63,9 @@ SMALLER = {
         f"{TINY_RUN} {LOCAL_DATA} distributed.compile=false grad_acc_steps=1 dump_dir=runs/looped"
     ),
     "python setup/download_prepare_hf_data.py": (
-        "--source_dir data/local --validation_documents 5 --nchunks 2"
+        "--source_dir data/local --validation_documents 2 --nchunks 2"
     ),
-    "python setup/tokenize_data.py": "--workers 2",
+    "python setup/tokenize_data.py": "--workers 1",
     "python -m apps.LT2.scripts.benchmark_loader": "--batches 2 --repeats 2 data.prefetch_size=2",
     "python -m apps.LT2.scripts.benchmark_train": (
         f"{TINY_MODEL} data.batch_size=1 data.seq_len=32 data.load_async=false"
@@ -70,11 +73,10 @@ SMALLER = {
     "python -m lingua.stool script=": "ngpu=1 override=true",
     "python -m lingua.stool config=apps/LT2/configs/600M/debug.yaml launcher=bash": TINY_RUN,
     "python -m apps.LT2.generate": "max_gen_len=8",
-    "python -m apps.LT2.eval": "harness.limit=4 harness.bootstrap_iters=0",
-    "python -m apps.LT2.lm_eval": "--limit 4",
+    "python -m apps.LT2.eval": f"harness.limit=2 harness.bootstrap_iters=0 {SHORT_ANSWERS}",
     # instead of tasks that would be downloaded
     "torchrun --nproc-per-node 8 -m apps.LT2.eval": (
-        f"{LOCAL_TASKS} harness.limit=4 harness.bootstrap_iters=0 dump_dir=runs/suites"
+        f"{LOCAL_TASKS} harness.limit=2 harness.bootstrap_iters=0 dump_dir=runs/suites"
     ),
     "python -m apps.LT2.benchmark_prefill --config apps/LT2/configs/600M": TINY_BENCHMARK,
     "python -m apps.LT2.benchmark_prefill": f"{TINY_BENCHMARK} {TINY_RECIPE}",

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 from functools import partial
@@ -22,6 +23,7 @@ from lingua.tokenizer import ByteTokenizer
 from tests.lingua.stool_utils import held
 from tests.LT2.tiny import save_run, tiny_model
 from tests.LT2.tiny_run import clean_process
+from tests.readme import commands
 
 pytest.importorskip("lm_eval")
 
@@ -307,9 +309,11 @@ def test_the_registered_model_with_the_harness_command_line(here, monkeypatch, s
 
     manager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)  # faster
-    command = ["run", "--model", "lt2", "--model_args", "ckpt=runs/demo,max_tokens=600,device=cpu"]
-    command += ["--tasks", "lt2_local_choice,lt2_local_copy", "--output_path", "own/results.json"]
-    command += ["--include_path", str(ROOT / "apps/LT2/local_tasks")]
+    start = "python -m apps.LT2.lm_eval "
+    (said,) = (c.text for c in commands() if c.text.startswith(start))  # in docs/evaluation.md
+    said = said.removeprefix(start).replace("apps/LT2", str(ROOT / "apps/LT2"))
+    said = said.replace("ckpt=runs/quickstart", "ckpt=runs/demo,max_tokens=600,device=cpu")
+    command = [*shlex.split(said), "--output_path", "own/results.json"]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *command])
     with clean_process():
         main(command)
