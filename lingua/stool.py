@@ -1,7 +1,7 @@
 """stool, the SLURM tool: check a config, copy the code, and submit the job.
 
     python -m lingua.stool script=apps.LT2.train config=run.yaml nodes=8 partition=gpu
-    python -m lingua.stool config=run.yaml nodes=1 ngpu=1 launcher=bash -- steps=100 dump_dir=/tmp/x
+    python -m lingua.stool config=run.yaml nodes=1 launcher=bash -- steps=100 dump_dir=/tmp/x
     python -m lingua.stool config=run.yaml nodes=1 'sweep.optim.lr=[1e-4,3e-4]' array=1
 
 Options before `--` are stool's. Options after it belong to the script and win over the config.
@@ -38,6 +38,7 @@ from lingua.slurm.background import (
     LocalOutput,
     check_slurm,
     failure,
+    fill_in_ngpu,
     gpu_slots,
     has_slurm,
     import_submitit,
@@ -46,6 +47,7 @@ from lingua.slurm.background import (
     start_here,
     submit_to_slurm,
 )
+from lingua.slurm.code import code_version, snapshot_for_all
 from lingua.slurm.dry_run import show
 from lingua.slurm.plan import LOGS, import_script, parse_run_args, plan_run, write_run
 from lingua.slurm.plan import read_run_args as read_run_args
@@ -99,6 +101,7 @@ def launch_sweep(args: StoolArgs) -> Path:
     runs = combinations(args.sweep)
     default = len(runs) if args.launcher == "sbatch" else 1
     at_once = min(args.array or default, len(runs))
+    args = fill_in_ngpu(args, at_once)
     name, folder, jobs = plan_sweep(args, runs)
     read_record(folder)  # it must be readable
     if args.launcher == "bash":
@@ -113,8 +116,12 @@ def launch_sweep(args: StoolArgs) -> Path:
         return folder / RECORD
     make_writable("dump_dir", folder)
     with lock_folders({"dump_dir": folder}):
+        code = None
+        if args.copy_code:
+            code, n_files = snapshot_for_all(jobs[0].root, folder)
+            print(f"stool: copied {n_files} files of code to {code} ({code_version(jobs[0].root)})")
         for job in jobs:
-            write_run(job, without=folder)
+            write_run(job, code)
         write_record(folder, runs)
     if args.launcher == "sbatch":
         handles = submit_to_slurm(jobs, folder / FOLDER, name=name, at_once=at_once)

@@ -7,6 +7,7 @@
 The folder of a sweep is the config's dump_dir. It contains
 
     lr=0.0001,loop_count=4/   a run like any other, relaunched by its submit.slurm
+    code/                     the copy of the code, to which `code` of each run links
     sweep.json                the options of each run
     submitit/                 logs of the jobs
 """

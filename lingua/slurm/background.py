@@ -12,15 +12,17 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lingua.errors import UserError, import_optional
-from lingua.slurm.script import Job, resources
+from lingua.slurm.script import Job, StoolArgs, resources
 
 FOLDER = "submitit"  # below the folder of a run or a sweep
 TEN_YEARS = 10 * 365 * 24 * 60  # minutes; submitit always sets a time limit
 POLL_SECONDS = 0.2
+GPUS_PER_NODE = 8
 
 
 def import_submitit(needed_by: str) -> Any:
@@ -108,6 +110,18 @@ def visible_gpus() -> list[str]:
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(i) for i in range(count)])[:count]
+
+
+def fill_in_ngpu(args: StoolArgs, at_once: int = 1) -> StoolArgs:
+    """Return `args` with the default of ngpu. `at_once` runs share the GPUs of this machine."""
+    if args.ngpu != -1:
+        return args
+    if args.launcher == "sbatch":
+        return replace(args, ngpu=GPUS_PER_NODE)
+    # A login node has none of the allocation's GPUs.
+    in_allocation = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    count = int(in_allocation) if in_allocation.isdecimal() else len(visible_gpus())
+    return replace(args, ngpu=max(1, count // at_once))
 
 
 def gpu_slots(ngpu: int, at_once: int) -> list[str | None]:

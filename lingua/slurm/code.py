@@ -1,11 +1,13 @@
 """Copy the code that a run starts from, and record its git commit.
 
-The copy has the files that git tracks or does not ignore, with submodules. Outside git, it has the
-Python and YAML files.
+The copy has the files that git tracks, with submodules, and untracked source files that git does
+not ignore. It has no untracked data or weights, no run and no environment, so that runs inside the
+checkout don't copy each other. Outside git, it has the source files.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -18,9 +20,13 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 CODE_VERSION = "code_version.json"
-MAX_UNTRACKED_BYTES = 16 * 2**20  # a larger untracked file is data that .gitignore forgot
-NOT_CODE = ("pyvenv.cfg", "base_config.yaml")  # mark a virtual environment, and a run's folder
-SUFFIXES = {".py", ".yaml", ".yml"}  # copied outside git
+SUFFIXES = {".py", ".pyi", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".md", ".sh", ".slurm"}
+SUFFIXES |= {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp"}  # of files that are code
+MAX_BYTES = 2**20  # a larger file is data
+MAX_NAMED = 4  # files that are left out
+# Groups of files that mark a folder without code: environments, a sweep, and runs.
+MARKS = (("pyvenv.cfg",), ("conda-meta",), ("sweep.json",))
+MARKS += tuple(("base_config.yaml", name) for name in ("config.yaml", "submit.slurm", CODE_VERSION))
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,7 @@ def list_code(root: Path, without: Path | None = None) -> list[Path]:
             files.append(Path(name))
         elif (path / ".git").exists():  # a submodule that is checked out
             files += [Path(name) / file for file in list_code(path)]
-    for name in untracked:
-        size = os.lstat(root / name).st_size
-        if name.endswith("/"):
-            logger.warning("the copy of the code leaves out the git repository %s", name)
-        elif size > MAX_UNTRACKED_BYTES:
-            mib = size / 2**20
-            logger.warning("the copy of the code leaves out %s (%.0f MiB, not in git)", name, mib)
-        else:
-            files.append(Path(name))
+    files += _find_code(root, untracked)
     # git still lists a tracked file that was deleted
     files = [file for file in files if (root / file).exists()]
     if without is not None:
@@ -87,14 +85,45 @@ def list_code(root: Path, without: Path | None = None) -> list[Path]:
     return sorted(set(files))
 
 
+def _find_code(root: Path, untracked: list[str]) -> list[Path]:
+    """Return the untracked files that are code. Log which others the copy leaves out."""
+    has_code: dict[Path, bool] = {Path(): True}
+
+    def may_have_code(folder: Path) -> bool:
+        if folder not in has_code:
+            has_code[folder] = may_have_code(folder.parent) and _has_code(root / folder)
+        return has_code[folder]
+
+    code, others = [], []
+    for name in untracked:
+        file = Path(name)
+        if name.endswith("/"):
+            others.append(f"the git repository {name}")
+        elif not may_have_code(file.parent):
+            continue
+        elif file.suffix in SUFFIXES and os.lstat(root / file).st_size <= MAX_BYTES:
+            code.append(file)
+        else:
+            others.append(name)
+    if others:
+        more = ", ..." if len(others) > MAX_NAMED else ""
+        logger.warning(
+            "the copy of the code leaves out %d files that git does not track and that are not "
+            "source files: %s%s; `git add` those that the run needs",
+            *(len(others), ", ".join(others[:MAX_NAMED]), more),
+        )
+    return code
+
+
+def _has_code(folder: Path) -> bool:
+    """Whether a folder may hold code: it is not hidden, an environment, a sweep or a run."""
+    is_other = any(all((folder / name).exists() for name in names) for names in MARKS)
+    return not (is_other or folder.name.startswith(".") or folder.name == "__pycache__")
+
+
 def _walk(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not name.startswith((".", "__pycache__"))
-            and not any(Path(folder, name, mark).exists() for mark in NOT_CODE)
-        ]
+        subfolders[:] = [name for name in subfolders if _has_code(Path(folder, name))]
         for name in names:
             if Path(name).suffix in SUFFIXES:
                 yield Path(folder, name).relative_to(root)
@@ -114,6 +143,8 @@ def snapshot_code(root: Path, target: Path, without: Path) -> int:
         for file in files:
             (new / file).parent.mkdir(parents=True, exist_ok=True)
             _copy(root, file, new / file)
+        if target.is_symlink():  # of a run that a sweep started
+            target.unlink()
         if target.exists():
             target.rename(old)
         new.rename(target)
@@ -124,6 +155,37 @@ def snapshot_code(root: Path, target: Path, without: Path) -> int:
         raise
     shutil.rmtree(old, ignore_errors=True)
     return len(files)
+
+
+def snapshot_for_all(root: Path, folder: Path) -> tuple[Path, int]:
+    """Copy the code to folder/code for all runs in the folder; return the copy and its size.
+
+    Runs that were started earlier keep their copy: if the code has changed since, the new copy is
+    code.2, code.3, ...
+    """
+    names = (f"code{f'.{i}' if i > 1 else ''}" for i in itertools.count(1))
+    copies = [folder / name for name in itertools.takewhile(lambda n: (folder / n).exists(), names)]
+    new = folder / (f"code.{len(copies) + 1}" if copies else "code")
+    n_files = snapshot_code(root, new, without=folder)
+    for copy in copies:
+        if _contents(copy) == _contents(new):
+            shutil.rmtree(new)
+            return copy, n_files
+    return new, n_files
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {file.relative_to(folder): file.read_bytes() for file in files}
+
+
+def link_code(copy: Path, target: Path) -> None:
+    """Make `target`, the `code` of a run, a relative link to a copy that several runs share."""
+    if target.is_symlink():
+        target.unlink()
+    elif target.exists():
+        shutil.rmtree(target)
+    target.symlink_to(os.path.relpath(copy, target.parent))
 
 
 def _copy(root: Path, file: Path, target: Path) -> None:

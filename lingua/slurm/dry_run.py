@@ -24,7 +24,7 @@ def describe(jobs: Sequence[Job], action: str, sweep: Path | None) -> Iterator[s
     texts = run_files(first)
     yield "stool: a dry run: nothing is written, renamed or run"
     if first.args.copy_code:
-        each = "" if is_one else " for each run"
+        each = "" if is_one else " once for all runs"
         code = describe_code(first.root, without=sweep or first.dump_dir)
         yield f"stool: would copy{each} {code}"
     for job in jobs:

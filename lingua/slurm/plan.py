@@ -23,7 +23,14 @@ from lingua.files.lock import (
     lock_folders,
     make_writable,
 )
-from lingua.slurm.code import CODE_VERSION, code_version, snapshot_code, version_record
+from lingua.slurm.background import fill_in_ngpu
+from lingua.slurm.code import (
+    CODE_VERSION,
+    code_version,
+    link_code,
+    snapshot_code,
+    version_record,
+)
 from lingua.slurm.script import Job, StoolArgs, render_submit
 
 RUN_MARKS = ("base_config.yaml", "config.yaml", "submit.slurm")  # each marks the folder of a run
@@ -34,6 +41,7 @@ def plan_run(args: StoolArgs) -> Job:
     """Check everything that can be checked. A mistake is a UserError; nothing is written."""
     if args.nodes < 1:
         raise UserError(f"nodes={args.nodes}: set the number of machines, e.g. nodes=1")
+    args = fill_in_ngpu(args)
     module = import_script(args.script)
     run_args = read_run_args(args, module)
     check_launcher(args)
@@ -183,8 +191,8 @@ def is_free(folder: Path) -> bool:
 # ---- the run's folder
 
 
-def write_run(job: Job, without: Path | None = None) -> None:
-    """Write the run's folder. The copy of the code leaves out `without`, by default the folder."""
+def write_run(job: Job, code: Path | None = None) -> None:
+    """Write the run's folder, with a copy of the code or a link to the copy `code`."""
     folder = job.dump_dir
     try:
         if job.args.override and not is_free(folder):
@@ -195,8 +203,10 @@ def write_run(job: Job, without: Path | None = None) -> None:
         with lock_folders({"dump_dir": folder}):
             if not is_free(folder) and not job.args.dirs_exists_ok:
                 raise UserError(f"dump_dir={folder} exists; another launch was faster")
-            if job.args.copy_code:
-                n_files = snapshot_code(job.root, job.code, without=without or folder)
+            if code is not None:
+                link_code(code, job.code)
+            elif job.args.copy_code:
+                n_files = snapshot_code(job.root, job.code, without=folder)
                 print(f"stool: copied {n_files} files of code ({code_version(job.root)})")
             (folder / LOGS).mkdir(exist_ok=True)  # SLURM does not make it
             for name, text in run_files(job).items():

@@ -24,7 +24,9 @@ class StoolArgs:
     override: bool = False  # rename a dump_dir that exists to <dump_dir>.old-<n>, and start over
     dry_run: bool = False  # check everything and show what would be written and run; write nothing
     nodes: int = -1  # machines; required
-    ngpu: int = 8  # GPUs per node, with one process each
+    # GPUs per node, with one process each; -1 = 8 with sbatch, and with bash those of this machine,
+    # or one process on a CPU
+    ngpu: int = -1
     ncpu: int = 16  # CPU cores per GPU
     mem: str = ""  # memory per node, in SLURM's format (200G); "" = all of it
     anaconda: str = "default"  # folder of the environment to run in; default = stool's own
@@ -46,9 +48,10 @@ class StoolArgs:
     def __post_init__(self) -> None:
         if self.launcher not in LAUNCHERS:
             raise UserError(f"launcher={self.launcher} must be one of {', '.join(LAUNCHERS)}")
-        for name in ("ngpu", "ncpu"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.ncpu < 1:
+            raise UserError(f"ncpu={self.ncpu} must be at least 1")
+        if self.ngpu < 1 and self.ngpu != -1:
+            raise UserError(f"ngpu={self.ngpu} must be at least 1, or -1 for the default")
         if self.array is not None and (self.array < 1 or not self.sweep):
             raise UserError(
                 f"array={self.array} must be at least 1 and needs a sweep, e.g. "

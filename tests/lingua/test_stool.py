@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lingua.errors import UserError
-from lingua.slurm.background import LocalOutput
+from lingua.slurm.background import LocalOutput, fill_in_ngpu
 from lingua.slurm.script import quote_sbatch
 from lingua.stool import (
     Job,
@@ -299,7 +299,7 @@ def test_the_scripts_of_this_repository_can_be_launched(tmp_path, script):
         "model": {"dim": 32, "n_heads": 2},
         "data": {"root_dir": str(tmp_path), "sources": {"text": 1}},
     }
-    given = StoolArgs(script=script, config=config, launcher="bash", nodes=1)
+    given = StoolArgs(script=script, config=config, launcher="bash", nodes=1, ngpu=1)
     assert read_run_args(given, import_script(script)).steps == 3
     with pytest.raises(UserError, match="unknown option stepss"):
         read_run_args(replace(given, config={"stepss": 1}), import_script(script))
@@ -318,6 +318,33 @@ def test_a_scripts_own_options_win_over_imported_ones(project, args):
     name = args.script.replace(".train", ".eval")
     given = replace(args, script=name, config={"dump_dir": "x", "n_tasks": 2})
     assert read_run_args(given, import_script(name)).n_tasks == 2
+
+
+@pytest.mark.parametrize(
+    "launcher, gpus, allocated, at_once, want",
+    [
+        ("sbatch", ["0"], "", 1, 8),
+        ("bash", [], "", 1, 1),
+        ("bash", ["0", "3", "5"], "", 1, 3),
+        ("bash", ["0", "3", "5"], "", 2, 1),
+        ("bash", [], "", 4, 1),
+        ("bash", [], "4", 1, 4),  # in an allocation, seen from a login node
+    ],
+)
+def test_ngpu_defaults_to_the_gpus_that_are_there(
+    monkeypatch, launcher, gpus, allocated, at_once, want
+):
+    monkeypatch.setattr("lingua.slurm.background.visible_gpus", lambda: gpus)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", allocated)
+    args = StoolArgs(config="run.yaml", launcher=launcher)
+    assert fill_in_ngpu(args, at_once).ngpu == want
+    assert fill_in_ngpu(replace(args, ngpu=2), at_once).ngpu == 2
+
+
+def test_a_run_here_starts_one_process_without_gpus(project, args):
+    launch_job(replace(args, ngpu=-1))
+    text = (project / "runs" / "a b" / "submit.slurm").read_text()
+    assert "torch.distributed.run" not in text and "-n 1 -N 1" in text
 
 
 @pytest.mark.parametrize("change", [dict(launcher="sh"), dict(ngpu=0), dict(time=0)])

@@ -163,6 +163,7 @@ def test_a_failed_run_does_not_stop_the_others(project, args, capfd):
         assert printed["args"]["name"] == f"try_steps={n}"
         assert printed["args"]["dump_dir"] == printed["dump"] == str(run)
         assert Path(printed["file"]).is_relative_to(run / "code")
+        assert (run / "code").resolve() == sweep / "code", "one copy for all runs"
         assert not any("runs" in path.parts for path in (run / "code").relative_to(run).rglob("*"))
     table = capfd.readouterr().out.splitlines()[-4:]
     assert [line.split()[0] for line in table] == ["steps", "12", "13", "14"]

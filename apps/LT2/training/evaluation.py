@@ -32,13 +32,12 @@ from lingua.files.jsonl_log import is_recorded, repair_jsonl
 from lingua.logger import log_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.rng import get_rng_state, set_rng_state
-from lingua.slurm.background import failure, has_slurm
+from lingua.slurm.background import GPUS_PER_NODE, failure, has_slurm
 from lingua.stool import StoolArgs, launch_in_background
 from lingua.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
-GPUS_PER_NODE = 8
 RECORDS = "metrics.eval.jsonl"
 # stool's options that an evaluation job takes from the environment of this job.
 SLURM_OPTIONS = {
