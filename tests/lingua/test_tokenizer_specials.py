@@ -65,6 +65,12 @@ def test_bos_and_eos_are_the_declared_ones(config, want, tokenizer_json, tmp_pat
                 tokenizer.encode("a", add_bos, add_eos)
 
 
+def test_a_declared_token_that_is_missing_is_logged_once(tokenizer_json, tmp_path, caplog):
+    for _ in range(2):
+        build(tmp_path, tokenizer_json, tokenizer_config={"eos_token": "<halt>"})
+    assert caplog.text.count("<halt>") == 1
+
+
 def test_older_folders_declare_them_in_special_tokens_map(tokenizer_json, tmp_path):
     specials = {"bos_token": {"content": "<pad>"}, "eos_token": "<|im_end|>"}
     tokenizer = build(tmp_path, tokenizer_json, special_tokens_map=specials)

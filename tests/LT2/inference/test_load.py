@@ -19,6 +19,7 @@ from apps.LT2.transformer import LoopedTransformer
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, consolidate_checkpoints
 from lingua.errors import UserError
 from lingua.optim import is_matrix
+from tests.lingua.tokenizer_kinds import TOKENIZER_KINDS
 from tests.LT2.tiny import KINDS, AtStep, save_run, tiny_args, tiny_model
 
 TOKENS = torch.tensor([[256, *b"what is asked"]])
@@ -210,3 +211,11 @@ def test_a_loop_count_that_does_not_fit_the_pattern(tmp_path):
     step = save_run(tmp_path, tiny_model("full", 2, attention_pattern="4->full"))
     with pytest.raises(UserError, match="2 segments"):
         load(step, loop_count=3)
+
+
+def test_a_run_whose_tokenizer_has_no_bos_now_is_logged(tmp_path, caplog):
+    name, path = TOKENIZER_KINDS["metaspace"](tmp_path)
+    data = {"tokenizer": {"name": name, "path": path}, "add_bos": True}
+    save_run(tmp_path, tiny_model("full", 1, n_layers=1), data=data)
+    load_model_and_tokenizer(str(tmp_path), device="cpu")
+    assert "data.add_bos=true" in caplog.text
