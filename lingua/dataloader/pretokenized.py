@@ -55,7 +55,7 @@ class TokenRecipe:
 
     tokenizer: str  # data.tokenizer.name
     tokenizer_sha256: str | None  # None if it has no file
-    specials: dict[str, str] | None  # bos and eos, if tokenizer_config.json names them
+    specials: dict[str, str | int] | None  # bos and eos, if declared next to tokenizer.json
     add_bos: bool
     add_eos: bool
 
