@@ -28,7 +28,7 @@ from tests.LT2.mixer_cases import (
 from tests.tolerances import BF16_LAYER, FP32_GRAD, assert_same
 
 
-@pytest.mark.parametrize("seqlen", LENGTHS)
+@pytest.mark.parametrize("seqlen", [1, 64, 65, 200])
 def test_is_causal(case, seqlen):
     mixer, x = make(case), tokens(2, seqlen).requires_grad_()
     out = mixer(x, window=case.window)
@@ -105,13 +105,13 @@ def test_projections_share_one_init_rule(case, init_std):
         assert module.weight.std().item() / std == pytest.approx(1, abs=4 / (2 * n) ** 0.5), name
 
 
-@pytest.mark.parametrize("seqlen", LENGTHS)
-def test_flops_are_projections_and_mixing(case, seqlen):
+def test_flops_are_projections_and_mixing(case):
     mixer = make(case)
     projections = sum(2 * m.weight.numel() for m in mixer.modules() if isinstance(m, nn.Linear))
-    mixing = case.mixing_flops(mixer, seqlen, case.window)
-    want = projections + mixing / seqlen
-    assert mixer.flops_per_token(seqlen, case.window) == pytest.approx(want, abs=1)
+    for seqlen in LENGTHS:
+        want = projections + case.mixing_flops(mixer, seqlen, case.window) / seqlen
+        got = mixer.flops_per_token(seqlen, case.window)
+        assert got == pytest.approx(want, abs=1), seqlen
 
 
 def test_bf16_matrices_with_fp32_vectors(case):

@@ -42,6 +42,7 @@ from tests.LT2.tiny import AtStep, tiny_model
 from tests.tolerances import FP32_MODEL, differences
 
 Options = dict[str, Any]
+pytestmark = pytest.mark.slow
 
 LOOPS, ROWS, SEQLEN, N_MICRO = 2, 2, 16, 2
 STEP_1 = FOLDER_NAME.format(1)
@@ -60,6 +61,10 @@ TWO_RANKS: dict[str, tuple[str, Options, Options]] = {
     "muon": ("hybrid", {}, {**TWO, "optim": "muon"}),
     "tied": ("full", {"n_layers": 1, "weight_tying": True}, TWO),
     "odd vocabulary": ("full", {"n_layers": 1, "vocab_size": 259}, TWO),
+    **{
+        f"{mode} recomputation": ("hybrid", {}, {**TWO, "activation_checkpointing": mode})
+        for mode in ("selective", "full", "loop")
+    },
 }
 FOUR = {**TWO, "dp_replicate": 2}
 FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
@@ -77,10 +82,6 @@ FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
             {**TWO, "tp_size": 4},
         )
         for tied in (False, True)
-    },
-    **{
-        f"{mode} recomputation": ("hybrid", {}, {**FOUR, "activation_checkpointing": mode})
-        for mode in ("selective", "full", "loop")
     },
 }
 # Replication, sharding and tensor parallelism together.

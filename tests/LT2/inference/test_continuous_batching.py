@@ -94,10 +94,10 @@ def test_free_rows_do_not_disturb_active_ones(kind):
     """Three answers in two rows: the free second row runs past its end."""
     model = tiny_model(kind, 2)
     prompts = [[*b"once"], [*b"upon"], [*b"time"]]
-    no_end = make_generator(model, max_gen_len=20, max_tokens=48)
+    no_end = make_generator(model, max_gen_len=12, max_tokens=32)
     no_end.tokenizer = EndlessTokenizer()
     got = [c.tokens for c in no_end.complete(prompts)]
-    assert [len(tokens) for tokens in got] == [20] * 3
+    assert [len(tokens) for tokens in got] == [12] * 3
     no_end.cfg.max_tokens = 1000
     assert got == [next(no_end.complete([p])).tokens for p in prompts]
 

@@ -113,7 +113,7 @@ def test_greedy_is_exact_at_other_loop_counts_than_trained(case, tmp_path):
         )
 
 
-@pytest.mark.parametrize("loop_count", [1, 2, 4])
+@pytest.mark.parametrize("loop_count", [1, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_loglikelihoods_and_greedy_flags_equal_a_forward(case, loop_count):
     """Also for prompts that are cut to the window."""
