@@ -204,15 +204,14 @@ def test_recomputation_gives_the_same_gradients(kind, mode):
         assert torch.equal(grads[1][name], grad), name
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_block_compiles_whole(packed):
+def test_a_block_compiles_whole():
     """One graph for the forward and one for the backward, in warm-up and after."""
     torch.manual_seed(0)
     model = LoopedTransformer(tiny_args("dsa", 1, dsa=DSAArgs(4, 1, 8, warmup_steps=1)))
     model.init_weights()
     block, spec = model.layers[0], model.layout[0][0]
     h = torch.randn(1, 30, 32, requires_grad=True)
-    cu_seqlens = torch.tensor([0, 3, 30], dtype=torch.int32) if packed else None
+    cu_seqlens = torch.tensor([0, 3, 30], dtype=torch.int32)
     torch.compiler.reset()
     compiled = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
     inputs = [h, *block.parameters()]
