@@ -60,17 +60,21 @@ def missing_tests(name: str) -> list[str]:
         )
     if name not in ORACLES:
         missing.append(f"a row of {name} in ORACLES in tests/gpu/test_layers_gpu.py")
-    for option in options_of(name).keys() - OTHER_VALUES.get(section, {}).keys():
+    for option in sorted(options_of(name).keys() - OTHER_VALUES.get(section, {}).keys()):
         missing.append(f"model.{section}.{option} in OTHER_VALUES {where}")
-    for option in MIXERS[name].reads - OTHER_SHARED_VALUES.keys():
+    for option in sorted(MIXERS[name].reads - OTHER_SHARED_VALUES.keys()):
         missing.append(f"model.{option}, which {name} reads, in OTHER_SHARED_VALUES {where}")
     return missing
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_every_mixer_has_its_tests(name):
+def require_tests(name: str) -> None:
     missing = missing_tests(name)
     assert not missing, f"the mixer {name} lacks tests. Add " + "; ".join(missing)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mixer_has_its_tests(name):
+    require_tests(name)
 
 
 # ---- the definition
@@ -108,8 +112,9 @@ def test_a_mixer_equals_its_definition(case):
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_definition_is_independent(name):
     """It runs no code of apps or lingua."""
+    require_tests(name)
     case, definition, ours = cases_of(name)[0], definition_of(name), set()
-    assert definition is not None, f"add `definition` to {file_of_tests(name)}"
+    assert definition is not None
     weights, args = dict(make(case).named_parameters()), model_args(case)
 
     def note(frame: Any, event: str, arg: Any) -> None:
@@ -164,13 +169,36 @@ def assert_option_has_effect(name: str, option: str, *values: Any) -> None:
 
 @pytest.mark.parametrize("name, option", [(m, o) for m in MIXERS for o in options_of(m)])
 def test_every_option_changes_the_output(name, option):
+    require_tests(name)
     section = MIXERS[name].module_name
     assert_option_has_effect(name, f"{section}.{option}", OTHER_VALUES[section][option])
+
+
+HEADS = {"n_heads": None, "head_dim": None}
+DELTA_RULE = HEADS | {"conv_size": 4, "allow_neg_eigval": False}
+DEFAULTS = {
+    "gdn": DELTA_RULE | {"expand_v": 2.0},
+    "kda": DELTA_RULE | {"expand_v": 1.0},
+    "deltanet": DELTA_RULE | {"expand_v": 1.0},
+    "retnet": HEADS | {"expand_v": 2.0},
+    "mamba2": {"expand": 2.0, "head_dim": 64, "state_dim": 128, "n_groups": 1, "conv_size": 4},
+    "hgrn2": HEADS | {"expand_v": 1.0, "lower_bound": 0.0},
+    "gla": HEADS | {"expand_v": 2.0, "gate_rank": 16},
+    "nsa": {"block_size": 64, "n_blocks": 16, "window_size": 512},
+    "dsa": {"top_k": 2048, "n_index_heads": 4, "index_head_dim": 64, "warmup_steps": 0},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_stay(name):
+    """A changed default would change what older YAML files compute."""
+    assert options_of(name).items() >= DEFAULTS[name].items()
 
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_mixer_reads_what_it_declares(name):
     """Otherwise the warning about options without effect is wrong."""
+    require_tests(name)
     reads, case = MIXERS[name].reads, cases_of(name)[0]
     for option in reads:
         assert_option_has_effect(name, option, *OTHER_SHARED_VALUES[option])

@@ -86,6 +86,8 @@ def test_reset_parameters_fills_every_tensor(case):
     for name, tensor in filled[0].items():
         assert tensor.isfinite().all(), name
         assert torch.equal(tensor, filled[1][name]), f"{name} depends on what was there before"
+    zero = {name for name, tensor in filled[0].items() if not tensor.any()}
+    assert zero == filled[0].keys() & set(mixer.zero_at_start)
 
 
 @pytest.mark.parametrize("init_std", [None, 0.02])

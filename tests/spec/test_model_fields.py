@@ -1,7 +1,8 @@
-"""The table of model: fields and the list of recipes in the specification."""
+"""The fields of model: and the list of recipes in the specification."""
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from typing import Any
 
 import pytest
@@ -23,7 +24,34 @@ CHANGES: list[tuple[str, dict[str, Any], Any]] = [
     ("default_sliding_window", {"mixer": "window"}, 5),
     ("use_residual", {"loop_count": 2}, False),
     ("gated_attn", {}, True),
+    # not in the specification
+    ("dim", {}, 128),
+    ("n_heads", {}, 8),
+    ("head_dim", {}, 8),
+    ("n_kv_heads", {}, 4),
+    ("ffn_dim_multiplier", {}, 2.0),
+    ("multiple_of", {}, 16),
+    ("norm_eps", {}, 0.1),
+    ("rope_theta", {}, 99.0),
+    ("init_base_std", {}, 0.1),
+    ("init_std_factor", {}, "global_depth"),
+    ("vocab_size", {}, 60),
+    ("weight_tying", {}, True),
+    ("sliding_window", {}, 4),
+    ("hybrid_mixer", {"mixer": "gdn", "attention_pattern": "4:1"}, "window"),
+    ("mixer_norm_eps", {"mixer": "gdn"}, 0.1),
 ]
+# Sections are options of mixers: tests/LT2/test_mixer_contract.py. A field outside the model:
+ELSEWHERE = {
+    "attn_impl",  # below
+    "seed",  # of the trainer
+    "max_seqlen",  # for warnings
+}
+
+
+def test_every_field_has_a_test():
+    own = {name for name, value in vars(LoopedTransformerArgs()).items() if not is_dataclass(value)}
+    assert own == {field for field, *_ in CHANGES} | ELSEWHERE
 
 
 def tiny(**options: Any) -> LoopedTransformer:

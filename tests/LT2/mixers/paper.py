@@ -29,13 +29,13 @@ def head_shape(args: Any, own: Any, key_share: float = 1) -> tuple[int, int, int
     return n_heads, key_dim, int(key_dim * own.expand_v)
 
 
-def convolve(weights: Weights, x_TC: Tensor, size: int) -> Tensor:
+def convolve(weights: Weights, x_TC: Tensor, size: int, *, bias: bool = False) -> Tensor:
     """Convolve depthwise and causally, with the last weight on the current token; then SiLU."""
     if size == 0:
         return F.silu(x_TC)
     padded_CT = F.pad(x_TC.T, (size - 1, 0))
-    kernels, bias = weights["conv.weight"][:, None], weights.get("conv.bias")
-    return F.silu(F.conv1d(padded_CT[None], kernels, bias, groups=x_TC.shape[1])[0].T)
+    y_CT = F.conv1d(padded_CT[None], weights["conv.weight"][:, None], groups=x_TC.shape[1])[0]
+    return F.silu(y_CT.T + weights["conv.bias"] if bias else y_CT.T)
 
 
 def unit(x: Tensor) -> Tensor:

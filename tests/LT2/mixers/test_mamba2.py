@@ -30,7 +30,8 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
     P, G, N = own.head_dim, own.n_groups, own.state_dim
     H, eps = inner // P, args.mixer_norm_eps
     projected = torch.cat([x_TD @ weights[f"w{name}.weight"].T for name in "xBC"], dim=-1)
-    x, B, C = convolve(weights, projected, own.conv_size).split([inner, G * N, G * N], dim=-1)
+    xBC = convolve(weights, projected, own.conv_size, bias=True)
+    x, B, C = xBC.split([inner, G * N, G * N], dim=-1)
     dt_TH = F.softplus(x_TD @ weights["wdt.weight"].T + weights["dt_bias"])
     heads = []
     for h in range(H):
