@@ -32,6 +32,7 @@ TEXT = """the loop turns again and every layer sees its past while weights stay 
 before some heads look far behind others keep only what is near and small"""
 WORDS = TEXT.split()
 N_PASSAGES, SEQ_LEN = 12, 256
+pytestmark = pytest.mark.slow
 
 
 def write_documents(folder: Path) -> list[str]:

@@ -39,6 +39,7 @@ from tests.setup_scripts import load_script
 from tests.tolerances import BF16_LAYER, FP32_MODEL, assert_same
 
 N = OPTIONS["steps"]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

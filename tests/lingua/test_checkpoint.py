@@ -171,7 +171,8 @@ def test_a_kill_during_a_save_keeps_a_checkpoint(run, tmp_path, again, async_sav
     if not again:
         train(3, model, optimizer, state)
     fork = multiprocessing.get_context("fork")
-    for n in range(1, 100):
+    # in the background the calls are the same, so a third of them is enough
+    for n in range(1, 100, 3 if async_save else 1):
         shutil.rmtree(manager.path)
         shutil.copytree(tmp_path / "before", manager.path)
         rule = SaveEvery(every=1, keep=1)

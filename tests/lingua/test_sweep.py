@@ -272,7 +272,7 @@ def test_runs_at_the_same_time_use_different_gpus(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_three_runs_train_and_end_in_a_table(tmp_path, monkeypatch, capfd):
+def test_two_runs_train_and_end_in_a_table(tmp_path, monkeypatch, capfd):
     write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
@@ -281,18 +281,18 @@ def test_three_runs_train_and_end_in_a_table(tmp_path, monkeypatch, capfd):
     options |= {"data.root_dir": tmp_path, "data.sources.text": 1}
     (tmp_path / "tune.yaml").write_text("name: tune\ndump_dir: runs/tune\n")
     asked = ["config=tune.yaml", "nodes=1", "ngpu=1", "launcher=bash", "copy_code=false"]
-    asked += ["sweep.optim.lr=[0.001, 0.003, 0.01]", "array=3"]
+    asked += ["sweep.optim.lr=[0.001, 0.01]", "array=2"]
     main([*asked, "--", *(f"{k}={v}" for k, v in options.items())])
     table = capfd.readouterr().out
     print_table(["dump_dir=runs/tune"])
     assert table.endswith(capfd.readouterr().out)
 
-    header, *rows = [line.split() for line in table.splitlines()[-4:]]
+    header, *rows = [line.split() for line in table.splitlines()[-3:]]
     assert header == ["optim.lr", "step", "loss", "val", "bpb", "tokens/s"]
-    assert [row[:2] for row in rows] == [["0.001", "2"], ["0.003", "2"], ["0.01", "2"]]
+    assert [row[:2] for row in rows] == [["0.001", "2"], ["0.01", "2"]]
     losses = [float(loss) for row in rows for loss in row[2:4]]
-    assert len(set(losses)) == 6 and all(4 < loss < 7 for loss in losses)
-    for lr in (0.001, 0.003, 0.01):
+    assert len(set(losses)) == 4 and all(4 < loss < 7 for loss in losses)
+    for lr in (0.001, 0.01):
         assert (tmp_path / "runs/tune" / f"lr={lr}" / "checkpoints" / f"{2:010d}").is_dir()
 
 

@@ -22,12 +22,13 @@ from lingua.files.jsonl_log import read_jsonl_records
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2 import tiny_run
 from tests.LT2.test_eval import write_documents
-from tests.LT2.tiny_run import assert_same_run, checkpoint, clean_process, train, train_args
+from tests.LT2.tiny_run import SMALL, assert_same_run, checkpoint, clean_process, train_args
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("submitit")
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +38,18 @@ def data(tmp_path_factory):
     return root
 
 
+def train(data, dump_dir, **changes):
+    return tiny_run.train(data, dump_dir, **SMALL, **changes)
+
+
 def harness(data, **changes):
     return {
         "eval.harness.tasks": "[lt2_local_perplexity, lt2_local_copy]",
         "eval.harness.include_path": ROOT / "apps/LT2/local_tasks",
         "eval.harness.metadata": f"{{folder: {data / 'local'}}}",
-        "eval.harness.limit": 4,
+        "eval.harness.limit": 2,
         "eval.harness.bootstrap_iters": 0,
-        "eval.generator.max_gen_len": 8,
+        "eval.generator.max_gen_len": 4,
         **changes,
     }
 
