@@ -44,7 +44,7 @@ OnText = Callable[[int, str], None]  # (index of the answer, its new text)
 class PackedCausalTransformerGeneratorArgs:
     temperature: float = 0.0  # 0 = greedy; 1 = sample from the model's own distribution
     top_p: float | None = None  # sample from the fewest top tokens with this total probability
-    top_k: int | None = None  # sample from the k most probable tokens; null = no limit
+    top_k: int | None = None  # sample from the k most probable tokens; null, 0, -1 = no limit
     max_gen_len: int = 512  # maximum answer length in tokens; 0 only scores the prompts
     # cache slots for prompts and answers; more slots decode more sequences at a time. One extra
     # sequence is allocated if the num_samples answers to a prompt don't all start together

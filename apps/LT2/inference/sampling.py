@@ -20,8 +20,8 @@ def check_sampling(temperature: float, top_p: float | None, top_k: int | None) -
         raise UserError(f"temperature={temperature} must be 0 (greedy) or a number above 0")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p={top_p} must be above 0 and at most 1, or null for no limit")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k={top_k} must be at least 1, or null for no limit")
+    if top_k is not None and top_k < -1:
+        raise UserError(f"top_k={top_k} must be at least 1, or null, 0 or -1 for no limit")
 
 
 def sequence_rng(seed: int, prompt: int, sample: int) -> random.Random:
@@ -46,15 +46,15 @@ def sample_tokens(
     """Return a token id for each row, (B,) int64; it is arbitrary if logits aren't `all_finite`.
 
     temperature=0 returns the argmax. Otherwise `u_B` in [0, 1), preferably on the host, selects a
-    token. top_k keeps the k most probable tokens. top_p then keeps the fewest of the most probable
-    tokens whose probabilities sum to at least p.
+    token. top_k keeps the k most probable tokens; None, 0 and -1 keep all. top_p then keeps the
+    fewest of the most probable tokens whose probabilities sum to at least p.
     """
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
     scores = logits_BV.double()
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
     order = None  # token ids in descending probability, if sorted
-    if top_k is not None:
+    if top_k is not None and top_k > 0:
         scores, order = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
     elif top_p is not None:
         scores, order = scores.sort(dim=-1, descending=True, stable=True)

@@ -381,7 +381,7 @@ def test_graphs_need_a_gpu():
         {"temperature": float("nan")},
         {"top_p": 2},
         {"top_p": 0},
-        {"top_k": 0},
+        {"top_k": -2},
         {"max_gen_len": -1},
         {"max_prompt_len": 0},
         {"max_tokens": 8},
