@@ -10,36 +10,53 @@ requests.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
-from apps.LT2.evaluation.tasks import import_lm_eval
-from lingua.errors import UserError, run_cli
+from apps.LT2.evaluation.tasks import OFFLINE, import_lm_eval, is_connection_error
+from lingua.errors import UserError, first_line, run_cli
 from lingua.parallel.ranks import get_is_master
 
 # First words of the harness's complaints about its command line.
-MISTAKES = ("Tasks not found", "Attempted to load model", "Indices for islice", "Sample larger")
+MISTAKES = (
+    "Attempted to load model",
+    "Indices for islice",
+    "No tasks specified",
+    "Sample larger",
+    "Tasks not found",
+)
 ADVICE = (
     "list the names with python -m apps.LT2.lm_eval ls tasks; the model is lt2; --limit and "
-    "--num_fewshot must fit the task; without a network, set HF_HOME to a cache of the data, or "
-    "use local tasks with --include_path"
+    "--num_fewshot must fit the task"
 )
 
 
 def main(argv: list[str]) -> None:
     """Run the harness on `sys.argv`, which it reads itself."""
     command_line = import_lm_eval("lm_eval.__main__", needed_by="apps.LT2.lm_eval")
-    import apps.LT2.evaluation.harness as _registers_lt2  # noqa: F401
+    evaluator = import_lm_eval("lm_eval.evaluator", needed_by="apps.LT2.lm_eval")
+    from apps.LT2.evaluation.harness import check_generation  # its import registers lt2
+
+    inner = evaluator.evaluate
+
+    def check_and_evaluate(lm: Any, task_dict: Any, **options: Any) -> Any:
+        check_generation(lm, task_dict["tasks"])
+        return inner(lm=lm, task_dict=task_dict, **options)
 
     if not get_is_master():
         logging.disable(logging.INFO)  # every rank would print the same lines
     try:
+        evaluator.evaluate = check_and_evaluate
         command_line.cli_evaluate()
     except UserError:
         raise
-    except (ValueError, ConnectionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        if not isinstance(error, ConnectionError) and not reason.startswith(MISTAKES):
+    except Exception as error:
+        is_offline = is_connection_error(error)
+        reason = first_line(error).rstrip(".:")
+        if not is_offline and not (isinstance(error, ValueError) and reason.startswith(MISTAKES)):
             raise
-        raise UserError(f"{reason}; {ADVICE}") from None
+        raise UserError(f"{reason}; {OFFLINE if is_offline else ADVICE}") from None
+    finally:
+        evaluator.evaluate = inner
 
 
 if __name__ == "__main__":

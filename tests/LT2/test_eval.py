@@ -246,7 +246,7 @@ MISTAKES = {
     "harness.fewshot_as_multiturn=true needs": [*CHOICE, "harness.fewshot_as_multiturn=true"],
     "harness.use_cache=/proc/none: cannot write": [*CHOICE, "harness.use_cache=/proc/none/x"],
     "stride=1000 must be 1 to the 256 tokens": [*CHOICE, "harness.stride=1000"],
-    "temperature=-1.0 must be": [
+    "harness.tasks: lt2_local_copy: temperature=-1.0 must be": [
         *LOCAL,
         "harness.tasks=[lt2_local_copy]",
         "harness.limit=1",
@@ -328,6 +328,7 @@ def test_the_registered_model_with_the_harness_command_line(here, monkeypatch, s
     "options, message",
     [
         (["--tasks", "lt2_local_choise"], "Tasks not found: lt2_local_choise; .* ls tasks"),
+        (["--tasks", ""], "No tasks specified"),
         (["--tasks", "lt2_local_choice", "--model", "lt3"], "Attempted to load model 'lt3'"),
         (["--tasks", "lt2_local_choice", "--limit", "-5"], "islice.*--limit"),
         (["--tasks", "lt2_local_choice", "--model_args", "ckpt=nowhere"], "ckpt=nowhere: no such"),

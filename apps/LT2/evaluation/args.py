@@ -7,6 +7,7 @@ from typing import Any
 
 from apps.LT2.evaluation.validation import ValidationArgs
 from apps.LT2.inference.generator import PackedCausalTransformerGeneratorArgs
+from lingua.config.help import format_value
 from lingua.errors import UserError
 from lingua.metrics import WandbArgs
 
@@ -17,8 +18,8 @@ VERBOSITIES = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 class LMHarnessArgs:
     """Arguments of lm_eval.simple_evaluate under its own names, and the folder of local tasks."""
 
-    # names of tasks, groups or tags, patterns such as arc_*, YAML files, or mappings that change a
-    # task ({task: boolq, num_fewshot: 5}); required
+    # names of tasks, groups or tags, patterns such as arc_*, YAML files, or mappings with other
+    # settings of a named one ({task: boolq, num_fewshot: 5}); required
     tasks: list[Any] | None = None
     include_path: str | None = None  # folder of local tasks
     metadata: dict[str, Any] = field(default_factory=dict)  # passed to tasks that build their data
@@ -52,11 +53,15 @@ class LMHarnessArgs:
                 "harness=null"
             )
         for task in self.tasks:
-            _require(isinstance(task, str | dict), "tasks", task, "a name or a mapping")
+            name = task.get("group") or task.get("task") if isinstance(task, dict) else task
+            is_named = isinstance(name, str) and name.strip() != ""
+            _require(is_named, "tasks", task, "a name, or a mapping such as {task: boolq}")
         is_limit = self.limit is None or 0 < self.limit < 1 or self.limit == int(self.limit) > 0
         _require(is_limit, "limit", self.limit, "a number of questions, a fraction, or null")
         if self.limit is not None and self.samples is not None:
             raise UserError(f"harness.limit={self.limit}: harness.samples is set too; use only one")
+        for task, numbers in (self.samples or {}).items():
+            _require(bool(numbers), f"samples.{task}", numbers, "numbers of questions, e.g. [0, 1]")
         for name in ("bootstrap_iters", "num_fewshot"):
             _require((getattr(self, name) or 0) >= 0, name, getattr(self, name), "0 or more")
         _require(self.stride is None or self.stride >= 1, "stride", self.stride, "1 or more")
@@ -68,9 +73,17 @@ class LMHarnessArgs:
         _require(self.verbosity in VERBOSITIES, "verbosity", self.verbosity, f"one of {levels}")
 
 
+def check_stride(stride: int | None, window: int) -> None:
+    if stride is not None and not 1 <= stride <= window:
+        raise UserError(
+            f"harness.stride={stride} must be 1 to the {window} tokens of a window, or null for "
+            "windows without overlap"
+        )
+
+
 def _require(condition: bool, option: str, value: Any, wanted: str) -> None:
     if not condition:
-        raise UserError(f"harness.{option}={value} must be {wanted}")
+        raise UserError(f"harness.{option}={format_value(value)} must be {wanted}")
 
 
 @dataclass

@@ -64,8 +64,8 @@ def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
             return ChatTemplate(text, config)
     place = file.parent if file is not None else f"the tokenizer {tokenizer.name} (it has no file)"
     raise UserError(
-        f"apply_chat_template=true: no chat template in {place}; add a chat_template.jinja, or set "
-        "apply_chat_template=false"
+        f"harness.apply_chat_template=true: no chat template in {place}; add a "
+        "chat_template.jinja, or set false"
     )
 
 

@@ -12,10 +12,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs
+from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, check_stride
 from apps.LT2.evaluation.tasks import import_lm_eval, load_tasks
 from apps.LT2.evaluation.validation import ValidationArgs, Validator, check_validation_sources
-from apps.LT2.inference.load import LoadedModel, load_model_and_tokenizer, resolve_device
+from apps.LT2.inference.load import (
+    LoadedModel,
+    find_checkpoint,
+    load_model_and_tokenizer,
+    read_config,
+    resolve_device,
+    resolve_tokenizer,
+)
 from lingua.args import dataclass_from_dict, flatten_dict
 from lingua.dataloader.args import DataArgs
 from lingua.distributed import (
@@ -36,8 +43,8 @@ Scores = dict[str, Any]
 
 # Options of simple_evaluate that write files or print, on every rank that sets them.
 RANK_0_OPTIONS = ("cache_requests", "rewrite_requests_cache", "delete_requests_cache", "write_out")
-# Options of the harness that simple_evaluate doesn't take.
-OWN_OPTIONS = ("include_path", "metadata", "stride", "verbosity")
+# Options that simple_evaluate doesn't take, or that load_tasks has already applied.
+OWN_OPTIONS = ("include_path", "metadata", "num_fewshot", "stride", "verbosity")
 MAX_NATS = 700.0  # exp overflows a little above
 
 
@@ -48,8 +55,11 @@ def evaluate(args: EvalArgs, should_stop: Callable[[], bool] = lambda: False) ->
     """
     harness = args.harness
     # Load the tasks first: they fail faster than the model loads.
-    manager = None if harness is None else run_together(lambda: load_tasks(harness))
+    manager = None if harness is None else run_together(lambda: load_harness_tasks(args, harness))
     loaded = run_together(lambda: load_model(args))
+    if harness is not None:
+        window = args.generator.max_prompt_len or loaded.model.args.max_seqlen
+        check_stride(harness.stride, window)
     scores: dict[str, Scores] = {}
     if args.validation is not None:
         scores["validation"] = run_validation(args, args.validation, loaded)
@@ -84,6 +94,12 @@ def errors_name_ckpt_dir() -> Iterator[None]:
 
 
 # ---- the harness
+
+
+def load_harness_tasks(args: EvalArgs, harness: LMHarnessArgs) -> Any:
+    source = find_checkpoint(args.ckpt_dir)
+    tokenizer = resolve_tokenizer(source, read_config(source), args.tokenizer_path)
+    return load_tasks(harness, args.generator, tokenizer)
 
 
 def run_harness(

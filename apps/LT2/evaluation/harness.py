@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from apps.LT2.evaluation.args import check_stride
 from apps.LT2.evaluation.chat import ChatTemplate, find_chat_template
 from apps.LT2.evaluation.scoring import map_on_ranks, score_continuations
 from apps.LT2.inference.generator import (
@@ -22,6 +23,7 @@ from apps.LT2.inference.generator import (
 )
 from apps.LT2.inference.load import LoadedModel, load_model_and_tokenizer, resolve_device
 from lingua.args import dataclass_from_dict
+from lingua.config.help import format_value
 from lingua.distributed import get_is_master, get_world_size, setup_torch_distributed
 from lingua.errors import UserError, import_optional
 from lingua.parallel.args import DistributedArgs
@@ -66,11 +68,7 @@ class EvalHarnessLM(LM):
         self.model, self._tokenizer, config = loaded
         self.cfg, self.stride, self.should_stop = cfg, stride, should_stop
         self.max_len = cfg.max_prompt_len or self.model.args.max_seqlen
-        if stride is not None and not 1 <= stride <= self.max_len:
-            raise UserError(
-                f"stride={stride} must be 1 to the {self.max_len} tokens of a window, or null for "
-                "windows without overlap"
-            )
+        check_stride(stride, self.max_len)
         self._device = self.model.tok_embeddings.weight.device
         data = config["data"]
         self.add_bos = data.get("add_bos", True) and self._tokenizer.bos_id >= 0
@@ -81,6 +79,11 @@ class EvalHarnessLM(LM):
     # ---- the interface of the harness
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        if empty := next((r for r in requests if r.args[1] == ""), None):
+            raise UserError(
+                f"harness.tasks: {empty.task_name}: a choice of question {empty.doc_id} is empty, "
+                "so it has no probability; correct the task"
+            )
         pairs = [self.encode_pair(*request.args) for request in requests]
         return self._score(pairs, "loglikelihood")
 
@@ -211,10 +214,13 @@ def generation_settings(
     """Merge a task's generation settings into `cfg`, with the harness's semantics.
 
     do_sample=false is greedy. A task that sets neither do_sample nor temperature follows `cfg`.
+    UserError for a setting that is unknown or wrong.
     """
     rest = dict(given)
     until = rest.pop("until", None) or []
     until = [until] if isinstance(until, str) else list(until)
+    if not all(isinstance(stop, str) for stop in until):
+        raise UserError(f"generation_kwargs: until={format_value(until)} must be texts; quote them")
     lengths = [value for name in MAX_GEN_NAMES if (value := rest.pop(name, None)) is not None]
     max_gen_len = int(lengths[0]) if lengths else cfg.max_gen_len
     do_sample, temperature = rest.pop("do_sample", None), rest.pop("temperature", None)
@@ -225,6 +231,10 @@ def generation_settings(
     elif temperature is None:
         temperature = cfg.temperature or (1.0 if do_sample else 0.0)
     sampling = {name: rest.pop(name, getattr(cfg, name)) for name in ("top_p", "top_k")}
+    if (top_k := sampling["top_k"]) is not None:
+        if int(top_k) != top_k:
+            raise UserError(f"generation_kwargs: top_k={top_k} must be a whole number")
+        sampling["top_k"] = int(top_k)
     if rest.pop("num_beams", 1) != 1:
         rest["num_beams"] = given["num_beams"]
     if rest:
@@ -242,6 +252,17 @@ def generation_settings(
         temperature=float(temperature),
         **sampling,
     )
+
+
+def check_generation(lm: Any, tasks: Mapping[str, Any]) -> None:
+    """Raise a UserError that names the task if its generation settings don't fit an lt2 model."""
+    for name, task in tasks.items():
+        settings = task.get_config("generation_kwargs")
+        if isinstance(lm, EvalHarnessLM) and task.get_config("output_type") == "generate_until":
+            try:
+                generation_settings(settings or {}, lm.cfg)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
 
 
 def batch_by_length(

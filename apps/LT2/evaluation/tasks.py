@@ -1,7 +1,9 @@
-"""Find the tasks of the LM-Evaluation-Harness by name, and load them with their data.
+"""Find the tasks of the LM-Evaluation-Harness by name, load them with their data, and check them.
 
-An unknown task, or data that cannot be downloaded, is a UserError. If all tasks are in
-`harness.include_path`, the 14,000 tasks of the harness are not listed.
+An entry of `harness.tasks` is a name, a pattern, a YAML file or a mapping. A mapping whose `task`
+or `group` is a known name is that task or group with other settings; any other is a whole new task.
+Everything that can be known about a task is checked before scoring: see `check_tasks`. If all tasks
+are in `harness.include_path`, the 14,000 tasks of the harness are not listed.
 """
 
 from __future__ import annotations
@@ -9,15 +11,36 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from apps.LT2.evaluation.args import LMHarnessArgs
-from lingua.errors import UserError, import_optional
+from apps.LT2.evaluation.chat import find_chat_template
+from apps.LT2.inference.generator import PackedCausalTransformerGeneratorArgs
+from lingua.config.help import format_value
+from lingua.errors import UserError, first_line, import_optional
 from lingua.parallel.ranks import get_is_master
+from lingua.tokenizer import TokenizerArgs
 
 EXAMPLES = ("hellaswag", "arc_easy", "piqa")
+# Errors of packages that have no common class: requests, httpx, huggingface_hub, urllib.
+CONNECTION_ERRORS = {
+    "ConnectError",
+    "ConnectTimeout",
+    "ConnectionError",
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+    "ReadTimeout",
+    "Timeout",
+    "URLError",
+}
+OFFLINE = (
+    "to evaluate without a network, load the data once with one (HF_HOME is the cache), or use "
+    "local tasks"
+)
 
 
 def import_lm_eval(module: str = "lm_eval", *, needed_by: str = "harness.tasks") -> Any:
@@ -30,54 +53,87 @@ def import_lm_eval(module: str = "lm_eval", *, needed_by: str = "harness.tasks")
     return import_optional(module, extra="eval", needed_by=needed_by)
 
 
-def load_tasks(args: LMHarnessArgs) -> Any:
-    """Return an lm_eval TaskManager whose `load` returns the loaded tasks of `args`."""
+def load_tasks(
+    args: LMHarnessArgs,
+    generator: PackedCausalTransformerGeneratorArgs,
+    tokenizer: TokenizerArgs,
+) -> Any:
+    """Return an lm_eval TaskManager whose `load` returns the loaded and checked tasks of `args`.
+
+    The tasks have their number of few-shot examples: that of their mapping, else of `args`, else
+    their own. UserError for everything about the tasks that is wrong.
+    """
     manager = find_tasks(args)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    specs: dict[str, Any] = {}  # task to the mapping or name that it comes from
     for spec in expand_names(args, manager):
-        try:
-            part = manager.load([spec])
-        except Exception as error:  # from datasets, the network, or the task's code
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
-            raise UserError(
-                f"harness.tasks: {_name(spec)} cannot be loaded: {type(error).__name__}: {reason}; "
-                "to evaluate without a network, load it once with one (HF_HOME is the cache), or "
-                "set harness.include_path to local tasks"
-            ) from error
+        part = _load(spec, manager)
+        for name, task in part["tasks"].items():
+            settings = _settings(spec)
+            if name in specs and _settings(specs[name]) != settings:
+                raise UserError(
+                    f"harness.tasks: {name} is given twice with different settings "
+                    f"({format_value(specs[name])}, {format_value(spec)}), and would have one "
+                    "result; evaluate them one at a time"
+                )
+            specs[name] = spec
+            # 0 examples in a task's own config are final, as in the harness.
+            is_open = "num_fewshot" not in settings and task.get_config("num_fewshot") != 0
+            if args.num_fewshot is not None and is_open:
+                task.set_config("num_fewshot", args.num_fewshot)
         for kind, entries in part.items():
             loaded[kind].update(entries)
-    check_documents(args, loaded["tasks"])
+    if not loaded["tasks"]:
+        raise UserError(
+            f"harness.tasks={format_value(args.tasks)}: no tasks specified, or none found"
+        )
+    check_tasks(args, loaded["tasks"], generator, tokenizer)
     manager.load = lambda task_list: loaded
     return manager
 
 
-def check_documents(args: LMHarnessArgs, loaded: Mapping[str, Any]) -> None:
-    """Raise UserError for questions and few-shot examples that the tasks don't have."""
-    for name, numbers in (args.samples or {}).items():
-        if name not in loaded:
-            raise UserError(
-                f"harness.samples.{name}: no task of that name is evaluated; use one of "
-                f"{', '.join(sorted(loaded))}"
-            )
-        size = len(loaded[name].eval_docs)
-        wrong = [number for number in numbers if not 0 <= number < size]
-        if wrong:
-            raise UserError(
-                f"harness.samples.{name}: no question {wrong[0]}; the task has questions 0 to "
-                f"{size - 1}"
-            )
-    if not args.num_fewshot:
-        return
-    for name, task in loaded.items():
-        size = len(list(task.fewshot_docs() or ()))
-        config = task.config
-        # The harness draws one more if the question itself may be among the examples.
-        spare = int(config.fewshot_split is not None and config.fewshot_split == config.test_split)
-        if args.num_fewshot + spare > size:
-            raise UserError(
-                f"harness.num_fewshot={args.num_fewshot}: {name} has {size} examples; use "
-                f"{size - spare} or fewer"
-            )
+def _load(spec: Any, manager: Any) -> dict[str, Any]:
+    try:
+        if _is_group(spec):  # manager.load gives the list of tasks to each of them as its name
+            group = manager._factory._build_group(spec["group"], spec, None, manager.task_index)
+            return manager.load([group])
+        if not _overrides_known(spec, manager):
+            return manager.load([spec])
+        # Only members of a group may change a known task.
+        members = {"group": "members", "task": list(_as_members(spec, manager))}
+        part = manager.load([members])
+    except Exception as error:  # from datasets, the network, or the task's code
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        advice = f"; {OFFLINE}" if is_connection_error(error) else ""
+        raise UserError(
+            f"harness.tasks: {_name(spec)} cannot be loaded: {reason}{advice}"
+        ) from error
+    for kind in ("groups", "group_map"):
+        del part[kind]["members"]
+    return part
+
+
+def _as_members(spec: Mapping[str, Any], manager: Any) -> Iterator[dict[str, Any]]:
+    name, settings = _name(spec), _settings(spec)
+    if name in manager.all_groups:
+        yield {"group": name, **settings}
+    elif name in manager.all_tags:  # the harness would give all its tasks the name of the tag
+        yield from ({"task": t, **settings} for t in sorted(manager.task_index[name].tags))
+    else:
+        yield {"task": name, **settings}
+
+
+def is_connection_error(error: BaseException | None) -> bool:
+    """Return whether the error, or one that caused it, comes from the network."""
+    while error is not None:
+        names = {cls.__name__ for cls in type(error).__mro__}
+        if isinstance(error, TimeoutError | socket.gaierror) or names & CONNECTION_ERRORS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+# ---- names
 
 
 def find_tasks(args: LMHarnessArgs) -> Any:
@@ -94,16 +150,37 @@ def find_tasks(args: LMHarnessArgs) -> Any:
             )
         manager = tasks.TaskManager(include_defaults=False, **options)
         if not _unknown(args, manager):
+            check_mappings(args, manager)
             return manager
     manager = tasks.TaskManager(**options)
     if unknown := _unknown(args, manager):
         close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"e.g. {', '.join(EXAMPLES)}."
         raise UserError(
-            f"harness.tasks: no task, group or tag {unknown[0]}; {hint} List all names with "
-            "python -m apps.LT2.lm_eval ls tasks"
+            f"harness.tasks: no task, group or tag {format_value(unknown[0])}; {hint} List all "
+            "names with python -m apps.LT2.lm_eval ls tasks"
         )
+    check_mappings(args, manager)
     return manager
+
+
+def check_mappings(args: LMHarnessArgs, manager: Any) -> None:
+    """Raise UserError for settings in mappings that tasks don't have."""
+    config = import_lm_eval("lm_eval.config.task")
+    known = {f.name for f in fields(config.TaskConfig)}
+    for spec in args.tasks or []:
+        if not _overrides_known(spec, manager):
+            continue
+        for name, value in _settings(spec).items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else "use the harness's settings."
+                raise UserError(f"harness.tasks: {_name(spec)}: no setting {name}; {hint}")
+            if name == "num_fewshot" and (type(value) is not int or value < 0):
+                raise UserError(
+                    f"harness.tasks: {_name(spec)}: num_fewshot={format_value(value)} must be 0 "
+                    "or more"
+                )
 
 
 def expand_names(args: LMHarnessArgs, manager: Any) -> list[Any]:
@@ -123,8 +200,139 @@ def _unknown(args: LMHarnessArgs, manager: Any) -> list[str]:
 def _has_own_config(spec: Any) -> bool:
     if isinstance(spec, str):
         return Path(spec).suffix == ".yaml" and Path(spec).is_file()
-    return "dataset_path" in spec or "custom_dataset" in spec or "group" in spec
+    return "dataset_path" in spec or "custom_dataset" in spec or _is_group(spec)
+
+
+def _is_group(spec: Any) -> bool:
+    """Return whether a mapping is a new group: {group: mine, task: [boolq, piqa]}."""
+    return isinstance(spec, Mapping) and isinstance(spec.get("task"), list)
+
+
+def _overrides_known(spec: Any, manager: Any) -> bool:
+    """Return whether a mapping changes settings of a known task, group or tag."""
+    is_single = isinstance(spec, Mapping) and not _is_group(spec)
+    return is_single and _name(spec) in manager.all_tasks
+
+
+def _settings(spec: Any) -> dict[str, Any]:
+    given = spec if isinstance(spec, Mapping) else {}
+    return {k: v for k, v in given.items() if k not in ("task", "group")}
 
 
 def _name(spec: Any) -> str:
-    return spec if isinstance(spec, str) else str(spec.get("task", spec.get("group", "a mapping")))
+    return str(spec.get("group", spec.get("task"))) if isinstance(spec, Mapping) else spec
+
+
+# ---- checks before scoring
+
+
+def check_tasks(
+    args: LMHarnessArgs,
+    tasks: Mapping[str, Any],
+    generator: PackedCausalTransformerGeneratorArgs,
+    tokenizer: TokenizerArgs,
+) -> None:
+    """Raise a UserError that names the task if it cannot be evaluated with these options.
+
+    Builds the requests of each task's first question, checks their generation settings, and scores
+    the right answer with the task's own functions.
+    """
+    check_samples(args, tasks)
+    template = find_chat_template(tokenizer).render if args.apply_chat_template else None
+    chat = {
+        "apply_chat_template": args.apply_chat_template,
+        "chat_template": template
+        and (
+            lambda messages, add_generation_prompt=True: template(messages, add_generation_prompt)
+        ),
+    }
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) and not args.confirm_run_unsafe_code:
+            raise UserError(
+                f"harness.tasks: {name} runs code that the model writes; allow it with "
+                "harness.confirm_run_unsafe_code=true"
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"harness.tasks: {name} needs images or audio; LT2 models read text")
+        check_fewshot(args, name, task)
+        try:
+            check_first_question(args, task, generator, chat)
+        except UserError as error:
+            raise UserError(f"harness.tasks: {name}: {error}") from None
+        except Exception as error:  # from the task's templates and functions
+            raise UserError(
+                f"harness.tasks: {name} cannot be evaluated: its first question fails with "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+
+
+def check_samples(args: LMHarnessArgs, tasks: Mapping[str, Any]) -> None:
+    for name, numbers in (args.samples or {}).items():
+        if name not in tasks:
+            raise UserError(
+                f"harness.samples.{name}: no task of that name is evaluated; use one of "
+                f"{', '.join(sorted(tasks))}"
+            )
+        size = len(tasks[name].eval_docs)
+        wrong = [number for number in numbers if not 0 <= number < size]
+        if wrong:
+            raise UserError(
+                f"harness.samples.{name}: no question {wrong[0]}; the task has questions 0 to "
+                f"{size - 1}"
+            )
+
+
+def check_fewshot(args: LMHarnessArgs, name: str, task: Any) -> None:
+    """Raise UserError if the task has fewer examples than its prompts need."""
+    wanted, config = task.get_config("num_fewshot"), task.config
+    if not wanted:
+        return
+    size = len(list(task.fewshot_docs() or ()))
+    # The harness draws one more if the question itself may be among the examples.
+    spare = int(config.fewshot_split is not None and config.fewshot_split == config.test_split)
+    if wanted + spare > size:
+        option = f"num_fewshot={wanted}"
+        where = (
+            f"{option}: {name}" if args.num_fewshot == wanted else f"tasks: {name}: {option}: it"
+        )
+        raise UserError(f"harness.{where} has {size} examples; use {max(size - spare, 0)} or fewer")
+
+
+def check_first_question(
+    args: LMHarnessArgs,
+    task: Any,
+    generator: PackedCausalTransformerGeneratorArgs,
+    chat: Mapping[str, Any],
+) -> None:
+    """Build the requests of a task's first question, as the harness does, and score answers."""
+    from apps.LT2.evaluation.harness import generation_settings  # imports lm_eval
+
+    doc, repeats = task.eval_docs[0], getattr(task.config, "repeats", 1)
+    task.set_fewshot_seed(args.fewshot_random_seed)
+    context = task.fewshot_context(
+        doc,
+        num_fewshot=task.get_config("num_fewshot") or 0,
+        system_instruction=args.system_instruction,
+        fewshot_as_multiturn=args.fewshot_as_multiturn,
+        gen_prefix=task.doc_to_prefix(doc),
+        **chat,
+    )
+    metadata = (task.config.task, 0, repeats)
+    requests = task.construct_requests(doc=doc, ctx=context, metadata=metadata, **chat)
+    requests = requests if isinstance(requests, list) else [requests]
+    for request in requests:
+        answer: Any = (-1.0, False)
+        if request.request_type == "loglikelihood_rolling":
+            answer = -1.0
+        elif request.request_type == "generate_until":
+            generation_settings({**request.args[1], **(args.gen_kwargs or {})}, generator)
+            target = task.doc_to_target(doc)
+            answer = str(target[0] if isinstance(target, list) and target else target)
+        request.resps.extend([answer] * repeats)
+    if args.predict_only or getattr(task, "UNSAFE_CODE", False):
+        return
+    task._instances = requests
+    task.apply_filters()
+    for name in requests[0].filtered_resps:
+        task.process_results(doc, [request.filtered_resps[name] for request in requests])
+    task._instances = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from apps.LT2.evaluation.args import EvalArgs
-from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval
+from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, check_stride
+from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval, load_tasks
 from apps.LT2.evaluation.validation import check_validation_sources, find_sources
 from apps.LT2.inference.load import check_kernels
 from apps.LT2.kernel.attention import check_attention_device
@@ -84,7 +84,7 @@ def check_and_build(
     if world_size is None:
         check_device(args.model, args.distributed)
     check_logging_packages(args.logging)
-    check_eval_args(args)
+    check_eval_args(args, is_here=world_size is None)
     checkpoints = CheckpointManager(args.checkpoint)
     checkpoints.check_foreign()
     if not checkpoints.existing_saves:
@@ -155,8 +155,11 @@ def check_device(model: LoopedTransformerArgs, distributed: DistributedArgs) -> 
 # ---- eval
 
 
-def check_eval_args(args: TrainArgs) -> None:
-    """Raise UserError if the evaluations of this run would fail."""
+def check_eval_args(args: TrainArgs, *, is_here: bool) -> None:
+    """Raise UserError if the evaluations of this run would fail.
+
+    `is_here` means that this process trains. Only then the tasks are loaded with their data.
+    """
     given, n_gpus = args.eval or EvalArgs(), args.async_eval_gpus
     if given.validation is not None:
         check_validation_sources(given.validation, "eval.validation")
@@ -176,11 +179,27 @@ def check_eval_args(args: TrainArgs) -> None:
         if not has_slurm():
             find_free_gpus(n_gpus)
     import_lm_eval(needed_by="eval.harness.tasks")
-    if get_is_master():  # the harness reads thousands of files
-        try:
-            find_tasks(given.harness)
-        except UserError as error:
-            raise UserError(f"eval.{error}") from None
+    try:
+        check_harness(args, given, given.harness, is_here=is_here)
+    except UserError as error:
+        raise UserError(f"eval.{error}") from None
+
+
+def check_harness(
+    args: TrainArgs, given: EvalArgs, harness: LMHarnessArgs, *, is_here: bool
+) -> None:
+    check_stride(harness.stride, given.generator.max_prompt_len or args.data.seq_len)
+    if harness.use_cache is not None and args.async_eval_gpus is None and get_world_size() > 1:
+        raise UserError(
+            f"harness.use_cache={harness.use_cache} works with one process, not "
+            f"{get_world_size()}; remove it"
+        )
+    if not get_is_master():  # the harness reads thousands of files
+        return
+    if is_here:
+        load_tasks(harness, given.generator, args.data.tokenizer)
+    else:
+        find_tasks(harness)
 
 
 def find_free_gpus(n_gpus: int) -> str | None:

@@ -75,9 +75,15 @@ def test_a_long_prompt_is_truncated_at_its_start():
 def test_a_text_without_context_starts_with_bos_or_eos():
     for add_bos, first in ((True, 256), (False, 257)):
         lm = make_lm(add_bos)
-        got = lm.loglikelihood(requests("loglikelihood", ("", "abc"), (" ", "x"), ("", "")))
+        got = lm.loglikelihood(requests("loglikelihood", ("", "abc"), (" ", "x")))
         want = [log_probability(lm.model, [first, *text], len(text)) for text in (b"abc", b" x")]
-        assert [score for score, _ in got] == pytest.approx([*want, 0.0], rel=1e-5)
+        assert [score for score, _ in got] == pytest.approx(want, rel=1e-5)
+
+
+def test_an_empty_choice_is_a_user_error():
+    empty = Instance("loglikelihood", {}, ("a", ""), 1, ("quiz", 5, 1))
+    with pytest.raises(UserError, match="harness.tasks: quiz"):
+        make_lm().loglikelihood([*requests("loglikelihood", ("a", "b")), empty])
 
 
 class Merging(ByteTokenizer):
@@ -220,6 +226,15 @@ def test_unsupported_generation_settings_are_user_errors():
         )
 
 
+@pytest.mark.parametrize("top_k", [-1, 0, -1.0])
+def test_no_limit_of_top_k(top_k):
+    def sample(top_k):
+        settings = {"do_sample": True, "temperature": 2.0, "top_k": top_k, "max_gen_toks": 6}
+        return make_lm().generate_until(requests("generate_until", (TEXT, settings)))
+
+    assert sample(top_k) == sample(None) != sample(1)
+
+
 # ---- chat templates, caches, the registered name
 
 
@@ -298,7 +313,7 @@ def test_model_args_are_checked(options, message):
 
 @pytest.mark.parametrize("stride", [0, -1, MAX_LEN + 1])
 def test_a_stride_must_fit_the_window(stride):
-    with pytest.raises(UserError, match=f"stride={stride} must be 1 to the {MAX_LEN}"):
+    with pytest.raises(UserError, match=f"harness.stride={stride} must be 1 to the {MAX_LEN}"):
         make_lm(stride=stride)
 
 

@@ -148,12 +148,33 @@ def test_an_interrupted_evaluation_of_the_last_step_is_repeated(
     assert "nothing to do" in capfd.readouterr().out
 
 
-def test_a_failed_evaluation_does_not_end_the_run(data, run, tmp_path, capfd):
-    broken = {"eval.harness.metadata": "{folder: /nowhere}"}
-    dump_dir = train(data, tmp_path / "broken", **harness(data, **broken))
+def test_a_failed_evaluation_does_not_end_the_run(data, run, tmp_path, monkeypatch, capfd):
+    def fail(*_):
+        raise UserError("the data has gone")
+
+    monkeypatch.setattr("apps.LT2.training.evaluation.evaluate", fail)
+    dump_dir = train(data, tmp_path / "broken", **harness(data))
     assert_same_run(dump_dir, run, 6)
     errors = capfd.readouterr().err
-    assert "the evaluation of step 3 failed" in errors and "no *.val.jsonl in /nowhere" in errors
+    assert "the evaluation of step 3 failed" in errors and "the data has gone" in errors
+
+
+TASK_MISTAKES = [
+    ("lt2_local_perplexity", {"metadata": "{folder: /nowhere}"}),
+    ("lt2_local_copy", {"gen_kwargs": "{repetition_penalty: 1.1}"}),
+    ("lt2_local_copy", {"tasks": "[lt2_local_perplexity, {task: lt2_local_copy, few: 1}]"}),
+    ("lt2_local_perplexity", {"num_fewshot": 1000}),
+    ("apply_chat_template", {"apply_chat_template": True}),
+    ("stride", {"stride": 33}),
+]
+
+
+@pytest.mark.parametrize("named, options", TASK_MISTAKES)
+def test_tasks_are_checked_before_training(data, tmp_path, named, options):
+    options = {f"eval.harness.{name}": value for name, value in options.items()}
+    with pytest.raises(UserError, match=rf"^eval\.harness\..*{named}"):
+        train(data, tmp_path / "r", **harness(data, **options))
+    assert not (tmp_path / "r").exists()
 
 
 def test_validation_can_be_null(data, tmp_path):
