@@ -25,6 +25,7 @@ from torch import nn
 
 from lingua.args import dataclass_to_dict, flatten_dict, load_config_file
 from lingua.errors import UserError, import_optional
+from lingua.evaluations import UNKNOWN, read_evaluations
 from lingua.files.atomic import write_atomic
 from lingua.files.jsonl_log import RecordFile, json_line, read_jsonl_records, repair_jsonl
 from lingua.parallel.ranks import get_is_master
@@ -204,25 +205,24 @@ def upload_train_to_wandb(
     train: bool = True,
     eval: bool = True,
 ) -> None:
-    """Upload the records of a run to wandb afterwards. `ckpt_dir` is its dump directory."""
+    """Upload the records of a run to wandb afterwards. `ckpt_dir` is its dump directory.
+
+    Scores with the run's own options are `evals/<task>/...`, others `evals/<options>/<task>/...`.
+    """
     wandb = import_optional("wandb", extra="wandb", needed_by="upload_train_to_wandb")
     folder = Path(ckpt_dir)
     config = load_config_file(folder / "config.yaml")
     records = read_jsonl_records(folder / "metrics.jsonl") if train else []
-    if eval and (folder / "metrics.eval.jsonl").exists():
-        records += map(_scores, read_jsonl_records(folder / "metrics.eval.jsonl"))
+    if eval:
+        for evaluation in read_evaluations(folder):
+            is_own = evaluation.label in ("", UNKNOWN)  # older records have always been `evals/`
+            prefix = "evals" if is_own else f"evals/{evaluation.label}"
+            scores = {f"{prefix}/{name}": score for name, score in evaluation.scores.items()}
+            records.append({"global_step": evaluation.step, **scores})
     run = _init_wandb(wandb, config=config, name=config.get("name"), project=project, entity=entity)
     for record in sorted(records, key=lambda r: r.get("global_step") or 0):  # wandb: rising
         run.log(record, step=record.get("global_step"))
     run.finish()
-
-
-def _scores(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the numbers of an evaluation under `evals/...` keys, and its step."""
-    step = record.pop("global_step", None)
-    scores = flatten_dict({"evals": record}, sep="/")
-    numbers = {name: v for name, v in scores.items() if isinstance(v, int | float)}
-    return {"global_step": step, **numbers}
 
 
 # ---- the device

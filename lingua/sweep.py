@@ -15,12 +15,10 @@ The folder of a sweep is the config's dump_dir. It contains
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,11 @@ from lingua.args import parse_args, print_text
 from lingua.config.help import format_value
 from lingua.config.yaml import yaml_value
 from lingua.errors import UserError, run_cli
+from lingua.evaluations import Evaluation, label_of, read_evaluations
 from lingua.files.atomic import write_atomic
 from lingua.files.jsonl_log import read_jsonl_records
 from lingua.slurm.run_list import RECORD, Options, is_run, read_differences
 from lingua.slurm.script import StoolArgs
-
-MAX_LABEL = 150  # bytes; file systems allow 255
 
 COLUMNS = {  # title of a column to key in metrics.jsonl
     "step": "global_step",
@@ -75,16 +72,6 @@ def _as_yaml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # quotes e.g. the string "null"
 
 
-def label_of(options: Options) -> str:
-    """Name a run's folder after its options. Different options have different names."""
-    short = [option.rpartition(".")[2] for option in options]
-    names = short if len(set(short)) == len(short) else list(options)
-    values = map(format_value, options.values())
-    text = ",".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
-    label = re.sub(r"[^\w.,=+-]+", "_", text, flags=re.ASCII)[:MAX_LABEL]
-    return label if label == text else f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
 def write_record(folder: Path, runs: dict[str, Options]) -> None:
     """Add runs to the record of the sweep in `folder`."""
     write_atomic(folder / RECORD, json.dumps({**read_record(folder), **runs}, indent=2) + "\n")
@@ -112,13 +99,16 @@ def format_table(folder: Path, script: str = StoolArgs.script) -> str:
         hint = f"; it is a run itself, use {folder.absolute().parent}" if is_run(folder) else ""
         raise UserError(f"dump_dir={folder} has no sweep (no {RECORD}) and no run{hint}")
     options = list(dict.fromkeys(option for run in runs.values() for option in run))
-    rows = [[*options, *COLUMNS]]
+    metrics = {label: newest_metrics(folder / label) for label in runs}
+    scores = {label: newest_scores(folder / label, metrics[label]) for label in runs}
+    titles = list(dict.fromkeys(title for of_run in scores.values() for title in of_run))
+    rows = [[*options, *COLUMNS, *titles]]
     for label, run in runs.items():
-        newest = newest_metrics(folder / label)
         shown = [format_value(run[option]) if option in run else "" for option in options]
-        rows.append(shown + [_format_number(newest.get(key)) for key in COLUMNS.values()])
+        shown += [_format_number(metrics[label].get(key)) for key in COLUMNS.values()]
+        rows.append(shown + [scores[label].get(title, "-") for title in titles])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligns = ["<"] * len(options) + [">"] * len(COLUMNS)
+    aligns = ["<"] * len(options) + [">"] * (len(COLUMNS) + len(titles))
     return "\n".join(
         "  ".join(f"{text:{a}{w}}" for text, a, w in zip(row, aligns, widths, strict=True)).rstrip()
         for row in rows
@@ -132,6 +122,39 @@ def newest_metrics(run: Path) -> dict[str, Any]:
     for record in read_jsonl_records(file) if file.exists() else []:
         newest.update(record)
     return newest
+
+
+def newest_scores(run: Path, metrics: dict[str, Any]) -> dict[str, str]:
+    """Map titles of columns to the newest scores of apps.LT2.eval.
+
+    A title names the options that are not the run's own, and the chance level. A score of a step
+    that is not the newest of training names its step. Left out is a validation loss with the run's
+    own options that training has measured too.
+    """
+    columns = {}
+    for evaluation in sorted(read_evaluations(run), key=lambda e: e.step or 0):
+        is_own_loss = "loss/val" in evaluation.scores and not evaluation.label
+        if is_own_loss and metrics.get("loss/val") is not None:
+            continue
+        at = "" if evaluation.step == metrics.get("global_step") else f" @{evaluation.step}"
+        for title, score in _titled(evaluation):
+            columns[title] = _format_number(score) + at
+    return columns
+
+
+def _titled(evaluation: Evaluation) -> Iterator[tuple[str, float]]:
+    """Yield the validation losses, and the first metric of each task."""
+    seen = set()
+    for key, score in evaluation.scores.items():
+        task, _, metric = key.rpartition("/")
+        name = metric.partition(",")[0]
+        title = {"loss/val": "eval val", "loss/val_bpb": "eval bpb"}.get(key)
+        if title is None and "," in metric and task not in seen and not name.endswith("_stderr"):
+            seen.add(task)
+            level = evaluation.chance.get(f"{task}/{name}")
+            title = f"{task} {name}" + ("" if level is None else f" (chance {level:.2g})")
+        if title is not None:
+            yield f"{title} {evaluation.label}".rstrip(), score
 
 
 def _format_number(value: Any) -> str:

@@ -11,11 +11,14 @@ The processes share the requests. The scores don't depend on their number. Files
     eval.log
 
 The scores are also appended to metrics.eval.jsonl and metrics.validation.jsonl in `metric_log_dir`.
+All of them name the options that change a score. `dump_dir` is <run>/evals/<step> for the run's own
+options, and e.g. <run>/evals/<step>-loop_count=4 for others.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from typing import Any
 from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.args import LMHarnessArgs as LMHarnessArgs
 from apps.LT2.evaluation.evaluate import Scores, errors_name_ckpt_dir, evaluate
+from apps.LT2.evaluation.records import choose_folder, find_conditions
 from apps.LT2.evaluation.tasks import find_tasks
 from apps.LT2.evaluation.validation import ValidationArgs as ValidationArgs
 from apps.LT2.inference.load import find_checkpoint, read_config
@@ -30,7 +34,7 @@ from lingua.args import parse_args
 from lingua.checkpointing.folder import is_checkpoint
 from lingua.distributed import get_is_master, setup_torch_distributed
 from lingua.errors import UserError, run_cli
-from lingua.files.lock import make_and_lock_folders, make_writable
+from lingua.files.lock import check_writable, make_and_lock_folders, make_writable
 from lingua.logger import init_logger
 from lingua.parallel.args import DistributedArgs
 
@@ -45,18 +49,28 @@ def __getattr__(name: str) -> Any:
 def launch_eval(given: EvalArgs) -> dict[str, Scores]:
     """Evaluate in one process, or in all processes of torchrun or srun."""
     args = resolve(given)
-    assert args.dump_dir is not None
+    assert args.dump_dir is not None and args.metric_log_dir is not None
+    source, folder, log_dir = Path(args.ckpt_dir), Path(args.dump_dir), Path(args.metric_log_dir)
+    conditions = find_conditions(args, source, read_config(source))
+    if given.dump_dir is None:
+        folder, conditions = choose_folder(folder, conditions)
+    args = replace(args, dump_dir=str(folder))
+    make_writable("dump_dir", folder)
+    make_writable("metric_log_dir", log_dir)
     # The folder of a training run stays with that run, which may still be training.
-    is_of_training = Path(args.dump_dir).resolve() in Path(args.ckpt_dir).resolve().parents
-    folders = {} if is_of_training else {"dump_dir": args.dump_dir}
+    is_of_training = folder.resolve() in source.resolve().parents
+    folders = {} if is_of_training else {"dump_dir": folder}
     with make_and_lock_folders(folders, is_master=get_is_master()):
-        init_logger(Path(args.dump_dir, "eval.log"))
+        init_logger(folder / "eval.log")
         setup_torch_distributed(DistributedArgs(model_dtype="fp32"))  # no group in one process
-        return evaluate(args)
+        return evaluate(args, conditions)
 
 
 def resolve(args: EvalArgs) -> EvalArgs:
-    """Return `args` with every folder set, and create the folders. UserError for a mistake."""
+    """Return `args` with every folder set: the one for the run's own options. UserError if wrong.
+
+    Nothing is written.
+    """
     if args.harness is None and args.validation is None:
         raise UserError(
             "harness=null validation=null: nothing to evaluate; set harness.tasks, e.g. "
@@ -69,9 +83,12 @@ def resolve(args: EvalArgs) -> EvalArgs:
         read_config(source)
     dump_dir, step = args.dump_dir, args.global_step
     log_dir = args.metric_log_dir or dump_dir
-    step_folder = next((p for p in (source, *source.parents) if is_checkpoint(p)), None)
+    absolute = Path(os.path.abspath(source))
+    step_folder = next((p for p in (absolute, *absolute.parents) if is_checkpoint(p)), None)
     if step_folder is not None:
-        run = step_folder.absolute().parent.parent
+        # Several runs may have their checkpoints side by side, in folders with other names.
+        run = step_folder.parent
+        run = run.parent if run.name == "checkpoints" else run
         dump_dir = dump_dir or str(run / "evals" / step_folder.name)
         log_dir = log_dir or str(run)
         step = int(step_folder.name) if step is None else step
@@ -80,10 +97,10 @@ def resolve(args: EvalArgs) -> EvalArgs:
             f"dump_dir is not set and {source} belongs to no run; set a folder for the results, "
             "e.g. dump_dir=evals/demo"
         )
-    make_writable("dump_dir", Path(dump_dir))
-    make_writable("metric_log_dir", Path(log_dir))
+    check_writable("dump_dir", Path(dump_dir))
+    check_writable("metric_log_dir", Path(log_dir))
     if args.harness is not None and args.harness.use_cache is not None:
-        make_writable("harness.use_cache", Path(args.harness.use_cache).parent)
+        check_writable("harness.use_cache", Path(args.harness.use_cache).parent)
     return replace(
         args, ckpt_dir=str(source), dump_dir=dump_dir, metric_log_dir=log_dir, global_step=step
     )

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,14 @@ def read_jsonl_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-def is_recorded(file: Path, step: int, key: str | None = None) -> bool:
-    """Whether the file exists and has a record of this step, with this key."""
+def is_recorded(
+    file: Path,
+    step: int,
+    key: str | None = None,
+    accept: Callable[[dict[str, Any]], bool] = lambda record: True,
+) -> bool:
+    """Whether the file exists and has a record of this step, with this key, that is accepted."""
     records = read_jsonl_records(file) if file.exists() else []
-    return any(r.get("global_step") == step and (key is None or key in r) for r in records)
+    return any(
+        r.get("global_step") == step and (key is None or key in r) and accept(r) for r in records
+    )

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def code_version(root: Path) -> CodeVersion:
     if commit is None or not git(root, "ls-files"):  # the folder is ignored by another repository
         return CodeVersion(commit=None, dirty=False)
     return CodeVersion(commit.strip(), dirty=bool(git(root, "status", "--porcelain", "--", ".")))
+
+
+def find_code_version(root: Path) -> dict[str, str | bool | None]:
+    """Return commit and dirty of the code in `root`, which may be a run's copy of the code."""
+    version = asdict(code_version(root))
+    if version["commit"] is None:
+        with suppress(OSError, ValueError):
+            saved = json.loads((root.parent / CODE_VERSION).read_text(encoding="utf-8"))
+            version = {name: saved.get(name) for name in version}
+    return version
 
 
 def version_record(root: Path) -> str:

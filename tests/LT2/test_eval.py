@@ -27,6 +27,10 @@ from tests.readme import commands
 
 pytest.importorskip("lm_eval")
 
+from lm_eval.utils import make_table  # noqa: E402
+
+from apps.LT2.evaluation.evaluate import add_chance  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 TEXT = """the loop turns again and every layer sees its past while weights stay as they were
 before some heads look far behind others keep only what is near and small"""
@@ -138,15 +142,48 @@ def test_files_of_an_evaluation(place, scores):
     (line,) = (place / "runs" / "demo" / "metrics.eval.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert record.pop("global_step") == 7 and record.pop("created_at")
+    made_with, differs = record.pop("made_with"), record.pop("differs_from_run")
+    assert (results["made_with"], results["differs_from_run"]) == (made_with, differs)
+    assert made_with["loop_count"] == 2 and made_with["dtype"] == "fp32" and differs == {}
+    assert made_with["harness.limit"] is None and made_with["checkpoint"].endswith("/0000000007")
+    assert made_with["num_fewshot"]["lt2_local_choice"] == 0
+    assert set(made_with["code_version"]) == {"commit", "dirty"} and made_with["lm_eval"]
+    assert record.pop("chance") == results["chance"]
     assert record == scores["evals"]
+
+
+def test_scores_are_shown_beside_their_chance_level(place, scores):
+    folder = place / "runs" / "demo" / "evals" / "0000000007"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["chance"]["lt2_local_choice"] == {"acc": 0.25, "acc_norm": 0.25}
+    assert results["chance"]["lt2_local_copy"] == {"acc": 0}
+    lines = add_chance(make_table(results), results).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    shown = {(row[5], row[-2]) for row in cells}
+    assert {("Metric", "Chance"), ("acc_norm", "0.2500"), ("bits_per_byte", "8.0000")} <= shown
+    assert ("word_perplexity", "") in shown
+    assert len({len(row) for row in cells if len(row) > 1}) == 1
+
+
+def test_a_limit_does_not_replace_the_whole_result(here, scores):
+    whole = Path("runs/demo/evals/0000000007/results.json").read_bytes()
+    run(*ALL_TASKS, "harness.tasks=[lt2_local_choice]", "harness.limit=2.0", "loop_count=1")
+    assert Path("runs/demo/evals/0000000007/results.json").read_bytes() == whole
+    (folder,) = Path("runs/demo/evals").glob("*limit*")
+    assert folder.name == "0000000007-loop_count=1,limit=2"
+    record = json.loads(Path("runs/demo/metrics.eval.jsonl").read_text().splitlines()[-1])
+    assert record["differs_from_run"] == {"loop_count": 1, "harness.limit": 2}
 
 
 def test_validation_loss_is_positive_and_in_nats(place, scores):
     folder = place / "runs" / "demo"
     found = json.loads((folder / "evals" / "0000000007" / "validation.json").read_text())
-    assert found == scores["validation"]
-    (line,) = (folder / "metrics.validation.jsonl").read_text().splitlines()
+    assert scores["validation"].items() <= found.items()
+    line = (folder / "metrics.validation.jsonl").read_text().splitlines()[0]
     assert json.loads(line)["loss/val"] == found["loss/val"] > 0
+    made_with = json.loads(line)["made_with"]
+    assert made_with == found["made_with"] and made_with["loop_count"] == 2
+    assert made_with["validation.max_steps"] is None and "harness.limit" not in made_with
     assert found["ppl/val"] == pytest.approx(math.exp(found["loss/val"]))
     texts = read_documents(str(place / "data" / "local"))
     n_bytes = sum(len(text) for text in texts)
@@ -164,6 +201,8 @@ def test_two_processes_give_the_results_of_one_process(here, scores, quick_pytho
     results = json.loads(Path("two/results.json").read_text())
     assert results["results"] == scores["evals"]
     validation = json.loads(Path("two/validation.json").read_text())
+    made_with = validation.pop("made_with")
+    assert made_with["loop_count"] == 2 and validation.pop("differs_from_run") == {}
     assert validation == pytest.approx(scores["validation"], rel=1e-6)
     assert len(Path("two/metrics.eval.jsonl").read_text().splitlines()) == 1
 

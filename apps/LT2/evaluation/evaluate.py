@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, check_stride
+from apps.LT2.evaluation.records import RESULTS, VALIDATION, Conditions, make_way
 from apps.LT2.evaluation.tasks import import_lm_eval, load_tasks
 from apps.LT2.evaluation.validation import ValidationArgs, Validator, check_validation_sources
 from apps.LT2.inference.load import (
@@ -33,6 +35,7 @@ from lingua.distributed import (
     run_together,
 )
 from lingua.errors import UserError
+from lingua.evaluations import CHANCE, EVAL_LOG, MADE_WITH, VALIDATION_LOG, label_of
 from lingua.files.atomic import write_atomic
 from lingua.files.jsonl_log import append_whole, json_line, repair_jsonl
 from lingua.metrics import start_wandb
@@ -48,12 +51,16 @@ OWN_OPTIONS = ("include_path", "metadata", "num_fewshot", "stride", "verbosity")
 MAX_NATS = 700.0  # exp overflows a little above
 
 
-def evaluate(args: EvalArgs, should_stop: Callable[[], bool] = lambda: False) -> dict[str, Scores]:
+def evaluate(
+    args: EvalArgs, conditions: Conditions, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, Scores]:
     """Return {"evals": scores by task, "validation": scores}, equal on all ranks. A collective.
 
-    The folders of `args` must be set. Each rank loads the whole model.
+    The folders of `args` must be set, and `conditions` are written to every record. Each rank loads
+    the whole model.
     """
     harness = args.harness
+    run_on_rank_0(lambda: Path(str(args.dump_dir)).mkdir(parents=True, exist_ok=True))
     # Load the tasks first: they fail faster than the model loads.
     manager = None if harness is None else run_together(lambda: load_harness_tasks(args, harness))
     loaded = run_together(lambda: load_model(args))
@@ -62,12 +69,12 @@ def evaluate(args: EvalArgs, should_stop: Callable[[], bool] = lambda: False) ->
         check_stride(harness.stride, window)
     scores: dict[str, Scores] = {}
     if args.validation is not None:
-        scores["validation"] = run_validation(args, args.validation, loaded)
+        scores["validation"] = run_validation(args, args.validation, conditions, loaded)
     if harness is not None:
-        results = run_harness(args, harness, loaded, manager, should_stop)
+        results = run_harness(args, harness, conditions, loaded, manager, should_stop)
         scores["evals"] = run_on_rank_0(lambda: results["results"])
     if args.wandb is not None:
-        run_on_rank_0(lambda: send_to_wandb(args, scores))
+        run_on_rank_0(lambda: send_to_wandb(args, conditions, scores))
     return scores
 
 
@@ -105,12 +112,14 @@ def load_harness_tasks(args: EvalArgs, harness: LMHarnessArgs) -> Any:
 def run_harness(
     args: EvalArgs,
     harness: LMHarnessArgs,
+    conditions: Conditions,
     loaded: LoadedModel,
     manager: Any,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     """Return the results of lm_eval.simple_evaluate and write them; {} on ranks other than 0."""
     lm_eval = import_lm_eval()
+    caching = import_lm_eval("lm_eval.caching.cache")
     trackers = import_lm_eval("lm_eval.loggers.evaluation_tracker")
     from apps.LT2.evaluation.harness import EvalHarnessLM
 
@@ -124,42 +133,98 @@ def run_harness(
     options = {name: v for name, v in asdict(harness).items() if name not in OWN_OPTIONS}
     if not get_is_master():
         options |= dict.fromkeys(RANK_0_OPTIONS, False) | {"bootstrap_iters": 0}
+    if harness.use_cache is not None:  # the harness finds answers by their prompts only
+        options["use_cache"] = f"{harness.use_cache}-{conditions.digest(of_model=True)}"
     assert args.dump_dir is not None
     tracker = trackers.EvaluationTracker(output_path=str(Path(args.dump_dir, "results.json")))
-    results = lm_eval.simple_evaluate(
-        model=lm,
-        model_args={"path": args.ckpt_dir},  # recorded in the results
-        task_manager=manager,
-        evaluation_tracker=tracker if get_is_master() else None,
-        **options,
-    )
-    run_on_rank_0(lambda: write_results(args, results or {}, tracker))
+    requests_cache = caching.PATH
+    try:  # the harness finds prompts by the names of their tasks only
+        caching.PATH = str(Path(requests_cache, conditions.digest(of_model=False)))
+        results = lm_eval.simple_evaluate(
+            model=lm,
+            model_args={"path": args.ckpt_dir},  # recorded in the results
+            task_manager=manager,
+            evaluation_tracker=tracker if get_is_master() else None,
+            **options,
+        )
+    finally:
+        caching.PATH = requests_cache
+    tasks = manager.load([])["tasks"]
+    run_on_rank_0(lambda: write_results(args, conditions, results or {}, tasks, tracker))
     return results if results is not None and get_is_master() else {}
 
 
-def write_results(args: EvalArgs, results: dict[str, Any], tracker: Any) -> None:
+def write_results(
+    args: EvalArgs,
+    conditions: Conditions,
+    results: dict[str, Any],
+    tasks: Mapping[str, Any],
+    tracker: Any,
+) -> None:
     """Write the harness's files, results.json and a metrics record, and print a table."""
     from lm_eval.utils import handle_non_serializable, make_table
 
     assert args.dump_dir is not None
     samples = results.pop("samples", None)
+    record = conditions.record(RESULTS)
+    record[MADE_WITH]["num_fewshot"] = results["n-shot"]
+    if chance := {name: level for name, task in tasks.items() if (level := chance_level(task))}:
+        record[CHANCE] = chance
+    results |= record
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, answers in (samples or {}).items():
         tracker.save_results_samples(task_name=task, samples=answers)
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    write_atomic(Path(args.dump_dir, "results.json"), text)
-    append_record(args, "metrics.eval.jsonl", results["results"])
-    tables = [make_table(results)]
+    make_way(file := Path(args.dump_dir, RESULTS), conditions)
+    write_atomic(file, text)
+    append_record(args, EVAL_LOG, record | results["results"])
+    tables = [add_chance(make_table(results), results)]
     if results.get("groups"):
         tables.append(make_table(results, "groups"))
     print("\n".join(tables), flush=True)
     logger.info("results in %s", args.dump_dir)
 
 
+def chance_level(task: Any) -> dict[str, float]:
+    """Return the scores of guessing, by metric, of a task that has been evaluated.
+
+    Of several choices, 1 / their number. Other tasks may name a level in `metadata.chance`.
+    """
+    known = dict((task.get_config("metadata") or {}).get("chance") or {})
+    if task.get_config("output_type") == "multiple_choice":
+        counts = Counter(request.doc_id for request in task.instances).values()
+        metrics = list(task.aggregation())
+        n_scored = 2 if "acc_mutual_info" in metrics else 1  # each choice also without its question
+        level = sum(n_scored / n for n in counts) / len(counts)
+        known |= {metric: level for metric in metrics if metric.startswith("acc")}
+    return known
+
+
+def add_chance(table: str, results: Mapping[str, Any]) -> str:
+    """Add a column with the chance level to the harness's table, if any task has one."""
+    levels = {scores.get("alias", name): name for name, scores in results["results"].items()}
+    levels = {alias: results.get(CHANCE, {}).get(name, {}) for alias, name in levels.items()}
+    if not any(levels.values()):
+        return table
+    lines, task = [], ""
+    for i, line in enumerate(table.splitlines()):
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) < 6:
+            lines.append(line)
+            continue
+        task = cells[1].lstrip("- ") or task
+        level = levels.get(task, {}).get(cells[5])
+        shown = {0: "Chance", 1: "-----:"}.get(i, "" if level is None else f"{level:.4f}")
+        lines.append(f"{line}{shown:>6}|")
+    return "\n".join(lines)
+
+
 # ---- held-out text
 
 
-def run_validation(args: EvalArgs, validation: ValidationArgs, loaded: LoadedModel) -> Scores:
+def run_validation(
+    args: EvalArgs, validation: ValidationArgs, conditions: Conditions, loaded: LoadedModel
+) -> Scores:
     """Measure nats per token, bits per byte and perplexity, and write them. A collective."""
     assert args.dump_dir is not None
     validator = run_together(lambda: build_validator(validation, loaded))
@@ -171,10 +236,16 @@ def run_validation(args: EvalArgs, validation: ValidationArgs, loaded: LoadedMod
         "validation: %.4f nats per token, perplexity %.3f, %.4f bits per byte",
         *(scores[name] for name in ("loss/val", "ppl/val", "loss/val_bpb")),
     )
-    file = Path(args.dump_dir, "validation.json")
-    run_on_rank_0(lambda: write_atomic(file, json.dumps(scores, indent=2) + "\n"))
-    run_on_rank_0(lambda: append_record(args, "metrics.validation.jsonl", scores))
+    run_on_rank_0(lambda: write_validation(args, conditions, scores))
     return scores
+
+
+def write_validation(args: EvalArgs, conditions: Conditions, scores: Scores) -> None:
+    assert args.dump_dir is not None
+    record = scores | conditions.record(VALIDATION)
+    make_way(file := Path(args.dump_dir, VALIDATION), conditions)
+    write_atomic(file, json.dumps(record, indent=2) + "\n")
+    append_record(args, VALIDATION_LOG, record)
 
 
 def build_validator(validation: ValidationArgs, loaded: LoadedModel) -> Validator:
@@ -195,7 +266,7 @@ def build_validator(validation: ValidationArgs, loaded: LoadedModel) -> Validato
 
 
 def append_record(args: EvalArgs, name: str, scores: Scores) -> None:
-    """Append the nested scores as one JSON line, with the time and the step."""
+    """Append a nested record as one JSON line, with the time and the step."""
     assert args.metric_log_dir is not None
     record: dict[str, Any] = {"created_at": datetime.now(UTC).isoformat()}
     if args.global_step is not None:
@@ -205,14 +276,24 @@ def append_record(args: EvalArgs, name: str, scores: Scores) -> None:
     append_whole(file, json_line(record | scores).encode())
 
 
-def flatten_scores(scores: dict[str, Scores]) -> dict[str, float]:
-    """Return the numbers, {"evals/hellaswag/acc,none": 0.3, ...}."""
-    flat = flatten_dict(scores, sep="/")
-    return {k: v for k, v in flat.items() if isinstance(v, int | float)}
+def flatten_scores(scores: dict[str, Scores], conditions: Conditions) -> dict[str, Any]:
+    """Return the numbers, {"evals/hellaswag/acc,none": 0.3, ...}, and their records as JSON.
+
+    Options that are not the run's own are part of the names: evals/loop_count=4/hellaswag/...
+    """
+    flat: dict[str, Any] = {}
+    for kind, of_kind in scores.items():
+        file = {"evals": RESULTS, "validation": VALIDATION}[kind]
+        label = label_of(conditions.differing_of(file))
+        prefix = f"{kind}/{label}" if label else kind
+        numbers = flatten_dict({prefix: of_kind}, sep="/").items()
+        flat |= {name: value for name, value in numbers if isinstance(value, int | float)}
+        flat[f"{prefix}/{MADE_WITH}"] = json.dumps(conditions.record(file))
+    return flat
 
 
-def send_to_wandb(args: EvalArgs, scores: dict[str, Scores]) -> None:
+def send_to_wandb(args: EvalArgs, conditions: Conditions, scores: dict[str, Scores]) -> None:
     assert args.wandb is not None and args.dump_dir is not None
     run = start_wandb(args.wandb, args, Path(args.dump_dir))
-    run.log(flatten_scores(scores), step=args.global_step)
+    run.log(flatten_scores(scores, conditions), step=args.global_step)
     run.finish()

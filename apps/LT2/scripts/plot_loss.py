@@ -4,8 +4,8 @@
     python -m apps.LT2.scripts.plot_loss runs/a runs/b --out both.png
     python -m apps.LT2.scripts.plot_loss runs/tune                       # all runs of a sweep
 
-Training loss is plotted as logged (pale) and smoothed, validation loss as points. Prints the final
-losses of each run.
+Training loss is plotted as logged (pale) and smoothed, validation loss as points, also that of
+apps.LT2.eval with other options than the run's. Prints the final losses of each run.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 from apps.LT2.scripts.figure import COLOURS, import_pyplot, save_figure
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
+from lingua.evaluations import VALIDATION_LOG, read_evaluations
 from lingua.slurm.run_list import find_runs, is_run
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ class Curve:
     train: list[tuple[int, float]] = field(default_factory=list)
     val: list[tuple[int, float]] = field(default_factory=list)
     val_bpb: float | None = None  # bits per byte of the last validation
+    # validation losses of apps.LT2.eval with other options, by these options
+    others: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     n_not_finite: int = 0  # losses that were NaN or infinite; they are not plotted
 
     def summary(self) -> str:
@@ -45,6 +49,9 @@ class Curve:
             step, loss = self.val[-1]
             bits = "" if self.val_bpb is None else f" ({self.val_bpb:.3f} bits per byte)"
             parts.append(f"validation loss {loss:.3f}{bits} at step {step}")
+        for label, points in self.others.items():
+            step, loss = points[-1]
+            parts.append(f"validation loss with {label} {loss:.3f} at step {step}")
         if self.n_not_finite:
             parts.append(f"{self.n_not_finite} losses were NaN or infinite and are not plotted")
         return f"{self.name}: {', '.join(parts)}"
@@ -104,9 +111,27 @@ def read_curve(run: Path, name: str = "") -> Curve:
                 curve.n_not_finite += 1
         if record.get("loss/val") is not None:
             curve.val_bpb = record.get("loss/val_bpb")
-    if not curve.train and not curve.val:
+    add_evaluations(curve, run)
+    if not curve.train and not curve.val and not curve.others:
         raise NothingToDrawError(f"{path}: no loss yet")
     return curve
+
+
+def add_evaluations(curve: Curve, run: Path) -> None:
+    """Add the validation losses of apps.LT2.eval. With the run's own options, training's count."""
+    measured = {step for step, _ in curve.val}
+    for evaluation in read_evaluations(run, VALIDATION_LOG):
+        step, loss = evaluation.step, evaluation.scores.get("loss/val")
+        if step is None or loss is None:
+            continue
+        if evaluation.label:
+            curve.others.setdefault(evaluation.label, []).append((step, loss))
+        elif step not in measured:
+            curve.val = sorted([*curve.val, (step, loss)])
+            if curve.val[-1][0] == step:
+                curve.val_bpb = evaluation.scores.get("loss/val_bpb")
+    for points in curve.others.values():
+        points.sort()
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -138,6 +163,10 @@ def draw(curves: list[Curve], out: Path) -> None:
             bits = "" if curve.val_bpb is None else f", {curve.val_bpb:.2f} bits per byte"
             label = f"{prefix}validation ({losses[-1]:.2f}{bits} at the end)"
             axes.plot(steps, losses, "o--", color=dark, markersize=5, linewidth=1, label=label)
+        for marker, (options, points) in zip(cycle("sD^vP"), curve.others.items(), strict=False):
+            steps, losses = zip(*points, strict=True)
+            label = f"{prefix}validation, {options} ({losses[-1]:.2f} at the end)"
+            axes.plot(steps, losses, f"{marker}:", color=dark, markersize=5, label=label)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.set_title("Loss" if several else f"Loss of {curves[0].name}", loc="left")

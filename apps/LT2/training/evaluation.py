@@ -21,6 +21,7 @@ import torch
 
 from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.evaluate import evaluate, flatten_scores
+from apps.LT2.evaluation.records import Conditions, choose_folder, find_conditions
 from apps.LT2.evaluation.scoring import EvaluationStopped
 from apps.LT2.evaluation.validation import Validator, find_sources
 from apps.LT2.training.args import TrainArgs, find_free_gpus
@@ -28,6 +29,7 @@ from apps.LT2.training.trainer import Trainer
 from lingua.args import dataclass_to_dict
 from lingua.distributed import clean_env, get_dp_rank_and_degree, run_on_rank_0, run_together
 from lingua.errors import UserError
+from lingua.evaluations import EVAL_LOG
 from lingua.files.jsonl_log import is_recorded, repair_jsonl
 from lingua.logger import log_on_rank_0
 from lingua.metrics import MetricLogger
@@ -38,7 +40,6 @@ from lingua.tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
 
-RECORDS = "metrics.eval.jsonl"
 # stool's options that an evaluation job takes from the environment of this job.
 SLURM_OPTIONS = {
     "partition": "SLURM_JOB_PARTITION",
@@ -88,7 +89,7 @@ class Evaluator:
         if self.harness is None:
             return
         if args.async_eval_gpus is None:
-            run_on_rank_0(lambda: repair_jsonl(Path(args.dump_dir, RECORDS), step))
+            run_on_rank_0(lambda: repair_jsonl(Path(args.dump_dir, EVAL_LOG), step))
         missing = run_on_rank_0(lambda: find_missing_harness_step(args, step))
         if missing is not None:
             self.run_harness(missing)
@@ -112,17 +113,17 @@ class Evaluator:
         """Run the harness on the checkpoint of `step`, or submit a job. Errors are logged."""
         if self.harness is None:
             return
-        args = eval_args_of_step(self.args, step)
         try:
+            args, conditions = eval_args_of_step(self.args, step)
             if self.args.async_eval_gpus is not None:
                 run_on_rank_0(lambda: self._submit(step, args))
             else:
-                self._evaluate(args)
+                self._evaluate(args, conditions)
         except Exception as error:
             logger.error(
                 "the evaluation of step %d failed; to repeat it: python -m apps.LT2.eval "
                 "ckpt_dir=%s ...\n%s",
-                *(step, args.ckpt_dir, error),
+                *(step, checkpoint_path(self.args, step), error),
                 exc_info=not isinstance(error, UserError),
             )
 
@@ -134,10 +135,10 @@ class Evaluator:
                 logger.error("the evaluation job of step %d failed: %s", done, problem)
         self.jobs[step] = submit_evaluation(self.args, args)
 
-    def _evaluate(self, args: EvalArgs) -> None:
+    def _evaluate(self, args: EvalArgs, conditions: Conditions) -> None:
         def try_to_evaluate() -> dict[str, Any] | None:
             try:
-                return evaluate(args, self.should_stop)
+                return evaluate(args, conditions, self.should_stop)
             except EvaluationStopped:
                 return None
 
@@ -152,7 +153,8 @@ class Evaluator:
         if scores is None:
             logger.warning("a signal stopped the evaluation of step %s", args.global_step)
         else:
-            self.metrics.send({"global_step": args.global_step, **flatten_scores(scores)})
+            flat = flatten_scores(scores, conditions)
+            self.metrics.send({"global_step": args.global_step, **flat})
 
 
 # ---- missing evaluations
@@ -180,36 +182,42 @@ def find_missing_harness_step(args: TrainArgs, step: int) -> int | None:
     """Return the last evaluated step up to `step`, if it has a checkpoint and no scores."""
     every, harness = args.checkpoint.eval.every, (args.eval or EvalArgs()).harness
     last = step - step % every if every > 0 and step != args.steps else step
-    has_weights = Path(str(args.checkpoint.path), f"{last:010d}").is_dir()
+    has_weights = checkpoint_path(args, last).is_dir()
     if harness is None or not has_weights or not is_evaluated(args, last):
         return None
+    given, conditions = eval_args_of_step(args, last)
     if args.async_eval_gpus is not None:
-        is_done = (results_folder(args, last) / "submit.slurm").exists()
+        is_done = Path(str(given.dump_dir), "submit.slurm").exists()
     else:
-        is_done = is_recorded(Path(args.dump_dir, RECORDS), last)
+        is_done = is_recorded(Path(args.dump_dir, EVAL_LOG), last, accept=conditions.is_met_by)
     return None if is_done else last
 
 
 # ---- one evaluation
 
 
-def results_folder(args: TrainArgs, step: int) -> Path:
-    return Path(args.dump_dir, (args.eval or EvalArgs()).name, f"{step:010d}")
+def checkpoint_path(args: TrainArgs, step: int) -> Path:
+    return Path(str(args.checkpoint.path), f"{step:010d}")
 
 
-def eval_args_of_step(args: TrainArgs, step: int) -> EvalArgs:
-    """Return `eval:` for the checkpoint of `step`, with the harness only."""
-    folder = results_folder(args, step)
-    folder.mkdir(parents=True, exist_ok=True)
-    return replace(
-        args.eval or EvalArgs(),
-        name=f"{args.name}_{folder.parent.name}_{step}",
-        dump_dir=str(folder),
+def eval_args_of_step(args: TrainArgs, step: int) -> tuple[EvalArgs, Conditions]:
+    """Return `eval:` for the checkpoint of `step`, with the harness only, and what it depends on.
+
+    The folder is not created.
+    """
+    given, checkpoint = args.eval or EvalArgs(), checkpoint_path(args, step)
+    base = Path(args.dump_dir, given.name, checkpoint.name)
+    given = replace(
+        given,
+        name=f"{args.name}_{given.name}_{step}",
         metric_log_dir=args.dump_dir,
-        ckpt_dir=str(Path(str(args.checkpoint.path), f"{step:010d}")),
+        ckpt_dir=str(checkpoint),
         validation=None,
         global_step=step,
     )
+    conditions = find_conditions(given, checkpoint, dataclass_to_dict(args))
+    folder, conditions = choose_folder(base, conditions)
+    return replace(given, dump_dir=str(folder)), conditions
 
 
 def submit_evaluation(train_args: TrainArgs, args: EvalArgs) -> Any:
@@ -217,6 +225,7 @@ def submit_evaluation(train_args: TrainArgs, args: EvalArgs) -> Any:
 
     The job runs in the SLURM partition of this job or, without SLURM, on free GPUs of this machine.
     """
+    Path(str(args.dump_dir)).mkdir(parents=True, exist_ok=True)
     n_gpus, wandb = train_args.async_eval_gpus, train_args.logging.wandb
     assert n_gpus is not None
     if args.wandb is None and wandb is not None:

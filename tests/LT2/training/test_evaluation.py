@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,11 @@ import pytest
 import apps.LT2.train as app
 from apps.LT2.eval import EvalArgs, launch_eval
 from apps.LT2.training.args import find_free_gpus, validate_train_args
-from apps.LT2.training.evaluation import count_nodes
+from apps.LT2.training.evaluation import (
+    count_nodes,
+    eval_args_of_step,
+    find_missing_harness_step,
+)
 from lingua.args import parse_args
 from lingua.errors import UserError
 from lingua.files.jsonl_log import read_jsonl_records
@@ -58,7 +63,8 @@ def scores_by_step(dump_dir: Path) -> dict[int, dict]:
     records = read_jsonl_records(dump_dir / "metrics.eval.jsonl")
     by_step = {r.pop("global_step"): r for r in records}
     assert len(by_step) == len(records), "two records of a step"
-    return {step: {k: v for k, v in r.items() if k != "created_at"} for step, r in by_step.items()}
+    about = ("created_at", "made_with", "differs_from_run", "chance")
+    return {step: {k: v for k, v in r.items() if k not in about} for step, r in by_step.items()}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,25 @@ def test_each_checkpoint_has_its_scores(data, run, tmp_path):
         assert scores_of(run, step, data, tmp_path / "again") == scores
         results = json.loads((run / "evals" / f"{step:010d}" / "results.json").read_text())
         assert results["results"] == scores
+
+
+def test_only_a_result_with_the_options_of_the_run_counts(data, run, tmp_path):
+    """`apps.LT2.eval` adds records of the same step to the same file."""
+    args = train_args(data, run, **harness(data))
+    args = replace(args, checkpoint=replace(args.checkpoint, path=str(run / "checkpoints")))
+    (folder, conditions), log = eval_args_of_step(args, 6), run / "metrics.eval.jsonl"
+    assert folder.dump_dir == str(run / "evals" / "0000000006") and conditions.differing == {}
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert last["made_with"]["harness.limit"] == 4 and last["differs_from_run"] == {}
+    assert find_missing_harness_step(args, 6) is None
+
+    at_2 = replace(args, eval=replace(args.eval, loop_count=1))
+    assert find_missing_harness_step(at_2, 6) == 6, "only recorded with other options"
+    folder, conditions = eval_args_of_step(at_2, 6)
+    assert folder.dump_dir == str(run / "evals" / "0000000006-loop_count=1")
+    older = {k: v for k, v in last.items() if k not in ("made_with", "differs_from_run")}
+    (tmp_path / log.name).write_text(json.dumps(older) + "\n")
+    assert find_missing_harness_step(replace(args, dump_dir=str(tmp_path)), 6) is None
 
 
 def test_evaluation_does_not_change_training(data, run, tmp_path):
