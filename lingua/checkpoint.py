@@ -106,8 +106,11 @@ class CheckpointArgs:
             )
 
 
-def check_init(args: CheckpointArgs) -> None:
-    """Raise UserError if a run without checkpoints could not start from init_ckpt_path."""
+def check_init(args: CheckpointArgs, n_steps: int) -> None:
+    """Raise UserError if a run without checkpoints could not start from init_ckpt_path.
+
+    `n_steps` is the number of steps at the end of the run.
+    """
     check_init_path(args.init_ckpt_path)
     if args.continue_training_from_init:
         option = "checkpoint.continue_training_from_init=true: checkpoint.init_ckpt_path="
@@ -119,6 +122,11 @@ def check_init(args: CheckpointArgs) -> None:
         except ValueError as error:
             raise UserError(f"{option}{folder}: {file.name} is not JSON: {error}") from None
         reject_lingua_state(state.get("data_loader_state", {}), str(file))
+        if state["step"] >= n_steps:
+            raise UserError(
+                f"{option}{folder} has done {state['step']} steps and steps={n_steps}: nothing is "
+                "left to do; increase steps"
+            )
 
 
 class TrainState(Protocol):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -285,6 +286,8 @@ def build_optimizer(
     else:
         optimizer = AdamW(groups, **options)
     lr_fn = build_lr_fn(args, n_steps)
+    # torch takes a skipped first step for a wrong order of calls.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     # The scheduler counts completed steps, and sets the rate of the next one.
     return optimizer, ScheduledLR(optimizer, lambda done: lr_fn(done + 1))
 

@@ -59,7 +59,7 @@ from lingua.args import (
     parse_args,
 )
 from lingua.checkpoint import CONFIG_NAME, CheckpointManager
-from lingua.checkpointing.weights import load_initial_weights
+from lingua.checkpointing.weights import find_weights, load_initial_weights
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import (
     agree_any,
@@ -349,11 +349,37 @@ def load_state(
     loaded = checkpoints.load(model, optimizer, state, mesh, config=args)
     if loaded is None and args.checkpoint.init_ckpt_path is not None:
         load_initial_weights(args.checkpoint.init_ckpt_path, model, ZERO_IF_MISSING)
+        for difference in run_on_rank_0(lambda: find_init_differences(args)):
+            message = "model differs from checkpoint.init_ckpt_path: %s"
+            log_on_rank_0(message, difference, level=WARNING)
     elif loaded is not None:
         log_on_rank_0("resumed from %s, step %d", loaded.path, loaded.step)
         for difference in loaded.differences:
             log_on_rank_0("config changed since the checkpoint: %s", difference, level=WARNING)
     return state
+
+
+def find_init_differences(args: TrainArgs) -> list[str]:
+    """List options of the model and tokenizer that differ from the run of init_ckpt_path.
+
+    The weights may fit nevertheless, as with other heads or another rope_theta. Empty if the
+    weights come without a config of ours or of Lingua.
+    """
+    source = find_weights(Path(args.checkpoint.init_ckpt_path or ""))
+    assert source is not None, "its weights are loaded"
+    file = (source if source.is_dir() else source.parent) / CONFIG_NAME
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not {"model", "data"} <= saved.keys():
+        return []
+    sections = {"model": saved["model"], "data": {"tokenizer": saved["data"].get("tokenizer", {})}}
+    both = dataclass_from_dict(TrainArgs, sections, strict=False), args
+    changes = diff_configs(*(dataclass_to_dict(config) for config in both))
+    return [
+        change
+        for change in changes
+        if change.startswith(("model.", "data.tokenizer."))
+        and change.partition(":")[0] not in ("model.seed", "model.max_seqlen")
+    ]
 
 
 def save_run_record(args: TrainArgs, given: TrainArgs, step: int) -> None:

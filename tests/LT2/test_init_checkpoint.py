@@ -49,3 +49,45 @@ def test_continuing_from_a_weight_file_fails(data, other, tmp_path):
     ):
         train(data, tmp_path / "run", **SMALL, **options)
     assert not (tmp_path / "run").exists()
+
+
+def differences(run: Path) -> list[str]:
+    marker = "model differs from checkpoint.init_ckpt_path: "
+    lines = (run / "train.log").read_text().splitlines()
+    return [line.partition(marker)[2] for line in lines if marker in line]
+
+
+@pytest.mark.parametrize(
+    "changes, want",
+    [
+        ({}, []),
+        # The weights fit, but are used in another way.
+        ({"model.n_heads": 4}, ["model.n_heads: 2 -> 4"]),
+        ({"model.norm_eps": 1e-3, "seed": 3}, ["model.norm_eps: 1e-05 -> 0.001"]),
+    ],
+)
+@pytest.mark.parametrize("form", ["folder", "file", "without config"])
+def test_weights_of_another_model_are_reported(form, changes, want, data, other, tmp_path):
+    source = checkpoint(other, N)
+    if form != "folder":
+        source = shutil.copytree(consolidate_checkpoints(source), tmp_path / "weights")
+    if form == "without config":
+        (source / "params.json").unlink()
+        want = []
+    options = {"checkpoint.init_ckpt_path": source, "eval.validation": None, "steps": 1}
+    run = train(data, tmp_path / "run", **SMALL, **options, **changes)
+    assert differences(run) == want
+
+
+@pytest.mark.parametrize("steps", [N - 1, N])
+def test_a_continued_run_needs_steps_that_are_left(steps, data, other, tmp_path):
+    source = {"checkpoint.init_ckpt_path": checkpoint(other, N), "steps": steps}
+    with pytest.raises(UserError, match=f"steps={steps}"):
+        train(
+            data,
+            tmp_path / "run",
+            **SMALL,
+            **source,
+            **{"checkpoint.continue_training_from_init": True},
+        )
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -190,6 +191,13 @@ def test_adamw_step_matches_the_formula_and_uses_the_warmed_up_rate():
         w = w * (1 - lr * 0.5)
         w = w - lr * (m / (1 - 0.8**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-8)
         torch.testing.assert_close(model.weight.detach().double(), w, rtol=1e-5, atol=1e-6)
+
+
+def test_a_skipped_first_step_is_no_wrong_order_of_calls():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_optimizer(nn.Linear(2, 2), OptimArgs(), 10)[1].step()
+    assert not caught
 
 
 def test_resumed_scheduler_gives_the_next_step_the_right_rate():

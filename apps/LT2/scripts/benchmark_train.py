@@ -36,7 +36,7 @@ from apps.LT2.train import build_model
 from apps.LT2.training.args import TrainArgs, validate_train_args
 from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.unused_options import unused_options
-from apps.LT2.transformer import build_on_meta
+from apps.LT2.transformer import ZERO_IF_MISSING, build_on_meta
 from lingua.args import parse_args
 from lingua.checkpointing.weights import load_initial_weights
 from lingua.config.cli import OVERRIDE, OneLineParser
@@ -107,7 +107,7 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     flops_per_token = train_flops_per_token(model, args.data.seq_len)  # before TP splits the heads
     build_model(args, mesh, device, model)
     if args.checkpoint.init_ckpt_path is not None:
-        load_initial_weights(args.checkpoint.init_ckpt_path, model)
+        load_initial_weights(args.checkpoint.init_ckpt_path, model, ZERO_IF_MISSING)
     optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
     dp_rank, dp_degree = get_dp_rank_and_degree(mesh)
     loader_state = init_dataloader_state_from_args(args.data, dp_rank, dp_degree)

@@ -88,7 +88,7 @@ def check_and_build(
     checkpoints = CheckpointManager(args.checkpoint)
     checkpoints.check_foreign()
     if not checkpoints.existing_saves:
-        check_init(args.checkpoint)
+        check_init(args.checkpoint, args.steps)
     return args, model
 
 
