@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lingua.errors import MachineFault, UserError, is_machine_fault
+from lingua.errors import MachineFault, UserError, find_disk_fault
 from lingua.logger import log_on_rank_0
 from lingua.parallel.args import DistributedArgs, needs_fsdp, unused_options
 from lingua.parallel.gradients import (  # noqa: F401
@@ -292,12 +292,18 @@ def _describe(error: Exception | None) -> Failure | None:
         return None
     if isinstance(error, UserError):
         return UserError, str(error)
-    kind = RankMachineFault if is_machine_fault(error) else RanksFailed
-    return kind, f"{type(error).__name__}: {error}"
+    if isinstance(error, MachineFault):
+        return RankMachineFault, str(error)
+    fault = find_disk_fault(error)
+    if fault is not None:
+        return RankMachineFault, fault
+    return RanksFailed, f"{type(error).__name__}: {error}"
 
 
 def _raise_first(failures: list[Failure | None], own: Exception | None) -> None:
     for rank, failure in enumerate(failures):
         if failure is not None:
             kind, message = failure
-            raise kind(message if kind is UserError else f"rank {rank}: {message}") from own
+            if kind is not UserError and dist.is_initialized() and dist.get_world_size() > 1:
+                message = f"rank {rank}: {message}"
+            raise kind(message) from own

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -18,6 +19,12 @@ from typing import Any
 from lingua.redact import redact
 
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG}
+ADVICE = {
+    errno.ENOSPC: "free some space, and run the command again",
+    errno.EDQUOT: "free some of your quota, and run the command again",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), and run the command again",
+}
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class UserError(ValueError):
@@ -31,10 +38,26 @@ class MachineFault(RuntimeError):
     """A fault of the machine, such as a full disk. A traceback would not help."""
 
 
+def find_disk_fault(error: BaseException | None) -> str | None:
+    """Describe the full, read-only or broken disk that led to an error. None if it is another one.
+
+    Libraries hide the OSError: torch raises an error about a file position after it, and Rust code
+    puts its number into the message.
+    """
+    while error is not None:
+        found = RUST_ERROR.search(str(error))
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if number in DISK_FAULTS:
+            file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+            text = f"{file}: {os.strerror(number)}" if file else os.strerror(number)
+            return f"{text}; {ADVICE[number]}" if number in ADVICE else text
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def is_machine_fault(error: BaseException) -> bool:
-    """Whether the error is a MachineFault, or an OSError of a full, read-only or broken disk."""
-    is_disk = isinstance(error, OSError) and error.errno in DISK_FAULTS
-    return is_disk or isinstance(error, MachineFault)
+    """Whether the error is a MachineFault, or came from a full, read-only or broken disk."""
+    return isinstance(error, MachineFault) or find_disk_fault(error) is not None
 
 
 def run_cli(main: Callable[[list[str]], Any]) -> None:
@@ -46,13 +69,16 @@ def run_cli(main: Callable[[list[str]], Any]) -> None:
     sys.excepthook = print_traceback
     try:
         main(sys.argv[1:])
-    except (UserError, MachineFault, OSError) as error:
+    except Exception as error:
         is_mistake = isinstance(error, UserError)
         message = str(error)
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             is_mistake, message = True, f"{error.filename}: {error.strerror}"
-        elif not is_mistake and not is_machine_fault(error):
-            raise
+        elif not is_mistake and not isinstance(error, MachineFault):
+            fault = find_disk_fault(error)
+            if fault is None:
+                raise
+            message = fault
         print_error(redact(" ".join(message.splitlines())))
         raise SystemExit(2 if is_mistake else 1) from None
     except KeyboardInterrupt:

@@ -31,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lingua
 
 from lingua.config.cli import OneLineParser
-from lingua.errors import UserError, first_line, import_optional, run_cli
+from lingua.errors import UserError, first_line, import_optional, is_machine_fault, run_cli
 from lingua.files.atomic import write_atomic
 from lingua.prepare.network import HUB, call_online
 from lingua.prepare.shuffle import ShufflePlan, find_finished, shuffle_documents
@@ -184,6 +184,8 @@ def main(argv: Sequence[str]) -> None:
                     print(line)
             manifest = shuffle_documents(sources, root, out, plan)
     except OSError as error:
+        if is_machine_fault(error):
+            raise
         raise UserError(f"{error}; fix it and run the same command again to resume") from None
     print(f"{out}: {describe(manifest)}")
 

@@ -35,7 +35,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lingua
 
 from lingua.config.cli import OneLineParser
-from lingua.errors import UserError, import_optional, run_cli
+from lingua.errors import UserError, import_optional, is_machine_fault, run_cli
 from lingua.files.atomic import write_atomic
 
 FORMAT = 1  # increase it if the same input gives other bytes, to rebuild older folders
@@ -338,6 +338,8 @@ def main(argv: Sequence[str], stdlib: Path | None = None) -> None:
     try:
         publish(given.out, files, manifest)
     except OSError as error:
+        if is_machine_fault(error):
+            raise
         raise UserError(f"--out {given.out}: {error}; give a folder that can be created") from None
     total = sum(len(content) for name, content in files.items() if name.endswith(".jsonl"))
     print(

@@ -30,7 +30,7 @@ from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import find_and_sanitize_chunks
 from lingua.dataloader.prefetch import exit_with_parent
 from lingua.dataloader.pretokenized import TokenFiles, TokenRecipe, write_token_files
-from lingua.errors import UserError, run_cli
+from lingua.errors import UserError, is_machine_fault, run_cli
 from lingua.tokenizer import build_tokenizer
 
 
@@ -93,6 +93,8 @@ def main(argv: Sequence[str]) -> None:
             "the same command with fewer workers or more memory to resume"
         ) from None
     except OSError as error:
+        if is_machine_fault(error):
+            raise
         raise UserError(f"{error}; fix it and run the same command again to resume") from None
 
 

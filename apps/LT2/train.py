@@ -59,6 +59,7 @@ from lingua.args import (
     parse_args,
 )
 from lingua.checkpoint import CONFIG_NAME, CheckpointManager
+from lingua.checkpointing.save import warn_of_small_disk
 from lingua.checkpointing.weights import find_weights, load_initial_weights
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import (
@@ -266,6 +267,8 @@ def build_run(
     flops_per_token = train_flops_per_token(model, args.data.seq_len)  # before TP splits the heads
     build_model(args, mesh, device, model)
     optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
+    if get_is_master():
+        warn_of_small_disk(checkpoints.path, optimizer, get_world_size())
     state = load_state(args, model, optimizer, scheduler, checkpoints, mesh)
     if state.step == 0:
         check_model_value_range(model, range=MAX_WEIGHT, std=MAX_STD, zero_init=zero_at_start())

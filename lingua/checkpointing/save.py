@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -40,7 +42,10 @@ from lingua.distributed import (
     run_on_rank_0,
     run_together,
 )
-from lingua.errors import MachineFault, first_line
+from lingua.errors import MachineFault, find_disk_fault, first_line
+from lingua.optim import state_fields
+
+logger = logging.getLogger(__name__)
 
 
 class Save:
@@ -112,11 +117,11 @@ class Save:
         try:
             results = self._writer.write_data(self._plan, self._planner).value()
         except (RuntimeError, OSError) as error:
-            # For a full disk, torch's writer only reports a wrong file position.
             free = shutil.disk_usage(self._unfinished).free / 2**30
+            reason = find_disk_fault(error) or f"{type(error).__name__}: {first_line(error)}"
             raise MachineFault(
                 f"could not write {self._unfinished} ({free:.2f} GiB free); earlier checkpoints "
-                f"are intact: {type(error).__name__}: {first_line(error)}"
+                f"are intact: {reason}"
             ) from error
         self._planner.forget()
         return results
@@ -153,6 +158,32 @@ class Save:
         self._writer.finish(self._metadata, [results for results, _ in written])
         files = {name: entry for _, of_rank in written for name, entry in of_rank.items()}
         publish(self._unfinished, self.final, self.step, files, self._config)
+
+
+def warn_of_small_disk(folder: Path, optimizer: Optimizer, n_ranks: int) -> None:
+    """Log a warning if a checkpoint does not fit on the disk, or into the limit of file sizes.
+
+    The size is that of the weights and of the optimizer's tensors. Each rank writes one file.
+    """
+    n_bytes = sum(
+        param.numel() * param.element_size() * (1 + len(fields - {"step"}))
+        for param, fields in state_fields(optimizer).items()
+    )
+    free, (limit, _) = shutil.disk_usage(folder).free, resource.getrlimit(resource.RLIMIT_FSIZE)
+    too_small = []
+    if free < n_bytes:
+        too_small.append(f"the disk has {_format_size(free)} free")
+    if limit != resource.RLIM_INFINITY and limit < n_bytes / n_ranks:
+        too_small.append(f"files are limited to {_format_size(limit)} (ulimit -f)")
+    if too_small:
+        logger.warning(
+            "checkpoint.path=%s: a checkpoint needs about %s, but %s",
+            *(folder, _format_size(n_bytes), " and ".join(too_small)),
+        )
+
+
+def _format_size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.3g} GiB" if n_bytes >= 2**28 else f"{n_bytes / 2**20:.3g} MiB"
 
 
 class _StagingPlanner(DefaultSavePlanner):

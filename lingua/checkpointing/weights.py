@@ -118,7 +118,9 @@ def write_weights(file: Path, weights: Mapping[str, Tensor], metadata: dict[str,
     """Write CPU tensors in the format of the suffix; only safetensors stores `metadata`."""
     if file.suffix == ".safetensors":
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-        _import_safetensors(file.name).torch.save_file(contiguous, file, metadata=metadata)
+        package = _import_safetensors(file.name)
+        with open_atomic(file) as stream:
+            package.torch.save_file(contiguous, stream.name, metadata=metadata)
         return
     with open_atomic(file) as stream:
         torch.save({MODEL_KEY: dict(weights)}, stream)

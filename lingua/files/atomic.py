@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from lingua.errors import MachineFault, find_disk_fault
+
 
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> None:
     """Replace the content of a file. After a crash, the file has the old or the new content."""
@@ -26,8 +28,12 @@ def open_atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(target)  # a failed write names no file
+        elif fault := find_disk_fault(error):
+            raise MachineFault(f"{target}: {fault}") from error
         raise
     fsync_path(target.parent)  # the rename itself must survive a power failure
 

@@ -37,9 +37,9 @@ def lock_folders(folders: Mapping[str, str | os.PathLike]) -> Iterator[None]:
             with _refused(option, folder):
                 file = files.enter_context(open(Path(folder, LOCK_NAME), "a+", encoding="utf-8"))
             _check_free(_lock(file), option, folder)
-            file.truncate(0)
-            file.write(holder + "\n")
-            file.flush()
+            with _refused(option, folder):
+                file.truncate(0)
+                os.write(file.fileno(), f"{holder}\n".encode())  # nothing is left for close()
         yield
 
 

@@ -14,7 +14,8 @@ import pytest
 
 import apps.LT2.train as app
 from apps.LT2.training.args import fill_in_defaults
-from lingua.errors import UserError
+from lingua.errors import MachineFault, UserError
+from tests.lingua.stool_utils import limited_files
 from tests.LT2.tiny_run import (
     SMALL,
     checkpoint,
@@ -101,6 +102,14 @@ def test_a_missing_evaluation_is_made_with_the_options_of_the_run(data, tmp_path
     assert column(tmp_path, "loss/val") == []
     train(data, tmp_path, **other)
     assert len(column(tmp_path, "loss/val")) == 1
+
+
+def test_a_limit_of_file_sizes_ends_a_run_with_one_line(data, tmp_path, capfd):
+    with limited_files(20_000), pytest.raises(MachineFault, match="^could not write .*too large"):
+        train(data, tmp_path, steps=1, **SMALL)
+    assert "a checkpoint needs about" in capfd.readouterr().err, "a warning at the start"
+    log = (tmp_path / "train.log").read_text()
+    assert "the run ends: could not write" in log and "Traceback" not in log
 
 
 # ---- Ctrl-C

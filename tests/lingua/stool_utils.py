@@ -1,9 +1,10 @@
-"""Helpers for tests of stool: a git repository, a job's output, and a process with a lock."""
+"""Helpers for tests: a git repository, a job's output, limits, and a process with a lock."""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,17 @@ def held(folder: Path) -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def limited_files(n_bytes: int) -> Iterator[None]:
+    """Let writes beyond `n_bytes` of a file fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def without_root_powers() -> None:

@@ -247,7 +247,7 @@ def check_reductions(rank, world_size):
     with pytest.raises(UserError, match="^too big$"):
         ld.run_together(lambda: fail(UserError("too big")))
     full = OSError(errno.ENOSPC, "No space left")
-    with pytest.raises(MachineFault, match=r"rank 1: OSError: .*No space left") as caught:
+    with pytest.raises(MachineFault, match="rank 1: No space left") as caught:
         ld.run_together(lambda: fail(full) if rank == 1 else rank)
     assert isinstance(caught.value, ld.RanksFailed)
     with pytest.raises(ld.RanksFailed, match="rank 1: ZeroDivisionError: division"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def test_run_cli_prints_one_line(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run_cli(on_a_full_disk)
     assert stop.value.code == 1
-    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err.startswith("error: No space left on device;")
 
     for bug in (ValueError("a bug"), FileNotFoundError("a bug")):
 
@@ -64,6 +66,51 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="its_own_missing_need"):
         import_optional("broken_package_here", extra="x", needed_by="y")
+
+
+def raise_chained():
+    try:
+        raise OSError(errno.EFBIG, "File too large")
+    finally:
+        raise RuntimeError("unexpected pos 704 vs 598")  # as torch does
+
+
+def raise_of_rust():
+    raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def fail_with(number: int, *names: str):
+    def fail():
+        raise OSError(number, os.strerror(number), *names)
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "fail, want",
+    [
+        (fail_with(errno.ENOSPC), "No space left on device; free some space"),
+        (fail_with(errno.ENOSPC, "a/b"), "a/b: No space left on device; free"),
+        (fail_with(errno.EDQUOT, "a/b"), "a/b: Disk quota exceeded; free"),
+        (fail_with(errno.EROFS, "a/b"), "a/b: Read-only file system"),
+        (raise_chained, "File too large; raise the limit .*ulimit -f"),
+        (raise_of_rust, "No space left on device; free"),
+    ],
+)
+def test_a_disk_that_cannot_be_written_is_one_plain_line(monkeypatch, capsys, fail, want):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(SystemExit) as left:
+        run_cli(lambda argv: fail())
+    assert left.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: {want}", line) and "Errno" not in line
+
+
+@pytest.mark.parametrize("fail", [fail_with(errno.ENOENT), lambda: 1 / 0])
+def test_other_errors_keep_their_traceback(monkeypatch, fail):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises((FileNotFoundError, ZeroDivisionError)):
+        run_cli(lambda argv: fail())
 
 
 def test_a_traceback_shows_no_secret(monkeypatch, capsys):

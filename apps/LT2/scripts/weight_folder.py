@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lingua.errors import UserError
-from lingua.files.atomic import fsync_path
+from lingua.files.atomic import fsync_path, write_atomic
 from lingua.tokenizer import (
     CONFIG_NAME,
     SPECIALS_NAME,
@@ -62,4 +62,4 @@ def copy_tokenizer(folder: Path, tokenizer: TokenizerArgs) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_atomic(file, json.dumps(content, indent=2) + "\n")

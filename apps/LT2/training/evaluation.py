@@ -28,7 +28,7 @@ from apps.LT2.training.args import TrainArgs, find_free_gpus
 from apps.LT2.training.trainer import Trainer
 from lingua.args import dataclass_to_dict
 from lingua.distributed import clean_env, get_dp_rank_and_degree, run_on_rank_0, run_together
-from lingua.errors import UserError
+from lingua.errors import UserError, is_machine_fault
 from lingua.evaluations import EVAL_LOG
 from lingua.files.jsonl_log import is_recorded, repair_jsonl
 from lingua.logger import log_on_rank_0
@@ -124,7 +124,7 @@ class Evaluator:
                 "the evaluation of step %d failed; to repeat it: python -m apps.LT2.eval "
                 "ckpt_dir=%s ...\n%s",
                 *(step, checkpoint_path(self.args, step), error),
-                exc_info=not isinstance(error, UserError),
+                exc_info=not isinstance(error, UserError) and not is_machine_fault(error),
             )
 
     def _submit(self, step: int, args: EvalArgs) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import resource
 import signal
 import threading
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
 import lingua.checkpointing.save
 from lingua import distributed as ld
 from lingua.checkpoint import SaveEvery, consolidate_checkpoints
-from lingua.errors import UserError
+from lingua.checkpointing.dcp import tensors_to_save
+from lingua.checkpointing.save import warn_of_small_disk
+from lingua.errors import MachineFault, UserError
 from tests.lingua.checkpointing.checkpoint_runs import (
     CONFIG,
     assert_same_bits,
@@ -25,6 +27,7 @@ from tests.lingua.checkpointing.checkpoint_runs import (
     train,
     truncate_tensors,
 )
+from tests.lingua.stool_utils import limited_files
 
 # ---- background saves
 
@@ -264,15 +267,33 @@ def test_a_full_disk_keeps_earlier_checkpoints(run, async_save):
     manager, model, optimizer, state = run
     manager.args.async_save = async_save
     train(3, model, optimizer, state)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(RuntimeError, match="could not write .*GiB free"):
-            manager.save(model, optimizer, state, CONFIG)
-            manager.finish()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = r"^could not write .*GiB free.*: File too large; raise the limit .*ulimit -f"
+    with limited_files(4096), pytest.raises(MachineFault, match=message):
+        manager.save(model, optimizer, state, CONFIG)
+        manager.finish()
     assert sorted(p.name for p in manager.path.iterdir()) == ["0000000001", "0000000002"]
     manager.save(model, optimizer, state, CONFIG)
     manager.finish()
     assert [int(p.name) for p in manager.existing_saves] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("free, limit, want", [(0, 0, 0), (-1, 0, 1), (0, -1, 1), (-1, -1, 2)])
+def test_a_disk_too_small_for_a_checkpoint_is_reported(
+    run, monkeypatch, caplog, free, limit, want, n_ranks
+):
+    """The size is that of the tensors that a save writes, without step counts."""
+    manager, model, optimizer, _ = run
+    state = tensors_to_save(model, optimizer)
+    written = [*state["model"].values()]
+    written += [
+        t for own in state["optim"]["state"].values() for n, t in own.items() if n != "step"
+    ]
+    size = sum(tensor.nbytes for tensor in written)
+    usage = SimpleNamespace(free=size + free)
+    monkeypatch.setattr(lingua.checkpointing.save.shutil, "disk_usage", lambda folder: usage)
+    with limited_files(size // n_ranks + limit):
+        warn_of_small_disk(manager.path, optimizer, n_ranks)
+    text = caplog.text
+    assert ("free" in text) + ("ulimit -f" in text) == want
+    assert (f"checkpoint.path={manager.path}" in text) == (want > 0)
