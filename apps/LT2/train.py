@@ -371,11 +371,17 @@ def find_init_differences(args: TrainArgs) -> list[str]:
     source = find_weights(Path(args.checkpoint.init_ckpt_path or ""))
     assert source is not None, "its weights are loaded"
     file = (source if source.is_dir() else source.parent) / CONFIG_NAME
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not {"model", "data"} <= saved.keys():
+    if not file.is_file():
         return []
-    sections = {"model": saved["model"], "data": {"tokenizer": saved["data"].get("tokenizer", {})}}
-    both = dataclass_from_dict(TrainArgs, sections, strict=False), args
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if not {"model", "data"} <= saved.keys():
+            return []
+        tokenizer = saved["data"].get("tokenizer", {})
+        sections = {"model": saved["model"], "data": {"tokenizer": tokenizer}}
+        both = dataclass_from_dict(TrainArgs, sections, strict=False), args
+    except ValueError as error:  # also a UserError
+        raise UserError(f"checkpoint.init_ckpt_path: {file} is not readable: {error}") from None
     changes = diff_configs(*(dataclass_to_dict(config) for config in both))
     return [
         change

@@ -79,6 +79,14 @@ def test_weights_of_another_model_are_reported(form, changes, want, data, other,
     assert differences(run) == want
 
 
+@pytest.mark.parametrize("text", ["{", '{"model": {"loop_count": "x"}, "data": {}}'])
+def test_a_damaged_config_next_to_weights_is_named(text, data, other, tmp_path):
+    source = shutil.copytree(consolidate_checkpoints(checkpoint(other, N)), tmp_path / "weights")
+    (source / "params.json").write_text(text)
+    with pytest.raises(UserError, match=r"checkpoint\.init_ckpt_path: .*params\.json"):
+        train(data, tmp_path / "run", **SMALL, **{"checkpoint.init_ckpt_path": source})
+
+
 @pytest.mark.parametrize("steps", [N - 1, N])
 def test_a_continued_run_needs_steps_that_are_left(steps, data, other, tmp_path):
     source = {"checkpoint.init_ckpt_path": checkpoint(other, N), "steps": steps}
