@@ -98,7 +98,7 @@ def test_only_a_result_with_the_options_of_the_run_counts(data, run, tmp_path):
     (folder, conditions), log = eval_args_of_step(args, 6), run / "metrics.eval.jsonl"
     assert folder.dump_dir == str(run / "evals" / "0000000006") and conditions.differing == {}
     last = json.loads(log.read_text().splitlines()[-1])
-    assert last["made_with"]["harness.limit"] == 4 and last["differs_from_run"] == {}
+    assert last["made_with"]["harness.limit"] == 2 and last["differs_from_run"] == {}
     assert find_missing_harness_step(args, 6) is None
 
     at_2 = replace(args, eval=replace(args.eval, loop_count=1))
