@@ -50,7 +50,7 @@ from apps.LT2.training.summary import format_summary
 from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.trainer import every_n_steps as every_n_steps
 from apps.LT2.training.unused_options import train_warnings
-from apps.LT2.transformer import ZERO_IF_MISSING, LoopedTransformer
+from apps.LT2.transformer import ZERO_IF_MISSING, LoopedTransformer, LoopedTransformerArgs
 from lingua.args import (
     dataclass_from_dict,
     dataclass_to_dict,
@@ -377,18 +377,18 @@ def find_init_differences(args: TrainArgs) -> list[str]:
         saved = json.loads(file.read_text(encoding="utf-8"))
         if not {"model", "data"} <= saved.keys():
             return []
-        tokenizer = saved["data"].get("tokenizer", {})
-        sections = {"model": saved["model"], "data": {"tokenizer": tokenizer}}
-        both = dataclass_from_dict(TrainArgs, sections, strict=False), args
+        model = dataclass_from_dict(LoopedTransformerArgs, saved["model"], strict=False)
     except ValueError as error:  # also a UserError
         raise UserError(f"checkpoint.init_ckpt_path: {file} is not readable: {error}") from None
-    changes = diff_configs(*(dataclass_to_dict(config) for config in both))
-    return [
-        change
-        for change in changes
-        if change.startswith(("model.", "data.tokenizer."))
-        and change.partition(":")[0] not in ("model.seed", "model.max_seqlen")
-    ]
+    tokenizer = dataclass_to_dict(args.data.tokenizer)
+    changes = diff_configs(
+        {
+            "model": dataclass_to_dict(model),
+            "data.tokenizer": saved["data"].get("tokenizer", tokenizer),
+        },
+        {"model": dataclass_to_dict(args.model), "data.tokenizer": tokenizer},
+    )
+    return [c for c in changes if not c.startswith(("model.seed:", "model.max_seqlen:"))]
 
 
 def save_run_record(args: TrainArgs, given: TrainArgs, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def test_weights_of_another_model_are_reported(form, changes, want, data, other,
     options = {"checkpoint.init_ckpt_path": source, "eval.validation": None, "steps": 1}
     run = train(data, tmp_path / "run", **SMALL, **options, **changes)
     assert differences(run) == want
+
+
+def test_a_tokenizer_that_no_longer_exists_is_a_difference(data, other, tmp_path):
+    source = shutil.copytree(consolidate_checkpoints(checkpoint(other, N)), tmp_path / "weights")
+    config = json.loads((source / "params.json").read_text())
+    config["data"]["tokenizer"]["name"] = "mock"
+    (source / "params.json").write_text(json.dumps(config))
+    options = {"checkpoint.init_ckpt_path": source, "eval.validation": None, "steps": 1}
+    run = train(data, tmp_path / "run", **SMALL, **options)
+    assert differences(run) == ["data.tokenizer.name: mock -> bytes"]
 
 
 @pytest.mark.parametrize("text", ["{", '{"model": {"loop_count": "x"}, "data": {}}'])
