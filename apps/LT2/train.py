@@ -85,6 +85,7 @@ from lingua.logger import end_in_log_file, init_logger, log_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallel.ranks import launcher
+from lingua.parallel.rendezvous import check_address
 from lingua.parallel.torchrun import exit_with_torchrun
 from lingua.parallel.watchdog import HangWatchdog
 from lingua.profiling import Profiler, maybe_run_profiler
@@ -108,6 +109,7 @@ OF_EVALUATION = ("eval.", "async_eval_gpus:")
 
 def train(given: TrainArgs) -> None:
     """Train until `steps`, or until a signal asks the run to stop."""
+    check_address()
     args, model = check_and_build(given)
     if is_finished(args):
         return

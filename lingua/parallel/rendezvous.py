@@ -68,6 +68,12 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def check_address() -> None:
+    """Raise UserError if this job has several ranks and not the address where they meet."""
+    if find_launch().world_size > 1 and not dist.is_initialized():
+        _find_address()
+
+
 def _find_address() -> tuple[str, int]:
     """Return the host and port of the store."""
     if get_is_slurm_job():

@@ -14,7 +14,7 @@ import pytest
 from lingua.errors import MachineFault, UserError
 from lingua.parallel import rendezvous
 from lingua.parallel.ranks import Launch
-from lingua.parallel.rendezvous import _Wait, join_ranks
+from lingua.parallel.rendezvous import _Wait, check_address, join_ranks
 
 SOON, LATER = timedelta(seconds=0.3), timedelta(seconds=20)
 
@@ -109,6 +109,18 @@ def test_an_unknown_host_is_named(start, monkeypatch, rank):
     monkeypatch.setattr(rendezvous, "RESOLVE_SECONDS", 0.1)
     with pytest.raises(UserError, match="MASTER_ADDR=no.host.invalid"):
         start(rank, 2, LATER, MASTER_ADDR="no.host.invalid")
+
+
+@pytest.mark.parametrize("variable", ["MASTER_ADDR", "MASTER_PORT"])
+def test_a_missing_address_is_found_before_the_wait(monkeypatch, variable):
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in {**launch, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(variable)
+    check_address()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=f"{variable} is not set"):
+        check_address()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
