@@ -53,7 +53,7 @@ class LMHarnessArgs:
                 "harness=null"
             )
         for task in self.tasks:
-            name = task.get("group") or task.get("task") if isinstance(task, dict) else task
+            name = task_name(task)
             is_named = isinstance(name, str) and name.strip() != ""
             _require(is_named, "tasks", task, "a name, or a mapping such as {task: boolq}")
         is_limit = self.limit is None or 0 < self.limit < 1 or self.limit == int(self.limit) > 0
@@ -71,6 +71,11 @@ class LMHarnessArgs:
             )
         levels = ", ".join(VERBOSITIES)
         _require(self.verbosity in VERBOSITIES, "verbosity", self.verbosity, f"one of {levels}")
+
+
+def task_name(spec: Any) -> Any:
+    """Return the name in an entry of `harness.tasks`, or what is in its place."""
+    return spec.get("group", spec.get("task")) if isinstance(spec, dict) else spec
 
 
 def check_stride(stride: int | None, window: int) -> None:

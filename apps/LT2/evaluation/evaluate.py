@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -294,6 +294,7 @@ def flatten_scores(scores: dict[str, Scores], conditions: Conditions) -> dict[st
 
 def send_to_wandb(args: EvalArgs, conditions: Conditions, scores: dict[str, Scores]) -> None:
     assert args.wandb is not None and args.dump_dir is not None
-    run = start_wandb(args.wandb, args, Path(args.dump_dir))
+    config = replace(args, loop_count=conditions.options["loop_count"])
+    run = start_wandb(args.wandb, config, Path(args.dump_dir))
     run.log(flatten_scores(scores, conditions), step=args.global_step)
     run.finish()

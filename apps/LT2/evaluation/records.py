@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs
+from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, task_name
 from apps.LT2.evaluation.validation import ValidationArgs
 from apps.LT2.inference.load import resolve_device
 from apps.LT2.transformer import LoopedTransformerArgs
@@ -122,7 +122,8 @@ def find_conditions(args: EvalArgs, source: Path, config: Mapping[str, Any]) -> 
 def own_args(args: EvalArgs, config: Mapping[str, Any], device: str) -> EvalArgs:
     """Return the arguments that evaluate the run with its own options, in the parts of `args`.
 
-    If the run has no `eval.harness`, the choice of tasks in `args` counts as its own.
+    If the run has no `eval.harness`, the choice of tasks in `args` counts as its own, but not other
+    settings of these tasks.
     """
     try:
         own = dataclass_from_dict(EvalArgs, config.get("eval") or {}, strict=False)
@@ -135,6 +136,7 @@ def own_args(args: EvalArgs, config: Mapping[str, Any], device: str) -> EvalArgs
     elif harness is None:
         chosen = ("tasks", "include_path", "metadata", "bootstrap_iters")
         harness = LMHarnessArgs(**{name: getattr(args.harness, name) for name in chosen})
+        harness.tasks = [task_name(task) for task in harness.tasks or []]
         # max_tokens must be above max_gen_len, and does not count
         generator = replace(generator, max_gen_len=args.generator.max_gen_len, max_tokens=2**62)
     if args.validation is None:
@@ -167,7 +169,7 @@ def score_options(args: EvalArgs, config: Mapping[str, Any]) -> Options:
     for option in PATHS & options.keys():
         options[option] = options[option] and os.path.abspath(options[option])
     if "harness.tasks" in options:
-        tasks = [t["task"] if list(t) == ["task"] else t for t in options["harness.tasks"]]
+        tasks = [task_name(t) if len(t) == 1 else t for t in options["harness.tasks"]]
         options["harness.tasks"] = sorted(tasks, key=format_value)
     return {option: _canonical(value) for option, value in options.items()}
 

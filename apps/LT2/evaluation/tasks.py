@@ -17,7 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from apps.LT2.evaluation.args import LMHarnessArgs
+from apps.LT2.evaluation.args import LMHarnessArgs, task_name
 from apps.LT2.evaluation.chat import find_chat_template
 from apps.LT2.inference.generator import PackedCausalTransformerGeneratorArgs
 from lingua.config.help import format_value
@@ -106,7 +106,7 @@ def _load(spec: Any, manager: Any) -> dict[str, Any]:
         reason = f"{type(error).__name__}: {first_line(error)}"
         advice = f"; {OFFLINE}" if is_connection_error(error) else ""
         raise UserError(
-            f"harness.tasks: {_name(spec)} cannot be loaded: {reason}{advice}"
+            f"harness.tasks: {task_name(spec)} cannot be loaded: {reason}{advice}"
         ) from error
     for kind in ("groups", "group_map"):
         del part[kind]["members"]
@@ -114,7 +114,7 @@ def _load(spec: Any, manager: Any) -> dict[str, Any]:
 
 
 def _as_members(spec: Mapping[str, Any], manager: Any) -> Iterator[dict[str, Any]]:
-    name, settings = _name(spec), _settings(spec)
+    name, settings = task_name(spec), _settings(spec)
     if name in manager.all_groups:
         yield {"group": name, **settings}
     elif name in manager.all_tags:  # the harness would give all its tasks the name of the tag
@@ -175,11 +175,11 @@ def check_mappings(args: LMHarnessArgs, manager: Any) -> None:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else "use the harness's settings."
-                raise UserError(f"harness.tasks: {_name(spec)}: no setting {name}; {hint}")
+                raise UserError(f"harness.tasks: {task_name(spec)}: no setting {name}; {hint}")
             if name == "num_fewshot" and (type(value) is not int or value < 0):
+                shown = format_value(value)
                 raise UserError(
-                    f"harness.tasks: {_name(spec)}: num_fewshot={format_value(value)} must be 0 "
-                    "or more"
+                    f"harness.tasks: {task_name(spec)}: num_fewshot={shown} must be 0 or more"
                 )
 
 
@@ -193,7 +193,7 @@ def expand_names(args: LMHarnessArgs, manager: Any) -> list[Any]:
 
 
 def _unknown(args: LMHarnessArgs, manager: Any) -> list[str]:
-    names = [_name(spec) for spec in args.tasks or [] if not _has_own_config(spec)]
+    names = [task_name(spec) for spec in args.tasks or [] if not _has_own_config(spec)]
     return [name for name in names if not manager.match_tasks([name])]
 
 
@@ -211,16 +211,12 @@ def _is_group(spec: Any) -> bool:
 def _overrides_known(spec: Any, manager: Any) -> bool:
     """Return whether a mapping changes settings of a known task, group or tag."""
     is_single = isinstance(spec, Mapping) and not _is_group(spec)
-    return is_single and _name(spec) in manager.all_tasks
+    return is_single and task_name(spec) in manager.all_tasks
 
 
 def _settings(spec: Any) -> dict[str, Any]:
     given = spec if isinstance(spec, Mapping) else {}
     return {k: v for k, v in given.items() if k not in ("task", "group")}
-
-
-def _name(spec: Any) -> str:
-    return str(spec.get("group", spec.get("task"))) if isinstance(spec, Mapping) else spec
 
 
 # ---- checks before scoring
