@@ -231,6 +231,23 @@ def test_upload_sorts_records_by_step(path, wandb):
     assert run.options["name"] == "my-run" and run.exit_code == 0
 
 
+def test_upload_keeps_results_with_other_options_apart(path, wandb):
+    log_steps(path, [10])
+    dump_config(Args(), path.parent / "config.yaml", log_config=False)
+    lines = []
+    for score, differs in ((0.5, {}), (0.25, {"loop_count": 4}), (0.125, {"harness.limit": 8})):
+        record = {"global_step": 10, "made_with": {"loop_count": 1}, "differs_from_run": differs}
+        lines.append(json.dumps(record | {"arc": {"acc": score}, "chance": {"arc": {"acc": 0.2}}}))
+    (path.parent / "metrics.eval.jsonl").write_text("\n".join(lines))
+    upload_train_to_wandb(path.parent, project="p")
+    logged = [record for _, record in wandb.runs[0].logged[1:]]
+    assert logged == [
+        {"global_step": 10, "evals/arc/acc": 0.5},
+        {"global_step": 10, "evals/loop_count=4/arc/acc": 0.25},
+        {"global_step": 10, "evals/limit=8/arc/acc": 0.125},
+    ]
+
+
 def test_tensorboard_gets_all_numbers(path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -77,10 +77,12 @@ def load_tasks(
                     "result; evaluate them one at a time"
                 )
             specs[name] = spec
+            wanted = settings.get("num_fewshot")
             # 0 examples in a task's own config are final, as in the harness.
-            is_open = "num_fewshot" not in settings and task.get_config("num_fewshot") != 0
-            if args.num_fewshot is not None and is_open:
-                task.set_config("num_fewshot", args.num_fewshot)
+            if wanted is None and task.get_config("num_fewshot") != 0:
+                wanted = args.num_fewshot
+            if wanted is not None:
+                task.set_config("num_fewshot", wanted)
         for kind, entries in part.items():
             loaded[kind].update(entries)
     if not loaded["tasks"]:
@@ -94,14 +96,13 @@ def load_tasks(
 
 def _load(spec: Any, manager: Any) -> dict[str, Any]:
     try:
-        if _is_group(spec):  # manager.load gives the list of tasks to each of them as its name
-            group = manager._factory._build_group(spec["group"], spec, None, manager.task_index)
-            return manager.load([group])
+        if _is_group(spec):
+            return manager.load([_build_group(spec, manager)])
         if not _overrides_known(spec, manager):
             return manager.load([spec])
-        # Only members of a group may change a known task.
+        # Only members of a group may have other settings than the task, group or tag of that name.
         members = {"group": "members", "task": list(_as_members(spec, manager))}
-        part = manager.load([members])
+        part = manager.load([_build_group(members, manager)])
     except Exception as error:  # from datasets, the network, or the task's code
         reason = f"{type(error).__name__}: {first_line(error)}"
         advice = f"; {OFFLINE}" if is_connection_error(error) else ""
@@ -111,6 +112,11 @@ def _load(spec: Any, manager: Any) -> dict[str, Any]:
     for kind in ("groups", "group_map"):
         del part[kind]["members"]
     return part
+
+
+def _build_group(spec: Mapping[str, Any], manager: Any) -> Any:
+    """Build a new group. From a mapping, `manager.load` gives its settings to each member."""
+    return manager._factory._build_group(spec["group"], spec, None, manager.task_index)
 
 
 def _as_members(spec: Mapping[str, Any], manager: Any) -> Iterator[dict[str, Any]]:
@@ -167,14 +173,18 @@ def find_tasks(args: LMHarnessArgs) -> Any:
 def check_mappings(args: LMHarnessArgs, manager: Any) -> None:
     """Raise UserError for settings in mappings that tasks don't have."""
     config = import_lm_eval("lm_eval.config.task")
-    known = {f.name for f in fields(config.TaskConfig)}
     for spec in args.tasks or []:
         if not _overrides_known(spec, manager):
             continue
+        # Tasks written in Python ignore what they are given.
+        is_python = "class" in (manager.task_index[task_name(spec)].cfg or {})
+        known = {f.name for f in fields(config.TaskConfig)} if not is_python else {"num_fewshot"}
         for name, value in _settings(spec).items():
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else "use the harness's settings."
+                hint = (
+                    f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+                )
                 raise UserError(f"harness.tasks: {task_name(spec)}: no setting {name}; {hint}")
             if name == "num_fewshot" and (type(value) is not int or value < 0):
                 shown = format_value(value)

@@ -18,13 +18,20 @@ pytest.importorskip("lm_eval")
 
 DATA = """
 import datasets
+from lm_eval.api.task import ConfigurableTask
 
 def rows(**_):
-    row = {"q": "2+2", "a": "4", "choices": ["4", "5"], "gold": 0}
-    return {"test": datasets.Dataset.from_list([row] * 6)}
+    row = {"a": "4", "choices": ["4", "5"], "gold": 0}
+    return {"test": datasets.Dataset.from_list([{"q": f"2+2 ({i})", **row} for i in range(6)])}
 
 def broken(doc, results):
     raise RuntimeError("no scorer")
+
+class Python(ConfigurableTask):
+    def __init__(self, **_):
+        choice = {"output_type": "multiple_choice", "doc_to_text": "{{q}}"}
+        choice |= {"doc_to_choice": "{{choices}}", "doc_to_target": "gold"}
+        super().__init__(config={"custom_dataset": rows, "test_split": "test", **choice})
 """
 HEAD = "tag: both\ncustom_dataset: !function data.rows\ntest_split: test\n"
 CHOICE = """
@@ -52,6 +59,8 @@ def folder(tmp_path_factory) -> Path:
     bodies = {"choice": CHOICE, "generate": GENERATE.replace("SCORE", "good")}
     for name, body in bodies.items():
         (root / f"{name}.yaml").write_text(f"task: {name}\n{HEAD}{body}")
+    (root / "all.yaml").write_text("group: all\ntask: [choice, {group: inner, task: [generate]}]\n")
+    (root / "python.yaml").write_text("task: python\nclass: !function data.Python\n")
     broken = GENERATE.replace("SCORE", "broken")
     (root / "broken.yaml").write_text(f"task: broken\n{HEAD.replace('both', 'other')}{broken}")
     return root
@@ -69,6 +78,9 @@ def load(folder: Path, *tasks, tokenizer: str = "bytes", **options):
         ("choice", ["choice"]),
         ({"task": "choice", "num_fewshot": 3}, ["choice"]),
         ({"task": "both", "num_fewshot": 3}, ["choice", "generate"]),
+        ({"group": "all", "num_fewshot": 3}, ["choice", "generate"]),
+        ({"task": "all", "num_fewshot": 3}, ["choice", "generate"]),
+        ({"task": "python", "num_fewshot": 3}, ["python"]),
         ({"group": "mine", "task": ["choice", {"task": "generate"}]}, ["choice", "generate"]),
         ("ch*", ["choice"]),
     ],
@@ -110,6 +122,7 @@ MISTAKES = [
     ("choice", [{"task": "choice", "description": "{{nothing.x}}"}], {}),
     ("choice", [{"task": "choice", "unsafe_code": True}], {}),
     ("choice", ["choice", {"task": "choice", "num_fewshot": 3}], {}),
+    ("python", [{"task": "python", "doc_to_text": "other"}], {}),
     ("choise", [{"task": "choise", "num_fewshot": 3}], {}),
     ("apply_chat_template", ["choice"], {"apply_chat_template": True}),
     ("none found", [{"group": "mine", "task": []}], {}),
