@@ -51,9 +51,25 @@ def select_split(files: Sequence[Path], folder: Path, split: str) -> tuple[list[
             f"{folder} has no files of the split {wanted}, only of {listed}: choose one of these "
             f"with --split, or {ALL}"
         )
-    if not others:
-        return selected, None
-    return selected, f"{folder}: files of other splits skipped: {listed}; --split selects a split"
+    lines = describe_configs({file.relative_to(folder).as_posix() for file in selected}, folder)
+    if others:
+        lines.append(f"{folder}: files of other splits skipped: {listed}; --split selects a split")
+    return selected, "\n".join(lines) or None
+
+
+def describe_configs(selected: set[str], folder: Path) -> list[str]:
+    """Return a line if the card has several configs, and none of them has all selected files."""
+    found: dict[str, set[str]] = {}
+    for entry in _card_entries(folder / CARD):
+        found.setdefault(entry["config"], set()).update(_matches(entry, folder))
+    found = {config: files & selected for config, files in found.items() if files & selected}
+    if len(found) < 2 or selected in found.values():
+        return []
+    return [
+        f"{folder}: reads the configs {', '.join(sorted(found))} together. A text in two of them "
+        "is read twice, and may be both in training and in validation; give --source_dir the "
+        "folder of one config to avoid this"
+    ]
 
 
 def canonical(split: str) -> str:
@@ -90,15 +106,20 @@ def read_card(folder: Path) -> Iterator[tuple[str, str]]:
     entries = list(_card_entries(folder / CARD))
     for is_other in (False, True):
         for entry in entries:
-            split, paths = canonical(str(entry["split"])), entry.get("path")
+            split = canonical(str(entry["split"]))
             if (split != "train") == is_other:
-                for pattern in [paths] if isinstance(paths, str) else paths or []:
-                    for found in glob.iglob(str(pattern), root_dir=folder, recursive=True):
-                        yield PurePosixPath(found).as_posix(), split  # without ./
+                yield from ((name, split) for name in _matches(entry, folder))
+
+
+def _matches(entry: dict[str, Any], folder: Path) -> Iterator[str]:
+    paths = entry.get("path")
+    for pattern in [paths] if isinstance(paths, str) else paths or []:
+        for found in glob.iglob(str(pattern), root_dir=folder, recursive=True):
+            yield PurePosixPath(found).as_posix()  # without ./
 
 
 def _card_entries(card: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of `configs: [{data_files: [...]}]` that name a split."""
+    """Yield the entries of `configs: [{data_files: [...]}]` that name a split, with `config`."""
     try:
         text = card.read_text(encoding="utf-8-sig") if card.is_file() else ""
         header = re.match(r"---\n(.*?\n)---", text, re.DOTALL)
@@ -109,4 +130,4 @@ def _card_entries(card: Path) -> Iterator[dict[str, Any]]:
         files = config.get("data_files") if isinstance(config, dict) else None
         for entry in files if isinstance(files, list) else []:
             if isinstance(entry, dict) and "split" in entry:
-                yield entry
+                yield entry | {"config": str(config.get("config_name"))}

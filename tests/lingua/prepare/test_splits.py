@@ -124,3 +124,24 @@ def test_other_cards_leave_it_to_the_names(tmp_path, card):
     make(tmp_path, "a.jsonl", "test.jsonl")
     (tmp_path / "README.md").write_text(card)
     assert select(tmp_path)[0] == {"a.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "configs, want",
+    [
+        ({"en": "en/train*", "de": "de/train*"}, True),
+        ({"default": "**/train*.jsonl", "en": "en/train*"}, False),
+        ({"en": "en/train*", "fr": "fr/train*"}, False),  # not downloaded
+        ({"en": "e*/train*", "english": "en/train*", "de": "de/train*"}, True),
+    ],
+)
+def test_configs_that_are_read_together_are_listed(configs, want, tmp_path):
+    make(tmp_path, "en/train-0.jsonl", "de/train-0.jsonl", "de/test-0.jsonl")
+    text = "".join(
+        f"- config_name: {name}\n  data_files:\n  - {{split: train, path: {path!r}}}\n"
+        for name, path in configs.items()
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{text}---\n")
+    files, line = select(tmp_path)
+    assert files == {"en/train-0.jsonl", "de/train-0.jsonl"}
+    assert ("--source_dir" in (line or "")) == want
