@@ -20,7 +20,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -226,6 +226,15 @@ class HuggingFaceTokenizer(Tokenizer):
         # They may be in the file without being marked as special.
         ours = {self.bos_id, self.eos_id}
         self.model.add_special_tokens([name for name, token in vocab.items() if token in ours])
+        added = self.model.get_added_tokens_decoder().items()
+        self._special_ids = {i for i, t in added if t.special} - {self._find_unknown()}
+
+    def _find_unknown(self) -> int | None:
+        """Return the id that the model gives to text that it does not know."""
+        model = self.model.model
+        if not hasattr(model, "unk_token"):  # Unigram
+            return json.loads(model.__getstate__()).get("unk_id")
+        return None if model.unk_token is None else model.token_to_id(model.unk_token)
 
     def _find_special(self, role: str, path: Path, vocab: dict[str, int]) -> int:
         """Return the id of the declared token, else of one with a usual name; -1 if none."""
@@ -251,7 +260,35 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._hints.get(role, "")
 
     def _encode(self, text: str) -> list[int]:
-        return self.model.encode(text, add_special_tokens=False).ids
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str) -> Any:
+        encoding = self.model.encode(text, add_special_tokens=False)
+        if self._special_ids.isdisjoint(encoding.ids):
+            return encoding
+        return self._without_specials.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def _without_specials(self) -> Any:
+        """The same tokenizer, in which no text matches a special token.
+
+        Unigram and word-level models find "</s>" in a text by its name in their vocabulary. Here
+        these names start with a code point that no text contains.
+        """
+        content = json.loads(self.model.to_str())
+        hidden = {}
+        for token in content["added_tokens"]:
+            if token["id"] in self._special_ids:
+                hidden[token["content"]] = token["content"] = f"\U0010ffff{token['content']}"
+        vocab = content["model"]["vocab"]
+        if isinstance(vocab, dict):
+            vocab = {hidden.get(name, name): token for name, token in vocab.items()}
+        else:
+            vocab = [(hidden.get(name, name), score) for name, score in vocab]
+        content["model"]["vocab"] = vocab
+        model = type(self.model).from_str(json.dumps(content))
+        model.encode_special_tokens = True
+        return model
 
     def _decode(self, tokens: list[int]) -> str:
         text = self.model.decode(tokens, skip_special_tokens=False)
@@ -262,7 +299,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return text
 
     def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
-        encoding = self.model.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         assert encoding.ids == tokens, "tokens must be the result of encode"
         return [start for start, _ in encoding.offsets]
 

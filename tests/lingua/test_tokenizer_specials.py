@@ -9,7 +9,13 @@ import pytest
 
 from lingua.errors import UserError
 from lingua.tokenizer import build_tokenizer, declared_specials
-from tests.lingua.tokenizer_kinds import TOKENIZER_KINDS, byte_level, make_tokenizer, sentencepiece
+from tests.lingua.tokenizer_kinds import (
+    TOKENIZER_KINDS,
+    byte_level,
+    hugging_face,
+    make_tokenizer,
+    sentencepiece,
+)
 
 CONFIG = "tokenizer_config.json"
 SPECIALS = "special_tokens_map.json"
@@ -63,6 +69,26 @@ def test_bos_and_eos_are_the_declared_ones(config, want, tokenizer_json, tmp_pat
         if not {"bos": has_bos, "eos": has_eos}[role]:
             with pytest.raises(UserError, match=f"data.add_{role}=true.*data.add_{role}=false"):
                 tokenizer.encode("a", add_bos, add_eos)
+
+
+def word_level(folder):
+    tk = pytest.importorskip("tokenizers")
+    vocab = {"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3}
+    tokenizer = tk.Tokenizer(tk.models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tk.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<unk>"])
+    return hugging_face(folder, tokenizer)
+
+
+@pytest.mark.parametrize("make", [TOKENIZER_KINDS["metaspace"], word_level])
+@pytest.mark.parametrize("text", ["a </s> a", "</s>", "a <pad> a<s>a</s>a"])
+def test_a_vocabulary_with_the_names_of_special_tokens(make, text, tmp_path):
+    tokenizer = build_tokenizer(*make(tmp_path))
+    specials = {token.content for token in tokenizer.model.get_added_tokens_decoder().values()}
+    tokens = tokenizer.encode(text, False, True)
+    names = [tokenizer.model.id_to_token(token) for token in tokens]
+    assert names[-1] == "</s>" and specials.intersection(names[:-1]) <= {"<unk>"}
+    assert "".join(tokenizer.get_token_offsets(text, tokens)[0]) == text
 
 
 def test_a_declared_token_that_is_missing_is_logged_once(tokenizer_json, tmp_path, caplog):
