@@ -19,13 +19,14 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from lingua.errors import UserError, import_optional
+from lingua.files.listing import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ SPECIALS_NAME = "special_tokens_map.json"  # the same keys, in older folders
 class TokenizerArgs:
     name: str = "bytes"  # bytes, tiktoken (Llama 3 files), sp (SentencePiece) or hf
     path: str | None = None  # the tokenizer's file or folder; null for bytes
+    sha256: str | None = None  # of that file; training sets it, and compares it on resume
 
     def __post_init__(self) -> None:
         if self.name not in TOKENIZERS:
@@ -335,6 +337,12 @@ def find_tokenizer_file(name: str, path: str | None) -> Path | None:
             f"tokenizer's file, or a folder with {file_name}"
         )
     return file
+
+
+def with_sha256(args: TokenizerArgs) -> TokenizerArgs:
+    """Return `args` with the sha256 of the file that `build_tokenizer` opens."""
+    file = find_tokenizer_file(args.name, args.path)
+    return replace(args, sha256=None if file is None else file_sha256(file))
 
 
 def declared_specials(name: str, file: Path | None) -> dict[str, str | int] | None:

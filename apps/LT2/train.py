@@ -101,6 +101,9 @@ MAX_WEIGHT, MAX_STD = 20.0, 5.0
 
 # Options that a finished run may differ in: where it is now, and the number of processes.
 OF_THIS_START = ("dump_dir", "checkpoint.path", "distributed.dp_replicate")
+TOKENIZER_SHA256 = "data.tokenizer.sha256"
+# starts of a difference from a checkpoint that is older than this option
+SHA256_WAS_UNKNOWN = (f"{TOKENIZER_SHA256}: null ->", f"{TOKENIZER_SHA256}: (absent) ->")
 OF_EVALUATION = ("eval.", "async_eval_gpus:")
 
 
@@ -247,7 +250,12 @@ def find_changed_options(args: TrainArgs, checkpoint: Path) -> list[str]:
     both = dataclass_from_dict(TrainArgs, saved, strict=False), args
     both = (replace(config, eval=config.eval or EvalArgs()) for config in both)
     changes = diff_configs(*(redact_all(dataclass_to_dict(config)) for config in both))
-    return [change for change in changes if change.partition(":")[0] not in OF_THIS_START]
+    return [
+        change
+        for change in changes
+        if change.partition(":")[0] not in OF_THIS_START
+        and not change.startswith(SHA256_WAS_UNKNOWN)
+    ]
 
 
 def build_run(
@@ -360,6 +368,9 @@ def load_state(
     elif loaded is not None:
         log_on_rank_0("resumed from %s, step %d", loaded.path, loaded.step)
         for difference in loaded.differences:
+            if difference.startswith(f"{TOKENIZER_SHA256}: "):
+                check_same_tokenizer(args, loaded.path, difference)
+                continue
             log_on_rank_0("config changed since the checkpoint: %s", difference, level=WARNING)
     return state
 
@@ -390,7 +401,18 @@ def find_init_differences(args: TrainArgs) -> list[str]:
         },
         {"model": dataclass_to_dict(args.model), "data.tokenizer": tokenizer},
     )
-    return [c for c in changes if not c.startswith(("model.seed:", "model.max_seqlen:"))]
+    ignored = ("model.seed:", "model.max_seqlen:", *SHA256_WAS_UNKNOWN)
+    return [c for c in changes if not c.startswith(ignored)]
+
+
+def check_same_tokenizer(args: TrainArgs, checkpoint: Path, difference: str) -> None:
+    """Raise UserError unless the checkpoint is older than the recorded sha256."""
+    is_file = args.data.tokenizer.sha256 is not None  # else data.tokenizer.name differs, too
+    if is_file and not difference.startswith(SHA256_WAS_UNKNOWN):
+        raise UserError(
+            f"data.tokenizer.path={args.data.tokenizer.path}: the file is not the tokenizer of "
+            f"{checkpoint} ({difference}); restore it, or start a new run"
+        )
 
 
 def save_run_record(args: TrainArgs, given: TrainArgs, step: int) -> None:

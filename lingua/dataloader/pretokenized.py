@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -36,7 +35,7 @@ from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import JSONLState, document_text, jsonl_state, own_lines, parse_line
 from lingua.errors import UserError
 from lingua.files.atomic import write_atomic
-from lingua.files.listing import find_file_problem
+from lingua.files.listing import file_sha256, find_file_problem
 from lingua.tokenizer import Tokenizer, declared_specials, find_tokenizer_file
 
 if TYPE_CHECKING:
@@ -114,11 +113,6 @@ class TokenFiles:
             if file_sha256(self.chunk) != facts["chunk_sha256"]:
                 return f"the text has changed since {self.facts.name} was written"
         return None
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_token_files(chunks: Iterable[str], recipe: TokenRecipe, may_hash: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from fnmatch import fnmatchcase
@@ -56,6 +57,11 @@ def find_file_problem(file: str | os.PathLike) -> str | None:
     if not os.access(file, os.R_OK):
         return f"{file} cannot be read (Permission denied)"
     return f"{file} is empty" if status.st_size == 0 else None
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def link_target(path: str | os.PathLike) -> str:

@@ -205,6 +205,24 @@ def test_transformers_reads_the_tokenizer_as_we_do(tokenizer_file, tmp_path):
     assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
 
 
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("theirs_adds", [True, False])
+def test_texts_start_with_bos_there_if_they_do_here(add_bos, theirs_adds, tokenizer_file, tmp_path):
+    if theirs_adds:
+        tokenizers = pytest.importorskip("tokenizers")
+        file = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+        file.post_processor = tokenizers.processors.TemplateProcessing(
+            single=["<start>", "$A"], special_tokens=[("<start>", 0)]
+        )
+        file.save(str(tokenizer_file))
+    data = {"tokenizer": {"name": "hf", "path": str(tokenizer_file)}, "add_bos": add_bos}
+    save_run(tmp_path / "run", tiny_model("full", 1, **LLAMA), data=data)
+    hf = export(tmp_path / "run", tmp_path / "hf", "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(hf)
+    assert theirs.encode("what is") == [0] * add_bos + [2, 3]
+    assert load(import_(hf, tmp_path / "back")).config["data"]["add_bos"] == add_bos
+
+
 # ---- bad input
 
 

@@ -35,7 +35,7 @@ from lingua.checkpointing.weights import SAFETENSORS_NAME, find_weights, read_we
 from lingua.errors import UserError
 from lingua.parallel.args import DTYPES, resolve_dtype
 from lingua.parallel.ranks import get_device
-from lingua.tokenizer import TOKENIZERS, Tokenizer, TokenizerArgs, build_tokenizer
+from lingua.tokenizer import TOKENIZERS, Tokenizer, TokenizerArgs, build_tokenizer, with_sha256
 from lingua.transformer import FeedForward, fuse_weights
 
 logger = logging.getLogger(__name__)
@@ -157,11 +157,20 @@ def resolve_tokenizer(source: Path, config: Mapping[str, Any], path: str | None)
 def _build_tokenizer(source: Path, config: Mapping[str, Any], path: str | None) -> Tokenizer:
     args = resolve_tokenizer(source, config, path)
     try:
-        return build_tokenizer(args.name, args.path)
+        tokenizer = build_tokenizer(args.name, args.path)
     except UserError as error:
         if path is not None or args.path is None:
             raise
         raise UserError(f"{error}; if the file has moved, set tokenizer_path=...") from None
+    if args.sha256 not in (None, with_sha256(args).sha256):
+        problem = f"{args.path} is not the tokenizer of training (data.tokenizer.sha256 differs)"
+        if path is None:
+            raise UserError(
+                f"ckpt={source}: {problem}; restore the file, or set tokenizer_path=... to its "
+                "copy or to another tokenizer"
+            )
+        logger.warning("tokenizer_path=%s", problem)
+    return tokenizer
 
 
 def _model_args(

@@ -11,7 +11,7 @@ The first two come with params.json and the tokenizer file. Every `ckpt=` option
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ from lingua.checkpointing.weights import (
     check_can_write,
     write_weights,
 )
-from lingua.errors import UserError, run_cli
+from lingua.errors import UserError, import_optional, run_cli
 from lingua.parallel.args import DTYPES
 from lingua.tokenizer import CONFIG_NAME as TOKENIZER_CONFIG_NAME
-from lingua.tokenizer import HuggingFaceTokenizer, TokenizerArgs
+from lingua.tokenizer import HuggingFaceTokenizer, TokenizerArgs, with_sha256
 
 FILES = {"consolidated": CONSOLIDATE_NAME, "safetensors": SAFETENSORS_NAME, "hf": SAFETENSORS_NAME}
 
@@ -71,6 +71,7 @@ def export(args: ExportArgs) -> None:
             write_hf_tokenizer(folder, tokenizer, loaded)
         else:
             weights = loaded.model.state_dict()
+            loaded.config["data"]["tokenizer"] = asdict(with_sha256(tokenizer))
             write_json(folder / CONFIG_NAME, loaded.config)
             copy_tokenizer(folder, tokenizer)
         write_weights(folder / FILES[args.format], weights, metadata={"format": "pt"})
@@ -90,6 +91,7 @@ def write_hf_tokenizer(folder: Path, tokenizer: TokenizerArgs, loaded: LoadedMod
         print(f"the tokenizer {tokenizer.name} has no tokenizer.json, so the folder has none")
         return
     copy_tokenizer(folder, tokenizer)
+    fit_special_tokens(folder / "tokenizer.json", loaded)
     config = folder / TOKENIZER_CONFIG_NAME
     if not config.exists():
         special = {
@@ -97,6 +99,22 @@ def write_hf_tokenizer(folder: Path, tokenizer: TokenizerArgs, loaded: LoadedMod
             for role, token in (("bos", loaded.tokenizer.bos_id), ("eos", loaded.tokenizer.eos_id))
         }
         write_json(config, {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+
+
+def fit_special_tokens(file: Path, loaded: LoadedModel) -> None:
+    """Let transformers start a text with BOS if training did, and add no other token."""
+    ours = loaded.tokenizer
+    assert isinstance(ours, HuggingFaceTokenizer)
+    add_bos = loaded.config["data"].get("add_bos", True) and ours.bos_id >= 0
+    tokenizers = import_optional("tokenizers", extra="", needed_by="format=hf")
+    theirs = tokenizers.Tokenizer.from_file(str(file))
+    if theirs.encode("a").ids == ours.encode("a", add_bos, False):
+        return
+    bos = ours.model.id_to_token(ours.bos_id) if add_bos else None
+    theirs.post_processor = bos and tokenizers.processors.TemplateProcessing(
+        single=[bos, "$A"], special_tokens=[(bos, ours.bos_id)]
+    )
+    theirs.save(str(file))
 
 
 def main(argv: list[str]) -> None:

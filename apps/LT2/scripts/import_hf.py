@@ -37,6 +37,7 @@ from lingua.tokenizer import (
     HuggingFaceTokenizer,
     TokenizerArgs,
     build_tokenizer,
+    find_tokenizer_file,
     read_added_tokens,
 )
 
@@ -63,7 +64,7 @@ def import_llama(args: ImportArgs) -> None:
         model = build_on_meta(model_args)
         shapes = {name: tensor.shape for name, tensor in weights.items()}
         check_fits(f"hf={args.hf}", model.state_dict(), shapes, may_leave_out=False)
-        data = {"tokenizer": asdict(tokenizer)}
+        data = {"add_bos": adds_bos(tokenizer), "tokenizer": asdict(tokenizer)}
         write_json(folder / CONFIG_NAME, {"model": asdict(model_args), "data": data})
         write_weights(folder / CONSOLIDATE_NAME, weights, metadata={})
 
@@ -80,6 +81,16 @@ def find_tokenizer(args: ImportArgs) -> TokenizerArgs:
     except UserError as error:
         raise UserError(str(error).replace("data.tokenizer.", "tokenizer.")) from None
     return tokenizer
+
+
+def adds_bos(args: TokenizerArgs) -> bool:
+    """Return whether transformers starts a text with BOS, so that the model expects it."""
+    tokenizer = build_tokenizer(args.name, args.path)
+    file = find_tokenizer_file(args.name, args.path)
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.bos_id >= 0
+    theirs = type(tokenizer.model).from_file(str(file))  # ours has no post-processor
+    return theirs.encode("a").ids[:1] == [tokenizer.bos_id]
 
 
 def fit_tokenizer(folder: Path, args: ImportArgs, name: str, n_rows: int) -> None:

@@ -29,7 +29,7 @@ from lingua.parallel.args import DistributedArgs, resolve_dtype
 from lingua.parallel.ranks import get_local_world_size
 from lingua.profiling import ProfilerArgs
 from lingua.slurm.background import has_slurm, import_submitit, visible_gpus
-from lingua.tokenizer import build_tokenizer
+from lingua.tokenizer import build_tokenizer, with_sha256
 
 # Options of `eval:` that training sets for each checkpoint.
 SET_BY_TRAINING = ("dump_dir", "metric_log_dir", "ckpt_dir", "global_step")
@@ -139,7 +139,9 @@ def fill_in_defaults(args: TrainArgs, output_size: int | None, world_size: int) 
         args,
         distributed=fit_to_world(args.distributed, world_size),
         model=replace(args.model, seed=model_seed, vocab_size=vocab_size, max_seqlen=seq_len),
-        data=replace(fill_in_sources(args.data), seed=data_seed),
+        data=replace(
+            fill_in_sources(args.data), seed=data_seed, tokenizer=with_sha256(args.data.tokenizer)
+        ),
         checkpoint=replace(args.checkpoint, path=path),
     )
 
