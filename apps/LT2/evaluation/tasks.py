@@ -8,6 +8,7 @@ are in `harness.include_path`, the 14,000 tasks of the harness are not listed.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import os
@@ -95,6 +96,7 @@ def load_tasks(
 
 
 def _load(spec: Any, manager: Any) -> dict[str, Any]:
+    spec = copy.deepcopy(spec)  # the harness adds its defaults to mappings
     try:
         if _is_group(spec):
             return manager.load([_build_group(spec, manager)])

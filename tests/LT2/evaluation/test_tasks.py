@@ -99,6 +99,13 @@ def test_a_mapping_decides_before_the_option(folder):
     assert [task.get_config("num_fewshot") for task in tasks.values()] == [2, 1]
 
 
+def test_loading_does_not_change_the_options(folder):
+    spec = {"task": "generate", "generation_kwargs": {"max_gen_toks": 2, "temperature": 1}}
+    before = json.dumps(spec)
+    load(folder, spec)
+    assert json.dumps(spec) == before
+
+
 def generate(**settings):
     return {"task": "generate", "generation_kwargs": settings}
 
