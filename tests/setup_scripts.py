@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import ModuleType
 SETUP = Path(__file__).parents[1] / "setup"
 
 
+@functools.cache  # a function is pickled only if its module is in sys.modules
 def load_script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, SETUP / f"{name}.py")
     assert spec and spec.loader

@@ -241,7 +241,7 @@ def test_loop_count_is_used(ask, answers, caplog):
         (["prompts=[a]", "prompts_file=b"], "prompts_file=b: prompts"),
         (["prompts=[a]", "temperature=-1"], "temperature=-1"),
         (["prompts=[a]", "top_p=2"], "top_p=2"),
-        (["prompts=[a]", "top_k=0"], "top_k=0"),
+        (["prompts=[a]", "top_k=-2"], "top_k=-2"),
         (["prompts=[a]", "reduce_generation_overhead=true"], "reduce_generation_overhead=true"),
         (["prompts=[a]", "max_genlen=3"], "max_genlen; did you mean max_gen_len"),
         (["prompts=[a]", "max_tokens=7"], r"^prompts\[0\]: .*2 tokens.*max_tokens=7"),

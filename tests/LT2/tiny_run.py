@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import apps.LT2.train as app
@@ -106,7 +107,8 @@ def without_code_copy() -> Iterator[None]:
 
 @contextmanager
 def clean_process() -> Iterator[None]:
-    """Restore what a run changes: signal handlers, log handlers and random state."""
+    """Restore what a run changes: signal and log handlers, random state, the process group."""
+    had_group = dist.is_initialized()
     generators = get_rng_state()
     numbers = (signal.SIGTERM, signal.SIGUSR2)
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -117,6 +119,8 @@ def clean_process() -> Iterator[None]:
     try:
         yield
     finally:
+        if dist.is_initialized() and not had_group:
+            dist.destroy_process_group()
         set_rng_state(generators)
         for number, handler in handlers.items():
             signal.signal(number, handler)
