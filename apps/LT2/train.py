@@ -244,7 +244,7 @@ def is_finished(args: TrainArgs) -> bool:
 
 
 def find_changed_options(args: TrainArgs, checkpoint: Path) -> list[str]:
-    """List options that differ from those of the checkpoint: ["optim.lr: 0.0003 -> 0.0001"]."""
+    """List options that differ from the checkpoint: ["optim.lr: 0.0003 -> 0.0001"]."""
     saved = json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
     # Options that are newer than the checkpoint get their defaults.
     both = dataclass_from_dict(TrainArgs, saved, strict=False), args
@@ -378,8 +378,8 @@ def load_state(
 def find_init_differences(args: TrainArgs) -> list[str]:
     """List options of the model and tokenizer that differ from the run of init_ckpt_path.
 
-    The weights may fit nevertheless, as with other heads or another rope_theta. Empty if the
-    weights come without a config of ours or of Lingua.
+    The shapes may fit nevertheless, for example with another rope_theta. The list is empty if the
+    weights have no params.json of ours or of Lingua.
     """
     source = find_weights(Path(args.checkpoint.init_ckpt_path or ""))
     assert source is not None, "its weights are loaded"

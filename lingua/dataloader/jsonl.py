@@ -231,7 +231,7 @@ def distribute_data_to_rank(
 def find_val_files(root_dir: str, sources: Iterable[str]) -> list[str]:
     """Return all `*.val.jsonl` of these sources: sources in the order given, files by name.
 
-    UserError for a match that is no readable file, or whose first line is no document.
+    UserError if a match is not a readable file, or if its first line is not a document.
     """
     files = [f for source in sources for f in list_files(Path(root_dir, source), VAL_PATTERN)]
     for file in files:

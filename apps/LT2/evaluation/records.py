@@ -1,13 +1,13 @@
 """Name in every record what changes a score, and choose the folder of the results.
 
 Results with the run's own options are in evals/<step>/, others in evals/<step>-<option>=<value>/.
-The own options are those of training (loop_count, tokenizer) and of the run's section `eval:`, or
-the defaults. A result never replaces one with other options. Records contain
+A run's own options are its loop_count and tokenizer in training, and its section `eval:` or the
+defaults. A result never replaces a result with other options. Records contain
 
     made_with           every option that changes a score, the checkpoint, and the code version
     differs_from_run    the options that are not the run's own
 
-Options that only change speed and rounding, such as the batch size, are left out.
+Records skip options that only change speed and rounding, such as the batch size.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ PATHS = {"tokenizer_path", "harness.include_path", "validation.root_dir"}
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a result is made with."""
+    """The options and checkpoint of a result."""
 
     checkpoint: str
     options: Options
     differing: Options  # from the run's own
 
     def record(self, file: str) -> dict[str, Any]:
-        """Return what a record of the results in `file` has besides its scores."""
+        """Return the fields of a record that describe how the scores in `file` were made."""
         made_with = {
             "checkpoint": self.checkpoint,
             **self.of_file(file),
@@ -187,7 +187,7 @@ def _canonical(value: Any) -> Any:
 
 
 def choose_folder(base: Path, conditions: Conditions) -> tuple[Path, Conditions]:
-    """Return `base`, or a folder beside it that is named after the differing options.
+    """Return `base`, or a sibling folder whose name lists the differing options.
 
     If it holds a result with other options, these are added to the name: two task lists may both
     count as the run's own.
@@ -218,7 +218,7 @@ def differences(made_with: Mapping[str, Any], wanted: Options) -> Options:
 
 
 def read_made_with(file: Path) -> Options | None:
-    """Return what a result was made with. None without a result, or without its options."""
+    """Return the options recorded in a result. None if the file or its options are missing."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))[MADE_WITH]
     except (OSError, ValueError, KeyError, TypeError):

@@ -5,7 +5,7 @@
 
 Read config.json, model.safetensors (or its shards) and tokenizer.json. Write consolidated.pth with
 tensors of the same dtype, params.json and the tokenizer. Added tokens without a row in the
-embedding, such as a <pad>, are left out.
+embedding, such as a <pad>, are dropped.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def fit_tokenizer(folder: Path, args: ImportArgs, name: str, n_rows: int) -> Non
             shown = ", ".join(f"{token} ({i})" for token, i in list(dropped.items())[:5])
             more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
             print(
-                f"{shown}{more}: beyond the model's {n_rows} rows, cannot be used; left out of the "
-                "tokenizer"
+                f"{shown}{more}: beyond the model's {n_rows} rows, cannot be used; dropped from "
+                "the tokenizer"
             )
     if n_words > n_rows:
         raise UserError(
@@ -134,7 +134,7 @@ def drop_added_tokens(folder: Path, tokenizer: HuggingFaceTokenizer, n_rows: int
     for name in (TOKENIZER_CONFIG_NAME, SPECIALS_NAME):
         if (folder / name).is_file():
             config = read_json(folder / name)
-            nulls = dict.fromkeys(config)  # a null declares that there is no such token
+            nulls = dict.fromkeys(config)  # null declares a token as missing
             write_json(folder / name, nulls | _without(config, dropped))
     return dropped
 

@@ -180,8 +180,8 @@ class Trainer:
         The loss of a step is the sum of nats over the number of targets, in all micro-batches and
         ranks. `n_targets` is the mean of that number over micro-batches and ranks. Each micro-batch
         divides its nats by it, so that the mean over micro-batches and ranks is the step's loss. A
-        mixer's own loss is a mean over tokens. All micro-batches have equally many, so their mean
-        is the step's, too.
+        mixer's own loss is a mean over tokens. All micro-batches have the same number of tokens, so
+        the mean over micro-batches is right.
         """
         n_micro = len(micro_batches)
         divisor = torch.full((), n_targets, dtype=torch.float32, device=self.device)
