@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,10 +184,33 @@ def submit(job: Job) -> None:
     print(f"stool: {shlex.join(command)}", flush=True)
     if job.args.launcher == "bash" and not job.args.stdout and "SLURM_JOB_ID" not in os.environ:
         print(f"stool: output goes to {output.out} and {output.err.name}", flush=True)
-    status = subprocess.run(command).returncode
+    status, interrupted = run_to_the_end(command)
+    if interrupted:
+        print(f"stool: to continue: {shlex.join(command)}", file=sys.stderr)
+        raise KeyboardInterrupt
     if status != 0:
         reason = output.explain() or f"see the messages above, or {job.dump_dir / LOGS}"
         raise UserError(f"{command[0]} {job.script}: ended with status {status}; {reason}")
+
+
+def run_to_the_end(command: list[str]) -> tuple[int, bool]:
+    """Run a command, and return its status and whether Ctrl-C ended it.
+
+    The terminal sends Ctrl-C to the command too, which may finish a checkpoint first. SIGTERM is
+    forwarded: a run must not outlive its launcher unnoticed.
+    """
+    received = []
+    process = subprocess.Popen(command)
+    handlers: dict[int, Any] = {
+        signal.SIGINT: lambda number, frame: received.append(number),
+        signal.SIGTERM: lambda number, frame: process.send_signal(number),
+    }
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return process.wait(), bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def main(argv: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from lingua.stool import (
     main,
     read_run_args,
     render_submit,
+    submit,
 )
 from tests.lingua.stool_utils import files_below, held, json_lines
 from tests.LT2.tiny_run import write_corpus
@@ -400,6 +402,30 @@ def test_a_local_run_prints_its_output_files_and_its_error(project, args, capfd,
     with pytest.raises(UserError, match="status 4"):
         launch_job(again)
     assert capfd.readouterr().out.count("output goes") == 1
+
+
+@pytest.mark.parametrize(
+    "script, end",
+    [
+        # the terminal sends Ctrl-C to both
+        ("kill -INT $PPID; sleep 0.5; touch saved; exit 130", KeyboardInterrupt),
+        (
+            "trap 'touch saved; exit 3' TERM; kill $PPID; "
+            "for i in {1..40}; do sleep 0.05; done; exit 4",
+            UserError,
+        ),
+    ],
+)
+def test_a_stopped_launcher_waits_for_its_run(tmp_path, monkeypatch, script, end):
+    monkeypatch.setattr("lingua.stool.launch_command", lambda job: ["bash", "-c", script])
+    monkeypatch.chdir(tmp_path)
+    ours = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        with pytest.raises(end):
+            submit(replace(some_job(launcher="bash"), dump_dir=tmp_path))
+    finally:
+        signal.signal(signal.SIGTERM, ours)
+    assert (tmp_path / "saved").exists()
 
 
 TORCHRUN = """Traceback (most recent call last):
