@@ -63,7 +63,8 @@ def check_unlocked(option: str, folder: Path) -> None:
     Not for a folder that this process has locked: that would release the lock.
     """
     with suppress(OSError), open(folder / LOCK_NAME, "r+", encoding="utf-8") as file:
-        _check_free(_lock(file), option, folder)
+        # Shared, because all ranks may check at the same time.
+        _check_free(_lock(file, fcntl.LOCK_SH), option, folder)
 
 
 def make_writable(option: str, folder: Path) -> None:
@@ -91,10 +92,10 @@ def _refused(option: str, folder: str | os.PathLike) -> Iterator[None]:
         ) from None
 
 
-def _lock(file: IO[str]) -> str | None:
+def _lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> str | None:
     """Lock the file, or return the process that has locked it. Warn if it cannot be locked."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         return file.read().strip() or "unknown process"

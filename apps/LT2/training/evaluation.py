@@ -29,12 +29,14 @@ from apps.LT2.training.trainer import Trainer
 from lingua.args import dataclass_to_dict
 from lingua.distributed import clean_env, get_dp_rank_and_degree, run_on_rank_0, run_together
 from lingua.errors import UserError, is_machine_fault
-from lingua.evaluations import EVAL_LOG
+from lingua.evaluations import EVAL_LOG, VALIDATION_LOG
 from lingua.files.jsonl_log import is_recorded, repair_jsonl
+from lingua.files.lock import check_unlocked
 from lingua.logger import log_on_rank_0
 from lingua.metrics import MetricLogger
 from lingua.rng import get_rng_state, set_rng_state
 from lingua.slurm.background import GPUS_PER_NODE, failure, has_slurm
+from lingua.slurm.script import SUBMIT_SCRIPT
 from lingua.stool import StoolArgs, launch_in_background
 from lingua.tokenizer import build_tokenizer
 
@@ -84,6 +86,7 @@ class Evaluator:
     def catch_up(self) -> None:
         """Drop the scores of later steps, and run evaluations that a stop interrupted."""
         args, step = self.args, self.trainer.state.step
+        run_on_rank_0(lambda: repair_jsonl(Path(args.dump_dir, VALIDATION_LOG), step))
         if run_on_rank_0(lambda: is_validation_missing(args, step)):
             self.log_validation_loss()
         if self.harness is None:
@@ -186,11 +189,21 @@ def find_missing_harness_step(args: TrainArgs, step: int) -> int | None:
     if harness is None or not has_weights or not is_evaluated(args, last):
         return None
     given, conditions = eval_args_of_step(args, last)
-    if args.async_eval_gpus is not None:
-        is_done = Path(str(given.dump_dir), "submit.slurm").exists()
-    else:
-        is_done = is_recorded(Path(args.dump_dir, EVAL_LOG), last, accept=conditions.is_met_by)
+    is_done = is_recorded(Path(args.dump_dir, EVAL_LOG), last, accept=conditions.is_met_by)
+    if not is_done and args.async_eval_gpus is not None:
+        is_done = has_job(Path(str(given.dump_dir)))
     return None if is_done else last
+
+
+def has_job(folder: Path) -> bool:
+    """Return whether a job that evaluates into `folder` may still end, in SLURM or here."""
+    if has_slurm():  # it may be in the queue
+        return (folder / SUBMIT_SCRIPT).exists()
+    try:
+        check_unlocked("dump_dir", folder)
+    except UserError:
+        return True
+    return False
 
 
 # ---- one evaluation

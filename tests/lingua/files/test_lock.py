@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import subprocess
+import sys
 
 import pytest
 
@@ -30,6 +32,18 @@ def test_one_process_locks_a_folder_until_it_ends(tmp_path, monkeypatch):
     folders["checkpoint.path"] = tmp_path / "a" / "b"
     with make_and_lock_folders(folders, is_master=True):
         assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_ranks_may_check_a_folder_at_the_same_time(tmp_path):
+    check = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a+'); "
+        "fcntl.lockf(file, fcntl.LOCK_SH); print('checks', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", check, str(tmp_path / LOCK_NAME)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"checks\n"
+        check_unlocked("dump_dir", tmp_path)
+        other.kill()
 
 
 def test_folders_that_cannot_be_written_are_refused_by_option(tmp_path):
