@@ -42,7 +42,7 @@ TINY_MODEL = "model.dim=32 model.n_layers=5 model.n_heads=2 model.gdn.head_dim=1
 # Few long batches: a batch of 64 tokens takes as long as one of 256.
 TINY_RUN = (
     f"{TINY_MODEL} steps=2 data.batch_size=2 data.seq_len=256 data.load_async=false "
-    "data.prefetch_size=2 checkpoint.eval.every=2 eval.validation.max_steps=1"
+    "data.prefetch_size=2 checkpoint.eval.every=2 eval.validation.max_steps=1 logging.freq=1"
 )
 LOCAL_DATA = (
     '"data.sources={local: 1.0}" data.tokenizer.name=hf '

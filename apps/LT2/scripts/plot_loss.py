@@ -5,7 +5,8 @@
     python -m apps.LT2.scripts.plot_loss runs/tune                       # all runs of a sweep
 
 Training loss is plotted as logged (pale) and smoothed, validation loss as points, also that of
-apps.LT2.eval with other options than the run's. Prints the final losses of each run.
+apps.LT2.eval with other options than the run's. Prints the final losses of each run. For other
+metrics and axes, and for means over seeds, use apps.LT2.scripts.plot.
 """
 
 from __future__ import annotations
@@ -17,15 +18,25 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 
-from apps.LT2.scripts.figure import COLOURS, import_pyplot, save_figure
+from apps.LT2.scripts.figure import (
+    COLOURS,
+    GREY,
+    MAX_LABELS,
+    MORE_COLOURS,
+    Line,
+    draw_lines,
+    import_pyplot,
+    label_lines,
+    save_figure,
+    set_plain_ticks,
+    smooth,
+)
+from apps.LT2.scripts.plot import runs_of
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
 from lingua.evaluations import VALIDATION_LOG, read_evaluations
-from lingua.slurm.run_list import find_runs, is_run
 
 logger = logging.getLogger(__name__)
-
-MAX_HALF_WINDOW = 25  # logged values on either side that the smoothed line averages at most
 
 
 @dataclass
@@ -77,14 +88,6 @@ def read_curves(given: Sequence[Path]) -> list[Curve]:
     return curves
 
 
-def runs_of(path: Path) -> list[tuple[str, Path]]:
-    """Return the name and folder of the run, or of all runs in the folder."""
-    runs = {}
-    if path.is_dir() and not is_run(path) and not (path / "metrics.jsonl").exists():
-        runs = find_runs(path)
-    return list(runs.items()) or [(path.resolve().name, path)]
-
-
 def read_curve(run: Path, name: str = "") -> Curve:
     path = run / "metrics.jsonl"
     try:
@@ -134,48 +137,52 @@ def add_evaluations(curve: Curve, run: Path) -> None:
         points.sort()
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Average each value with equally many on either side, so that a falling curve does not lag."""
-    widest = min(MAX_HALF_WINDOW, len(values) // 40)
-    smoothed = []
-    for i in range(len(values)):
-        half = min(widest, i, len(values) - 1 - i)
-        window = values[i - half : i + half + 1]
-        smoothed.append(sum(window) / len(window))
-    return smoothed
-
-
 def draw(curves: list[Curve], out: Path) -> None:
     pyplot = import_pyplot(needed_by="plotting the loss")
     figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=150, layout="constrained")
+    lines = lines_of(curves)
+    draw_lines(axes, lines)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_title("Loss" if len(curves) > 1 else f"Loss of {curves[0].name}", loc="left")
+    set_plain_ticks(axes.xaxis, whole=True)
+    set_plain_ticks(axes.yaxis)
+    label_lines(figure, axes, lines)
+    save_figure(figure, out)
+    pyplot.close(figure)
+
+
+def lines_of(curves: Sequence[Curve]) -> list[Line]:
+    """Return the lines of each run: training, validation, and validation with other options.
+
+    Of several runs, training and validation share a colour, and the label of the validation.
+    """
+    lines: list[Line] = []
     several = len(curves) > 1
     for i, curve in enumerate(curves):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = MORE_COLOURS[i] if i < len(MORE_COLOURS) else GREY
         dark = colour if several else COLOURS[1]
         prefix = f"{curve.name}: " if several else ""
         if curve.train:
-            steps, losses = zip(*curve.train, strict=True)
-            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
-            label = f"{prefix}training"
-            axes.plot(steps, smooth(list(losses)), color=colour, linewidth=2, label=label)
+            steps, losses = map(list, zip(*curve.train, strict=True))
+            label = None if several and curve.val else f"{prefix}training"
+            lines.append(Line(steps, smooth(losses), label, colour, raw=losses))
         if curve.val:
-            steps, losses = zip(*curve.val, strict=True)
+            steps, losses = map(list, zip(*curve.val, strict=True))
             bits = "" if curve.val_bpb is None else f", {curve.val_bpb:.2f} bits per byte"
             label = f"{prefix}validation ({losses[-1]:.2f}{bits} at the end)"
-            axes.plot(steps, losses, "o--", color=dark, markersize=5, linewidth=1, label=label)
+            lines.append(Line(steps, losses, label, dark, "--", "o", width=1))
         for marker, (options, points) in zip(cycle("sD^vP"), curve.others.items(), strict=False):
-            steps, losses = zip(*points, strict=True)
+            steps, losses = map(list, zip(*points, strict=True))
             label = f"{prefix}validation, {options} ({losses[-1]:.2f} at the end)"
-            axes.plot(steps, losses, f"{marker}:", color=dark, markersize=5, label=label)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("cross-entropy (nats per token)")
-    axes.set_title("Loss" if several else f"Loss of {curves[0].name}", loc="left")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.02)
-    axes.legend(frameon=False)
-    save_figure(figure, out)
-    pyplot.close(figure)
+            lines.append(Line(steps, losses, label, dark, ":", marker))
+    named = [line for line in lines if line.label]
+    for line in named[MAX_LABELS:]:
+        line.label = None
+    if len(named) > MAX_LABELS:
+        n = len(named) - MAX_LABELS
+        print(f"the first {MAX_LABELS} lines are labelled, {n} others are not")
+    return lines
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,531 @@
+"""Plot metrics of runs over steps, tokens, FLOPs or seconds, or final values against an option.
+
+    python -m apps.LT2.scripts.plot runs/tune                            # runs/tune/plot.png
+    python -m apps.LT2.scripts.plot runs/tune x=flops y=loss/val by=mixer mean=seed out=flops.pdf
+    python -m apps.LT2.scripts.plot runs/tune x=loop_count by=mixer mean=seed out=loops.svg
+
+RUNS are dump_dirs of runs, or folders of runs. Names of options and metrics may be shortened to
+their end: mixer for model.mixer, val for loss/val. The plotted data are written beside the figure,
+as CSV.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+import statistics
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apps.LT2.scripts.figure import (
+    FORMATS,
+    GREY,
+    MAX_LABELS,
+    MORE_COLOURS,
+    Line,
+    draw_lines,
+    import_pyplot,
+    label_lines,
+    plain_number,
+    save_figure,
+    set_plain_ticks,
+    smooth,
+)
+from lingua.args import parse_args
+from lingua.config.cli import OVERRIDE
+from lingua.config.help import format_value
+from lingua.errors import UserError, run_cli
+from lingua.evaluations import read_evaluations
+from lingua.files.atomic import write_atomic
+from lingua.files.jsonl_log import read_jsonl_records
+from lingua.slurm.run_list import PER_RUN, RunOptions, find_runs, is_run, read_options
+
+logger = logging.getLogger(__name__)
+
+STEP, ABSENT = "global_step", "unset"
+AXES = {  # x= to the metric
+    "steps": STEP,
+    "tokens": "optim/total_tokens",
+    "flops": "optim/total_flops",
+    "seconds": "time/elapsed",
+}
+TITLES = {
+    STEP: "optimizer step",
+    "optim/total_tokens": "training tokens",
+    "optim/total_flops": "training FLOPs",
+    "time/elapsed": "seconds",
+    "loss/out": "training loss (nats per token)",
+    "loss/val": "validation loss (nats per token)",
+    "loss/val_bpb": "validation loss (bits per byte)",
+    "speed/tokens_per_s": "training tokens/s",
+}
+STYLES = ["-", "--", ":", "-."]
+MARKERS = "osD^vPX*"
+
+
+@dataclass
+class PlotArgs:
+    x: str = "steps"  # steps, tokens, flops, seconds, or an option, for the final value against it
+    y: str | None = None  # metric; null: loss/val against an option, else loss/out
+    by: str | None = None  # options that name the lines, e.g. mixer,loop_count: colour, then dashes
+    mean: str | None = None  # options to average over, e.g. seed; the band is one std
+    smooth: int = 1  # logged values in the centred average of a curve; 1: none
+    logx: bool = False
+    logy: bool = False
+    out: str | None = None  # .png, .svg or .pdf; null: RUN/plot.png
+    size: list[float] = field(default_factory=lambda: [8.0, 4.8])  # inches
+
+    def __post_init__(self) -> None:
+        if self.smooth < 1:
+            raise UserError(f"smooth={self.smooth} must be at least 1 (1 does not smooth)")
+        if len(self.size) != 2 or not all(2 <= side <= 40 for side in self.size):
+            raise UserError(f"size={self.size} must be width and height in inches, e.g. [8, 4.8]")
+
+
+@dataclass
+class Run:
+    name: str
+    options: RunOptions
+    metrics: dict[str, dict[int, float | None]]  # by step; None was NaN or infinite
+
+
+@dataclass
+class Series:
+    """A line before it gets its colour: one run, or several that differ in `mean`."""
+
+    options: dict[str, str]  # options that differ between runs, except x= and mean=
+    name: str  # of its first run
+    x: list[Any]
+    y: list[float]
+    std: list[float]
+    n: list[int]
+    smoothed: list[float] | None = None
+
+
+def runs_of(path: Path) -> list[tuple[str, Path]]:
+    """Return the name and folder of the run, or of all runs in the folder."""
+    runs = {}
+    if path.is_dir() and not is_run(path) and not (path / "metrics.jsonl").exists():
+        runs = find_runs(path)
+    return list(runs.items()) or [(path.resolve().name, path)]
+
+
+def read_runs(given: Sequence[Path]) -> list[Run]:
+    """Read runs, and all runs in folders of runs. Runs without metrics are skipped."""
+    runs, without = [], []
+    for name, path in dict.fromkeys(run for folder in given for run in runs_of(folder)):
+        if not path.exists():
+            raise UserError(f"{path} does not exist; name a run's dump_dir, or a folder of runs")
+        metrics = read_metrics(path)
+        if metrics:
+            runs.append(Run(name, read_options(path), metrics))
+        else:
+            without.append(name)
+    if not runs:
+        raise UserError(
+            f"{', '.join(map(str, given))}: no run with a metrics.jsonl; "
+            "name a run's dump_dir, or a folder of runs"
+        )
+    _warn_skipped(without, "no metrics.jsonl yet")
+    return runs
+
+
+def read_metrics(run: Path) -> dict[str, dict[int, float | None]]:
+    """Map metrics to their values by step. Evaluations count if made with the run's own options."""
+    metrics: dict[str, dict[int, float | None]] = {}
+    file = run / "metrics.jsonl"
+    for record in read_jsonl_records(file) if file.is_file() else []:
+        step = record.get(STEP)
+        for key, value in record.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if step is not None and (is_number or value is None):
+                metrics.setdefault(key, {})[step] = value
+    for evaluation in read_evaluations(run) if run.is_dir() else []:
+        if not evaluation.label and evaluation.step is not None:
+            for key, score in evaluation.scores.items():
+                metrics.setdefault(key, {}).setdefault(evaluation.step, score)
+    return metrics
+
+
+def _warn_skipped(names: Sequence[str], why: str) -> None:
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        logger.warning("skipped %s: %s", shown, why)
+
+
+def full_name(setting: str, name: str, known: Collection[str], separator: str) -> list[str]:
+    """Return the known names that equal `name`, or else those that end with it."""
+    if name in known:
+        return [name]
+    return [known_name for known_name in known if known_name.endswith(separator + name)]
+
+
+def find_metric(y: str, runs: Sequence[Run]) -> str:
+    known = sorted({key for run in runs for key in run.metrics} - {STEP, "acc_step"})
+    found = full_name("y", y, known, "/")
+    if not found:
+        raise UserError(f"y={y}: no run has this metric; use {_listed(known)}")
+    if len(found) > 1:
+        raise UserError(f"y={y} is one of {', '.join(found)}; use the full name")
+    return found[0]
+
+
+def find_option(setting: str, name: str, runs: Sequence[Run], differing: Collection[str]) -> str:
+    """Resolve a shortened option. One that differs between the runs is preferred."""
+    known = {option for run in runs for option in run.options.current}
+    found = full_name(setting, name, differing, ".") or full_name(setting, name, known, ".")
+    if not found:
+        others = f"; {'/'.join(AXES)} work too" if setting == "x" else ""
+        raise UserError(f"{setting}={name}: no run has this option; {_differ(differing)}{others}")
+    if len(found) > 1:
+        raise UserError(f"{setting}={name} is one of {', '.join(found)}; use the full name")
+    return found[0]
+
+
+def _differ(differing: Collection[str]) -> str:
+    if not differing:
+        return "no option differs between these runs"
+    return f"these differ between the runs: {_listed(differing)}"
+
+
+def _listed(names: Collection[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
+
+
+def differing_options(runs: Sequence[Run]) -> list[str]:
+    """List the options that differ and were asked to differ, unlike values derived from others."""
+
+    def differs(option: str) -> bool:
+        current = {format_value(o.current[option]) for o in options if option in o.current}
+        asked = {
+            format_value(o.requested[option]) if option in o.requested else "" for o in options
+        }
+        return len(current) > 1 and len(asked) > 1
+
+    options = [run.options for run in runs]
+    known = dict.fromkeys(option for o in options for option in o.current)
+    found = [option for option in known if option not in PER_RUN and differs(option)]
+    return sorted(found, key=lambda option: option == "seed")  # the last in a label
+
+
+# ---- from runs to series
+
+
+def curve(run: Run, x: str, y: str) -> tuple[list[float], list[float]]:
+    """Return the finite values of `y`, ordered by `x`.
+
+    A record without `x`, such as a validation, gets it from the records around it, linearly in the
+    step.
+    """
+    points = sorted((step, value) for step, value in run.metrics[y].items() if value is not None)
+    steps = [step for step, _ in points]
+    if x == STEP:
+        return [float(step) for step in steps], [value for _, value in points]
+    known = {0: 0.0} | {s: v for s, v in run.metrics[x].items() if v is not None}
+    at, values = zip(*sorted(known.items()), strict=True)
+    return [interpolate(step, at, values) for step in steps], [value for _, value in points]
+
+
+def interpolate(x: float, at: Sequence[float], values: Sequence[float]) -> float:
+    """Interpolate linearly between sorted points, and extrapolate from the nearest two."""
+    i = min(max(bisect_left(at, x), 1), len(at) - 1)
+    if at[i] == at[i - 1]:
+        return values[i]
+    share = (x - at[i - 1]) / (at[i] - at[i - 1])
+    return values[i - 1] + share * (values[i] - values[i - 1])
+
+
+def mean_curve(curves: Sequence[tuple[list[float], list[float]]]) -> list[list[Any]]:
+    """Average curves at the x of the first one, as far as all of them reach: x, mean, std, n."""
+    if len(curves) == 1:
+        x, y = curves[0]
+        return [x, y, [0.0] * len(x), [1] * len(x)]
+    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    grid = [x for x in curves[0][0] if low <= x <= high]
+    if high not in grid and low <= high:
+        grid.append(high)
+    values = [[interpolate(at, x, y) for x, y in curves] for at in grid]
+    return [grid, *_mean_and_std(values)]
+
+
+def _mean_and_std(values: Iterable[Sequence[float]]) -> tuple[list[float], list[float], list[int]]:
+    lists = list(values)
+    std = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in lists]
+    return [statistics.fmean(v) for v in lists], std, [len(v) for v in lists]
+
+
+def grouped(runs: Sequence[Run], options: Sequence[str]) -> list[tuple[dict[str, str], list[Run]]]:
+    """Group runs by the values of options, in the order of these values."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(option_text(run, o) for o in options), []).append(run)
+    ordered = sorted(groups.items(), key=lambda item: [_order(text) for text in item[0]])
+    return [(dict(zip(options, key, strict=True)), members) for key, members in ordered]
+
+
+def option_text(run: Run, option: str) -> str:
+    return format_value(run.options.current.get(option, ABSENT))
+
+
+def _order(text: str) -> tuple[bool, float, str]:
+    """Sort numbers by value, before words."""
+    number = _number(text)
+    return number is None, number or 0.0, text
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def curves_over(x: str, y: str, groups: Any, window: int) -> list[Series]:
+    found = []
+    for options, members in groups:
+        curves = [(xs, ys) for xs, ys in (curve(run, x, y) for run in members) if xs]
+        if not curves:
+            continue
+        first, last = min(xs[-1] for xs, _ in curves), max(xs[-1] for xs, _ in curves)
+        if first < 0.99 * last:
+            logger.warning(
+                "a mean ends at %s %s with its shortest run; the longest ends at %s",
+                *(TITLES.get(x, x), plain_number(first), plain_number(last)),
+            )
+        xs, ys, std, n = mean_curve(curves)
+        if xs:
+            smoothed = smooth(ys, window) if window > 1 else None
+            found.append(Series(options, members[0].name, xs, ys, std, n, smoothed))
+    return found
+
+
+def finals_against(option: str, y: str, groups: Any) -> list[Series]:
+    """Return one series a group: the last values of its runs against an option."""
+    found, diverged, steps = [], [], set()
+    for options, members in groups:
+        at: dict[str, list[float]] = {}
+        for run in members:
+            step = max(run.metrics[y])
+            value = run.metrics[y][step]
+            if value is None:
+                diverged.append(run.name)
+            else:
+                steps.add(step)
+                at.setdefault(option_text(run, option), []).append(value)
+        if at:
+            texts = sorted(at, key=_order)
+            values = _mean_and_std(at[text] for text in texts)
+            found.append(Series(options, members[0].name, texts, *values))
+    _warn_skipped(diverged, f"the last {y} is NaN or infinite")
+    if len(steps) > 1:
+        logger.warning(
+            "final values are of different steps, %d to %d: some runs are shorter or still running",
+            *(min(steps), max(steps)),
+        )
+    return found
+
+
+# ---- from series to a figure
+
+
+def as_lines(series: Sequence[Series], by: Sequence[str], is_curve: bool) -> list[Line]:
+    """Give each series its colour, style and label; at most MAX_LABELS have a label."""
+    differing = [o for o in series[0].options if len({s.options[o] for s in series}) > 1]
+    options = by or differing
+    texts = {o: list(dict.fromkeys(s.options[o] for s in series)) for o in options}
+    hues = list(dict.fromkeys(s.options[by[0]] if by else i for i, s in enumerate(series)))
+    labels: list[str] = []
+    lines = []
+    for i, one in enumerate(series):
+        label = ", ".join(_value_label(o, one.options[o]) for o in options) or one.name
+        if not by and label in labels:
+            label = one.name
+        hue = hues.index(one.options[by[0]] if by else i)
+        style = texts[by[1]].index(one.options[by[1]]) if len(by) > 1 else 0
+        is_labelled = len(series) > 1 and label not in labels and len(labels) < MAX_LABELS
+        if is_labelled:
+            labels.append(label)
+        colour = MORE_COLOURS[hue] if hue < len(MORE_COLOURS) else GREY
+        if not by and not is_labelled and len(series) > 1:
+            colour = GREY
+        has_band = any(n > 1 for n in one.n)
+        lines.append(
+            Line(
+                one.x,
+                one.smoothed or one.y,
+                label if is_labelled else None,
+                colour,
+                STYLES[style % len(STYLES)],
+                "" if is_curve else MARKERS[hue % len(MARKERS)],
+                std=one.std if has_band else None,
+                raw=one.y if one.smoothed and not has_band else None,
+            )
+        )
+    return lines
+
+
+def _value_label(option: str, text: str) -> str:
+    """Return "kda", or "loop_count=4" for a value that says nothing alone."""
+    is_word = _number(text) is None and text not in ("true", "false", "null", ABSENT)
+    return text if is_word else f"{option.rpartition('.')[2]}={text}"
+
+
+def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str, out: Path) -> None:
+    pyplot = import_pyplot(needed_by="plotting")
+    figure, axes = pyplot.subplots(figsize=tuple(args.size), dpi=150, layout="constrained")
+    ticks = None
+    if isinstance(lines[0].x[0], str):  # values of an option
+        texts = sorted({str(text) for line in lines for text in line.x}, key=_order)
+        numbers = [_number(text) for text in texts]
+        known = [number for number in numbers if number is not None and math.isfinite(number)]
+        if len(known) == len(texts):
+            place = dict(zip(texts, known, strict=True))
+            ticks = known if len(known) <= 10 else None
+        else:  # words at equal distances, not connected
+            place = {text: float(i) for i, text in enumerate(texts)}
+            axes.set_xticks(range(len(texts)), texts)
+            for line in lines:
+                line.style = ""
+        for line in lines:
+            line.x = [place[str(text)] for text in line.x]
+    if args.logx:
+        axes.set_xscale("log")
+    if args.logy:
+        axes.set_yscale("log")
+    draw_lines(axes, lines)
+    axes.set_xlabel(TITLES.get(x, x))
+    axes.set_ylabel(TITLES.get(y, y))
+    axes.set_title(title, loc="left", fontsize=10)
+    if all(line.style for line in lines):
+        set_plain_ticks(axes.xaxis, ticks, whole=x == STEP and not args.logx)
+    set_plain_ticks(axes.yaxis)
+    label_lines(figure, axes, lines)
+    save_figure(figure, out)
+    pyplot.close(figure)
+
+
+def write_csv(series: Sequence[Series], x: str, y: str, out: Path) -> None:
+    """Write what the figure shows, one row a point."""
+    options, has_smoothed = list(series[0].options), series[0].smoothed is not None
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["run", *options, x, y, "std", "n", *(["smoothed"] if has_smoothed else [])])
+    for one in series:
+        columns: list[list[Any]] = [one.x, one.y, one.std, one.n]
+        columns += [one.smoothed] if one.smoothed else []
+        for row in zip(*columns, strict=True):
+            table.writerow([one.name, *one.options.values(), *row])
+    write_atomic(out, text.getvalue())
+
+
+# ---- the command
+
+
+def main(argv: list[str]) -> None:
+    folders = [Path(arg) for arg in argv if not OVERRIDE.match(arg) and not arg.startswith("-")]
+    options = [arg for arg in argv if OVERRIDE.match(arg) or arg.startswith("-")]
+    prog = "python -m apps.LT2.scripts.plot RUNS..."
+    args = parse_args(PlotArgs, options, prog=prog, doc=__doc__)
+    if not folders:
+        raise UserError("no runs given; name a run's dump_dir, or a folder of runs")
+    if args.out is None and len(folders) > 1:
+        raise UserError("out= is needed for several folders, e.g. out=losses.png")
+    out = Path(args.out) if args.out else folders[0] / "plot.png"
+    if out.suffix not in FORMATS:
+        raise UserError(f"out={out} must end in {', '.join(FORMATS)}")
+    plot(read_runs(folders), args, out)
+
+
+def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
+    """Write the figure and its data, and print the last value of each line."""
+    differing = differing_options(runs)
+    metrics = {key for run in runs for key in run.metrics}
+    x = AXES.get(args.x, args.x)
+    is_curve = args.x in AXES or x in metrics
+    if not is_curve:
+        x = find_option("x", x, runs, differing)
+    y = find_metric(args.y or ("loss/out" if is_curve else "loss/val"), runs)
+    by, mean = (
+        [find_option(setting, name.strip(), runs, differing) for name in given.split(",")]
+        if given
+        else []
+        for setting, given in (("by", args.by), ("mean", args.mean))
+    )
+    runs = with_metric(
+        with_metric(runs, y, f"y={args.y or y}"), x if is_curve else y, f"x={args.x}"
+    )
+    for option in set(mean) - set(differing):
+        logger.warning("mean=%s has no effect: %s", option, _differ(differing))
+    options = [o for o in dict.fromkeys([*by, *differing]) if o not in mean and o != x]
+    by = [o for o in by if o in options]
+    groups = grouped(runs, options)
+    if is_curve and not mean:  # runs of equal options are separate lines
+        groups = [(values, [run]) for values, members in groups for run in members]
+    series = curves_over(x, y, groups, args.smooth) if is_curve else finals_against(x, y, groups)
+    check_points(series, x, y, is_curve, differing)
+    lines = as_lines(series, by, is_curve)
+    has_band = any(line.std is not None for line in lines)
+    title = f"mean and std over {', '.join(mean)}" if has_band and mean else ""
+    print_lines(series, x, y)
+    tell_unlabelled(lines, series, by)
+    write_csv(series, x, y, out.with_suffix(".csv"))
+    draw(lines, x, y, args, title, out)
+    print(f"figure: {out}, its data: {out.with_suffix('.csv')}")
+
+
+def with_metric(runs: Sequence[Run], key: str, setting: str) -> list[Run]:
+    """Return the runs that have the metric. UserError if none has it."""
+    if key == STEP:
+        return list(runs)
+    have = [run for run in runs if any(v is not None for v in run.metrics.get(key, {}).values())]
+    if not have:
+        axes = [name for name, k in AXES.items() if any(k in run.metrics for run in runs)]
+        works = f"; x={' or x='.join(axes)} works" if setting.startswith("x") else ""
+        raise UserError(f"{setting}: no run has a finite {key}{works}")
+    _warn_skipped([run.name for run in runs if run not in have], f"no finite {key} ({setting})")
+    return have
+
+
+def check_points(
+    series: Sequence[Series], x: str, y: str, is_curve: bool, differing: Collection[str]
+) -> None:
+    if is_curve and all(len(one.x) == 1 for one in series):
+        raise UserError(
+            f"{y} has one point a run, which makes no curve; "
+            f"plot final values with x=<option> ({_differ(differing)}), or log it more often"
+        )
+    values = {text for one in series for text in one.x}
+    if len(values) < 2:
+        raise UserError(f"x={x} has one value, {', '.join(values) or 'NaN'}; {_differ(differing)}")
+
+
+def print_lines(series: Sequence[Series], x: str, y: str) -> None:
+    for one in series:
+        spread = f" ± {one.std[-1]:.3g} (n={one.n[-1]})" if one.n[-1] > 1 else ""
+        at = one.x[-1] if isinstance(one.x[-1], str) else plain_number(one.x[-1])
+        name = ", ".join(_value_label(o, text) for o, text in one.options.items()) or one.name
+        print(f"{name}: {y} {one.y[-1]:.4g}{spread} at {TITLES.get(x, x)} {at}")
+
+
+def tell_unlabelled(lines: Sequence[Line], series: Sequence[Series], by: Sequence[str]) -> None:
+    n_labelled = sum(line.label is not None for line in lines)
+    if len(lines) == 1 or n_labelled == len(lines):
+        return
+    rest = [o for o in series[0].options if o not in by and len({s.options[o] for s in series}) > 1]
+    if n_labelled < MAX_LABELS and rest:
+        print(f"lines of the same colour differ in {', '.join(rest)}; add them to by= or mean=")
+    else:
+        n = len(lines) - n_labelled
+        print(
+            f"{n_labelled} lines are labelled, {n} others are not; by= and mean= make fewer names"
+        )
+
+
+if __name__ == "__main__":
+    run_cli(main)

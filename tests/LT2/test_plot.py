@@ -1,0 +1,197 @@
+"""Test plots of metrics: which lines they have, their data, labels and axes."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apps.LT2.scripts import figure, plot
+from apps.LT2.scripts.figure import plain_number
+from apps.LT2.scripts.plot import main
+from lingua.errors import UserError
+
+pyplot = pytest.importorskip("matplotlib.pyplot")
+
+
+def write_run(folder: Path, options: dict[str, Any], losses: list, *, old: bool = False) -> Path:
+    """Write a run with a record every 10 steps and one validation at the end."""
+    folder.mkdir(parents=True)
+    lines = [f"{name}: {json.dumps(value)}\n" for name, value in options.items()]
+    (folder / "config.yaml").write_text("".join(lines))
+    records: list[dict[str, Any]] = []
+    for i, loss in enumerate(losses, start=1):
+        at = {"optim/total_tokens": 1000 * i}
+        if not old:
+            at |= {"optim/total_flops": 5e15 * i, "time/elapsed": 2.0 * i}
+        records.append({"global_step": 10 * i, "loss/out": loss, "layout": "gF"} | at)
+    records.append({"global_step": 10 * len(losses), "loss/val": losses[-1]})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+MODELS = list(itertools.product(["gdn", "kda"], [1, 2, 4], [0, 1]))
+
+
+@pytest.fixture(scope="module")
+def tune(tmp_path_factory):
+    """Twelve runs: the loss is 8 - T, plus 1 for kda, plus or minus 0.5 by seed."""
+    folder = tmp_path_factory.mktemp("runs") / "tune"
+    for mixer, loops, seed in MODELS:
+        options = {"model": {"mixer": mixer, "loop_count": loops}, "seed": seed, "steps": 20}
+        last = 8.0 - loops + (mixer == "kda") + seed - 0.5
+        write_run(folder / f"{mixer}-{loops}-{seed}", options, [9.0, last])
+    (folder / "sweep.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Keep each figure that is saved, without rendering it."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plot, "save_figure", lambda made, out: figures.append(made))
+    return figures
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with open(file) as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.mark.parametrize(
+    "x, key, values",
+    [
+        ("steps", "global_step", [10, 20]),
+        ("tokens", "optim/total_tokens", [1000, 2000]),
+        ("flops", "optim/total_flops", [5e15, 1e16]),
+        ("seconds", "time/elapsed", [2, 4]),
+    ],
+)
+def test_a_curve_over_each_axis_is_averaged_over_seeds(tune, tmp_path, drawn, x, key, values):
+    main([str(tune), f"x={x}", "by=mixer,loop_count", "mean=seed", f"out={tmp_path}/a.png"])
+    found = rows(tmp_path / "a.csv")
+    assert len(found) == 12
+    of_kda = [r for r in found if (r["model.mixer"], r["model.loop_count"]) == ("kda", "4")]
+    assert [float(row[key]) for row in of_kda] == values
+    assert [float(row["loss/out"]) for row in of_kda] == [9.0, 5.0]
+    assert float(of_kda[1]["std"]) == pytest.approx(0.5**0.5) and of_kda[1]["n"] == "2"
+
+
+def test_final_values_against_an_option(tune, tmp_path, drawn):
+    main([str(tune), "x=loop_count", "by=mixer", "mean=seed", f"out={tmp_path}/a.png"])
+    found = [
+        (r["model.mixer"], r["model.loop_count"], r["loss/val"]) for r in rows(tmp_path / "a.csv")
+    ]
+    assert found == [
+        *(("gdn", "1", "7.0"), ("gdn", "2", "6.0"), ("gdn", "4", "4.0")),
+        *(("kda", "1", "8.0"), ("kda", "2", "7.0"), ("kda", "4", "5.0")),
+    ]
+    axes = drawn[0].axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert [text.get_text() for text in axes.texts] == ["gdn", "kda"] and not drawn[0].legends
+
+
+def test_values_that_are_words_have_error_bars(tune, tmp_path, drawn):
+    main([str(tune), "x=mixer", "by=loop_count", "mean=seed", f"out={tmp_path}/a.png"])
+    axes = drawn[0].axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["gdn", "kda"]
+    assert len(axes.collections) == 3  # the bars of one line each
+
+
+def test_at_most_twelve_lines_are_labelled_outside_the_axes(tmp_path, drawn, capsys):
+    for i in range(20):
+        write_run(tmp_path / "runs" / f"{i}", {"optim": {"lr": i / 100}}, [9.0, 8.0 + i / 100])
+    main([str(tmp_path / "runs"), f"out={tmp_path}/a.png"])
+    (legend,) = drawn[0].legends
+    assert len(legend.get_texts()) == 12 and "8 others" in capsys.readouterr().out
+    drawn[0].draw_without_rendering()
+    box, axes = legend.get_window_extent(), drawn[0].axes[0].get_window_extent()
+    assert box.x0 >= axes.x1 and box.x1 <= drawn[0].bbox.x1
+    assert len(drawn[0].axes[0].lines) == 20
+
+
+def test_a_line_that_ended_early_bounds_the_mean(tmp_path, drawn, caplog):
+    for seed, losses in enumerate(([9.0, 8.0, 7.0], [7.0, 6.0], [5.0, 4.0, None])):
+        write_run(tmp_path / "runs" / f"{seed}", {"seed": seed}, losses)
+    (tmp_path / "runs" / "3").mkdir()
+    (tmp_path / "runs" / "3" / "config.yaml").write_text("seed: 3\n")
+    main([str(tmp_path / "runs"), "mean=seed", f"out={tmp_path}/a.png"])
+    assert [(r["global_step"], r["loss/out"], r["n"]) for r in rows(tmp_path / "a.csv")] == [
+        ("10.0", "7.0", "3"),
+        ("20.0", "6.0", "3"),
+    ]
+    assert "a mean ends at" in caplog.text and "skipped 3:" in caplog.text
+
+
+def test_the_last_value_is_not_the_last_finite_one(tmp_path, drawn, caplog):
+    for i, losses in enumerate(([9.0, 8.0], [9.0, 7.0], [5.0, None])):
+        write_run(tmp_path / "runs" / f"{i}", {"optim": {"lr": i}}, losses)
+    main([str(tmp_path / "runs"), "x=lr", "y=loss/out", f"out={tmp_path}/a.png"])
+    assert [row["loss/out"] for row in rows(tmp_path / "a.csv")] == ["8.0", "7.0"]
+    assert "skipped 2: the last loss/out is NaN" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "suffix, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
+def test_the_suffix_chooses_the_format(tune, tmp_path, suffix, start):
+    options = ["logx=true", "logy=true", "smooth=3", "by=mixer", "size=[4,3]"]
+    main([str(tune), *options, f"out={tmp_path}/a.{suffix}"])
+    assert (tmp_path / f"a.{suffix}").read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0.25, "0.25"), (2000, "2000"), (20000, "20k"), (1.5e6, "1.5M"), (3e9, "3B"), (2e18, "2e18")],
+)
+def test_ticks_are_plain_numbers(value, text):
+    assert plain_number(value) == text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["y=los"], "y=los: .*loss/out, loss/val"),
+        (["by=mixr"], "by=mixr: .*model.mixer"),
+        (["x=loop"], "x=loop: .*model.loop_count.*tokens"),
+        (["x=steps", "y=val"], "one point.*x=<option>"),
+        (["mean=sed"], "mean=sed"),
+        (["by=model.seed"], "by=model.seed"),
+        (["out=a.gif"], r"out=a.gif.*\.png"),
+        (["smooth=0"], "smooth=0"),
+        (["size=[1]"], "size="),
+    ],
+)
+def test_mistakes_are_one_line(tune, options, message):
+    with pytest.raises(UserError, match=message):
+        main([str(tune), *options])
+    assert not (tune / "plot.png").exists() and not (tune / "plot.csv").exists()
+
+
+def test_runs_without_the_axis_or_any_metric(tune, tmp_path, drawn, caplog):
+    old = write_run(tmp_path / "old", {"seed": 9}, [9.0, 8.0], old=True)
+    with pytest.raises(UserError, match="optim/total_flops; x=steps or x=tokens works"):
+        main([str(old), "x=flops"])
+    main([str(old), str(tune), "x=flops", f"out={tmp_path}/a.png"])
+    assert "skipped old: no finite optim/total_flops" in caplog.text
+    with pytest.raises(UserError, match="x=seed has one value"):
+        main([str(old), "x=seed"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="dump_dir"):
+        main([str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="out="):
+        main([str(old), str(tune)])
+
+
+def test_labels_that_would_overlap_become_a_legend():
+    for losses, has_legend in (([5.0, 6.0, 7.0], False), ([5.0, 5.001, 7.0], True)):
+        made, axes = pyplot.subplots(layout="constrained")
+        lines = [figure.Line([0.0, 1.0], [8.0, y], f"line {y}") for y in losses]
+        figure.draw_lines(axes, lines)
+        figure.label_lines(made, axes, lines)
+        assert bool(made.legends) == has_legend and len(axes.texts) == (0 if has_legend else 3)
+        pyplot.close(made)
