@@ -1,0 +1,243 @@
+"""Describe models before training them: layout, parameters, FLOPs, caches and memory.
+
+    python -m apps.LT2.describe config=apps/LT2/configs/600M/looped_hybrid_gdn_4to1_600M.yaml
+    python -m apps.LT2.describe config=A.yaml config=B.yaml model.loop_count=2
+    python -m apps.LT2.describe config=A.yaml config=B.yaml match=parameters by=n_layers
+
+Other options such as model.loop_count=2 apply to all configs. Nothing is allocated: models are
+built on the meta device, in seconds on any machine. Parameters count once, however often they loop;
+FLOPs, caches and activations count in every loop.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.LT2.flops import (
+    cache_bytes,
+    count_parameters,
+    prefill_flops,
+    step_traffic,
+    train_flops_per_token,
+)
+from apps.LT2.inference.load import cast_for_inference
+from apps.LT2.matching import BY, QUANTITIES, match_model
+from apps.LT2.pattern import format_layout
+from apps.LT2.training.args import TrainArgs
+from apps.LT2.training.unused_options import unused_options
+from apps.LT2.transformer import LoopedTransformer, build_on_meta
+from lingua.args import parse_args, print_text
+from lingua.errors import UserError, import_optional, run_cli
+from lingua.tokenizer import build_tokenizer, find_tokenizer_file
+
+LLAMA3_VOCAB = 128_256  # vocabulary of the recipes' tokenizer
+DECODE_BATCHES = (1, 8)
+FORMATS = ("table", "json")
+GIB, MIB = 2**30, 2**20
+
+
+@dataclass
+class DescribeArgs:
+    config: list[str] = field(default_factory=list)  # recipes, side by side
+    match: str | None = None  # parameters | flops: make the other configs equal to the first
+    by: str = "n_layers"  # what match changes: n_layers | dim | ffn
+    bandwidth: float = 3.35  # TB/s of the GPU's memory, for the decode roofline; H100 SXM
+    format: str = "table"  # table | json
+
+    def __post_init__(self) -> None:
+        if not self.config:
+            raise UserError("config is empty; name a recipe, e.g. config=apps/LT2/configs/...yaml")
+        for name, choices in (("match", QUANTITIES), ("by", BY), ("format", FORMATS)):
+            value = getattr(self, name)
+            if value not in (None, *choices):
+                raise UserError(f"{name}={value} must be one of {', '.join(choices)}")
+        if self.match and len(self.config) < 2:
+            raise UserError(f"match={self.match} compares configs; name a second config=")
+        if self.bandwidth <= 0:
+            raise UserError(f"bandwidth={self.bandwidth} must be above 0 TB/s")
+
+
+def parse(argv: Sequence[str]) -> tuple[DescribeArgs, list[str]]:
+    """Separate the options of this command from overrides of the configs."""
+    own = {f.name for f in fields(DescribeArgs)} - {"config"}
+    configs = [arg.removeprefix("config=") for arg in argv if arg.startswith("config=")]
+    given = [arg for arg in argv if arg.partition("=")[0] in own or arg in ("-h", "--help")]
+    overrides = [a for a in argv if a not in given and not a.startswith("config=")]
+    listed = [f"config=[{','.join(configs)}]"] if configs else []
+    prog = "python -m apps.LT2.describe"
+    return parse_args(DescribeArgs, listed + given, prog=prog, doc=__doc__), overrides
+
+
+def read_config(path: str, overrides: Sequence[str]) -> TrainArgs:
+    """Read a config, with the size of its tokenizer, or Llama 3's if the tokenizer is missing."""
+    args = parse_args(TrainArgs, [f"config={path}", *overrides])
+    args.model.max_seqlen = args.data.seq_len
+    if args.model.vocab_size == -1:
+        tokenizer = args.data.tokenizer
+        try:
+            find_tokenizer_file(tokenizer.name, tokenizer.path)
+        except UserError:
+            args.model.vocab_size = LLAMA3_VOCAB
+        else:
+            args.model.vocab_size = build_tokenizer(tokenizer.name, tokenizer.path).n_words
+    return args
+
+
+def describe(args: TrainArgs, bandwidth: float) -> dict[str, Any]:
+    """Return sizes and costs of a model as plain values: counts, FLOPs, bytes, tokens/s."""
+    model, seqlen = build_on_meta(args.model), args.data.seq_len
+    count = count_parameters(model)
+    described: dict[str, Any] = {
+        "layout": format_layout(model.layout, model.layout_plan.random_loops).splitlines(),
+        "parameters": {"total": count.total, "embedding": count.embedding, "body": count.body}
+        | {"gates": count.gates},
+        "seq_len": seqlen,
+        "flops": {
+            "training, per token": train_flops_per_token(model, seqlen),
+            "prefill of seq_len tokens": prefill_flops(model, seqlen),
+        },
+    }
+    cast_for_inference(model, torch.bfloat16)
+    return described | {
+        "cache": _caches(model, seqlen),
+        "decode": _decode(model, seqlen, bandwidth),
+    }
+
+
+def _caches(model: LoopedTransformer, seqlen: int) -> dict[str, int]:
+    """Return the bytes of a sequence's cache, and the part that grows with its length."""
+    total, doubled = (cache_bytes(model, n, torch.bfloat16) for n in (seqlen, 2 * seqlen))
+    return {"per sequence": total, "growing": doubled - total}
+
+
+def _decode(model: LoopedTransformer, seqlen: int, bandwidth: float) -> dict[str, Any]:
+    """Return the bytes of a step after seqlen tokens, and the tokens/s if it only moves them."""
+    described = {}
+    for batch_size in DECODE_BATCHES:
+        moved = step_traffic(model, batch_size, seqlen, torch.bfloat16).total
+        described[f"batch {batch_size}"] = {
+            "bytes per step": moved,
+            "tokens/s at most": batch_size * bandwidth * 1e12 / moved,
+        }
+    return described
+
+
+# ---- output
+
+
+def describe_all(given: DescribeArgs, overrides: Sequence[str]) -> dict[str, Any]:
+    """Describe every config, and match all to the first if asked to."""
+    args = [read_config(path, overrides) for path in given.config]
+    first = build_on_meta(args[0].model)
+    result: dict[str, Any] = {}
+    for name, own in zip(_names(given.config), args, strict=True):
+        changes: dict[str, Any] = {}
+        if given.match and own is not args[0]:
+            seqlen = own.data.seq_len
+            target = QUANTITIES[given.match](first, args[0].data.seq_len)
+            changes = match_model(
+                own.model, target, quantity=given.match, by=given.by, seqlen=seqlen
+            )
+            own.model = replace(own.model, **changes)
+        result[name] = describe(own, given.bandwidth) | {
+            "overrides": [f"model.{option}={value}" for option, value in changes.items()],
+            "warnings": list(unused_options(own.model).values()),
+        }
+    return result
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Return file names without their ending, or whole paths if these are not unique."""
+    stems = [Path(path).stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else list(paths)
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print one column a config, and differences from the first where there are several."""
+    rich_console = import_optional("rich.console", extra="", needed_by="format=table")
+    rich_table = import_optional("rich.table", extra="", needed_by="format=table")
+    console, first = rich_console.Console(), next(iter(result.values()))
+    for name, described in result.items():
+        console.print(f"[bold]{name}[/bold]", *described["overrides"])
+        console.print("  " + "\n  ".join(described["layout"]), highlight=False)
+        for warning in described["warnings"]:
+            console.print(f"  warning: {warning}")
+        console.print()
+    table = rich_table.Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in result:
+        table.add_column(name, justify="right", overflow="fold")
+    for label, value, shown in ROWS:
+        cells = []
+        for described in result.values():
+            number, reference = value(described), value(first)
+            difference = number / reference - 1 if reference else 0
+            more = f" ({difference:+.1%})" if abs(difference) >= 0.0005 else ""
+            cells.append(shown(number) + more)
+        table.add_row(label, *cells)
+    console.print(table)
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:,.2f} {unit}"
+    return f"{number:,.0f}"
+
+
+def _bytes(number: float) -> str:
+    size, unit = (GIB, "GiB") if number >= GIB else (MIB, "MiB")
+    return f"{number / size:,.2f} {unit}"
+
+
+# (label, its value in a description, how it is shown)
+ROWS: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], str]]] = [
+    ("parameters", lambda d: d["parameters"]["total"], _count),
+    (
+        "  without embeddings",
+        lambda d: d["parameters"]["total"] - d["parameters"]["embedding"],
+        _count,
+    ),
+    ("  embeddings", lambda d: d["parameters"]["embedding"], _count),
+    ("  gates of loops", lambda d: d["parameters"]["gates"], _count),
+    ("sequence length", lambda d: d["seq_len"], _count),
+    ("training FLOPs per token", lambda d: d["flops"]["training, per token"], _count),
+    ("FLOPs to prefill a sequence", lambda d: d["flops"]["prefill of seq_len tokens"], _count),
+    ("cache of a sequence, bf16", lambda d: d["cache"]["per sequence"], _bytes),
+    ("  of it growing with length", lambda d: d["cache"]["growing"], _bytes),
+    *(
+        row
+        for n in DECODE_BATCHES
+        for row in (
+            (
+                f"bytes of a decode step, batch {n}",
+                lambda d, n=n: d["decode"][f"batch {n}"]["bytes per step"],
+                _bytes,
+            ),
+            (
+                "  tokens/s at most",
+                lambda d, n=n: d["decode"][f"batch {n}"]["tokens/s at most"],
+                _count,
+            ),
+        )
+    ),
+]
+
+
+def main(argv: list[str]) -> None:
+    given, overrides = parse(argv)
+    result = describe_all(given, overrides)
+    if given.format == "json":
+        print_text(json.dumps(result, indent=2))
+    else:
+        print_table(result)
+
+
+if __name__ == "__main__":
+    run_cli(main)
