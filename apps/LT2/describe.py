@@ -6,14 +6,15 @@
 
 Other options such as model.loop_count=2 apply to all configs. Nothing is allocated: models are
 built on the meta device, in seconds on any machine. Parameters count once, however often they loop;
-FLOPs, caches and activations count in every loop.
+FLOPs, caches and activations count in every loop. Peak memory is an estimate for compiled blocks on
+a GPU; everything else is exact.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,16 @@ from apps.LT2.flops import (
 )
 from apps.LT2.inference.load import cast_for_inference
 from apps.LT2.matching import BY, QUANTITIES, match_model
+from apps.LT2.memory import training_memory
+from apps.LT2.parallel import check_tensor_parallel
 from apps.LT2.pattern import format_layout
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import LoopedTransformer, build_on_meta
 from lingua.args import parse_args, print_text
-from lingua.errors import UserError, import_optional, run_cli
+from lingua.distributed import fit_to_world
+from lingua.errors import UserError, run_cli
+from lingua.parallel.args import ACTIVATION_CHECKPOINTING
 from lingua.tokenizer import build_tokenizer, find_tokenizer_file
 
 LLAMA3_VOCAB = 128_256  # vocabulary of the recipes' tokenizer
@@ -47,6 +52,7 @@ class DescribeArgs:
     config: list[str] = field(default_factory=list)  # recipes, side by side
     match: str | None = None  # parameters | flops: make the other configs equal to the first
     by: str = "n_layers"  # what match changes: n_layers | dim | ffn
+    ngpu: int = 1  # GPUs that train, for the memory of each
     bandwidth: float = 3.35  # TB/s of the GPU's memory, for the decode roofline; H100 SXM
     format: str = "table"  # table | json
 
@@ -59,6 +65,8 @@ class DescribeArgs:
                 raise UserError(f"{name}={value} must be one of {', '.join(choices)}")
         if self.match and len(self.config) < 2:
             raise UserError(f"match={self.match} compares configs; name a second config=")
+        if self.ngpu < 1:
+            raise UserError(f"ngpu={self.ngpu} must be at least 1")
         if self.bandwidth <= 0:
             raise UserError(f"bandwidth={self.bandwidth} must be above 0 TB/s")
 
@@ -89,7 +97,7 @@ def read_config(path: str, overrides: Sequence[str]) -> TrainArgs:
     return args
 
 
-def describe(args: TrainArgs, bandwidth: float) -> dict[str, Any]:
+def describe(args: TrainArgs, ngpu: int, bandwidth: float) -> dict[str, Any]:
     """Return sizes and costs of a model as plain values: counts, FLOPs, bytes, tokens/s."""
     model, seqlen = build_on_meta(args.model), args.data.seq_len
     count = count_parameters(model)
@@ -102,12 +110,28 @@ def describe(args: TrainArgs, bandwidth: float) -> dict[str, Any]:
             "training, per token": train_flops_per_token(model, seqlen),
             "prefill of seq_len tokens": prefill_flops(model, seqlen),
         },
+        "memory": _memory(model, args, ngpu),
     }
     cast_for_inference(model, torch.bfloat16)
     return described | {
         "cache": _caches(model, seqlen),
         "decode": _decode(model, seqlen, bandwidth),
     }
+
+
+def _memory(model: LoopedTransformer, args: TrainArgs, ngpu: int) -> dict[str, Any]:
+    """Return the bytes of a training step on each GPU."""
+    check_tensor_parallel(model, args.distributed.tp_size)
+    memory = training_memory(
+        model,
+        fit_to_world(args.distributed, ngpu),
+        batch_size=args.data.batch_size,
+        seqlen=args.data.seq_len,
+        grad_acc_steps=args.grad_acc_steps,
+        muon=args.optim.name == "muon",
+    )
+    mode = args.distributed.activation_checkpointing
+    return {"ngpu": ngpu, "batch_size": args.data.batch_size, "mode": mode} | asdict(memory)
 
 
 def _caches(model: LoopedTransformer, seqlen: int) -> dict[str, int]:
@@ -141,11 +165,14 @@ def describe_all(given: DescribeArgs, overrides: Sequence[str]) -> dict[str, Any
         if given.match and own is not args[0]:
             seqlen = own.data.seq_len
             target = QUANTITIES[given.match](first, args[0].data.seq_len)
-            changes = match_model(
-                own.model, target, quantity=given.match, by=given.by, seqlen=seqlen
-            )
+            try:
+                changes = match_model(
+                    own.model, target, quantity=given.match, by=given.by, seqlen=seqlen
+                )
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
             own.model = replace(own.model, **changes)
-        result[name] = describe(own, given.bandwidth) | {
+        result[name] = describe(own, given.ngpu, given.bandwidth) | {
             "overrides": [f"model.{option}={value}" for option, value in changes.items()],
             "warnings": list(unused_options(own.model).values()),
         }
@@ -160,16 +187,17 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 def print_table(result: dict[str, Any]) -> None:
     """Print one column a config, and differences from the first where there are several."""
-    rich_console = import_optional("rich.console", extra="", needed_by="format=table")
-    rich_table = import_optional("rich.table", extra="", needed_by="format=table")
-    console, first = rich_console.Console(), next(iter(result.values()))
+    from rich.console import Console
+    from rich.table import Table
+
+    console, first = Console(), next(iter(result.values()))
     for name, described in result.items():
         console.print(f"[bold]{name}[/bold]", *described["overrides"])
         console.print("  " + "\n  ".join(described["layout"]), highlight=False)
         for warning in described["warnings"]:
             console.print(f"  warning: {warning}")
         console.print()
-    table = rich_table.Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in result:
         table.add_column(name, justify="right", overflow="fold")
@@ -209,6 +237,15 @@ ROWS: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], str]]
     ("sequence length", lambda d: d["seq_len"], _count),
     ("training FLOPs per token", lambda d: d["flops"]["training, per token"], _count),
     ("FLOPs to prefill a sequence", lambda d: d["flops"]["prefill of seq_len tokens"], _count),
+    ("sequences of a micro-batch", lambda d: d["memory"]["batch_size"], _count),
+    ("weights per GPU, fp32", lambda d: d["memory"]["weights"], _bytes),
+    ("  gradients", lambda d: d["memory"]["gradients"], _bytes),
+    ("  optimizer state", lambda d: d["memory"]["optimizer"], _bytes),
+    ("  gathered weights", lambda d: d["memory"]["gathered"], _bytes),
+    *(
+        (f"  peak with {mode}, about", lambda d, m=mode: d["memory"]["peak"][m], _bytes)
+        for mode in ACTIVATION_CHECKPOINTING
+    ),
     ("cache of a sequence, bf16", lambda d: d["cache"]["per sequence"], _bytes),
     ("  of it growing with length", lambda d: d["cache"]["growing"], _bytes),
     *(

@@ -68,7 +68,7 @@ def cache_bytes(model: LoopedTransformer, seqlen: int, dtype: torch.dtype) -> in
     """Return the cache size of one decoded sequence of `seqlen` tokens, over all (loop, layer)."""
     return sum(
         block.mixer(spec).state_bytes(seqlen, dtype, spec.window)
-        for block, spec in _all_runs(model, model.inference_layout)
+        for block, spec in all_runs(model, model.inference_layout)
     )
 
 
@@ -94,7 +94,7 @@ def step_traffic(
     """
     weights = 0 if model.rho is None else model.rho.nbytes
     per_sequence = 0
-    for block, spec in _all_runs(model, model.layout):
+    for block, spec in all_runs(model, model.layout):
         mixer = block.mixer(spec)
         idle = sum(_nbytes(other) for other in block.mixers() if other is not mixer)
         weights += _nbytes(block) - idle
@@ -108,11 +108,11 @@ def _body_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
     return sum(
         block.mixer(spec).flops_per_token(seqlen, spec.window)
         + 6 * block.feed_forward.dim * block.feed_forward.hidden_dim
-        for block, spec in _all_runs(model, model.layout)
+        for block, spec in all_runs(model, model.layout)
     )
 
 
-def _all_runs(model: LoopedTransformer, layout: Layout) -> Iterator[tuple[Block, LayerSpec]]:
+def all_runs(model: LoopedTransformer, layout: Layout) -> Iterator[tuple[Block, LayerSpec]]:
     for loop in layout:
         for block, spec in zip(model.layers, loop, strict=True):
             assert isinstance(block, Block)

@@ -73,13 +73,14 @@ def match_model(
     above = _first_above(distance)
     candidates = [n for n in (_possible(distance, above), _possible(distance, above - 1, -1)) if n]
     if not candidates:
-        raise UserError(f"match={quantity} by={by}: no size fits; change another option instead")
+        others = " or ".join(name for name in BY if name != by)
+        raise UserError(f"match={quantity} by={by}: no size fits; try by={others}")
     best = min(candidates, key=lambda n: abs(distance(n) or 0))
     options, difference = BY[by](args, best), distance(best) or 0
     if abs(difference) > TOLERANCE:
         closest = " ".join(f"model.{name}={value}" for name, value in options.items())
         raise UserError(
-            f"match={quantity} by={by}: the closest, {closest}, differs by {difference:+.1%}; use "
+            f"match={quantity} by={by}: the closest, {closest}, differs by {difference:+.1%}; try "
             f"by={'dim' if by == 'ffn' else 'ffn'}"
         )
     return options

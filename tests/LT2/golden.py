@@ -2,7 +2,7 @@
 
     python -m tests.LT2.golden --write      rewrites them; then review `git diff tests/golden`
 
-Layout, parameters, FLOPs, cache and weight decay come from a model on the meta device.
+Everything but the weights comes from `apps.LT2.describe`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ from typing import Any
 
 import torch
 
-from apps.LT2.flops import (
-    cache_bytes,
-    count_parameters,
-    forward_flops_per_token,
-    train_flops_per_token,
-)
-from apps.LT2.pattern import format_layout
+import apps.LT2.describe
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import parse_args
@@ -56,19 +50,11 @@ def golden_file(recipe: Path) -> Path:
 
 
 def describe(recipe: Path) -> dict[str, Any]:
-    model, seqlen = build(recipe), read_recipe(recipe).data.seq_len
-    count = count_parameters(model)
-    return {
-        "layout": format_layout(model.layout, model.layout_plan.random_loops).splitlines(),
-        "parameters": {"embedding": count.embedding, "body": count.body, "gates": count.gates},
-        "sequence length": seqlen,
-        "FLOPs per token": {
-            "forward": forward_flops_per_token(model, seqlen),
-            "training": train_flops_per_token(model, seqlen),
-        },
-        "cache bytes per sequence, bf16": cache_bytes(model, seqlen, torch.bfloat16),
-        **describe_weights(model),
-    }
+    """Return what `apps.LT2.describe ngpu=8` shows, and the weights."""
+    args = read_recipe(recipe)
+    described = apps.LT2.describe.describe(args, ngpu=8, bandwidth=3.35)
+    del described["decode"]  # speeds, not sizes
+    return described | describe_weights(build(recipe))
 
 
 def describe_weights(model: LoopedTransformer) -> dict[str, dict[str, str]]:

@@ -190,6 +190,8 @@ class Mixer(nn.Module, ABC):
     zero_at_start: ClassVar[tuple[str, ...]] = ()  # parameters initialized to zero
     own_loss: ClassVar[OwnLoss | None] = None
     tp: TensorParallel = ALONE
+    n_heads: int  # of this rank
+    wo: nn.Linear  # the output projection
 
     @abstractmethod
     def forward(

@@ -60,12 +60,10 @@ class LinearMixer(Mixer):
     state_flops: ClassVar[int]  # FLOPs of the recurrence per token and entry of the state
     uses_positions: ClassVar[bool] = False
 
-    n_heads: int  # of this rank
     key_dim: int
     value_dim: int
     conv: ShortConv | None
     norm: nn.Module
-    wo: nn.Linear
 
     @abstractmethod
     def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:

@@ -1,0 +1,97 @@
+"""What `apps.LT2.describe` prints, and how it makes models equal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from apps.LT2.describe import main, parse, read_config
+from apps.LT2.flops import train_flops_per_token
+from apps.LT2.matching import QUANTITIES
+from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, build_on_meta
+from lingua.errors import UserError
+from tests.LT2.golden import CONFIGS
+
+FULL, HYBRID = (
+    f"config={CONFIGS}/1B/looped_{name}_1B.yaml" for name in ("pure_full", "hybrid_gdn_4to1")
+)
+DEBUG = f"config={CONFIGS}/600M/debug.yaml"
+
+
+def described(capsys, *argv: str) -> dict:
+    main([*argv, "format=json"])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "quantity, by", [("parameters", "n_layers"), ("parameters", "ffn"), ("flops", "dim")]
+)
+def test_match_prints_overrides_that_make_models_equal(capsys, quantity, by):
+    small = ("model.dim=256", "model.n_heads=4", "model.vocab_size=1000")
+    hybrid = described(capsys, FULL, HYBRID, *small, f"match={quantity}", f"by={by}")
+    overrides = hybrid["looped_hybrid_gdn_4to1_1B"]["overrides"]
+    assert overrides and overrides[0].startswith("model.")
+    first, second = (
+        read_config(config.removeprefix("config="), options)
+        for config, options in ((FULL, small), (HYBRID, (*small, *overrides)))
+    )
+    want, got = (
+        QUANTITIES[quantity](build_on_meta(args.model), args.data.seq_len)
+        for args in (first, second)
+    )
+    assert got == pytest.approx(want, rel=0.03)
+
+
+def test_a_match_that_no_size_meets_names_the_closest(capsys):
+    with pytest.raises(UserError, match=r"looped_.*model\.n_layers=\d"):
+        main([DEBUG, HYBRID, "match=parameters"])
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, option",
+    [
+        ([], "config"),
+        ([DEBUG, "match=params"], "match"),
+        ([DEBUG, "match=flops"], "config"),
+        ([DEBUG, "by=width"], "by"),
+        ([DEBUG, "ngpu=0"], "ngpu"),
+        ([DEBUG, "bandwidth=0"], "bandwidth"),
+    ],
+)
+def test_mistakes_name_the_option(argv, option):
+    with pytest.raises(UserError, match=option):
+        parse(argv)
+
+
+def test_a_tensor_parallel_size_must_fit():
+    with pytest.raises(UserError, match=r"distributed\.tp_size"):
+        main([DEBUG, "ngpu=3", "distributed.tp_size=3"])
+
+
+def test_the_table_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main([FULL, HYBRID])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("parameters" in line and "-" in line for line in lines)
+
+
+def test_flops_equal_torchs_counter_but_for_masked_keys():
+    """The plain attention multiplies all pairs of tokens; ours are the visible ones."""
+    n_layers, n_loops, dim, seqlen = 2, 3, 32, 16
+    args = LoopedTransformerArgs(
+        dim=dim, n_heads=2, n_layers=n_layers, loop_count=n_loops, vocab_size=50, attn_impl="naive"
+    )
+    model = LoopedTransformer(args)
+    model.init_weights()
+    tokens = torch.randint(50, (1, seqlen))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, target=tokens).backward()
+    hidden = seqlen * (seqlen - 1) // 2
+    masked = 3 * n_layers * n_loops * 4 * dim * hidden
+    want = counter.get_total_flops() - masked
+    assert seqlen * train_flops_per_token(model, seqlen) == pytest.approx(want, rel=2e-3)
