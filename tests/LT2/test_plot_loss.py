@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from apps.LT2.scripts import plot_loss
 from apps.LT2.scripts.plot_loss import main, read_curve, smooth
 from lingua.errors import UserError
 from lingua.metrics import json_line
@@ -93,6 +94,19 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path, capsys, caplog):
         assert f"skipped: {tune / name}: no metrics.jsonl" in caplog.text
     with pytest.raises(UserError, match="absent/metrics.jsonl"):  # a typo
         main([str(tune / "lr=1"), str(tmp_path / "absent"), "--out", str(tmp_path / "all.png")])
+
+
+def test_twenty_runs_have_twelve_names_outside_the_axes(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plot_loss, "save_figure", lambda figure, out: figures.append(figure))
+    runs = [str(write_run(tmp_path / f"run {i}", RECORDS)) for i in range(20)]
+    main([*runs, "--out", str(tmp_path / "all.png")])
+    (figure,) = figures
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 12 and figure.axes[0].get_legend() is None
+    assert legend.get_window_extent().y1 <= figure.axes[0].get_window_extent().y0
 
 
 def test_mistakes_are_one_line(tmp_path):

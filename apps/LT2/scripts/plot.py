@@ -399,6 +399,8 @@ def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str, out: Pat
     if args.logy:
         axes.set_yscale("log")
     draw_lines(axes, lines)
+    if not lines[0].style:
+        axes.margins(x=0.15)
     axes.set_xlabel(TITLES.get(x, x))
     axes.set_ylabel(TITLES.get(y, y))
     axes.set_title(title, loc="left", fontsize=10)
