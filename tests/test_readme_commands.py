@@ -35,6 +35,11 @@ EXCEPTIONS = {
 PLACEHOLDERS = {
     "<partition>": "gpu",
     "/path/to/run": "runs/quickstart",
+    # docs/distributed.md runs two ranks
+    "--nproc-per-node 8 -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml": (
+        "--nproc-per-node 1 -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml"
+    ),
+    "--nproc-per-node 8 -m apps.LT2.eval": "--nproc-per-node 1 -m apps.LT2.eval",
     "--nproc-per-node 8": "--nproc-per-node 2",
 }
 

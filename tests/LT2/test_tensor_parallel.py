@@ -56,14 +56,13 @@ TWO_RANKS: dict[str, tuple[str, Options, Options]] = {
     "full": ("full", {"n_heads": 4, "n_kv_heads": 2, "gated_attn": True, "n_layers": 2}, TWO),
     "kda": ("kda", {"n_layers": 1, "kda": KDAArgs(expand_v=2)}, TWO),
     "mamba2, groups": ("mamba2", {"n_layers": 1, "mamba2": GROUPS}, TWO),
-    "gla": ("hybrid", {"mixer": "gla"}, TWO),
     "no_shard": ("hybrid", {}, {"tp_size": 2}),
     "muon": ("hybrid", {}, {**TWO, "optim": "muon"}),
     "tied": ("full", {"n_layers": 1, "weight_tying": True}, TWO),
     "odd vocabulary": ("full", {"n_layers": 1, "vocab_size": 259}, TWO),
     **{
         f"{mode} recomputation": ("hybrid", {}, {**TWO, "activation_checkpointing": mode})
-        for mode in ("selective", "full", "loop")
+        for mode in ("selective", "loop")
     },
 }
 FOUR = {**TWO, "dp_replicate": 2}
@@ -92,7 +91,11 @@ EIGHT_RANKS: dict[str, tuple[str, Options, Options]] = {
 TWO_KINDS = {"attention_pattern": "hgrn2->full", "mixer": "hgrn2", "n_layers": 1}
 COMPILED: dict[str, tuple[str, Options, Options]] = {
     "heads": ("hybrid", TWO_KINDS, {**TWO, "activation_checkpointing": "selective"}),
-    "data": ("hybrid", TWO_KINDS, {**FOUR, "tp_size": 1, "activation_checkpointing": "loop"}),
+    "data": (
+        "full",
+        {"n_layers": 1},
+        {**FOUR, "tp_size": 1, "activation_checkpointing": "loop"},
+    ),
 }
 
 

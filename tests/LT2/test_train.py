@@ -140,7 +140,7 @@ def stop_and_resume(rank, world_size, data, tmp_path):
     options = {"distributed.fsdp_type": "full_shard", "grad_acc_steps": 2, "data.load_async": True}
     want, got = tmp_path / "whole", tmp_path / "parts"
     train(data, want, **options)
-    for stop in (1, 3):
+    for stop in (3,):
         if rank == world_size - 1:  # a signal to one rank stops all
             with stopped_after(stop):
                 train(data, got, **options)

@@ -82,7 +82,7 @@ def case_model(case: str, loop_count: int):
     return tiny_model(kind, loop_count, **changes)
 
 
-@pytest.mark.parametrize("loop_count", [1, 2, 4])
+@pytest.mark.parametrize("loop_count", [1, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_are_the_argmax_of_full_forwards(case, loop_count):
     """Prompts of 1 to 100 tokens, more than the cache has rows."""

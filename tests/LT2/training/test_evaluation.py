@@ -122,15 +122,13 @@ def test_an_evaluation_is_no_hang(data, tmp_path, monkeypatch):
 
 
 def train_on_rank(rank, world_size, data, dump_dir):
-    sharded = {"distributed.fsdp_type": "full_shard"}
-    train(data, dump_dir, **harness(data), **sharded)
+    train(data, dump_dir, **harness(data, steps=3), **{"distributed.fsdp_type": "full_shard"})
 
 
 def test_a_sharded_run_evaluates_what_it_saved(data, tmp_path):
     run_ranks(2, train_on_rank, data, tmp_path / "two")
     found = scores_by_step(tmp_path / "two")
-    assert sorted(found) == [3, 6]
-    assert scores_of(tmp_path / "two", 6, data, tmp_path / "again") == found[6]
+    assert scores_of(tmp_path / "two", 3, data, tmp_path / "again") == found[3]
 
 
 def test_an_interrupted_evaluation_is_repeated(data, run, tmp_path, monkeypatch):
