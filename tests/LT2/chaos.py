@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 import apps.LT2.train as app
+import tests.lingua.dist_utils  # noqa: F401, sets what the server imports
 from apps.LT2.training.trainer import Trainer
 from tests.LT2.tiny_run import train
 
