@@ -164,9 +164,13 @@ def check_init_path(path: str | None) -> None:
     if source is not None and source.is_dir():
         read_metadata(source)
     if path is not None and source is None:
+        is_missing = not Path(path).exists()
+        steps = [p for name in ("", "checkpoints") for p in (Path(path) / name).glob("[0-9]" * 10)]
+        example = max(steps, default="<dump_dir>/checkpoints/0000001000")
         raise UserError(
-            f"checkpoint.init_ckpt_path={path}: no checkpoint found (no {METADATA_NAME}); name a "
-            "step folder such as <dump_dir>/checkpoints/0000001000, or a weight file "
+            f"checkpoint.init_ckpt_path={path}: "
+            + ("no such file or folder" if is_missing else f"no checkpoint (no {METADATA_NAME})")
+            + f"; name a step folder such as {example}, or a weight file "
             f"({CONSOLIDATE_NAME} or {SAFETENSORS_NAME})"
         )
 

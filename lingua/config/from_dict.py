@@ -182,6 +182,8 @@ def _expected(hint: Any, value: Any) -> str:
         advice = f"; quote it for the text: '{format_value(value)}'"
     elif isinstance(value, str) and any(typing.get_origin(m) is list for m in members):
         advice = f"; a list is written [{value}]"
+        if "," in value:
+            advice += f', and a list of one item ["{value}"]'
     return f"expected {describe_type(hint)}{advice}"
 
 
@@ -189,7 +191,9 @@ def unknown_option(root: type, cls: type, above: str, key: str) -> str:
     """Explain that the section `cls` at `above` ("optim.", say) has no option `key`."""
     siblings = list(field_types(cls))
     everywhere = [doc.path for doc in walk_fields(root)]
-    guesses = [above + match for match in difflib.get_close_matches(key, siblings, n=1)]
+    initials = "".join(word[:1] for word in key.split("_"))  # lr for learning_rate
+    close = [initials] if initials in siblings else difflib.get_close_matches(key, siblings, n=1)
+    guesses = [above + match for match in close]
     guesses += [path for path in everywhere if path.rpartition(".")[2] == key][:2]
     guesses = guesses or difflib.get_close_matches(above + key, everywhere, n=1, cutoff=0.8)
     if guesses:

@@ -142,7 +142,8 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def name_keys(document: dict[str, Any]) -> str:
-    return ", ".join(map(repr, sorted(document)[:10])) or "no key"
+    names = [f"{key!r}{' = null' * (document[key] is None)}" for key in sorted(document)[:10]]
+    return ", ".join(names) or "no key"
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def test_null_is_not_text():
         ("step=3", "steps"),
         ("optim.zzz=3", None),
         ("optim.l_r=3", "optim.lr"),
+        ("optim.learning_rate=3", "optim.lr"),
         ("lr=3", "optim.lr"),
         ("data.sorces.a=3", "data.sources"),
         ("every=3", "dump.every"),
