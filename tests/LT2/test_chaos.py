@@ -13,8 +13,8 @@ from lingua.data import build_dataloader_from_args, init_dataloader_state_from_a
 from tests.LT2.chaos import NEVER, Death, batch_id, live, records_that_count, steps_taken_again
 from tests.LT2.tiny_run import assert_same_run, train_args, write_corpus
 
-N_KILLS = 8
-STEPS = 24
+N_KILLS = 7
+STEPS = 20
 EVERY = 2  # steps between checkpoints
 OPTIONS = {
     "steps": STEPS,

@@ -116,8 +116,6 @@ def train_and_be_killed(data: Path, dump_dir: Path, place: str, call: int, optio
     [
         ("apps.LT2.training.trainer:Trainer.step", 6, 4),
         ("lingua.metrics:MetricLogger.log", 8, 4),  # step 4 is probed but not logged
-        ("lingua.checkpointing.save:publish", 2, 2),
-        ("apps.LT2.evaluation.validation:Validator.__call__", 1, 3),
     ],
 )
 def test_a_killed_run_resumes_to_the_bit(data, uninterrupted, tmp_path, place, call, newest):
@@ -241,7 +239,7 @@ SLOW = {"optim.lr": 3e-4}
 FULL = {"distributed.fsdp_type": "full_shard", **SLOW}
 RANK_CASES = {
     "full_shard": FULL,
-    "no_shard, accumulated": {**SLOW, "grad_acc_steps": 2},
+    "no_shard": SLOW,
     "full_shard, accumulated, random layout": {**FULL, **RANDOM_LAYOUT, "grad_acc_steps": 2},
 }
 

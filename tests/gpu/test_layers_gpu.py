@@ -83,7 +83,8 @@ class Oracle:
     takes_documents: bool = True
 
     def model_args(self) -> LoopedTransformerArgs:
-        shape = {"dim": DIM, "n_layers": 1, "n_heads": HEADS, "norm_eps": EPS, "vocab_size": 8}
+        shape = {"dim": DIM, "n_layers": 1, "n_heads": HEADS, "vocab_size": 8}
+        shape |= {"norm_eps": EPS, "mixer_norm_eps": EPS}
         return LoopedTransformerArgs(**(shape | self.args))
 
 

@@ -15,10 +15,9 @@ from tests.tolerances import FP32, assert_same
 @pytest.mark.parametrize(
     "B, T, C, k, with_bias, lengths, silu",
     [
-        (2, 66, 100, 4, True, None, True),
+        (1, 66, 100, 4, True, None, True),
         (3, 1, 65, 2, True, None, False),
-        (1, 70, 64, 4, False, (1, 2, 0, 3, 57, 7), True),
-        (1, 69, 30, 8, True, (60, 1, 8), True),
+        (1, 70, 30, 8, False, (1, 2, 0, 3, 57, 7), True),
     ],
 )
 def test_sequences_and_every_gradient(B, T, C, k, with_bias, lengths, silu):

@@ -52,6 +52,7 @@ def convolved_heads(weights: Weights, x_TD: Tensor, own: Any, shape: tuple[int, 
 
 
 def rms_norm(weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
+    assert eps is not None, "set mixer_norm_eps: torch takes None for another epsilon"
     return F.rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], eps=eps)
 
 

@@ -32,7 +32,7 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
     outputs = []
     for h, (q, k, v) in enumerate(convolved_heads(weights, x_TD, own, shape)):
         o = head_outputs(q, k, v, g_TH[:, h], beta_TH[:, h])
-        outputs.append(rms_norm(weights, "norm", o, args.output_norm_eps) * F.silu(gates[h]))
+        outputs.append(rms_norm(weights, "norm", o, args.mixer_norm_eps) * F.silu(gates[h]))
     return torch.cat(outputs, -1) @ weights["wo.weight"].T
 
 

@@ -37,7 +37,7 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
         for t in range(len(x_TD)):
             S = alpha[t][:, None] * S + torch.outer(k[h][t], v[h][t])
             outputs.append(S.T @ q[h][t] * key_dim**-0.5)
-        o = rms_norm(weights, "norm", torch.stack(outputs), args.output_norm_eps)
+        o = rms_norm(weights, "norm", torch.stack(outputs), args.mixer_norm_eps)
         heads.append(o * F.silu(gate[h]))
     return torch.cat(heads, -1) @ weights["wo.weight"].T
 

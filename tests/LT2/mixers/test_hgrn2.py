@@ -26,7 +26,7 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
             outputs.append(S.T @ F.silu(q[h][t]) * key_dim**-0.5)
         heads.append(torch.stack(outputs))
     return (
-        rms_norm(weights, "norm", torch.cat(heads, -1), args.output_norm_eps)
+        rms_norm(weights, "norm", torch.cat(heads, -1), args.mixer_norm_eps)
         @ weights["wo.weight"].T
     )
 

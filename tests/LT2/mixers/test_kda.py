@@ -46,7 +46,7 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
     for h, (q, k, v) in enumerate(convolved_heads(weights, x_TD, own, shape)):
         g = -weights["A_log"][h].exp() * F.softplus(a[h])
         o = head_outputs(q, k, v, g, beta_TH[:, h])
-        outputs.append(rms_norm(weights, "norm", o, args.output_norm_eps) * gates[h])
+        outputs.append(rms_norm(weights, "norm", o, args.mixer_norm_eps) * gates[h])
     return torch.cat(outputs, -1) @ weights["wo.weight"].T
 
 

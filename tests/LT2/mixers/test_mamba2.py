@@ -28,7 +28,7 @@ def make(**mamba2) -> Mamba2:
 def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) -> Tensor:
     own, inner = args.mamba2, int(args.mamba2.expand * args.dim)
     P, G, N = own.head_dim, own.n_groups, own.state_dim
-    H, eps = inner // P, args.output_norm_eps
+    H, eps = inner // P, args.mixer_norm_eps
     projected = torch.cat([x_TD @ weights[f"w{name}.weight"].T for name in "xBC"], dim=-1)
     xBC = convolve(weights, projected, own.conv_size, bias=True)
     x, B, C = xBC.split([inner, G * N, G * N], dim=-1)

@@ -38,7 +38,7 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
         D_TT = torch.where(age >= 0, gamma ** age.type_as(x_TD), 0)
         scores = rotated(q[h], args.rope_theta) @ rotated(k[h], args.rope_theta).T
         o = (scores * key_dim**-0.5 * D_TT) @ v[h]
-        heads.append(F.silu(gate[h]) * rms_norm(weights, "norm", o, args.output_norm_eps))
+        heads.append(F.silu(gate[h]) * rms_norm(weights, "norm", o, args.mixer_norm_eps))
     return torch.cat(heads, -1) @ weights["wo.weight"].T
 
 
