@@ -6,8 +6,8 @@
 
 Other options such as model.loop_count=2 apply to all configs. Nothing is allocated: models are
 built on the meta device, in seconds on any machine. Parameters count once, however often they loop;
-FLOPs, caches and activations count in every loop. Peak memory is an estimate for compiled blocks on
-a GPU; everything else is exact.
+FLOPs, caches and activations count in every loop. Activations (`kept` in JSON) and peak memory are
+estimates for compiled blocks on a GPU; everything else is exact.
 """
 
 from __future__ import annotations

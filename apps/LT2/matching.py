@@ -1,4 +1,4 @@
-"""Make models comparable: change one size until parameters or FLOPs equal those of another."""
+"""Change one size of a model until its parameters or FLOPs equal those of another."""
 
 from __future__ import annotations
 

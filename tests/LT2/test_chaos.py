@@ -14,7 +14,7 @@ from tests.LT2.chaos import NEVER, Death, batch_id, live, records_that_count, st
 from tests.LT2.tiny_run import assert_same_run, train_args, write_corpus
 
 N_KILLS = 7
-STEPS = 20
+STEPS = 28
 EVERY = 2  # steps between checkpoints
 OPTIONS = {
     "steps": STEPS,

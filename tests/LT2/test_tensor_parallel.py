@@ -69,7 +69,6 @@ FOUR = {**TWO, "dp_replicate": 2}
 FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
     "dp_replicate": ("hybrid", {}, FOUR),
     "dp_shard": ("mamba2", {"n_layers": 1}, {**TWO, "dp_shard": 2}),
-    "no_shard": ("kda", {"n_layers": 1}, {"tp_size": 2, "dp_replicate": 2}),
     "muon": ("hybrid", {}, {**TWO, "dp_shard": 2, "optim": "muon"}),
     "tied": ("full", {"n_layers": 1, "weight_tying": True}, {**TWO, "dp_shard": 2}),
     # 4 does not divide 258 tokens: the vocabulary stays whole on each rank.

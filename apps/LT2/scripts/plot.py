@@ -5,8 +5,8 @@
     python -m apps.LT2.scripts.plot runs/tune x=loop_count by=mixer mean=seed out=loops.svg
 
 RUNS are dump_dirs of runs, or folders of runs. Names of options and metrics may be shortened to
-their end: mixer for model.mixer, val for loss/val. The plotted data are written beside the figure,
-as CSV.
+their end: mixer for model.mixer, val for loss/val. The data go into a CSV file beside the
+figure.
 """
 
 from __future__ import annotations
@@ -36,24 +36,27 @@ from apps.LT2.scripts.figure import (
     set_plain_ticks,
     smooth,
 )
+from apps.LT2.scripts.run_metrics import (
+    AXES,
+    STEP,
+    Run,
+    differing_options,
+    find_metric,
+    find_option,
+    read_runs,
+    say_differing,
+    warn_skipped,
+    with_metric,
+)
 from lingua.args import parse_args
 from lingua.config.cli import OVERRIDE
 from lingua.config.help import format_value
 from lingua.errors import UserError, run_cli
-from lingua.evaluations import read_evaluations
 from lingua.files.atomic import write_atomic
-from lingua.files.jsonl_log import read_jsonl_records
-from lingua.slurm.run_list import PER_RUN, RunOptions, find_runs, is_run, read_options
 
 logger = logging.getLogger(__name__)
 
-STEP, ABSENT = "global_step", "unset"
-AXES = {  # x= to the metric
-    "steps": STEP,
-    "tokens": "optim/total_tokens",
-    "flops": "optim/total_flops",
-    "seconds": "time/elapsed",
-}
+ABSENT = "unset"
 TITLES = {
     STEP: "optimizer step",
     "optim/total_tokens": "training tokens",
@@ -88,13 +91,6 @@ class PlotArgs:
 
 
 @dataclass
-class Run:
-    name: str
-    options: RunOptions
-    metrics: dict[str, dict[int, float | None]]  # by step; None was NaN or infinite
-
-
-@dataclass
 class Series:
     """A line before it gets its colour: one run, or several that differ in `mean`."""
 
@@ -105,113 +101,6 @@ class Series:
     std: list[float]
     n: list[int]
     smoothed: list[float] | None = None
-
-
-def runs_of(path: Path) -> list[tuple[str, Path]]:
-    """Return the name and folder of the run, or of all runs in the folder."""
-    runs = {}
-    if path.is_dir() and not is_run(path) and not (path / "metrics.jsonl").exists():
-        runs = find_runs(path)
-    return list(runs.items()) or [(path.resolve().name, path)]
-
-
-def read_runs(given: Sequence[Path]) -> list[Run]:
-    """Read runs, and all runs in folders of runs. Runs without metrics are skipped."""
-    runs, without = [], []
-    for name, path in dict.fromkeys(run for folder in given for run in runs_of(folder)):
-        if not path.exists():
-            raise UserError(f"{path} does not exist; name a run's dump_dir, or a folder of runs")
-        metrics = read_metrics(path)
-        if metrics:
-            runs.append(Run(name, read_options(path), metrics))
-        else:
-            without.append(name)
-    if not runs:
-        raise UserError(
-            f"{', '.join(map(str, given))}: no run with a metrics.jsonl; "
-            "name a run's dump_dir, or a folder of runs"
-        )
-    _warn_skipped(without, "no metrics.jsonl yet")
-    return runs
-
-
-def read_metrics(run: Path) -> dict[str, dict[int, float | None]]:
-    """Map metrics to their values by step. Evaluations count if made with the run's own options."""
-    metrics: dict[str, dict[int, float | None]] = {}
-    file = run / "metrics.jsonl"
-    for record in read_jsonl_records(file) if file.is_file() else []:
-        step = record.get(STEP)
-        for key, value in record.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if step is not None and (is_number or value is None):
-                metrics.setdefault(key, {})[step] = value
-    for evaluation in read_evaluations(run) if run.is_dir() else []:
-        if not evaluation.label and evaluation.step is not None:
-            for key, score in evaluation.scores.items():
-                metrics.setdefault(key, {}).setdefault(evaluation.step, score)
-    return metrics
-
-
-def _warn_skipped(names: Sequence[str], why: str) -> None:
-    if names:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        logger.warning("skipped %s: %s", shown, why)
-
-
-def full_name(setting: str, name: str, known: Collection[str], separator: str) -> list[str]:
-    """Return the known names that equal `name`, or else those that end with it."""
-    if name in known:
-        return [name]
-    return [known_name for known_name in known if known_name.endswith(separator + name)]
-
-
-def find_metric(y: str, runs: Sequence[Run]) -> str:
-    known = sorted({key for run in runs for key in run.metrics} - {STEP, "acc_step"})
-    found = full_name("y", y, known, "/")
-    if not found:
-        raise UserError(f"y={y}: no run has this metric; use {_listed(known)}")
-    if len(found) > 1:
-        raise UserError(f"y={y} is one of {', '.join(found)}; use the full name")
-    return found[0]
-
-
-def find_option(setting: str, name: str, runs: Sequence[Run], differing: Collection[str]) -> str:
-    """Resolve a shortened option. One that differs between the runs is preferred."""
-    known = {option for run in runs for option in run.options.current}
-    found = full_name(setting, name, differing, ".") or full_name(setting, name, known, ".")
-    if not found:
-        others = f"; {'/'.join(AXES)} work too" if setting == "x" else ""
-        raise UserError(f"{setting}={name}: no run has this option; {_differ(differing)}{others}")
-    if len(found) > 1:
-        raise UserError(f"{setting}={name} is one of {', '.join(found)}; use the full name")
-    return found[0]
-
-
-def _differ(differing: Collection[str]) -> str:
-    if not differing:
-        return "no option differs between these runs"
-    return f"these differ between the runs: {_listed(differing)}"
-
-
-def _listed(names: Collection[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(list(names)[:most]) + more
-
-
-def differing_options(runs: Sequence[Run]) -> list[str]:
-    """List the options that differ and were asked to differ, unlike values derived from others."""
-
-    def differs(option: str) -> bool:
-        current = {format_value(o.current[option]) for o in options if option in o.current}
-        asked = {
-            format_value(o.requested[option]) if option in o.requested else "" for o in options
-        }
-        return len(current) > 1 and len(asked) > 1
-
-    options = [run.options for run in runs]
-    known = dict.fromkeys(option for o in options for option in o.current)
-    found = [option for option in known if option not in PER_RUN and differs(option)]
-    return sorted(found, key=lambda option: option == "seed")  # the last in a label
 
 
 # ---- from runs to series
@@ -322,7 +211,7 @@ def finals_against(option: str, y: str, groups: Any) -> list[Series]:
             texts = sorted(at, key=_order)
             values = _mean_and_std(at[text] for text in texts)
             found.append(Series(options, members[0].name, texts, *values))
-    _warn_skipped(diverged, f"the last {y} is NaN or infinite")
+    warn_skipped(diverged, f"the last {y} is NaN or infinite")
     if len(steps) > 1:
         logger.warning(
             "final values are of different steps, %d to %d: some runs are shorter or still running",
@@ -463,7 +352,7 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
         with_metric(runs, y, f"y={args.y or y}"), x if is_curve else y, f"x={args.x}"
     )
     for option in set(mean) - set(differing):
-        logger.warning("mean=%s has no effect: %s", option, _differ(differing))
+        logger.warning("mean=%s has no effect: %s", option, say_differing(differing))
     options = [o for o in dict.fromkeys([*by, *differing]) if o not in mean and o != x]
     by = [o for o in by if o in options]
     groups = grouped(runs, options)
@@ -481,30 +370,19 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     print(f"figure: {out}, its data: {out.with_suffix('.csv')}")
 
 
-def with_metric(runs: Sequence[Run], key: str, setting: str) -> list[Run]:
-    """Return the runs that have the metric. UserError if none has it."""
-    if key == STEP:
-        return list(runs)
-    have = [run for run in runs if any(v is not None for v in run.metrics.get(key, {}).values())]
-    if not have:
-        axes = [name for name, k in AXES.items() if any(k in run.metrics for run in runs)]
-        works = f"; x={' or x='.join(axes)} works" if setting.startswith("x") else ""
-        raise UserError(f"{setting}: no run has a finite {key}{works}")
-    _warn_skipped([run.name for run in runs if run not in have], f"no finite {key} ({setting})")
-    return have
-
-
 def check_points(
     series: Sequence[Series], x: str, y: str, is_curve: bool, differing: Collection[str]
 ) -> None:
     if is_curve and all(len(one.x) == 1 for one in series):
         raise UserError(
             f"{y} has one point a run, which makes no curve; "
-            f"plot final values with x=<option> ({_differ(differing)}), or log it more often"
+            f"plot final values with x=<option> ({say_differing(differing)}), or log it more often"
         )
     values = {text for one in series for text in one.x}
     if len(values) < 2:
-        raise UserError(f"x={x} has one value, {', '.join(values) or 'NaN'}; {_differ(differing)}")
+        raise UserError(
+            f"x={x} has one value, {', '.join(values) or 'NaN'}; {say_differing(differing)}"
+        )
 
 
 def print_lines(series: Sequence[Series], x: str, y: str) -> None:

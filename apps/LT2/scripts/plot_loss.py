@@ -31,7 +31,7 @@ from apps.LT2.scripts.figure import (
     set_plain_ticks,
     smooth,
 )
-from apps.LT2.scripts.plot import runs_of
+from apps.LT2.scripts.run_metrics import runs_of
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
 from lingua.evaluations import VALIDATION_LOG, read_evaluations
