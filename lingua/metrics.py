@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import uuid
-from collections import namedtuple
+from collections import ChainMap, namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -81,14 +81,22 @@ class MetricLogger:
 
     `args` is the config of the run, with a LoggingArgs `args.logging`. None writes only the file.
     `resume_step` is the step that the run resumes from. None keeps all existing records.
+    `facts` of the run, such as its parameters, are added to its first record and to wandb's config.
+    A resumed run records facts that are new or have changed.
     """
 
     def __init__(
-        self, path: str | os.PathLike, args: Any = None, *, resume_step: int | None = None
+        self,
+        path: str | os.PathLike,
+        args: Any = None,
+        *,
+        resume_step: int | None = None,
+        facts: Mapping[str, Any] | None = None,
     ):
         self.path = Path(path)
         self.args = args
         self.resume_step = resume_step
+        self.facts = dict(facts or {})
         self.file: RecordFile | None = None
         self.wandb_run: Any = None
         self.tensorboard: Any = None
@@ -100,10 +108,13 @@ class MetricLogger:
         repair_jsonl(self.path, self.resume_step)
         options = self.args.logging if self.args is not None else LoggingArgs()
         if options.wandb is not None:
-            self.wandb_run = start_wandb(options.wandb, self.args, self.path.parent)
+            self.wandb_run = start_wandb(options.wandb, self.args, self.path.parent, self.facts)
         if options.tensorboard:
             self.tensorboard = _start_tensorboard(self.path.parent, self.resume_step)
         self.path.touch()  # plots may read it before the first record
+        if self.facts:
+            known = ChainMap(*reversed(read_jsonl_records(self.path)))
+            self.facts = {k: v for k, v in self.facts.items() if known.get(k) != v}
         self.file = RecordFile(self.path)
         return self
 
@@ -112,7 +123,8 @@ class MetricLogger:
         if not get_is_master():
             return
         assert self.file is not None, "MetricLogger.log outside of `with`"
-        record = flatten_dict(metrics, sep="/")
+        record = flatten_dict(metrics, sep="/") | self.facts
+        self.facts = {}
         self.file.append({"created_at": datetime.now(UTC).isoformat(), **record})
         self.send(record)
 
@@ -161,7 +173,9 @@ def check_logging_packages(options: LoggingArgs) -> None:
         import_optional("tensorboard", extra="tensorboard", needed_by="logging.tensorboard=true")
 
 
-def start_wandb(options: WandbArgs, config: Any, dump_dir: Path) -> Any:
+def start_wandb(
+    options: WandbArgs, config: Any, dump_dir: Path, facts: Mapping[str, Any] | None = None
+) -> Any:
     """Start a wandb run, or resume the one whose id is in `dump_dir`."""
     wandb = import_optional("wandb", extra="wandb", needed_by="logging.wandb")
     given = {f.name: getattr(options, f.name) for f in fields(options)}
@@ -176,7 +190,8 @@ def start_wandb(options: WandbArgs, config: Any, dump_dir: Path) -> Any:
     if not {"fork_from", "resume_from"} & given.keys():  # wandb forbids these with `resume`
         given.setdefault("id", uuid.uuid4().hex[:8])
         given.setdefault("resume", "allow")
-    run = _init_wandb(wandb, config=redact_all(dataclass_to_dict(config)), **given)
+    all_config = redact_all(dataclass_to_dict(config)) | dict(facts or {})
+    run = _init_wandb(wandb, config=all_config, **given)
     write_atomic(id_file, run.id)
     return run
 

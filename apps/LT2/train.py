@@ -35,6 +35,7 @@ from apps.LT2.parallel import (
     get_no_recompute_ops,
     tp_parallelize,
 )
+from apps.LT2.pattern import format_layout
 from apps.LT2.training.args import TrainArgs, check_and_build
 from apps.LT2.training.args import validate_train_args as validate_train_args
 from apps.LT2.training.evaluation import (
@@ -82,7 +83,7 @@ from lingua.errors import UserError, run_cli
 from lingua.files.atomic import write_atomic
 from lingua.files.lock import make_and_lock_folders
 from lingua.logger import end_in_log_file, init_logger, log_on_rank_0
-from lingua.metrics import MetricLogger
+from lingua.metrics import MetricLogger, get_num_params
 from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallel.ranks import launcher
 from lingua.parallel.rendezvous import check_address
@@ -291,7 +292,12 @@ def build_run(
     for warning in train_warnings(args):
         log_on_rank_0(warning, level=WARNING)
     progress = Progress(trainer, flops_per_token)
-    metric_logger = MetricLogger(metrics_path(args), args, resume_step=state.step)
+    facts = {
+        "model/parameters": get_num_params(model),
+        "model/layout": format_layout(model.inference_layout, model.layout_plan.random_loops),
+        "model/flops_per_token": flops_per_token,
+    }
+    metric_logger = MetricLogger(metrics_path(args), args, resume_step=state.step, facts=facts)
     metrics = run_together(lambda: resources.enter_context(metric_logger))
     profiler = resources.enter_context(maybe_run_profiler(args.dump_dir, model, args.profiling))
     log_micro_batches(trainer, metrics)

@@ -168,15 +168,18 @@ def tensors(dump_dir: Path, step: int) -> dict[str, Any]:
 
 def train_states(dump_dir: Path, step: int) -> list[dict[str, Any]]:
     files = sorted(checkpoint(dump_dir, step).glob("train_state_*.json"))
-    return [json.loads(file.read_text()) for file in files]
+    states = [json.loads(file.read_text()) for file in files]
+    return [{k: v for k, v in s.items() if not k.startswith(TIMES)} for s in states]
+
+
+TIMES = ("speed/", "time/", "created", "seconds")
 
 
 def records(dump_dir: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl without times and speeds."""
     lines = (dump_dir / "metrics.jsonl").read_text().splitlines()
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith(("speed/", "created"))}
-        for line in lines
+        {k: v for k, v in json.loads(line).items() if not k.startswith(TIMES)} for line in lines
     ]
 
 

@@ -21,12 +21,17 @@ from lingua.parallel.args import resolve_dtype
 
 @dataclass
 class Progress:
-    """Collects step results; `record` averages those since the last call."""
+    """Collects step results; `record` averages those since the last call.
+
+    Counts FLOPs and seconds in the train state. A checkpoint older than these counts gets the
+    FLOPs of its tokens, and its run has no time/elapsed.
+    """
 
     trainer: Trainer
     flops_per_token: int  # forward and backward, of the whole model
     _results: list[StepResult] = field(default_factory=list)
-    _began: float = field(default_factory=time.perf_counter)
+    _since: float = field(default_factory=time.perf_counter)  # end of the counted time
+    _seconds: float = 0.0  # counted since the last record
 
     def __post_init__(self):
         device, model_dtype = self.trainer.device, self.trainer.args.distributed.model_dtype
@@ -34,14 +39,26 @@ class Progress:
         self.peak_flops = peak_flops(self.memory.name, resolve_dtype(model_dtype, device.type))
 
     def add(self, result: StepResult) -> None:
+        state = self.trainer.state
+        if state.n_flops is None:
+            n_before = (state.n_tokens or 0) - self.trainer.tokens_per_step
+            state.n_flops = n_before * self.flops_per_token
+        state.n_flops += self.trainer.tokens_per_step * self.flops_per_token
         self._results.append(result)
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self._seconds += now - self._since
+        if self.trainer.state.seconds is not None:
+            self.trainer.state.seconds += now - self._since
+        self._since = now
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude the block from the training time."""
-        began = time.perf_counter()
+        self._count_time()
         yield
-        self._began += time.perf_counter() - began
+        self._since = time.perf_counter()
 
     def record(self) -> dict[str, Any]:
         """Return the metrics of the steps since the last record, at least one. A collective.
@@ -52,7 +69,8 @@ class Progress:
         loss = _mean(state.losses)  # waits for the device
         mixer_losses = {f"loss/{name}": _mean(ls) for name, ls in state.mixer_losses.items()}
         mixer_norms = results[-1].mixer_grad_norms
-        seconds = (time.perf_counter() - self._began) / n_steps
+        self._count_time()
+        seconds = self._seconds / n_steps
         tokens_per_s, world_size = self.trainer.tokens_per_step / seconds, get_world_size()
         flops = tokens_per_s * self.flops_per_token / world_size
         record = {
@@ -69,12 +87,15 @@ class Progress:
             **{f"optim/grad_norm_{name}": norm for name, norm in mixer_norms.items()},
             "optim/lr": results[-1].lr,
             "optim/total_tokens": state.n_tokens,
+            "optim/total_flops": float(state.n_flops or 0),  # wandb has 64-bit integers
             **self.memory.metrics(),
         }
         if self.peak_flops is not None:
             record["speed/mfu"] = flops / self.peak_flops
+        if state.seconds is not None:
+            record["time/elapsed"] = state.seconds
         self.memory.reset_peak_stats()
-        self._results, self._began = [], time.perf_counter()
+        self._results, self._seconds = [], 0.0
         return record
 
     def line(self, record: dict[str, Any]) -> str:

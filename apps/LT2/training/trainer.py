@@ -44,7 +44,10 @@ class TrainState:
     acc_step: int  # finished micro-batches of the current step; 0 in every checkpoint
     data_loader_state: DataState
     scheduler: ScheduledLR
-    n_tokens: int | None = 0  # read by all ranks; None after loading an older checkpoint
+    # None after loading an older checkpoint, as are n_flops and seconds
+    n_tokens: int | None = 0  # read by all ranks
+    n_flops: int | None = 0  # of the model, in forward and backward, on all ranks
+    seconds: float | None = 0.0  # of training, without evaluations and checkpoints
     # One loss for each step since the last log record, on the device. Its mean over ranks is the
     # loss of the step. Steps without targets have none.
     losses: list[Tensor] = field(default_factory=list)
@@ -57,6 +60,8 @@ class TrainState:
             "data_loader_state": self.data_loader_state,
             "scheduler": self.scheduler.state_dict(),
             "n_tokens": self.n_tokens,
+            "n_flops": self.n_flops,
+            "seconds": self.seconds,
             "losses": _to_numbers(self.losses),
             "mixer_losses": {name: _to_numbers(ls) for name, ls in self.mixer_losses.items()},
         }
@@ -67,6 +72,8 @@ class TrainState:
         self.data_loader_state = state_dict["data_loader_state"]
         self.scheduler.load_state_dict(state_dict["scheduler"])
         self.n_tokens = state_dict.get("n_tokens")
+        self.n_flops = state_dict.get("n_flops")
+        self.seconds = state_dict.get("seconds")
         self.losses = _to_tensors(state_dict["losses"])
         mixer_losses = state_dict.get("mixer_losses", {})  # older checkpoints have none
         self.mixer_losses = {name: _to_tensors(numbers) for name, numbers in mixer_losses.items()}

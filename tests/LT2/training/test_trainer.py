@@ -201,7 +201,10 @@ def test_probes_and_profiles_do_not_change_a_run(data, tmp_path):
     seen = records(tmp_path / "observed")
     probed = [record for record in seen if "layers/grad_norm/0" in record]
     assert [record["global_step"] for record in probed] == [0, 2, 4]
-    assert [record for record in seen if record not in probed] == records(tmp_path / "alone")
+    alone = records(tmp_path / "alone")
+    facts = {key: alone[0].pop(key) for key in list(alone[0]) if key.startswith("model/")}
+    assert facts and facts.items() <= probed[0].items(), "in the first record only"
+    assert [record for record in seen if record not in probed] == alone
 
     probe = (tmp_path / "observed" / "probe" / "probe.0.jsonl").read_text().splitlines()
     assert [json.loads(line)["meta"]["global_step"] for line in probe] == [0, 2, 4]
@@ -216,7 +219,13 @@ def test_total_tokens_counts_across_a_resume(data, tmp_path):
         train(data, tmp_path, grad_acc_steps=2)
     train(data, tmp_path)
     batch = OPTIONS["data.batch_size"] * OPTIONS["data.seq_len"]
-    assert column(tmp_path, "optim/total_tokens") == [batch * n for n in (2, 4, 6, 7, 8, 9)]
+    n_tokens = column(tmp_path, "optim/total_tokens")
+    assert n_tokens == [batch * n for n in (2, 4, 6, 7, 8, 9)]
+    (flops,) = column(tmp_path, "model/flops_per_token")
+    assert column(tmp_path, "optim/total_flops") == [flops * n for n in n_tokens]
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    elapsed = [line["time/elapsed"] for line in lines if "time/elapsed" in line]
+    assert len(elapsed) == 6 and elapsed == sorted(elapsed) and elapsed[0] > 0
 
 
 def test_no_secret_is_written(data, tmp_path, monkeypatch, capfd):
