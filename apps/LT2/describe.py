@@ -13,6 +13,7 @@ estimates for compiled blocks on a GPU; everything else is exact.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -40,6 +41,8 @@ from lingua.distributed import fit_to_world
 from lingua.errors import UserError, run_cli
 from lingua.parallel.args import ACTIVATION_CHECKPOINTING
 from lingua.tokenizer import build_tokenizer, find_tokenizer_file
+
+logger = logging.getLogger(__name__)
 
 LLAMA3_VOCAB = 128_256  # vocabulary of the recipes' tokenizer
 DECODE_BATCHES = (1, 8)
@@ -92,6 +95,7 @@ def read_config(path: str, overrides: Sequence[str]) -> TrainArgs:
             find_tokenizer_file(tokenizer.name, tokenizer.path)
         except UserError:
             args.model.vocab_size = LLAMA3_VOCAB
+            logger.warning("%s: no tokenizer file; with Llama 3's vocabulary", path)
         else:
             args.model.vocab_size = build_tokenizer(tokenizer.name, tokenizer.path).n_words
     return args

@@ -142,8 +142,8 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def name_keys(document: dict[str, Any]) -> str:
-    names = [f"{key!r}{' = null' * (document[key] is None)}" for key in sorted(document)[:10]]
-    return ", ".join(names) or "no key"
+    keys = sorted(document)[:10]
+    return ", ".join(f"{k!r} = null" if document[k] is None else repr(k) for k in keys) or "no key"
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

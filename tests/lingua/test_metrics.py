@@ -69,6 +69,16 @@ def test_records_are_flat_strict_json_and_written_at_once(path):
     }
 
 
+def test_facts_are_recorded_once_and_again_if_they_change(path, wandb):
+    for step, layout in ((1, "gF"), (2, "gF"), (3, "gg")):
+        facts = {"model/layout": layout, "model/parameters": 7}
+        with MetricLogger(path, with_wandb(project="p"), facts=facts) as metric_logger:
+            metric_logger.log({"global_step": step})
+    recorded = [{k: v for k, v in r.items() if k.startswith("model/")} for r in records(path)]
+    assert recorded == [{"model/layout": "gF", "model/parameters": 7}, {}, {"model/layout": "gg"}]
+    assert wandb.runs[0].options["config"]["model/layout"] == "gF"
+
+
 def test_resume_drops_the_steps_that_repeat(path):
     log_steps(path, [10, 20, 30, 40])
     log_steps(path, [30, 40, 50], resume_step=20)

@@ -26,7 +26,7 @@ def args(tmp_path):
     return train_args(write_corpus(tmp_path / "data"), run, **options)
 
 
-def test_a_job_that_ended_without_scores_is_repeated(args, tmp_path):
+def test_a_job_that_ended_without_scores_is_repeated(args):
     assert find_missing_harness_step(args, 6) == 6
 
 

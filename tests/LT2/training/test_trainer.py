@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import apps.LT2.train as app
+from apps.LT2.training.trainer import TrainState
 from lingua.checkpointing.folder import find_problem
 from lingua.errors import UserError
 from lingua.slurm.code import code_version
@@ -226,6 +227,25 @@ def test_total_tokens_counts_across_a_resume(data, tmp_path):
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     elapsed = [line["time/elapsed"] for line in lines if "time/elapsed" in line]
     assert len(elapsed) == 6 and elapsed == sorted(elapsed) and elapsed[0] > 0
+
+
+def test_a_checkpoint_without_flops_and_seconds_gets_the_flops_of_its_tokens(
+    data, tmp_path, monkeypatch
+):
+    inner = TrainState.state_dict
+
+    def as_before(self):
+        return {k: v for k, v in inner(self).items() if k not in ("n_flops", "seconds")}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainState, "state_dict", as_before)
+        train(data, tmp_path, steps=2)
+    train(data, tmp_path, steps=4)
+    (flops,) = column(tmp_path, "model/flops_per_token")
+    n_tokens = column(tmp_path, "optim/total_tokens")
+    assert column(tmp_path, "optim/total_flops") == [flops * n for n in n_tokens]
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert ["time/elapsed" in r for r in lines if "loss/out" in r] == [True, True, False, False]
 
 
 def test_no_secret_is_written(data, tmp_path, monkeypatch, capfd):

@@ -129,7 +129,7 @@ BAD_LINES = {
     b'{"text": "cut off': "not JSON",
     b'["a list"]': "must be a JSON object, got list",
     b'{"title": "x", "id": 1}': "found: 'id', 'title'",
-    b'{"text": null}': 'no string under "text"',
+    b'{"text": null}': "found: 'text' = null",
     b'{"text": null, "content": 3}': "found: 'content', 'text'",
     b'{"text": 3, "content": "x"}': "found: 'content', 'text'",
     b'{"text": "\xff\xfe"}': "not JSON in UTF-8",
