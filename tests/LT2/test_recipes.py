@@ -40,7 +40,8 @@ UNMATCHED = {f"looped_hybrid_{name}_1B" for name in ("gdn_4to1", "bookend", "gdn
 # Four sequences instead of six; the first comment gives the reason.
 SMALLER_MICRO_BATCHES = {f"looped_pure_{name}_600M" for name in ("hgrn2", "kda", "nsa")}
 MODEL_ORDER = (
-    *("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "weight_tying", "loop_count"),
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "mixer_norm_eps"),
+    *("weight_tying", "loop_count"),
     *("mixer", "hybrid_mixer", "attention_pattern", "default_sliding_window"),
     *("use_residual", "gated_attn", "dsa"),
 )
@@ -213,7 +214,7 @@ def test_settings_agree_across_recipes(recipe):
     scale = recipe.parent.name
     reference = asdict(read_recipe(recipe_named(f"looped_pure_full_{scale}")))
     layout = ("mixer", "hybrid_mixer", "attention_pattern", "n_layers", "n_heads", "n_kv_heads")
-    own = (*layout, "gated_attn", "dsa")
+    own = (*layout, "gated_attn", "dsa", "mixer_norm_eps")
     not_looped = "transformer" in recipe.stem  # it keeps a quarter of the activations
     if not_looped:
         own += ("loop_count", "use_residual")
@@ -222,6 +223,14 @@ def test_settings_agree_across_recipes(recipe):
         assert got["distributed"] == reference["distributed"]
     if not not_looped and recipe.stem not in SMALLER_MICRO_BATCHES:
         assert got["data"]["batch_size"] == reference["data"]["batch_size"]
+
+
+@each(EXPERIMENTS)
+def test_gdn_has_a_larger_epsilon(recipe):
+    """Only there was it compared in training: docs/LOG.md."""
+    model = read_recipe(recipe).model
+    has_gdn = "gdn" in model.mixer or "gdn" in (model.attention_pattern or "")
+    assert model.mixer_norm_eps == (1e-4 if has_gdn else None)
 
 
 @each(EXPERIMENTS)
