@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from lingua.config.from_dict import Options, Text
-from lingua.config.help import field_types, format_help, format_value
+from lingua.config.help import as_started, field_types, format_help, format_value
 from lingua.config.ignored import why_ignored
+from lingua.config.stand_in import HELP
 from lingua.config.yaml import read_yaml_file
 from lingua.errors import UserError, import_optional
 from lingua.files.atomic import write_atomic
@@ -39,11 +40,13 @@ def parse_args(
     """Read `[config=FILE.yaml] [a.b=c ...]` into a `cls`; `--help` prints every option and exits.
 
     The help starts with the first two paragraphs of `doc`, the command's docstring: what it does,
-    and examples. If `cls` has a field `config`, `config=` sets that field and no file is read. The
-    argument `config` is a mapping that replaces the file.
+    and examples. `--help model.gdn` prints one section. If `cls` has a field `config`, `config=`
+    sets that field and no file is read. The argument `config` is a mapping that replaces the file.
     """
-    if "-h" in argv or "--help" in argv:
-        print_text(format_help(cls, prog=prog, docstring=doc or ""))
+    if not HELP.isdisjoint(argv):
+        sections = [arg for arg in argv if arg not in HELP and "=" not in arg]
+        text = format_help(cls, prog=prog, docstring=doc or "", sections=sections)
+        print_text(as_started(text, prog))
         raise SystemExit(0)
     typed = [_split_option(arg) for arg in argv]
     options = Options(cls)

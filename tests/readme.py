@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+from apps.LT2.__main__ import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Guides, in the order in which a reader needs them. LOG.md and benchmarks/ record past commands.
@@ -22,7 +24,15 @@ class Command(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        return shlex.split(self.text, comments=True)
+        return shlex.split(self.module_form, comments=True)
+
+    @property
+    def module_form(self) -> str:
+        """The text, with `python -m MODULE` for `lt2 COMMAND`."""
+        for name, (module, _) in COMMANDS.items():
+            if f"{self.text} ".startswith(f"lt2 {name} "):
+                return f"python -m {module}{self.text[len(f'lt2 {name}') :]}"
+        return self.text
 
 
 def sections() -> dict[str, str]:

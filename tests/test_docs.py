@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from apps.LT2.__main__ import COMMANDS
 from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.generate import GenerateArgs
 from apps.LT2.mixers import MIXERS
@@ -59,7 +60,10 @@ def test_commands_name_what_exists(command):
         at = words.index("-m") + 1
         end = words.index("--") if "--" in words else len(words)
         options = [w for w in words[at + 1 : end] if not w.startswith("-")]
-        assert names_of(options) <= fields_of(PROGRAMS[words[at]]) | {"config"}
+        known = fields_of(PROGRAMS[words[at]]) | {"config"}
+        if "--help" in words:
+            known |= {path.rpartition(".")[0] for path in known}
+        assert names_of(options) <= known
         assert names_of(words[end + 1 :]) <= fields_of(TrainArgs)  # stool passes them on
         swept = {w.removeprefix("sweep.") for w in options if w.startswith("sweep.")}
         assert names_of(swept) <= fields_of(TrainArgs)
@@ -99,6 +103,13 @@ def test_the_table_of_mixers_names_every_mixer_once():
     for table in re.findall(r"^\| mixer \|.*?\n\n", SECTIONS["docs/mixers.md: start"], re.M | re.S):
         cells = re.findall(r"^\|([^|]*)\|", table, re.M)[2:]
         assert sorted(re.findall(r"`(\w+)`", "".join(cells))) == sorted(MIXERS)
+
+
+def test_the_table_of_commands_is_complete():
+    rows = re.findall(
+        r"^\| `([a-z ]+)` \| `(.*)` \|$", SECTIONS["docs/configuration.md: Commands"], re.M
+    )
+    assert rows == [(name, module) for name, (module, _) in COMMANDS.items()]
 
 
 def test_model_table_names_fields():

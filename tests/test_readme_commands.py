@@ -142,13 +142,17 @@ for command in commands():
 
 def exception(command: Command) -> str | None:
     """The reason why this command is not run, if there is one."""
-    return next((why for start, why in EXCEPTIONS.items() if command.text.startswith(start)), None)
+    form = command.module_form
+    return next((why for start, why in EXCEPTIONS.items() if form.startswith(start)), None)
 
 
 def as_run(command: Command) -> str:
     """The command with stand-ins for placeholders, and with smaller sizes."""
-    text = " ".join(re.sub(r"(^|\s)#.*", "", command.text).split())
-    starts = [start for start in SMALLER if text.startswith(start)]
+    text, form = (
+        " ".join(re.sub(r"(^|\s)#.*", "", text).split())
+        for text in (command.text, command.module_form)
+    )
+    starts = [start for start in SMALLER if form.startswith(start)]
     if starts and not text.endswith("--help"):
         text = f"{text} {SMALLER[max(starts, key=len)]}"
     for placeholder, value in PLACEHOLDERS.items():
@@ -197,7 +201,9 @@ def shell(tmp_path_factory, quick_python):
     shell = Shell(folder, quick_python)
     shell.run("git init -q && git add . && git -c user.name=a -c user.email=a commit -qm clone")
     sinfo = "#!/bin/bash\necho 60\n"  # minutes
-    for name, text in {"sbatch": SBATCH, "srun": "#!/bin/bash\n", "sinfo": sinfo}.items():
+    lt2 = '#!/bin/bash\nexec python -m apps.LT2 "$@"\n'
+    programs = {"sbatch": SBATCH, "srun": "#!/bin/bash\n", "sinfo": sinfo, "lt2": lt2}
+    for name, text in programs.items():
         shell.add_program(name, text)
     train = "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml"
     shell.run(f"{train} {TINY_RUN} dump_dir=runs/quickstart")
@@ -234,7 +240,7 @@ def test_commands_run(section, request):
     shell = request.getfixturevalue("shell")
     for command in commands_to_run:
         said = shell.run(as_run(command))
-        if command.text.startswith("python -m apps.LT2.benchmark_prefill"):
+        if command.module_form.startswith("python -m apps.LT2.benchmark_prefill"):
             rows = json.loads(said.splitlines()[-1])["rows"]
             assert rows and all(row["decode"]["ms"] > 0 for row in rows)
     for program in programs(section):
@@ -249,4 +255,4 @@ def test_commands_run(section, request):
 
 @pytest.mark.parametrize("start", [*EXCEPTIONS, *SMALLER, *PLACEHOLDERS])
 def test_each_exception_is_of_some_command(start):
-    assert any(start in command.text for command in commands())
+    assert any(start in command.module_form for command in commands())

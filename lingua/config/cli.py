@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from lingua.config.help import as_started
 from lingua.errors import UserError
 
 OVERRIDE = re.compile(r"[^-/=][^/=]*=")  # the "=" of a path comes after a slash
@@ -31,8 +32,9 @@ class DefaultsShown(argparse.HelpFormatter):
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser whose errors are UserErrors and whose --help shows defaults."""
 
-    def __init__(self, **options: Any):
-        super().__init__(formatter_class=DefaultsShown, **options)
+    def __init__(self, prog: str | None = None, **options: Any):
+        prog = prog and as_started(prog, prog)
+        super().__init__(prog=prog, formatter_class=DefaultsShown, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists all options)")

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import json
 import re
+import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+
+from lingua.errors import UserError
 
 HELP_WIDTH = 100
 COMMENT = re.compile(r"(?:^\s*|  )#(?! *(?:fmt:|noqa|type:|pyright:|ruff:))\s*(.*)")
@@ -55,27 +59,56 @@ def walk_fields(cls: type, prefix: str = "", base: Any = None) -> Iterator[Field
             yield from walk_fields(section, f"{path}.", default if is_instance else None)
 
 
-def format_help(cls: type, *, prog: str, docstring: str) -> str:
-    """Return the text of `--help`: usage, start of `docstring`, and every option by section."""
+def format_help(cls: type, *, prog: str, docstring: str, sections: Sequence[str] = ()) -> str:
+    """Return the text of `--help`: usage, start of `docstring`, and every option by section.
+
+    With `sections`, return their options alone. UserError if a section does not exist.
+    """
+    docs = list(walk_fields(cls))
+    if sections:
+        return "\n\n".join(_format_sections(_below(docs, name, prog)) for name in sections)
     config = "" if "config" in field_types(cls) else " [config=FILE.yaml]"
     lines = [f"usage: {prog}{config} [option=value ...]", ""]
     lines += [line for paragraph in docstring.strip().split("\n\n")[:2] for line in (paragraph, "")]
-    lines += ["options (the command line overrides the config file, the file the defaults):"]
-    docs = list(walk_fields(cls))
+    lines += ["options (the command line overrides the config file, the file the defaults):", ""]
+    return "\n".join(lines) + "\n" + _format_sections(docs)
+
+
+def as_started(text: str, prog: str) -> str:
+    """Replace `python -m MODULE`, as in `prog`, by `lt2 COMMAND` if that started this process."""
+    if not sys.argv[0].startswith("lt2 "):
+        return text
+    module = " ".join(prog.split()[:3])
+    return re.sub(rf"{re.escape(module)}\b", sys.argv[0], text)
+
+
+def _below(docs: Sequence[FieldDoc], name: str, prog: str) -> list[FieldDoc]:
+    found = [doc for doc in docs if f"{doc.path}.".startswith(f"{name}.")]
+    if not found:
+        inner = {doc.path.rpartition(".")[0] for doc in docs} - {""}
+        close = difflib.get_close_matches(name, {*inner, *(doc.path for doc in docs)}, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"{prog} --help lists all"
+        raise UserError(f"--help {name}: no such section or option; {advice}")
+    return found
+
+
+def _format_sections(docs: Sequence[FieldDoc]) -> str:
     headings = {doc.path: doc.meaning for doc in docs}
     sections: dict[str, list[FieldDoc]] = {}
     for doc in docs:
         if not doc.is_section:
             sections.setdefault(doc.path.rpartition(".")[0], []).append(doc)
+    blocks = []
     for name, members in sections.items():
         heading = f" ({headings[name]})" if headings.get(name) else ""
-        lines += ["", f"{name}{heading}", ""] if name else [""]
+        lines = [f"{name}{heading}", ""] if name else []
         for doc in members:
             lines.append(f"  {doc.path}  ({doc.type}; default {doc.default})")
             lines += textwrap.wrap(
                 doc.meaning, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
             )
-    return "\n".join(lines)
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
 @cache

@@ -9,6 +9,7 @@ import pytest
 
 from lingua.args import parse_args
 from lingua.config.help import describe_fields
+from lingua.errors import UserError
 from tests.lingua.some_args import Args
 
 
@@ -56,3 +57,24 @@ def test_help_imports_nothing_heavy():
         "assert not {'torch', 'numpy', 'omegaconf', 'yaml'} & set(sys.modules), 'heavy'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_of_sections_and_options(capsys):
+    for argv, want in (
+        (["--help", "optim"], ["optim"]),
+        (["-h", "config=run.yaml", "dump", "data.sources"], ["dump", "data.sources"]),
+    ):
+        with pytest.raises(SystemExit):
+            parse_args(Args, argv)
+        lines = capsys.readouterr().out.splitlines()
+        shown = {line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "}
+        docs = {doc.path for doc in describe_fields(Args)}
+        assert shown == {
+            path for path in docs if f"{path}.".startswith(tuple(f"{w}." for w in want))
+        }
+
+
+@pytest.mark.parametrize("name, message", [("optin", "did you mean optim"), ("x", "run --help")])
+def test_help_of_an_unknown_section(name, message):
+    with pytest.raises(UserError, match=f"--help {name}: .*{message}"):
+        parse_args(Args, ["--help", name], prog="run")
