@@ -24,6 +24,7 @@ from lingua.parallel.ranks import get_global_rank, get_is_master, get_is_slurm_j
 from lingua.redact import redact as redact
 
 HANDLER_NAME = "lingua"
+CLEAR_LINE = "\r\x1b[K"  # of a terminal
 OWN_LOGGERS = ("root", "lingua", "apps", "setup", "__main__")
 
 
@@ -61,6 +62,13 @@ def log_on_rank_0(message: str, *args: Any, level: int = logging.INFO) -> None:
     """Log a message that is the same on all ranks."""
     if get_is_master():
         logging.getLogger().log(level, message, *args)
+
+
+def show_status(text: str) -> None:
+    """Show a short text on rank 0's terminal until the next line of the log."""
+    if get_is_master() and sys.stdout.isatty():
+        with contextlib.suppress(OSError):  # the terminal was closed
+            print(CLEAR_LINE + text, end="", flush=True)
 
 
 @contextmanager
@@ -101,7 +109,8 @@ class WarnOnce(logging.Handler):
 
 
 class StreamHandler(WarnOnce, logging.StreamHandler):
-    pass
+    def format(self, record: logging.LogRecord) -> str:
+        return (CLEAR_LINE if self.stream.isatty() else "") + super().format(record)
 
 
 class FileHandler(WarnOnce, logging.FileHandler):

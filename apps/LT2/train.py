@@ -82,7 +82,7 @@ from lingua.distributed import (
 from lingua.errors import UserError, run_cli
 from lingua.files.atomic import write_atomic
 from lingua.files.lock import make_and_lock_folders
-from lingua.logger import end_in_log_file, init_logger, log_on_rank_0
+from lingua.logger import end_in_log_file, init_logger, log_on_rank_0, show_status
 from lingua.metrics import MetricLogger, get_num_params
 from lingua.optim import ScheduledLR, build_optimizer
 from lingua.parallel.ranks import launcher
@@ -148,6 +148,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.args, self.state = self.trainer.args, self.trainer.state
+        self.first_step = self.state.step + 1
         self.evaluator = Evaluator(self.trainer, self.metrics, self.validator, self.should_stop)
 
     def should_stop(self) -> bool:
@@ -161,6 +162,7 @@ class Run:
 
     def step(self) -> None:
         self.watchdog.beat(self.state.step)
+        show_status(f"step {self.state.step + 1}/{self.args.steps} ...")
         self.progress.add(self.trainer.step())
         self.profiler.step()
         self.is_stopping = agree_any(self.preemption.is_set)
@@ -173,6 +175,9 @@ class Run:
             self.metrics.log(record := self.progress.record())
             self.state.clear_losses()
             log_on_rank_0(self.progress.line(record))
+        elif self.state.step == self.first_step:
+            step, freq = f"step {self.state.step}/{self.args.steps}", self.args.logging.freq
+            log_on_rank_0(f"{step} done; the log has a line every {freq} steps")
 
     def save(self) -> None:
         self.checkpoints.poll()
@@ -269,6 +274,7 @@ def build_run(
     """
     preemption = setup_process(args)
     resources.enter_context(end_in_log_file())
+    resources.callback(show_status, "")
     gc.disable()  # ranks would collect at different times, and wait for each other each time
     resources.callback(gc.enable)
     mesh, device = get_device_mesh(args.distributed), get_device()

@@ -11,12 +11,15 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
+from types import ModuleType
 from typing import Any
 
 from lingua.errors import UserError
@@ -40,7 +43,8 @@ def async_iterator(buffer_size: int, iterator_builder: IteratorBuilder) -> Itera
         name="data worker",
         daemon=True,
     )
-    with blocked_parent_signals():
+    needs_main = method == "fork" or b"__main__" in bytes(ForkingPickler.dumps(iterator_builder))
+    with blocked_parent_signals(), nullcontext() if needs_main else hidden_main():
         producer.start()
     writer.close()
     try:
@@ -49,6 +53,17 @@ def async_iterator(buffer_size: int, iterator_builder: IteratorBuilder) -> Itera
         reader.close()
         producer.kill()  # it has nothing to save, and it blocks SIGTERM
         producer.join()
+
+
+@contextmanager
+def hidden_main() -> Iterator[None]:
+    """Start processes that don't import the main program: the trainer's takes seconds."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def consume_buffer(producer: BaseProcess, reader: Connection) -> Iterator[Any]:

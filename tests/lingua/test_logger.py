@@ -1,5 +1,7 @@
 """A log line goes to one stream, names its rank, and never shows a secret."""
 
+import errno
+import io
 import logging
 import re
 import sys
@@ -7,7 +9,7 @@ import sys
 import pytest
 
 from lingua.errors import UserError
-from lingua.logger import end_in_log_file, init_logger, redact
+from lingua.logger import end_in_log_file, init_logger, redact, show_status
 
 LINE = r"0: %-7s \d\d-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6} - \d+:\d\d:\d\d - %s"
 
@@ -40,6 +42,41 @@ def test_each_line_is_on_one_stream(capsys):
     out, err = capsys.readouterr()
     assert re.fullmatch(LINE % ("INFO", "fine") + "\n", out)
     assert re.fullmatch(LINE % ("WARNING", "careful") + "\n", err)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_line_of_the_log_replaces_the_status(monkeypatch, is_terminal):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: is_terminal)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, screen)
+    init_logger()
+    show_status("step 3/9")
+    logging.getLogger().info("fine")
+    show_status("step 4/9")
+    logging.getLogger().warning("careful")
+    fine, careful = LINE % ("INFO", "fine"), LINE % ("WARNING", "careful")
+    clear = re.escape("\r\x1b[K")
+    want = f"{clear}step 3/9{clear}{fine}\n{clear}step 4/9{clear}{careful}\n"
+    assert re.fullmatch(want if is_terminal else f"{fine}\n{careful}\n", screen.getvalue())
+
+
+def test_a_status_is_not_shown_by_other_ranks_or_on_a_closed_terminal(monkeypatch):
+    class Closed(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, text)
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    show_status("step 3/9")
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", screen)
+    as_rank(monkeypatch, "1")
+    show_status("step 3/9")
+    assert screen.getvalue() == ""
 
 
 def test_named_logger_does_not_repeat_on_the_root(capsys):

@@ -164,6 +164,8 @@ def test_acc_freq_logs_micro_batches(data, tmp_path, monkeypatch):
     options = {"checkpoint.eval.every": 0, "grad_acc_steps": 4, "logging.freq": 2}
     train(write_corpus(data.parent / "no_val", n_val=0), tmp_path, **options, **LOG_EVERY_2ND)
 
+    log = (tmp_path / "train.log").read_text()
+    assert log.count(" - step 1/6 ") == 1, "progress before the first record"
     losses = [loss.item() for loss in seen]
     assert len(losses) == 4 * N
     micro = [r for r in records(tmp_path) if r["acc_step"]]

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -87,6 +88,15 @@ def wait_until_gone(pid: int, seconds: float = 10) -> bool:
 def test_all_items_arrive_in_order():
     with async_iterator(2, partial(build, 50)) as items:
         assert [i for i, _ in items] == list(range(50))
+
+
+def test_the_worker_does_not_import_the_main_program(tmp_path, monkeypatch):
+    program = ModuleType("__main__")
+    program.__file__ = str(tmp_path / "program.py")
+    Path(program.__file__).write_text("raise SystemExit('imported')")
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    with async_iterator(2, partial(build, 3)) as items:
+        assert [i for i, _ in items] == [0, 1, 2]
 
 
 def test_the_worker_runs_ahead_but_no_further_than_its_buffer(tmp_path):
