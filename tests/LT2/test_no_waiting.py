@@ -22,7 +22,6 @@ from tests.LT2.tiny import KINDS, tiny_model
 from tests.waiting import WouldWait, no_waiting
 
 
-
 def prompt(*shape: int) -> Tensor:
     return torch.randint(258, shape, generator=torch.Generator().manual_seed(0))
 
