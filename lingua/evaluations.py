@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class Evaluation:
     step: int | None
     label: str  # "" with the run's own options, else e.g. "loop_count=4"
     scores: dict[str, float]  # "loss/val" in nats per token, "hellaswag/acc,none"
-    chance: dict[str, float]  # chance level, by the same keys
+    chance: dict[str, float]  # chance level, by task and metric: "hellaswag/acc"
+    made_with: dict[str, Any] = field(default_factory=dict)  # empty in older records
 
 
 def read_evaluations(run: Path, *logs: str) -> list[Evaluation]:
@@ -56,7 +57,7 @@ def read_evaluations(run: Path, *logs: str) -> list[Evaluation]:
             scores = _numbers(record)
             key = (name, step, label, *scores)  # two lists of tasks may both be the run's own
             found.pop(key, None)
-            found[key] = Evaluation(step, label, scores, chance)
+            found[key] = Evaluation(step, label, scores, chance, made_with or {})
     return list(found.values())
 
 

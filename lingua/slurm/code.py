@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 CODE_VERSION = "code_version.json"
 SUFFIXES = {".py", ".pyi", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".md", ".sh", ".slurm"}
-SUFFIXES |= {".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp"}  # of files that are code
+SUFFIXES |= {".jinja", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp"}  # of files that are code
 MAX_BYTES = 2**20  # a larger file is data
 MAX_NAMED = 4  # files that are left out
 # Groups of files that mark a folder without code: environments, a sweep, and runs.

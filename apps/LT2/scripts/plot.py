@@ -265,7 +265,8 @@ def _value_label(option: str, text: str) -> str:
     return text if is_word else f"{option.rpartition('.')[2]}={text}"
 
 
-def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str, out: Path) -> None:
+def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str) -> Any:
+    """Return a matplotlib figure of the lines. The caller closes it."""
     pyplot = import_pyplot(needed_by="plotting")
     figure, axes = pyplot.subplots(figsize=tuple(args.size), dpi=150, layout="constrained")
     ticks = None
@@ -297,8 +298,7 @@ def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str, out: Pat
         set_plain_ticks(axes.xaxis, ticks, whole=x == STEP and not args.logx)
     set_plain_ticks(axes.yaxis)
     label_lines(figure, axes, lines)
-    save_figure(figure, out)
-    pyplot.close(figure)
+    return figure
 
 
 def write_csv(series: Sequence[Series], x: str, y: str, out: Path) -> None:
@@ -366,7 +366,9 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     print_lines(series, x, y)
     tell_unlabelled(lines, series, by)
     write_csv(series, x, y, out.with_suffix(".csv"))
-    draw(lines, x, y, args, title, out)
+    figure = draw(lines, x, y, args, title)
+    save_figure(figure, out)
+    import_pyplot(needed_by="plotting").close(figure)
     print(f"figure: {out}, its data: {out.with_suffix('.csv')}")
 
 

@@ -27,6 +27,7 @@ AXES = {  # x= to the metric
 @dataclass
 class Run:
     name: str
+    path: Path
     options: RunOptions
     metrics: dict[str, dict[int, float | None]]  # by step; None was NaN or infinite
 
@@ -47,7 +48,7 @@ def read_runs(given: Sequence[Path]) -> list[Run]:
             raise UserError(f"{path} does not exist; name a run's dump_dir, or a folder of runs")
         metrics = read_metrics(path)
         if metrics:
-            runs.append(Run(name, read_options(path), metrics))
+            runs.append(Run(name, path, read_options(path), metrics))
         else:
             without.append(name)
     if not runs:
