@@ -4,7 +4,8 @@
         prompts='["Once upon a time"]'
 
 Without `prompts` and `prompts_file`, prompts are the lines of stdin; on a terminal the program asks
-for them. A single answer is printed as it is generated.
+for them, and for commands such as `/set temperature 0.5`; `/help` lists these. A single answer is
+printed as it is generated.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from apps.LT2.inference.generator import (
@@ -28,6 +29,7 @@ from apps.LT2.inference.load import (
 )
 from apps.LT2.inference.prompts import pack_prompts as pack_prompts
 from apps.LT2.inference.sampling import sample_tokens as sample_tokens
+from apps.LT2.inference.session import Session
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.args import parse_args
 from lingua.errors import UserError, run_cli
@@ -66,6 +68,10 @@ class GenerateArgs(PackedCausalTransformerGeneratorArgs):
                 f"num_samples={self.num_samples}: all samples are equal at temperature=0; set a "
                 "temperature such as 0.7"
             )
+
+
+LOAD_OPTIONS = ("loop_count", "dtype", "device")  # a change in a session reloads the model
+FIXED_OPTIONS = ("ckpt", "tokenizer_path", "prompts", "prompts_file", "skip_bad_prompts")
 
 
 # ---- prompts
@@ -179,15 +185,26 @@ def print_answers(
         print()
 
 
-def converse(generator: PackedCausalTransformerGenerator, *, num_samples: int) -> None:
-    """Ask for prompts on the terminal; the n-th gets the same answers as in a list."""
-    print("One prompt per line. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
-    for place in itertools.count():
-        try:
-            prompt = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+def load_generator(args: GenerateArgs) -> PackedCausalTransformerGenerator:
+    model, tokenizer, config = load_model_and_tokenizer(
+        args.ckpt,
+        dtype=args.dtype,
+        device=args.device,
+        loop_count=args.loop_count,
+        tokenizer_path=args.tokenizer_path,
+    )
+    add_bos = config["data"].get("add_bos", True)
+    return PackedCausalTransformerGenerator(args, model, tokenizer, add_bos=add_bos)
+
+
+def converse(args: GenerateArgs) -> None:
+    """Answer prompts from the terminal; the n-th gets the same answers as in a list."""
+    # The run may save a newer checkpoint, which a reload must not use.
+    args = replace(args, ckpt=str(find_checkpoint(args.ckpt)))
+    session = Session(args, load_generator, load_options=LOAD_OPTIONS, fixed_options=FIXED_OPTIONS)
+    print("One prompt per line. /help lists commands, Ctrl-D ends.", file=sys.stderr)
+    for place, prompt in session.prompts():
+        generator, num_samples = session.generator, session.args.num_samples
         try:
             if num_samples == 1:
                 stream_answer(generator, prompt, place=place)
@@ -208,22 +225,14 @@ def main(argv: list[str]) -> None:
     args.uses_graph(resolve_device(args.device))
     find_checkpoint(args.ckpt)  # report a wrong path before asking for prompts
     prompts = read_prompts(args)
-    model, tokenizer, config = load_model_and_tokenizer(
-        args.ckpt,
-        dtype=args.dtype,
-        device=args.device,
-        loop_count=args.loop_count,
-        tokenizer_path=args.tokenizer_path,
-    )
-    add_bos = config["data"].get("add_bos", True)
-    generator = PackedCausalTransformerGenerator(args, model, tokenizer, add_bos=add_bos)
     if prompts is None:
-        converse(generator, num_samples=args.num_samples)
+        converse(args)
         return
+    generator = load_generator(args)
     tokenize_prompts(generator, prompts)
     reject_bad_prompts(prompts, skip=args.skip_bad_prompts)
     if len(prompts) == args.num_samples == 1:
-        print(shown_prompt(prompts[0], tokenizer), end="", flush=True)
+        print(shown_prompt(prompts[0], generator.tokenizer), end="", flush=True)
         stream_answer(generator, prompts[0].tokens)
     else:
         print_answers(generator, prompts, num_samples=args.num_samples)
