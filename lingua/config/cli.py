@@ -7,14 +7,26 @@ given, overrides = parser.parse_with_overrides(argv)     overrides go to args.pa
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lingua.config.help import as_started
 from lingua.errors import UserError
 
 OVERRIDE = re.compile(r"[^-/=][^/=]*=")  # the "=" of a path comes after a slash
+
+
+def split_paths(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Separate paths from `key=value` arguments. A path that exists may contain "="."""
+    options = [
+        arg
+        for arg in argv
+        if arg.startswith("-") or OVERRIDE.match(arg) and not os.path.exists(arg)
+    ]
+    return [Path(arg) for arg in argv if arg not in options], options
 
 
 class DefaultsShown(argparse.HelpFormatter):

@@ -38,8 +38,12 @@ def read_yaml_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, s
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config={path}: not readable: {error}") from None
     try:
-        loader = _loader_class()(text)
-        root = loader.get_single_node()
+        try:
+            loader = _loader_class("CSafeLoader")(text)  # 20 times faster
+            root = loader.get_single_node()
+        except yaml.YAMLError:  # the parser in Python explains more
+            loader = _loader_class()(text)
+            root = loader.get_single_node()
         if root is None:
             return {}, {}
         if not isinstance(root, yaml.MappingNode):
@@ -67,10 +71,10 @@ def _yaml() -> Any:
 
 
 @cache
-def _loader_class() -> Any:
+def _loader_class(base: str = "SafeLoader") -> Any:
     yaml = _yaml()
 
-    class Loader(yaml.SafeLoader):
+    class Loader(getattr(yaml, base, yaml.SafeLoader)):  # PyYAML may come without libyaml
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
             seen = set()
             for key, value in node.value:

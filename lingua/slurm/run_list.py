@@ -11,28 +11,40 @@ from others (model.max_seqlen, distributed.dp_replicate). The requested options 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lingua.args import flatten_dict, load_config_file
-from lingua.config.help import describe_fields, format_value
+from lingua.config.help import format_value
 from lingua.config.yaml import yaml_value
 from lingua.errors import UserError
-from lingua.slurm.plan import RUN_MARKS, import_script
+from lingua.slurm.plan import RUN_MARKS
 from lingua.slurm.script import CONFIG_ARGUMENT
 
 logger = logging.getLogger(__name__)
 
 RECORD = "sweep.json"  # in the folder of a sweep: the options of each run
 PER_RUN = ("dump_dir", "name", "checkpoint.path")  # options that always differ
+MAPPING = "data.sources."  # runs may have other keys
 
 Options = dict[str, Any]  # dotted option to value
+
+
+def read_record(folder: Path) -> dict[str, Options]:
+    """Read the options of each run of a sweep, by the run's folder. Empty without a sweep."""
+    file = folder / RECORD
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not readable ({error}); restore it, or move it away") from None
 
 
 def is_run(folder: Path) -> bool:
@@ -55,6 +67,12 @@ class RunOptions:
     current: Options  # all options, or the requested ones if the run has not started
     requested: Options  # at the start or on a resume
     has_started: bool
+    derived: frozenset[str] = frozenset()  # requested options that got another value
+
+    @property
+    def lists_defaults(self) -> bool:
+        """Whether `requested` has all options, as without stool."""
+        return self.has_started and self.current.keys() <= self.requested.keys()
 
 
 def read_options(run: Path) -> RunOptions:
@@ -70,9 +88,9 @@ def read_options(run: Path) -> RunOptions:
         logger.warning("%s: options are not readable (%s)", run, error)
         return RunOptions({}, {}, has_started=False)
     requested = requested or initial
-    derived = {o for o, value in requested.items() if initial.get(o) != value}
+    derived = frozenset(o for o, value in requested.items() if initial.get(o) != value)
     changed = {o: v for o, v in current.items() if initial.get(o) != v and o not in derived}
-    return RunOptions(current or requested, requested | changed, has_started=bool(current))
+    return RunOptions(current or requested, requested | changed, bool(current), derived)
 
 
 def _read(config: Path) -> Options:
@@ -95,39 +113,33 @@ def read_overrides(script: Path) -> Options:
     return options
 
 
-def read_differences(folder: Path, script: str) -> dict[str, Options]:
-    """Map names of runs to the options that differ, and to the name itself as "run".
+def differing(runs: Sequence[RunOptions]) -> list[str]:
+    """List the options that differ and were requested to differ, unlike derived values.
 
-    Leave out defaults of the script, and values that the runs derived from other options.
+    An option may be missing in runs of older versions, and in runs without its section. It is
+    listed if a run without it was launched by stool, whose config has only what somebody chose,
+    or if it is a key of a mapping.
     """
-    runs = {name: read_options(path) for name, path in find_runs(folder).items()}
-    differ = differing(list(runs.values()), script)
-    return {
-        name: {"run": name} | {o: run.current[o] for o in differ if o in run.current}
-        for name, run in runs.items()
-    }
-
-
-def differing(runs: Sequence[RunOptions], script: str) -> list[str]:
+    readable = [run for run in runs if run.current]
     # A run that has not started has no derived values.
-    known = [run for run in runs if run.has_started] or [run for run in runs if run.current]
-    defaults = cache(lambda: read_defaults(script))
+    known = [run for run in runs if run.has_started] or readable
 
     def differs(option: str) -> bool:
-        values = {repr(run.current[option]) for run in runs if option in run.current}
-        return len(values) > 1 or any(option not in run.current for run in known)
+        have = [run for run in readable if option in run.current]
+        values = {format_value(run.current[option]) for run in have}
+        asked = {format_value(run.requested[option]) for run in have if option in run.requested}
+        is_default = asked == {"null"} or any(
+            run.lists_defaults and option in run.derived for run in have
+        )
+        is_asked_by_some = bool(asked) and any(option not in run.requested for run in readable)
+        is_chosen = len(asked) > 1 or is_asked_by_some and not is_default
+        return is_chosen and (len(values) > 1 or is_missing(option, have))
 
-    def is_chosen(option: str) -> bool:
-        asked = {format_value(run.requested[option]) for run in runs if option in run.requested}
-        return len(asked) > 1 or bool(asked) and asked != {defaults().get(option)}
+    def is_missing(option: str, have: Sequence[RunOptions]) -> bool:
+        if all(option in run.current for run in known):
+            return False
+        is_chosen = any(option in run.requested and not run.lists_defaults for run in have)
+        return is_chosen or option.startswith(MAPPING)
 
     options = dict.fromkeys(option for run in known for option in run.current)
-    return [o for o in options if o not in PER_RUN and differs(o) and is_chosen(o)]
-
-
-def read_defaults(script: str) -> dict[str, str]:
-    """Map options to their defaults as text. Slow, because the script imports torch."""
-    options_class = getattr(import_script(script), "TrainArgs", None)
-    if options_class is None:
-        raise UserError(f"script={script} has no TrainArgs, and so no defaults to compare with")
-    return {field.path: field.default for field in describe_fields(options_class)}
+    return [option for option in options if option not in PER_RUN and differs(option)]

@@ -36,27 +36,27 @@ from apps.LT2.scripts.figure import (
     set_plain_ticks,
     smooth,
 )
-from apps.LT2.scripts.run_metrics import (
-    AXES,
-    STEP,
-    Run,
-    differing_options,
-    find_metric,
-    find_option,
-    read_runs,
-    say_differing,
-    warn_skipped,
-    with_metric,
-)
+from apps.LT2.scripts.run_metrics import AXES, find_metric, read_runs, with_metric
 from lingua.args import parse_args
-from lingua.config.cli import OVERRIDE
-from lingua.config.help import format_value
+from lingua.config.cli import split_paths
 from lingua.errors import UserError, run_cli
 from lingua.files.atomic import write_atomic
+from lingua.runs import (
+    ABSENT,
+    STEP,
+    Run,
+    as_number,
+    differing_options,
+    find_option,
+    grouped,
+    natural_key,
+    option_text,
+    say_differing,
+    warn_skipped,
+)
 
 logger = logging.getLogger(__name__)
 
-ABSENT = "unset"
 TITLES = {
     STEP: "optimizer step",
     "optim/total_tokens": "training tokens",
@@ -149,32 +149,6 @@ def _mean_and_std(values: Iterable[Sequence[float]]) -> tuple[list[float], list[
     return [statistics.fmean(v) for v in lists], std, [len(v) for v in lists]
 
 
-def grouped(runs: Sequence[Run], options: Sequence[str]) -> list[tuple[dict[str, str], list[Run]]]:
-    """Group runs by the values of options, in the order of these values."""
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault(tuple(option_text(run, o) for o in options), []).append(run)
-    ordered = sorted(groups.items(), key=lambda item: [_order(text) for text in item[0]])
-    return [(dict(zip(options, key, strict=True)), members) for key, members in ordered]
-
-
-def option_text(run: Run, option: str) -> str:
-    return format_value(run.options.current.get(option, ABSENT))
-
-
-def _order(text: str) -> tuple[bool, float, str]:
-    """Sort numbers by value, before words."""
-    number = _number(text)
-    return number is None, number or 0.0, text
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
 def curves_over(x: str, y: str, groups: Any, window: int) -> list[Series]:
     found = []
     for options, members in groups:
@@ -208,7 +182,7 @@ def finals_against(option: str, y: str, groups: Any) -> list[Series]:
                 steps.add(step)
                 at.setdefault(option_text(run, option), []).append(value)
         if at:
-            texts = sorted(at, key=_order)
+            texts = sorted(at, key=natural_key)
             values = _mean_and_std(at[text] for text in texts)
             found.append(Series(options, members[0].name, texts, *values))
     warn_skipped(diverged, f"the last {y} is NaN or infinite")
@@ -261,7 +235,7 @@ def as_lines(series: Sequence[Series], by: Sequence[str], is_curve: bool) -> lis
 
 def _value_label(option: str, text: str) -> str:
     """Return "kda", or "loop_count=4" for a value that says nothing alone."""
-    is_word = _number(text) is None and text not in ("true", "false", "null", ABSENT)
+    is_word = as_number(text) is None and text not in ("true", "false", "null", ABSENT)
     return text if is_word else f"{option.rpartition('.')[2]}={text}"
 
 
@@ -271,8 +245,8 @@ def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str) -> Any:
     figure, axes = pyplot.subplots(figsize=tuple(args.size), dpi=150, layout="constrained")
     ticks = None
     if isinstance(lines[0].x[0], str):  # values of an option
-        texts = sorted({str(text) for line in lines for text in line.x}, key=_order)
-        numbers = [_number(text) for text in texts]
+        texts = sorted({str(text) for line in lines for text in line.x}, key=natural_key)
+        numbers = [as_number(text) for text in texts]
         known = [number for number in numbers if number is not None and math.isfinite(number)]
         if len(known) == len(texts):
             place = dict(zip(texts, known, strict=True))
@@ -319,8 +293,7 @@ def write_csv(series: Sequence[Series], x: str, y: str, out: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    folders = [Path(arg) for arg in argv if not OVERRIDE.match(arg) and not arg.startswith("-")]
-    options = [arg for arg in argv if OVERRIDE.match(arg) or arg.startswith("-")]
+    folders, options = split_paths(argv)
     prog = "python -m apps.LT2.scripts.plot RUNS..."
     args = parse_args(PlotArgs, options, prog=prog, doc=__doc__)
     if not folders:
@@ -340,7 +313,7 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     x = AXES.get(args.x, args.x)
     is_curve = args.x in AXES or x in metrics
     if not is_curve:
-        x = find_option("x", x, runs, differing)
+        x = find_option("x", x, runs, differing, hint=f"; {'/'.join(AXES)} work too")
     y = find_metric(args.y or ("loss/out" if is_curve else "loss/val"), runs)
     by, mean = (
         [find_option(setting, name.strip(), runs, differing) for name in given.split(",")]

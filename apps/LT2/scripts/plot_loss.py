@@ -31,10 +31,10 @@ from apps.LT2.scripts.figure import (
     set_plain_ticks,
     smooth,
 )
-from apps.LT2.scripts.run_metrics import runs_of
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
 from lingua.evaluations import VALIDATION_LOG, read_evaluations
+from lingua.runs import runs_of
 
 logger = logging.getLogger(__name__)
 

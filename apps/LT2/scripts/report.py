@@ -23,7 +23,7 @@ from apps.LT2.inference.generator import (
 )
 from apps.LT2.inference.load import load_model_and_tokenizer
 from apps.LT2.scripts.figure import COLOURS, MAX_LABELS, MORE_COLOURS, Line, import_pyplot, smooth
-from apps.LT2.scripts.plot import PlotArgs, as_lines, curves_over, draw, grouped
+from apps.LT2.scripts.plot import PlotArgs, as_lines, curves_over, draw
 from apps.LT2.scripts.report_data import (
     environment,
     evaluations,
@@ -35,11 +35,12 @@ from apps.LT2.scripts.report_data import (
     trained,
     values_of,
 )
-from apps.LT2.scripts.run_metrics import AXES, STEP, Run, differing_options, read_runs
+from apps.LT2.scripts.run_metrics import AXES, read_runs
 from lingua.args import parse_args
-from lingua.config.cli import OVERRIDE
+from lingua.config.cli import split_paths
 from lingua.errors import UserError, import_optional, run_cli
 from lingua.files.atomic import write_atomic
+from lingua.runs import STEP, Run, differing_options, grouped
 
 TEMPLATE = "report.html.jinja"
 INK = "#010203"  # of text and axes in a plot; becomes the colour of the page's text
@@ -259,8 +260,7 @@ def render(**content: Any) -> str:
 
 
 def main(argv: list[str]) -> None:
-    folders = [Path(arg) for arg in argv if not OVERRIDE.match(arg) and not arg.startswith("-")]
-    options = [arg for arg in argv if OVERRIDE.match(arg) or arg.startswith("-")]
+    folders, options = split_paths(argv)
     prog = "python -m apps.LT2.scripts.report RUN"
     args = parse_args(ReportArgs, options, prog=prog, doc=__doc__)
     if not folders:

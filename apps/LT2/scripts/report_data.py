@@ -15,7 +15,6 @@ from typing import Any
 
 from apps.LT2.pattern import LayerSpec, choose_letters
 from apps.LT2.scripts.figure import MAX_LABELS, MORE_COLOURS
-from apps.LT2.scripts.run_metrics import Run
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import dataclass_from_dict, flatten_dict, load_config_file
 from lingua.config.help import format_value
@@ -23,6 +22,7 @@ from lingua.errors import UserError
 from lingua.evaluations import Evaluation, read_evaluations
 from lingua.files.jsonl_log import read_jsonl_records
 from lingua.files.lock import check_unlocked
+from lingua.runs import Run
 from lingua.slurm.code import CODE_VERSION
 from lingua.slurm.script import SUBMIT_SCRIPT
 

@@ -19,7 +19,8 @@ from apps.LT2.evaluation.records import Conditions, choose_folder, find_conditio
 from lingua.args import parse_args
 from lingua.errors import UserError
 from lingua.evaluations import UNKNOWN, read_evaluations
-from lingua.sweep import format_table
+from lingua.run_table import build_table, format_as
+from lingua.runs import read_runs
 from tests.LT2.tiny import save_run, tiny_model
 from tests.LT2.tiny_run import WORDS, clean_process
 
@@ -213,16 +214,17 @@ def test_sweep_and_plot_read_all_results(run):
     (run / "metrics.jsonl").write_text('{"global_step": 9, "loss/out": 1.0}\n')
     curve = read_curve(run)
     assert curve.val == [(7, own)] and curve.others == {"loop_count=4": [(7, other)]}
-    table = format_table(run.parent).splitlines()
-    assert "eval val loop_count=4" in table[0]
-    assert f"{own:.5g} @7" in table[1] and f"{other:.5g} @7" in table[1]
+    table = build_table(read_runs([run]))
+    cells = {column.name: column.cells[0] for column in table.columns}
+    assert cells["val"] == (own, 7) and cells["eval val loop_count=4"] == (other, 7)
+    assert f"| {own:.4f} @7 |" in format_as(table, "markdown")
 
 
 def test_older_records_are_not_taken_for_the_own_options(run):
     (run / "metrics.eval.jsonl").write_text('{"global_step": 7, "a": {"acc,none": 0.5}}\n')
     (found,) = read_evaluations(run)
     assert (found.step, found.label, found.scores) == (7, UNKNOWN, {"a/acc,none": 0.5})
-    assert f"a acc {UNKNOWN}" in format_table(run.parent)
+    assert f"a acc {UNKNOWN}" in format_as(build_table(read_runs([run])), "csv")
 
 
 def test_checkpoints_of_several_runs_side_by_side(run, monkeypatch):
