@@ -59,7 +59,7 @@ def test_commands_name_what_exists(command):
     if "-m" in words and words[words.index("-m") + 1] in PROGRAMS:
         at = words.index("-m") + 1
         end = words.index("--") if "--" in words else len(words)
-        options = [w for w in words[at + 1 : end] if not w.startswith("-")]
+        options = [w for w in words[at + 1 : end] if "=" in w and not w.startswith("-")]
         known = fields_of(PROGRAMS[words[at]]) | {"config"}
         if "--help" in words:
             known |= {path.rpartition(".")[0] for path in known}
