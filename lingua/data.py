@@ -38,6 +38,7 @@ from lingua.dataloader.jsonl import (  # noqa: F401
     distribute_data_to_rank,
     document_text,
     find_and_sanitize_chunks,
+    how_to_prepare,
     loop_on_jsonl,
     read_jsonl,
 )
@@ -341,15 +342,19 @@ def require_root_dir(args: DataArgs) -> str:
         raise UserError("data.root_dir is not set: give the folder that contains the sources")
     root = Path(args.root_dir)
     if not root.is_dir():
-        raise UserError(f"data.root_dir={args.root_dir}: no such folder (seen from {Path.cwd()})")
+        advice = f"; {how_to_prepare(root)}" if root.is_file() else f" (seen from {Path.cwd()})"
+        raise UserError(f"data.root_dir={args.root_dir}: no such folder{advice}")
     if not args.sources:
-        found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
-        shuffled = root.with_name(f"{root.name}_shuffled")  # of setup/download_prepare_hf_data.py
-        advice = (
-            f"set data.root_dir={shuffled}"
-            if list_names(shuffled, TRAIN_PATTERN)
-            else f"name folders of {root} with weights, for example data.sources.NAME=1 (folders "
-            f"there: {found})"
-        )
+        found = sorted(p.name for p in root.iterdir() if list_names(p, TRAIN_PATTERN))
+        shuffled = root.with_name(f"{root.name}_shuffled")  # of apps/LT2/scripts/prepare.py
+        if list_names(shuffled, TRAIN_PATTERN):
+            advice = f"set data.root_dir={shuffled}"
+        elif found:
+            advice = (
+                f"name folders of {root} with weights, for example data.sources.NAME=1 (folders "
+                f"there: {', '.join(found)})"
+            )
+        else:
+            advice = how_to_prepare(root)
         raise UserError(f"data.sources is empty and {root} has no {TRAIN_PATTERN}: {advice}")
     return args.root_dir

@@ -9,10 +9,9 @@ makes ./data/fineweb_edu_shuffled, a folder for `data.sources`, in 64 GB of memo
     manifest.json                    documents, bytes and sha256 of each file
 
 If it is interrupted, the same command resumes and ends with the same bytes. They depend on the
-seed, not on the memory. With --source_dir the documents come from files on disk (parquet, or JSON
-lines, plain, .gz or .zst), and nothing is downloaded. Files of the splits test and validation are
-skipped, unless --split names them. Downloads stay in <data_dir>/<dataset> and can be removed at the
-end. The disk must hold them, and the text twice.
+seed, not on the memory. With --source_dir the documents come from files on disk, as in
+`python -m apps.LT2.scripts.prepare`, and nothing is downloaded. Downloads stay in
+<data_dir>/<dataset> and can be removed at the end. The disk must hold them, and the text twice.
 """
 
 from __future__ import annotations
@@ -31,15 +30,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lingua
 
 from lingua.config.cli import OneLineParser
-from lingua.errors import UserError, first_line, import_optional, is_machine_fault, run_cli
+from lingua.errors import UserError, first_line, import_optional, run_cli
 from lingua.files.atomic import write_atomic
+from lingua.prepare.corpus import describe, file_errors, memory_bytes, prepare_corpus
 from lingua.prepare.network import HUB, call_online
-from lingua.prepare.shuffle import ShufflePlan, find_finished, shuffle_documents
-from lingua.prepare.sources import describe_skipped, find_document_files
-from lingua.prepare.splits import ALL, select_split
-
-GB = 10**9
-MIN_MEMORY = 0.01  # GB
+from lingua.prepare.shuffle import MAX_VALIDATION, ShufflePlan, find_finished
+from lingua.prepare.splits import ALL
 
 
 @dataclass(frozen=True)
@@ -70,14 +66,13 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--validation_documents",
         type=int,
-        default=10_000,
-        help="documents held out for the validation loss; 0: no validation file",
+        help="documents held out for the validation loss; 0: no validation file (default: 10,000; "
+        "of --source_dir 5%%, at most 10,000)",
     )
     add("--source_dir", type=Path, help="read the files of this folder instead of downloading")
     add("--split", default="train", help=f"split of --source_dir to read: train, test, ..., {ALL}")
     given = parser.parse_args(argv)
-    if not MIN_MEMORY <= given.memory < float("inf"):
-        raise UserError(f"memory={given.memory} must be at least {MIN_MEMORY} (GB)")
+    memory_bytes(given.memory, "memory")
     parser.require_positive(given, "nchunks")
     parser.require_at_least(0, given, "validation_documents")
     if given.source_dir is None and given.dataset not in CORPORA:
@@ -163,50 +158,24 @@ def find_incomplete(files: Mapping[str, int], folder: Path) -> str | None:
 
 def main(argv: Sequence[str]) -> None:
     given = parse_options(argv)
+    n_validation = given.validation_documents
+    if n_validation is None and given.source_dir is None:
+        n_validation = MAX_VALIDATION
     plan = ShufflePlan(
         name=given.dataset,
         seed=given.seed,
         n_chunks=given.nchunks,
-        n_validation=given.validation_documents,
-        memory=int(given.memory * GB),
+        n_validation=n_validation,
+        memory=memory_bytes(given.memory, "memory"),
     )
     out = given.data_dir / f"{given.dataset}_shuffled"
-    try:
-        manifest = None if given.source_dir else find_finished(out, plan)
-        if manifest is None:
-            root = given.source_dir or given.data_dir / given.dataset
-            if given.source_dir is None:
-                download(given.dataset, root)
-            sources = find_document_files(root)
-            if given.source_dir:
-                sources, other_splits = select_split(sources, root, given.split)
-                for line in filter(None, (describe_skipped(root), other_splits)):
-                    print(line)
-            manifest = shuffle_documents(sources, root, out, plan)
-    except OSError as error:
-        if is_machine_fault(error):
-            raise
-        raise UserError(f"{error}; fix it and run the same command again to resume") from None
+    with file_errors():
+        if given.source_dir is not None:
+            manifest = prepare_corpus(given.source_dir, out, plan, split=given.split)
+        elif (manifest := find_finished(out, plan)) is None:
+            download(given.dataset, given.data_dir / given.dataset)
+            manifest = prepare_corpus(given.data_dir / given.dataset, out, plan)
     print(f"{out}: {describe(manifest)}")
-
-
-def describe(manifest: Mapping[str, Any]) -> str:
-    """Describe a corpus in one line."""
-    n_validation, n_empty = manifest["request"]["validation_documents"], manifest["without_text"]
-    size = format_bytes(sum(facts["bytes"] for facts in manifest["files"].values()))
-    line = (
-        f"{manifest['documents']:,} documents, {size}, in {manifest['request']['nchunks']} chunks"
-    )
-    if n_validation:
-        line += f" and a validation file of {n_validation:,} documents"
-    return f"{line}; skipped {n_empty:,} without text" if n_empty else line
-
-
-def format_bytes(n: int) -> str:
-    for unit, size in (("GB", GB), ("MB", 10**6), ("kB", 10**3)):
-        if n >= size:
-            return f"{n / size:.1f} {unit}"
-    return f"{n} bytes"
 
 
 if __name__ == "__main__":

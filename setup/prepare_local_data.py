@@ -35,14 +35,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's lingua
 
 from lingua.config.cli import OneLineParser
-from lingua.errors import UserError, import_optional, is_machine_fault, run_cli
+from lingua.errors import UserError, run_cli
 from lingua.files.atomic import write_atomic
+from lingua.prepare.corpus import file_errors
+from lingua.prepare.tokenizer import check_vocabulary, train_tokenizer
 
 FORMAT = 1  # increase it if the same input gives other bytes, to rebuild older folders
 SHUFFLE_SEED = 1234
-MAX_VOCABULARY = 100_000  # more than the text has; far above, the trainer runs out of memory
 VAL_SHARE = 0.05  # of all characters
-SPECIAL_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>"]
 
 SKIPPED_DIRS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 SKIPPED_DIRS |= {"test", "tests", "idle_test"}  # some distributions ship no tests
@@ -224,23 +224,6 @@ def to_jsonl(documents: list[dict[str, str]]) -> bytes:
     return "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents).encode()
 
 
-def train_tokenizer(documents: list[dict[str, str]], vocab_size: int) -> bytes:
-    import_optional("tokenizers", extra="", needed_by="training a tokenizer")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((document["text"] for document in documents), trainer)
-    return (tokenizer.to_str(pretty=True) + "\n").encode()
-
-
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -273,7 +256,9 @@ def build(documents: list[dict[str, str]], request: dict) -> tuple[dict[str, byt
     for i, chunk in enumerate(split_evenly(train, request["nchunks"])):
         parts[f"{request['name']}.chunk.{i:02d}.jsonl"] = chunk
     files = {name: to_jsonl(part) for name, part in parts.items()}
-    files["tokenizer.json"] = train_tokenizer(train, request["vocab_size"])
+    files["tokenizer.json"] = train_tokenizer(
+        (document["text"] for document in train), request["vocab_size"]
+    )
     facts = {
         name: {"bytes": len(content), "sha256": sha256(content)} for name, content in files.items()
     }
@@ -305,10 +290,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(argv)
     if not 1 <= given.nchunks <= 100:
         raise UserError(f"--nchunks must be 1 to 100, got {given.nchunks}")
-    if not 256 + len(SPECIAL_TOKENS) <= given.vocab_size <= MAX_VOCABULARY:
-        raise UserError(
-            f"--vocab-size must be 258 (the bytes) to {MAX_VOCABULARY}, got {given.vocab_size}"
-        )
+    check_vocabulary("--vocab-size", given.vocab_size)
     if not re.fullmatch(r"[\w-]+", given.name):
         raise UserError(f"--name must be letters, digits, '_' or '-', got {given.name!r}")
     return given
@@ -335,12 +317,8 @@ def main(argv: Sequence[str], stdlib: Path | None = None) -> None:
             f"{given.nchunks}; this needs a Python that ships its library as .py files"
         )
     files, manifest = build(documents, request)
-    try:
+    with file_errors(f"--out {given.out}: "):
         publish(given.out, files, manifest)
-    except OSError as error:
-        if is_machine_fault(error):
-            raise
-        raise UserError(f"--out {given.out}: {error}; give a folder that can be created") from None
     total = sum(len(content) for name, content in files.items() if name.endswith(".jsonl"))
     print(
         f"{given.out}: {len(documents)} documents, {total / 1e6:.2f} MB of text in {given.nchunks} "

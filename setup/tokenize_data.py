@@ -30,7 +30,8 @@ from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import find_and_sanitize_chunks
 from lingua.dataloader.prefetch import exit_with_parent
 from lingua.dataloader.pretokenized import TokenFiles, TokenRecipe, write_token_files
-from lingua.errors import UserError, is_machine_fault, run_cli
+from lingua.errors import UserError, run_cli
+from lingua.prepare.corpus import file_errors
 from lingua.tokenizer import build_tokenizer
 
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     # fork: workers need not import torch again
     context = multiprocessing.get_context("fork")
     try:
-        with ProcessPoolExecutor(n_workers, context, initializer=end_with_parent) as pool:
+        with file_errors(), ProcessPoolExecutor(n_workers, context, end_with_parent) as pool:
             tokenize = partial(tokenize_chunk, args=args, recipe=recipe)
             running = {pool.submit(tokenize, chunk): chunk for chunk in todo}
             try:
@@ -92,10 +93,6 @@ def main(argv: Sequence[str]) -> None:
             f"--workers {n_workers}: a worker was killed, most often because memory ran out; run "
             "the same command with fewer workers or more memory to resume"
         ) from None
-    except OSError as error:
-        if is_machine_fault(error):
-            raise
-        raise UserError(f"{error}; fix it and run the same command again to resume") from None
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ EXCEPTIONS = {
 PLACEHOLDERS = {
     "<partition>": "gpu",
     "/path/to/run": "runs/quickstart",
+    "prepare my_texts": "prepare data/local --out data/my_texts_shuffled",
     # docs/distributed.md runs two ranks
     "--nproc-per-node 8 -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml": (
         "--nproc-per-node 1 -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml"
@@ -62,7 +63,7 @@ LOCAL_TASKS = "harness.tasks=[lt2_local_choice] harness.include_path=apps/LT2/lo
 SMALLER = {
     "python -m apps.LT2.train config=": f"{TINY_RUN} dump_dir=runs/train",
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml model.": TINY_RUN,
-    'python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml "data.sources=': TINY_RUN,
+    "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml data.root_dir=": TINY_RUN,
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml optim.": TINY_RUN,
     "python -m apps.LT2.train config=apps/LT2/configs/1B": TINY_RUN,
     "torchrun --nproc-per-node 8 -m apps.LT2.train": f"{TINY_RUN} dump_dir=runs/torchrun",
@@ -122,9 +123,8 @@ LEAVES = {
     ],
     "docs/data.md: Prepare a corpus": [
         "data/fineweb_edu_shuffled/fineweb_edu.val.jsonl",
-        "data/mine_shuffled/manifest.json",
-        "runs/mine/metrics.jsonl",
     ],
+    "docs/data.md: Your own texts": ["runs/my_texts/metrics.jsonl"],
     "docs/data.md: Tokenize ahead of time": ["data/local/stdlib.chunk.00.tokens.json"],
     "docs/evaluation.md: start": ["runs/suites/results.json"],
     "docs/slurm.md: Sweeps": ["runs/tune/lr=0.001,loop_count=1/submit.slurm"],

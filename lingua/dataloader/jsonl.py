@@ -28,6 +28,7 @@ from lingua.tokenizer import well_formed
 
 TRAIN_PATTERN = "*.chunk.*.jsonl"
 VAL_PATTERN = "*.val.jsonl"
+CHECKED_BYTES = 2**16  # at the start of a file, before a run
 
 
 class JSONLState(TypedDict):
@@ -133,7 +134,7 @@ def parse_line(line: bytes, file_path: str, end: int) -> dict[str, Any]:
 def parse_object(line: bytes) -> dict[str, Any]:
     """Parse a JSON object; raise ValueError for anything else."""
     try:
-        document = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+        document = json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except ValueError as error:
         raise ValueError(f"not JSON in UTF-8: {error}") from None
     if not isinstance(document, dict):
@@ -146,7 +147,7 @@ def name_keys(document: dict[str, Any]) -> str:
     return ", ".join(f"{k!r} = null" if document[k] is None else repr(k) for k in keys) or "no key"
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse a repeated key: `json` would silently drop all but its last value."""
     document = dict(pairs)
     if len(document) < len(pairs):
@@ -180,18 +181,20 @@ def find_and_sanitize_chunks(
 ) -> list[str]:
     """Return the chunks of a source, sorted by name; check that `world_size` ranks can share them.
 
-    Reads at most the first `world_size` lines of a chunk. Every rank does the same checks, so all
+    Reads at most 64 kB, or `world_size` lines, of a chunk. Every rank does the same checks, so all
     ranks raise the same UserError, also for a match that is no readable file.
     """
     folder = Path(dataset_path)
     if not os.path.isdir(folder):
-        raise UserError(
-            f"data.sources: no folder {folder}{link_target(folder)}; a source is a folder in "
-            "data.root_dir"
-        )
+        advice = "a source is a folder in data.root_dir"
+        if folder.is_file():
+            advice = how_to_prepare(folder)
+        raise UserError(f"data.sources: no folder {folder}{link_target(folder)}; {advice}")
     chunks = list_files(folder, file_pattern)
     if not chunks:
-        raise UserError(f"data.sources: {folder} has no file named {file_pattern}")
+        raise UserError(
+            f"data.sources: {folder} has no file named {file_pattern}; {how_to_prepare(folder)}"
+        )
     n_whole = len(chunks) - len(chunks) % world_size
     n_sharing = world_size // math.gcd(len(chunks), world_size)
     for i, chunk in enumerate(chunks):
@@ -199,14 +202,24 @@ def find_and_sanitize_chunks(
     return chunks
 
 
+def how_to_prepare(path: str | os.PathLike) -> str:
+    return f"to make a source of its texts, run python -m apps.LT2.scripts.prepare {path}"
+
+
 def check_chunk(chunk: str, n_readers: int) -> None:
-    lines = list(islice(own_lines(chunk, 0, 1, 0), n_readers))
-    if not lines:
+    """Check the lines in the first 64 kB, which is all of a small file, and count `n_readers`."""
+    n_lines = 0
+    for line, end in own_lines(chunk, 0, 1, 0):
+        if n_lines == 0 or end <= CHECKED_BYTES:
+            parse_line(line, chunk, end)
+        elif n_lines >= n_readers:
+            break
+        n_lines += 1
+    if n_lines == 0:
         raise UserError(f"{chunk} is empty: remove it")
-    parse_line(lines[0][0], chunk, lines[0][1])
-    if len(lines) < n_readers:
+    if n_lines < n_readers:
         raise UserError(
-            f"{chunk} has {len(lines)} lines but {n_readers} ranks share it, and each needs one: "
+            f"{chunk} has {n_lines} lines but {n_readers} ranks share it, and each needs one: "
             "use fewer ranks or larger chunks"
         )
 

@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,16 +29,20 @@ from typing import Any, BinaryIO
 from lingua.errors import UserError
 from lingua.files.atomic import fsync_path, write_atomic
 from lingua.files.lock import LOCK_NAME, lock_folders, make_writable
-from lingua.prepare.sources import check_document_file, estimate_text_bytes, read_documents
+from lingua.prepare.readers import check_document_file, read_documents, to_line
+from lingua.prepare.sources import estimate_text_bytes, unfinished
 
 PROGRESS_NAME = "progress.json"
 MANIFEST_NAME = "manifest.json"
 MAX_PILES = 256  # open files
 MEMORY_SHARE = 0.7  # of `memory`, for the lines of a pile; the rest is overhead
+BUFFER = 2**16  # bytes of a file that is written
 LINE_OVERHEAD = 64  # bytes of memory per line, apart from its text
 KEY_BITS = 64
 KEY_DIGITS = KEY_BITS // 4
 LOG_EVERY = 10.0  # seconds
+MANY_CHUNKS, MANY_DOCUMENTS = 8, 1000  # from so many documents on, there are so many chunks
+VALIDATION_SHARE, MAX_VALIDATION = 0.05, 10_000  # of the documents; documents
 SAVE_EVERY = 30.0  # seconds between saves in `scatter`: each one syncs hundreds of piles
 
 Log = Callable[[str], None]
@@ -48,41 +52,60 @@ Log = Callable[[str], None]
 class ShufflePlan:
     name: str  # prefix of the file names
     seed: int
-    n_chunks: int
-    n_validation: int  # documents; 0: no validation file
+    n_chunks: int | None  # None: 8, or 1 for fewer than 1,000 documents
+    n_validation: int | None  # documents; 0: no validation file; None: 5%, at most 10,000
     memory: int  # bytes
+    text_field: str | None = None  # None: text, or content if that is missing or null
 
     @property
-    def request(self) -> dict[str, Any]:
-        """What determines the result, apart from the sources."""
-        return {
-            "name": self.name,
-            "seed": self.seed,
-            "nchunks": self.n_chunks,
-            "validation_documents": self.n_validation,
-        }
+    def scattered(self) -> dict[str, Any]:
+        """What determines the documents in the piles, apart from the sources."""
+        # Folders of older versions have no text_field.
+        given = {"text_field": self.text_field} if self.text_field else {}
+        return {"name": self.name, "seed": self.seed, **given}
+
+    def request(self, documents: int) -> dict[str, Any]:
+        """What determines the result for so many documents, apart from the sources."""
+        n_chunks, n_validation = self.n_chunks, self.n_validation
+        if n_chunks is None:
+            n_chunks = MANY_CHUNKS if documents >= MANY_DOCUMENTS else 1
+        if n_validation is None:
+            share = max(int(documents * VALIDATION_SHARE), 1)
+            n_validation = min(share, MAX_VALIDATION) if documents > 1 else 0
+        return self.scattered | {"nchunks": n_chunks, "validation_documents": n_validation}
 
 
 def shuffle_documents(
-    sources: Sequence[Path], root: Path, out: Path, plan: ShufflePlan, log: Log = print
+    sources: Sequence[Path],
+    root: Path,
+    out: Path,
+    plan: ShufflePlan,
+    log: Log = print,
+    keep_unfinished: bool = True,
 ) -> dict[str, Any]:
     """Shuffle the files `sources` below `root` into the folder `out`; return its manifest.
 
     Works in `<out>.unfinished`, which one process holds at a time, and renames it at the end. A
     complete folder is left alone; UserError if it was made from something else.
+
+    After an error or Ctrl-C, the next call resumes. Without `keep_unfinished`, it starts again:
+    what this call wrote is removed, but not the work of an earlier call that was killed.
     """
     finished = find_finished(out, plan)
     if finished is not None:
-        if finished["sources"] != _sizes(sources, root):
+        made = (out / MANIFEST_NAME).stat().st_mtime
+        is_newer = any(source.stat().st_mtime > made for source in sources)
+        if is_newer or finished["sources"] != _sizes(sources, root):
             raise UserError(f"{out} was made from other source files; move it away")
         log(f"{out}: complete, nothing to do")
         return finished
-    work = out.with_name(f"{out.name}.unfinished")
-    make_writable("--data_dir", work)
-    with lock_folders({"--data_dir": work}):
+    work = unfinished(out)
+    is_ours = not keep_unfinished and not work.exists()
+    make_writable("--out", work)
+    with lock_folders({"--out": work}), _removed_on_error(work if is_ours else None):
         manifest = _read_json(work / MANIFEST_NAME)
         if manifest is not None:  # killed before the rename
-            _refuse_other(work, manifest["request"], plan.request)
+            _refuse_other(work, manifest["request"], plan.request(manifest["documents"]))
         else:
             shuffle = _Shuffle(work, plan, log)
             shuffle.scatter(sources, root)
@@ -106,8 +129,9 @@ def find_finished(out: Path, plan: ShufflePlan) -> dict[str, Any] | None:
     manifest = _read_json(out / MANIFEST_NAME)
     if manifest is None:
         raise UserError(f"{out} exists and has no {MANIFEST_NAME}: move it away")
-    if manifest["request"] != plan.request:
-        made_with = _differences(manifest["request"], plan.request)
+    request = plan.request(manifest["documents"])
+    if manifest["request"] != request:
+        made_with = _differences(manifest["request"], request)
         raise UserError(f"{out} was made with {made_with}; move it away")
     for name, facts in manifest["files"].items():
         length = (out / name).stat().st_size if (out / name).is_file() else None
@@ -118,6 +142,16 @@ def find_finished(out: Path, plan: ShufflePlan) -> dict[str, Any] | None:
                 f"move {out} away and run again"
             )
     return manifest
+
+
+@contextmanager
+def _removed_on_error(folder: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _refuse_other(work: Path, started_with: dict[str, Any], now: dict[str, Any]) -> None:
@@ -137,8 +171,9 @@ class _Shuffle:
         self.work, self.plan, self.log = work, plan, log
         self.logged = self.saved = time.monotonic()
         self.budget = max(int(plan.memory * MEMORY_SHARE), 1)
-        # What determines the piles; the rest of the request matters when chunks are written.
-        piled = {"name": plan.name, "seed": plan.seed}
+        self.digests: list[str] = []  # sha256 of the outputs
+        # The rest of the request matters when chunks are written.
+        piled = plan.scattered
         self.progress: dict[str, Any] = _read_json(work / PROGRESS_NAME) or {
             "piled": piled,
             "n_piles": None,
@@ -161,7 +196,7 @@ class _Shuffle:
             self._check_sources(_sizes(sources, root))
             return
         for source in sources:  # find a broken parquet file before hours of work
-            check_document_file(source)
+            check_document_file(source, self.plan.text_field)
         self._check_sources(_sizes(sources[: len(progress["sources"])], root))
         if progress["n_piles"] is None:
             expected = sum(map(estimate_text_bytes, sources))
@@ -170,13 +205,12 @@ class _Shuffle:
         with _Appended(piles, progress["lengths"]) as files:
             for source in sources[len(progress["sources"]) :]:
                 name = source.relative_to(root).as_posix()
-                for number, document in enumerate(read_documents(source)):
+                for number, document in enumerate(read_documents(source, self.plan.text_field)):
                     if not document["text"]:
                         progress["without_text"] += 1
                         continue
                     key = _key(f"{self.plan.seed}/{name}/{number}")
-                    line = (json.dumps(document, ensure_ascii=False) + "\n").encode("utf-8")
-                    files.write(key * len(piles) >> KEY_BITS, b"%016x" % key + line)
+                    files.write(key * len(piles) >> KEY_BITS, to_line(document, b"%016x" % key))
                     progress["documents"] += 1
                     self._log("{:,} documents read, now {}", progress["documents"], name)
                 progress["sources"][name] = source.stat().st_size
@@ -195,45 +229,53 @@ class _Shuffle:
 
     def write_chunks(self) -> None:
         """Sort each pile by key and write its documents to the validation file and the chunks."""
-        progress, plan = self.progress, self.plan
-        if progress["documents"] < plan.n_validation + plan.n_chunks:
+        progress = self.progress
+        request = self.plan.request(progress["documents"])
+        n_chunks, n_validation = request["nchunks"], request["validation_documents"]
+        if progress["documents"] == 0:
+            raise UserError(f"no document with text in {', '.join(list(progress['sources'])[:3])}")
+        if progress["documents"] < n_validation + n_chunks:
             raise UserError(
                 f"{progress['documents']} documents with text are too few for --nchunks "
-                f"{plan.n_chunks} and --validation_documents {plan.n_validation}; lower one"
+                f"{n_chunks} and --validation_documents {n_validation}; lower one"
             )
-        _refuse_other(self.work, progress["dealing"] or plan.request, plan.request)
+        _refuse_other(self.work, progress["dealing"] or request, request)
         if progress["dealing"] is None:
-            progress["dealing"] = plan.request
+            progress["dealing"] = request
             self._save(progress["lengths"])
         outputs = [self.work / name for name in self._outputs()]
-        first_chunk = len(outputs) - plan.n_chunks
+        first_chunk = len(outputs) - n_chunks
         for i in range(progress["dealt"]):  # in case a run was killed before removing them
             self._pile(i).unlink(missing_ok=True)
         with _Appended(outputs, progress["lengths"]) as files:
+            digests = [hashlib.sha256(b"") for _ in outputs]
+            for digest, path in zip(digests, outputs if progress["dealt"] else [], strict=False):
+                with open(path, "rb") as file:  # what an interrupted run wrote
+                    hashlib.file_digest(file, lambda digest=digest: digest)
             for i in range(progress["dealt"], progress["n_piles"]):
                 n_written = progress["dealt_documents"]
                 for line in _sorted_lines(self._pile(i), self.budget, progress["n_piles"]):
-                    number = n_written - plan.n_validation  # of a training document
-                    chunk = first_chunk + number % plan.n_chunks
-                    files.write(0 if number < 0 else chunk, line)
+                    number = n_written - n_validation  # of a training document
+                    output = 0 if number < 0 else first_chunk + number % n_chunks
+                    files.write(output, line)
+                    digests[output].update(line)
                     n_written += 1
                     self._log("{:,} of {:,} documents written", n_written, progress["documents"])
                 progress["dealt"], progress["dealt_documents"] = i + 1, n_written
                 self._save(files.lengths())
                 self._pile(i).unlink()  # after the save: a resumed run doesn't need it
+            self.digests = [digest.hexdigest() for digest in digests]
 
     def finish(self) -> dict[str, Any]:
         """Write the manifest, which marks the folder as complete."""
         progress = self.progress
         assert progress["dealt_documents"] == progress["documents"], "documents were lost"
         files = {}
-        for name, n in self._outputs().items():
-            path = self.work / name
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            files[name] = {"documents": n, "bytes": path.stat().st_size, "sha256": digest}
+        for (name, n), digest in zip(self._outputs().items(), self.digests, strict=True):
+            size = (self.work / name).stat().st_size
+            files[name] = {"documents": n, "bytes": size, "sha256": digest}
         manifest = {
-            "request": self.plan.request,
+            "request": self.plan.request(progress["documents"]),
             "documents": progress["documents"],
             "without_text": progress["without_text"],
             "files": files,
@@ -245,7 +287,8 @@ class _Shuffle:
 
     def _outputs(self) -> dict[str, int]:
         """Return file -> number of documents: the validation file, if any, then the chunks."""
-        name, n_chunks, n_validation = self.plan.name, self.plan.n_chunks, self.plan.n_validation
+        request, name = self.plan.request(self.progress["documents"]), self.plan.name
+        n_chunks, n_validation = request["nchunks"], request["validation_documents"]
         n_digits = max(len(str(n_chunks - 1)), 2)
         whole, rest = divmod(self.progress["documents"] - n_validation, n_chunks)
         validation = {f"{name}.val.jsonl": n_validation} if n_validation else {}
@@ -276,7 +319,7 @@ class _Appended(ExitStack):
         self.files: list[BinaryIO] = []
         for path in paths:
             path.parent.mkdir(exist_ok=True)
-            file = self.enter_context(open(path, "ab"))  # noqa: SIM115 (closed by the stack)
+            file = self.enter_context(open(path, "ab", BUFFER))  # noqa: SIM115 (closed by the stack)
             length = lengths.get(path.name, 0)
             if file.tell() < length:
                 raise UserError(f"{path} has lost data: remove {path.parent} to start again")
@@ -344,4 +387,5 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Return the options of the old request that differ from the new one."""
-    return ", ".join(f"{key}={old.get(key)}" for key in new if old.get(key) != new[key])
+    keys = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    return ", ".join(f"{key}={old.get(key)}" for key in keys)

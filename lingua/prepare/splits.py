@@ -6,6 +6,7 @@ Other files belong to the split that their path names, by the words that the Hub
     data/test-00000-of-00001.parquet    default/validation/0000.parquet    wiki.dev.jsonl
 
 A file without such a word belongs to train. Words must be whole: latest.parquet is a train file.
+The name of a .md file is its subject, so only its folders count: dev.md is a train file.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import Any
 
 from lingua.config.yaml import yaml_value
 from lingua.errors import UserError
+from lingua.prepare.readers import format_of
+from lingua.prepare.sources import CARD
 
 ALL = "all"
-CARD = "README.md"
 # Words of a name, joined by blanks. Words for an activity count only at the end of a name:
 # training_notes is no split.
 OTHER_SPLITS = {
@@ -31,7 +33,9 @@ OTHER_SPLITS = {
     ),
 }
 TRAIN = re.compile(r"\btrain(?:ing|set|split|data)?$")
-SHARD = re.compile(r"\W\d+-of-\d+.*|(?:\.(?:parquet|jsonl?|gz|zst))+$")  # not a part of the name
+SHARD = re.compile(
+    r"\W\d+-of-\d+.*|(?:\.(?:parquet|arrow|jsonl?|txt|gz|zst))+$"
+)  # not a part of the name
 
 
 def select_split(files: Sequence[Path], folder: Path, split: str) -> tuple[list[Path], str | None]:
@@ -87,7 +91,8 @@ def split_of_path(name: str) -> str:
     A name that ends in "train" overrules the folders above it, as in dev_corpus/train.parquet.
     """
     found: set[str] = set()
-    for part in reversed(PurePosixPath(name).parts):
+    path = PurePosixPath(name)
+    for part in reversed((path.parent if format_of(path) == ".md" else path).parts):
         words = words_of(part)
         here = {split for split, pattern in OTHER_SPLITS.items() if pattern.search(words)}
         if not here and TRAIN.search(words):

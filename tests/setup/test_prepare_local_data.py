@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lingua.errors import UserError
+from lingua.prepare.tokenizer import SPECIAL_TOKENS
 from tests.setup_scripts import SETUP, load_script
 
 SENTENCE = (
@@ -196,7 +197,7 @@ def test_the_tokenizer_decodes_any_text(tmp_path, stdlib):
     run(tmp_path / "out", stdlib)
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 300
-    assert [tokenizer.token_to_id(token) for token in prepare.SPECIAL_TOKENS] == [0, 1]
+    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1]
     for text in ["The name  of it.\n\tNext", "Grüße, 世界 🙂", "", "\x00\x7f"]:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 

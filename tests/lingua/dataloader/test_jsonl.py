@@ -139,9 +139,11 @@ BAD_LINES = {
 @pytest.mark.parametrize("bad", BAD_LINES)
 def test_a_bad_line_is_named_by_file_and_line(tmp_path, bad):
     file = write(tmp_path / "x.chunk.0.jsonl", ["one", "two"])
+    state = distribute_data_to_rank(str(tmp_path), 0, 1)
     with file.open("ab") as f:
         f.write(b"\n" + bad + b'\n{"text": "five"}\n')
-    state = distribute_data_to_rank(str(tmp_path), 0, 1)
+    with pytest.raises(UserError, match=rf"x\.chunk\.0\.jsonl:4: .*{BAD_LINES[bad]}"):
+        distribute_data_to_rank(str(tmp_path), 0, 1)  # before a run
     stream = loop_on_jsonl(**state)
     _, saved = next(stream)
     next(stream)
@@ -155,7 +157,8 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, bad):
     "prepare, world_size, message",
     [
         (lambda folder: None, 1, "no folder .*source"),
-        (lambda folder: folder.mkdir(), 1, r"no file named \*\.chunk\.\*\.jsonl"),
+        (lambda folder: folder.mkdir(), 1, r"no file named \*\.chunk\.\*\.jsonl.*scripts.prepare"),
+        (lambda folder: folder.write_text("x"), 1, "no folder .*scripts.prepare"),
         (lambda f: write(f / "a.jsonl", ["x"]), 1, r"no file named \*\.chunk\.\*\.jsonl"),
         (lambda f: write(f / "a.chunk.0.jsonl", []), 1, r"a\.chunk\.0\.jsonl is empty"),
         (lambda f: write(f / "a.chunk.0.jsonl", ["x"]), 2, "has 1 lines but 2 ranks share it"),

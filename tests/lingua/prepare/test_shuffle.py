@@ -16,7 +16,7 @@ import pytest
 from lingua.errors import UserError
 from lingua.prepare import shuffle as shuffling
 from lingua.prepare.shuffle import ShufflePlan, shuffle_documents
-from lingua.prepare.sources import check_document_file, find_document_files, read_documents
+from lingua.prepare.sources import find_document_files
 
 N_DOCUMENTS = 400
 N_CHUNKS, N_VALIDATION = 7, 20
@@ -321,92 +321,3 @@ def test_a_document_larger_than_memory_is_shuffled(tmp_path):
     (root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shuffle(root, tmp_path / "out", memory=1000, n_validation=1, n_chunks=2)
     assert Counter(texts(files_of(tmp_path / "out"), ".jsonl")) == Counter(r["text"] for r in rows)
-
-
-# ---- files
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("a.parquet", b"PAR1 this is not one"),
-        ("a.parquet", b""),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-20]),
-        ("a.jsonl.gz", b"plain"),
-        ("a.jsonl.zst", b"plain"),
-    ],
-    ids=["parquet", "empty parquet", "half a gz", "no gz", "no zst"],
-)
-def test_a_broken_file_is_named(tmp_path, name, content):
-    pytest.importorskip("pyarrow")
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name} is broken"):
-        list(read_documents(tmp_path / name))
-
-
-def test_damage_in_the_middle_of_a_file_is_named(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = {"text": [f"{i * 7919}" * 50 for i in range(500)]}
-    parquet.write_table(pytest.importorskip("pyarrow").table(table), tmp_path / "a.parquet")
-    rows = [json.dumps({"text": hashlib.sha256(b"%d" % i).hexdigest()}) for i in range(500)]
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode(), mtime=0))
-    for file in tmp_path.iterdir():
-        content = bytearray(file.read_bytes())
-        content[1000:3000] = bytes(2000)
-        file.write_bytes(content)
-        check_document_file(file)  # its end is intact
-        with pytest.raises(UserError, match=f"{file.name} is broken"):
-            list(read_documents(file))
-
-
-@pytest.mark.parametrize(
-    "table, problem",
-    [
-        ({"url": ["x"], "n": [1]}, " has no column text or content, but url, n"),
-        ({"text": [3]}, ": the column text .*int64"),
-    ],
-)
-def test_a_parquet_file_without_text_names_its_columns(tmp_path, table, problem):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pytest.importorskip("pyarrow").table(table), tmp_path / "a.parquet")
-    for read in (lambda file: list(read_documents(file)), check_document_file):
-        with pytest.raises(UserError, match=f"a.parquet{problem}"):
-            read(tmp_path / "a.parquet")
-
-
-@pytest.mark.parametrize(
-    "line, problem",
-    [
-        (b'{"text": "a"', "not JSON"),
-        (b'{"text": "\xff"}', "not JSON in UTF-8"),
-        (b"[1]", "a line must be a JSON object, got list"),
-        (b'{"title": "y"}', r"""no "text" or "content" \(found: 'title'\)"""),
-        (b'{"text": 3}', "the text is 3, not a string"),
-        (b'{"text": null, "content": [1]}', r"the text is \[1\], not a string"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
-def test_a_bad_line_is_named(tmp_path, kind, line, problem):
-    content = b'{"text": "x"}\n' * 999 + b"\n" + line + b"\n"
-    file = tmp_path / f"a.{kind}"
-    file.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
-    with pytest.raises(UserError, match=f"a.{kind}:1001: {problem}"):
-        list(read_documents(file))
-
-
-def test_missing_and_blank_texts_are_empty(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": " \\n"}\n{"text": "x"}\n')
-    assert [d["text"] for d in read_documents(tmp_path / "a.jsonl")] == ["", "", "x"]
-
-
-def test_a_lone_surrogate_is_replaced(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "x\\ud800y"}\n')
-    assert list(read_documents(tmp_path / "a.jsonl")) == [{"text": "x\ufffdy"}]
-
-
-def test_a_folder_without_documents_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
-        find_document_files(tmp_path / "none")
-    (tmp_path / "readme.md").write_text("x")
-    with pytest.raises(UserError, match=r"no file that ends in \.parquet"):
-        find_document_files(tmp_path)

@@ -10,13 +10,9 @@ import pytest
 
 from lingua.dataloader.jsonl import document_text, parse_line
 from lingua.errors import UserError
+from lingua.prepare.readers import check_document_file, read_documents
 from lingua.prepare.shuffle import ShufflePlan, shuffle_documents
-from lingua.prepare.sources import (
-    check_document_file,
-    describe_skipped,
-    find_document_files,
-    read_documents,
-)
+from lingua.prepare.sources import describe_skipped, find_document_files
 
 ROWS = [
     {"text": "text", "content": "content"},
@@ -106,3 +102,35 @@ def test_folders_with_suffixes_are_searched_and_attribute_files_skipped(tmp_path
     (tmp_path / "._b.jsonl").write_bytes(b"\0\5\x16\7")
     assert find_document_files(tmp_path) == [tmp_path / "x.jsonl" / "part-0.jsonl"]
     assert "._b.jsonl" in str(describe_skipped(tmp_path))
+
+
+def test_metadata_and_caches_hold_no_documents(tmp_path):
+    names = ["state.json", "tokenizer.json", "manifest.json", "x.tokens.json", "README.md"]
+    for name in [*names, "cache-1.arrow", "a.json", "b.arrow", "notes.md", "c.pdf"]:
+        (tmp_path / name).write_text("[]")
+    found = [file.name for file in find_document_files(tmp_path)]
+    assert found == ["a.json", "b.arrow", "notes.md"]
+    assert find_document_files(tmp_path / "README.md") == [tmp_path / "README.md"]
+    with pytest.raises(UserError, match="c.pdf: unknown format.*.parquet"):
+        find_document_files(tmp_path / "c.pdf")
+
+
+def test_a_folder_without_documents_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_document_files(tmp_path / "none")
+    (tmp_path / "x.pdf").write_text("x")
+    with pytest.raises(UserError, match=r"no file that ends in \.txt"):
+        find_document_files(tmp_path)
+
+
+@pytest.mark.parametrize("out", ["out", "data/out", "."])
+def test_the_output_folder_is_not_a_source(tmp_path, monkeypatch, out):
+    """Also if it is given relative to another folder, and while it is unfinished."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    for folder in (Path(out, "made"), Path(out, "made.unfinished/piles")):
+        folder.mkdir(parents=True)
+        (folder / "x.jsonl").write_text('{"text": "x"}')
+    for source in (tmp_path, Path(".")):
+        assert [f.name for f in find_document_files(source, Path(out, "made"))] == ["a.txt"]
+        assert describe_skipped(source, Path(out, "made")) is None
