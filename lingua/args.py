@@ -42,13 +42,19 @@ def parse_args(
     The help starts with the first two paragraphs of `doc`, the command's docstring: what it does,
     and examples. `--help model.gdn` prints one section. If `cls` has a field `config`, `config=`
     sets that field and no file is read. The argument `config` is a mapping that replaces the file.
+    A class attribute POSITIONAL names the option of a path without a name, and ALIASES maps other
+    names of options to their own.
     """
     if not HELP.isdisjoint(argv):
-        sections = [arg for arg in argv if arg not in HELP and "=" not in arg]
+        last = max(i for i, arg in enumerate(argv) if arg in HELP)
+        sections = [arg for arg in argv[last + 1 :] if "=" not in arg]
         text = format_help(cls, prog=prog, docstring=doc or "", sections=sections)
         print_text(as_started(text, prog))
         raise SystemExit(0)
-    typed = [_split_option(arg) for arg in argv]
+    positional = getattr(cls, "POSITIONAL", None)
+    typed = [_split_option(arg, positional) for arg in argv]
+    if positional and len(paths := [arg for arg in argv if _is_path(arg)]) > 1:
+        raise UserError(f"{paths[1]}: write option=value ({positional} is {paths[0]})")
     options = Options(cls)
     if config is not None:
         options.add(config)
@@ -136,7 +142,15 @@ def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _split_option(arg: str) -> tuple[str, str]:
+def _is_path(arg: str) -> bool:
+    """Whether an argument is no option. The "=" of a path comes after a slash."""
+    name, equals, _ = arg.partition("=")
+    return not arg.startswith("-") and (not equals or "/" in name)
+
+
+def _split_option(arg: str, positional: str | None) -> tuple[str, str]:
+    if positional and _is_path(arg):
+        return positional, arg
     name, equals, value = arg.partition("=")
     if arg.startswith("-"):
         bare = name.lstrip("-").replace("-", "_")

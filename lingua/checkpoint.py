@@ -14,10 +14,12 @@ what to delete, and an error on one rank is raised on all.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from lingua.args import dataclass_to_dict, diff_configs
+from lingua.args import dataclass_to_dict, diff_configs, load_config_file
 from lingua.checkpointing.dcp import CONFIG_NAME as CONFIG_NAME
 from lingua.checkpointing.dcp import load_from_checkpoint as load_from_checkpoint
 from lingua.checkpointing.dcp import require_files
@@ -48,7 +50,7 @@ from lingua.checkpointing.metadata import METADATA_NAME, read_metadata
 from lingua.checkpointing.save import Save
 from lingua.checkpointing.weights import CONSOLIDATE_FOLDER as CONSOLIDATE_FOLDER
 from lingua.checkpointing.weights import CONSOLIDATE_NAME as CONSOLIDATE_NAME
-from lingua.checkpointing.weights import check_init_path
+from lingua.checkpointing.weights import SAFETENSORS_NAME, find_weights
 from lingua.checkpointing.weights import consolidate_checkpoints as consolidate_checkpoints
 from lingua.dataloader.resume import reject_lingua_state
 from lingua.distributed import (
@@ -68,6 +70,8 @@ from lingua.rng import get_rng_state, set_rng_state
 logger = logging.getLogger(__name__)
 
 RNG_KEY = "rng"
+INIT_OPTION = "checkpoint.init_ckpt_path"
+RUN_CONFIG = "config.yaml"  # in the folder of a run
 PENDING_SAVE = "the checkpoint that is being written"
 TRAIN_STATE_GLOB = "train_state_[0-9][0-9][0-9][0-9][0-9].json"
 REQUIRED_FILES = (METADATA_NAME, CONFIG_NAME, TRAIN_STATE_NAME.format(0))
@@ -92,7 +96,8 @@ class CheckpointArgs:
     # saves. Training still waits before an evaluation and at the end
     async_save: bool = False
     path: str | None = None  # folder of all checkpoints; null is <dump_dir>/checkpoints
-    # step folder or weight file that a new run starts from; not read once the run has a checkpoint
+    # run, step folder or weight file that a new run starts from; not read once the run has a
+    # checkpoint
     init_ckpt_path: str | None = None
     # also take optimizer, step and data position from init_ckpt_path
     continue_training_from_init: bool = False
@@ -111,10 +116,13 @@ def check_init(args: CheckpointArgs, n_steps: int) -> None:
 
     `n_steps` is the number of steps at the end of the run.
     """
-    check_init_path(args.init_ckpt_path)
+    if args.init_ckpt_path is None:
+        return
+    folder = find_checkpoint(args.init_ckpt_path, INIT_OPTION)
+    if folder.is_dir():
+        read_metadata(folder)
     if args.continue_training_from_init:
-        option = "checkpoint.continue_training_from_init=true: checkpoint.init_ckpt_path="
-        folder = Path(args.init_ckpt_path or "")
+        option = f"checkpoint.continue_training_from_init=true: {INIT_OPTION}="
         require_files(folder, *REQUIRED_FILES, option=option)
         file = folder / TRAIN_STATE_NAME.format(0)
         try:
@@ -127,6 +135,57 @@ def check_init(args: CheckpointArgs, n_steps: int) -> None:
                 f"{option}{folder} has done {state['step']} steps and steps={n_steps}: nothing is "
                 "left to do; increase steps"
             )
+
+
+def find_checkpoint(path: str | os.PathLike, option: str = "ckpt") -> Path:
+    """Return the step folder or weight file that `path` names; for a run, its newest checkpoint.
+
+    UserError, naming `option`, if there is none.
+    """
+    given = Path(path)
+    found = find_weights(given) if str(path) else None  # Path("") is the working directory
+    try:
+        for folder in _checkpoint_folders(given) if str(path) and found is None else ():
+            manager = CheckpointManager(CheckpointArgs(path=str(folder)))
+            found = found or manager.foreign_save or manager.get_last_step_path()
+    except UserError as error:  # all are damaged
+        raise UserError(f"{option}={path}: {str(error).partition(';')[0]}") from None
+    if found is None:
+        raise UserError(
+            f"{option}={path}: {_what_is_at(given) if str(path) else 'the path is empty'}; name a "
+            "run folder, a step folder such as <run>/checkpoints/0000001000, or a weight file "
+            f"({CONSOLIDATE_NAME} or {SAFETENSORS_NAME})"
+        )
+    return found
+
+
+def _checkpoint_folders(run: Path) -> list[Path]:
+    """Return the folders in which a run may have its checkpoints."""
+    folders = [run / "checkpoints", run]
+    with suppress(OSError, UserError):
+        path = (load_config_file(run / RUN_CONFIG).get("checkpoint") or {}).get("path")
+        folders += [Path(path)] if path else []
+    return folders
+
+
+def _what_is_at(path: Path) -> str:
+    """Describe in a few words a path without checkpoint, for an error."""
+    if not path.is_dir():
+        parent = path.parent
+        siblings = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, siblings, n=1)
+        guess = f"; did you mean {parent / close[0]}?" if close else ""
+        return f"no such file or folder (relative to {Path.cwd()}){guess}"
+    if (path / RUN_CONFIG).is_file():
+        return "this run has no complete checkpoint"
+    names = sorted(p.name for p in path.iterdir())
+    runs = [name for name in names if (path / name / RUN_CONFIG).is_file()]
+    shown = ", ".join((runs or names)[:5]) + (", ..." if len(runs or names) > 5 else "")
+    if runs:
+        return f"this is a folder of runs ({shown})"
+    if is_checkpoint(path):
+        return f"this checkpoint is incomplete: {METADATA_NAME} is missing"
+    return f"no complete checkpoint in this folder ({shown or 'empty'})"
 
 
 class TrainState(Protocol):
@@ -309,7 +368,9 @@ class CheckpointManager:
         run_on_rank_0(lambda: clear_leftovers(self.path))
         if path is None and self.args.continue_training_from_init:
             is_new = run_on_rank_0(lambda: not self.existing_saves)
-            path = self.args.init_ckpt_path if is_new else None
+            if is_new:
+                source = self.args.init_ckpt_path or ""
+                path = run_on_rank_0(lambda: find_checkpoint(source, INIT_OPTION))
         unreadable: dict[Path, str] = {}
         while True:
             folder = (

@@ -48,7 +48,7 @@ def names_of(options: Iterable[str]) -> set[str]:
 
 
 def fields_of(cls: type) -> set[str]:
-    return {doc.path for doc in describe_fields(cls)}
+    return {doc.path for doc in describe_fields(cls)} | {*getattr(cls, "ALIASES", ())}
 
 
 @pytest.mark.parametrize("command", commands(), ids=lambda command: command.text)

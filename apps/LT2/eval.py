@@ -29,8 +29,9 @@ from apps.LT2.evaluation.evaluate import Scores, errors_name_ckpt_dir, evaluate
 from apps.LT2.evaluation.records import choose_folder, find_conditions
 from apps.LT2.evaluation.tasks import find_tasks
 from apps.LT2.evaluation.validation import ValidationArgs as ValidationArgs
-from apps.LT2.inference.load import find_checkpoint, read_config
+from apps.LT2.inference.load import read_config
 from lingua.args import parse_args
+from lingua.checkpoint import find_checkpoint
 from lingua.checkpointing.folder import is_checkpoint
 from lingua.distributed import get_is_master, setup_torch_distributed
 from lingua.errors import UserError, run_cli

@@ -15,6 +15,7 @@ import itertools
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
@@ -23,7 +24,6 @@ from apps.LT2.inference.generator import (
 )
 from apps.LT2.inference.load import (
     LoadedModel,
-    find_checkpoint,
     load_model_and_tokenizer,
     resolve_device,
 )
@@ -32,6 +32,7 @@ from apps.LT2.inference.sampling import sample_tokens as sample_tokens
 from apps.LT2.inference.session import Session
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.args import parse_args
+from lingua.checkpoint import find_checkpoint
 from lingua.errors import UserError, run_cli
 from lingua.tokenizer import Tokenizer, well_formed
 
@@ -49,6 +50,9 @@ def load_consolidated_model_and_tokenizer(
 
 @dataclass(kw_only=True)
 class GenerateArgs(PackedCausalTransformerGeneratorArgs):
+    POSITIONAL: ClassVar = "ckpt"
+    ALIASES: ClassVar = {"ckpt_dir": "ckpt", "dump_dir": "ckpt"}
+
     ckpt: str  # a run's dump_dir (newest checkpoint), a step folder, or a weight file
     prompts: list[str] | None = None  # texts to continue, such as '["Once upon", "In a"]'
     prompts_file: str | None = None  # UTF-8 file; each line is a prompt, also an empty one

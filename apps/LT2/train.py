@@ -59,9 +59,9 @@ from lingua.args import (
     dump_config,
     parse_args,
 )
-from lingua.checkpoint import CONFIG_NAME, CheckpointManager
+from lingua.checkpoint import CONFIG_NAME, INIT_OPTION, CheckpointManager, find_checkpoint
 from lingua.checkpointing.save import warn_of_small_disk
-from lingua.checkpointing.weights import find_weights, load_initial_weights
+from lingua.checkpointing.weights import load_initial_weights
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
 from lingua.distributed import (
     agree_any,
@@ -372,9 +372,11 @@ def load_state(
     loader_state = init_dataloader_state_from_args(args.data, *get_dp_rank_and_degree(mesh))
     state = TrainState(0, 0, loader_state, scheduler)
     loaded = checkpoints.load(model, optimizer, state, mesh, config=args)
-    if loaded is None and args.checkpoint.init_ckpt_path is not None:
-        load_initial_weights(args.checkpoint.init_ckpt_path, model, ZERO_IF_MISSING)
-        for difference in run_on_rank_0(lambda: find_init_differences(args)):
+    if loaded is None and (path := args.checkpoint.init_ckpt_path) is not None:
+        source = run_on_rank_0(lambda: find_checkpoint(path, INIT_OPTION))
+        log_on_rank_0("initial weights: %s", source)
+        load_initial_weights(str(source), model, ZERO_IF_MISSING)
+        for difference in run_on_rank_0(lambda: find_init_differences(args, source)):
             message = "model differs from checkpoint.init_ckpt_path: %s"
             log_on_rank_0(message, difference, level=WARNING)
     elif loaded is not None:
@@ -387,14 +389,12 @@ def load_state(
     return state
 
 
-def find_init_differences(args: TrainArgs) -> list[str]:
-    """List options of the model and tokenizer that differ from the run of init_ckpt_path.
+def find_init_differences(args: TrainArgs, source: Path) -> list[str]:
+    """List options of the model and tokenizer that differ from the run of the weights in `source`.
 
     The shapes may fit nevertheless, for example with another rope_theta. The list is empty if the
     weights have no params.json of ours or of Lingua.
     """
-    source = find_weights(Path(args.checkpoint.init_ckpt_path or ""))
-    assert source is not None, "its weights are loaded"
     file = (source if source.is_dir() else source.parent) / CONFIG_NAME
     if not file.is_file():
         return []

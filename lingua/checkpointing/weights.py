@@ -158,32 +158,15 @@ def consolidate_checkpoints(ckpt_dir: str | os.PathLike) -> Path:
 # ---- into a model
 
 
-def check_init_path(path: str | None) -> None:
-    """Raise UserError if checkpoint.init_ckpt_path names no weights, or a damaged index."""
-    source = None if path is None else find_weights(Path(path))
-    if source is not None and source.is_dir():
-        read_metadata(source)
-    if path is not None and source is None:
-        is_missing = not Path(path).exists()
-        steps = [p for name in ("", "checkpoints") for p in (Path(path) / name).glob("[0-9]" * 10)]
-        example = max(steps, default="<dump_dir>/checkpoints/0000001000")
-        raise UserError(
-            f"checkpoint.init_ckpt_path={path}: "
-            + ("no such file or folder" if is_missing else f"no checkpoint (no {METADATA_NAME})")
-            + f"; name a step folder such as {example}, or a weight file "
-            f"({CONSOLIDATE_NAME} or {SAFETENSORS_NAME})"
-        )
-
-
 def load_initial_weights(path: str, model: nn.Module, zero_if_missing: Sequence[str] = ()) -> None:
     """Fill a model, sharded or not, from a step folder or a weight file. A collective.
 
     Weights that are missing there are set to zero if `zero_if_missing` lists them.
     """
-    check_init_path(path)
-    source = find_weights(Path(path))
-    assert source is not None
     option = "checkpoint.init_ckpt_path"
+    source = find_weights(Path(path))
+    if source is None:
+        raise UserError(f"{option}={path} is neither a step folder nor a weight file")
     if source.is_dir():
         try:
             load_from_checkpoint(source, model, zero_if_missing=zero_if_missing)

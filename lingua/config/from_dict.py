@@ -80,6 +80,7 @@ class Options(Generic[T]):
         for key, value in data.items():
             place = f"{lines[above + key]}: " if above + key in lines else ""
             field, _, rest = key.partition(".")
+            field = getattr(cls, "ALIASES", {}).get(field, field)
             if field not in field_types(cls):
                 if not ignore(above + field, value) and self.strict:
                     raise UserError(place + unknown_option(self.cls, cls, above, field))

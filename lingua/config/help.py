@@ -68,7 +68,8 @@ def format_help(cls: type, *, prog: str, docstring: str, sections: Sequence[str]
     if sections:
         return "\n\n".join(_format_sections(_below(docs, name, prog)) for name in sections)
     config = "" if "config" in field_types(cls) else " [config=FILE.yaml]"
-    lines = [f"usage: {prog}{config} [option=value ...]", ""]
+    path = f" [{cls.POSITIONAL.upper()}]" if hasattr(cls, "POSITIONAL") else ""
+    lines = [f"usage: {prog}{config}{path} [option=value ...]", ""]
     lines += [line for paragraph in docstring.strip().split("\n\n")[:2] for line in (paragraph, "")]
     lines += ["options (the command line overrides the config file, the file the defaults):", ""]
     return "\n".join(lines) + "\n" + _format_sections(docs)

@@ -42,6 +42,19 @@ def test_a_run_starts_from_weights_and_resumes_without_them(data, other, tmp_pat
     assert_same_run(tmp_path / "parts", tmp_path / "whole", N)
 
 
+@pytest.mark.parametrize("continues, steps", [(False, 1), (True, N + 1)])
+def test_a_run_starts_from_the_newest_checkpoint_of_a_run(continues, steps, data, other, tmp_path):
+    options = {**SMALL, "seed": 11, "eval.validation": None, "steps": steps}
+    options |= {
+        "checkpoint.init_ckpt_path": other,
+        "checkpoint.continue_training_from_init": continues,
+    }
+    run = train(data, tmp_path, **options)
+    said = "resumed from" if continues else "initial weights:"
+    assert f"{said} {checkpoint(other, N)}" in (run / "train.log").read_text()
+    assert len(column(run, "loss/out")) == 1
+
+
 def test_continuing_from_a_weight_file_fails(data, other, tmp_path):
     file = consolidate_checkpoints(checkpoint(other, N)) / "consolidated.pth"
     options = {"checkpoint.init_ckpt_path": file, "checkpoint.continue_training_from_init": True}

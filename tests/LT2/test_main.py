@@ -17,6 +17,10 @@ from types import SimpleNamespace
 import pytest
 
 from apps.LT2 import __main__ as lt2
+from apps.LT2.evaluation.args import EvalArgs
+from apps.LT2.generate import GenerateArgs
+from apps.LT2.scripts.export_weights import ExportArgs
+from lingua.args import parse_args
 from lingua.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -24,10 +28,9 @@ MODULES = {name: module for name, (module, _) in lt2.COMMANDS.items()}
 # Prints {command: help} of the commands in `sys.argv`, and fails if that imported torch.
 HELP_WITHOUT_TORCH = """
 import json, sys
-import apps.LT2
 from lingua.config.stand_in import replace_torch_for_help
-from tests.LT2.test_main import help_of
 replace_torch_for_help(["--help"])
+from tests.LT2.test_main import help_of
 print(json.dumps({name: help_of(name) for name in sys.argv[1:]}))
 assert not hasattr(sys.modules["torch"], "__version__")
 """
@@ -105,6 +108,15 @@ def test_every_command_has_a_module(name):
     spec = importlib.util.find_spec(MODULES[name])
     assert spec is not None and spec.origin is not None
     assert "\ndef main(argv: " in Path(spec.origin).read_text()
+
+
+@pytest.mark.parametrize("path", ["runs/tune/lr=0.1", "runs/demo/consolidated.pth"])
+def test_every_name_of_a_checkpoint_is_read(path):
+    for cls, more in ((GenerateArgs, []), (ExportArgs, ["format=hf", "out=x"])):
+        for name in ("", "ckpt=", "ckpt_dir=", "dump_dir="):
+            assert parse_args(cls, [name + path, *more]).ckpt == path
+    for name in ("", "ckpt=", "ckpt_dir="):
+        assert parse_args(EvalArgs, [name + path]) == EvalArgs(ckpt_dir=path)
 
 
 def test_the_console_script_is_this_one():

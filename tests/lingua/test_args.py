@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -19,6 +20,7 @@ from lingua.args import (
     load_config_file,
     parse_args,
 )
+from lingua.errors import UserError
 from lingua.files.atomic import write_atomic
 from tests.lingua.some_args import Args, Data, Eval, Every, complaint, parse
 
@@ -207,3 +209,29 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     write_atomic(path, b"new")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file.txt"]
+
+
+@dataclass
+class Reader:
+    POSITIONAL: ClassVar = "ckpt"
+    ALIASES: ClassVar = {"dump_dir": "ckpt"}
+
+    ckpt: str = ""
+    steps: int = 1
+
+
+@pytest.mark.parametrize(
+    "path", ["runs/a", "a", ".", "/", "runs/lr=1e-3,T=2", "./lr=1", "a b/c.pth", "../a=b/c=d"]
+)
+def test_a_path_needs_no_name(path, yaml_file):
+    for argv in ([path, "steps=2"], ["steps=2", path], ["steps=2", f"dump_dir={path}"]):
+        assert parse_args(Reader, argv) == Reader(path, 2)
+    assert parse_args(Reader, [yaml_file("dump_dir: b\n"), path]) == Reader(path)
+
+
+def test_one_path_at_most():
+    with pytest.raises(UserError, match="^5: write option=value"):
+        parse_args(Reader, ["runs/a", "5"])
+    with pytest.raises(UserError, match="--steps"):
+        parse_args(Reader, ["runs/a", "--steps"])
+    assert complaint("runs/a").startswith("runs/a: write option=value")

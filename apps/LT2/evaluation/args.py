@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from apps.LT2.evaluation.validation import ValidationArgs
 from apps.LT2.inference.generator import PackedCausalTransformerGeneratorArgs
@@ -93,6 +93,9 @@ def _require(condition: bool, option: str, value: Any, wanted: str) -> None:
 
 @dataclass
 class EvalArgs:
+    POSITIONAL: ClassVar = "ckpt_dir"
+    ALIASES: ClassVar = {"ckpt": "ckpt_dir"}
+
     name: str = "evals"  # of the job; in training also of the folder of results
     # folder for results.json and validation.json; null = evals/<step> in the run's folder
     dump_dir: str | None = None

@@ -19,13 +19,13 @@ from apps.LT2.evaluation.tasks import import_lm_eval, load_tasks
 from apps.LT2.evaluation.validation import ValidationArgs, Validator, check_validation_sources
 from apps.LT2.inference.load import (
     LoadedModel,
-    find_checkpoint,
     load_model_and_tokenizer,
     read_config,
     resolve_device,
     resolve_tokenizer,
 )
 from lingua.args import dataclass_from_dict, flatten_dict
+from lingua.checkpoint import find_checkpoint
 from lingua.dataloader.args import DataArgs
 from lingua.distributed import (
     get_global_rank,

@@ -29,9 +29,9 @@ from apps.LT2.transformer import (
     fit_loop_gates,
 )
 from lingua.args import dataclass_from_dict
-from lingua.checkpoint import CONFIG_NAME, CONSOLIDATE_NAME, CheckpointArgs, CheckpointManager
+from lingua.checkpoint import CONFIG_NAME, find_checkpoint
 from lingua.checkpointing.dcp import check_fits, missing_as_zero
-from lingua.checkpointing.weights import SAFETENSORS_NAME, find_weights, read_weights, weight_dtype
+from lingua.checkpointing.weights import read_weights, weight_dtype
 from lingua.errors import UserError
 from lingua.parallel.args import DTYPES, resolve_dtype
 from lingua.parallel.ranks import get_device
@@ -100,24 +100,6 @@ def resolve_device(device: str) -> torch.device:
     if device not in choices:
         raise UserError(f"device={device} must be one of {', '.join(choices)} on this machine")
     return get_device() if device in ("auto", "cuda") else torch.device(device)
-
-
-def find_checkpoint(ckpt: str) -> Path:
-    """Return the step folder or weight file that `ckpt` names; a run's newest checkpoint."""
-    path = Path(ckpt)
-    if not ckpt or not path.exists():
-        raise UserError(f"ckpt={ckpt}: no such file or folder (relative to {Path.cwd()})")
-    found = find_weights(path)
-    for folder in (path / "checkpoints", path):
-        manager = CheckpointManager(CheckpointArgs(path=str(folder)))
-        found = found or manager.foreign_save or manager.get_last_step_path()
-    if found is None:
-        raise UserError(
-            f"ckpt={ckpt} holds no complete checkpoint; name a run's dump_dir, a step folder such "
-            "as <dump_dir>/checkpoints/0000001000, or a weight file "
-            f"({CONSOLIDATE_NAME} or {SAFETENSORS_NAME})"
-        )
-    return found
 
 
 def read_config(source: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import ZERO_IF_MISSING, build_on_meta
 from lingua.args import parse_args
+from lingua.checkpoint import INIT_OPTION, find_checkpoint
 from lingua.checkpointing.weights import load_initial_weights
 from lingua.config.cli import OVERRIDE, OneLineParser
 from lingua.data import build_dataloader_from_args, init_dataloader_state_from_args
@@ -48,6 +49,7 @@ from lingua.distributed import (
     get_dp_rank_and_degree,
     get_is_master,
     get_world_size,
+    run_on_rank_0,
     setup_env,
     setup_torch_distributed,
 )
@@ -106,8 +108,9 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     model = build_on_meta(args.model)
     flops_per_token = train_flops_per_token(model, args.data.seq_len)  # before TP splits the heads
     build_model(args, mesh, device, model)
-    if args.checkpoint.init_ckpt_path is not None:
-        load_initial_weights(args.checkpoint.init_ckpt_path, model, ZERO_IF_MISSING)
+    if (path := args.checkpoint.init_ckpt_path) is not None:
+        source = run_on_rank_0(lambda: find_checkpoint(path, INIT_OPTION))
+        load_initial_weights(str(source), model, ZERO_IF_MISSING)
     optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
     dp_rank, dp_degree = get_dp_rank_and_degree(mesh)
     loader_state = init_dataloader_state_from_args(args.data, dp_rank, dp_degree)

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from apps.LT2.inference.load import (
     LoadedModel,
-    find_checkpoint,
     load_model_and_tokenizer,
     read_config,
     resolve_tokenizer,
@@ -27,6 +26,7 @@ from apps.LT2.inference.load import (
 from apps.LT2.scripts.llama import check_is_llama, llama_config, to_llama
 from apps.LT2.scripts.weight_folder import copy_tokenizer, new_folder, write_json
 from lingua.args import parse_args
+from lingua.checkpoint import find_checkpoint
 from lingua.checkpointing.dcp import CONFIG_NAME
 from lingua.checkpointing.weights import (
     CONSOLIDATE_NAME,
@@ -44,6 +44,9 @@ FILES = {"consolidated": CONSOLIDATE_NAME, "safetensors": SAFETENSORS_NAME, "hf"
 
 @dataclass(kw_only=True)
 class ExportArgs:
+    POSITIONAL: ClassVar = "ckpt"
+    ALIASES: ClassVar = {"ckpt_dir": "ckpt", "dump_dir": "ckpt"}
+
     ckpt: str  # a run's dump_dir (newest checkpoint), a step folder, or a file of weights
     format: str  # consolidated, safetensors, or hf (a Hugging Face Llama folder)
     out: str  # new folder

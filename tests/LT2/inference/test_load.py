@@ -165,7 +165,7 @@ def params(**changes):
     "damage, message",
     [
         (lambda folder: shutil.rmtree(folder), "no such file or folder"),
-        (lambda folder: (folder / ".metadata").unlink(), "no complete checkpoint"),
+        (lambda folder: (folder / ".metadata").unlink(), "metadata is missing"),
         (lambda folder: (folder / "params.json").unlink(), "params.json.*missing"),
         (lambda folder: (folder / "params.json").write_text("{"), "not readable"),
         (lambda folder: edit_params(folder, lambda c: c.pop("model")), "section `model`"),

@@ -42,11 +42,11 @@ def test_a_bad_value_is_a_user_error(data, tmp_path, option, value):
     assert not (tmp_path / "run").exists()
 
 
-def test_init_ckpt_path_of_a_run_names_its_newest_step(data, tmp_path):
+def test_init_ckpt_path_of_a_run_without_readable_steps(data, tmp_path):
     for step in ("0000000002", "0000000010"):
         (tmp_path / "old" / "checkpoints" / step).mkdir(parents=True)
     args = train_args(data, tmp_path / "run", **{"checkpoint.init_ckpt_path": tmp_path / "old"})
-    with pytest.raises(UserError, match="checkpoint.init_ckpt_path=.*/0000000010"):
+    with pytest.raises(UserError, match="checkpoint.init_ckpt_path=.* 2 checkpoints .*0000000010"):
         validate_train_args(args)
 
 
