@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -23,6 +24,7 @@ from lingua.errors import UserError
 pytest.importorskip("matplotlib.pyplot")
 pytest.importorskip("jinja2")
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MODEL = {"dim": 64, "n_layers": 3, "loop_count": 2, "mixer": "gdn", "vocab_size": 300}
 CONFIG = {
     "name": "demo",
@@ -78,7 +80,7 @@ def add_everything(run: Path) -> None:
     write_lines(run / "metrics.eval.jsonl", [evaluation | made])
     validation = {"global_step": 40, "loss/val": 3.75, "made_with": {}, "differs_from_run": {}}
     write_lines(run / "metrics.validation.jsonl", [validation])
-    version = {"commit": "0123456789abcdef", "dirty": True, "root": "/home/user/LT2"}
+    version = {"commit": "0123456789abcdef", "dirty": True, "root": "/home/user/" + 40 * "LT2"}
     (run / "code_version.json").write_text(json.dumps(version))
     (run / "train.log").write_text("0: INFO - run demo\n    devices  2 x CPU, float32\n")
     answers = run / "evals" / "0000000040"
@@ -249,3 +251,32 @@ def test_folders_without_runs(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
         main([str(tmp_path / name)])
     assert not list(tmp_path.rglob("*.html"))
+
+
+# Writes what the browser sees into the page's title.
+LOOK = """<script>
+const height = svg => svg.getBoundingClientRect().height;
+const drawn = [...document.querySelectorAll("svg")].filter(svg => height(svg) > 99);
+document.title = JSON.stringify({
+  overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  drawn: drawn.length,
+  fetched: performance.getEntriesByType("resource").length,
+  cells: document.querySelectorAll(".layout td").length,
+});
+</script>"""
+
+
+def test_a_browser_shows_the_page_in_a_narrow_window(full, tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip("no Chromium")
+    page = tmp_path / "page.html"
+    page.write_text(full.html.replace("</body>", f"{LOOK}</body>"), encoding="utf-8")
+    options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-sync --dump-dom "
+    options += f"--disable-background-networking --window-size=500,900 --user-data-dir={tmp_path}"
+    command = [browser, *options.split(), page.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    title = re.search("<title>(.*)</title>", shown.stdout)
+    assert title, shown.stderr
+    seen = json.loads(title[1])
+    assert seen == {"overflow": 0, "drawn": 7, "fetched": 0, "cells": 6}

@@ -77,7 +77,7 @@ def main_numbers(run: Run) -> tuple[list[dict[str, str]], list[str]]:
     add("parameters", "model/parameters", lambda v: f"{v[-1]:,}")
     add("training tokens", "optim/total_tokens", lambda v: f"{v[-1]:,}")
     add("training FLOPs", "optim/total_flops", lambda v: re.sub(r"e\+0*", "e", f"{v[-1]:.3g}"))
-    add("training time", "time/elapsed", lambda v: str(timedelta(seconds=round(v[-1]))))
+    add("training time", "time/elapsed", lambda v: _duration(v[-1]))
     for key, name in LOSSES.items():
         if key in run.metrics:
             found.append({"name": name} | _loss(run, key))
@@ -103,6 +103,10 @@ def _loss(run: Run, key: str) -> dict[str, str]:
     if len(finite) < len(values):
         note += f"; {len(values) - len(finite)} of {len(values)} not finite"
     return {"value": "not finite" if last is None else f"{last:.4f}", "note": note}
+
+
+def _duration(seconds: float) -> str:
+    return re.sub(" days?,", " d", str(timedelta(seconds=round(seconds))))
 
 
 def status(run: Run) -> str:
