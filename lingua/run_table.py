@@ -106,11 +106,13 @@ def combine(column: Column, members: Sequence[Run]) -> Any:
     if len(members) == 1 or not values:
         return values[0] if values else None
     if column.name == "status":
-        n_done = sum(status.value == "finished" for status in values)
-        text = values[0].value if len(set(values)) == 1 else f"{n_done}/{len(values)} done"
+        states = [cell.value for cell in values]
+        n_done = states.count("finished")
+        text = states[0] if len(set(states)) == 1 else f"{n_done}/{len(states)} done"
         return Short(text, text)
     if isinstance(values[0], str | Option):
-        return values[0] if len({str(value) for value in values}) == 1 else "varies"
+        varies = "varies" if isinstance(values[0], str) else Option("varies")
+        return values[0] if len({str(value) for value in values}) == 1 else varies
     numbers = [value.value if isinstance(value, At) else value for value in values]
     finite = [number for number in numbers if math.isfinite(number)]
     if not finite:
@@ -333,10 +335,10 @@ def build_table(
             column.cells = [len(members) for members in groups]
     order = list(range(len(groups)))
     for (is_falling, _), column in reversed(list(zip(keys, sorted_by, strict=True))):
-        order.sort(key=lambda i, c=column: natural_key(_number_or_text(c.cells[i])))
-        if is_falling:
-            order.reverse()
-        order.sort(key=lambda i, c=column: c.cells[i] is None)
+        texts = [format_value(getattr(cell, "value", cell)) for cell in column.cells]
+        order.sort(key=lambda i, t=texts: natural_key(t[i]), reverse=is_falling)
+        # missing values and NaN are the last
+        order.sort(key=lambda i, c=column, t=texts: c.cells[i] is None or t[i] == "nan")
     for column in {id(c): c for c in shown}.values():
         column.cells = [column.cells[i] for i in order]
     if averaged:
@@ -346,11 +348,6 @@ def build_table(
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _number_or_text(cell: Any) -> str:
-    value = getattr(cell, "value", cell)
-    return format_value(value)
 
 
 def find_column(
@@ -491,7 +488,7 @@ def notes(table: Table, shown: Sequence[Column], width: int) -> Iterator[str]:
 def split_header(name: str, size: int) -> list[str]:
     """Break a header after "_", ".", "/" and spaces into lines of at most `size` characters."""
     lines = [""]
-    for part in re.findall(r"[^_./ ]*[_./ ]?", name):
+    for part in re.findall(r"[^_./ ]*[_./ ]?", name) if len(name) > 6 else [name]:
         if lines[-1] and len((lines[-1] + part).rstrip()) > size:
             lines.append("")
         lines[-1] += part

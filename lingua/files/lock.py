@@ -62,7 +62,7 @@ def check_unlocked(option: str, folder: Path) -> None:
 
     Not for a folder that this process has locked: that would release the lock.
     """
-    with suppress(OSError), open(folder / LOCK_NAME, "r+", encoding="utf-8") as file:
+    with suppress(OSError), open(folder / LOCK_NAME, encoding="utf-8") as file:
         # Shared, because all ranks may check at the same time.
         _check_free(_lock(file, fcntl.LOCK_SH), option, folder)
 

@@ -111,6 +111,7 @@ def test_runs_without_a_value_lower_n(tmp_path, rows, caplog, capsys):
 def test_the_last_value_counts_even_if_it_is_nan(tmp_path, rows, capsys):
     write_run(tmp_path / "a", {"lr": 1, "steps": 30}, [7.0, 6.0, None])
     write_run(tmp_path / "b", {"lr": 2, "steps": 30}, [7.0, 6.5, 6.8])
+    assert [row["run"] for row in rows(tmp_path, "sort=-val")] == ["b", "a"]
     a, b = rows(tmp_path)
     assert (a["val"], a["best"], b["val"], b["best"]) == (None, 6.0, 6.8, 6.5)
     main([str(tmp_path), "columns=val", "format=csv"])
@@ -126,6 +127,7 @@ def test_the_last_value_counts_even_if_it_is_nan(tmp_path, rows, capsys):
         ("-optim.lr,run", ["b", "10", "9", "none"]),
         ("steps,-val", ["b", "9", "10", "none"]),  # an option that does not differ
         ("mfu", ["b", "9", "10", "none"]),  # any metric
+        ("-mfu", ["9", "10", "b", "none"]),
     ],
 )
 def test_rows_are_sorted_by_any_column(tmp_path, rows, sort, order):
@@ -141,6 +143,8 @@ def test_columns_are_any_options_and_metrics(tune, rows, capsys):
     assert list(found[0].values()) == [pytest.approx(9.4), "kda", 30, 0.375, 1234567]
     main([str(tune), "columns=steps,mfu", "mean=seed"])
     assert capsys.readouterr().out.splitlines()[3].split() == ["30", "0.3750"]
+    (row,) = rows(tune, "columns=loop_count,steps", "mean=mixer,loop_count,seed")
+    assert row == {"model.loop_count": "varies", "steps": 30}
 
 
 @pytest.mark.parametrize("width, n_left_out", [(80, 1), (100, 0), (120, 0)])

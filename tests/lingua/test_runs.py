@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lingua.runs import read_runs
-from tests.lingua.stool_utils import held
+from tests.lingua.stool_utils import held, without_root_powers
 
 START = "0: INFO    26-11-29 09:32:50.228157 - 0:00:10 - "
 ENDS = "0: ERROR   26-11-29 09:32:51.228157 - 0:00:11 - the run ends: "
@@ -62,6 +64,11 @@ def test_a_locked_run_is_running(tmp_path):
     folder = write_run(tmp_path / "run", step=10, log=f"{ENDS}no luck\n")
     with held(folder):
         assert read_runs([folder])[0].status == "running"
-        (folder / ".lock").chmod(0o444)  # a run of somebody else
-        assert read_runs([folder])[0].status == "running"
+        (folder / ".lock").chmod(0o444)  # as of somebody else
+        code = (
+            "import sys; from lingua.runs import read_runs as r; print(r(sys.argv[1:])[0].status)"
+        )
+        command = [sys.executable, "-c", code, str(folder)]
+        said = subprocess.check_output(command, text=True, preexec_fn=without_root_powers)
+        assert said == "running\n"
     assert read_runs([folder])[0].status == "failed"
