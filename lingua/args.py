@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from lingua.config.cli import split_paths
 from lingua.config.from_dict import Options, Text
 from lingua.config.help import as_started, field_types, format_help, format_value
 from lingua.config.ignored import why_ignored
@@ -51,10 +52,12 @@ def parse_args(
         text = format_help(cls, prog=prog, docstring=doc or "", sections=sections)
         print_text(as_started(text, prog))
         raise SystemExit(0)
-    positional = getattr(cls, "POSITIONAL", None)
-    typed = [_split_option(arg, positional) for arg in argv]
-    if positional and len(paths := [arg for arg in argv if _is_path(arg)]) > 1:
-        raise UserError(f"{paths[1]}: write option=value ({positional} is {paths[0]})")
+    if option := getattr(cls, "POSITIONAL", None):
+        paths, argv = split_paths(argv)
+        if len(paths) > 1:
+            raise UserError(f"{paths[1]}: write option=value ({option} is {paths[0]})")
+        argv += [f"{option}={path}" for path in paths]
+    typed = [_split_option(arg) for arg in argv]
     options = Options(cls)
     if config is not None:
         options.add(config)
@@ -142,15 +145,7 @@ def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _is_path(arg: str) -> bool:
-    """Whether an argument is no option. The "=" of a path comes after a slash."""
-    name, equals, _ = arg.partition("=")
-    return not arg.startswith("-") and (not equals or "/" in name)
-
-
-def _split_option(arg: str, positional: str | None) -> tuple[str, str]:
-    if positional and _is_path(arg):
-        return positional, arg
+def _split_option(arg: str) -> tuple[str, str]:
     name, equals, value = arg.partition("=")
     if arg.startswith("-"):
         bare = name.lstrip("-").replace("-", "_")

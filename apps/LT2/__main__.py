@@ -16,6 +16,7 @@ from lingua.errors import UserError, run_cli
 
 # command -> its module, and what it does
 COMMANDS = {
+    "prepare": ("apps.LT2.scripts.prepare", "shuffle and split your own texts for training"),
     "describe": ("apps.LT2.describe", "layout, parameters, FLOPs and memory of configs"),
     "train": ("apps.LT2.train", "train in one process (torchrun starts several)"),
     "submit": ("lingua.stool", "submit runs and sweeps to SLURM, or start them here"),
