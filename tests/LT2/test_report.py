@@ -17,9 +17,9 @@ from apps.LT2.scripts import report as report_module
 from apps.LT2.scripts.figure import Line
 from apps.LT2.scripts.report import main
 from apps.LT2.scripts.report_data import status
-from apps.LT2.scripts.run_metrics import STEP, read_runs
 from lingua.args import config_as_yaml
 from lingua.errors import UserError
+from lingua.runs import STEP, read_runs
 
 pytest.importorskip("matplotlib.pyplot")
 pytest.importorskip("jinja2")
@@ -124,6 +124,10 @@ class Page(HTMLParser):
         elif "style" not in self.open:
             self.sections[self.at] = self.sections.get(self.at, "") + " ".join(data.split()) + " "
 
+    @property
+    def text(self) -> str:
+        return " ".join(map(self.__getitem__, self.sections))
+
     def __getitem__(self, heading: str) -> str:
         return re.sub(r"\s+", " ", self.sections[heading])
 
@@ -194,6 +198,27 @@ def test_the_page_is_one_file(full):
     )
 
 
+def test_a_folder_of_runs(tmp_path, sketched):
+    """The third run failed before its first record. The page has the rows in order of the seed."""
+    for seed in (3, 1, 2):
+        lines = records(losses=[6.0, 5.0 + seed]) if seed < 3 else []
+        write_run(tmp_path / "runs" / f"run{seed}", lines, seed=seed)
+    (tmp_path / "runs" / "run3" / "train.log").write_text("ERROR - the run ends: no disk\n")
+    page = report(tmp_path / "runs")
+    assert re.search(r"1 run1 1 stopped .* 6\.0000 .* 2 run2 2 stopped .* 7\.0000", page[""])
+    assert "3. run3, failed: 0 of 40 steps; no disk" in page.text
+    assert page.html.count('href="#run-3"') == page.html.count('id="run-3"') == 1
+    assert page.tags.count("svg") == 2 + 2 * 4  # one validation makes no curve
+
+
+def test_many_runs_have_no_plots_of_their_own(tmp_path, sketched, monkeypatch):
+    monkeypatch.setattr(report_module, "MAX_PLOTTED", 1)
+    for seed in (1, 2):
+        write_run(tmp_path / "runs" / f"run{seed}", records(), seed=seed)
+    page = report(tmp_path / "runs")
+    assert page.tags.count("svg") == 4 and "A report of this run alone" in page["Curves"]
+
+
 def test_names_are_escaped(tmp_path):
     evil = '<script>alert("1")<script>&'
     for i in range(2):
@@ -242,14 +267,29 @@ def test_a_run_that_is_training(tmp_path):
     command = [sys.executable, "-c", lock, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.readline()
-        assert status(run) == "training: 20 of 40 steps"
+        (run,) = read_runs([folder])
+        assert status(run) == "running: 20 of 40 steps"
 
 
-@pytest.mark.parametrize("name, message", [("empty", "no run"), ("missing", "does not exist")])
-def test_folders_without_runs(name, message, tmp_path):
-    (tmp_path / "empty").mkdir()
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "no run given"),
+        (["empty"], "no run in it"),
+        (["missing"], "does not exist"),
+        (["waiting"], "metrics.jsonl"),
+        (["one", "two"], "out="),
+        (["on*"], "out="),
+        (["one", "two", "out=a.html", "prompts=[Hello]"], "prompts="),
+    ],
+)
+def test_mistakes(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    for name, lines in (("waiting", []), ("one", records()), ("two", records())):
+        write_run(Path(name), lines)
     with pytest.raises(UserError, match=message):
-        main([str(tmp_path / name)])
+        main(argv)
     assert not list(tmp_path.rglob("*.html"))
 
 

@@ -23,7 +23,7 @@ from apps.LT2.inference.generator import (
 )
 from apps.LT2.inference.load import load_model_and_tokenizer
 from apps.LT2.scripts.figure import COLOURS, MAX_LABELS, MORE_COLOURS, Line, import_pyplot, smooth
-from apps.LT2.scripts.plot import PlotArgs, as_lines, curves_over, draw
+from apps.LT2.scripts.plot import PlotArgs, Series, as_lines, curve, draw
 from apps.LT2.scripts.report_data import (
     environment,
     evaluations,
@@ -35,16 +35,18 @@ from apps.LT2.scripts.report_data import (
     trained,
     values_of,
 )
-from apps.LT2.scripts.run_metrics import AXES, read_runs
+from apps.LT2.scripts.run_metrics import AXES
 from lingua.args import parse_args
 from lingua.config.cli import split_paths
 from lingua.errors import UserError, import_optional, run_cli
 from lingua.files.atomic import write_atomic
-from lingua.runs import STEP, Run, differing_options, grouped
+from lingua.run_table import build_table
+from lingua.runs import STEP, Run, differing_options, grouped, read_runs
 
 TEMPLATE = "report.html.jinja"
 INK = "#010203"  # of text and axes in a plot; becomes the colour of the page's text
 SIZE = [5.4, 3.1]  # inches of a plot
+MAX_PLOTTED = 16  # runs of a page that have their own plots, which take about a second a run
 CURVES = {
     "optim/lr": "Learning rate",
     "optim/grad_norm": "Gradient norm before clipping",
@@ -53,6 +55,12 @@ CURVES = {
     "loss/dsa_indexer": "Loss of the DSA indexer",
 }
 LOG_SCALE = ("optim/grad_norm",)  # if its values span a decade
+OVERLAID = (  # x, y, title
+    (STEP, "loss/out", "Training loss, smoothed"),
+    (STEP, "loss/val", "Validation loss"),
+    (AXES["flops"], "loss/val", "Validation loss over FLOPs"),
+    (STEP, "speed/tokens_per_s", "Training tokens/s, smoothed"),
+)
 PROBED = re.compile(r"((?:loops|layers)/\w+)/(\d+)")
 PROBES = {
     "loops/residual_rms": "RMS of the residual stream after the loop",
@@ -193,20 +201,19 @@ def probe_table(run: Run) -> dict[str, Any] | None:
 # ---- the page
 
 
-def section(run: Run, generated: Sequence[Any] = ()) -> dict[str, Any]:
+def section(run: Run, generated: Sequence[Any], *, with_plots: bool) -> dict[str, Any]:
     """Return everything that the template shows of one run."""
     numbers, missing = main_numbers(run)
     config = run.path / "config.yaml"
     return {
-        "name": run.options.current.get("name") or run.name,
-        "folder": run.name,
+        "name": run.name,
         "status": status(run),
         "numbers": numbers,
         "missing": missing,
         "trained": trained(run),
         "layout": layout(run),
-        "plots": run_plots(run),
-        "probe_plots": probe_plots(run),
+        "plots": run_plots(run) if with_plots else None,
+        "probe_plots": probe_plots(run) if with_plots else [],
         "probe_table": probe_table(run),
         "answers": recorded_answers(run),
         "generated": generated,
@@ -217,21 +224,35 @@ def section(run: Run, generated: Sequence[Any] = ()) -> dict[str, Any]:
     }
 
 
+def overview_table(
+    runs: list[Run],
+) -> tuple[list[tuple[str, bool]], list[tuple[Run, list[str]]]]:
+    """Return the heads of lingua.sweep's table, and which are numbers; and its rows, by run."""
+    names, *columns = build_table(runs, is_named=True).columns
+    by_name = {run.name: run for run in runs}
+    if len({name.text for name in names.cells}) > 1:  # else the options tell the runs apart
+        columns.insert(0, names)
+    heads = [(column.header or column.name, not column.least) for column in columns]
+    texts = zip(*([column.text(cell) for cell in column.cells] for column in columns), strict=True)
+    ordered = [by_name[name.value] for name in names.cells]
+    return heads, list(zip(ordered, map(list, texts), strict=True))
+
+
 def overlaid_plots(runs: list[Run]) -> list[str]:
-    """Plot the losses of all runs over steps and FLOPs, one line a run."""
+    """Plot metrics of all runs, one line a run, which has one colour in all plots."""
+    groups = grouped(runs, differing_options(runs))
+    ordered = [(options, run) for options, members in groups for run in members]
+    empty = [Series(options, run.name, [], [], [], []) for options, run in ordered]
     plots = []
-    differing = differing_options(runs)
-    for x, y, title in (
-        (STEP, "loss/out", "Training loss over steps"),
-        (STEP, "loss/val", "Validation loss over steps"),
-        (AXES["flops"], "loss/val", "Validation loss over FLOPs"),
-        (STEP, "speed/tokens_per_s", "Training tokens/s"),
-    ):
-        have = [run for run in runs if y in run.metrics and (x == STEP or x in run.metrics)]
-        groups = [(o, [run]) for o, members in grouped(have, differing) for run in members]
-        series = curves_over(x, y, groups, 1)
-        if any(len(one.x) > 1 for one in series):
-            plots.append(svg(as_lines(series, [], True), x, y, title))
+    for x, y, title in OVERLAID:
+        lines = []
+        for line, (_, run) in zip(as_lines(empty, [], True), ordered, strict=True):
+            if y in run.metrics and (x == STEP or x in run.metrics):
+                line.x, line.y = curve(run, x, y)
+                line.y = line.y if y == "loss/val" else smooth(line.y)
+                lines += [line] if line.x else []
+        if any(len(line.x) > 1 for line in lines):
+            plots.append(svg(lines, x, y, title))
     return plots
 
 
@@ -265,20 +286,26 @@ def main(argv: list[str]) -> None:
     args = parse_args(ReportArgs, options, prog=prog, doc=__doc__)
     if not folders:
         raise UserError("no run given; name a run's dump_dir, or a folder of runs")
-    if args.out is None and len(folders) > 1:
+    runs = read_runs(folders)
+    if not any(run.metrics for run in runs):
+        raise UserError(f"{', '.join(map(str, folders))}: no run has a record in metrics.jsonl yet")
+    is_folder = len(folders) == 1 and folders[0].is_dir()
+    if args.out is None and not is_folder:
         raise UserError("out= is needed for several folders, e.g. out=report.html")
     out = Path(args.out) if args.out else folders[0] / "report.html"
-    runs = read_runs(folders)
     if args.prompts and len(runs) > 1:
         raise UserError(f"prompts={args.prompts} needs one run; {len(runs)} are given")
     generated = generate_answers(runs[0], args.prompts, args.generator) if args.prompts else ()
-    is_overview = len(runs) > 1
-    page = render(
-        title=folders[0].resolve().name if is_overview else runs[0].name,
-        runs=[section(run, generated) for run in runs],
-        plots=overlaid_plots(runs) if is_overview else [],
-    )
-    write_atomic(out, page)
+    page = {"title": runs[0].name, "runs": runs, "table": None, "plots": []}
+    if len(runs) > 1:
+        heads, rows = overview_table(runs)
+        page["table"] = {"heads": heads, "rows": [cells for _, cells in rows]}
+        page["title"] = folders[0].resolve().name if is_folder else f"{len(runs)} runs"
+        page["runs"] = [run for run, _ in rows]
+        page["plots"] = overlaid_plots(runs)
+    with_plots = len(runs) <= MAX_PLOTTED
+    page["runs"] = [section(run, generated, with_plots=with_plots) for run in page["runs"]]
+    write_atomic(out, render(**page))
     print(f"report: {out}")
 
 

@@ -19,9 +19,8 @@ from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import dataclass_from_dict, flatten_dict, load_config_file
 from lingua.config.help import format_value
 from lingua.errors import UserError
-from lingua.evaluations import Evaluation, read_evaluations
+from lingua.evaluations import Evaluation
 from lingua.files.jsonl_log import read_jsonl_records
-from lingua.files.lock import check_unlocked
 from lingua.runs import Run
 from lingua.slurm.code import CODE_VERSION
 from lingua.slurm.script import SUBMIT_SCRIPT
@@ -111,15 +110,9 @@ def _duration(seconds: float) -> str:
 
 def status(run: Run) -> str:
     """Say how far the run is, and whether a process is training it."""
-    steps, step = run.options.current.get("steps"), max(run.metrics.get("loss/out", {0: None}))
-    done = f"{step:,} of {steps:,} steps" if isinstance(steps, int) else f"{step:,} steps"
-    if isinstance(steps, int) and step >= steps:
-        return f"finished: {done}"
-    try:
-        check_unlocked("dump_dir", run.path)
-    except UserError:
-        return f"training: {done}"
-    return f"stopped: {done}"
+    steps = run.options.current.get("steps")
+    of = f" of {steps:,}" if isinstance(steps, int) else ""
+    return f"{run.status}: {run.step:,}{of} steps" + (f"; {run.error}" if run.error else "")
 
 
 # ---- the run
@@ -216,7 +209,7 @@ VALIDATION_NAMES = {
 def evaluations(run: Run) -> list[dict[str, Any]]:
     """Return an entry for each evaluation: step, options, how it was made, and rows of scores."""
     entries = []
-    for found in sorted(read_evaluations(run.path), key=lambda e: (e.step or 0, e.label)):
+    for found in sorted(run.evaluations, key=lambda e: (e.step or 0, e.label)):
         made_with = flatten_dict(found.made_with, sep=".")
         chosen = {k: format_value(v) for k, v in made_with.items() if v not in (None, "", [], {})}
         entry = {"step": found.step, "options": found.label, "made_with": list(chosen.items())}
