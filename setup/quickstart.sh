@@ -12,6 +12,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 cd "$ROOT"
 
+RECIPE=apps/LT2/configs/600M/debug.yaml
 DUMP_DIR=runs/quickstart
 for option in "$@"; do
     [[ $option != dump_dir=* ]] || DUMP_DIR=${option#dump_dir=} # the last one wins
@@ -29,8 +30,7 @@ step "Preparing data/local"
 "$VENV_PYTHON" setup/prepare_local_data.py --out data/local
 
 step "Training into $DUMP_DIR"
-"$VENV_PYTHON" -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml \
-    "$@" "dump_dir=$DUMP_DIR"
+"$VENV_PYTHON" -m apps.LT2.train "config=$RECIPE" "$@" "dump_dir=$DUMP_DIR"
 
 step "Generating text"
 "$VENV_PYTHON" -m apps.LT2.generate "ckpt=$DUMP_DIR" max_gen_len=64 temperature=0.7 \
@@ -38,7 +38,21 @@ step "Generating text"
 
 step "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 "$VENV_PYTHON" -m apps.LT2.scripts.plot_loss "$DUMP_DIR"
+"$VENV_PYTHON" setup/reference_values.py "$DUMP_DIR"
+printf -v RUN %q "$DUMP_DIR"
 cat <<EOF
+  Without other options, 200 steps reach 2.46 on a CPU.
 metrics      $DUMP_DIR/metrics.jsonl
 checkpoints  $DUMP_DIR/checkpoints
+
+Try next, after \`source ${VENV#"$ROOT/"}/bin/activate\`:
+# generate with 4 loops instead of 2; without prompts= it asks for them
+lt2 generate ckpt=$RUN loop_count=4 temperature=0.7 prompts='["The function returns"]'
+# the size and cost of the model with 4 loops
+lt2 describe config=$RECIPE model.loop_count=4
+# train with 1, 2 and 4 loops, in about five minutes
+lt2 submit config=$RECIPE launcher=bash nodes=1 \\
+    'sweep.model.loop_count=[1,2,4]' -- steps=100 dump_dir=runs/loops
+# the validation loss against the number of loops, in runs/loops/plot.png
+lt2 plot runs/loops x=loop_count y=val_bpb
 EOF

@@ -1,4 +1,4 @@
-"""The commands and programs in README.md and docs/*.md, by section."""
+"""The commands and programs in README.md, docs/*.md and quickstart.sh, by section."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ GUIDES = [
     ROOT / "README.md",
     *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "LOG.md"),
 ]
+RECIPE = "apps/LT2/configs/600M/debug.yaml"
 
 
 class Command(NamedTuple):
@@ -45,6 +46,12 @@ def sections() -> dict[str, str]:
         for section in rest:
             heading, _, body = section.partition("\n")
             found[place + heading] = body
+    # what quickstart.sh prints at its end
+    script = (ROOT / "setup/quickstart.sh").read_text(encoding="utf-8")
+    printed = script.rpartition("Try next")[2].partition("\n")[2].partition("EOF")[0]
+    for written, shown in (("$RECIPE", RECIPE), ("$RUN", "runs/quickstart"), ("\\\\", "\\")):
+        printed = printed.replace(written, shown)
+    found["setup/quickstart.sh"] = f"```bash\n{printed}```"
     return found
 
 

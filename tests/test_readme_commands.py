@@ -34,6 +34,7 @@ EXCEPTIONS = {
 # Stand-ins for the reader's own values; more processes than CPU cores add nothing.
 PLACEHOLDERS = {
     "<partition>": "gpu",
+    "loop_count=[1,2,4]": "loop_count=[1,2]",
     "/path/to/run": "runs/quickstart",
     "prepare my_texts": "prepare data/local --out data/my_texts_shuffled",
     # docs/distributed.md runs two ranks
@@ -129,6 +130,7 @@ LEAVES = {
     "docs/evaluation.md: start": ["runs/suites/results.json"],
     "docs/slurm.md: Sweeps": ["runs/tune/lr=0.001,loop_count=1/submit.slurm"],
     "docs/training.md: start": ["runs/compared.png"],
+    "setup/quickstart.sh": ["runs/loops/plot.png"],
     "docs/training.md: Checkpoints": [
         "runs/weights/model.safetensors",
         "runs/hf/config.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -39,12 +40,16 @@ def run(tmp_path: Path, *options: str, failing: str = "none") -> tuple[int, str,
     ],
 )
 def test_the_script_trains_samples_and_plots_in_dump_dir(tmp_path, options, folder):
-    status, output, (train, generate, plot) = run(tmp_path, *options)
+    status, output, (train, generate, plot, references) = run(tmp_path, *options)
     assert status == 0
     assert train.endswith(f"dump_dir={folder}") and all(option in train for option in options)
     assert f"ckpt={folder} " in generate
     assert plot == f"-m apps.LT2.scripts.plot_loss {folder}"
+    assert references == f"setup/reference_values.py {folder}"
     assert f"{folder}/metrics.jsonl" in output
+    lines = output.replace("\\\n", "").splitlines()
+    tried = [shlex.split(line) for line in lines if line.startswith("lt2 ")]
+    assert len(tried) == 4 and f"ckpt={folder}" in tried[0]
 
 
 def test_the_script_ends_with_a_refused_run(tmp_path):
