@@ -5,8 +5,9 @@
         subprocess.run(["bash", "-c", "python -m apps.LT2.train ..."], env=quick.env())
 
 Importing torch and the evaluation harness takes longer than a tiny model's work. `bin/python` sends
-its arguments, folder, environment and open files to a server that has imported libraries, but
-nothing of this repository. A fork of the server runs the module as `python` would.
+its arguments, folder, environment and open files to a server that has imported libraries. A fork of
+the server runs the module as `python` would. With `clone`, commands run in that copy of this
+repository, and the server has imported its modules.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ sys.exit(int(server.recv(16) or 1))
 
 
 class QuickPython:
-    def __init__(self, folder: Path):
-        self.bin = folder / "bin"
+    def __init__(self, folder: Path, clone: Path | None = None):
+        self.bin, self.clone = folder / "bin", clone
         self.executable = str(self.bin / "python")
 
     def env(self) -> dict[str, str]:
@@ -78,6 +79,8 @@ class QuickPython:
             client.write_text(CLIENT.format(python=sys.executable, address=address, before=before))
             client.chmod(0o755)
         command = [sys.executable, "-m", "tests.quick_python", address]
+        if self.clone is not None:
+            command.append(str(self.clone))
         self.server = subprocess.Popen(command, cwd=ROOT, env=self.env(), start_new_session=True)
         while not os.path.exists(address):
             assert self.server.poll() is None, "the server died"
@@ -93,13 +96,20 @@ class QuickPython:
 # ---- in the server
 
 
-def serve(address: str) -> None:
+def serve(address: str, clone: str | None = None) -> None:
     for name in (*PRELOAD, *OPTIONAL):
         try:
             __import__(name)
         except ImportError:
             if name in PRELOAD:
                 raise
+    if clone is not None:
+        sys.path.insert(0, clone)
+        for name in ("train", "eval", "generate"):
+            __import__(f"apps.LT2.{name}")
+        for name in ("train", "eval", "generate"):  # a fork runs them as __main__
+            delattr(sys.modules["apps.LT2"], name)
+            del sys.modules[f"apps.LT2.{name}"]
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address + ".new")
     listener.listen(64)
@@ -143,6 +153,8 @@ def run_as_python(argv: list[str], cwd: str, env: dict[str, str]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    if torchrun := sys.modules.get("lingua.parallel.torchrun"):
+        torchrun._parent = os.getppid()  # read at import, here in the server
     paths = env.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [path for path in paths if path and path not in sys.path]
     while argv[0] == "-u":
@@ -170,4 +182,4 @@ def run_as_python(argv: list[str], cwd: str, env: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(*sys.argv[1:])

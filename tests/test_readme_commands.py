@@ -193,14 +193,18 @@ class Shell:
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory, quick_python):
+def shell(tmp_path_factory):
     """A clone after a small setup/quickstart.sh: the corpus, and a run of two steps."""
     folder = tmp_path_factory.mktemp("clone") / "LT2"
     for name in ("apps", "lingua", "setup", "tokenizer"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / ".gitignore", folder)
     write_small_corpus(folder)
-    shell = Shell(folder, quick_python)
+    with QuickPython(folder.parent / "quick", clone=folder) as quick:
+        yield prepared(Shell(folder, quick))
+
+
+def prepared(shell: Shell) -> Shell:
     shell.run("git init -q && git add . && git -c user.name=a -c user.email=a commit -qm clone")
     sinfo = "#!/bin/bash\necho 60\n"  # minutes
     lt2 = '#!/bin/bash\nexec python -m apps.LT2 "$@"\n'
