@@ -58,11 +58,11 @@ def file_errors(prefix: str = "") -> Iterator[None]:
 def describe(manifest: Mapping[str, Any]) -> str:
     """Describe a corpus in one line."""
     n_validation, n_empty = manifest["request"]["validation_documents"], manifest["without_text"]
-    n_chunks = manifest["request"]["nchunks"]
+    n, n_chunks = manifest["documents"], manifest["request"]["nchunks"]
     size = format_bytes(sum(facts["bytes"] for facts in manifest["files"].values()))
-    line = f"{manifest['documents']:,} documents, {size}, in {n_chunks} chunk{'s' * (n_chunks > 1)}"
+    line = f"{n:,} document{'s' * (n > 1)}, {size}, in {n_chunks} chunk{'s' * (n_chunks > 1)}"
     if n_validation:
-        line += f" and a validation file ({n_validation:,} documents)"
+        line += f" and a validation file ({n_validation:,})"
     return f"{line}; skipped {n_empty:,} without text" if n_empty else line
 
 

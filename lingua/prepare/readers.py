@@ -212,24 +212,30 @@ def _text_of(row: Any, keys: tuple[str, ...]) -> str | None:
 def _read_text(file: Path) -> Iterator[dict[str, str]]:
     """Yield the whole file, or about LONG_TEXT bytes at a time, cut at blank lines.
 
-    A part without blank lines is cut at a line's end after twice that size.
+    A part without blank lines is cut at twice that size, at a line's end or a blank.
     """
-    part: list[str] = []
-    size = 0
-    with _open(file) as lines:
-        for number, line in enumerate(lines, start=1):
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    part, size, number = [], 0, 1
+    with _open(file) as stream:
+        while True:
+            line = stream.readline(LONG_TEXT)
             try:
-                part.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                part.append(decoder.decode(line, final=not line))
             except UnicodeDecodeError as error:
+                byte = error.object[error.start]
                 raise UserError(
-                    f"{file}:{number}: not UTF-8 (byte {line[error.start]:#x} in column "
-                    f"{error.start + 1}); convert it, for example with iconv -f latin1 -t utf-8"
+                    f"{file}:{number}: not UTF-8 (byte {byte:#x}); convert the file, for example "
+                    "with iconv -f latin1 -t utf-8"
                 ) from None
-            size += len(line)
+            if not line:
+                break
+            size, number = size + len(line), number + line.endswith(b"\n")
             if size >= LONG_TEXT and (size >= 2 * LONG_TEXT or line.isspace()):
-                yield _document("".join(part), None)
-                part, size = [], 0
-    if part:
+                text = "".join(part)
+                cut = len(text) if line.endswith(b"\n") else text.rfind(" ") + 1 or len(text)
+                yield _document(text[:cut], None)
+                part, size = [text[cut:]], len(text) - cut
+    if any(part):
         yield _document("".join(part), None)
 
 

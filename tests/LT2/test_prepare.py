@@ -47,7 +47,7 @@ def test_the_printed_command_trains(here, capsys, options):
     write_lines(here / "my texts" / "a.jsonl", 200, "body")
     prepare.main(["my texts", "--text_field", "body", "--out", "my data", *options])
     summary, command = capsys.readouterr().out.splitlines()[-2:]
-    assert re.match(r"my data: 200 documents, .*\(10 documents\); about [\d,]{4,} tokens", summary)
+    assert re.match(r"my data: 200 documents, .*\(10\); about [\d,]{4,} tokens", summary)
     program, config, *argv = shlex.split(command)[2:]
     assert program == "apps.LT2.train"
     small = {k: v for k, v in (OPTIONS | SMALL).items() if not k.startswith("data.tokenizer")}

@@ -108,7 +108,7 @@ def test_a_local_folder_becomes_a_source_that_training_reads(tmp_path, capsys):
     options = ("--source_dir", str(source), "--validation_documents", "10")
     out = prepare(tmp_path, *options, name="some_texts")
     printed = capsys.readouterr().out
-    assert re.search(r"60 documents, 1\.\d kB, in 2 chunks and a validation file .10 doc", printed)
+    assert re.search(r"60 documents, 1\.\d kB, in 2 chunks and a validation file \(10\)", printed)
     args = DataArgs(
         root_dir=str(out.parent),
         sources={out.name: 1.0},

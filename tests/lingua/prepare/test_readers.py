@@ -124,10 +124,20 @@ def test_an_empty_array_has_no_documents(tmp_path):
     assert texts_of(write(tmp_path / "a.json", "[\n]")) == []
 
 
-def test_text_that_is_not_utf_8_names_its_place(tmp_path):
-    (tmp_path / "a.txt").write_bytes("one\ncafé\n".encode("latin1"))
-    with pytest.raises(UserError, match=r"a.txt:2: not UTF-8 \(byte 0xe9 in column 4\).*iconv"):
+@pytest.mark.parametrize("end", [b"", b" au lait\n"], ids=["end", "middle"])
+def test_text_that_is_not_utf_8_names_its_line(tmp_path, end):
+    (tmp_path / "a.txt").write_bytes("one\ncafé".encode("latin1") + end)
+    with pytest.raises(UserError, match=r"a.txt:2: not UTF-8 \(byte 0xe9\).*iconv"):
         texts_of(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("word", ["word ", "字", "\U0001f600 ", "x"])
+def test_a_text_of_one_line_is_cut_between_words(tmp_path, word):
+    text = word * (700_000 // len(word.encode()))
+    parts = texts_of(write(tmp_path / "a.txt", text))
+    assert "".join(parts) == text
+    assert all(len(part.encode()) <= 3 * 2**16 for part in parts)
+    assert all(len(part) % len(word) == 0 for part in parts)
 
 
 # ---- orjson changes only the speed
