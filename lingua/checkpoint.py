@@ -171,11 +171,10 @@ def _checkpoint_folders(run: Path) -> list[Path]:
 def _what_is_at(path: Path) -> str:
     """Describe in a few words a path without checkpoint, for an error."""
     if not path.is_dir():
-        parent = path.parent
-        siblings = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, siblings, n=1)
-        guess = f"; did you mean {parent / close[0]}?" if close else ""
-        return f"no such file or folder (relative to {Path.cwd()}){guess}"
+        guess = f"; did you mean {path.parent / close[0]}?" if close else ""
+        return f"no such file or folder (relative to {Path.cwd()}{guess})"
     if (path / RUN_CONFIG).is_file():
         return "this run has no complete checkpoint"
     names = sorted(p.name for p in path.iterdir())

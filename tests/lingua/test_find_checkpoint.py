@@ -60,6 +60,11 @@ def test_the_newest_readable_checkpoint_of_a_run_counts(run, tmp_path):
         find_checkpoint(copy, "from")
 
 
+def test_a_misspelt_path_is_suggested(run):
+    with pytest.raises(UserError, match=rf"no such file or folder.*; did you mean {run}\?"):
+        find_checkpoint(run.with_name("dmo"))
+
+
 def without_metadata(run, folder):
     shutil.copytree(run / "checkpoints/0000000002", folder / "0000000002")
     (folder / "0000000002/.metadata").unlink()
@@ -70,7 +75,6 @@ def without_metadata(run, folder):
     [
         (lambda run, folder: None, "", "path is empty"),
         (lambda run, folder: None, "nowhere", "no such file or folder"),
-        (lambda run, folder: None, "quikstart", "did you mean quickstart"),
         (lambda run, folder: None, "quickstart", "this run has no complete checkpoint"),
         (lambda run, folder: None, ".", r"folder of runs \(quickstart\)"),
         (lambda run, folder: (folder / "empty").mkdir(), "empty", r"\(empty\)"),
