@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,14 @@ UNKNOWN = "options unknown"  # label of older records
 MAX_LABEL = 150  # bytes; file systems allow 255
 
 
-def label_of(options: Mapping[str, Any]) -> str:
-    """Name a folder after options. Different options have different names."""
+def label_of(options: Mapping[str, Any], among: Collection[str] = ()) -> str:
+    """Name a folder after options. Different options have different names.
+
+    `among` are the options of all folders that need different names.
+    """
     short = [option.rpartition(".")[2] for option in options]
-    names = short if len(set(short)) == len(short) else list(options)
+    all_short = [option.rpartition(".")[2] for option in among or options]
+    names = short if len(set(all_short)) == len(all_short) else list(options)
     values = map(format_value, options.values())
     text = ",".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
     label = re.sub(r"[^\w.,=+-]+", "_", text, flags=re.ASCII)[:MAX_LABEL]

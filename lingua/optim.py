@@ -190,15 +190,23 @@ def build_lr_fn(args: OptimArgs, n_steps: int) -> Callable[[int], float]:
     return partial(schedule, **{p: value for p, value in values.items() if p in parameters})
 
 
-def _warn_of_unused_options(args: OptimArgs) -> None:
-    if args.name != "muon" and args.muon != MuonArgs():
-        _warn(f"optim.muon has no effect with optim.name={args.name}")
+def find_unused_options(args: OptimArgs) -> list[str]:
+    """List the options that optimizer and scheduler don't read, whatever their values."""
     parameters = inspect.signature(SCHEDULERS[args.scheduler]).parameters
-    for parameter, option in OPTION_OF_PARAMETER.items():
-        value, default = getattr(args, option), getattr(OptimArgs, option)
-        if option == "warmup":
-            default = 0  # the default of 2000 steps looks like a warmup too
-        if parameter not in parameters and value not in (default, MEANS_CONSTANT.get(option)):
+    unused = [option for name, option in OPTION_OF_PARAMETER.items() if name not in parameters]
+    return unused if args.name == "muon" else ["muon", *unused]
+
+
+def _warn_of_unused_options(args: OptimArgs) -> None:
+    for option in find_unused_options(args):
+        value = getattr(args, option)
+        if option == "muon":
+            if value != MuonArgs():
+                _warn(f"optim.muon has no effect with optim.name={args.name}")
+            continue
+        # the default warmup of 2000 steps looks like a warmup too
+        default = 0 if option == "warmup" else getattr(OptimArgs, option)
+        if value not in (default, MEANS_CONSTANT.get(option)):
             _warn(f"optim.{option}={value} has no effect with optim.scheduler={args.scheduler}")
 
 

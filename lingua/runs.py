@@ -163,8 +163,7 @@ def _read_run(name: str, path: Path) -> Run:
         layout = record.get("model/layout", layout)
         step = record.get(STEP)
         for key, value in record.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if step is not None and (is_number or value is None):
+            if step is not None and (value is None or type(value) in (int, float)):
                 metrics.setdefault(key, {})[step] = value
     evaluations = read_evaluations(path) if path.is_dir() else []
     for evaluation in evaluations:

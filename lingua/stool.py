@@ -30,6 +30,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lingua.args import parse_args
@@ -38,26 +39,27 @@ from lingua.files.lock import lock_folders, make_writable
 from lingua.slurm.background import (
     FOLDER,
     LocalOutput,
+    LocalProcess,
     check_slurm,
-    failure,
     fill_in_ngpu,
     gpu_slots,
     has_slurm,
     import_submitit,
     run_command,
-    run_here,
-    start_here,
     submit_to_slurm,
 )
 from lingua.slurm.code import code_version, snapshot_for_all
 from lingua.slurm.dry_run import show
-from lingua.slurm.plan import LOGS, import_script, parse_run_args, plan_run, write_run
+from lingua.slurm.local_sweep import LocalSweep
+from lingua.slurm.plan import LOGS, plan_run, write_run
+from lingua.slurm.plan import import_script as import_script
 from lingua.slurm.plan import read_run_args as read_run_args
-from lingua.slurm.run_list import RECORD, Options
+from lingua.slurm.run_list import RECORD
 from lingua.slurm.script import Job as Job
 from lingua.slurm.script import StoolArgs as StoolArgs
 from lingua.slurm.script import render_submit as render_submit
-from lingua.sweep import as_arguments, combinations, format_table, read_record, write_record
+from lingua.slurm.sweep_plan import Sweep, group_by_text, name_group, plan_sweep
+from lingua.sweep import combinations, format_table, read_record, write_record
 
 
 def launch_job(args: StoolArgs) -> Path:
@@ -77,19 +79,18 @@ def launch_job(args: StoolArgs) -> Path:
 
 
 def launch_in_background(args: StoolArgs, *, gpus: str | None = None) -> Any:
-    """Launch a run and return submitit's handle at once.
+    """Launch a run and return its handle at once; see `failure` in lingua/slurm/background.py.
 
     The run is a SLURM job, or with launcher=bash a process of this machine on `gpus`.
     """
     assert not args.dry_run, "a dry run has no handle"
     job = plan_run(args)
-    folder = job.dump_dir / FOLDER
     if args.launcher == "bash":
         write_run(job)
-        return start_here(job, folder, gpus=gpus)
+        return LocalProcess(job, gpus, detached=True)
     check_slurm(job)
     write_run(job)
-    return submit_to_slurm([job], folder, name=job.name)[0]
+    return submit_to_slurm([job], job.dump_dir / FOLDER, name=job.name)[0]
 
 
 # ---- sweeps
@@ -97,21 +98,33 @@ def launch_in_background(args: StoolArgs, *, gpus: str | None = None) -> Any:
 
 def launch_sweep(args: StoolArgs) -> Path:
     """Check all runs of a sweep, write them and launch them. Return the path of their record."""
-    import_submitit("a sweep")
+    is_slurm = args.launcher == "sbatch"
+    if is_slurm:
+        import_submitit("a sweep")
     if args.stdout:
         raise UserError("stdout=true: the runs of a sweep write to files, in logs/ of each")
-    runs = combinations(args.sweep)
-    default = len(runs) if args.launcher == "sbatch" else 1
-    at_once = min(args.array or default, len(runs))
-    args = fill_in_ngpu(args, at_once)
-    name, folder, jobs = plan_sweep(args, runs)
+    at_once = args.array or (sys.maxsize if is_slurm else 1)
+    n_runs = len(combinations(args.sweep))
+    sweep = plan_sweep(fill_in_ngpu(args, min(at_once, n_runs)))
+    folder, jobs = sweep.folder, [j for run, j in sweep.jobs.items() if run not in sweep.done]
+    if not jobs:
+        print(format_table(folder))
+        print(f"stool: all {len(sweep.jobs)} runs are done already; nothing to do")
+        return folder / RECORD
+    at_once = min(at_once, len(jobs))
     read_record(folder)  # it must be readable
-    if args.launcher == "bash":
-        gpu_slots(args.ngpu, at_once)  # this machine must have enough GPUs
+    if not is_slurm:
+        gpu_slots(jobs[0].args.ngpu, at_once)  # this machine must have enough GPUs
     elif has_slurm() or not args.dry_run:
         check_slurm(jobs[0])
+    warnings = group_by_text(sweep.warnings, sweep.options)
+    notes = [*sweep.notes, *(f"warning of {line}" for line in warnings)]
+    if sweep.done:
+        notes.append(f"{name_group(sweep.done, sweep.options)}: done already")
+    for note in notes:
+        print(f"stool: {note}", flush=True)
     if args.dry_run:
-        where = "as one SLURM job array" if args.launcher == "sbatch" else "here"
+        where = "as one SLURM job array" if is_slurm else "here"
         first = shlex.join(run_command(jobs[0]))
         action = f"run these {len(jobs)} {where}, {at_once} at a time; the first: {first}"
         show(jobs, action, sweep=folder)
@@ -124,50 +137,34 @@ def launch_sweep(args: StoolArgs) -> Path:
             print(f"stool: copied {n_files} files of code to {code} ({code_version(jobs[0].root)})")
         for job in jobs:
             write_run(job, code)
-        write_record(folder, runs)
-    if args.launcher == "sbatch":
-        handles = submit_to_slurm(jobs, folder / FOLDER, name=name, at_once=at_once)
+        write_record(folder, sweep.options)
+    if is_slurm:
+        handles = submit_to_slurm(jobs, folder / FOLDER, name=sweep.name, at_once=at_once)
         print(f"stool: job {handles[0].job_id.partition('_')[0]}, {len(jobs)} runs in {folder}")
         print(f"stool: for a table: python -m lingua.sweep dump_dir={shlex.quote(str(folder))}")
-        return folder / RECORD
-    failed = run_sweep_here(jobs, folder / FOLDER, at_once)
-    print(format_table(folder), flush=True)
-    if failed:
-        raise UserError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}")
+    else:
+        run_sweep_here(sweep, jobs, at_once)
     return folder / RECORD
 
 
-def plan_sweep(args: StoolArgs, runs: dict[str, Options]) -> tuple[str, Path, list[Job]]:
-    """Return the sweep's name and folder, and its runs, each with its own name and folder."""
-    args = replace(args, sweep={}, array=None)
-    base = parse_run_args(args, import_script(args.script))
-    folder = Path(base.dump_dir).absolute()
-    name = getattr(base, "name", "") or folder.name
-    jobs = []
-    for label, options in runs.items():
-        own = {"dump_dir": str(folder / label)}
-        if hasattr(base, "name"):
-            own["name"] = f"{name}_{label}"
-        overrides = [*args.overrides, *as_arguments({**options, **own})]
-        jobs.append(plan_run(replace(args, overrides=overrides)))
-    return name, folder, jobs
-
-
-def run_sweep_here(jobs: list[Job], folder: Path, at_once: int) -> list[str]:
-    """Run all jobs and return one explanation for each that failed."""
-    failed = []
-    outputs = {job.dump_dir: LocalOutput(job) for job in jobs}
-
-    def report(job: Job, handle: Any) -> None:
-        problem, label = failure(handle), job.dump_dir.name
-        print(f"stool: {label}: {'failed' if problem else 'done'}", flush=True)
-        if problem:
-            # Only submitit's log explains a job that failed before its run started.
-            reason = outputs[job.dump_dir].explain() or f"{problem}, and {job.dump_dir / LOGS}"
-            failed.append(f"{label} ({reason})")
-
-    run_here(jobs, folder, at_once=at_once, when_done=report)
-    return failed
+def run_sweep_here(sweep: Sweep, jobs: list[Job], at_once: int) -> None:
+    """Run jobs of a sweep, and print their warnings, the table of all runs, and the errors."""
+    local = LocalSweep(jobs, at_once)
+    try:
+        local.run()
+    finally:
+        warnings = {run.label: run.warnings for run in local.runs}
+        for line in group_by_text(warnings, sweep.options):
+            print(f"stool: warning of {line}")
+        print(format_table(sweep.folder), flush=True)
+        failed = {run.label: [run.error] for run in local.runs if run.error}
+        for line in group_by_text(failed, sweep.options):
+            print(f"stool: failed: {line}", flush=True)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} runs failed, see {sweep.folder}/*/{LOGS}; to run them "
+            "again, give the same command with dirs_exists_ok=true"
+        )
 
 
 # ---- launching
@@ -189,8 +186,9 @@ def submit(job: Job) -> None:
         print(f"stool: to continue: {shlex.join(command)}", file=sys.stderr)
         raise KeyboardInterrupt
     if status != 0:
-        reason = output.explain() or f"see the messages above, or {job.dump_dir / LOGS}"
-        raise UserError(f"{command[0]} {job.script}: ended with status {status}; {reason}")
+        error = output.explain()
+        see = f"{output.err}: {error}" if error else f"the messages above, or {job.dump_dir / LOGS}"
+        raise UserError(f"{command[0]} {job.script}: ended with status {status}; see {see}")
 
 
 def run_to_the_end(command: list[str]) -> tuple[int, bool]:
@@ -199,15 +197,21 @@ def run_to_the_end(command: list[str]) -> tuple[int, bool]:
     The terminal sends Ctrl-C to the command too, which may finish a checkpoint first. SIGTERM is
     forwarded: a run must not outlive its launcher unnoticed.
     """
-    received = []
-    process = subprocess.Popen(command)
-    handlers: dict[int, Any] = {
-        signal.SIGINT: lambda number, frame: received.append(number),
-        signal.SIGTERM: lambda number, frame: process.send_signal(number),
-    }
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    received: list[int] = []
+    process: subprocess.Popen | None = None
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if process is not None and number == signal.SIGTERM:
+            process.send_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)  # before the start: no signal may be missed
+    previous = {number: signal.signal(number, forward) for number in numbers}
     try:
-        return process.wait(), bool(received)
+        process = subprocess.Popen(command)
+        if signal.SIGTERM in received:
+            process.terminate()
+        return process.wait(), signal.SIGINT in received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -13,7 +13,7 @@ The folder of a sweep is the config's dump_dir. It contains
     lr=0.0001,loop_count=4/   a run like any other, relaunched by its submit.slurm
     code/                     the copy of the code, to which `code` of each run links
     sweep.json                the options of each run
-    submitit/                 logs of the jobs
+    submitit/                 logs of the jobs in SLURM
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def combinations(sweep: Mapping[str, list[Any]]) -> dict[str, Options]:
         options = dict(zip(sweep, values, strict=True))
         label = label_of(options)
         if label in runs:
-            raise UserError(f"sweep repeats a value: {' '.join(as_arguments(options))}")
+            raise UserError(
+                f"sweep repeats a value: {' '.join(as_arguments(options))}; a value with a comma "
+                """needs quotes, also in the shell: 'sweep.word=["a,b", c]'"""
+            )
         runs[label] = options
     return runs
 

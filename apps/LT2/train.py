@@ -50,6 +50,7 @@ from apps.LT2.training.progress import Progress
 from apps.LT2.training.summary import format_summary
 from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.trainer import every_n_steps as every_n_steps
+from apps.LT2.training.unused_options import options_without_effect as options_without_effect
 from apps.LT2.training.unused_options import train_warnings
 from apps.LT2.transformer import ZERO_IF_MISSING, LoopedTransformer, LoopedTransformerArgs
 from lingua.args import (
@@ -222,8 +223,8 @@ class PreemptionFlag:
 # ---- the start
 
 
-def is_finished(args: TrainArgs) -> bool:
-    """Return whether an earlier run has done everything. Nothing is written.
+def is_finished(args: TrainArgs, *, quiet: bool = False) -> bool:
+    """Return whether an earlier run has done everything, and print so. Nothing is written.
 
     UserError if an option differs from the finished run, and so would have no effect.
     """
@@ -240,7 +241,7 @@ def is_finished(args: TrainArgs) -> bool:
             f"dump_dir={args.dump_dir}: all {step} steps are done, and these options differ from "
             f"the finished run: {'; '.join(unused)}. Use another dump_dir to train with them"
         )
-    if get_is_master() and not is_missing:
+    if get_is_master() and not is_missing and not quiet:
         print(
             f"{newest}: {step} steps are done and steps={args.steps}: nothing to do; increase "
             "steps, or name another dump_dir",
@@ -451,6 +452,11 @@ def validate_before_submit(args: TrainArgs, world_size: int) -> None:
     """Check `args` for stool, before it writes or submits anything, and log warnings."""
     for warning in train_warnings(validate_train_args(args, world_size=world_size)):
         logger.warning(warning)
+
+
+def is_done(args: TrainArgs, world_size: int) -> bool:
+    """Return whether stool may leave this run out, because an earlier launch finished it."""
+    return is_finished(validate_train_args(args, world_size=world_size), quiet=True)
 
 
 def input_paths(args: TrainArgs) -> dict[str, str | Path | None]:

@@ -125,10 +125,16 @@ def _keep(line: bytes, is_last: bool, resume_step: int | None) -> bool:
     return (step, place.get("acc_step") or 0) <= (resume_step, 0)
 
 
-def read_jsonl_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read all records, except a line that is only half-written."""
+def read_jsonl_records(
+    path: str | os.PathLike, last_bytes: int | None = None
+) -> list[dict[str, Any]]:
+    """Read all records, or those in the last bytes, except a line that is only half-written."""
+    with open(path, "rb") as file:
+        if last_bytes is not None:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - last_bytes))
+        lines = file.read().splitlines()
     records = []
-    for line in Path(path).read_bytes().splitlines():
+    for line in lines:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records

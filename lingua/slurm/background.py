@@ -1,8 +1,8 @@
-"""Run jobs in the background with submitit, in SLURM or as processes of this machine.
+"""Run jobs in the background: in SLURM with submitit, or as processes of this machine.
 
 A job runs its submit.slurm, as sbatch or bash would. submitit adds one SLURM job array for several
-jobs, a handle that knows how each job ended, and the same without SLURM. Its logs and pickled
-commands are in a separate folder.
+jobs, and a handle that knows how each job ended. Its logs and pickled commands are in a separate
+folder.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ from lingua.errors import UserError, import_optional
 from lingua.slurm.script import Job, StoolArgs, resources
 
 FOLDER = "submitit"  # below the folder of a run or a sweep
-TEN_YEARS = 10 * 365 * 24 * 60  # minutes; submitit always sets a time limit
-POLL_SECONDS = 0.2
 GPUS_PER_NODE = 8
 
 
@@ -70,37 +68,37 @@ def submit_to_slurm(
 # ---- on this machine
 
 
-def start_here(job: Job, folder: Path, *, gpus: str | None = None) -> Any:
-    """Start a job in a process that may outlive this one, and return submitit's handle.
+class LocalProcess:
+    """A job that runs as a process of this machine, on the GPUs `gpus`.
 
-    `gpus` is its CUDA_VISIBLE_DEVICES; None keeps the variable unchanged.
+    `gpus` is its CUDA_VISIBLE_DEVICES; None keeps the variable unchanged. A `detached` process gets
+    no signals of this terminal and may outlive this process.
     """
-    executor = import_submitit("running in the background").LocalExecutor(folder)
-    executor.update_parameters(timeout_min=TEN_YEARS)
-    if gpus is None:
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # `env` runs after submitit has set the variable.
-    visible = ["-u", "CUDA_VISIBLE_DEVICES"] if gpus is None else [f"CUDA_VISIBLE_DEVICES={gpus}"]
-    return executor.submit(_command(job, "env", *visible))
 
+    def __init__(self, job: Job, gpus: str | None = None, *, detached: bool = False):
+        self.output = LocalOutput(job)
+        self.output.err.parent.mkdir(parents=True, exist_ok=True)
+        variables = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
+        with open(self.output.err, "ab") as err:  # for errors before the run itself writes there
+            self._process = subprocess.Popen(
+                run_command(job),
+                env=os.environ | variables,
+                stdin=subprocess.DEVNULL,
+                stdout=err,
+                stderr=err,
+                start_new_session=detached,
+            )
 
-def run_here(
-    jobs: Sequence[Job], folder: Path, *, at_once: int, when_done: Callable[[Job, Any], None]
-) -> None:
-    """Run all jobs, `at_once` at a time on separate GPUs. Call `when_done(job, handle)` for each.
+    def done(self) -> bool:
+        return self._process.poll() is not None
 
-    A failed job does not stop the others.
-    """
-    slots = gpu_slots(jobs[0].args.ngpu, at_once)
-    waiting, running = list(jobs), {}
-    while waiting or running:
-        for slot, gpus in enumerate(slots):
-            if slot in running and running[slot][1].done():
-                when_done(*running.pop(slot))
-            if slot not in running and waiting:
-                job = waiting.pop(0)
-                running[slot] = (job, start_here(job, folder, gpus=gpus))
-        time.sleep(POLL_SECONDS)
+    def failure(self) -> str | None:
+        """Return the error of a finished process, or None if it succeeded."""
+        status = self._process.returncode
+        return self.output.explain() or f"ended with status {status}" if status else None
+
+    def terminate(self) -> None:
+        self._process.terminate()
 
 
 def visible_gpus() -> list[str]:
@@ -141,7 +139,9 @@ def gpu_slots(ngpu: int, at_once: int) -> list[str | None]:
 
 
 def failure(handle: Any) -> str | None:
-    """Say where to look if a finished job failed; None if it succeeded."""
+    """Return the error of a finished job, or where to look; None if it succeeded."""
+    if isinstance(handle, LocalProcess):
+        return handle.failure() and f"{handle.failure()}; see {handle.output.err}"
     return None if handle.exception() is None else f"see {handle.paths.stderr}"
 
 
@@ -149,10 +149,10 @@ def run_command(job: Job) -> list[str]:
     return ["bash", str(job.script)]
 
 
-def _command(job: Job, *before: str) -> Any:
+def _command(job: Job) -> Any:
     # A class of submitit, because the job unpickles it and may not find this package.
     submitit = import_submitit("a job in the background")
-    return submitit.helpers.CommandFunction([*before, *run_command(job)], verbose=False)
+    return submitit.helpers.CommandFunction(run_command(job), verbose=False)
 
 
 MAX_SHOWN = 300  # characters
@@ -163,20 +163,33 @@ ERROR = re.compile(r"(\[rank\d+\]: )?(error: \S|[\w.]*(Error|Exception|Fault)(: 
 CONSEQUENCE = re.compile(r"Connection (closed|reset)|ncclRemoteError|remote process exited")
 
 
+# how lingua.logger writes a warning
+WARNING = re.compile(r"(?:\d+: )?WARNING +[\d-]+ [\d:.]+ - (?:\d+ days?, )?[\d:]+ - (.*)")
+
+
 class LocalOutput:
-    """The files run.out and run.err in logs/local, to which submit.slurm appends."""
+    """The files run.out and run.err in logs/local, to which submit.slurm appends.
+
+    Reads only what was written since this object was made.
+    """
 
     def __init__(self, job: Job):
         logs = job.dump_dir / "logs" / "local"
         self.out, self.err = logs / "run.out", logs / "run.err"
         self._start = self.err.stat().st_size if self.err.exists() else 0
 
-    def explain(self) -> str:
-        """Return the line of run.err that explains a failure since this object was made, or ""."""
+    def _lines(self) -> list[str]:
         data = self.err.read_bytes()[self._start :] if self.err.exists() else b""
-        lines = [line.strip() for line in data.decode("utf-8", "replace").splitlines()]
-        lines = [line for line in lines if re.search(r"\w", line)]
+        return [line.strip() for line in data.decode("utf-8", "replace").splitlines()]
+
+    def explain(self) -> str:
+        """Return the line of run.err that explains a failure, or ""."""
+        lines = [line for line in self._lines() if re.search(r"\w", line)]
         errors = [line for line in lines if ERROR.match(line)]
         causes = [line for line in errors if not CONSEQUENCE.search(line)]
         best = causes or errors or lines
-        return f"see {self.err}: {best[-1][:MAX_SHOWN]}" if best else ""
+        return best[-1][:MAX_SHOWN] if best else ""
+
+    def warnings(self) -> list[str]:
+        """Return each logged warning once."""
+        return list(dict.fromkeys(m[1] for line in self._lines() if (m := WARNING.match(line))))

@@ -58,6 +58,7 @@ def plan_run(args: StoolArgs) -> Job:
         root=root,
         python=find_environment_python(args.anaconda),
         time_limit=find_time_limit(args),
+        run_args=run_args,
     )
     config = None if is_mapping else args.config
     inputs = {"script": root, "anaconda": job.python, "config": config, "workdir": job.workdir}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lingua.config.help import format_value
 from lingua.errors import UserError
 
 LAUNCHERS = ("sbatch", "bash")
@@ -23,7 +24,7 @@ class StoolArgs:
     dirs_exists_ok: bool = False  # launch into a dump_dir that exists, to continue its run
     override: bool = False  # rename a dump_dir that exists to <dump_dir>.old-<n>, and start over
     dry_run: bool = False  # check everything and show what would be written and run; write nothing
-    nodes: int = -1  # machines; required
+    nodes: int = -1  # machines; required with sbatch, 1 with bash
     # GPUs per node, with one process each; -1 = 8 with sbatch, and with bash those of this machine,
     # or one process on a CPU
     ngpu: int = -1
@@ -37,9 +38,9 @@ class StoolArgs:
     qos: str = ""  # SLURM quality of service
     partition: str = ""  # SLURM partition; "" = the cluster's default
     dependency: str = ""  # jobs to wait for, in SLURM's format (afterok:1234); not for relaunches
-    # values of the script's options to try, e.g. sweep.optim.lr=[1e-4,3e-4]; each combination is a
-    # run in its own folder below dump_dir
-    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    # lists of values of the script's options, e.g. sweep.optim.lr=[1e-4,3e-4]; each combination
+    # is a run in its own folder below dump_dir
+    sweep: dict[str, Any] = field(default_factory=dict)
     # runs of a sweep at the same time; null = no limit with sbatch, 1 with bash
     array: int | None = None
     stdout: bool = False  # true prints the output of all ranks together, false uses a file per rank
@@ -48,10 +49,16 @@ class StoolArgs:
     def __post_init__(self) -> None:
         if self.launcher not in LAUNCHERS:
             raise UserError(f"launcher={self.launcher} must be one of {', '.join(LAUNCHERS)}")
+        if self.launcher == "bash" and self.nodes == -1:
+            self.nodes = 1
         if self.ncpu < 1:
             raise UserError(f"ncpu={self.ncpu} must be at least 1")
         if self.ngpu < 1 and self.ngpu != -1:
             raise UserError(f"ngpu={self.ngpu} must be at least 1, or -1 for the default")
+        for option, values in self.sweep.items():
+            if not isinstance(values, list):
+                value = format_value(values)
+                raise UserError(f"sweep.{option}={value} must be a list of values, e.g. [1, 2]")
         if self.array is not None and (self.array < 1 or not self.sweep):
             raise UserError(
                 f"array={self.array} must be at least 1 and needs a sweep, e.g. "
@@ -73,6 +80,7 @@ class Job:
     root: Path  # of the code that stool imports
     python: Path
     time_limit: str  # in SLURM's format; "" = the partition's default
+    run_args: Any = None  # the options of the run
 
     @property
     def code(self) -> Path:

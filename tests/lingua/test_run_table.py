@@ -15,7 +15,7 @@ import pytest
 
 from apps.LT2.pattern import PatternParser, format_layout
 from lingua.errors import UserError
-from lingua.run_table import shorten_layout
+from lingua.run_columns import Column, Mean, plain, shorten_layout
 from lingua.sweep import main
 
 MODELS = list(itertools.product(["gdn", "kda"], [1, 10], [0, 1]))
@@ -108,6 +108,22 @@ def test_runs_without_a_value_lower_n(tmp_path, rows, caplog, capsys):
     assert "6.7±1.5 (n=3)" in capsys.readouterr().out and "steps, 10 to 20" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "value, std, n, text",
+    [
+        (7.123456, 0.0123, 2, "7.123±0.012"),
+        (7.123456, 0.9, 2, "7.12±0.90"),
+        (7.123456, 1e-7, 2, "7.1235±0.0000"),
+        (3e-4, 1.23e-5, 2, "0.0003±1.2e-05"),
+        (2000.0, 123.0, 2, "2000±123"),
+        (7.0, None, 1, "7.0000 (n=1)"),
+    ],
+)
+def test_digits_of_a_mean_follow_its_standard_deviation(value, std, n, text):
+    column = Column("x", lambda run: None, plain, is_measured=True)
+    assert column.text(Mean(value, std, n, 2)) == text
+
+
 def test_the_last_value_counts_even_if_it_is_nan(tmp_path, rows, capsys):
     write_run(tmp_path / "a", {"lr": 1, "steps": 30}, [7.0, 6.0, None])
     write_run(tmp_path / "b", {"lr": 2, "steps": 30}, [7.0, 6.5, 6.8])
@@ -142,7 +158,7 @@ def test_columns_are_any_options_and_metrics(tune, rows, capsys):
     assert list(found[0]) == ["val", "model.mixer", "steps", "speed/mfu", "parameters"]
     assert list(found[0].values()) == [pytest.approx(9.4), "kda", 30, 0.375, 1234567]
     main([str(tune), "columns=steps,mfu", "mean=seed"])
-    assert capsys.readouterr().out.splitlines()[3].split() == ["30", "0.3750"]
+    assert capsys.readouterr().out.splitlines()[3].split() == ["30", "0.3750±0"]
     (row,) = rows(tune, "columns=loop_count,steps", "mean=mixer,loop_count,seed")
     assert row == {"model.loop_count": "varies", "steps": 30}
 

@@ -177,8 +177,9 @@ def check_eval_args(args: TrainArgs, *, is_here: bool) -> None:
     if given.harness is None:
         return
     if n_gpus is not None:
-        import_submitit(f"async_eval_gpus={n_gpus}")
-        if not has_slurm():
+        if has_slurm():
+            import_submitit(f"async_eval_gpus={n_gpus}")
+        else:
             find_free_gpus(n_gpus)
     import_lm_eval(needed_by="eval.harness.tasks")
     try:

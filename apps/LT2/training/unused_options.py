@@ -14,6 +14,7 @@ from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.config.help import format_value
 from lingua.data import find_unread_folders
+from lingua.optim import find_unused_options
 from lingua.transformer import depth_factor
 
 
@@ -27,8 +28,25 @@ def train_warnings(args: TrainArgs) -> list[str]:
     ]
 
 
+def options_without_effect(args: TrainArgs) -> list[str]:
+    """List the dotted options that change nothing in this run, whatever their values."""
+    model = [f"model.{name}" for name in _reasons(args.model)]
+    return model + [f"optim.{name}" for name in find_unused_options(args.optim)]
+
+
 def unused_options(args: LoopedTransformerArgs) -> dict[str, str]:
-    """Return {name: warning} for each option of `model:` that is set and that no layer uses.
+    """Return {name: warning} for each option of `model:` that is set and that no layer uses."""
+    reasons, used = _reasons(args), _mixers(args)
+    return {
+        name: f"model.{name}{_value(args, name)} has no effect: {reasons[name]}, and all layers "
+        f"are {_names(used)}; remove it"
+        for name in sorted(reasons)
+        if getattr(args, name) != getattr(type(args)(), name)
+    }
+
+
+def _reasons(args: LoopedTransformerArgs) -> dict[str, str]:
+    """Return {name: reason} for each option of `model:` that no layer uses, set or not.
 
     default_sliding_window is exempt: recipes set it with and without windows.
     """
@@ -53,12 +71,7 @@ def unused_options(args: LoopedTransformerArgs) -> dict[str, str]:
     for name in MIXERS.keys() - used:
         if is_dataclass(getattr(args, name, None)):
             reasons[name] = f"no layer is {name}"
-    return {
-        name: f"model.{name}{_value(args, name)} has no effect: {reasons[name]}, and all layers "
-        f"are {_names(used)}; remove it"
-        for name in sorted(reasons)
-        if getattr(args, name) != getattr(type(args)(), name)
-    }
+    return reasons
 
 
 def _ineffective_limits(args: LoopedTransformerArgs) -> Iterator[str]:

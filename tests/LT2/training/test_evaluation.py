@@ -252,7 +252,7 @@ def test_a_job_on_this_machine_gives_the_same_scores(data, run, tmp_path):
     train(data, dump_dir, **harness(data), async_eval_gpus=1, **{"checkpoint.eval.every": 6})
     folder = dump_dir / "evals" / "0000000006"
     until = time.monotonic() + 240
-    while not list(folder.glob("submitit/*_result.pkl")) and time.monotonic() < until:
+    while not (dump_dir / "metrics.eval.jsonl").exists() and time.monotonic() < until:
         time.sleep(0.2)
     logs = [file.read_text() for file in (folder / "logs").rglob("run.err")]
     assert scores_by_step(dump_dir) == {6: scores_by_step(run)[6]}, logs
@@ -323,7 +323,7 @@ def test_a_mistake_in_eval_is_a_user_error_at_the_start(data, tmp_path, message)
     assert not (tmp_path / "run").exists()
 
 
-def test_jobs_need_submitit(data, tmp_path, monkeypatch):
+def test_jobs_in_slurm_need_submitit(data, tmp_path, sbatch, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"async_eval_gpus=8 needs the package submitit.*\[slurm"):
         validate_train_args(train_args(data, tmp_path, **harness(data), async_eval_gpus=8))

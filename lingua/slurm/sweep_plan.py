@@ -1,0 +1,177 @@
+"""Plan the runs of a sweep: check each of them, and leave out options that don't apply.
+
+A script may have a function `options_without_effect(args)`, which lists the dotted options (or
+sections) that change nothing in a run, whatever their values, and a function `is_done(args,
+world_size)`, which says whether an earlier launch of the run has finished.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+from lingua.config.help import format_value
+from lingua.errors import UserError
+from lingua.evaluations import label_of
+from lingua.slurm.plan import import_script, parse_run_args, plan_run
+from lingua.slurm.run_list import Options
+from lingua.slurm.script import Job, StoolArgs
+from lingua.sweep import as_arguments, combinations
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The planned runs of a sweep. Labels are the names of their folders."""
+
+    name: str
+    folder: Path
+    options: dict[str, Options]  # swept options, by label
+    jobs: dict[str, Job]
+    done: set[str]  # labels of runs that have finished before
+    notes: list[str]  # one line for each option that some runs leave out
+    warnings: dict[str, list[str]]  # label to the warnings of its checks
+
+
+def plan_sweep(args: StoolArgs) -> Sweep:
+    """Check all runs. A mistake in any of them is a UserError, and nothing is written."""
+    module, runs = import_script(args.script), combinations(args.sweep)
+    plain = replace(args, sweep={}, array=None)
+    base = parse_run_args(plain, module)
+    folder = Path(base.dump_dir).absolute()
+    name = getattr(base, "name", "") or folder.name
+    unused = {label: find_unused(plain, module, label, options) for label, options in runs.items()}
+    runs, overrides, notes = leave_out(args, runs, unused)
+    jobs, warnings, done = {}, {}, set()
+    for label, options in runs.items():
+        own = {"dump_dir": str(folder / label)}
+        if hasattr(base, "name"):
+            own["name"] = f"{name}_{label}"
+        of_run = [*overrides[label], *as_arguments({**options, **own})]
+        with named_errors(label), collected_warnings() as warnings[label]:
+            jobs[label] = plan_run(replace(plain, overrides=of_run))
+            is_done = getattr(module, "is_done", lambda run_args, world_size: False)
+            n_ranks = args.nodes * args.ngpu
+            if args.dirs_exists_ok and is_done(jobs[label].run_args, n_ranks):
+                done.add(label)
+    return Sweep(name, folder, runs, jobs, done, notes, warnings)
+
+
+@contextmanager
+def named_errors(label: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} (in the run {label})") from None
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Collect warnings that are logged in the block, instead of printing them. No duplicates."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() not in found:
+                found.append(record.getMessage())
+
+    root, collectors = logging.getLogger(), list[logging.Handler]([Collector(logging.WARNING)])
+    others, root.handlers = root.handlers, collectors
+    try:
+        yield found
+    finally:
+        root.handlers = others
+
+
+# ---- options that don't apply
+
+
+def find_unused(args: StoolArgs, module: ModuleType, label: str, options: Options) -> list[str]:
+    find = getattr(module, "options_without_effect", None)
+    if find is None:
+        return []
+    with named_errors(label), collected_warnings():
+        run = parse_run_args(
+            replace(args, overrides=[*args.overrides, *as_arguments(options)]), module
+        )
+        return list(find(run))
+
+
+def leave_out(
+    args: StoolArgs, runs: Mapping[str, Options], unused: Mapping[str, Collection[str]]
+) -> tuple[dict[str, Options], dict[str, list[str]], list[str]]:
+    """Leave out the options that change nothing in a run, and runs that are equal without them.
+
+    Return the options and overrides of each remaining run, by label, and a note for each option.
+    """
+
+    def is_unused(option: str, label: str) -> bool:
+        return any(option == name or option.startswith(f"{name}.") for name in unused[label])
+
+    def applies(option: str, label: str) -> bool:
+        """Whether the option changes the run, with any of its values."""
+        others = {o: v for o, v in runs[label].items() if o != option}
+        return not any(
+            is_unused(option, other)
+            for other, values in runs.items()
+            if {o: v for o, v in values.items() if o != option} == others
+        )
+
+    kept: dict[str, Options] = {}
+    overrides: dict[str, list[str]] = {}
+    without: dict[str, dict[str, None]] = {}  # option to the labels of runs without it
+    given = {text: text.partition("=")[0] for text in args.overrides}
+    useful = {text for text, o in given.items() if not all(is_unused(o, run) for run in runs)}
+    for label, options in runs.items():
+        left_out = [option for option in options if not applies(option, label)]
+        of_run = {option: value for option, value in options.items() if option not in left_out}
+        new_label = label_of(of_run, among=args.sweep)
+        kept[new_label] = of_run
+        left_out += [given[t] for t in given if t in useful and is_unused(given[t], label)]
+        overrides[new_label] = [t for t in given if given[t] not in left_out]
+        for option in left_out:
+            without.setdefault(option, {})[new_label] = None
+    for option in args.sweep:
+        if all(option not in options for options in kept.values()):
+            raise UserError(f"sweep.{option} changes nothing in any run; leave it out")
+    notes = [f"{o} has no effect in {name_group(ls, kept)}; left out" for o, ls in without.items()]
+    if len(kept) < len(runs):
+        notes.append(f"without them, {len(kept)} of {len(runs)} runs differ")
+    return kept, overrides, notes
+
+
+# ---- names of groups of runs
+
+
+def group_by_text(texts: Mapping[str, Iterable[str]], runs: Mapping[str, Options]) -> list[str]:
+    """Return a line "group of runs: text" for each text, given the texts by label."""
+    labels: dict[str, list[str]] = {}
+    for label, text in itertools.chain.from_iterable(
+        ((label, text) for text in of_run) for label, of_run in texts.items()
+    ):
+        labels.setdefault(text, []).append(label)
+    return [f"{name_group(members, runs)}: {text}" for text, members in labels.items()]
+
+
+def name_group(members: Collection[str], runs: Mapping[str, Options]) -> str:
+    """Name some of the runs, if possible by values of options: "mixer=kda, T=1 or 2 (4 runs)"."""
+    n = len(members)
+    if n == 1:
+        return next(iter(members))
+    if n == len(runs):
+        return f"all {n} runs"
+    names, selected = [], set(runs)
+    for option in dict.fromkeys(option for options in runs.values() for option in options):
+        values = {label: format_value(o[option]) for label, o in runs.items() if option in o}
+        chosen = list(dict.fromkeys(values[label] for label in members if label in values))
+        narrower = {label for label in selected if values.get(label) in chosen}
+        if all(label in values for label in members) and narrower < selected:
+            names.append(f"{option.rpartition('.')[2]}={' or '.join(chosen)}")
+            selected = narrower
+    if selected == set(members):
+        return f"{', '.join(names)} ({n} runs)"
+    return f"{n} of {len(runs)} runs, such as {next(iter(members))}"
