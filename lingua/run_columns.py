@@ -75,7 +75,9 @@ class Column:
                 text += f"±{cell.std:.2g}"
             else:
                 text = f"{cell.value:.{digits}f}±{cell.std:.{digits}f}"
-        return f"{text} (n={cell.n})" if self.is_measured and cell.n < cell.of else text
+        if not self.is_measured:
+            return f"~{text}" if cell.std else text
+        return f"{text} (n={cell.n})" if cell.n < cell.of else text
 
 
 def combine(column: Column, members: Sequence[Run]) -> Any:

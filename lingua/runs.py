@@ -170,9 +170,13 @@ def _read_run(name: str, path: Path) -> Run:
         if not evaluation.label and evaluation.step is not None:  # with the run's own options
             for key, score in evaluation.scores.items():
                 metrics.setdefault(key, {}).setdefault(evaluation.step, score)
-    swept = flatten_dict(read_record(path.absolute().parent).get(path.name, {}), sep=".")
+    record = read_record(path.absolute().parent)
+    swept = flatten_dict(record.get(path.name, {}), sep=".")
+    axes = {o for run in record.values() for o in flatten_dict(run, sep=".")} if swept else {}
     options = read_options(path)
-    options = replace(options, current=swept | options.current, requested=swept | options.requested)
+    # A sweep leaves out an option that does not apply, whose default would look like a choice.
+    current = {o: v for o, v in (swept | options.current).items() if o in swept or o not in axes}
+    options = replace(options, current=current, requested=swept | options.requested)
     return Run(name, path, options, metrics, evaluations, layout, list(swept))
 
 

@@ -190,6 +190,24 @@ def test_many_options_and_long_values_fit_too(tmp_path, capsys, monkeypatch):
     assert "full,kda,kda" in folded  # values of options are not cut
 
 
+def test_options_that_a_sweep_leaves_out_are_missing(tmp_path, rows):
+    swept = {"a": {"mixer": "gdn", "gdn.expand_v": 1}, "b": {"mixer": "full"}}
+    for name in swept:
+        options = {"mixer": swept[name]["mixer"], "gdn": {"expand_v": 1}, "steps": 10}
+        write_run(tmp_path / name, options, [7.0])
+    (tmp_path / "sweep.json").write_text(json.dumps(swept))
+    found = rows(tmp_path, "columns=run,expand_v,steps", "sort=run")
+    assert [list(row.values()) for row in found] == [["a", 1, 10], ["b", None, 10]]
+
+
+def test_means_of_different_sizes_are_marked(tmp_path, capsys):
+    for seed, n in enumerate((1_000_000, 2_000_000)):
+        options = {"seed": seed, "steps": 10}
+        write_run(tmp_path / f"{seed}", options, [7.0], **{"model/parameters": n})
+    main([str(tmp_path), "mean=seed", "columns=params,tokens"])
+    assert capsys.readouterr().out.splitlines()[2].split() == ["~1.50M", "1.00K"]
+
+
 def test_formats_have_the_same_rows(tune, rows, capsys):
     want = rows(tune, "mean=seed")
     main([str(tune), "mean=seed", "format=csv"])
