@@ -94,9 +94,13 @@ def shuffle_documents(
     finished = find_finished(out, plan)
     if finished is not None:
         made = (out / MANIFEST_NAME).stat().st_mtime
-        is_newer = any(source.stat().st_mtime > made for source in sources)
-        if is_newer or finished["sources"] != _sizes(sources, root):
-            raise UserError(f"{out} was made from other source files; move it away")
+        names = {name for name, _ in finished["sources"].items() ^ _sizes(sources, root).items()}
+        names |= {str(file.relative_to(root)) for file in sources if file.stat().st_mtime > made}
+        for name in sorted(names)[:1]:
+            raise UserError(
+                f"{out} was made from other source files: {name} is new or has changed; move {out} "
+                "away"
+            )
         log(f"{out}: complete, nothing to do")
         return finished
     work = unfinished(out)
@@ -120,15 +124,15 @@ def shuffle_documents(
 
 
 def find_finished(out: Path, plan: ShufflePlan) -> dict[str, Any] | None:
-    """Return the manifest of a complete folder, or None if the folder does not exist.
+    """Return the manifest of a complete folder, or None if it does not exist or is empty.
 
     UserError if `plan` did not make it, or if a file is missing or has another length.
     """
-    if not out.exists():
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     manifest = _read_json(out / MANIFEST_NAME)
     if manifest is None:
-        raise UserError(f"{out} exists and has no {MANIFEST_NAME}: move it away")
+        raise UserError(f"{out} exists and has no {MANIFEST_NAME}: choose another folder")
     request = plan.request(manifest["documents"])
     if manifest["request"] != request:
         made_with = _differences(manifest["request"], request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,6 +42,10 @@ def find_document_files(source: Path, out: Path | None = None) -> list[Path]:
     found = sorted(path for path in _walk(source, out) if _is_read(path, source))
     if not found:
         raise UserError(f"{source} has no file that ends in {NAMED}")
+    plain = [path.with_suffix("") if path.suffix in COMPRESSED else path for path in found]
+    for path, n in Counter(plain).items():
+        if n > 1:
+            raise UserError(f"{path} is there {n} times, also compressed: keep one of the files")
     return found
 
 

@@ -151,6 +151,8 @@ def test_an_earlier_result_is_not_overwritten(here, capsys):
         prepare.main(["mine.jsonl"])
     assert files("data") == before
     (here / "theirs").mkdir()
+    prepare.main(["mine.jsonl", "--out", "theirs"])
+    (here / "theirs/manifest.json").unlink()
     with pytest.raises(UserError, match="theirs exists and has no manifest.json"):
         prepare.main(["mine.jsonl", "--out", "theirs"])
 

@@ -123,6 +123,14 @@ def test_a_folder_without_documents_is_refused(tmp_path):
         find_document_files(tmp_path)
 
 
+@pytest.mark.parametrize("names", [("a.md", "a.md.gz"), ("a.md.gz", "a.md.zst")])
+def test_a_file_in_two_forms_is_refused(tmp_path, names):
+    for name in (*names, "b.md", "a.txt"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match="a.md is there 2 times"):
+        find_document_files(tmp_path)
+
+
 @pytest.mark.parametrize("out", ["out", "data/out", "."])
 def test_the_output_folder_is_not_a_source(tmp_path, monkeypatch, out):
     """Also if it is given relative to another folder, and while it is unfinished."""
