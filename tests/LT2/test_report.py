@@ -16,7 +16,7 @@ import pytest
 from apps.LT2.scripts import report as report_module
 from apps.LT2.scripts.figure import Line
 from apps.LT2.scripts.report import main
-from apps.LT2.scripts.report_data import status
+from apps.LT2.scripts.report_data import resume_command, status
 from lingua.args import config_as_yaml
 from lingua.errors import UserError
 from lingua.runs import STEP, read_runs
@@ -176,6 +176,34 @@ def test_options_environment_and_resume(full):
     assert "torchrun --nproc-per-node 2 -m apps.LT2.train config=" in full["Resume"]
 
 
+@pytest.mark.parametrize(
+    "changes, moved",
+    [
+        ({}, ""),
+        ({"dump_dir": "{run}", "checkpoint": {"path": "{run}/checkpoints"}}, ""),
+        ({"dump_dir": "/old/a"}, " dump_dir={run} checkpoint.path=null"),
+        (
+            {"dump_dir": "/old/a", "checkpoint": {"path": "/old/a/ckpt"}},
+            " dump_dir={run} checkpoint.path=null",
+        ),
+        ({"dump_dir": "/old/a", "checkpoint": {"path": "/scratch"}}, " dump_dir={run}"),
+    ],
+)
+def test_a_moved_run_resumes_where_it_is(changes, moved, tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder, records(), **json.loads(json.dumps(changes).replace("{run}", str(folder))))
+    command = resume_command(read_runs([folder])[0])
+    assert command.partition("config=")[2] == f"{folder}/config.yaml{moved}".replace(
+        "{run}", str(folder)
+    )
+
+
+def test_a_run_of_stool_resumes_with_its_script(tmp_path):
+    folder = write_run(tmp_path / "run", records())
+    (folder / "submit.slurm").touch()
+    assert resume_command(read_runs([folder])[0]).startswith(f"sbatch {folder}/submit.slurm")
+
+
 def test_layout_has_a_cell_for_each_loop_and_layer(full):
     assert "loop 0 g F g loop 1 g F g g gdn (4) F full (2)" in full["Layout"]
 
@@ -280,6 +308,8 @@ def test_a_run_that_is_training(tmp_path):
         (["waiting"], "metrics.jsonl"),
         (["one", "two"], "out="),
         (["on*"], "out="),
+        (["one", "out=page"], "out="),
+        (["one", "out=/proc/none/a.html"], "out="),
         (["one", "two", "out=a.html", "prompts=[Hello]"], "prompts="),
     ],
 )

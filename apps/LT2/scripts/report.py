@@ -40,6 +40,7 @@ from lingua.args import parse_args
 from lingua.config.cli import split_paths
 from lingua.errors import UserError, import_optional, run_cli
 from lingua.files.atomic import write_atomic
+from lingua.files.lock import make_writable
 from lingua.run_table import build_table
 from lingua.runs import STEP, Run, differing_options, grouped, read_runs
 
@@ -220,6 +221,7 @@ def section(run: Run, generated: Sequence[Any], *, with_plots: bool) -> dict[str
         "evaluations": evaluations(run),
         "environment": environment(run),
         "resume": resume_command(run),
+        "is_finished": run.status == "finished",
         "config": config.read_text(encoding="utf-8") if config.is_file() else "",
     }
 
@@ -293,6 +295,9 @@ def main(argv: list[str]) -> None:
     if args.out is None and not is_folder:
         raise UserError("out= is needed for several folders, e.g. out=report.html")
     out = Path(args.out) if args.out else folders[0] / "report.html"
+    if out.suffix != ".html":
+        raise UserError(f"out={out} must end in .html")
+    make_writable("out", out.parent)
     if args.prompts and len(runs) > 1:
         raise UserError(f"prompts={args.prompts} needs one run; {len(runs)} are given")
     generated = generate_answers(runs[0], args.prompts, args.generator) if args.prompts else ()

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from apps.LT2.pattern import LayerSpec, choose_letters
@@ -193,8 +194,13 @@ def resume_command(run: Run) -> str:
     sizes = [run.options.current.get(f"distributed.{name}", 1) for name in RANK_FACTORS]
     n_ranks = math.prod(sizes)
     start = f"torchrun --nproc-per-node {n_ranks}" if n_ranks > 1 else "python"
-    config = shlex.quote(f"config={run.path / 'config.yaml'}")
-    return f"{start} -m apps.LT2.train {config}"
+    options = [f"config={run.path / 'config.yaml'}"]
+    before = Path(run.options.current.get("dump_dir") or run.path)
+    if before.resolve() != run.path.resolve():  # the folder has moved
+        options.append(f"dump_dir={run.path}")
+        if Path(run.options.current.get("checkpoint.path") or before).is_relative_to(before):
+            options.append("checkpoint.path=null")
+    return f"{start} -m apps.LT2.train {shlex.join(options)}"
 
 
 # ---- evaluations
