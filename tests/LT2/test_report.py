@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from apps.LT2.inference.generator import (
+    PackedCausalTransformerGenerator,
+    PackedCausalTransformerGeneratorArgs,
+)
 from apps.LT2.scripts import report as report_module
 from apps.LT2.scripts.figure import Line
 from apps.LT2.scripts.report import main
@@ -20,6 +24,8 @@ from apps.LT2.scripts.report_data import resume_command, status
 from lingua.args import config_as_yaml
 from lingua.errors import UserError
 from lingua.runs import STEP, read_runs
+from lingua.tokenizer import ByteTokenizer
+from tests.LT2.tiny import save_run, tiny_model
 
 pytest.importorskip("matplotlib.pyplot")
 pytest.importorskip("jinja2")
@@ -245,6 +251,18 @@ def test_many_runs_have_no_plots_of_their_own(tmp_path, sketched, monkeypatch):
         write_run(tmp_path / "runs" / f"run{seed}", records(), seed=seed)
     page = report(tmp_path / "runs")
     assert page.tags.count("svg") == 4 and "A report of this run alone" in page["Curves"]
+
+
+def test_answers_to_given_prompts(tmp_path, sketched):
+    save_run(tmp_path, tiny_model("hybrid", 2))
+    write_lines(tmp_path / "metrics.jsonl", records())
+    options = ["generator.temperature=0", "generator.max_gen_len=6", "generator.device=cpu"]
+    page = report(tmp_path, "prompts=[first, third one]", *options)
+    args = PackedCausalTransformerGeneratorArgs(max_gen_len=6)
+    generator = PackedCausalTransformerGenerator(args, tiny_model("hybrid", 2), ByteTokenizer())
+    first, third = generator.generate(["first", "third one"])[0]
+    shown = " ".join(f"first{first} third one{third}".split())
+    assert shown.replace(" ", "") in page["Samples"].replace(" ", "")
 
 
 def test_names_are_escaped(tmp_path):
