@@ -73,7 +73,7 @@ CASES = {kind: (kind, {}) for kind in KINDS} | {
     f"4:1 {kind}": (kind, {"n_layers": 5, "attention_pattern": "4:1"})
     for kind in ("hybrid", "gdn+dsa")
 }
-LENGTHS = [*range(1, 101, 3), 63, 65]  # 64 is a chunk of the linear mixers
+LENGTHS = [*range(1, 101, 6), 63, 64, 65]  # 64 is a chunk of the linear mixers
 
 
 def case_model(case: str, loop_count: int):
