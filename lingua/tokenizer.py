@@ -53,13 +53,14 @@ class Tokenizer(ABC):
     gaps: Sequence[int] = ()  # ids below n_words without a token
 
     def check_specials(self, add_bos: bool, add_eos: bool) -> None:
-        """Raise UserError for an option that needs a token that the vocabulary lacks."""
-        for role, added, token in (("bos", add_bos, self.bos_id), ("eos", add_eos, self.eos_id)):
-            if added and token < 0:
-                raise UserError(
-                    f"data.add_{role}=true, but the tokenizer has no {role} token; set "
-                    f"data.add_{role}=false{self._hint(role)}"
-                )
+        """Raise UserError for options that need tokens that the vocabulary lacks."""
+        roles = (("bos", add_bos, self.bos_id), ("eos", add_eos, self.eos_id))
+        missing = [role for role, added, token in roles if added and token < 0]
+        if missing:
+            given = " and ".join(f"data.add_{role}=true" for role in missing)
+            advice = given.replace("true", "false") + "".join(map(self._hint, missing))
+            tokens = f"{' and no '.join(missing)} token"
+            raise UserError(f"{given}, but the tokenizer has no {tokens}; set {advice}")
 
     def _hint(self, role: str) -> str:
         return ""
@@ -243,7 +244,7 @@ class HuggingFaceTokenizer(Tokenizer):
         declared = read_specials(path)
         if role not in declared:
             usual = self.BOS_NAMES if role == "bos" else self.EOS_NAMES
-            self._hints[role] = f", or name it in {CONFIG_NAME} (looked for {' '.join(usual)})"
+            self._hints[role] = f", or name {role} in {CONFIG_NAME} (looked for {' '.join(usual)})"
             return next((vocab[name] for name in usual if name in vocab), -1)
         token = declared[role]
         if token is None:

@@ -271,6 +271,15 @@ def test_a_tokenizer_without_bos_is_refused(tmp_path):
     assert tokenizer.encode("a", False, True) == [97, 257]
 
 
+def test_missing_bos_and_eos_are_one_error(tmp_path):
+    tokenizer = build_tokenizer("hf", make_hf(tmp_path, specials=("<pad>",)))
+    with pytest.raises(UserError, match="data.add_bos=false.*data.add_eos=false"):
+        tokenizer.encode("a", True, True)
+    with pytest.raises(UserError) as caught:
+        tokenizer.encode("a", False, True)
+    assert "add_bos" not in str(caught.value)
+
+
 def test_a_missing_package_names_what_to_install(tmp_path, monkeypatch):
     import sys
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from apps.LT2.evaluation.args import LMHarnessArgs, task_name
 from apps.LT2.evaluation.chat import find_chat_template
@@ -141,6 +143,20 @@ def is_connection_error(error: BaseException | None) -> bool:
     return False
 
 
+def use_cache_without_network() -> None:
+    """Turn on the Hub's offline mode if its name can't be resolved: it would retry for 23 s."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if getproxies():  # the proxy resolves names
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror:
+        config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+
+
 # ---- names
 
 
@@ -160,6 +176,7 @@ def find_tasks(args: LMHarnessArgs) -> Any:
         if not _unknown(args, manager):
             check_mappings(args, manager)
             return manager
+    use_cache_without_network()
     manager = tasks.TaskManager(**options)
     if unknown := _unknown(args, manager):
         close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from apps.LT2.evaluation.args import LMHarnessArgs
-from apps.LT2.evaluation.tasks import is_connection_error, load_tasks
+from apps.LT2.evaluation.tasks import is_connection_error, load_tasks, use_cache_without_network
 from apps.LT2.inference.generator import PackedCausalTransformerGeneratorArgs
 from lingua.errors import UserError
 from lingua.tokenizer import TokenizerArgs
@@ -202,3 +202,25 @@ def test_only_connection_errors_advise_about_downloads(folder, monkeypatch, erro
         load(folder, "choice")
     assert is_connection_error(error) is is_offline
     assert ("HF_HOME" in str(refused.value)) is is_offline
+
+
+@pytest.mark.parametrize(
+    "resolves, proxies, offline",
+    [(True, {}, False), (False, {"https": "p:1"}, False), (False, {}, True)],
+)
+def test_the_hub_is_offline_if_its_name_is_unknown(monkeypatch, resolves, proxies, offline):
+    from datasets import config
+    from huggingface_hub import constants
+
+    def look_up(host, port):
+        assert host == "hub.example"
+        if not resolves:
+            raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr("apps.LT2.evaluation.tasks.getproxies", lambda: proxies)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example/mirror")
+    for module in (config, constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    use_cache_without_network()
+    assert config.HF_HUB_OFFLINE is constants.HF_HUB_OFFLINE is offline
