@@ -47,7 +47,7 @@ from apps.LT2.training.evaluation import (
 )
 from apps.LT2.training.probes import log_micro_batches, log_probes
 from apps.LT2.training.progress import Progress
-from apps.LT2.training.summary import format_summary
+from apps.LT2.training.summary import format_summary, format_versions
 from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.trainer import every_n_steps as every_n_steps
 from apps.LT2.training.unused_options import options_without_effect as options_without_effect
@@ -303,6 +303,7 @@ def build_run(
         "model/parameters": get_num_params(model),
         "model/layout": format_layout(model.inference_layout, model.layout_plan.random_loops),
         "model/flops_per_token": flops_per_token,
+        "environment/versions": format_versions(),
     }
     metric_logger = MetricLogger(metrics_path(args), args, resume_step=state.step, facts=facts)
     metrics = run_together(lambda: resources.enter_context(metric_logger))

@@ -44,6 +44,7 @@ CONFIG = {
     "optim": {"name": "adamw", "lr": 0.003, "weight_decay": 0.1, "scheduler": "cosine"},
 }
 FACTS = {"model/parameters": 1234567, "model/flops_per_token": 1000}
+FACTS |= {"environment/versions": "Python 3.11.7, torch 2.13.0"}
 LOSSES = [6.0, 4.0, 3.0, 3.5]
 
 
@@ -177,7 +178,7 @@ def test_options_environment_and_resume(full):
     assert "2,048: batch_size 4 x seq_len 128 x grad_acc_steps 2" in full["What was trained"]
     environment = full["Environment"]
     assert "0123456789abcdef, with uncommitted changes" in environment
-    assert "2 x CPU, float32" in environment
+    assert "2 x CPU, float32" in environment and "Python 3.11.7, torch 2.13.0" in environment
     assert "2026-11-29 10:01 UTC to 2026-11-29 10:04 UTC" in environment
     assert "torchrun --nproc-per-node 2 -m apps.LT2.train config=" in full["Resume"]
 
@@ -238,6 +239,7 @@ def test_a_folder_of_runs(tmp_path, sketched):
         lines = records(losses=[6.0, 5.0 + seed]) if seed < 3 else []
         write_run(tmp_path / "runs" / f"run{seed}", lines, seed=seed)
     (tmp_path / "runs" / "run3" / "train.log").write_text("ERROR - the run ends: no disk\n")
+    (tmp_path / "runs" / "run3" / "metrics.jsonl").unlink()
     page = report(tmp_path / "runs")
     assert re.search(r"1 run1 1 stopped .* 6\.0000 .* 2 run2 2 stopped .* 7\.0000", page[""])
     assert "3. run3, failed: 0 of 40 steps; no disk" in page.text

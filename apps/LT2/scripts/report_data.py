@@ -48,6 +48,7 @@ LOSSES = {
 }
 BATCH_FACTORS = ("data.batch_size", "data.seq_len", "grad_acc_steps")
 RANK_FACTORS = ("dp_replicate", "dp_shard", "tp_size")
+VERSIONS = "environment/versions"
 MAX_ANSWERS = 2  # shown of a task
 MAX_TEXT = 400  # characters of a prompt or answer
 
@@ -176,7 +177,10 @@ def environment(run: Run) -> Rows:
         log = (run.path / "train.log").read_text(encoding="utf-8", errors="replace")
         devices = re.findall(r"^ +devices +(.+)$", log, re.MULTILINE)
         rows["Devices"] = devices[-1] if devices else None
-    records = read_jsonl_records(run.path / "metrics.jsonl")
+    file = run.path / "metrics.jsonl"
+    records = read_jsonl_records(file) if file.is_file() else []
+    versions = [record[VERSIONS] for record in records if VERSIONS in record]
+    rows["Versions"] = versions[-1] if versions else None
     if times := [record["created_at"] for record in records if "created_at" in record]:
         rows["Records"] = " to ".join(_minute(time) for time in (times[0], times[-1]))
     rows["Folder"] = run.path.resolve()

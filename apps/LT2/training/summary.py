@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +19,7 @@ from lingua.parallel.args import resolve_dtype
 
 MAX_SOURCES = 4  # listed by name
 LABEL_WIDTH = 9
+PACKAGES = ("torch", "triton", "flash-linear-attention")  # that compute
 
 
 def format_summary(trainer: Trainer, world_size: int) -> str:
@@ -41,6 +45,15 @@ def format_summary(trainer: Trainer, world_size: int) -> str:
     margin = " " * LABEL_WIDTH
     lines = [label.ljust(LABEL_WIDTH) + text.replace("\n", "\n" + margin) for label, text in rows]
     return "\n".join([f"run {args.name}", *lines])
+
+
+def format_versions() -> str:
+    """Return the versions of Python and of PACKAGES, as far as they are installed."""
+    versions = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(versions)
 
 
 def _sources(data: DataArgs) -> str:

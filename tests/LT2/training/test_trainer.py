@@ -205,8 +205,10 @@ def test_probes_and_profiles_do_not_change_a_run(data, tmp_path):
     probed = [record for record in seen if "layers/grad_norm/0" in record]
     assert [record["global_step"] for record in probed] == [0, 2, 4]
     alone = records(tmp_path / "alone")
-    facts = {key: alone[0].pop(key) for key in list(alone[0]) if key.startswith("model/")}
-    assert facts and facts.items() <= probed[0].items(), "in the first record only"
+    names = [key for key in alone[0] if key.startswith(("model/", "environment/"))]
+    facts = {key: alone[0].pop(key) for key in names}
+    assert f"torch {torch.__version__.partition('+')[0]}" in facts["environment/versions"]
+    assert facts.items() <= probed[0].items(), "in the first record only"
     assert [record for record in seen if record not in probed] == alone
 
     probe = (tmp_path / "observed" / "probe" / "probe.0.jsonl").read_text().splitlines()
