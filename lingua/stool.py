@@ -55,10 +55,12 @@ from lingua.slurm.plan import LOGS, plan_run, write_run
 from lingua.slurm.plan import import_script as import_script
 from lingua.slurm.plan import read_run_args as read_run_args
 from lingua.slurm.run_list import RECORD
+from lingua.slurm.run_names import group_by_text, name_group
 from lingua.slurm.script import Job as Job
 from lingua.slurm.script import StoolArgs as StoolArgs
 from lingua.slurm.script import render_submit as render_submit
-from lingua.slurm.sweep_plan import Sweep, group_by_text, name_group, plan_sweep
+from lingua.slurm.sizes import differences, format_sizes
+from lingua.slurm.sweep_plan import Sweep, plan_sweep, useful
 from lingua.sweep import combinations, format_table, read_record, write_record
 
 
@@ -121,13 +123,18 @@ def launch_sweep(args: StoolArgs) -> Path:
     notes = [*sweep.notes, *(f"warning of {line}" for line in warnings)]
     if sweep.done:
         notes.append(f"{name_group(sweep.done, sweep.options)}: done already")
-    for note in notes:
-        print(f"stool: {note}", flush=True)
+    if sweep.sizes:
+        notes += differences(sweep.sizes, sweep.options, args.match)
     if args.dry_run:
         where = "as one SLURM job array" if is_slurm else "here"
         first = shlex.join(run_command(jobs[0]))
         action = f"run these {len(jobs)} {where}, {at_once} at a time; the first: {first}"
         show(jobs, action, sweep=folder)
+        if sweep.sizes:
+            print(f"\n{format_sizes(sweep.sizes, sweep.options)}\n")
+    for note in notes:
+        print(f"stool: {note}", flush=True)
+    if args.dry_run:
         return folder / RECORD
     make_writable("dump_dir", folder)
     with lock_folders({"dump_dir": folder}):
@@ -149,11 +156,12 @@ def launch_sweep(args: StoolArgs) -> Path:
 
 def run_sweep_here(sweep: Sweep, jobs: list[Job], at_once: int) -> None:
     """Run jobs of a sweep, and print their warnings, the table of all runs, and the errors."""
-    local = LocalSweep(jobs, at_once)
+    costs = [sweep.sizes[job.dump_dir.name].flops for job in jobs] if sweep.sizes else []
+    local = LocalSweep(jobs, at_once, costs)
     try:
         local.run()
     finally:
-        warnings = {run.label: run.warnings for run in local.runs}
+        warnings = {run.label: useful(run.warnings, sweep.partial) for run in local.runs}
         for line in group_by_text(warnings, sweep.options):
             print(f"stool: warning of {line}")
         print(format_table(sweep.folder), flush=True)

@@ -107,6 +107,8 @@ def describe(args: TrainArgs, ngpu: int, bandwidth: float) -> dict[str, Any]:
     count = count_parameters(model)
     described: dict[str, Any] = {
         "layout": format_layout(model.layout, model.layout_plan.random_loops).splitlines(),
+        "n_layers": args.model.n_layers,
+        "loop_count": args.model.loop_count,
         "parameters": {"total": count.total, "embedding": count.embedding, "body": count.body}
         | {"gates": count.gates},
         "seq_len": seqlen,
@@ -168,11 +170,13 @@ def describe_all(given: DescribeArgs, overrides: Sequence[str]) -> dict[str, Any
         changes: dict[str, Any] = {}
         if given.match and own is not args[0]:
             seqlen = own.data.seq_len
-            target = QUANTITIES[given.match](first, args[0].data.seq_len)
+            measure = QUANTITIES[given.match]
+            target = measure(first, args[0].data.seq_len)
             try:
-                changes = match_model(
-                    own.model, target, quantity=given.match, by=given.by, seqlen=seqlen
-                )
+                if measure(build_on_meta(own.model), seqlen) != target:
+                    changes = match_model(
+                        own.model, target, quantity=given.match, by=given.by, seqlen=seqlen
+                    )
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
             own.model = replace(own.model, **changes)

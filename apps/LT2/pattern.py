@@ -186,8 +186,9 @@ class PatternParser:
             spec = self._spec(name)
         else:
             raise UserError(
-                f"{where}: {item!r} must be N:M, random:N:M, bookend:K, a window size or a mixer "
-                f"({', '.join(self.known_mixers)})"
+                f"{where}: {item!r} must be a mixer ({', '.join(self.known_mixers)}) or a window "
+                "size, maybe with *COUNT, in a list; or N:M, random:N:M or bookend:K; `->` "
+                "separates the loops"
             )
         return [spec] * (int(count) if star else 1)
 

@@ -27,8 +27,14 @@ def describe(jobs: Sequence[Job], action: str, sweep: Path | None) -> Iterator[s
         each = "" if is_one else " once for all runs"
         code = describe_code(first.root, without=sweep or first.dump_dir)
         yield f"stool: would copy{each} {code}"
+    names = [f"{LOGS}/", *texts]
+    new = [job for job in jobs if is_free(job.dump_dir)] if sweep else []
+    if new:
+        yield f"stool: would write to {len(new)} new folders in {sweep}: {written(first, names)}"
+        yield from (f"    {job.dump_dir.name}" for job in new)
     for job in jobs:
-        yield from describe_folder(job, [f"{LOGS}/", *texts])
+        if job not in new:
+            yield from describe_folder(job, names)
     if sweep is not None:
         yield f"stool: would write {sweep / RECORD}"
     others = "" if is_one else " (the others differ in name, folder and options)"
@@ -51,5 +57,8 @@ def describe_folder(job: Job, names: Sequence[str]) -> Iterator[str]:
     if args.override and not is_new:
         yield f"stool: would rename {folder} to {old_name(folder)}"
     keep = "" if is_new or args.override else ", and keep its other files"
-    written = ", ".join([*(["code/"] if args.copy_code else []), *names])
-    yield f"stool: would write to {folder}{keep}: {written}"
+    yield f"stool: would write to {folder}{keep}: {written(job, names)}"
+
+
+def written(job: Job, names: Sequence[str]) -> str:
+    return ", ".join([*(["code/"] if job.args.copy_code else []), *names])

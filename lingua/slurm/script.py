@@ -43,6 +43,9 @@ class StoolArgs:
     sweep: dict[str, Any] = field(default_factory=dict)
     # runs of a sweep at the same time; null = no limit with sbatch, 1 with bash
     array: int | None = None
+    # make the models of a sweep equal to the first in parameters (without embeddings) or flops
+    match: str | None = None  # parameters | flops
+    by: str = "n_layers"  # what match changes: n_layers | dim | ffn
     stdout: bool = False  # true prints the output of all ranks together, false uses a file per rank
     overrides: list[str] = field(default_factory=list)  # the options after `--`
 
@@ -63,6 +66,10 @@ class StoolArgs:
             raise UserError(
                 f"array={self.array} must be at least 1 and needs a sweep, e.g. "
                 "sweep.optim.lr=[1e-4,3e-4]"
+            )
+        if self.match is not None and not self.sweep:
+            raise UserError(
+                f"match={self.match} needs a sweep; for other models use apps.LT2.describe"
             )
         if self.time < 1 and self.time != -1:
             raise UserError(f"time={self.time} must be minutes, or -1 for the partition's maximum")

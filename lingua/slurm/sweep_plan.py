@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from lingua.config.help import format_value
 from lingua.errors import UserError
 from lingua.evaluations import label_of
 from lingua.slurm.plan import import_script, parse_run_args, plan_run
 from lingua.slurm.run_list import Options
+from lingua.slurm.run_names import group_by_text, name_group
 from lingua.slurm.script import Job, StoolArgs
+from lingua.slurm.sizes import Size, may_differ, read_sizes
 from lingua.sweep import as_arguments, combinations
 
 
@@ -35,30 +38,70 @@ class Sweep:
     done: set[str]  # labels of runs that have finished before
     notes: list[str]  # one line for each option that some runs leave out
     warnings: dict[str, list[str]]  # label to the warnings of its checks
+    sizes: dict[str, Size]  # of the models, by label; empty if unknown
+    partial: set[str]  # options without effect in some of the runs
 
 
 def plan_sweep(args: StoolArgs) -> Sweep:
     """Check all runs. A mistake in any of them is a UserError, and nothing is written."""
     module, runs = import_script(args.script), combinations(args.sweep)
-    plain = replace(args, sweep={}, array=None)
+    plain = replace(args, sweep={}, array=None, match=None)
     base = parse_run_args(plain, module)
     folder = Path(base.dump_dir).absolute()
     name = getattr(base, "name", "") or folder.name
     unused = {label: find_unused(plain, module, label, options) for label, options in runs.items()}
+    counts = Counter(itertools.chain.from_iterable(unused.values()))
+    partial = {option for option, count in counts.items() if count < len(unused)}
     runs, overrides, notes = leave_out(args, runs, unused)
-    jobs, warnings, done = {}, {}, set()
+    planned: dict[str, StoolArgs] = {}
     for label, options in runs.items():
         own = {"dump_dir": str(folder / label)}
         if hasattr(base, "name"):
             own["name"] = f"{name}_{label}"
         of_run = [*overrides[label], *as_arguments({**options, **own})]
+        planned[label] = replace(plain, overrides=of_run)
+    jobs, warnings = plan_runs(planned)
+    sizes = {}
+    if args.match or args.dry_run or may_differ(jobs):
+        sizes = read_sizes(jobs, args.match, args.by)
+    matched = {label: size.overrides for label, size in sizes.items() if size.overrides}
+    for label, changes in matched.items():
+        check_free(changes, args)
+        overrides = [*planned[label].overrides, *changes]
+        planned[label] = replace(planned[label], overrides=overrides)
+    if matched:
+        jobs, warnings = plan_runs(planned)
+        texts = {label: [" ".join(changes)] for label, changes in matched.items()}
+        notes += [f"match={args.match}: {line}" for line in group_by_text(texts, runs)]
+    done = {label for label, job in jobs.items() if args.dirs_exists_ok and is_done(module, job)}
+    ignored = {option_of(text) for texts in warnings.values() for text in texts} & partial
+    if ignored:
+        notes.append(f"some runs don't use {', '.join(sorted(map(str, ignored)))} of the config")
+    warnings = {label: useful(texts, partial) for label, texts in warnings.items()}
+    return Sweep(name, folder, runs, jobs, done, notes, warnings, sizes, partial)
+
+
+def plan_runs(planned: Mapping[str, StoolArgs]) -> tuple[dict[str, Job], dict[str, list[str]]]:
+    """Return the jobs and the warnings of their checks, by label."""
+    jobs: dict[str, Job] = {}
+    warnings: dict[str, list[str]] = {}
+    for label, args in planned.items():
         with named_errors(label), collected_warnings() as warnings[label]:
-            jobs[label] = plan_run(replace(plain, overrides=of_run))
-            is_done = getattr(module, "is_done", lambda run_args, world_size: False)
-            n_ranks = args.nodes * args.ngpu
-            if args.dirs_exists_ok and is_done(jobs[label].run_args, n_ranks):
-                done.add(label)
-    return Sweep(name, folder, runs, jobs, done, notes, warnings)
+            jobs[label] = plan_run(args)
+    return jobs, warnings
+
+
+def check_free(changes: Iterable[str], args: StoolArgs) -> None:
+    """Refuse options of `match` that the sweep sets itself."""
+    for option in (change.partition("=")[0] for change in changes):
+        if option in args.sweep:
+            raise UserError(f"by={args.by} changes {option}, which the sweep sets; use another by=")
+
+
+def is_done(module: ModuleType, job: Job) -> bool:
+    find = getattr(module, "is_done", lambda run_args, world_size: False)
+    with named_errors(job.dump_dir.name):
+        return find(job.run_args, job.args.nodes * job.args.ngpu)
 
 
 @contextmanager
@@ -88,6 +131,17 @@ def collected_warnings() -> Iterator[list[str]]:
 
 
 # ---- options that don't apply
+
+
+def useful(warnings: Iterable[str], partial: Collection[str]) -> list[str]:
+    """Leave out warnings of options without effect that other runs of the sweep need."""
+    return [text for text in warnings if option_of(text) not in partial]
+
+
+def option_of(warning: str) -> str | None:
+    """Return the option of a warning "option=value has no effect: ...", else None."""
+    found = re.match(r"([\w.]+)(?:=.*?)? has no effect", warning)
+    return found[1] if found else None
 
 
 def find_unused(args: StoolArgs, module: ModuleType, label: str, options: Options) -> list[str]:
@@ -142,36 +196,3 @@ def leave_out(
     if len(kept) < len(runs):
         notes.append(f"without them, {len(kept)} of {len(runs)} runs differ")
     return kept, overrides, notes
-
-
-# ---- names of groups of runs
-
-
-def group_by_text(texts: Mapping[str, Iterable[str]], runs: Mapping[str, Options]) -> list[str]:
-    """Return a line "group of runs: text" for each text, given the texts by label."""
-    labels: dict[str, list[str]] = {}
-    for label, text in itertools.chain.from_iterable(
-        ((label, text) for text in of_run) for label, of_run in texts.items()
-    ):
-        labels.setdefault(text, []).append(label)
-    return [f"{name_group(members, runs)}: {text}" for text, members in labels.items()]
-
-
-def name_group(members: Collection[str], runs: Mapping[str, Options]) -> str:
-    """Name some of the runs, if possible by values of options: "mixer=kda, T=1 or 2 (4 runs)"."""
-    n = len(members)
-    if n == 1:
-        return next(iter(members))
-    if n == len(runs):
-        return f"all {n} runs"
-    names, selected = [], set(runs)
-    for option in dict.fromkeys(option for options in runs.values() for option in options):
-        values = {label: format_value(o[option]) for label, o in runs.items() if option in o}
-        chosen = list(dict.fromkeys(values[label] for label in members if label in values))
-        narrower = {label for label in selected if values.get(label) in chosen}
-        if all(label in values for label in members) and narrower < selected:
-            names.append(f"{option.rpartition('.')[2]}={' or '.join(chosen)}")
-            selected = narrower
-    if selected == set(members):
-        return f"{', '.join(names)} ({n} runs)"
-    return f"{n} of {len(runs)} runs, such as {next(iter(members))}"

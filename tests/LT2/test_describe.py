@@ -13,6 +13,7 @@ from apps.LT2.flops import train_flops_per_token
 from apps.LT2.matching import QUANTITIES
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, build_on_meta
 from lingua.errors import UserError
+from lingua.slurm.sizes import read_size
 from tests.LT2.golden import CONFIGS
 
 FULL, HYBRID = (
@@ -43,6 +44,22 @@ def test_match_prints_overrides_that_make_models_equal(capsys, quantity, by):
         for args in (first, second)
     )
     assert got == pytest.approx(want, rel=0.03)
+
+
+def test_a_match_leaves_equal_models_unchanged(capsys):
+    equal = described(
+        capsys, DEBUG, DEBUG.replace("600M/", "600M/../600M/"), "match=parameters", "by=ffn"
+    )
+    assert [one["overrides"] for one in equal.values()] == [[], []]
+
+
+def test_sweeps_read_the_sizes(capsys):
+    size = read_size(described(capsys, DEBUG)["debug"])
+    assert (size.layout, size.depth) == ("gdn*4,full", "5x2")
+    args = read_config(DEBUG.removeprefix("config="), [])
+    model = build_on_meta(args.model)
+    assert size.body == QUANTITIES["parameters"](model, args.data.seq_len) < size.parameters
+    assert size.flops == QUANTITIES["flops"](model, args.data.seq_len)
 
 
 def test_a_match_that_no_size_meets_names_the_closest(capsys):

@@ -224,8 +224,8 @@ def test_a_dry_run_of_a_sweep_names_every_run(project, args, slurm, capfd):
     assert not (project / "runs").exists() and not (slurm / "sbatch.log").exists()
     out = capfd.readouterr().out
     sweep = project / "runs" / "a b"
-    for n in (2, 3, 4):
-        assert f"stool: would write to {sweep}/steps={n}:" in out
+    assert f"3 new folders in {sweep}: code/" in out
+    assert all(f"\n    steps={n}\n" in out for n in (2, 3, 4))
     assert f"would write {sweep}/sweep.json" in out and "#SBATCH --job-name=try_steps=2" in out
     assert "would run these 3 as one SLURM job array, 2 at a time" in out
     assert out.endswith(f" bash '{sweep}/steps=2/submit.slurm'\n")

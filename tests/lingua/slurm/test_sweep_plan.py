@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,9 @@ import apps.LT2.train as training
 from apps.LT2.training.args import TrainArgs
 from lingua.args import parse_args
 from lingua.errors import UserError
+from lingua.slurm.run_names import group_by_text, name_group
 from lingua.slurm.script import StoolArgs
-from lingua.slurm.sweep_plan import collected_warnings, group_by_text, leave_out, name_group
+from lingua.slurm.sweep_plan import collected_warnings, leave_out, useful
 from lingua.stool import launch_job
 from lingua.sweep import as_arguments, combinations
 
@@ -106,6 +108,16 @@ def test_equal_texts_of_runs_are_one_line():
     assert lines == ["kda10: a", "mixer=kda, T=1 (2 runs): b"]
 
 
+def test_only_options_that_other_runs_need_have_no_warning():
+    texts = [
+        "model.gdn has no effect: no layer is gdn",
+        "model.mixer=gdn has no effect: ...",
+        "model.head_dim=4 has no effect: ...",
+        "a window has no effect on model.gdn",
+    ]
+    assert useful(texts, {"model.gdn", "model.mixer"}) == texts[2:]
+
+
 def test_warnings_are_collected_once(caplog):
     logger = logging.getLogger("lingua.some")
     with collected_warnings() as found:
@@ -125,8 +137,7 @@ def test_finished_runs_are_not_launched_again(project, args, monkeypatch, capfd)
     runs = project / "runs" / "a b"
     (runs / "steps=2" / "result").write_text("kept")
     script = (runs / "steps=2" / "submit.slurm").stat().st_mtime_ns
-    (project / "project").glob("*")
-    module = __import__("importlib").import_module(args.script)
+    module = importlib.import_module(args.script)
     monkeypatch.setattr(
         module, "is_done", lambda run_args, world_size: run_args.steps == 2, raising=False
     )
