@@ -70,6 +70,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         "of --source_dir 5%%, at most 10,000)",
     )
     add("--source_dir", type=Path, help="read the files of this folder instead of downloading")
+    add("--text_field", help="field of the text in --source_dir (default: text, else content)")
     add("--split", default="train", help=f"split of --source_dir to read: train, test, ..., {ALL}")
     given = parser.parse_args(argv)
     memory_bytes(given.memory, "memory")
@@ -81,6 +82,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         )
     if given.source_dir is None and given.split != "train":
         raise UserError(f"--split {given.split} needs --source_dir; downloads only have train")
+    if given.source_dir is None and given.text_field:
+        raise UserError("--text_field needs --source_dir; downloads have text")
     if not re.fullmatch(r"\w[\w.-]*", given.dataset):
         raise UserError(f"dataset {given.dataset!r} must be letters, digits, '_', '.' or '-'")
     return given
@@ -167,6 +170,7 @@ def main(argv: Sequence[str]) -> None:
         n_chunks=given.nchunks,
         n_validation=n_validation,
         memory=memory_bytes(given.memory, "memory"),
+        text_field=given.text_field,
     )
     out = given.data_dir / f"{given.dataset}_shuffled"
     with file_errors():

@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypedDict
 
 from lingua.errors import UserError
@@ -203,7 +204,9 @@ def find_and_sanitize_chunks(
 
 
 def how_to_prepare(path: str | os.PathLike) -> str:
-    return f"to make a source of its texts, run python -m apps.LT2.scripts.prepare {path}"
+    return (
+        f"to make a source of its texts, run python -m apps.LT2.scripts.prepare {quote(str(path))}"
+    )
 
 
 def check_chunk(chunk: str, n_readers: int) -> None:

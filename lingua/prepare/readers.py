@@ -48,7 +48,8 @@ def format_of(file: PurePath) -> str:
 
 def check_document_file(file: Path, text_field: str | None = None) -> None:
     """Refuse a file that cannot be opened, or whose first document cannot be read."""
-    if format_of(file) not in PLAIN_TEXT or file.is_symlink() or file.stat().st_size:
+    is_blank_page = format_of(file) in PLAIN_TEXT and file.is_file() and not file.stat().st_size
+    if not is_blank_page:
         check_file(file)
     next(read_documents(file, text_field), None)
 
@@ -281,6 +282,6 @@ def _naming_broken(file: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk, not of the file
         raise UserError(
-            f"{file} is broken ({first_line(error)}): remove it and run the same command again to "
-            "download it again, or replace it first"
+            f"{file} is broken ({first_line(error)}): replace or remove it, and run the same "
+            "command again"
         ) from None

@@ -297,6 +297,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         (["fineweb_edu", "64", "--validation_documents", "-1"], "documents -1 must be at least 0"),
         (["fineweb_edu", "64", "--source_dir", "/no/such"], "/no/such: no such file or folder"),
         (["fineweb_edu", "64", "--split", "test"], "--split test needs --source_dir"),
+        (["fineweb_edu", "64", "--text_field", "x"], "--text_field needs --source_dir"),
     ],
 )
 def test_wrong_options_are_one_line(tmp_path, argv, message):

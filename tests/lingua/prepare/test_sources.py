@@ -70,8 +70,10 @@ def test_a_byte_order_mark_is_ignored(tmp_path, lines):
     ],
     ids=["dangling link", "circle", "pipe", "empty"],
 )
-@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.parquet"])
+@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.parquet", "b.arrow", "b.md"])
 def test_a_name_that_cannot_be_read_is_refused(tmp_path, make, problem, name):
+    if (make, name) == (Path.touch, "b.md"):
+        pytest.skip("an empty text is skipped")
     source = tmp_path / "source"
     source.mkdir()
     (source / "a.jsonl").write_text('{"text": "x"}\n' * 9)
