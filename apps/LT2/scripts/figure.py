@@ -36,6 +36,7 @@ class Line:
 def import_pyplot(needed_by: str) -> Any:
     matplotlib = import_optional("matplotlib", extra="plot", needed_by=needed_by)
     matplotlib.use("Agg")  # needs no display
+    matplotlib.rcParams["text.parse_math"] = False  # names of runs may contain "$"
     return import_optional("matplotlib.pyplot", extra="plot", needed_by=needed_by)
 
 

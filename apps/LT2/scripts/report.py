@@ -94,7 +94,6 @@ def svg(lines: list[Line], x: str, y: str, title: str, *, logy: bool = False) ->
     )
     style |= {
         "svg.fonttype": "none",
-        "svg.hashsalt": title,
         "font.size": 9,
         "grid.color": "#808080",
     }
