@@ -113,10 +113,9 @@ def test_only_the_text_and_the_id_are_kept(root, tmp_path):
     assert keys == {("text",), ("id", "text")}
 
 
-@pytest.mark.parametrize("memory", [300, 4000, 10**9], ids=["piles of piles", "piles", "one pile"])
-def test_order_is_a_fair_shuffle(root, tmp_path, memory):
+def test_order_is_a_fair_shuffle(root, tmp_path):
     """The order depends neither on the file nor on the position in it."""
-    shuffle(root, tmp_path / "out", memory=memory, n_chunks=1)
+    shuffle(root, tmp_path / "out", memory=10**9, n_chunks=1)
     order = [int(t.split()[1]) for t in texts(files_of(tmp_path / "out"), ".chunk.")]
     positions = {document: i for i, document in enumerate(order)}
     n = len(order)
@@ -204,12 +203,21 @@ def test_a_folder_made_with_other_options_is_not_touched(root, tmp_path, change)
     assert files_of(out) == before
 
 
-def test_order_does_not_depend_on_memory(root, tmp_path):
-    shuffle(root, tmp_path / "want", memory=10**9)
+def test_order_does_not_depend_on_memory(root, tmp_path, monkeypatch):
+    shuffle(root, tmp_path / "want", memory=10**9)  # one pile
     want = files_of(tmp_path / "want")
-    for memory in (700, 4000):
+    depths = set()
+    sort = shuffling._sorted_lines
+
+    def sorted_lines(pile, *args):
+        depths.add(pile.name.count("."))
+        return sort(pile, *args)
+
+    monkeypatch.setattr(shuffling, "_sorted_lines", sorted_lines)
+    for memory in (1000, 4000):
         shuffle(root, tmp_path / str(memory), memory=memory)
         assert files_of(tmp_path / str(memory)) == want
+    assert len(depths) > 1  # piles of piles
 
 
 def test_memory_is_bounded(tmp_path):
