@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         * (xz_size(train + held_out) - xz_size(train))
         / len(held_out),
     }
-    print(f"bits per byte of the held-out text ({len(held_out):,} bytes)")
+    print(f"bits per byte of the held-out text ({len(held_out):,} bytes), lower is better")
     for label, value in n_bits.items():
         print(f"  {label:31}{value:.2f}")
 
