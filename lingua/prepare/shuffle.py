@@ -105,8 +105,8 @@ def shuffle_documents(
         return finished
     work = unfinished(out)
     is_ours = not keep_unfinished and not work.exists()
-    make_writable("--out", work)
-    with lock_folders({"--out": work}), _removed_on_error(work if is_ours else None):
+    make_writable("output", work)
+    with lock_folders({"output": work}), _removed_on_error(work if is_ours else None):
         manifest = _read_json(work / MANIFEST_NAME)
         if manifest is not None:  # killed before the rename
             _refuse_other(work, manifest["request"], plan.request(manifest["documents"]))

@@ -66,12 +66,12 @@ def add_tokenizer(out: Path, vocab_size: int) -> None:
 
 
 def chunk_texts(out: Path, n_bytes: int) -> Iterator[str]:
-    """Yield the first documents of the chunks, about `n_bytes` of them in total."""
+    """Yield the first documents of the chunks until they have `n_bytes`; one at least."""
     for chunk in list_files(out, TRAIN_PATTERN):
         for line, end in own_lines(chunk, 0, 1, 0):
-            if (n_bytes := n_bytes - len(line)) < 0:
-                return
             yield document_text(parse_line(line, chunk, end))
+            if (n_bytes := n_bytes - len(line)) <= 0:
+                return
 
 
 def estimate_tokens(out: Path, tokenizer: Tokenizer) -> int:

@@ -97,6 +97,13 @@ def test_many_documents_have_10000_held_out():
     assert plan.request(10**6)["validation_documents"] == 10_000
 
 
+def test_one_document_may_be_longer_than_what_is_counted(here, capsys, monkeypatch):
+    monkeypatch.setattr("lingua.prepare.tokenizer.COUNTED_BYTES", 10)
+    (here / "mine.txt").write_text("x" * 5000)
+    prepare.main(["mine.txt"])
+    assert re.search(r"about 5,\d\d\d tokens", capsys.readouterr().out)
+
+
 def test_names_of_splits_are_skipped_in_a_folder_only(here, capsys):
     for name in ("train.txt", "test.txt", "dev.md"):
         (here / "mine").mkdir(exist_ok=True)
