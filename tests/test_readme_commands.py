@@ -34,7 +34,10 @@ EXCEPTIONS = {
 # Stand-ins for the reader's own values; more processes than CPU cores add nothing.
 PLACEHOLDERS = {
     "<partition>": "gpu",
-    "loop_count=[1,2,4]": "loop_count=[1,2]",
+    # fewer runs, with the fast `python`
+    "'sweep.model.loop_count=[1,2,4]'": (
+        "'sweep.model.loop_count=[1,2]' anaconda=$(dirname $(dirname $(command -v python)))"
+    ),
     "/path/to/run": "runs/quickstart",
     "prepare my_texts": "prepare data/local --out data/my_texts_shuffled",
     # docs/distributed.md runs two ranks
