@@ -55,7 +55,7 @@ from lingua.slurm.plan import LOGS, plan_run, write_run
 from lingua.slurm.plan import import_script as import_script
 from lingua.slurm.plan import read_run_args as read_run_args
 from lingua.slurm.run_list import RECORD
-from lingua.slurm.run_names import group_by_text, name_group
+from lingua.slurm.run_names import group_by_text
 from lingua.slurm.script import Job as Job
 from lingua.slurm.script import StoolArgs as StoolArgs
 from lingua.slurm.script import render_submit as render_submit
@@ -107,6 +107,7 @@ def launch_sweep(args: StoolArgs) -> Path:
         raise UserError("stdout=true: the runs of a sweep write to files, in logs/ of each")
     at_once = args.array or (sys.maxsize if is_slurm else 1)
     n_runs = len(combinations(args.sweep))
+    print(f"stool: checking {n_runs} runs", flush=True)
     sweep = plan_sweep(fill_in_ngpu(args, min(at_once, n_runs)))
     folder, jobs = sweep.folder, [j for run, j in sweep.jobs.items() if run not in sweep.done]
     if not jobs:
@@ -122,7 +123,7 @@ def launch_sweep(args: StoolArgs) -> Path:
     warnings = group_by_text(sweep.warnings, sweep.options)
     notes = [*sweep.notes, *(f"warning of {line}" for line in warnings)]
     if sweep.done:
-        notes.append(f"{name_group(sweep.done, sweep.options)}: done already")
+        notes.append(f"{len(sweep.done)} of {len(sweep.jobs)} runs are done already")
     if sweep.sizes:
         notes += differences(sweep.sizes, sweep.options, args.match)
     if args.dry_run:

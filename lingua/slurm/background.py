@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -95,7 +96,11 @@ class LocalProcess:
     def failure(self) -> str | None:
         """Return the error of a finished process, or None if it succeeded."""
         status = self._process.returncode
-        return self.output.explain() or f"ended with status {status}" if status else None
+        if not status:
+            return None
+        if status < 0:
+            return f"killed by {signal.Signals(-status).name}"
+        return self.output.explain() or f"ended with status {status}"
 
     def terminate(self) -> None:
         self._process.terminate()

@@ -160,10 +160,11 @@ class LocalSweep:
             run.outcome, run.error = "stopped", None
         else:
             run.outcome = "done"
-        parts = [f"{run.outcome} after {_time(run.seconds)}", run.error or run.losses()]
-        if any(not run.has_ended for run in self.runs):
+        parts = [run.error or run.losses()]
+        if self.signal is None and any(not run.has_ended for run in self.runs):
             parts.append(self._eta())
-        self._print(f"{self._name(run)}: {', '.join(part for part in parts if part)}")
+        details = "; ".join(part for part in parts if part)
+        self._print(f"{self._name(run)}: {run.outcome} after {_time(run.seconds)}: {details}")
 
     def _name(self, run: SweepRun) -> str:
         return f"run {run.number} of {len(self.runs)}: {run.label}"

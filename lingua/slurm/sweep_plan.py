@@ -166,22 +166,19 @@ def leave_out(
     def is_unused(option: str, label: str) -> bool:
         return any(option == name or option.startswith(f"{name}.") for name in unused[label])
 
-    def applies(option: str, label: str) -> bool:
-        """Whether the option changes the run, with any of its values."""
-        others = {o: v for o, v in runs[label].items() if o != option}
-        return not any(
-            is_unused(option, other)
-            for other, values in runs.items()
-            if {o: v for o, v in values.items() if o != option} == others
-        )
+    def line(option: str, label: str) -> tuple[str, ...]:
+        """Name the runs that differ from this one at most in the option."""
+        return (option, *as_arguments({o: v for o, v in runs[label].items() if o != option}))
 
+    # An option without effect has none with any of its values, also with its default.
+    idle = {line(o, run) for run, options in runs.items() for o in options if is_unused(o, run)}
     kept: dict[str, Options] = {}
     overrides: dict[str, list[str]] = {}
     without: dict[str, dict[str, None]] = {}  # option to the labels of runs without it
     given = {text: text.partition("=")[0] for text in args.overrides}
     useful = {text for text, o in given.items() if not all(is_unused(o, run) for run in runs)}
     for label, options in runs.items():
-        left_out = [option for option in options if not applies(option, label)]
+        left_out = [option for option in options if line(option, label) in idle]
         of_run = {option: value for option, value in options.items() if option not in left_out}
         new_label = label_of(of_run, among=args.sweep)
         kept[new_label] = of_run

@@ -19,7 +19,7 @@ from lingua.stool import StoolArgs, launch_job, main
 from lingua.sweep import as_arguments, combinations, format_table, label_of
 from lingua.sweep import main as print_table
 from tests.lingua.stool_utils import held, json_lines
-from tests.LT2.tiny_run import OPTIONS, write_corpus
+from tests.LT2.tiny_run import OPTIONS, SMALL, write_corpus
 
 pytest.importorskip("submitit")
 
@@ -244,31 +244,31 @@ def test_a_sweep_takes_no_more_gpus_than_it_has_runs(project, args, monkeypatch)
 
 
 @pytest.mark.slow
-def test_two_runs_train_and_end_in_a_table(tmp_path, monkeypatch, capfd):
+def test_a_run_trains_and_ends_in_a_table(tmp_path, monkeypatch, capfd):
     write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    options = {**OPTIONS, "steps": 2, "model.n_layers": 1, "model.mixer": "full"}
-    del options["model.attention_pattern"], options["optim.lr"]
+    options = {**OPTIONS, **SMALL, "steps": 2}
+    del options["optim.lr"]
     options |= {"data.root_dir": tmp_path, "data.sources.text": 1}
     (tmp_path / "tune.yaml").write_text("name: tune\ndump_dir: runs/tune\n")
-    asked = ["config=tune.yaml", "nodes=1", "ngpu=1", "launcher=bash", "copy_code=false"]
-    asked += ["sweep.optim.lr=[0.001, 0.01]", "array=2"]
-    main([*asked, "--", *(f"{k}={v}" for k, v in options.items())])
-    table = capfd.readouterr().out
+    asked = ["config=tune.yaml", "launcher=bash", "copy_code=false", "sweep.optim.lr=[0.01]"]
+    asked += ["--", *(f"{k}={'null' if v is None else v}" for k, v in options.items())]
+    main(asked)
+    out = capfd.readouterr().out
     print_table(["dump_dir=runs/tune"])
-    assert table.endswith(capfd.readouterr().out)
+    assert out.endswith(capfd.readouterr().out)
     print_table(["runs/tune", "format=json"])
-    rows = json.loads(capfd.readouterr().out)
-    assert [(row["optim.lr"], row["step"], row["status"]) for row in rows] == [
-        (0.001, 2, "finished"),
-        (0.01, 2, "finished"),
-    ]
-    assert all(row["layout"] == "full" and row["parameters"] > 1000 for row in rows)
-    losses = [row[key] for row in rows for key in ("loss", "val")]
-    assert len(set(losses)) == 4 and all(4 < loss < 7 for loss in losses)
-    for lr in (0.001, 0.01):
-        assert (tmp_path / "runs/tune" / f"lr={lr}" / "checkpoints" / f"{2:010d}").is_dir()
+    (row,) = json.loads(capfd.readouterr().out)
+    assert (row["optim.lr"], row["step"], row["status"]) == (0.01, 2, "finished")
+    assert row["layout"] == "full" and row["parameters"] > 1000
+    assert 4 < row["val"] < row["loss"] < 7
+    assert f"loss {row['loss']:.4f}, val {row['val']:.4f}" in out
+    assert (tmp_path / "runs/tune/lr=0.01/checkpoints" / f"{2:010d}").is_dir()
+    main(["dirs_exists_ok=true", *asked])
+    assert "nothing to do" in capfd.readouterr().out
+    with pytest.raises(UserError, match=r"optim.clip.*\(in the run lr=0.01\)$"):
+        main(["dirs_exists_ok=true", *asked, "optim.clip=0.5"])
 
 
 def test_a_record_that_cannot_be_read_is_one_line(project, args):

@@ -70,6 +70,13 @@ def test_runs_at_the_same_time_use_different_gpus(monkeypatch, tmp_path):
     assert background.gpu_slots(8, 1) == [None]
 
 
+def test_a_killed_run_names_the_signal(tmp_path, monkeypatch):
+    monkeypatch.setattr(background, "run_command", lambda job: ["bash", "-c", "kill -9 $$"])
+    process = LocalProcess(jobs_in(tmp_path, 1)[0])
+    process._process.wait()
+    assert process.failure() == "killed by SIGKILL"
+
+
 def write_metrics(job, *records: dict[str, Any]) -> None:
     job.dump_dir.mkdir(exist_ok=True)
     with open(job.dump_dir / "metrics.jsonl", "a") as file:

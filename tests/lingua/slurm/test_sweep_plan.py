@@ -145,6 +145,6 @@ def test_finished_runs_are_not_launched_again(project, args, monkeypatch, capfd)
     launch_job(again)
     assert launched == [[2, 3], [3]]
     assert (runs / "steps=2" / "submit.slurm").stat().st_mtime_ns == script
-    assert "steps=2: done already" in capfd.readouterr().out
+    assert "1 of 2 runs are done already" in capfd.readouterr().out
     launch_job(replace(again, sweep={"steps": [2]}))
     assert len(launched) == 2 and "nothing to do" in capfd.readouterr().out
