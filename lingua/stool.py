@@ -1,8 +1,8 @@
 """stool, the SLURM tool: check a config, copy the code, and submit the job.
 
     python -m lingua.stool script=apps.LT2.train config=run.yaml nodes=8 partition=gpu
-    python -m lingua.stool config=run.yaml nodes=1 launcher=bash -- steps=100 dump_dir=/tmp/x
-    python -m lingua.stool config=run.yaml nodes=1 'sweep.optim.lr=[1e-4,3e-4]' array=1
+    python -m lingua.stool config=run.yaml launcher=bash -- steps=100 dump_dir=/tmp/x
+    python -m lingua.stool config=run.yaml launcher=bash 'sweep.optim.lr=[1e-4,3e-4]' array=2
 
 Options before `--` are stool's. Options after it belong to the script and win over the config.
 stool checks the config against the script's TrainArgs before it writes anything. A script may have
@@ -18,7 +18,9 @@ shows what it would write, rename and run. Otherwise it writes to `dump_dir`
 
 The job runs in the folder where stool was called, so that relative paths stay valid. A `sweep`
 launches one run for each combination of values, in folders below `dump_dir` (see sweep.py). The
-runs are one SLURM job array, or, with launcher=bash, processes of this machine.
+runs are one SLURM job array, or, with launcher=bash, processes of this machine, `array` at a time.
+The module `describe` beside the script compares the sizes of their models, and `match` makes these
+equal. See slurm/sweep_plan.py for further functions of a script.
 """
 
 from __future__ import annotations

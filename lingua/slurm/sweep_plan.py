@@ -1,8 +1,8 @@
 """Plan the runs of a sweep: check each of them, and leave out options that don't apply.
 
-A script may have a function `options_without_effect(args)`, which lists the dotted options (or
-sections) that change nothing in a run, whatever their values, and a function `is_done(args,
-world_size)`, which says whether an earlier launch of the run has finished.
+A script may have a function `options_without_effect(args)`, which maps the dotted options (or
+sections) that change nothing in a run, whatever their values, to reasons. Its function
+`is_done(args, world_size)` says whether an earlier launch of the run has finished.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
+from lingua.args import dataclass_to_dict
 from lingua.errors import UserError
 from lingua.evaluations import label_of
 from lingua.slurm.plan import import_script, parse_run_args, plan_run
@@ -61,6 +62,7 @@ def plan_sweep(args: StoolArgs) -> Sweep:
         of_run = [*overrides[label], *as_arguments({**options, **own})]
         planned[label] = replace(plain, overrides=of_run)
     jobs, warnings = plan_runs(planned)
+    check_different(jobs)
     sizes = {}
     if args.match or args.dry_run or may_differ(jobs):
         sizes = read_sizes(jobs, args.match, args.by)
@@ -89,6 +91,16 @@ def plan_runs(planned: Mapping[str, StoolArgs]) -> tuple[dict[str, Job], dict[st
         with named_errors(label), collected_warnings() as warnings[label]:
             jobs[label] = plan_run(args)
     return jobs, warnings
+
+
+def check_different(jobs: Mapping[str, Job]) -> None:
+    """Refuse runs with the same options, such as those of seed=[1, 1.0]."""
+    seen: dict[str, str] = {}
+    for label, job in jobs.items():
+        options = dataclass_to_dict(job.run_args) | {"dump_dir": "", "name": ""}
+        other = seen.setdefault(repr(options), label)
+        if other != label:
+            raise UserError(f"sweep: the runs {other} and {label} are the same; leave one out")
 
 
 def check_free(changes: Iterable[str], args: StoolArgs) -> None:
@@ -144,27 +156,35 @@ def option_of(warning: str) -> str | None:
     return found[1] if found else None
 
 
-def find_unused(args: StoolArgs, module: ModuleType, label: str, options: Options) -> list[str]:
+def find_unused(
+    args: StoolArgs, module: ModuleType, label: str, options: Options
+) -> dict[str, str]:
     find = getattr(module, "options_without_effect", None)
     if find is None:
-        return []
+        return {}
     with named_errors(label), collected_warnings():
         run = parse_run_args(
             replace(args, overrides=[*args.overrides, *as_arguments(options)]), module
         )
-        return list(find(run))
+        return find(run)
 
 
 def leave_out(
-    args: StoolArgs, runs: Mapping[str, Options], unused: Mapping[str, Collection[str]]
+    args: StoolArgs, runs: Mapping[str, Options], unused: Mapping[str, Mapping[str, str]]
 ) -> tuple[dict[str, Options], dict[str, list[str]], list[str]]:
     """Leave out the options that change nothing in a run, and runs that are equal without them.
 
     Return the options and overrides of each remaining run, by label, and a note for each option.
     """
 
+    reasons: dict[str, str] = {}
+
     def is_unused(option: str, label: str) -> bool:
-        return any(option == name or option.startswith(f"{name}.") for name in unused[label])
+        for name, reason in unused[label].items():
+            if option == name or option.startswith(f"{name}."):
+                reasons[option] = reason
+                return True
+        return False
 
     def line(option: str, label: str) -> tuple[str, ...]:
         """Name the runs that differ from this one at most in the option."""
@@ -188,8 +208,13 @@ def leave_out(
             without.setdefault(option, {})[new_label] = None
     for option in args.sweep:
         if all(option not in options for options in kept.values()):
-            raise UserError(f"sweep.{option} changes nothing in any run; leave it out")
-    notes = [f"{o} has no effect in {name_group(ls, kept)}; left out" for o, ls in without.items()]
+            raise UserError(
+                f"sweep.{option} changes nothing in any run: {reasons[option]}; leave it out"
+            )
+    notes = [
+        f"{option} has no effect in {name_group(labels, kept)}: {reasons[option]}; left out"
+        for option, labels in without.items()
+    ]
     if len(kept) < len(runs):
         notes.append(f"without them, {len(kept)} of {len(runs)} runs differ")
     return kept, overrides, notes

@@ -28,10 +28,12 @@ def train_warnings(args: TrainArgs) -> list[str]:
     ]
 
 
-def options_without_effect(args: TrainArgs) -> list[str]:
-    """List the dotted options that change nothing in this run, whatever their values."""
-    model = [f"model.{name}" for name in _reasons(args.model)]
-    return model + [f"optim.{name}" for name in find_unused_options(args.optim)]
+def options_without_effect(args: TrainArgs) -> dict[str, str]:
+    """Map the dotted options that change nothing in this run, whatever their values, to reasons."""
+    optim = f"optim.name={args.optim.name} with scheduler={args.optim.scheduler} does not use it"
+    return {f"model.{name}": reason for name, reason in _reasons(args.model).items()} | {
+        f"optim.{name}": optim for name in find_unused_options(args.optim)
+    }
 
 
 def unused_options(args: LoopedTransformerArgs) -> dict[str, str]:

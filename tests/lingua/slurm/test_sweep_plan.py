@@ -69,8 +69,14 @@ def test_runs_that_are_equal_run_once(sweep, n_runs):
 
 
 def test_an_axis_without_effect_is_refused():
-    with pytest.raises(UserError, match="sweep.model.gdn.expand_v"):
+    with pytest.raises(UserError, match="sweep.model.gdn.expand_v .*no layer is gdn"):
         plan({"model.mixer": ["full", "kda"], "model.gdn.expand_v": [1, 2]})
+
+
+def test_two_spellings_of_a_value_are_refused(project, args):
+    with pytest.raises(UserError, match="steps=2 and steps=2.0 are the same"):
+        launch_job(replace(args, sweep={"steps": [2, 2.0]}))
+    assert not (project / "runs").exists()
 
 
 def test_folders_of_options_with_the_same_last_name_differ():
