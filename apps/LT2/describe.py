@@ -170,13 +170,11 @@ def describe_all(given: DescribeArgs, overrides: Sequence[str]) -> dict[str, Any
         changes: dict[str, Any] = {}
         if given.match and own is not args[0]:
             seqlen = own.data.seq_len
-            measure = QUANTITIES[given.match]
-            target = measure(first, args[0].data.seq_len)
+            target = QUANTITIES[given.match](first, args[0].data.seq_len)
             try:
-                if measure(build_on_meta(own.model), seqlen) != target:
-                    changes = match_model(
-                        own.model, target, quantity=given.match, by=given.by, seqlen=seqlen
-                    )
+                changes = match_model(
+                    own.model, target, quantity=given.match, by=given.by, seqlen=seqlen
+                )
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
             own.model = replace(own.model, **changes)

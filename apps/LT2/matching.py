@@ -57,9 +57,11 @@ def match_model(
 ) -> dict[str, Any]:
     """Return the options of `model:` that bring `quantity` closest to `target`.
 
-    UserError if no value of the option comes within TOLERANCE.
+    Return none if no value comes closer than the model as given. UserError if the closest is not
+    within TOLERANCE.
     """
     measure = QUANTITIES[quantity]
+    given = measure(build_on_meta(args), seqlen) / target - 1
 
     @cache
     def distance(n: int) -> float | None:
@@ -77,11 +79,13 @@ def match_model(
         raise UserError(f"match={quantity} by={by}: no size fits; try by={others}")
     best = min(candidates, key=lambda n: abs(distance(n) or 0))
     options, difference = BY[by](args, best), distance(best) or 0
+    if abs(given) <= abs(difference):
+        options, difference = {}, given
     if abs(difference) > TOLERANCE:
         closest = " ".join(f"model.{name}={value}" for name, value in options.items())
         raise UserError(
-            f"match={quantity} by={by}: the closest, {closest}, differs by {difference:+.1%}; try "
-            f"by={'dim' if by == 'ffn' else 'ffn'}"
+            f"match={quantity} by={by}: the closest, {closest or 'as given'}, differs by "
+            f"{difference:+.1%}; try by={'dim' if by == 'ffn' else 'ffn'}"
         )
     return options
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from apps.LT2.describe import main, parse, read_config
 from apps.LT2.flops import train_flops_per_token
-from apps.LT2.matching import QUANTITIES
+from apps.LT2.matching import QUANTITIES, match_model
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, build_on_meta
 from lingua.errors import UserError
 from lingua.slurm.sizes import read_size
@@ -51,6 +52,18 @@ def test_a_match_leaves_equal_models_unchanged(capsys):
         capsys, DEBUG, DEBUG.replace("600M/", "600M/../600M/"), "match=parameters", "by=ffn"
     )
     assert [one["overrides"] for one in equal.values()] == [[], []]
+
+
+def test_a_match_ignores_what_no_size_can_make_equal(capsys):
+    """The gates of more loops are fewer parameters than the smallest step of the FFN."""
+    models = [
+        build_on_meta(replace(read_config(DEBUG.removeprefix("config="), []).model, loop_count=n))
+        for n in (2, 4)
+    ]
+    target, given = (QUANTITIES["parameters"](model, 256) for model in models)
+    assert given > target
+    options = match_model(models[1].args, target, quantity="parameters", by="ffn", seqlen=256)
+    assert options == {}
 
 
 def test_sweeps_read_the_sizes(capsys):
