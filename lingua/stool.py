@@ -35,7 +35,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lingua.args import parse_args
+from lingua.args import parse_args, print_text
 from lingua.errors import UserError, run_cli
 from lingua.files.lock import lock_folders, make_writable
 from lingua.slurm.background import (
@@ -134,9 +134,9 @@ def launch_sweep(args: StoolArgs) -> Path:
         action = f"run these {len(jobs)} {where}, {at_once} at a time; the first: {first}"
         show(jobs, action, sweep=folder)
         if sweep.sizes:
-            print(f"\n{format_sizes(sweep.sizes, sweep.options)}\n")
+            print_text(f"\n{format_sizes(sweep.sizes, sweep.options)}\n")
     for note in notes:
-        print(f"stool: {note}", flush=True)
+        print_text(f"stool: {note}")
     if args.dry_run:
         return folder / RECORD
     make_writable("dump_dir", folder)
@@ -148,12 +148,12 @@ def launch_sweep(args: StoolArgs) -> Path:
         for job in jobs:
             write_run(job, code)
         write_record(folder, sweep.options)
-    if is_slurm:
-        handles = submit_to_slurm(jobs, folder / FOLDER, name=sweep.name, at_once=at_once)
-        print(f"stool: job {handles[0].job_id.partition('_')[0]}, {len(jobs)} runs in {folder}")
-        print(f"stool: for a table: python -m lingua.sweep dump_dir={shlex.quote(str(folder))}")
-    else:
-        run_sweep_here(sweep, jobs, at_once)
+        if not is_slurm:
+            run_sweep_here(sweep, jobs, at_once)
+            return folder / RECORD
+    handles = submit_to_slurm(jobs, folder / FOLDER, name=sweep.name, at_once=at_once)
+    print(f"stool: job {handles[0].job_id.partition('_')[0]}, {len(jobs)} runs in {folder}")
+    print(f"stool: for a table: python -m lingua.sweep {shlex.quote(str(folder))}")
     return folder / RECORD
 
 

@@ -6,6 +6,7 @@ printed when a run starts and ends.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -68,8 +69,10 @@ class SweepRun:
 
     def losses(self) -> str:
         keys = {"loss": "loss/out", "val": "loss/val"}
-        found = {name: self.metrics.get(key) for name, key in keys.items()}
-        return ", ".join(f"{name} {v:.4f}" for name, v in found.items() if v is not None)
+        found = {name: self.metrics[key] for name, key in keys.items() if key in self.metrics}
+        return ", ".join(
+            f"{name} {math.nan if loss is None else loss:.4f}" for name, loss in found.items()
+        )
 
     def end(self) -> None:
         self.read_metrics()

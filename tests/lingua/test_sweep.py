@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lingua.errors import UserError
 from lingua.stool import StoolArgs, launch_job, main
 from lingua.sweep import as_arguments, combinations, format_table, label_of
 from lingua.sweep import main as print_table
-from tests.lingua.stool_utils import held, json_lines
+from tests.lingua.stool_utils import HOLD, held, json_lines
 from tests.LT2.tiny_run import OPTIONS, SMALL, write_corpus
 
 pytest.importorskip("submitit")
@@ -216,6 +217,16 @@ def test_a_sweep_leaves_a_running_run_alone(project, args, monkeypatch):
         assert not (sweep / "steps=2" / "mine").exists()
     with held(sweep), pytest.raises(UserError, match="dump_dir=.*another run writes there"):
         launch_job(replace(args, sweep={"steps": [4]}))  # the sweep would write its record there
+
+
+def test_a_sweep_here_locks_its_folder_until_it_ends(project, args, monkeypatch):
+    def run(sweep, jobs, at_once):
+        command = [sys.executable, "-c", HOLD, str(sweep.folder)]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert "another run writes there" in second.stderr
+
+    monkeypatch.setattr("lingua.stool.run_sweep_here", run)
+    launch_job(replace(args, sweep={"steps": [2]}))
 
 
 def test_a_dry_run_of_a_sweep_names_every_run(project, args, slurm, capfd):

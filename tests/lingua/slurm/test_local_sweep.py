@@ -95,7 +95,10 @@ def test_the_time_left_follows_steps_and_costs(tmp_path, monkeypatch):
     sweep.runs[0].read_metrics()
     assert sweep._eta() == "ETA 0:01:40"  # half a run of cost 1 took 10 s, 5 are left
     assert sweep.runs[0].losses() == "loss 1.0000, val 3.0000"
-    assert not sweep.runs[0].is_short and not sweep.runs[1].is_short
+    write_metrics(jobs[1], {"global_step": 1, "loss/out": None})  # JSON has no NaN
+    sweep.runs[1].read_metrics()
+    assert sweep.runs[1].losses() == "loss nan"
+    assert not sweep.runs[0].is_short and not sweep.runs[2].is_short
 
 
 def test_a_run_without_metrics_or_steps_has_no_progress(tmp_path):
