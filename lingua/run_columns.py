@@ -167,9 +167,17 @@ def default_columns(runs: Sequence[Run], options: Sequence[str]) -> list[Column]
     def name(run: Run) -> Short:
         return Short(run.name, is_unique and _sweep(run) or run.name)
 
+    swept = {option for run in runs for option in run.swept}
+    is_sweep = all(run.swept for run in runs)
+
+    def rank(i: int, option: str) -> int:
+        if is_sweep and option not in swept:
+            return 9  # it follows from the others, as what match= changes
+        return 3 if i >= 6 else 0
+
     columns = [
         Column("run", name, lambda cell: cell.text, least=16),
-        *(option_column(option, options, 3 * (i >= 6)) for i, option in enumerate(options)),
+        *(option_column(option, options, rank(i, option)) for i, option in enumerate(options)),
         Column("status", status, lambda cell: cell.text, 1, least=8),
         Column("layout", layout, str, 5, least=8),
         Column("parameters", newest("model/parameters"), short, 2, "params"),

@@ -200,6 +200,21 @@ def test_options_that_a_sweep_leaves_out_are_missing(tmp_path, rows):
     assert [list(row.values()) for row in found] == [["a", 1, 10], ["b", None, 10]]
 
 
+def test_options_that_follow_from_the_swept_ones_make_room_for_results(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "50")
+    swept = {mixer: {"mixer": mixer} for mixer in ("gdn", "full")}
+    for mixer, multiplier in (("gdn", 1.1), ("full", 0.9)):  # as match=parameters changes them
+        options = {"mixer": mixer, "ffn_dim_multiplier": multiplier}
+        write_run(tmp_path / mixer, options, [7.0], **{"model/parameters": 1_234_567})
+    (tmp_path / "sweep.json").write_text(json.dumps(swept))
+    main([str(tmp_path)])
+    header, _, rest = capsys.readouterr().out.partition("─")
+    assert "params" in header and "val" in header and "multiplier" not in header
+    assert "ffn_dim_multiplier" in rest.partition("left out")[2]
+
+
 def test_means_of_different_sizes_are_marked(tmp_path, capsys):
     for seed, n in enumerate((1_000_000, 2_000_000)):
         options = {"seed": seed, "steps": 10}
