@@ -167,9 +167,12 @@ def run_sweep_here(sweep: Sweep, jobs: list[Job], at_once: int) -> None:
         warnings = {run.label: useful(run.warnings, sweep.partial) for run in local.runs}
         for line in group_by_text(warnings, sweep.options):
             print(f"stool: warning of {line}")
-        print(format_table(sweep.folder), flush=True)
-        failed = {run.label: [run.error] for run in local.runs if run.error}
-        for line in group_by_text(failed, sweep.options):
+        table = format_table(sweep.folder)
+        print(table, flush=True)
+        failed = {run.label: run.error for run in local.runs if run.error}
+        shown = " ".join(table.split())  # with most errors
+        unknown = {k: [e] for k, e in failed.items() if e.removeprefix("error: ") not in shown}
+        for line in group_by_text(unknown, sweep.options):
             print(f"stool: failed: {line}", flush=True)
     if failed:
         raise UserError(

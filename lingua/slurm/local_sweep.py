@@ -176,6 +176,8 @@ class LocalSweep:
         self.console.print(f"stool: {text}", soft_wrap=True)
 
     def _eta(self) -> str:
+        for run in self.active.values():
+            run.read_metrics()
         done = sum(run.cost * (run.fraction - run.fraction_before) for run in self.runs)
         left = sum(run.cost * (1 - run.fraction) for run in self.runs if not run.has_ended)
         if done <= 0:
@@ -188,13 +190,13 @@ class LocalSweep:
 
         table = Table.grid(padding=(0, 2))
         table.add_column(overflow="ellipsis", no_wrap=True)
+        eta = self._eta()
         for run in self.active.values():
-            run.read_metrics()
             step = f"step {run.metrics.get('global_step', 0)}/{run.steps}" if run.steps else ""
             table.add_row(f"  {run.label}", step, run.losses())
         n_ended = sum(run.has_ended for run in self.runs)
         elapsed = _time(time.monotonic() - self._since)
-        table.add_row(f"  {n_ended} of {len(self.runs)} runs done, {elapsed}", self._eta())
+        table.add_row(f"  {n_ended} of {len(self.runs)} runs done, {elapsed}", eta)
         return table
 
 

@@ -92,7 +92,7 @@ def test_the_time_left_follows_steps_and_costs(tmp_path, monkeypatch):
     sweep._since = 90.0
     assert sweep._eta() == ""
     write_metrics(jobs[0], {"global_step": 10, "loss/out": 1.0}, {"global_step": 10, "loss/val": 3})
-    sweep.runs[0].read_metrics()
+    sweep.active = {0: sweep.runs[0]}
     assert sweep._eta() == "ETA 0:01:40"  # half a run of cost 1 took 10 s, 5 are left
     assert sweep.runs[0].losses() == "loss 1.0000, val 3.0000"
     write_metrics(jobs[1], {"global_step": 1, "loss/out": None})  # JSON has no NaN
