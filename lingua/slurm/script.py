@@ -43,8 +43,8 @@ class StoolArgs:
     sweep: dict[str, Any] = field(default_factory=dict)
     # runs of a sweep at the same time; null = no limit with sbatch, 1 with bash
     array: int | None = None
-    # make the models of a sweep equal to the first in parameters (without embeddings) or flops
-    match: str | None = None  # parameters | flops
+    # parameters (without embeddings) or flops: make the models of a sweep equal to the first
+    match: str | None = None
     by: str = "n_layers"  # what match changes: n_layers | dim | ffn
     stdout: bool = False  # true prints the output of all ranks together, false uses a file per rank
     overrides: list[str] = field(default_factory=list)  # the options after `--`

@@ -77,7 +77,7 @@ class Evaluator:
     metrics: MetricLogger
     validator: Validator | None
     should_stop: Callable[[], bool]
-    jobs: dict[int, Any] = field(default_factory=dict)  # submitit's handles, by step
+    jobs: dict[int, Any] = field(default_factory=dict)  # handles, by step
 
     def __post_init__(self) -> None:
         self.args = self.trainer.args
@@ -234,7 +234,7 @@ def eval_args_of_step(args: TrainArgs, step: int) -> tuple[EvalArgs, Conditions]
 
 
 def submit_evaluation(train_args: TrainArgs, args: EvalArgs) -> Any:
-    """Start a job and return submitit's handle. Call it on rank 0.
+    """Start a job and return its handle. Call it on rank 0.
 
     The job runs in the SLURM partition of this job or, without SLURM, on free GPUs of this machine.
     """
