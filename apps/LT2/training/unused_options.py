@@ -31,7 +31,11 @@ def train_warnings(args: TrainArgs) -> list[str]:
 def options_without_effect(args: TrainArgs) -> dict[str, str]:
     """Map the dotted options that change nothing in this run, whatever their values, to reasons."""
     optim = f"optim.name={args.optim.name} with scheduler={args.optim.scheduler} does not use it"
-    return {f"model.{name}": reason for name, reason in _reasons(args.model).items()} | {
+    reasons = _reasons(args.model)
+    wider = replace(args.model, default_sliding_window=args.model.default_sliding_window + 1)
+    if wider.layout() == args.model.layout():
+        reasons["default_sliding_window"] = "no layer takes its window from it"
+    return {f"model.{name}": reason for name, reason in reasons.items()} | {
         f"optim.{name}": optim for name in find_unused_options(args.optim)
     }
 
@@ -50,7 +54,7 @@ def unused_options(args: LoopedTransformerArgs) -> dict[str, str]:
 def _reasons(args: LoopedTransformerArgs) -> dict[str, str]:
     """Return {name: reason} for each option of `model:` that no layer uses, set or not.
 
-    default_sliding_window is exempt: recipes set it with and without windows.
+    default_sliding_window is exempt, except in a sweep: recipes set it with and without windows.
     """
     used = _mixers(args)
     reasons: dict[str, str] = {}

@@ -10,7 +10,11 @@ from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
 from apps.LT2.training.args import TrainArgs
-from apps.LT2.training.unused_options import train_warnings, unused_options
+from apps.LT2.training.unused_options import (
+    options_without_effect,
+    train_warnings,
+    unused_options,
+)
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.checkpoint import CheckpointArgs, SaveEvery
 from lingua.metrics import LoggingArgs
@@ -59,6 +63,21 @@ def test_a_narrowed_full_layer_is_a_full_layer():
     options: dict[str, Any] = {"mixer": "gdn", "hybrid_mixer": "full", "attention_pattern": "3:1"}
     args = LoopedTransformerArgs(n_layers=4, sliding_window=8, **options)
     assert unused_options(args) == {}
+
+
+@pytest.mark.parametrize(
+    "options, is_used",
+    [
+        ({"mixer": "full"}, False),
+        ({"mixer": "window"}, True),
+        ({"attention_pattern": "8->99"}, False),
+        ({"attention_pattern": "8->window"}, True),
+        ({"mixer": "full", "sliding_window": 8}, False),
+    ],
+)
+def test_a_sweep_leaves_out_a_window_that_no_layer_has(options, is_used):
+    args = TrainArgs(model=LoopedTransformerArgs(n_layers=2, loop_count=2, **options))
+    assert ("model.default_sliding_window" not in options_without_effect(args)) == is_used
 
 
 def warnings(**options: Any) -> list[str]:
