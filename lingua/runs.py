@@ -195,6 +195,33 @@ def differing_options(runs: Sequence[Run]) -> list[str]:
     return sorted(found, key=lambda option: option == "seed")
 
 
+def implied_options(
+    runs: Sequence[Run], differing: Sequence[str], averaged: Collection[str] = ()
+) -> set[str]:
+    """Return options that a sweep did not set, but that follow from those it set.
+
+    These are options that match= changes, and options of the config that some runs leave out.
+    """
+    swept = {option for run in runs for option in run.swept}
+    fixed = [option for option in differing if option in swept and option not in averaged]
+    implied = set()
+    for option in [option for option in differing if option not in swept]:
+        by_sweep: dict[Path, set[str]] = {}
+        by_values: dict[tuple[Path | str, ...], set[str]] = {}
+        for run in runs:
+            sweep, text = (
+                run.path.absolute().parent if run.swept else run.path,
+                option_text(run, option),
+            )
+            by_sweep.setdefault(sweep, set()).add(text)
+            values = (option_text(run, other) for other in fixed)
+            by_values.setdefault((sweep, *values), set()).add(text)
+        varies = any(len(texts) > 1 for texts in by_sweep.values())
+        if varies and all(len(texts) == 1 for texts in by_values.values()):
+            implied.add(option)
+    return implied
+
+
 def option_text(run: Run, option: str) -> str:
     return format_value(run.options.current.get(option, ABSENT))
 

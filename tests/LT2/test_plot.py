@@ -39,13 +39,19 @@ MODELS = list(itertools.product(["gdn", "kda"], [1, 2, 4], [0, 1]))
 
 @pytest.fixture(scope="module")
 def tune(tmp_path_factory):
-    """Twelve runs: the loss is 8 - T, plus 1 for kda, plus or minus 0.5 by seed."""
-    folder = tmp_path_factory.mktemp("runs") / "tune"
+    """Twelve runs: the loss is 8 - T, plus 1 for kda, plus or minus 0.5 by seed.
+
+    The FFN follows from mixer and T, as after match=parameters.
+    """
+    folder, swept = tmp_path_factory.mktemp("runs") / "tune", {}
     for mixer, loops, seed in MODELS:
-        options = {"model": {"mixer": mixer, "loop_count": loops}, "seed": seed, "steps": 20}
+        model = {"mixer": mixer, "loop_count": loops, "multiple_of": 8 * loops + (mixer == "kda")}
+        options = {"model": model, "seed": seed, "steps": 20}
+        values = {"model.mixer": mixer, "model.loop_count": loops, "seed": seed}
+        swept[f"{mixer}-{loops}-{seed}"] = values
         last = 8.0 - loops + (mixer == "kda") + seed - 0.5
         write_run(folder / f"{mixer}-{loops}-{seed}", options, [9.0, last])
-    (folder / "sweep.json").write_text("{}")
+    (folder / "sweep.json").write_text(json.dumps(swept))
     return folder
 
 
@@ -81,11 +87,12 @@ def test_a_curve_over_each_axis_is_averaged_over_seeds(tune, tmp_path, drawn, x,
     assert float(of_kda[1]["std"]) == pytest.approx(0.5**0.5) and of_kda[1]["n"] == "2"
 
 
-def test_final_values_against_an_option(tune, tmp_path, drawn):
+def test_final_values_against_an_option(tune, tmp_path, drawn, capsys):
     main([str(tune), "x=loop_count", "by=mixer", "mean=seed", f"out={tmp_path}/a.png"])
-    found = [
-        (r["model.mixer"], r["model.loop_count"], r["loss/val"]) for r in rows(tmp_path / "a.csv")
-    ]
+    assert "\nkda: loss/val 5 ± 0.707 (n=2)" in capsys.readouterr().out
+    points = rows(tmp_path / "a.csv")
+    assert points[0]["run"] == "gdn-1-0; gdn-1-1"
+    found = [(r["model.mixer"], r["model.loop_count"], r["loss/val"]) for r in points]
     assert found == [
         *(("gdn", "1", "7.0"), ("gdn", "2", "6.0"), ("gdn", "4", "4.0")),
         *(("kda", "1", "8.0"), ("kda", "2", "7.0"), ("kda", "4", "5.0")),
@@ -93,6 +100,24 @@ def test_final_values_against_an_option(tune, tmp_path, drawn):
     axes = drawn[0].axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "4"]
     assert [text.get_text() for text in axes.texts] == ["gdn", "kda"] and not drawn[0].legends
+
+
+def test_a_single_line_over_an_option_has_the_name_of_no_run(tmp_path, drawn, capsys):
+    for loops in (1, 4):
+        write_run(tmp_path / f"runs/{loops}", {"model": {"loop_count": loops}}, [9.0, 8.0 - loops])
+    main([str(tmp_path / "runs"), "x=loop_count", f"out={tmp_path}/a.png"])
+    assert capsys.readouterr().out.startswith("loss/val 4 at model.loop_count 4\n")
+    assert [row["run"] for row in rows(tmp_path / "a.csv")] == ["1", "4"]
+
+
+def test_an_option_that_follows_from_no_other_names_the_lines(tmp_path, drawn):
+    swept = {}
+    for i, (lr, dim) in enumerate(((1, 16), (2, 16), (1, 32))):  # the sweep was extended
+        folder = write_run(tmp_path / "runs" / f"{i}", {"model": {"dim": dim}}, [9.0, 8.0 - i])
+        swept[folder.name] = {"optim.lr": lr, "seed": i}
+    (tmp_path / "runs" / "sweep.json").write_text(json.dumps(swept))
+    main([str(tmp_path / "runs"), "x=lr", "mean=seed", f"out={tmp_path}/a.png"])
+    assert [row["model.dim"] for row in rows(tmp_path / "a.csv")] == ["16", "16", "32"]
 
 
 def test_values_that_are_words_have_error_bars(tune, tmp_path, drawn):

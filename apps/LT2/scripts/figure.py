@@ -67,7 +67,7 @@ def draw_lines(axes: Any, lines: Sequence[Line]) -> None:
     for line in sorted(lines, key=lambda line: line.label is not None):
         if line.raw is not None:
             axes.plot(line.x, line.raw, color=line.colour, alpha=0.25, linewidth=1)
-        if line.std is not None and not line.style:  # separate values of an option
+        if line.std is not None and (not line.style or len(line.x) == 1):  # separate values
             axes.errorbar(line.x, line.y, line.std, fmt="none", ecolor=line.colour, capsize=3)
         elif line.std is not None:
             low = [y - s for y, s in zip(line.y, line.std, strict=True)]

@@ -49,6 +49,7 @@ from lingua.runs import (
     differing_options,
     find_option,
     grouped,
+    implied_options,
     natural_key,
     option_text,
     say_differing,
@@ -95,11 +96,12 @@ class Series:
     """A line before it gets its colour: one run, or several that differ in `mean`."""
 
     options: dict[str, str]  # options that differ between runs, except x= and mean=
-    name: str  # of its first run
+    name: str  # of its run; "" of several
     x: list[Any]
     y: list[float]
     std: list[float]
     n: list[int]
+    runs: list[str]  # names of the runs that are averaged at each x
     smoothed: list[float] | None = None
 
 
@@ -152,9 +154,8 @@ def _mean_and_std(values: Iterable[Sequence[float]]) -> tuple[list[float], list[
 def curves_over(x: str, y: str, groups: Any, window: int) -> list[Series]:
     found = []
     for options, members in groups:
-        curves = [(xs, ys) for xs, ys in (curve(run, x, y) for run in members) if xs]
-        if not curves:
-            continue
+        points = {run.name: curve(run, x, y) for run in members}
+        names, curves = list(points), list(points.values())
         first, last = min(xs[-1] for xs, _ in curves), max(xs[-1] for xs, _ in curves)
         if first < 0.99 * last:
             logger.warning(
@@ -164,15 +165,20 @@ def curves_over(x: str, y: str, groups: Any, window: int) -> list[Series]:
         xs, ys, std, n = mean_curve(curves)
         if xs:
             smoothed = smooth(ys, window) if window > 1 else None
-            found.append(Series(options, members[0].name, xs, ys, std, n, smoothed))
+            runs = ["; ".join(names)] * len(xs)
+            found.append(Series(options, name_of(names), xs, ys, std, n, runs, smoothed))
     return found
+
+
+def name_of(runs: Sequence[str]) -> str:
+    return runs[0] if len(runs) == 1 else ""
 
 
 def finals_against(option: str, y: str, groups: Any) -> list[Series]:
     """Return one series a group: the last values of its runs against an option."""
     found, diverged, steps = [], [], set()
     for options, members in groups:
-        at: dict[str, list[float]] = {}
+        at: dict[str, dict[str, float]] = {}  # the value of the option to those of its runs
         for run in members:
             step = max(run.metrics[y])
             value = run.metrics[y][step]
@@ -180,11 +186,12 @@ def finals_against(option: str, y: str, groups: Any) -> list[Series]:
                 diverged.append(run.name)
             else:
                 steps.add(step)
-                at.setdefault(option_text(run, option), []).append(value)
+                at.setdefault(option_text(run, option), {})[run.name] = value
         if at:
             texts = sorted(at, key=natural_key)
-            values = _mean_and_std(at[text] for text in texts)
-            found.append(Series(options, members[0].name, texts, *values))
+            values = _mean_and_std([*at[text].values()] for text in texts)
+            runs = ["; ".join(at[text]) for text in texts]
+            found.append(Series(options, name_of(runs), texts, *values, runs))
     warn_skipped(diverged, f"the last {y} is NaN or infinite")
     if len(steps) > 1:
         logger.warning(
@@ -284,8 +291,8 @@ def write_csv(series: Sequence[Series], x: str, y: str, out: Path) -> None:
     for one in series:
         columns: list[list[Any]] = [one.x, one.y, one.std, one.n]
         columns += [one.smoothed] if one.smoothed else []
-        for row in zip(*columns, strict=True):
-            table.writerow([one.name, *one.options.values(), *row])
+        for runs, *row in zip(one.runs, *columns, strict=True):
+            table.writerow([runs, *one.options.values(), *row])
     write_atomic(out, text.getvalue())
 
 
@@ -326,7 +333,9 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     )
     for option in set(mean) - set(differing):
         logger.warning("mean=%s has no effect: %s", option, say_differing(differing))
-    options = [o for o in dict.fromkeys([*by, *differing]) if o not in mean and o != x]
+    implied = implied_options(runs, differing, mean)
+    shown = [o for o in differing if o not in implied]
+    options = [o for o in dict.fromkeys([*by, *shown]) if o not in mean and o != x]
     by = [o for o in by if o in options]
     groups = grouped(runs, options)
     if is_curve and not mean:  # runs of equal options are separate lines
@@ -335,7 +344,7 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     check_points(series, x, y, is_curve, differing)
     lines = as_lines(series, by, is_curve)
     has_band = any(line.std is not None for line in lines)
-    title = f"mean and std over {', '.join(mean)}" if has_band and mean else ""
+    title = f"mean and std over {', '.join(mean) or 'equal runs'}" if has_band else ""
     print_lines(series, x, y)
     tell_unlabelled(lines, series, by)
     write_csv(series, x, y, out.with_suffix(".csv"))
@@ -365,7 +374,8 @@ def print_lines(series: Sequence[Series], x: str, y: str) -> None:
         spread = f" ± {one.std[-1]:.3g} (n={one.n[-1]})" if one.n[-1] > 1 else ""
         at = one.x[-1] if isinstance(one.x[-1], str) else plain_number(one.x[-1])
         name = ", ".join(_value_label(o, text) for o, text in one.options.items()) or one.name
-        print(f"{name}: {y} {one.y[-1]:.4g}{spread} at {TITLES.get(x, x)} {at}")
+        value = f"{y} {one.y[-1]:.4g}{spread} at {TITLES.get(x, x)} {at}"
+        print(f"{name}: {value}" if name else value)
 
 
 def tell_unlabelled(lines: Sequence[Line], series: Sequence[Series], by: Sequence[str]) -> None:

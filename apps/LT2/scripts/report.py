@@ -42,7 +42,7 @@ from lingua.errors import UserError, import_optional, run_cli
 from lingua.files.atomic import write_atomic
 from lingua.files.lock import make_writable
 from lingua.run_table import build_table
-from lingua.runs import STEP, Run, differing_options, grouped, read_runs
+from lingua.runs import STEP, Run, differing_options, grouped, implied_options, read_runs
 
 TEMPLATE = "report.html.jinja"
 INK = "#010203"  # of text and axes in a plot; becomes the colour of the page's text
@@ -241,9 +241,11 @@ def overview_table(
 
 def overlaid_plots(runs: list[Run]) -> list[str]:
     """Plot metrics of all runs, one line a run, which has one colour in all plots."""
-    groups = grouped(runs, differing_options(runs))
+    differing = differing_options(runs)
+    implied = implied_options(runs, differing)
+    groups = grouped(runs, [option for option in differing if option not in implied])
     ordered = [(options, run) for options, members in groups for run in members]
-    empty = [Series(options, run.name, [], [], [], []) for options, run in ordered]
+    empty = [Series(options, run.name, [], [], [], [], []) for options, run in ordered]
     plots = []
     for x, y, title in OVERLAID:
         lines = []
