@@ -25,7 +25,7 @@ def name_group(members: Collection[str], runs: Mapping[str, Options]) -> str:
     if n == 1:
         return next(iter(members))
     if n == len(runs):
-        return f"all {n} runs"
+        return f"all {n} runs" if n > 2 else "both runs"
     names, selected = [], set(runs)
     for option in dict.fromkeys(option for options in runs.values() for option in options):
         values = {label: format_value(o[option]) for label, o in runs.items() if option in o}
