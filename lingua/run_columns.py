@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lingua.config.help import format_value
 from lingua.evaluations import Evaluation
-from lingua.runs import STEP, Run, option_text
+from lingua.runs import STEP, Run, option_text, short_option
 
 VAL = "loss/val"
 
@@ -203,15 +203,15 @@ def _sweep(run: Run) -> str:
 
 
 def option_column(option: str, among: Sequence[str], rank: int = 0) -> Column:
-    """`among` are all options with a column; a header is the shortest unique end of its name."""
-    last = option.rpartition(".")[2]
-    is_unique = sum(other.rpartition(".")[2] == last for other in among) <= 1
+    """`among` are all options with a column. The header is short unless two would be equal."""
+    short_name = short_option(option)
+    is_unique = sum(short_option(other) == short_name for other in among) <= 1
 
     def value(run: Run) -> Option | None:
         current = run.options.current
         return Option(current[option]) if option in current else None
 
-    header = last if is_unique else option
+    header = short_name if is_unique else option
     return Column(option, value, lambda cell: format_value(cell.value), rank, header, least=9)
 
 

@@ -222,6 +222,12 @@ def implied_options(
     return implied
 
 
+def short_option(option: str) -> str:
+    """Return lr for optim.lr, and gdn.head_dim for model.gdn.head_dim."""
+    _, _, end = option.partition(".")
+    return end or option
+
+
 def option_text(run: Run, option: str) -> str:
     return format_value(run.options.current.get(option, ABSENT))
 

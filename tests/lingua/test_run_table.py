@@ -15,7 +15,7 @@ import pytest
 
 from apps.LT2.pattern import PatternParser, format_layout
 from lingua.errors import UserError
-from lingua.run_columns import Column, Mean, plain, shorten_layout
+from lingua.run_columns import Column, Mean, option_column, plain, shorten_layout
 from lingua.sweep import main
 
 MODELS = list(itertools.product(["gdn", "kda"], [1, 10], [0, 1]))
@@ -198,6 +198,18 @@ def test_options_that_a_sweep_leaves_out_are_missing(tmp_path, rows):
     (tmp_path / "sweep.json").write_text(json.dumps(swept))
     found = rows(tmp_path, "columns=run,expand_v,steps", "sort=run")
     assert [list(row.values()) for row in found] == [["a", 1, 10], ["b", None, 10]]
+
+
+@pytest.mark.parametrize(
+    "option, header",
+    [
+        ("seed", "seed"),
+        ("optim.lr", "lr"),
+        ("model.gdn.head_dim", "gdn.head_dim"),  # the other mixers of a sweep don't use it
+    ],
+)
+def test_a_header_names_the_section_of_an_option(option, header):
+    assert option_column(option, [option, "steps"]).header == header
 
 
 def test_options_that_follow_from_the_swept_ones_make_room_for_results(

@@ -53,6 +53,7 @@ from lingua.runs import (
     natural_key,
     option_text,
     say_differing,
+    short_option,
     warn_skipped,
 )
 
@@ -243,7 +244,7 @@ def as_lines(series: Sequence[Series], by: Sequence[str], is_curve: bool) -> lis
 def _value_label(option: str, text: str) -> str:
     """Return "kda", or "loop_count=4" for a value that says nothing alone."""
     is_word = as_number(text) is None and text not in ("true", "false", "null", ABSENT)
-    return text if is_word else f"{option.rpartition('.')[2]}={text}"
+    return text if is_word else f"{short_option(option)}={text}"
 
 
 def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str) -> Any:

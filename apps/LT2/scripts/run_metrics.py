@@ -28,7 +28,7 @@ def read_runs(given: Sequence[Path]) -> list[Run]:
             f"{', '.join(map(str, given))}: no run with a metrics.jsonl; "
             "name a run's dump_dir, or a folder of runs"
         )
-    warn_skipped([run.name for run in runs if not run.metrics], "no metrics.jsonl yet")
+    warn_skipped([run.name for run in runs if not run.metrics], "no record in metrics.jsonl")
     return [run for run in runs if run.metrics]
 
 
