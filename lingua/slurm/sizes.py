@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ class Size:
     parameters: int  # with embeddings
     body: int  # parameters without embeddings
     flops: int  # per token in training
-    overrides: list[str]  # that `match` needs
+    overrides: tuple[str, ...]  # that `match` needs
 
 
 # What may differ: an attribute of Size, and its words.
@@ -58,7 +57,7 @@ def read_sizes(jobs: Mapping[str, Job], match: str | None, by: str) -> dict[str,
         for i, job in enumerate(jobs.values()):
             Path(folder, f"{i}.yaml").write_text(config_as_yaml(job.run_args), encoding="utf-8")
         configs = [f"config={folder}/{i}.yaml" for i in range(len(jobs))]
-        command = [sys.executable, "-m", module, *configs, *options]
+        command = [str(job.python), "-m", module, *configs, *options]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         error = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
@@ -96,7 +95,7 @@ def read_size(described: Mapping[str, Any]) -> Size:
         parameters=count["total"],
         body=count["total"] - count["embedding"],
         flops=described["flops"]["training, per token"],
-        overrides=described["overrides"],
+        overrides=tuple(described["overrides"]),
     )
 
 
@@ -121,22 +120,33 @@ def differences(
 
 
 def format_sizes(sizes: Mapping[str, Size], runs: Mapping[str, Options]) -> str:
-    """Format a table of runs and their models, for this terminal."""
+    """Format a table of models for this terminal. Runs of equal models share a row."""
     from rich.console import Console
     from rich.table import Table
+
+    from lingua.slurm.sweep_plan import name_group
+
+    def name(members: list[str]) -> str:
+        if len(members) > 1:
+            return name_group(members, runs).removesuffix(f" ({len(members)} runs)")
+        options = runs[members[0]].items()
+        return " ".join(f"{o.rpartition('.')[2]}={format_value(v)}" for o, v in options)
 
     console = Console(markup=False, highlight=False)
     gap = 2 if console.width >= 100 else 1
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for header in ("run", "layout"):
         table.add_column(header, overflow="fold")
-    for header in ("layers", "params", "without emb.", "FLOPs/token"):
+    for header in ("runs", "layers", "params", "without emb.", "FLOPs/token"):
         table.add_column(header, justify="right", no_wrap=True)
     first = next(iter(sizes.values()))
+    labels: dict[Size, list[str]] = {}
     for label, size in sizes.items():
+        labels.setdefault(size, []).append(label)
+    for size, members in labels.items():
         cells = [_compared(getattr(size, name), getattr(first, name)) for name in QUANTITIES]
-        name = " ".join(f"{o.rpartition('.')[2]}={format_value(v)}" for o, v in runs[label].items())
-        table.add_row(name, size.layout, size.depth, short(size.parameters), *cells)
+        counts = (str(len(members)), size.depth, short(size.parameters))
+        table.add_row(name(members), size.layout, *counts, *cells)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())

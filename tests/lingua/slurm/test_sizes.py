@@ -12,7 +12,7 @@ from lingua.slurm.script import StoolArgs
 from lingua.slurm.sizes import Size, differences, format_sizes
 from lingua.stool import launch_job
 
-SIZE = Size("full", "2x1", parameters=1100, body=1000, flops=6000, overrides=[])
+SIZE = Size("full", "2x1", parameters=1100, body=1000, flops=6000, overrides=())
 RUNS = {"a": {"model.mixer": "a"}, "b": {"model.mixer": "b"}}
 
 
@@ -40,11 +40,19 @@ def test_the_table_shows_differences_from_the_first_and_fits(monkeypatch):
     assert "(+50%)" in lines[2] and lines[1].split() == [
         "mixer=a",
         "full",
+        "1",
         "2x1",
         "1.10K",
         "1.00K",
         "6.00K",
     ]
+
+
+def test_equal_models_share_a_row():
+    runs = {f"a{seed}": {"model.mixer": "a", "seed": seed} for seed in (1, 2)}
+    runs["b"] = {"model.mixer": "b", "seed": 1}
+    lines = format_sizes({"a1": SIZE, "a2": SIZE, "b": replace(SIZE, body=7)}, runs).splitlines()
+    assert len(lines) == 3 and lines[1].split()[:3] == ["mixer=a", "full", "2"]
 
 
 DESCRIBE = """
