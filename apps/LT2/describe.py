@@ -1,7 +1,7 @@
 """Describe models before training them: layout, parameters, FLOPs, caches and memory.
 
     python -m apps.LT2.describe config=apps/LT2/configs/600M/looped_hybrid_gdn_4to1_600M.yaml
-    python -m apps.LT2.describe config=A.yaml config=B.yaml model.loop_count=2
+    python -m apps.LT2.describe A.yaml B.yaml model.loop_count=2          # config= may be left out
     python -m apps.LT2.describe config=A.yaml config=B.yaml match=parameters by=n_layers
 
 Other options such as model.loop_count=2 apply to all configs. Nothing is allocated: models are
@@ -37,6 +37,7 @@ from apps.LT2.training.args import TrainArgs
 from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import LoopedTransformer, build_on_meta
 from lingua.args import parse_args, print_text
+from lingua.config.cli import split_paths
 from lingua.distributed import fit_to_world
 from lingua.errors import UserError, run_cli
 from lingua.parallel.args import ACTIVATION_CHECKPOINTING
@@ -68,6 +69,8 @@ class DescribeArgs:
                 raise UserError(f"{name}={value} must be one of {', '.join(choices)}")
         if self.match and len(self.config) < 2:
             raise UserError(f"match={self.match} compares configs; name a second config=")
+        if self.by != "n_layers" and not self.match:
+            raise UserError(f"by={self.by} needs match=parameters or match=flops")
         if self.ngpu < 1:
             raise UserError(f"ngpu={self.ngpu} must be at least 1")
         if self.bandwidth <= 0:
@@ -76,10 +79,17 @@ class DescribeArgs:
 
 def parse(argv: Sequence[str]) -> tuple[DescribeArgs, list[str]]:
     """Separate the options of this command from overrides of the configs."""
-    own = {f.name for f in fields(DescribeArgs)} - {"config"}
-    configs = [arg.removeprefix("config=") for arg in argv if arg.startswith("config=")]
-    given = [arg for arg in argv if arg.partition("=")[0] in own or arg in ("-h", "--help")]
-    overrides = [a for a in argv if a not in given and not a.startswith("config=")]
+    paths, options = split_paths(argv)
+    configs = [*map(str, paths), *(o[7:] for o in options if o.startswith("config="))]
+    options = [option for option in options if not option.startswith("config=")]
+    sections = {f.name for f in fields(TrainArgs)}
+
+    def is_override(option: str) -> bool:
+        name = option.partition("=")[0]
+        return "." in name or name in sections
+
+    overrides = [option for option in options if is_override(option)]
+    given = [option for option in options if not is_override(option)]
     listed = [f"config=[{','.join(configs)}]"] if configs else []
     prog = "python -m apps.LT2.describe"
     return parse_args(DescribeArgs, listed + given, prog=prog, doc=__doc__), overrides

@@ -35,6 +35,8 @@ def read_yaml_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, s
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"config={path}: no such file in {os.getcwd()}") from None
+    except IsADirectoryError:
+        raise UserError(f"config={path} is a folder; name a file, e.g. its config.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config={path}: not readable: {error}") from None
     try:

@@ -71,6 +71,8 @@ class StoolArgs:
             raise UserError(
                 f"match={self.match} needs a sweep; for other models use apps.LT2.describe"
             )
+        if self.by != "n_layers" and self.match is None:
+            raise UserError(f"by={self.by} needs match=parameters or match=flops")
         if self.time < 1 and self.time != -1:
             raise UserError(f"time={self.time} must be minutes, or -1 for the partition's maximum")
 

@@ -88,6 +88,8 @@ def test_a_match_that_no_size_meets_names_the_closest(capsys):
         ([DEBUG, "match=params"], "match"),
         ([DEBUG, "match=flops"], "config"),
         ([DEBUG, "by=width"], "by"),
+        ([DEBUG, "by=dim"], "match"),
+        ([DEBUG, "mtach=flops"], "did you mean match"),
         ([DEBUG, "ngpu=0"], "ngpu"),
         ([DEBUG, "bandwidth=0"], "bandwidth"),
     ],
@@ -95,6 +97,13 @@ def test_a_match_that_no_size_meets_names_the_closest(capsys):
 def test_mistakes_name_the_option(argv, option):
     with pytest.raises(UserError, match=option):
         parse(argv)
+
+
+def test_recipes_may_be_given_without_config():
+    path = DEBUG.removeprefix("config=")
+    given, overrides = parse([path, "model.dim=64", "seed=1", HYBRID, "format=json"])
+    assert given.config == [path, HYBRID.removeprefix("config=")] and given.format == "json"
+    assert overrides == ["model.dim=64", "seed=1"]
 
 
 def test_a_tensor_parallel_size_must_fit():

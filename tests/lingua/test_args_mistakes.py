@@ -120,7 +120,7 @@ def test_the_command_line_overrides_a_mistake_in_the_file(yaml_file):
         (["data.until=[a,"], "data.until=[a,: not YAML"),
         (["config=a.yaml", "config=b.yaml"], "config= is given 2 times (a.yaml, b.yaml)"),
         (["config=absent.yaml"], "config=absent.yaml: no such file"),
-        (["config=/"], "config=/: not readable"),
+        (["config=/"], "config=/ is a folder"),
     ],
 )
 def test_malformed_command_lines(argv, part):

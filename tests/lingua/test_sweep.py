@@ -131,6 +131,7 @@ def test_mistakes_are_refused_before_anything_is_written(
     [
         (dict(array=0, sweep={"steps": [1]}), "array=0"),
         (dict(array=2), "array=2"),
+        (dict(by="ffn", sweep={"steps": [1]}), "match"),
         (dict(sweep={"steps": 2}), "sweep.steps=2"),
         (dict(sweep={"steps": {"a": 1}}), "sweep.steps="),
     ],
