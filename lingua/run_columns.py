@@ -51,7 +51,7 @@ class Column:
     name: str
     value: Callable[[Run], Any]
     show: Callable[[Any], str]
-    rank: int = 0  # the highest is left out first; 0 stays
+    rank: int = 0  # the highest is dropped first; 0 stays
     header: str = ""
     least: int = 0  # characters that a text may be cut or folded to; 0: a number
     is_measured: bool = False  # a mean has a standard deviation

@@ -1,7 +1,7 @@
 """The table of `python -m lingua.sweep`: a row for each run, or for each group of runs.
 
 Columns have full names, such as model.mixer, which columns=, sort= and mean= may shorten to their
-end. In a terminal, the least important columns are left out until the others fit.
+end. In a terminal, the least important columns are dropped until the others fit.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from lingua.runs import (
 logger = logging.getLogger(__name__)
 
 FORMATS = ("table", "csv", "json", "markdown")
-WIDTH = 100  # characters, if the output is no terminal and COLUMNS is not set
+WIDTH = 100  # characters, if the output is not a terminal and COLUMNS is not set
 MAX_ERRORS = 3  # different ones that are shown
 
 
@@ -248,7 +248,7 @@ def notes(table: Table, shown: Sequence[Column], width: int) -> Iterator[str]:
         yield f"failed: {list_names(names, 1)}: {error}"
     hidden = [c.header or c.name for c in table.columns if c not in shown]
     if hidden:
-        yield f"left out to fit a width of {width}: {', '.join(hidden)} (see columns=, format=csv)"
+        yield f"not shown, for a width of {width}: {', '.join(hidden)} (see columns=, format=csv)"
 
 
 def split_header(name: str, size: int) -> list[str]:

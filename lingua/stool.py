@@ -19,8 +19,8 @@ shows what it would write, rename and run. Otherwise it writes to `dump_dir`
 The job runs in the folder where stool was called, so that relative paths stay valid. A `sweep`
 launches one run for each combination of values, in folders below `dump_dir` (see sweep.py). The
 runs are one SLURM job array, or, with launcher=bash, processes of this machine, `array` at a time.
-The module `describe` beside the script compares the sizes of their models, and `match` makes these
-equal. See slurm/sweep_plan.py for further functions of a script.
+The module `describe` in the script's package compares the sizes of their models, and `match` makes
+these equal. See slurm/sweep_plan.py for further functions of a script.
 """
 
 from __future__ import annotations

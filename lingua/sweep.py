@@ -5,7 +5,7 @@
     python -m lingua.sweep runs 'old/*' columns=run,lr,val format=csv
 
 RUNS are dump_dirs of runs, folders of runs and sweeps, or globs of these. The table has the swept
-options and those that were chosen differently. Names may be shortened to their end: mixer for
+options and other options that differ. Names may be shortened to their end: mixer for
 model.mixer.
 
 The folder of a sweep is the config's dump_dir. It contains

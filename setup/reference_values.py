@@ -1,4 +1,4 @@
-"""Print a run's validation loss in bits per byte beside those of byte frequencies and of xz.
+"""Print a run's validation loss in bits per byte, with byte frequencies and xz for comparison.
 
     python setup/reference_values.py runs/quickstart
 

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def list_commands(argv: Sequence[str]) -> None:
-    """Print the commands, all or those of a group such as `benchmark`. UserError for others."""
+    """Print all commands, or one group such as `benchmark`. UserError for an unknown name."""
     given = [arg for arg in argv if arg not in HELP]
     shown = [name for name in COMMANDS if name.split()[: len(given)] == given]
     if not shown:

@@ -1,4 +1,4 @@
-"""Change one size of a model until its parameters or FLOPs equal those of another."""
+"""Change one size of a model until it has the parameters or FLOPs of another."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def _local_shapes(
 
 
 def _loss_bytes(model: LoopedTransformer, tokens: int, width: int, tp_size: int) -> tuple[int, int]:
-    """Return the bytes that the head keeps, and those of the loss's temporary buffers."""
+    """Return the bytes that the head keeps, and the bytes of the loss's temporary buffers."""
     dim, vocabulary = model.args.dim, model.args.vocab_size
     if vocabulary % tp_size == 0:
         vocabulary //= tp_size
@@ -129,7 +129,7 @@ def _loss_bytes(model: LoopedTransformer, tokens: int, width: int, tp_size: int)
 def _body_bytes(
     model: LoopedTransformer, mode: str, width: int, tokens: int, seqlen: int, tp_size: int
 ) -> tuple[int, int]:
-    """Return the bytes that all loops keep, and those that recomputation adds in the backward."""
+    """Return the bytes that all loops keep, and what recomputation adds in the backward."""
     T, stream = model.args.loop_count, width * model.args.dim
     gates = 0 if model.rho is None else FP32 * model.args.dim  # the input of a loop in fp32
     runs = list(all_runs(model, model.layout))

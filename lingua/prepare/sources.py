@@ -29,7 +29,7 @@ EXPANSION = {".parquet": 2.0, ".gz": 3.0, ".zst": 3.0}
 def find_document_files(source: Path, out: Path | None = None) -> list[Path]:
     """Return the file `source`, or all files below that folder with documents, sorted.
 
-    The output folder `out` and its unfinished form are left out if they lie below `source`.
+    The output folder `out` and its unfinished form are skipped if they are below `source`.
     """
     if source.is_file():
         if not source.name.endswith(SUFFIXES):

@@ -1,4 +1,4 @@
-"""Compare the models of a sweep's runs, as the module `describe` beside the script describes them.
+"""Compare the models of a sweep's runs, as the script's sibling module `describe` sees them.
 
 It runs as one separate process, so that stool needs no torch for it.
 """

@@ -94,7 +94,7 @@ def plan_runs(planned: Mapping[str, StoolArgs]) -> tuple[dict[str, Job], dict[st
 
 
 def check_different(jobs: Mapping[str, Job]) -> None:
-    """Refuse runs with the same options, such as those of seed=[1, 1.0]."""
+    """Refuse runs with the same options, for example with seed=[1, 1.0]."""
     seen: dict[str, str] = {}
     for label, job in jobs.items():
         options = dataclass_to_dict(job.run_args) | {"dump_dir": "", "name": ""}

@@ -173,7 +173,7 @@ def test_the_table_fits_the_terminal(tune, capsys, monkeypatch, width, n_left_ou
     header = text.partition("─")[0].split()
     for name in ("mixer", "count", "status", "layout", "params", "FLOPs", "tokens", "val", "best"):
         assert name in header
-    assert text.count("left out") == n_left_out and text.count("gdn*4,f") == (4 if not mean else 2)
+    assert text.count("not shown") == n_left_out and text.count("gdn*4,f") == (4 if not mean else 2)
     assert "8 runs: 8 finished" in text
 
 
@@ -224,7 +224,7 @@ def test_options_that_follow_from_the_swept_ones_make_room_for_results(
     main([str(tmp_path)])
     header, _, rest = capsys.readouterr().out.partition("─")
     assert "params" in header and "val" in header and "multiplier" not in header
-    assert "ffn_dim_multiplier" in rest.partition("left out")[2]
+    assert "ffn_dim_multiplier" in rest.partition("not shown")[2]
 
 
 def test_means_of_different_sizes_are_marked(tmp_path, capsys):

@@ -34,7 +34,7 @@ A = TypeVar("A", bound=PackedCausalTransformerGeneratorArgs)
 
 
 class Session(Generic[A]):
-    """Reads prompts and runs commands. `args` and `generator` are those of the next answer."""
+    """Reads prompts and runs commands. `args` and `generator` make the next answer."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Session(Generic[A]):
             self._n_prompts = 0
         else:
             raise UserError(
-                f"{command} is no command; /help lists them. Put a prompt that starts with / "
+                f"{command} is not a command; /help lists them. Put a prompt that starts with / "
                 f"between {QUOTES}"
             )
 

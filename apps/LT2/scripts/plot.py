@@ -179,7 +179,7 @@ def finals_against(option: str, y: str, groups: Any) -> list[Series]:
     """Return one series a group: the last values of its runs against an option."""
     found, diverged, steps = [], [], set()
     for options, members in groups:
-        at: dict[str, dict[str, float]] = {}  # the value of the option to those of its runs
+        at: dict[str, dict[str, float]] = {}  # value of the option -> final values of its runs
         for run in members:
             step = max(run.metrics[y])
             value = run.metrics[y][step]

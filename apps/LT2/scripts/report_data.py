@@ -26,7 +26,7 @@ from lingua.runs import Run
 from lingua.slurm.code import CODE_VERSION
 from lingua.slurm.script import SUBMIT_SCRIPT
 
-# <option> is replaced by its value. A row whose first option is missing or null is left out.
+# <option> is replaced by its value. A row whose first option is missing or null is skipped.
 TRAINED = {
     "Model": "<model.n_layers> layers x <model.loop_count> loops, dim <model.dim>",
     "Mixer": "<model.mixer>",
