@@ -108,7 +108,7 @@ def tensors_under(prefix: str, metadata: Metadata) -> dict[str, TensorStorageMet
 def read_tensors(folder: Path, state: dict[str, Any], *, is_collective: bool) -> None:
     """Fill the tensors of a nested `state` in place; RuntimeError if a file is not readable.
 
-    UserError if a file holds more than tensors.
+    UserError if a file holds more than tensors. Ctrl-C stays KeyboardInterrupt.
     """
     try:
         with warnings.catch_warnings():  # DCP warns even if no_dist is set
@@ -117,7 +117,7 @@ def read_tensors(folder: Path, state: dict[str, Any], *, is_collective: bool) ->
             dcp.load(state, storage_reader=reader, planner=planner, no_dist=not is_collective)
     except CheckpointException as error:  # a BaseException
         rank, (cause, _) = sorted(error.failures.items())[0]
-        if isinstance(cause, UserError):
+        if isinstance(cause, UserError | KeyboardInterrupt):
             raise cause from None
         if isinstance(cause, pickle.UnpicklingError):
             raise not_only_tensors(f"a .distcp file in {folder}") from None

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from lingua.checkpoint import CheckpointArgs, CheckpointManager, consolidate_checkpoints
 from lingua.checkpointing import folder as on_disk
 from lingua.checkpointing.dcp import load_from_checkpoint, read_tensors
-from lingua.checkpointing.metadata import RECORDS, read_metadata
+from lingua.checkpointing.metadata import RECORDS, MetadataReader, read_metadata
 from lingua.checkpointing.weights import load_initial_weights, read_weights
 from lingua.errors import UserError
 from tests.lingua.checkpointing.checkpoint_runs import assert_same_bits, build, manager_at
@@ -190,6 +190,16 @@ def test_dcp_reads_the_index_with_our_reader(saved):
     forge(saved, **{".metadata": pickle.dumps(Call(os.mkdir, PWNED))})
     with pytest.raises(RuntimeError, match="nothing in it was run"):
         read_tensors(saved, {"model": {"a": torch.zeros(1)}}, is_collective=False)
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=list(READERS))
+def test_ctrl_c_while_tensors_are_read_is_not_a_damaged_file(reader, saved, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MetadataReader, "read_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reader(saved)
 
 
 def test_an_entry_that_is_not_a_tensor_is_not_read(saved):
