@@ -13,7 +13,7 @@ from apps.LT2.inference.generator import (
     PackedCausalTransformerGeneratorArgs,
 )
 from lingua.args import dataclass_to_dict, parse_args
-from lingua.config.help import describe_fields, format_value
+from lingua.config.help import describe_fields, field_types, format_value
 from lingua.errors import UserError
 
 HELP = '''\
@@ -21,6 +21,7 @@ A line is a prompt. The model doesn't see earlier prompts and answers.
 
 """text"""        a prompt that has several lines or starts with /
 /set NAME VALUE   change an option, for example /set temperature 0.5
+/set NAME         show an option
 /set              list the options
 /loops N          run the layers N times; /loops null: as in training
 /reset            restore the options and random numbers of the start
@@ -85,7 +86,9 @@ class Session(Generic[A]):
             show(HELP)
         elif command == "/set" and rest:
             name, value = re.split(r"[\s=]+", f"{rest} ", maxsplit=1)
-            self._set(name, value.strip())
+            name = getattr(self.args, "ALIASES", {}).get(name, name)
+            if value or name not in field_types(type(self.args)):
+                self._set(name, value.strip())
             show(f"{name}: {format_value(getattr(self.args, name))}")
         elif command == "/set":
             self._list_options()
