@@ -224,9 +224,11 @@ def _read_text(file: Path) -> Iterator[dict[str, str]]:
                 part.append(decoder.decode(line, final=not line))
             except UnicodeDecodeError as error:
                 byte = error.object[error.start]
+                is_utf_16 = line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+                likely = "utf-16" if is_utf_16 else "latin1"
                 raise UserError(
                     f"{file}:{number}: not UTF-8 (byte {byte:#x}); convert the file, for example "
-                    "with iconv -f latin1 -t utf-8"
+                    f"with iconv -f {likely} -t utf-8"
                 ) from None
             if not line:
                 break

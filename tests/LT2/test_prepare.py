@@ -18,7 +18,6 @@ from lingua.errors import UserError
 from lingua.prepare import shuffle as shuffling
 from lingua.tokenizer import build_tokenizer
 from tests.LT2.tiny_run import OPTIONS, SMALL, clean_process, without_code_copy
-from tests.readme import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +42,7 @@ def files(folder: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("options", [[], ["--train_tokenizer", "300"]])
 def test_the_printed_command_trains(here, capsys, options):
-    """Also from a folder with a blank in its name."""
+    """Also in another folder than the repository, with a blank in the name of the data."""
     write_lines(here / "my texts" / "a.jsonl", 200, "body")
     prepare.main(["my texts", "--text_field", "body", "--out", "my data", *options])
     summary, command = capsys.readouterr().out.splitlines()[-2:]
@@ -53,9 +52,11 @@ def test_the_printed_command_trains(here, capsys, options):
     small = {k: v for k, v in (OPTIONS | SMALL).items() if not k.startswith("data.tokenizer")}
     small = [f"{k}={'null' if v is None else v}" for k, v in (small | {"steps": 1}).items()]
     with clean_process(), without_code_copy():
-        app.main([config.replace("apps", str(ROOT / "apps"), 1), *argv, *small])
+        app.main([config, *argv, *small])
     records = Path("runs/my_texts/metrics.jsonl").read_text().splitlines()
     assert "loss/val" in json.loads(records[-1])
+    tokenizer = "my data/tokenizer.json" if options else "bytes"  # not the recipe's file
+    assert f" tokenizer {tokenizer}, " in Path("runs/my_texts/train.log").read_text()
 
 
 def test_a_tokenizer_is_trained_once(here, capsys):

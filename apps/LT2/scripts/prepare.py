@@ -35,6 +35,7 @@ from lingua.prepare.tokenizer import (
 from lingua.tokenizer import build_tokenizer
 
 CONFIG = "apps/LT2/configs/600M/debug.yaml"
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -94,7 +95,8 @@ def main(argv: Sequence[str]) -> None:
 
 def how_to_train(out: Path, name: str, has_tokenizer: bool) -> str:
     """Return the number of tokens and the training command."""
-    options = [f"config={CONFIG}", f"data.root_dir={out}", "data.sources={}"]
+    config = CONFIG if Path(CONFIG).is_file() else ROOT / CONFIG
+    options = [f"config={config}", f"data.root_dir={out}", "data.sources={}"]
     if has_tokenizer:
         file = out / TOKENIZER_NAME
         options += ["data.tokenizer.name=hf", f"data.tokenizer.path={file}"]

@@ -16,6 +16,7 @@ from apps.LT2.training.trainer import Trainer
 from lingua.data import ROOT_SOURCE
 from lingua.dataloader.args import DataArgs
 from lingua.parallel.args import resolve_dtype
+from lingua.tokenizer import find_tokenizer_file
 
 MAX_SOURCES = 4  # listed by name
 LABEL_WIDTH = 9
@@ -29,7 +30,8 @@ def format_summary(trainer: Trainer, world_size: int) -> str:
     shares = {"layers": count.body, "embeddings": count.embedding, "gates": count.gates}
     shape = f"{args.model.n_layers} layers x {args.model.loop_count} loops, dim {args.model.dim}"
     data, n_tokens = args.data, trainer.tokens_per_step
-    tokenizer = data.tokenizer.path or data.tokenizer.name
+    name, path = data.tokenizer.name, data.tokenizer.path
+    tokenizer = find_tokenizer_file(name, path) or name
     done = f", {step:,} of them done" if step else ""
     rows = [
         ("model", f"{shape}, {count.total:,} parameters"),

@@ -124,6 +124,13 @@ def test_an_empty_array_has_no_documents(tmp_path):
     assert texts_of(write(tmp_path / "a.json", "[\n]")) == []
 
 
+def test_text_in_utf_16_names_its_encoding(tmp_path):
+    """Read as latin1, it would be text with zeros between the letters."""
+    (tmp_path / "a.txt").write_text("café", encoding="utf-16")
+    with pytest.raises(UserError, match=r"a.txt:1: .*iconv -f utf-16 "):
+        texts_of(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize("end", [b"", b" au lait\n"], ids=["end", "middle"])
 def test_text_that_is_not_utf_8_names_its_line(tmp_path, end):
     (tmp_path / "a.txt").write_bytes("one\ncafé".encode("latin1") + end)
