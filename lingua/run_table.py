@@ -26,6 +26,7 @@ from lingua.run_columns import (
     At,
     Column,
     Mean,
+    Short,
     combine,
     default_columns,
     newest,
@@ -81,19 +82,22 @@ def build_table(
     options = [option for option in differ if option not in averaged]
     known = default_columns(runs, options)
     groups = [members for _, members in grouped(runs, options)]
+    findable = known
     if averaged:
-        known = known[1:]
+        findable = known = known[1:]
         known.insert(len(options), Column("n", lambda run: 1, str))
     else:
         groups = [[run] for members in groups for run in members]
         names = {known[0].value(run).text for run in runs}
-        if len(names) == 1 < len(runs) and not is_named:
+        if "run" in _names(columns):
+            known[0].value = lambda run: Short(run.name, run.name)
+        elif len(names) == 1 < len(runs) and not is_named:
             known = known[1:]  # all runs are of one sweep
         elif len(names) > 1:
             groups.sort(key=lambda members: natural_key(known[0].value(members[0]).text))
     keys = [(name.startswith("-"), name.removeprefix("-")) for name in _names(sort)]
-    sorted_by = [find_column("sort", name, known, runs, options) for _, name in keys]
-    shown = [find_column("columns", name, known, runs, options) for name in _names(columns)]
+    sorted_by = [find_column("sort", name, findable, runs, options) for _, name in keys]
+    shown = [find_column("columns", name, findable, runs, options) for name in _names(columns)]
     shown = shown or known
     for column in {id(c): c for c in [*shown, *sorted_by]}.values():
         column.cells = [combine(column, members) for members in groups]
@@ -123,6 +127,8 @@ def find_column(
     for column in known:
         if name in (column.name, column.header):
             return column
+    if name == "run":  # not the option profiling.run
+        raise UserError(f"{setting}=run: a row of mean= has several runs; leave out one of them")
     titles = [column.name for column in known if column.name.startswith(f"{name} ")]
     all_options = {option for run in runs for option in run.options.current}
     metrics = {key for run in runs for key in run.metrics}

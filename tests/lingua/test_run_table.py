@@ -45,6 +45,7 @@ def tune(tmp_path_factory) -> Path:
         label = f"mixer={mixer},loop_count={loops},seed={seed}"
         swept[label] = {"model.mixer": mixer, "model.loop_count": loops, "seed": seed}
         options = {"model": {"mixer": mixer, "loop_count": loops}, "seed": seed, "steps": 30}
+        options["profiling"] = {"run": False}
         last = 8.0 - loops / 10 + (mixer == "kda") + seed - 0.5
         facts = {"model/parameters": 1_234_567, "model/layout": LAYOUT.replace("gdn", mixer)}
         write_run(folder / label, options, [9.5, last - 0.1, last], **facts)
@@ -159,6 +160,8 @@ def test_columns_are_any_options_and_metrics(tune, rows, capsys):
     assert list(found[0].values()) == [pytest.approx(9.4), "kda", 30, 0.375, 1234567]
     main([str(tune), "columns=steps,mfu", "mean=seed"])
     assert capsys.readouterr().out.splitlines()[3].split() == ["30", "0.3750±0"]
+    main([str(tune), "columns=run,val", "format=markdown", "sort=run"])
+    assert capsys.readouterr().out.splitlines()[2].startswith("| mixer=gdn,loop_count=1,seed=0 |")
     (row,) = rows(tune, "columns=loop_count,steps", "mean=mixer,loop_count,seed")
     assert row == {"model.loop_count": "varies", "steps": 30}
 
@@ -298,6 +301,7 @@ def test_runs_are_folders_sweeps_or_globs(tune, tmp_path, rows, monkeypatch):
         (["{tune}", "columns=vall"], "columns=vall: .*mixer.*val"),
         (["{tune}", "sort=-perplexity"], "sort=perplexity: .*val"),
         (["{tune}", "columns=model.seed"], "columns=model.seed"),
+        (["{tune}", "columns=run", "mean=seed"], "columns=run: .*mean="),
         (["{tune}", "mean=sed"], "mean=sed: .*seed"),
         (["{tune}", "format=yaml"], "format=yaml must be one of table, csv"),
         (["{tune}", "means=seed"], "means"),

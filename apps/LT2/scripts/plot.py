@@ -366,7 +366,8 @@ def check_points(
     values = {text for one in series for text in one.x}
     if len(values) < 2:
         raise UserError(
-            f"x={x} has one value, {', '.join(values) or 'NaN'}; {say_differing(differing)}"
+            f"x={x} has one value in the runs with {y}, {', '.join(values) or 'NaN'}; "
+            f"{say_differing(differing)}"
         )
 
 
