@@ -46,7 +46,7 @@ class Sweep:
 def plan_sweep(args: StoolArgs) -> Sweep:
     """Check all runs. A mistake in any of them is a UserError, and nothing is written."""
     module, runs = import_script(args.script), combinations(args.sweep)
-    plain = replace(args, sweep={}, array=None, match=None)
+    plain = replace(args, sweep={}, array=None, match=None, by=StoolArgs.by)
     base = parse_run_args(plain, module)
     folder = Path(base.dump_dir).absolute()
     name = getattr(base, "name", "") or folder.name
