@@ -255,7 +255,7 @@ def test_without_a_copy_the_code_runs_in_place(project, args):
             "script=.* module.* script=project.p.train$",
         ),
         (dict(script=""), "script= must be a module"),
-        (dict(config="."), "config=.*directory"),
+        (dict(config="."), "config=.* is a folder"),
         (dict(overrides=["dump_dir=run.yaml"]), "dump_dir=.*run.yaml is a file"),
         (dict(overrides=[f"dump_dir={'x' * 300}"]), "dump_dir=.*File name too long"),
         (dict(nodes=0), "nodes=0"),
