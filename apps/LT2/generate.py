@@ -203,8 +203,6 @@ def load_generator(args: GenerateArgs) -> PackedCausalTransformerGenerator:
 
 def converse(args: GenerateArgs) -> None:
     """Answer prompts from the terminal; the n-th gets the same answers as in a list."""
-    # The run may save a newer checkpoint, which a reload must not use.
-    args = replace(args, ckpt=str(find_checkpoint(args.ckpt)))
     session = Session(args, load_generator, load_options=LOAD_OPTIONS, fixed_options=FIXED_OPTIONS)
     print("One prompt per line. /help lists commands, Ctrl-D ends.", file=sys.stderr)
     for place, prompt in session.prompts():
@@ -227,7 +225,9 @@ def converse(args: GenerateArgs) -> None:
 def main(argv: list[str]) -> None:
     args = parse_args(GenerateArgs, argv, prog="python -m apps.LT2.generate", doc=__doc__)
     args.uses_graph(resolve_device(args.device))
-    find_checkpoint(args.ckpt)  # report a wrong path before asking for prompts
+    # Now, to report a wrong path before asking for prompts, and only once: the run may save a newer
+    # checkpoint, which a reload must not use.
+    args = replace(args, ckpt=str(find_checkpoint(args.ckpt)))
     prompts = read_prompts(args)
     if prompts is None:
         converse(args)

@@ -106,6 +106,14 @@ def test_a_conversation_equals_a_list_and_survives_an_error(ask, capsys):
         assert answer in out
 
 
+def test_a_damaged_newest_checkpoint_is_reported_once(tmp_path, caplog):
+    model = tiny_model("window", 1, n_layers=1)
+    save_run(tmp_path, model, step=1)
+    (save_run(tmp_path, model, step=2) / "params.json").unlink()
+    generate.main([f"ckpt={tmp_path}", *OPTIONS, "prompts=[a]"])
+    assert caplog.text.count("0000000002 is damaged") == 1
+
+
 def test_the_seed_selects_the_answer(ask):
     once, again, other = (ask("temperature=1.5", "prompts=[first]", f"seed={n}") for n in (7, 7, 8))
     assert once == again != other
