@@ -137,7 +137,9 @@ def _read_lines(file: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
                     row = parse_object(line)
                     text = _text_of(row, keys)
                 except ValueError as error:
-                    raise UserError(f"{file}:{number}: {error}") from None
+                    form = "; a .json file is an array of objects, or has one object a line"
+                    advice = form if format_of(file) == ".json" else ""
+                    raise UserError(f"{file}:{number}: {error}{advice}") from None
                 yield _document(text, row.get("id"))
 
 

@@ -114,6 +114,12 @@ def test_a_bad_item_of_an_array_is_named(tmp_path, item, problem):
         list(read_documents(file))
 
 
+@pytest.mark.parametrize("content", ['{\n "data": []\n}', '{"data": [{"text": "x"}]}'])
+def test_an_object_instead_of_an_array_names_the_forms(tmp_path, content):
+    with pytest.raises(UserError, match=r"a.json:1: .*; a \.json file is an array of objects"):
+        texts_of(write(tmp_path / "a.json", content))
+
+
 @pytest.mark.parametrize("content", ["[", "[{}", '[{"text": "x"}', '[{"text": "x"}] 3', ""])
 def test_half_an_array_is_named(tmp_path, content):
     with pytest.raises(UserError, match="a.json"):
