@@ -47,7 +47,7 @@ metrics      $DUMP_DIR/metrics.jsonl
 checkpoints  $DUMP_DIR/checkpoints
 
 Try next, after \`source ${VENV#"$ROOT/"}/bin/activate\`:
-# generate with 4 loops instead of 2; without prompts= it asks for them
+# generate with 4 loops (the default is 2); without prompts= it asks for them
 lt2 generate ckpt=$RUN loop_count=4 max_gen_len=64 temperature=0.7 prompts='["The function returns"]'
 # the size and cost of the model with 4 loops
 lt2 describe config=$RECIPE model.loop_count=4
