@@ -45,7 +45,8 @@ def main() -> None:
     rest = argv[len(name.split()) :]
     sys.argv = [f"lt2 {name}", *rest]  # the program's name in messages
     replace_torch_for_help(rest)
-    run_cli(importlib.import_module(COMMANDS[name][0]).main)
+    module = COMMANDS[name][0]
+    run_cli(lambda argv: importlib.import_module(module).main(argv))  # importing torch takes long
 
 
 def list_commands(argv: Sequence[str]) -> None:

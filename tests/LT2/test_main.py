@@ -57,6 +57,16 @@ def test_every_command_is_listed(argv, monkeypatch, capsys):
     assert max(map(len, lines)) <= 80
 
 
+def test_ctrl_c_while_a_command_is_imported_is_no_traceback(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "train")
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_group_lists_its_own_commands(monkeypatch, capsys):
     run(monkeypatch, "benchmark", "--help")
     listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
