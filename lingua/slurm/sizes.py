@@ -124,8 +124,6 @@ def format_sizes(sizes: Mapping[str, Size], runs: Mapping[str, Options]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from lingua.slurm.sweep_plan import name_group
-
     def name(members: list[str]) -> str:
         if len(members) > 1:
             return name_group(members, runs).removesuffix(f" ({len(members)} runs)")
