@@ -110,6 +110,12 @@ def test_a_single_line_over_an_option_has_the_name_of_no_run(tmp_path, drawn, ca
     assert [row["run"] for row in rows(tmp_path / "a.csv")] == ["1", "4"]
 
 
+def test_a_mean_of_one_run_says_so(tune, tmp_path, drawn, capsys):
+    runs = [f"{tune}/gdn-*", f"{tune}/kda-*-1", f"{tune}/kda-1-0"]
+    main([*runs, "x=loop_count", "mean=seed", f"out={tmp_path}/a.png"])
+    assert "\nkda: loss/val 5.5 (n=1) at" in capsys.readouterr().out
+
+
 def test_an_option_that_follows_from_no_other_names_the_lines(tmp_path, drawn):
     swept = {}
     for i, (lr, dim) in enumerate(((1, 16), (2, 16), (1, 32))):  # the sweep was extended

@@ -372,8 +372,10 @@ def check_points(
 
 
 def print_lines(series: Sequence[Series], x: str, y: str) -> None:
+    has_means = any(n > 1 for one in series for n in one.n)
     for one in series:
-        spread = f" ± {one.std[-1]:.3g} (n={one.n[-1]})" if one.n[-1] > 1 else ""
+        spread = f" ± {one.std[-1]:.3g}" if one.n[-1] > 1 else ""
+        spread += f" (n={one.n[-1]})" if has_means else ""
         at = one.x[-1] if isinstance(one.x[-1], str) else plain_number(one.x[-1])
         name = ", ".join(_value_label(o, text) for o, text in one.options.items()) or one.name
         value = f"{y} {one.y[-1]:.4g}{spread} at {TITLES.get(x, x)} {at}"
