@@ -46,6 +46,8 @@ PLACEHOLDERS = {
     ),
     "--nproc-per-node 8 -m apps.LT2.eval": "--nproc-per-node 1 -m apps.LT2.eval",
     "--nproc-per-node 8": "--nproc-per-node 2",
+    "[full,gdn,mamba2]": "[full,gdn]",
+    "'sweep.seed=[1,2,3]'": "",
 }
 
 TINY_MODEL = "model.dim=32 model.n_layers=5 model.n_heads=2 model.gdn.head_dim=16"
@@ -62,6 +64,8 @@ TINY_BENCHMARK = "--seq-len 16 --batch-size 1 --repeats 1 --warmup 1 --decode-to
 TINY_RECIPE = "model.dim=32 model.n_layers=5 model.n_heads=2 model.vocab_size=300"
 SHORT_ANSWERS = "generator.max_gen_len=4"
 LOCAL_TASKS = "harness.tasks=[lt2_local_choice] harness.include_path=apps/LT2/local_tasks"
+
+STUDY_MODEL = "model.dim=64 model.n_layers=2 model.gdn.head_dim=16"
 
 # Start of a command -> what is appended to it; of two settings the last one counts.
 SMALLER = {
@@ -84,6 +88,9 @@ SMALLER = {
     ),
     "python -m lingua.stool script=": "ngpu=1 override=true",
     "python -m lingua.stool config=apps/LT2/configs/600M/debug.yaml launcher=bash": TINY_RUN,
+    "python -m lingua.stool config=apps/LT2/configs/600M/debug.yaml launcher=bash array=2 match": (
+        f"{TINY_RUN} {STUDY_MODEL}"
+    ),
     "python -m apps.LT2.generate": "max_gen_len=8",
     "python -m apps.LT2.eval": f"harness.limit=2 harness.bootstrap_iters=0 {SHORT_ANSWERS}",
     # instead of tasks that would be downloaded
@@ -131,6 +138,11 @@ LEAVES = {
     "docs/data.md: Your own texts": ["runs/my_texts/metrics.jsonl"],
     "docs/data.md: Tokenize ahead of time": ["data/local/stdlib.chunk.00.tokens.json"],
     "docs/evaluation.md: start": ["runs/suites/results.json"],
+    "docs/first_study.md: Table and figure": [
+        "runs/first_study.png",
+        "runs/first_study_flops.csv",
+        "runs/first_study/report.html",
+    ],
     "docs/slurm.md: Sweeps": ["runs/tune/lr=0.001,loop_count=1/submit.slurm"],
     "docs/training.md: start": ["runs/compared.png"],
     "setup/quickstart.sh": ["runs/loops/plot.png"],
