@@ -85,7 +85,7 @@ def match_model(
         closest = " ".join(f"model.{name}={value}" for name, value in options.items())
         raise UserError(
             f"match={quantity} by={by}: the closest, {closest or 'as given'}, differs by "
-            f"{difference:+.1%}; try by={'dim' if by == 'ffn' else 'ffn'}"
+            f"{difference:+.1%}, more than {TOLERANCE:.0%}; use another by=, or a larger model"
         )
     return options
 

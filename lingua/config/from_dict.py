@@ -201,7 +201,8 @@ def unknown_option(root: type, cls: type, above: str, key: str) -> str:
         advice = f"did you mean {' or '.join(dict.fromkeys(guesses))}?"
     else:
         advice = f"known here: {', '.join(siblings)}"
-    return f"unknown option {above}{key}; {advice}"
+    where = getattr(root, "OTHER_OPTIONS", "")
+    return f"unknown option {above}{key}; {advice}{where}"
 
 
 def with_path(message: str, above: str, fields: Container[str]) -> str:

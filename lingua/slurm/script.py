@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lingua.config.help import format_value
 from lingua.errors import UserError
@@ -17,6 +17,7 @@ CONFIG_ARGUMENT = 'config="$DUMP_DIR/base_config.yaml"'  # later options win ove
 
 @dataclass
 class StoolArgs:
+    OTHER_OPTIONS: ClassVar = " Options of the run go after `--`."  # advice for unknown options
     config: Any = None  # YAML file with the script's options (in Python also a mapping); required
     launcher: str = "sbatch"  # sbatch, or bash to run here or inside an allocation
     script: str = "apps.LT2.train"  # module to run; its TrainArgs or EvalArgs defines the options

@@ -119,6 +119,11 @@ def test_command_line(project, args, capfd):
     assert json_lines(out)[0]["args"]["steps"] == 4
 
 
+def test_an_option_of_the_run_belongs_after_the_dashes(args):
+    with pytest.raises(UserError, match="unknown option steps; .*after `--`"):
+        main([f"config={args.config}", "steps=2", "--", "dump_dir=x"])
+
+
 def test_a_config_is_utf_8_in_any_locale(project, args, monkeypatch):
     (project / "run.yaml").write_text("# für später\ndump_dir: runs/u\n", encoding="utf-8")
     for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
