@@ -1,7 +1,7 @@
 """Describe models before training them: layout, parameters, FLOPs, caches and memory.
 
     python -m apps.LT2.describe config=apps/LT2/configs/600M/looped_hybrid_gdn_4to1_600M.yaml
-    python -m apps.LT2.describe A.yaml B.yaml model.loop_count=2          # config= may be left out
+    python -m apps.LT2.describe A.yaml B.yaml model.loop_count=2          # config= is optional
     python -m apps.LT2.describe config=A.yaml config=B.yaml match=parameters by=n_layers
 
 Other options such as model.loop_count=2 apply to all configs. Nothing is allocated: models are
