@@ -174,10 +174,16 @@ def repeat_kv(x: Tensor, n_rep: int, dim: int = 2) -> Tensor:
     return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=dim)
 
 
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Return the angle per position of each pair, (K / 2,) in fp32."""
+    pairs = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    return theta ** (-pairs / head_dim)
+
+
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return cos and sin (..., K / 2) in fp32 for integer positions (...)."""
-    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float().unsqueeze(-1) * (theta ** (-pairs / head_dim))
+    frequencies = rotary_frequencies(head_dim, theta, positions.device)
+    angles = positions.float().unsqueeze(-1) * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -241,6 +247,14 @@ class RotaryEmbedding(nn.Module):
 
 # ---------------------------------------------------------------------------------------------
 # Modules
+
+
+class Linear(nn.Linear):
+    """nn.Linear with a bias that may be fp32 beside bf16 weights, as all 1-D parameters are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.type_as(input)
+        return F.linear(input, self.weight, bias)
 
 
 class RMSNorm(nn.Module):
@@ -467,15 +481,27 @@ class BaseTransformer(nn.Module):
 
 @torch.no_grad()
 def fuse_weights(linears: Sequence[nn.Linear]) -> None:
-    """Move the weights of bias-free linears into one matrix, in place, for `fused_linear`.
+    """Move the weights of linears into one matrix, and their biases, in place, for `fused_linear`.
 
-    They stay parameters: views of the matrix, which sees what is written to them.
+    They stay parameters: views of the fused tensors, which see what is written to them.
     """
-    assert all(linear.bias is None for linear in linears), "a bias would not be added"
     fused = torch.cat([linear.weight for linear in linears])
     for linear, weight in zip(linears, fused.split(_out_features(linears)), strict=True):
         linear.weight.data = weight
     linears[0].register_buffer("fused_weight", fused, persistent=False)
+    if all(linear.bias is None for linear in linears):
+        return
+    biases = [
+        fused.new_zeros(linear.out_features, dtype=torch.float32)
+        if linear.bias is None
+        else linear.bias
+        for linear in linears
+    ]
+    whole = torch.cat(biases)
+    for linear, bias in zip(linears, whole.split(_out_features(linears)), strict=True):
+        if linear.bias is not None:
+            linear.bias.data = bias
+    linears[0].register_buffer("fused_bias", whole, persistent=False)
 
 
 def fused_weight(linears: Sequence[nn.Linear]) -> Tensor | None:
@@ -485,12 +511,18 @@ def fused_weight(linears: Sequence[nn.Linear]) -> Tensor | None:
     return fused
 
 
+def fused_bias(linears: Sequence[nn.Linear], like: Tensor) -> Tensor | None:
+    """Return the bias of all outputs in the dtype of `like`, or None if no linear has one."""
+    bias = getattr(linears[0], "fused_bias", None)
+    return None if bias is None else bias.type_as(like)
+
+
 def fused_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """Return the output of each linear for x (..., inputs)."""
     weight = fused_weight(linears)
     if weight is None:
         return tuple(linear(x) for linear in linears)
-    return F.linear(x, weight).split(_out_features(linears), dim=-1)
+    return F.linear(x, weight, fused_bias(linears, x)).split(_out_features(linears), dim=-1)
 
 
 def _out_features(linears: Sequence[nn.Linear]) -> list[int]:

@@ -18,7 +18,9 @@ from apps.LT2.flops import all_runs
 from apps.LT2.kernel.fla import CHUNK
 from apps.LT2.kernel.linear_cross_entropy import CHUNK_TOKENS
 from apps.LT2.mixers import Mixer
+from apps.LT2.mixers.attention import Attention
 from apps.LT2.mixers.linear import LinearMixer
+from apps.LT2.mixers.nsa import NativeSparseAttention
 from apps.LT2.pattern import LayerSpec
 from apps.LT2.transformer import LoopedTransformer
 from lingua.optim import is_hidden_matrix, is_matrix
@@ -193,4 +195,6 @@ def _kernel_inputs(mixer: Mixer) -> int:
         extra = 2 * conv + made + values  # the convolution's result, then q, k and v
     else:
         extra = values if getattr(mixer, "wg", None) is not None else 0
+        if isinstance(mixer, Attention | NativeSparseAttention) and mixer.q_norm is not None:
+            extra += (mixer.n_heads + mixer.n_kv_heads) * mixer.head_dim  # after the norms
     return extra + int(KEPT_BY_NONE.get(mixer.module_name, 0) * values)

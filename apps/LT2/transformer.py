@@ -41,6 +41,7 @@ from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.mixers.retnet import RetNetArgs
+from apps.LT2.mixers.rotary import RopeScalingArgs
 from apps.LT2.pattern import LayerSpec, Layout, LayoutPlan, PatternParser
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import local_weight, tp_of
@@ -66,6 +67,9 @@ class LoopedTransformerArgs(MixerArgs):
     default_sliding_window: int = 2048  # keys that a window layer sees, the token itself included
     use_residual: bool = True  # learned per-loop gate rho (T, dim), zero at the start
     gated_attn: bool = False  # sigmoid output gate on softmax attention
+    attn_bias: str = "none"  # biases of softmax attention: none | qkv | qkvo (output too)
+    qk_norm: bool = False  # RMSNorm of every query and key head before the rotation
+    rope_scaling: RopeScalingArgs | None = None  # longer contexts; null = no scaling
     mixer_norm_eps: float | None = None  # epsilon of a linear mixer's output norm; null = norm_eps
     gdn: GatedDeltaNetArgs = field(default_factory=GatedDeltaNetArgs)
     kda: KDAArgs = field(default_factory=KDAArgs)

@@ -174,23 +174,26 @@ ALONE = TensorParallel()
 
 
 class SplitLinear(nn.Linear):
-    """A bias-free linear layer split by outputs (`dim` 0) or by inputs (`dim` 1).
+    """A linear layer split by outputs (`dim` 0) or by inputs (`dim` 1).
 
-    `in_features` and `out_features` are local sizes. `weight` is a DTensor of the full matrix.
+    `in_features` and `out_features` are local sizes. `weight` is a DTensor of the full matrix. A
+    bias stays whole.
     """
 
     def __init__(self, whole: nn.Linear, tp: TensorParallel, dim: int):
         nn.Module.__init__(self)
-        assert whole.bias is None
         self.tp, self.dim = tp, dim
         self.weight = _split_weight(whole.weight, tp, dim)
-        self.register_parameter("bias", None)
+        self.bias = whole.bias
         self.out_features, self.in_features = local_weight(self).shape
         self.shard: Tensor | None = None  # of the weight, for compiled code
 
     def forward(self, input: Tensor) -> Tensor:
-        y = F.linear(input, local_weight(self))
-        return self.tp.reduce_from(y) if self.dim == INPUTS else y
+        bias = None if self.bias is None else self.bias.type_as(input)
+        if self.dim == OUTPUTS:
+            return F.linear(input, local_weight(self), None if bias is None else self.tp.own(bias))
+        y = self.tp.reduce_from(F.linear(input, local_weight(self)))
+        return y if bias is None else y + bias
 
 
 class SplitEmbedding(nn.Embedding):
@@ -280,8 +283,10 @@ def check_divides(tp_size: int, count: int, what: str) -> None:
 def partial_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the parameters of modules with a TP group, whose gradients are partial sums.
 
-    Each rank uses its own part of a replicated parameter, or all of it for its own heads.
+    Each rank uses its own part of a replicated parameter, or all of it for its own heads. The bias
+    of a layer that is split by inputs is added to the sum over ranks, so its gradient is whole.
     """
+    whole = {linear.bias for linear in find_split_linears(model) if linear.dim == INPUTS}
     for module in model.modules():
         if tp_of(module).size > 1:
-            yield from module.parameters()
+            yield from (parameter for parameter in module.parameters() if parameter not in whole)

@@ -7,8 +7,9 @@ zero would hide what it gates.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.mixers.retnet import RetNetArgs
+from apps.LT2.mixers.rotary import RopeScalingArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from tests.tolerances import FP32, assert_same
 
@@ -72,8 +74,14 @@ def nsa_flops(mixer: Any, seqlen: int, window: int | None) -> int:
     return 4 * mixer.n_heads * mixer.head_dim * pairs
 
 
-def nsa_case(n_heads: int, head_dim: int, n_kv_heads: int | None, **sizes: int) -> Case:
-    heads = {"n_heads": n_heads, "head_dim": head_dim, "n_kv_heads": n_kv_heads}
+def nsa_case(
+    n_heads: int,
+    head_dim: int,
+    n_kv_heads: int | None,
+    others: Mapping[str, Any] = MappingProxyType({}),
+    **sizes: int,
+) -> Case:
+    heads = {"n_heads": n_heads, "head_dim": head_dim, "n_kv_heads": n_kv_heads, **others}
     return Case(
         "nsa",
         nsa_flops,
@@ -118,6 +126,12 @@ UNUSUAL: dict[str, Any] = {
 }
 
 
+# The biases of Qwen2 and one of the output, the norms of Qwen3, and a longer context: pairs that
+# keep their frequency, that mix, and that are divided.
+YARN = RopeScalingArgs(
+    rope_type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=4.0
+)
+QWEN: dict[str, Any] = {"attn_bias": "qkvo", "qk_norm": True, "rope_scaling": YARN}
 ONE_KEY = frozenset({"wq.weight", "wk.weight"})  # a softmax over one key is 1
 
 
@@ -130,6 +144,7 @@ CASES = {
         starts_at_zero=frozenset({"wg"}),
     ),
     "full_wide_heads": Case("full", attention_flops, args={"head_dim": 24}),
+    "full_qwen": Case("full", attention_flops, args={"n_kv_heads": 1, **QWEN}),
     "window_1": Case("window", attention_flops, window=1, without_gradient=ONE_KEY),
     "window_5": Case("window", attention_flops, window=5),
     "window_64": Case("window", attention_flops, window=64, args={"n_kv_heads": 1}),
@@ -166,7 +181,7 @@ CASES = {
     "nsa": nsa_case(16, 4, None),
     # 40 tokens are 4 blocks, so all are chosen, whatever bf16 rounds.
     "nsa_chooses": nsa_case(16, 4, 1, block_size=10, n_blocks=4, window_size=7),
-    "nsa_two_groups": nsa_case(32, 2, 2, block_size=16, n_blocks=5, window_size=1),
+    "nsa_two_groups": nsa_case(32, 4, 2, QWEN, block_size=16, n_blocks=5, window_size=1),
     "dsa": Case(
         "dsa",
         dsa_flops,
@@ -183,7 +198,7 @@ CASES = {
         sees_all_past=False,
         dtype=torch.float64,
     ),
-    "dsa_of_all_keys": Case("dsa", dsa_flops, args={"dsa": DSAArgs(top_k=300)}),
+    "dsa_of_all_keys": Case("dsa", dsa_flops, args={"dsa": DSAArgs(top_k=300), **QWEN}),
 }
 
 
@@ -205,7 +220,10 @@ OTHER_SHARED_VALUES: dict[str, tuple[Any, ...]] = {
     "head_dim": (8,),
     "n_kv_heads": (1,),
     "rope_theta": (99.0,),
+    "rope_scaling": (RopeScalingArgs(rope_type="linear", factor=2.0),),
     "gated_attn": (True,),
+    "attn_bias": ("qkv",),
+    "qk_norm": (True,),
     "mixer_norm_eps": (1e-2,),
     "attn_impl": ("naive",),  # in fp32, so the last bits change
 }

@@ -38,6 +38,7 @@ from lingua.optim import OptimArgs, build_optimizer
 from lingua.parallel.args import DistributedArgs
 from tests.lingua.dist_utils import run_ranks
 from tests.lingua.toy import whole
+from tests.LT2.mixer_cases import QWEN
 from tests.LT2.tiny import AtStep, tiny_model
 from tests.tolerances import FP32_MODEL, differences
 
@@ -53,7 +54,11 @@ GROUPS = Mamba2Args(head_dim=16, state_dim=8, n_groups=2)
 NOT_SPLIT = {"nsa", "dsa"}
 TWO_RANKS: dict[str, tuple[str, Options, Options]] = {
     **{mixer: (mixer, {"n_layers": 1}, TWO) for mixer in MIXERS if mixer not in NOT_SPLIT},
-    "full": ("full", {"n_heads": 4, "n_kv_heads": 2, "gated_attn": True, "n_layers": 2}, TWO),
+    "full": (
+        "full",
+        {"n_heads": 4, "n_kv_heads": 2, "gated_attn": True, "n_layers": 2, **QWEN},
+        TWO,
+    ),
     "kda": ("kda", {"n_layers": 1, "kda": KDAArgs(expand_v=2)}, TWO),
     "mamba2, groups": ("mamba2", {"n_layers": 1, "mamba2": GROUPS}, TWO),
     "no_shard": ("hybrid", {}, {"tp_size": 2}),

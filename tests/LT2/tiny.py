@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from apps.LT2.mixers import MIXERS
+from apps.LT2.mixers.attention import BIAS_NAMES
 from apps.LT2.mixers.dsa import DSAArgs, LightningIndexer
 from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.mixers.nsa import NSAArgs
@@ -43,7 +44,7 @@ def tiny_model(kind: str, loop_count: int, seed: int = 0, **changes: Any) -> Loo
     model = LoopedTransformer(tiny_args(kind, loop_count, **changes)).requires_grad_(False)
     model.init_weights()
     for name, param in model.named_parameters():
-        if name.endswith(("rho", "wg.weight")):
+        if name.endswith(("rho", "wg.weight", *BIAS_NAMES)):
             param.normal_(std=0.3)  # initialized to zero, which would hide errors
     model.tok_embeddings.weight *= 4  # outputs then depend on the tokens
     make_choices_clear(model)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from apps.LT2.inference.load import fuse_projections
-from lingua.transformer import fuse_weights, fused_linear
+from lingua.transformer import Linear, fuse_weights, fused_linear
 from tests.LT2.tiny import KINDS, tiny_model
-from tests.tolerances import FP32, FP32_MODEL, assert_same
+from tests.tolerances import BF16_KERNEL, FP32, FP32_MODEL, assert_same
 
 
 def make_linears() -> list[nn.Linear]:
@@ -49,9 +49,20 @@ def test_a_write_to_a_weight_changes_the_fused_one():
     assert_same(fused_linear(x, linears)[1], (0.5 * x.sum()).expand(5), FP32)
 
 
-def test_a_bias_is_not_fused():
-    with pytest.raises(AssertionError, match="bias"):
-        fuse_weights([nn.Linear(2, 2, bias=True)])
+def test_biases_are_fused_too():
+    """They stay fp32 parameters beside bf16 weights, and a linear without one adds nothing."""
+    linears = [Linear(8, n, bias=n != 5) for n in (3, 5, 1)]
+    for linear in linears:
+        linear.weight.data = linear.weight.data.bfloat16()
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    want = [linear(x) for linear in linears]
+    fuse_weights(linears)
+    for got, wanted in zip(fused_linear(x, linears), want, strict=True):
+        assert_same(got.float(), wanted.float(), BF16_KERNEL)
+    before = fused_linear(x, linears)[2]
+    with torch.no_grad():
+        linears[2].bias.add_(4)
+    assert_same(fused_linear(x, linears)[2].float(), before.float() + 4, BF16_KERNEL)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from apps.LT2.mixers.attention import BIAS_NAMES
+from apps.LT2.mixers.rotary import RopeScalingArgs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.errors import UserError
 from tests.LT2.golden import CONFIGS, RECIPES, read_recipe
@@ -25,6 +27,9 @@ CHANGES: list[tuple[str, dict[str, Any], Any]] = [
     ("use_residual", {"loop_count": 2}, False),
     ("gated_attn", {}, True),
     # not in the specification
+    ("attn_bias", {}, "qkv"),
+    ("qk_norm", {}, True),
+    ("rope_scaling", {}, RopeScalingArgs(rope_type="linear", factor=2.0)),
     ("dim", {}, 128),
     ("n_heads", {}, 8),
     ("head_dim", {}, 8),
@@ -62,7 +67,7 @@ def tiny(**options: Any) -> LoopedTransformer:
     model = LoopedTransformer(LoopedTransformerArgs(**shape | options))
     model.init_weights()
     for name, p in model.named_parameters():
-        if name.endswith(("rho", "wg.weight")):
+        if name.endswith(("rho", "wg.weight", *BIAS_NAMES)):
             torch.nn.init.normal_(p, std=0.3)
     return model.requires_grad_(False)
 

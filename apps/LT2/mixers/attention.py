@@ -3,7 +3,8 @@
     o_t = sum_s softmax(q_t . k_s K^-0.5) v_s        over the visible tokens s
 
 The output gate (`gated_attn`) is the sigmoid gate of Qiu et al., "Gated Attention for Large
-Language Models" (https://arxiv.org/abs/2505.06708).
+Language Models" (https://arxiv.org/abs/2505.06708). `attn_bias` and `qk_norm` are those of Qwen2
+and Qwen3; q and k are normalized before the rotation.
 
 Shapes: B sequences, T tokens, D model dim, H query heads, G key/value heads, K head dim, S slots
 of a cache. `full` and `window` are one module, so a layer may change its window from loop to loop.
@@ -28,17 +29,22 @@ from apps.LT2.mixers.base import (
     TensorParallelPlan,
     by_sequence,
 )
+from apps.LT2.mixers.rotary import RopeScalingArgs, rotary_angles
+from lingua.errors import UserError
 from lingua.probe import is_probing, log_stats
 from lingua.transformer import (
+    Linear,
+    RMSNorm,
     check_rotary_dim,
     fused_linear,
     init_linear,
     resolve_heads,
-    rotary_angles,
     rotate_pairs,
 )
 
 QKV = tuple[Tensor, Tensor, Tensor]
+BIASES = ("none", "qkv", "qkvo")  # which projections have a bias, model.attn_bias
+BIAS_NAMES = ("wq.bias", "wk.bias", "wv.bias", "wo.bias")
 
 
 @dataclass
@@ -53,23 +59,27 @@ class AttentionCache(MixerCache):
 class Attention(Mixer):
     module_name = "attention"
     reads = frozenset(
-        {"n_heads", "head_dim", "n_kv_heads", "rope_theta", "gated_attn", "attn_impl"}
+        {"n_heads", "head_dim", "n_kv_heads", "rope_theta", "rope_scaling"}
+        | {"gated_attn", "attn_bias", "qk_norm", "attn_impl"}
     )
     uses_fla = False
-    zero_at_start = ("wg.weight",)
+    zero_at_start = ("wg.weight", *BIAS_NAMES)
 
     def __init__(self, shared: MixerArgs, own: None = None):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = resolve_heads(shared)
         check_rotary_dim(self.head_dim)
         check_attention_impl(shared.attn_impl, windowed=False)
-        self.dim, self.rope_theta, self.attn_impl = shared.dim, shared.rope_theta, shared.attn_impl
+        self.dim, self.attn_impl = shared.dim, shared.attn_impl
+        self.rope_theta, self.rope_scaling = shared.rope_theta, shared.rope_scaling
         queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        self.wq = nn.Linear(shared.dim, queries, bias=False)
-        self.wk = nn.Linear(shared.dim, keys, bias=False)
-        self.wv = nn.Linear(shared.dim, keys, bias=False)
-        self.wo = nn.Linear(queries, shared.dim, bias=False)
+        qkv_bias, output_bias = resolve_biases(shared)
+        self.wq = Linear(shared.dim, queries, bias=qkv_bias)
+        self.wk = Linear(shared.dim, keys, bias=qkv_bias)
+        self.wv = Linear(shared.dim, keys, bias=qkv_bias)
+        self.wo = Linear(queries, shared.dim, bias=output_bias)
         self.wg = nn.Linear(shared.dim, queries, bias=False) if shared.gated_attn else None
+        self.q_norm, self.k_norm = qk_norms(shared, self.head_dim)
 
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
@@ -122,6 +132,9 @@ class Attention(Mixer):
         init_linear(self.wo, init_std, factor)
         if self.wg is not None:
             nn.init.zeros_(self.wg.weight)  # sigmoid(0): every head starts half open
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
 
     def flops_per_token(self, seqlen: int, window: int | None = None) -> int:
         queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
@@ -148,7 +161,9 @@ class Attention(Mixer):
         q, k, v = (
             y.unflatten(-1, (-1, self.head_dim)) for y in fused_linear(x_BTD, self.fused_linears())
         )
-        return *rotate_heads(q, k, positions, self.rope_theta), v
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return *rotate_heads(q, k, positions, self.rope_theta, self.rope_scaling), v
 
     def _output(self, o_BTHK: Tensor, x_BTD: Tensor) -> Tensor:
         o = o_BTHK.flatten(2)
@@ -172,11 +187,29 @@ class Attention(Mixer):
         return torch.cat(outputs).view_as(qkv[0])
 
 
+def resolve_biases(shared: MixerArgs) -> tuple[bool, bool]:
+    """Return whether wq, wk and wv have a bias, and whether wo has; UserError for other names."""
+    if shared.attn_bias not in BIASES:
+        raise UserError(f"model.attn_bias={shared.attn_bias} must be one of {', '.join(BIASES)}")
+    return shared.attn_bias != "none", shared.attn_bias == "qkvo"
+
+
+def qk_norms(shared: MixerArgs, head_dim: int) -> tuple[RMSNorm, RMSNorm] | tuple[None, None]:
+    """Return the norms of queries and keys, which all heads share."""
+    if not shared.qk_norm:
+        return None, None
+    return RMSNorm(head_dim, shared.norm_eps), RMSNorm(head_dim, shared.norm_eps)
+
+
 def rotate_heads(
-    q_BTHK: Tensor, k_BTGK: Tensor, positions: Tensor, theta: float
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    positions: Tensor,
+    theta: float,
+    scaling: RopeScalingArgs | None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys to `positions`, (T,) or (B, T)."""
-    cos, sin = rotary_angles(positions, q_BTHK.shape[-1], theta)
+    cos, sin = rotary_angles(positions, q_BTHK.shape[-1], theta, scaling)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return rotate_pairs(q_BTHK, cos, sin), rotate_pairs(k_BTGK, cos, sin)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.documents import document_of_tokens, local_positions
 from apps.LT2.mixers.parts import GroupedRMSNorm, ShortConv
+from apps.LT2.mixers.rotary import RopeScalingArgs
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel, split_linears
 from lingua.transformer import BaseTransformerArgs
 
@@ -28,6 +29,9 @@ class MixerArgs(BaseTransformerArgs):
 
     attn_impl: str
     gated_attn: bool
+    attn_bias: str
+    qk_norm: bool
+    rope_scaling: RopeScalingArgs | None
     mixer_norm_eps: float | None
 
     @property
@@ -221,7 +225,7 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def fused_linears(self) -> tuple[nn.Linear, ...]:
-        """Return the bias-free linears of the input, whose weights inference fuses."""
+        """Return the linears of the input, whose weights inference fuses."""
 
     @abstractmethod
     def reset_parameters(self, init_std: float | None, factor: float) -> None:

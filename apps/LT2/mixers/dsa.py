@@ -26,8 +26,9 @@ from apps.LT2.kernel.documents import local_positions
 from apps.LT2.kernel.dsa import Index, dsa, dsa_step
 from apps.LT2.mixers.attention import QKV, Attention, AttentionCache, append, append_step
 from apps.LT2.mixers.base import MixerArgs, OwnLoss, Past, Prompts, by_sequence
+from apps.LT2.mixers.rotary import rotary_angles
 from lingua.errors import UserError
-from lingua.transformer import RMSNorm, check_sizes, init_linear, rotary_angles, rotate_pairs
+from lingua.transformer import RMSNorm, check_sizes, init_linear, rotate_pairs
 
 
 @dataclass
@@ -56,7 +57,7 @@ class LightningIndexer(nn.Module):
     def __init__(self, shared: MixerArgs, own: DSAArgs):
         super().__init__()
         self.n_heads, self.head_dim = own.n_index_heads, own.index_head_dim
-        self.rope_theta = shared.rope_theta
+        self.rope_theta, self.rope_scaling = shared.rope_theta, shared.rope_scaling
         self.wq = nn.Linear(shared.dim, self.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(shared.dim, self.head_dim, bias=False)
         self.ww = nn.Linear(shared.dim, self.n_heads, bias=False)  # weights of the heads
@@ -67,7 +68,7 @@ class LightningIndexer(nn.Module):
         x_BTD = x_BTD.detach()
         q_BTJC = self.wq(x_BTD).unflatten(-1, (self.n_heads, self.head_dim))
         k_BTC = self.k_norm(self.wk(x_BTD))
-        cos, sin = rotary_angles(positions, self.head_dim, self.rope_theta)
+        cos, sin = rotary_angles(positions, self.head_dim, self.rope_theta, self.rope_scaling)
         q_BTJC = rotate_pairs(q_BTJC, cos.unsqueeze(-2), sin.unsqueeze(-2))
         w_BTJ = self.ww(x_BTD)
         w_BTJ = w_BTJ.to(torch.promote_types(w_BTJ.dtype, torch.float32))

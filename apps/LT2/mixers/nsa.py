@@ -32,10 +32,19 @@ from apps.LT2.kernel.nsa import (
     native_sparse_attention,
     native_sparse_attention_step,
 )
-from apps.LT2.mixers.attention import Attention, AttentionCache, append, rotate_heads, visible_pairs
+from apps.LT2.mixers.attention import (
+    Attention,
+    AttentionCache,
+    append,
+    qk_norms,
+    resolve_biases,
+    rotate_heads,
+    visible_pairs,
+)
 from apps.LT2.mixers.base import Mixer, MixerArgs, Prompts, by_sequence
 from lingua.errors import UserError
 from lingua.transformer import (
+    Linear,
     check_rotary_dim,
     check_sizes,
     fused_linear,
@@ -64,7 +73,7 @@ class NSACache(AttentionCache):
 class NativeSparseAttention(Mixer):
     module_name = "nsa"
     reads = Attention.reads - {"gated_attn"}  # it has its own gates
-    zero_at_start = ("wg.weight",)
+    zero_at_start = Attention.zero_at_start
 
     def __init__(self, shared: MixerArgs, own: NSAArgs):
         super().__init__()
@@ -77,13 +86,16 @@ class NativeSparseAttention(Mixer):
                 f"model.nsa.n_blocks={own.n_blocks} must be at least {ALWAYS_CHOSEN}: the "
                 "first block, the query's own and the one before it are always chosen"
             )
-        self.nsa, self.rope_theta, self.attn_impl = own, shared.rope_theta, shared.attn_impl
+        self.nsa, self.attn_impl = own, shared.attn_impl
+        self.rope_theta, self.rope_scaling = shared.rope_theta, shared.rope_scaling
         queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        self.wq = nn.Linear(shared.dim, queries, bias=False)
-        self.wk = nn.Linear(shared.dim, keys, bias=False)
-        self.wv = nn.Linear(shared.dim, keys, bias=False)
+        qkv_bias, output_bias = resolve_biases(shared)
+        self.wq = Linear(shared.dim, queries, bias=qkv_bias)
+        self.wk = Linear(shared.dim, keys, bias=qkv_bias)
+        self.wv = Linear(shared.dim, keys, bias=qkv_bias)
         self.wg = nn.Linear(shared.dim, 3 * self.n_heads, bias=False)  # three gates per head
-        self.wo = nn.Linear(queries, shared.dim, bias=False)
+        self.wo = Linear(queries, shared.dim, bias=output_bias)
+        self.q_norm, self.k_norm = qk_norms(shared, self.head_dim)
 
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
@@ -148,6 +160,9 @@ class NativeSparseAttention(Mixer):
             init_linear(linear, init_std)
         nn.init.zeros_(self.wg.weight)  # sigmoid(0): every branch starts half open
         init_linear(self.wo, init_std, factor)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
 
     def flops_per_token(self, seqlen: int, window: int | None = None) -> int:
         products = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
@@ -179,8 +194,10 @@ class NativeSparseAttention(Mixer):
         """Return q, k, v (B, T, heads, K) and gates (B, T, H, 3); q and k are rotated."""
         *qkv, gates = fused_linear(x_BTD, self.fused_linears())
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in qkv)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         gates = torch.sigmoid(gates).unflatten(-1, (self.n_heads, 3))
-        return *rotate_heads(q, k, positions, self.rope_theta), v, gates
+        return *rotate_heads(q, k, positions, self.rope_theta, self.rope_scaling), v, gates
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *, cu_seqlens: Tensor | None = None

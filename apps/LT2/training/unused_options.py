@@ -22,6 +22,7 @@ def train_warnings(args: TrainArgs) -> list[str]:
     """Return the warnings for a run, one line each. The defaults of `args` must be filled in."""
     return [
         *unused_options(args.model).values(),
+        *_unused_scaling(args.model),
         *_ineffective_limits(args.model),
         *_wide_init(args.model),
         *_unused_train_options(args),
@@ -78,6 +79,15 @@ def _reasons(args: LoopedTransformerArgs) -> dict[str, str]:
         if is_dataclass(getattr(args, name, None)):
             reasons[name] = f"no layer is {name}"
     return reasons
+
+
+def _unused_scaling(args: LoopedTransformerArgs) -> Iterator[str]:
+    if args.rope_scaling is not None:
+        for name in args.rope_scaling.unused_options():
+            yield (
+                f"model.rope_scaling.{name} has no effect with rope_type="
+                f"{args.rope_scaling.rope_type}; remove it"
+            )
 
 
 def _ineffective_limits(args: LoopedTransformerArgs) -> Iterator[str]:

@@ -6,6 +6,7 @@ torch alone: it may call nothing of apps or lingua.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,9 @@ Heads = list[tuple[Tensor, Tensor, Tensor]]
 
 
 def linear(weights: Weights, name: str, x_TD: Tensor, n_heads: int = 1) -> tuple[Tensor, ...]:
-    """Return x W^T of each head; one head has all channels."""
-    return (x_TD @ weights[f"{name}.weight"].T).chunk(n_heads, dim=-1)
+    """Return x W^T + b of each head, if there is a bias; one head has all channels."""
+    bias = weights.get(f"{name}.bias", torch.zeros(()))
+    return (x_TD @ weights[f"{name}.weight"].T + bias).chunk(n_heads, dim=-1)
 
 
 def head_shape(args: Any, own: Any, key_share: float = 1) -> tuple[int, int, int]:
@@ -56,19 +58,35 @@ def rms_norm(weights: Weights, name: str, x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weights[f"{name}.weight"], eps=eps)
 
 
-def rotated(x_TK: Tensor, theta: float) -> Tensor:
+def rotated(x_TK: Tensor, theta: float, scaling: Any = None) -> Tensor:
     """Turn the pairs (x[2i], x[2i+1]) of token t, as complex numbers, by t theta^(-2i / K)."""
     T, K = x_TK.shape
     speed = theta ** (-torch.arange(0, K, 2, dtype=x_TK.dtype) / K)
-    phase = torch.polar(torch.ones(T, K // 2, dtype=x_TK.dtype), torch.arange(T)[:, None] * speed)
+    length = torch.ones((), dtype=x_TK.dtype)
+    if scaling is not None:  # section 3 of https://arxiv.org/abs/2309.00071, with ends in whole i
+        assert scaling.rope_type == "yarn"
+        context = scaling.original_max_position_embeddings
+        low, high = (
+            K / 2 * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )
+        low, high = max(math.floor(low), 0), min(math.ceil(high), K - 1)
+        divided = ((torch.arange(K // 2) - low) / (high - low)).clamp(0, 1)
+        speed = divided * speed / scaling.factor + (1 - divided) * speed
+        length = length * (0.1 * math.log(scaling.factor) + 1)
+    phase = torch.polar(length.expand(T, K // 2), torch.arange(T)[:, None] * speed)
     pairs = torch.view_as_complex(x_TK.reshape(T, K // 2, 2).contiguous())
     return torch.view_as_real(pairs * phase).flatten(1)
 
 
 def softmax_heads(weights: Weights, args: Any, x_TD: Tensor, n_kv_heads: int) -> Heads:
     """Return rotated q and k, and v, of each query head; groups of heads share k and v."""
-    q = [rotated(q, args.rope_theta) for q in linear(weights, "wq", x_TD, args.n_heads)]
-    k = [rotated(k, args.rope_theta) for k in linear(weights, "wk", x_TD, n_kv_heads)]
+    q = linear(weights, "wq", x_TD, args.n_heads)
+    k = linear(weights, "wk", x_TD, n_kv_heads)
+    if args.qk_norm:
+        q = [rms_norm(weights, "q_norm", head, args.norm_eps) for head in q]
+        k = [rms_norm(weights, "k_norm", head, args.norm_eps) for head in k]
+    q, k = ([rotated(x, args.rope_theta, args.rope_scaling) for x in heads] for heads in (q, k))
     v = linear(weights, "wv", x_TD, n_kv_heads)
     group = args.n_heads // n_kv_heads
     assert q[0].shape[1] == (args.head_dim or args.dim // args.n_heads)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.LT2.mixer_cases import CASES, assert_same_fp32, make, tokens
-from tests.LT2.mixers.paper import Weights, softmax_heads
+from tests.LT2.mixers.paper import Weights, linear, softmax_heads
 
 
 def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) -> Tensor:
@@ -19,7 +19,7 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
     o_TC = torch.cat(heads, dim=-1)
     if args.gated_attn:
         o_TC = o_TC * torch.sigmoid(x_TD @ weights["wg.weight"].T)
-    return o_TC @ weights["wo.weight"].T
+    return linear(weights, "wo", o_TC)[0]
 
 
 def test_the_output_gate_starts_half_open():

@@ -64,17 +64,18 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None):
     o_TC = torch.cat([torch.stack(head) for head in o], dim=-1)
     if args.gated_attn:
         o_TC = o_TC * torch.sigmoid(x_TD @ weights["wg.weight"].T)
-    return o_TC @ weights["wo.weight"].T, torch.stack(losses).mean()
+    return linear(weights, "wo", o_TC)[0], torch.stack(losses).mean()
 
 
 def indexer_scores(weights: Weights, args, x_TD: Tensor) -> Tensor:
     """Compute I(t, s) = sum_j w(t, j) ReLU(q(t, j) . k(s)) / sqrt(J C), with rotated q and k."""
     J, C = args.dsa.n_index_heads, args.dsa.index_head_dim
     (k,), (w_TJ,) = linear(weights, "indexer.wk", x_TD), linear(weights, "indexer.ww", x_TD)
-    k = rotated(rms_norm(weights, "indexer.k_norm", k, args.norm_eps), args.rope_theta)
+    turn = args.rope_theta, args.rope_scaling
+    k = rotated(rms_norm(weights, "indexer.k_norm", k, args.norm_eps), *turn)
     scores = 0
     for j, q in enumerate(linear(weights, "indexer.wq", x_TD, J)):
-        products = rotated(q, args.rope_theta) @ k.T
+        products = rotated(q, *turn) @ k.T
         scores = scores + w_TJ[:, j, None] * products.relu() * (J * C) ** -0.5
     return scores
 

@@ -10,7 +10,7 @@ from apps.LT2.mixers import Prompts
 from apps.LT2.mixers.nsa import NativeSparseAttention, NSAArgs, chosen_pairs, complete_block_pairs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.errors import UserError
-from tests.LT2.mixers.paper import Weights, softmax_heads
+from tests.LT2.mixers.paper import Weights, linear, softmax_heads
 
 SIZES = {"block_size": 8, "n_blocks": 4, "window_size": 5}
 
@@ -45,7 +45,7 @@ def definition(weights: Weights, args, x_TD: Tensor, window: int | None = None) 
             gates = gates_TH3[t, g * group : (g + 1) * group]
             gated = [gates[:, i, None] * branch for i, branch in enumerate(branches)]
             o[t].append(sum(gated).flatten())
-    return torch.stack([torch.cat(row) for row in o]) @ weights["wo.weight"].T
+    return linear(weights, "wo", torch.stack([torch.cat(row) for row in o]))[0]
 
 
 def branches_of(q_RK: Tensor, k_SK: Tensor, v_SK: Tensor, own: NSAArgs) -> list[Tensor]:

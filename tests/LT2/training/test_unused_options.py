@@ -9,6 +9,7 @@ import pytest
 from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
+from apps.LT2.mixers.rotary import RopeScalingArgs
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.training.unused_options import (
     options_without_effect,
@@ -20,6 +21,7 @@ from lingua.checkpoint import CheckpointArgs, SaveEvery
 from lingua.metrics import LoggingArgs
 from tests.LT2.tiny import KINDS
 
+LINEAR = RopeScalingArgs(rope_type="linear", factor=2.0)
 OWN_HEADS = GatedDeltaNetArgs(n_heads=2)
 
 
@@ -35,6 +37,9 @@ OWN_HEADS = GatedDeltaNetArgs(n_heads=2)
         ("head_dim", {"mixer": "gdn", "head_dim": 16, "n_heads": 4}, {"n_heads": None}),
         ("head_dim", {"mixer": "mamba2", "head_dim": 16}, {"mixer": "full"}),
         ("rope_theta", {"mixer": "kda", "rope_theta": 5e5}, {"mixer": "retnet"}),
+        ("rope_scaling", {"mixer": "retnet", "rope_scaling": LINEAR}, {"mixer": "nsa"}),
+        ("attn_bias", {"mixer": "mamba2", "attn_bias": "qkv"}, {"mixer": "dsa"}),
+        ("qk_norm", {"mixer": "gdn", "qk_norm": True}, {"mixer": "window"}),
         ("attn_impl", {"mixer": "gdn", "attn_impl": "sdpa"}, {"attention_pattern": "3:1"}),
         ("attn_impl", {"mixer": "dsa", "attn_impl": "sdpa"}, {"mixer": "full"}),
         ("sliding_window", {"mixer": "window", "sliding_window": 8}, {"mixer": "full"}),
@@ -57,6 +62,17 @@ def test_an_option_that_no_layer_uses_has_a_warning(option, options, used_by):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_options_of_every_kind_are_used(kind):
     assert unused_options(LoopedTransformerArgs(n_layers=3, **KINDS[kind])) == {}
+
+
+@pytest.mark.parametrize(
+    "rope_type, warned", [("llama3", ["model.rope_scaling.truncate"]), ("yarn", [])]
+)
+def test_an_option_of_another_scaling_has_a_warning(rope_type, warned):
+    scaling = RopeScalingArgs(
+        rope_type=rope_type, factor=4.0, original_max_position_embeddings=64, truncate=False
+    )
+    warnings = train_warnings(TrainArgs(model=LoopedTransformerArgs(rope_scaling=scaling)))
+    assert [w.split()[0] for w in warnings if "rope_scaling" in w] == warned
 
 
 def test_a_narrowed_full_layer_is_a_full_layer():
