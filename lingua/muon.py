@@ -63,19 +63,15 @@ class Muon(Optimizer):
     def __init__(
         self,
         groups: list[dict[str, Any]],
+        adamw: AdamW,
         *,
-        lr: float,
         momentum: float,
         newton_schulz_steps: int,
-        betas: tuple[float, float],
-        eps: float,
-        fused: bool,
     ):
-        """`groups` have params, weight_decay and muon. Both optimizers share these dicts."""
+        """`groups` have params, weight_decay and muon. `adamw` shares the dicts without muon."""
         self.momentum, self.newton_schulz_steps = momentum, newton_schulz_steps
-        others = [group for group in groups if not group["muon"]]
-        self.adamw = AdamW(others, lr=lr, betas=betas, eps=eps, fused=fused)
-        super().__init__(groups, {"lr": lr})
+        self.adamw = adamw
+        super().__init__(groups, {"lr": adamw.defaults["lr"]})
         self.state = self.adamw.state
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -52,6 +52,7 @@ class OptimArgs:
     clip: float | None = 1.0  # maximum norm of the whole gradient; 0 or null turns clipping off
     scheduler: str = "cosine"  # constant, linear, inv_sqrt, cosine or wsd
     warmup: int = 2000  # steps of linear warmup; 0 starts at lr; `constant` has no warmup
+    rewarmup: int = 0  # steps of linear warmup after each change of model.loop_schedule
     lr_min_ratio: float = 0.1  # final learning rate / lr, 0 to 1; `constant` stays at lr
     # cosine, wsd: cycle length / steps; 0.5 restarts once, 1.0 never. A cosine with more than 1.0
     # ends above lr_min_ratio
@@ -67,7 +68,7 @@ class OptimArgs:
         _require(self.scheduler in SCHEDULERS, "scheduler", self.scheduler, ", ".join(SCHEDULERS))
         for name in ("lr", "epsilon", "cycle_length", "cosine_theta", "exp_factor"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("weight_decay", "warmup", "skip_nonfinite"):
+        for name in ("weight_decay", "warmup", "rewarmup", "skip_nonfinite"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "from 0 to below 1")
@@ -190,6 +191,18 @@ def build_lr_fn(args: OptimArgs, n_steps: int) -> Callable[[int], float]:
     return partial(schedule, **{p: value for p, value in values.items() if p in parameters})
 
 
+def with_restarts(
+    lr_fn: Callable[[int], float], restarts: Sequence[int], warmup: int
+) -> Callable[[int], float]:
+    """Return `lr_fn` with `warmup` more steps of linear warmup after each of `restarts`."""
+
+    def factor(step: int) -> float:
+        since = [step - restart for restart in restarts if restart < step]
+        return lr_fn(step) * min(1.0, min(since) / warmup if since and warmup else 1.0)
+
+    return factor
+
+
 def find_unused_options(args: OptimArgs) -> list[str]:
     """List the options that optimizer and scheduler don't read, whatever their values."""
     parameters = inspect.signature(SCHEDULERS[args.scheduler]).parameters
@@ -280,20 +293,63 @@ def build_param_groups(
     ]
 
 
+UsedRows = Mapping[nn.Parameter, Callable[[], int]]
+
+
+class RowAdamW(AdamW):
+    """AdamW that updates only those rows of a parameter that a step uses.
+
+    `used_rows` returns how many of the first rows of a parameter the step uses. The other rows keep
+    their value and state: they neither decay nor move by momentum, as parameters without a gradient
+    do. Each row counts its own steps, so its first update is that of a new parameter. The state
+    "step" then has shape (rows,), and () for all other parameters.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], used_rows: UsedRows, **options: Any):
+        super().__init__(groups, **options)
+        self.used_rows = used_rows
+
+    def _init_group(self, group: dict[str, Any], params: list[Tensor], *lists: list[Tensor]) -> Any:
+        for param in group["params"]:
+            state = self.state.get(param)
+            # A checkpoint may be from before or after a change of used_rows.
+            if state and param in self.used_rows and not state["step"].ndim:
+                state["step"] = state["step"].expand(len(param)).clone()
+            elif state and param not in self.used_rows and state["step"].ndim:
+                state["step"] = state["step"].max()
+        has_complex = super()._init_group(group, params, *lists)
+        for param in [p for p in params if p in self.used_rows]:
+            i, state = next(i for i, p in enumerate(params) if p is param), self.state[param]
+            if not state["step"].ndim:  # new
+                state["step"] = state["step"].expand(len(param)).clone()
+                lists[-1][i] = state["step"]
+            rows = range(self.used_rows[param]())
+            for tensors in (params, *(tensors for tensors in lists if tensors)):
+                tensors[i : i + 1] = [tensors[i][row] for row in rows]
+        return has_complex
+
+
 def build_optimizer(
-    model: nn.Module, args: OptimArgs, n_steps: int
+    model: nn.Module,
+    args: OptimArgs,
+    n_steps: int,
+    *,
+    restarts: Sequence[int] = (),
+    used_rows: UsedRows | None = None,
 ) -> tuple[Optimizer, ScheduledLR]:
-    """Build the optimizer and its schedule for a model that is parallelized and materialized."""
+    """Build the optimizer and its schedule for a model that is parallelized and materialized.
+
+    `optim.rewarmup` follows each of `restarts`, numbers of completed steps. For `used_rows` see
+    RowAdamW.
+    """
     _warn_of_unused_options(args)
     groups = build_param_groups(model, args.weight_decay, muon=args.name == "muon")
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     betas = (args.beta1, args.beta2)
     options = {"lr": args.lr, "betas": betas, "eps": args.epsilon, "fused": fused}
-    if args.name == "muon":
-        optimizer = Muon(groups, **options, **asdict(args.muon))
-    else:
-        optimizer = AdamW(groups, **options)
-    lr_fn = build_lr_fn(args, n_steps)
+    adamw = RowAdamW([g for g in groups if not g["muon"]], used_rows or {}, **options)
+    optimizer = Muon(groups, adamw, **asdict(args.muon)) if args.name == "muon" else adamw
+    lr_fn = with_restarts(build_lr_fn(args, n_steps), restarts, args.rewarmup)
     # torch takes a skipped first step for a wrong order of calls.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     # The scheduler counts completed steps, and sets the rate of the next one.

@@ -43,7 +43,7 @@ def forward_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
     Counts multiplications and additions of matrix products, of attention over visible keys and of
     recurrences, in every (loop, layer). Norms, activations and rotary embedding don't count.
     """
-    return head_flops(model) + _body_flops_per_token(model, seqlen)
+    return head_flops(model) + _body_flops_per_token(model, seqlen, model.layout)
 
 
 def head_flops(model: LoopedTransformer) -> int:
@@ -53,15 +53,24 @@ def head_flops(model: LoopedTransformer) -> int:
 
 def prefill_flops(model: LoopedTransformer, seqlen: int) -> int:
     """Return the FLOPs of a prompt of `seqlen` tokens, with logits of the last one only."""
-    return seqlen * _body_flops_per_token(model, seqlen) + head_flops(model)
+    return seqlen * _body_flops_per_token(model, seqlen, model.layout) + head_flops(model)
 
 
 def train_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
-    """Return the FLOPs of forward and backward per token: a backward has two products for each.
+    """Return the FLOPs of forward and backward per token, the mean over the steps of a run."""
+    return round(model.loop_plan.mean(lambda T: step_flops_per_token(model, seqlen, T)))
 
+
+def step_flops_per_token(model: LoopedTransformer, seqlen: int, n_loops: int) -> int:
+    """Return the FLOPs per token of a training step of `n_loops` loops.
+
+    A backward has two products for each of the forward, in the loops that it goes through.
     Recomputation doesn't count, so utilization measures the speed of training.
     """
-    return 3 * forward_flops_per_token(model, seqlen)
+    loops = model.inference_layout[:n_loops]
+    forward = _body_flops_per_token(model, seqlen, loops)
+    backward = _body_flops_per_token(model, seqlen, loops[-model.n_backward_loops(n_loops) :])
+    return forward + 2 * backward + 3 * head_flops(model)
 
 
 def cache_bytes(model: LoopedTransformer, seqlen: int, dtype: torch.dtype) -> int:
@@ -104,11 +113,11 @@ def step_traffic(
     return StepTraffic(weights, head, batch_size * per_sequence)
 
 
-def _body_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
+def _body_flops_per_token(model: LoopedTransformer, seqlen: int, layout: Layout) -> int:
     return sum(
         block.mixer(spec).flops_per_token(seqlen, spec.window)
         + 6 * block.feed_forward.dim * block.feed_forward.hidden_dim
-        for block, spec in all_runs(model, model.layout)
+        for block, spec in all_runs(model, layout)
     )
 
 

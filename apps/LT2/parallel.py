@@ -42,13 +42,13 @@ def set_gradient_sync(model: LoopedTransformer, is_last: bool) -> None:
     """Prepare for a micro-batch; `is_last`: the optimizer step comes after it.
 
     The backward passes a looped layer once per loop, and FSDP would free and gather its weights
-    each time. Here the layer stays gathered until the backward enters loop 0, its last pass. Then
+    each time. Here the layer stays gathered until the backward enters its last pass, loop 0. Then
     its gradient, the sum over loops and micro-batches, is reduced, and its weights are freed if
     this was the last micro-batch.
     """
     free = model.reshard_between_loops
     finish = partial(gradients.set_gradient_sync, model, is_last, reshard=is_last or free)
-    if model.args.loop_count == 1:
+    if model.n_backward_loops(model.n_loops) == 1:
         finish()
     else:
         gradients.set_gradient_sync(model, False, reshard=free)
@@ -74,7 +74,7 @@ def get_no_recompute_ops() -> set[Any]:
 
 def count_block_kinds(model: LoopedTransformer) -> int:
     """Count the (mixer, window) pairs over all loops: each is compiled separately."""
-    return len({spec for loop in model.layout for spec in loop})
+    return len({spec for loop in model.inference_layout for spec in loop})
 
 
 def check_tensor_parallel(model: nn.Module, tp_size: int) -> None:

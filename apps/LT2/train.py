@@ -15,6 +15,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from logging import WARNING
@@ -22,12 +23,13 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.validation import Validator
-from apps.LT2.flops import train_flops_per_token
+from apps.LT2.flops import step_flops_per_token, train_flops_per_token
 from apps.LT2.mixers import MIXERS
 from apps.LT2.parallel import (
     build_fsdp_grouping_plan,
@@ -52,7 +54,12 @@ from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.trainer import every_n_steps as every_n_steps
 from apps.LT2.training.unused_options import options_without_effect as options_without_effect
 from apps.LT2.training.unused_options import train_warnings
-from apps.LT2.transformer import ZERO_IF_MISSING, LoopedTransformer, LoopedTransformerArgs
+from apps.LT2.transformer import (
+    RESIZED,
+    ZERO_IF_MISSING,
+    LoopedTransformer,
+    LoopedTransformerArgs,
+)
 from lingua.args import (
     dataclass_from_dict,
     dataclass_to_dict,
@@ -146,6 +153,7 @@ class Run:
     preemption: PreemptionFlag
     validator: Validator | None
     is_stopping: bool = False  # because of a signal; equal on all ranks
+    n_loops: int | None = None  # T of the last step
 
     def __post_init__(self) -> None:
         self.args, self.state = self.trainer.args, self.trainer.state
@@ -164,7 +172,12 @@ class Run:
     def step(self) -> None:
         self.watchdog.beat(self.state.step)
         show_status(f"step {self.state.step + 1}/{self.args.steps} ...")
-        self.progress.add(self.trainer.step())
+        result = self.trainer.step()
+        self.progress.add(result)
+        plan = self.trainer.model.loop_plan
+        if len(plan.phases) > 1 and result.n_loops != self.n_loops:
+            log_on_rank_0("from step %d: %d loops", self.state.step, result.n_loops)
+        self.n_loops = result.n_loops
         self.profiler.step()
         self.is_stopping = agree_any(self.preemption.is_set)
         if every_n_steps(self.state, self.args.gc_collect_freq):
@@ -282,9 +295,11 @@ def build_run(
     validator = build_run_validator(args)
     checkpoints = CheckpointManager.instantiate_and_make_dir(args.checkpoint)
     resources.enter_context(checkpoints)
-    flops_per_token = train_flops_per_token(model, args.data.seq_len)  # before TP splits the heads
+    seq_len = args.data.seq_len
+    mean_flops = train_flops_per_token(model, seq_len)  # before TP splits the heads
+    flops_by_loops = {T: step_flops_per_token(model, seq_len, T) for T in model.loop_plan.shares()}
     build_model(args, mesh, device, model)
-    optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
+    optimizer, scheduler = build_run_optimizer(args, model)
     if get_is_master():
         warn_of_small_disk(checkpoints.path, optimizer, get_world_size())
     state = load_state(args, model, optimizer, scheduler, checkpoints, mesh)
@@ -298,11 +313,11 @@ def build_run(
     log_on_rank_0(format_summary(trainer, get_world_size()))
     for warning in train_warnings(args):
         log_on_rank_0(warning, level=WARNING)
-    progress = Progress(trainer, flops_per_token)
+    progress = Progress(trainer, flops_by_loops)
     facts = {
         "model/parameters": get_num_params(model),
         "model/layout": format_layout(model.inference_layout, model.layout_plan.random_loops),
-        "model/flops_per_token": flops_per_token,
+        "model/flops_per_token": mean_flops,
         "environment/versions": format_versions(),
     }
     metric_logger = MetricLogger(metrics_path(args), args, resume_step=state.step, facts=facts)
@@ -353,6 +368,15 @@ def build_model(
         model.init_weights()
 
 
+def build_run_optimizer(args: TrainArgs, model: LoopedTransformer) -> tuple[Optimizer, ScheduledLR]:
+    """Build the optimizer and its schedule. They follow T where it varies."""
+    used_rows: dict[nn.Parameter, Callable[[], int]] = {}
+    if model.rho is not None and model.loop_plan.shares() != {args.model.loop_count: 1.0}:
+        used_rows[model.rho] = lambda: model.n_loops
+    changes = model.loop_plan.starts(args.steps)[1:]
+    return build_optimizer(model, args.optim, args.steps, restarts=changes, used_rows=used_rows)
+
+
 def zero_at_start() -> list[str]:
     """Return the name suffixes of weights that are initialized to zero."""
     mixers = set(MIXERS.values())
@@ -377,7 +401,8 @@ def load_state(
     if loaded is None and (path := args.checkpoint.init_ckpt_path) is not None:
         source = run_on_rank_0(lambda: find_checkpoint(path, INIT_OPTION))
         log_on_rank_0("initial weights: %s", source)
-        load_initial_weights(str(source), model, ZERO_IF_MISSING)
+        stored = load_initial_weights(str(source), model, ZERO_IF_MISSING, RESIZED)
+        state.n_gates = min(stored.get("rho", (0,))[0], args.model.loop_count)
         for difference in run_on_rank_0(lambda: find_init_differences(args, source)):
             message = "model differs from checkpoint.init_ckpt_path: %s"
             log_on_rank_0(message, difference, level=WARNING)

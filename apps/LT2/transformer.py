@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from apps.LT2.cache import ModelCache, packed_lengths
 from apps.LT2.kernel.attention import check_attention_impl
 from apps.LT2.kernel.documents import upload
 from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy
+from apps.LT2.loops import LoopPlan, parse_loop_plan
 from apps.LT2.mixers import MIXERS, Mixer, MixerArgs, Prompts
 from apps.LT2.mixers.deltanet import DeltaNetArgs
 from apps.LT2.mixers.dsa import DSAArgs
@@ -44,13 +45,14 @@ from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.mixers.rotary import RopeScalingArgs
 from apps.LT2.pattern import LayerSpec, Layout, LayoutPlan, PatternParser
 from lingua.errors import UserError
+from lingua.logger import log_on_rank_0
 from lingua.parallel.tensor_parallel import local_weight, tp_of
 from lingua.transformer import RMSNorm, depth_factor, init_linear, trunc_normal_
 
-logger = logging.getLogger(__name__)
-
 # Weights that checkpoints of models without loops lack, such as Lingua's.
 ZERO_IF_MISSING = ("rho",)
+# Weights whose shape depends on loop_count -> a function of the stored tensor and loop_count.
+RESIZED: dict[str, Callable[[Tensor, int], Tensor]] = {"rho": lambda rho, T: fit_loop_gates(rho, T)}
 
 
 @dataclass
@@ -60,6 +62,9 @@ class LoopedTransformerArgs(MixerArgs):
     weight_tying: bool = False  # the head uses the embedding's weight
     sliding_window: int | None = None  # turns every full layer into a window of this size
     loop_count: int = 1  # T: how often the stack runs; effective depth = n_layers * T
+    loop_schedule: str | None = None  # T in training by share of steps, e.g. "1@0, 2@0.2, 4@0.5"
+    loop_sample: str | None = None  # T drawn in each training step: uniform:1,2,4 or poisson:MEAN
+    loop_bptt: int | None = None  # gradients go through the last loops only; null = through all
     mixer: str = "full"  # token mixer, a name in apps.LT2.mixers.MIXERS
     attention_pattern: str | None = None  # layout over depth and loops; null = mixer everywhere
     hybrid_mixer: str = "full"  # the second family of a pattern such as "4:1"
@@ -88,6 +93,22 @@ class LoopedTransformerArgs(MixerArgs):
                 f"model.mixer_norm_eps={self.mixer_norm_eps} must be above 0, or null for "
                 "model.norm_eps"
             )
+        if self.loop_bptt is not None and not 1 <= self.loop_bptt <= self.loop_count:
+            raise UserError(
+                f"model.loop_bptt={self.loop_bptt} must be from 1 to model.loop_count="
+                f"{self.loop_count}, or null"
+            )
+
+    def with_loops(self, loop_count: int) -> LoopedTransformerArgs:
+        """Return the options of a model that always runs `loop_count` loops, for inference."""
+        fixed = {"loop_schedule": None, "loop_sample": None, "loop_bptt": None}
+        return replace(self, loop_count=loop_count, **fixed)
+
+    def loop_plan(self) -> LoopPlan:
+        """Return T of all training steps; UserError for a mistake in its options."""
+        return parse_loop_plan(
+            self.loop_count, self.loop_schedule, self.loop_sample, self.seed or 0
+        )
 
     def layout(self) -> Layout:
         """Return what runs at each (loop, layer) in evaluation and inference."""
@@ -131,7 +152,7 @@ class LoopedTransformer(nn.Module):
         if args.dim < 1:
             raise UserError(f"model.dim={args.dim} must be at least 1")
         self.args = args
-        self.layout_plan = args.layout_plan()
+        self.layout_plan, self.loop_plan = args.layout_plan(), args.loop_plan()
         # Cached decoding always runs the layout of inference, `forward` the one of the step.
         self.layout = self.inference_layout = self.layout_plan.draw(None)
         windowed = any(spec.window is not None for loop in self.layout for spec in loop)
@@ -150,7 +171,8 @@ class LoopedTransformer(nn.Module):
         self.checkpoint_loops = False
         # Whether FSDP gathers the layers again for each loop; set by the trainer.
         self.reshard_between_loops = False
-        # Runs when the backward enters loop 0, its last pass; set by apps.LT2.parallel.
+        # Runs when the backward enters its last pass, loop 0 without loop_bptt; set by
+        # apps.LT2.parallel.
         self.before_last_backward: Callable[[], None] | None = None
         # The mean over (loop, layer) of the mixers' own losses, of the last forward with a target.
         self.mixer_losses: dict[str, Tensor] = {}
@@ -196,7 +218,11 @@ class LoopedTransformer(nn.Module):
             # Compiled blocks serve any number of documents.
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
         h, losses = self._run_loops(
-            tokens_BT, lambda block, h, spec: block(h, spec, cu_seqlens, with_loss), self.layout
+            tokens_BT,
+            lambda block, h, spec: block(
+                h, spec, cu_seqlens, with_loss and torch.is_grad_enabled()
+            ),
+            self.layout,
         )
         return self.norm(h), losses
 
@@ -207,17 +233,29 @@ class LoopedTransformer(nn.Module):
 
         run_layer gets the entry [loop][layer] of each of `grids`; the first is the layout.
         """
-        h, losses = self.tok_embeddings(tokens), []
-        for t, rows in enumerate(zip(*grids, strict=True)):
+        loops = list(enumerate(zip(*grids, strict=True)))
+        first = len(loops) - self.n_backward_loops(len(loops)) if torch.is_grad_enabled() else 0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and first == 0):
+            h, losses = self.tok_embeddings(tokens), []
+            for t, rows in loops[:first]:
+                h, _ = self._run_loop(h, t, run_layer, rows)
+        if first:
+            # A leaf with a gradient: FSDP's hooks and compiled blocks see what they always see.
+            h = h.detach().requires_grad_()
+        for t, rows in loops[first:]:
             if self.checkpoint_loops and torch.is_grad_enabled():
                 run = partial(checkpoint, self._run_loop, use_reentrant=False)
             else:
                 run = self._run_loop
             h, new_losses = run(h, t, run_layer, rows)
             losses += new_losses
-            if t == 0 and h.requires_grad:
+            if t == first and h.requires_grad:
                 h.register_hook(self._enter_last_backward)
         return h, losses
+
+    def n_backward_loops(self, n_loops: int) -> int:
+        """Return through how many of `n_loops` loops the backward goes."""
+        return min(n_loops, self.args.loop_bptt or n_loops)
 
     def _run_loop(
         self, h: Tensor, t: int, run_layer: RunLayer, rows: tuple[Sequence[Any], ...]
@@ -245,14 +283,28 @@ class LoopedTransformer(nn.Module):
         if self.before_last_backward is not None:
             self.before_last_backward()
 
-    def begin_step(self, step: int | None) -> None:
-        """Set what depends on the step: `step` optimizer steps are done, None is inference.
+    def begin_step(self, step: int | None, n_steps: int = 1) -> None:
+        """Set what depends on the step: `step` of `n_steps` are done, None is inference.
 
-        Draws random layouts, from the model's seed and `step` alone.
+        Draws T and random layouts, from the model's seed and `step` alone. Loop t always runs
+        segment t of the pattern. Inference runs `loop_count` loops.
         """
         self.layout = self.layout_plan.draw(step)
+        if step is not None:
+            self.layout = self.layout[: self.loop_plan.draw(step, n_steps)]
         for mixer in self._mixers():
             mixer.begin_step(step)
+
+    @property
+    def n_loops(self) -> int:
+        """T of the current step."""
+        return len(self.layout)
+
+    @torch.no_grad()
+    def extend_gates(self, n_trained: int) -> None:
+        """Set the gates of loops that no step has run to the last trained gate, in place."""
+        if self.rho is not None and 0 < n_trained < len(self.rho):
+            self.rho[n_trained:] = self.rho[n_trained - 1]
 
     def own_loss_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the weights that only a mixer's own loss trains, by the name of the loss."""
@@ -386,13 +438,14 @@ def fit_loop_gates(rho_TD: Tensor, loop_count: int) -> Tensor:
     n_trained = rho_TD.shape[0]
     if n_trained == loop_count:
         return rho_TD
-    logger.warning(
+    log_on_rank_0(
         "model.loop_count=%d on weights trained with %d loops: %s",
         loop_count,
         n_trained,
         "extra loops reuse the last residual gate"
         if loop_count > n_trained
         else "the gates of the last loops are not used",
+        level=logging.WARNING,
     )
     extra = rho_TD[-1:].expand(max(loop_count - n_trained, 0), -1)
     return torch.cat((rho_TD[:loop_count], extra))

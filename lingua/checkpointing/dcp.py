@@ -15,7 +15,7 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ MODEL_KEY, OPTIM_KEY = "model", "optim"
 # Lingua stores the weight of a tied head a second time.
 TIED_COPY = "output.tied_module.weight"
 CONFIG_NAME = "params.json"
+Resize = Callable[[Tensor, int], Tensor]  # (stored tensor, rows of the model) -> the model's tensor
 
 
 def load_from_checkpoint(
@@ -47,13 +48,15 @@ def load_from_checkpoint(
     model_key: str = MODEL_KEY,
     optim_key: str = OPTIM_KEY,
     zero_if_missing: Sequence[str] = (),
-) -> None:
+    resized: Mapping[str, Resize] | None = None,
+) -> dict[str, tuple[int, ...]]:
     """Load a step folder into a model and optimizer, in place. A collective.
 
     An empty `model_key` means that the model's tensors have no prefix. Without an optimizer,
     stored weights that the model lacks are skipped with a warning; with one, they are a UserError.
     Weights that the folder lacks are set to zero if `zero_if_missing` lists them. Otherwise they
-    are a UserError, as are other shapes.
+    are a UserError, as are other shapes, unless `resized` has a function that fits the stored
+    tensor to the model's rows. Returns the stored shapes by name.
     """
     folder = Path(ckpt_dir)
     require_files(folder, METADATA_NAME)
@@ -62,6 +65,11 @@ def load_from_checkpoint(
     stored = {name: entry.size for name, entry in model_tensors(metadata, model_key).items()}
     for name in missing_as_zero(f"checkpoint {folder}", weights, stored, zero_if_missing):
         weights.pop(name).zero_()
+    shapes, resized_names = dict(stored), []
+    for name in resized or {}:
+        if name in weights and name in stored and weights[name].shape != stored[name]:
+            resized_names.append(name)
+            weights[name] = weights[name].new_empty(stored[name])
     if not model_key:  # the root may hold other tensors
         stored = {name: size for name, size in stored.items() if name in weights}
     check_fits(f"checkpoint {folder}", weights, stored, may_leave_out=optimizer is None)
@@ -72,9 +80,14 @@ def load_from_checkpoint(
         moments = _empty_optimizer_state(folder, model, optimizer, moments_stored)
         state[optim_key] = {"state": moments}
     read_tensors(folder, state, is_collective=dist.is_initialized())
+    for name in resized_names:
+        target = model.get_parameter(name)
+        with torch.no_grad():
+            target.copy_((resized or {})[name](weights[name], len(target)))
     if optimizer is not None:
         for name, param in _optimized(model, optimizer).items():
             optimizer.state[param] = moments.get(name, {})
+    return shapes
 
 
 def require_files(folder: Path, *names: str, option: str = "") -> None:

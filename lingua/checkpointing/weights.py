@@ -21,6 +21,7 @@ from lingua.checkpointing.dcp import (
     CONFIG_NAME,
     MODEL_KEY,
     TIED_COPY,
+    Resize,
     check_fits,
     load_from_checkpoint,
     missing_as_zero,
@@ -158,10 +159,17 @@ def consolidate_checkpoints(ckpt_dir: str | os.PathLike) -> Path:
 # ---- into a model
 
 
-def load_initial_weights(path: str, model: nn.Module, zero_if_missing: Sequence[str] = ()) -> None:
+def load_initial_weights(
+    path: str,
+    model: nn.Module,
+    zero_if_missing: Sequence[str] = (),
+    resized: Mapping[str, Resize] | None = None,
+) -> dict[str, tuple[int, ...]]:
     """Fill a model, sharded or not, from a step folder or a weight file. A collective.
 
-    Weights that are missing there are set to zero if `zero_if_missing` lists them.
+    Weights that are missing there are set to zero if `zero_if_missing` lists them. `resized` maps
+    names of replicated weights to functions that fit a stored tensor to another number of rows.
+    Returns the stored shapes by name.
     """
     option = "checkpoint.init_ckpt_path"
     source = find_weights(Path(path))
@@ -169,17 +177,23 @@ def load_initial_weights(path: str, model: nn.Module, zero_if_missing: Sequence[
         raise UserError(f"{option}={path} is neither a step folder nor a weight file")
     if source.is_dir():
         try:
-            load_from_checkpoint(source, model, zero_if_missing=zero_if_missing)
+            return load_from_checkpoint(
+                source, model, zero_if_missing=zero_if_missing, resized=resized
+            )
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise UserError(f"{option}={source} is not readable: {first_line(error)}") from None
-        return
     weights = read_weights(source, option)
     targets = model.state_dict()
     for name in missing_as_zero(f"{option}={source}", targets, weights, zero_if_missing):
         targets.pop(name).zero_()
+    stored = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name, resize in (resized or {}).items():
+        if name in targets and name in weights:
+            weights[name] = resize(weights[name], len(targets[name]))
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     check_fits(f"{option}={source}", targets, shapes, may_leave_out=True)
     for name, target in targets.items():
         copy_whole(target, weights[name])
+    return stored

@@ -36,7 +36,8 @@ def sync_replicated_grads(model: nn.Module, mesh: DeviceMesh | None) -> None:
     """Average the gradients of replicated parameters over data-parallel ranks, before clipping.
 
     Ranks of a TP group have the same gradient, or each a partial sum (see tensor_parallel.py). A
-    missing gradient counts as zero, so that all ranks send buffers of the same size.
+    missing gradient counts as zero, so that all ranks send buffers of the same size. If no rank has
+    one, as in a loop that the step does not run, it stays missing, and AdamW skips the parameter.
     """
     if mesh is None or dist.get_world_size() == 1:
         return
@@ -45,17 +46,24 @@ def sync_replicated_grads(model: nn.Module, mesh: DeviceMesh | None) -> None:
     ]
     if not replicated:
         return
+    has_grad = [float(p.grad is not None) for p in replicated]
     for p in replicated:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
     grads = [local_tensor(p.grad) for p in replicated if p.grad is not None]
-    bucket = torch.cat([g.flatten().float() for g in grads])
+    flags = torch.tensor(has_grad, device=grads[0].device)
+    bucket = torch.cat([*(g.flatten().float() for g in grads), flags])
     dist.all_reduce(bucket)
+    bucket, n_with_grad = bucket.split([len(bucket) - len(flags), len(flags)])
     partial = set(partial_parameters(model))
     n_ranks, n_replicas = mesh.size(), mesh.size() // _tp_size(mesh)
     sums = bucket.split([g.numel() for g in grads])
     for parameter, grad, total in zip(replicated, grads, sums, strict=True):
         grad.copy_(total.view_as(grad) / (n_replicas if parameter in partial else n_ranks))
+    if not all(has_grad):  # waits for the device
+        for p, n in zip(replicated, n_with_grad.tolist(), strict=True):
+            if not n:
+                p.grad = None
 
 
 def _tp_size(mesh: DeviceMesh) -> int:

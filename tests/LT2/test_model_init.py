@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apps.LT2 import transformer
 from apps.LT2.mixers import MIXERS
 from apps.LT2.transformer import (
     LoopedTransformer,
@@ -105,7 +104,7 @@ def test_gates_for_another_loop_count(caplog):
     assert not caplog.records
     assert torch.equal(fit_loop_gates(rho, 4), rho[[0, 1, 1, 1]])
     assert torch.equal(fit_loop_gates(rho, 1), rho[:1])
-    assert [r.name for r in caplog.records] == [transformer.__name__] * 2  # said, not silent
+    assert len(caplog.records) == 2  # logged, not silent
 
 
 def test_same_seed_same_weights():

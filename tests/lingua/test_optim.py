@@ -269,3 +269,56 @@ def test_an_option_without_effect_is_one_warning(kwargs, option, caplog):
     warnings = [record.message for record in caplog.records]
     assert len(warnings) == (option is not None)
     assert option is None or option in warnings[0]
+
+
+# ---- rows of a parameter
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
+def test_unused_rows_neither_move_nor_decay_and_used_rows_are_parameters_of_their_own(name, betas):
+    """The reference has a parameter for each row, without a gradient while the row is unused."""
+    torch.manual_seed(0)
+    model, used = Toy(), [3, 1, 2, 1, 3, 2]
+    nn.init.normal_(model.rho)
+    rows = [nn.Parameter(row.detach().clone()) for row in model.rho]
+    args = OptimArgs(
+        name=name, warmup=0, scheduler="constant", lr=0.1, beta1=betas[0], beta2=betas[1]
+    )
+    now = iter(used)
+    optimizer, _ = build_optimizer(model, args, 10, used_rows={model.rho: lambda: next(now)})
+    plain = torch.optim.AdamW(rows, lr=0.1, betas=betas, eps=args.epsilon, weight_decay=0)
+    for n in used:
+        model.rho.grad = torch.zeros_like(model.rho)
+        for row, param in enumerate(rows):
+            param.grad = torch.randn(4) if row < n else None
+            if param.grad is not None:
+                model.rho.grad[row] = param.grad
+        optimizer.step()
+        plain.step()
+        torch.testing.assert_close(model.rho, torch.stack(rows))
+    assert optimizer.state[model.rho]["step"].tolist() == [6, 4, 2]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_counts_of_rows_follow_a_change_of_used_rows(first):
+    model = Toy()
+    state: dict[str, torch.Tensor] = {}
+    for varies in (first, not first):
+        used = {model.rho: lambda: 2} if varies else {}
+        optimizer, _ = build_optimizer(model, OptimArgs(), 10, used_rows=used)
+        if varies != first:
+            optimizer.state[model.rho] = state
+        for _ in range(2):
+            model.rho.grad = torch.ones_like(model.rho)
+            optimizer.step()
+        state = dict(optimizer.state[model.rho])
+    assert state["step"].tolist() == (4 if first else [4, 4, 2])
+
+
+def test_a_second_warmup_follows_each_restart():
+    args = OptimArgs(scheduler="linear", warmup=0, rewarmup=4, lr_min_ratio=0.0)
+    _, schedule = build_optimizer(nn.Linear(2, 2), args, 20, restarts=(5, 7))
+    assert [schedule.lr_lambdas[0](done) for done in (4, 5, 6, 7, 9, 10, 12)] == pytest.approx(
+        [0.75, 0.7 / 4, 0.65 / 2, 0.6 / 4, 0.5 * 3 / 4, 0.45, 0.35]
+    )

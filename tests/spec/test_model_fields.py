@@ -51,6 +51,7 @@ ELSEWHERE = {
     "attn_impl",  # below
     "seed",  # of the trainer
     "max_seqlen",  # for warnings
+    *("loop_schedule", "loop_sample", "loop_bptt"),  # of training: tests/LT2/test_loops.py
 }
 
 

@@ -71,8 +71,7 @@ def load_model_and_tokenizer(
             "data.add_bos=true in training, but the tokenizer has no bos token: using none"
         )
     args = _model_args(config, tokenizer, source)
-    if loop_count is not None:
-        args = replace(args, loop_count=loop_count)
+    args = args.with_loops(args.loop_count if loop_count is None else loop_count)
     args = _fit_to_device(args, on.type, matrix_dtype)
     model = build_on_meta(args)
     weights = read_weights(source, "ckpt", device=on, matrix_dtype=matrix_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +13,14 @@ from apps.LT2.inference.load import check_kernels
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.parallel import check_tensor_parallel
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, build_on_meta
-from lingua.checkpoint import CheckpointArgs, CheckpointManager, check_init
+from lingua.checkpoint import (
+    CONFIG_NAME,
+    INIT_OPTION,
+    CheckpointArgs,
+    CheckpointManager,
+    check_init,
+    find_checkpoint,
+)
 from lingua.data import fill_in_sources, validate_data_args
 from lingua.dataloader.args import DataArgs
 from lingua.distributed import (
@@ -89,7 +97,31 @@ def check_and_build(
     checkpoints.check_foreign()
     if not checkpoints.existing_saves:
         check_init(args.checkpoint, args.steps)
+    check_same_loops(args, checkpoints)
     return args, model
+
+
+def check_same_loops(args: TrainArgs, checkpoints: CheckpointManager) -> None:
+    """Raise UserError if the run would resume from a checkpoint with another loop_count."""
+    init, continues = args.checkpoint.init_ckpt_path, args.checkpoint.continue_training_from_init
+    if checkpoints.existing_saves:
+        source, remedy = checkpoints.existing_saves[-1], "start a new run in another dump_dir with"
+    elif init is not None and continues:
+        source = find_checkpoint(init, INIT_OPTION)
+        remedy = "set checkpoint.continue_training_from_init=false, and keep"
+    else:
+        return
+    try:
+        saved = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+        loop_count = int(saved["model"].get("loop_count", LoopedTransformerArgs.loop_count))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # loading reports a damaged checkpoint, or takes an earlier one
+    if loop_count != args.model.loop_count:
+        raise UserError(
+            f"model.loop_count={args.model.loop_count} can't resume {source}, which has "
+            f"model.loop_count={loop_count}; {remedy} checkpoint.init_ckpt_path={source}, which "
+            "takes the weights and adds or drops gates"
+        )
 
 
 def check_numbers(args: TrainArgs) -> None:

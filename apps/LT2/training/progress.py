@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ class Progress:
     """
 
     trainer: Trainer
-    flops_per_token: int  # forward and backward, of the whole model
+    flops_per_token: dict[int, int]  # of the whole model, in forward and backward, by loops
     _results: list[StepResult] = field(default_factory=list)
     _since: float = field(default_factory=time.perf_counter)  # end of the counted time
     _seconds: float = 0.0  # counted since the last record
+    _flops: int = 0  # of the model since the last record, on all ranks
+    _seconds_per_flop: float = 0.0  # in the last record
 
     def __post_init__(self):
         device, model_dtype = self.trainer.device, self.trainer.args.distributed.model_dtype
@@ -42,8 +45,10 @@ class Progress:
         state = self.trainer.state
         if state.n_flops is None:
             n_before = (state.n_tokens or 0) - self.trainer.tokens_per_step
-            state.n_flops = n_before * self.flops_per_token
-        state.n_flops += self.trainer.tokens_per_step * self.flops_per_token
+            state.n_flops = n_before * self.flops_per_token[result.n_loops]
+        n_flops = self.trainer.tokens_per_step * self.flops_per_token[result.n_loops]
+        state.n_flops += n_flops
+        self._flops += n_flops
         self._results.append(result)
 
     def _count_time(self) -> None:
@@ -72,7 +77,8 @@ class Progress:
         self._count_time()
         seconds = self._seconds / n_steps
         tokens_per_s, world_size = self.trainer.tokens_per_step / seconds, get_world_size()
-        flops = tokens_per_s * self.flops_per_token / world_size
+        flops = self._flops / self._seconds / world_size
+        self._seconds_per_flop = self._seconds / self._flops
         record = {
             "global_step": state.step,
             "acc_step": 0,
@@ -90,30 +96,36 @@ class Progress:
             "optim/total_flops": float(state.n_flops or 0),  # wandb has 64-bit integers
             **self.memory.metrics(),
         }
+        if self.trainer.model.loop_plan.varies:
+            record["optim/loops"] = fmean(r.n_loops for r in results)
         if self.peak_flops is not None:
             record["speed/mfu"] = flops / self.peak_flops
         if state.seconds is not None:
             record["time/elapsed"] = state.seconds
         self.memory.reset_peak_stats()
-        self._results, self._seconds = [], 0.0
+        self._results, self._seconds, self._flops = [], 0.0, 0
         return record
 
     def line(self, record: dict[str, Any]) -> str:
         """Format a record as one line of the log."""
-        steps = self.trainer.args.steps
-        left = (steps - record["global_step"]) * record["speed/curr_iter_time"]
+        steps, step = self.trainer.args.steps, record["global_step"]
+        flops_left = self.trainer.tokens_per_step * self.trainer.model.loop_plan.total(
+            self.flops_per_token.__getitem__, step, steps
+        )
         parts = [
-            f"step {record['global_step']}/{steps}",
+            f"step {step}/{steps}",
             f"loss {record['loss/out']:.4f}",
             f"lr {record['optim/lr']:.2e}",
             f"grad {record['optim/grad_norm']:.3f}",
             f"{_si(record['speed/tokens_per_s'])} tokens/s",
         ]
+        if "optim/loops" in record:
+            parts.append(f"loops {record['optim/loops']:.3g}")
         if "speed/mfu" in record:
             parts.append(f"mfu {100 * record['speed/mfu']:.1f}%")
         if "memory/max_active_gib" in record:
             parts.append(f"{record['memory/max_active_gib']:.1f} GiB")
-        parts.append(f"eta {timedelta(seconds=round(left))}")
+        parts.append(f"eta {timedelta(seconds=round(flops_left * self._seconds_per_flop))}")
         return "  ".join(parts)
 
 

@@ -37,6 +37,7 @@ def format_summary(trainer: Trainer, world_size: int) -> str:
         ("model", f"{shape}, {count.total:,} parameters"),
         ("", ", ".join(f"{n:,} in {name}" for name, n in shares.items() if n)),
         ("layout", format_layout(model.inference_layout, model.layout_plan.random_loops)),
+        *([("loops", str(model.loop_plan))] if model.loop_plan.varies else []),
         ("data", _sources(data)),
         ("", f"tokenizer {tokenizer}, vocabulary {args.model.vocab_size:,}"),
         ("devices", _devices(args, trainer.device, world_size)),

@@ -44,10 +44,11 @@ class TrainState:
     acc_step: int  # finished micro-batches of the current step; 0 in every checkpoint
     data_loader_state: DataState
     scheduler: ScheduledLR
-    # None after loading an older checkpoint, as are n_flops and seconds
+    # None after loading an older checkpoint, as are n_flops, seconds and n_gates
     n_tokens: int | None = 0  # read by all ranks
     n_flops: int | None = 0  # of the model, in forward and backward, on all ranks
     seconds: float | None = 0.0  # of training, without evaluations and checkpoints
+    n_gates: int | None = 0  # first gates (rows of rho) trained, in steps or in initial weights
     # One loss for each step since the last log record, on the device. Its mean over ranks is the
     # loss of the step. Steps without targets have none.
     losses: list[Tensor] = field(default_factory=list)
@@ -62,6 +63,7 @@ class TrainState:
             "n_tokens": self.n_tokens,
             "n_flops": self.n_flops,
             "seconds": self.seconds,
+            "n_gates": self.n_gates,
             "losses": _to_numbers(self.losses),
             "mixer_losses": {name: _to_numbers(ls) for name, ls in self.mixer_losses.items()},
         }
@@ -74,6 +76,7 @@ class TrainState:
         self.n_tokens = state_dict.get("n_tokens")
         self.n_flops = state_dict.get("n_flops")
         self.seconds = state_dict.get("seconds")
+        self.n_gates = state_dict.get("n_gates")
         self.losses = _to_tensors(state_dict["losses"])
         mixer_losses = state_dict.get("mixer_losses", {})  # older checkpoints have none
         self.mixer_losses = {name: _to_tensors(numbers) for name, numbers in mixer_losses.items()}
@@ -128,6 +131,7 @@ class StepResult:
     mixer_grad_norms: dict[str, float]  # of the mixers' own losses, by name, before clipping
     lr: float  # used in this step
     data_seconds: float  # time spent waiting for the data loader
+    n_loops: int  # T
 
 
 @dataclass
@@ -152,6 +156,8 @@ class Trainer:
         self.tokens_per_step = tokens_per_batch * args.grad_acc_steps * degree
         if self.state.n_tokens is None:
             self.state.n_tokens = self.state.step * self.tokens_per_step
+        if self.state.n_gates is None:
+            self.state.n_gates = args.model.loop_count
         self.guard = NonfiniteGuard(args.optim.skip_nonfinite)
 
     def step(self) -> StepResult:
@@ -162,12 +168,16 @@ class Trainer:
         data_seconds = time.perf_counter() - began
         lr = self.optimizer.param_groups[0]["lr"]
         grad_norm, mixer_grad_norms = 0.0, {}
+        self.model.begin_step(self.state.step, self.args.steps)
+        n_loops = self.model.n_loops
         if n_targets:
             self._accumulate(micro_batches, n_targets)
             sync_replicated_grads(self.model, self.mesh)
             grad_norm, mixer_grad_norms = self._clip()
             if not self._skip(grad_norm, *mixer_grad_norms.values()):
                 self.optimizer.step()
+                self.state.n_gates = max(self.state.n_gates or 0, n_loops)
+                self.model.extend_gates(self.state.n_gates)
             self.optimizer.zero_grad()
         else:
             log_on_rank_0(
@@ -179,7 +189,7 @@ class Trainer:
         self.state.scheduler.step()
         self.state.step += 1
         self.state.n_tokens = (self.state.n_tokens or 0) + self.tokens_per_step
-        return StepResult(grad_norm, mixer_grad_norms, lr, data_seconds)
+        return StepResult(grad_norm, mixer_grad_norms, lr, data_seconds, n_loops)
 
     def _accumulate(self, micro_batches: list[Any], n_targets: float) -> None:
         """Accumulate the gradients of the step's loss, and add its losses to the state.
@@ -194,7 +204,6 @@ class Trainer:
         divisor = torch.full((), n_targets, dtype=torch.float32, device=self.device)
         total = torch.zeros((), device=self.device)
         mixer_totals: dict[str, Tensor] = {}
-        self.model.begin_step(self.state.step)
         for micro, views in enumerate(micro_batches):
             batch = to_device(views, self.args.data.doc_mask, self.device)
             if self.before_micro_batch is not None:

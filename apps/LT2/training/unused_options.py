@@ -25,6 +25,7 @@ def train_warnings(args: TrainArgs) -> list[str]:
         *_unused_scaling(args.model),
         *_ineffective_limits(args.model),
         *_wide_init(args.model),
+        *_unused_loops(args),
         *_unused_train_options(args),
     ]
 
@@ -36,9 +37,10 @@ def options_without_effect(args: TrainArgs) -> dict[str, str]:
     wider = replace(args.model, default_sliding_window=args.model.default_sliding_window + 1)
     if wider.layout() == args.model.layout():
         reasons["default_sliding_window"] = "no layer takes its window from it"
-    return {f"model.{name}": reason for name, reason in reasons.items()} | {
-        f"optim.{name}": optim for name in find_unused_options(args.optim)
-    }
+    unused = {f"model.{name}": reason for name, reason in reasons.items()}
+    if args.model.loop_schedule is None:
+        unused["optim.rewarmup"] = "model.loop_schedule is null"
+    return unused | {f"optim.{name}": optim for name in find_unused_options(args.optim)}
 
 
 def unused_options(args: LoopedTransformerArgs) -> dict[str, str]:
@@ -113,6 +115,25 @@ def _wide_init(args: LoopedTransformerArgs) -> Iterator[str]:
             f"{args.dim} initializes output projections with std {base / factor:.3g} instead of "
             f"{base:.3g}; use disabled, global_depth or current_depth"
         )
+
+
+def _unused_loops(args: TrainArgs) -> Iterator[str]:
+    model, largest = args.model, max(args.model.loop_plan().shares())
+    bptt = model.loop_bptt
+    if largest < model.loop_count:
+        yield (
+            f"model.loop_count={model.loop_count}: no step runs more than {largest} loops, but "
+            f"evaluation and generation run {model.loop_count}; set model.loop_count={largest}"
+        )
+    if bptt is not None and bptt >= largest:
+        yield f"model.loop_bptt={bptt} has no effect: no step runs more than {largest} loops"
+    elif bptt is not None and not model.weight_tying:
+        yield (
+            f"model.loop_bptt={bptt}: no gradient reaches the input embedding in steps of more "
+            f"than {bptt} loops; use model.weight_tying=true, or a checkpoint.init_ckpt_path"
+        )
+    if args.optim.rewarmup and model.loop_schedule is None:
+        yield f"optim.rewarmup={args.optim.rewarmup} has no effect without model.loop_schedule"
 
 
 def _unused_train_options(args: TrainArgs) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from apps.LT2.loops import parse_loop_plan
 from apps.LT2.training.progress import Progress
 
 
@@ -27,8 +28,12 @@ from apps.LT2.training.progress import Progress
 def test_the_line_has_three_digits_and_a_unit(tokens_per_s, shown):
     distributed = SimpleNamespace(model_dtype="fp32")
     args = SimpleNamespace(steps=10, distributed=distributed)
-    trainer: Any = SimpleNamespace(args=args, device=torch.device("cpu"))
-    progress = Progress(trainer, flops_per_token=1)
+    model = SimpleNamespace(loop_plan=parse_loop_plan(1, None, None, 0))
+    trainer: Any = SimpleNamespace(
+        args=args, device=torch.device("cpu"), model=model, tokens_per_step=7
+    )
+    progress = Progress(trainer, flops_per_token={1: 1})
+    progress._seconds_per_flop = 20.0 / 7
     record = {
         "global_step": 4,
         "loss/out": 2.5,

@@ -101,7 +101,7 @@ def make_trainer(
 
 def step(trainer: Trainer) -> dict[str, float]:
     """Take a step, and return its losses and gradient norms as they are logged."""
-    progress = Progress(trainer, flops_per_token=1)
+    progress = Progress(trainer, flops_per_token={trainer.model.n_loops: 1})
     progress.add(trainer.step())
     record = progress.record()
     return {key: v for key, v in record.items() if key.startswith(("loss/", "optim/grad_norm"))}
