@@ -312,15 +312,32 @@ def without_a_tensor(folder):
     safetensors.save_file(tensors, folder / "model.safetensors")
 
 
+def only_pickles(folder):
+    """Replace the weights by a pickle that fails if it is loaded."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\n_exit\n(I9\ntR.")
+
+
+def index(**files):
+    def spoil(folder):
+        only_pickles(folder)
+        file = folder / "model.safetensors.index.json"
+        file.write_text(json.dumps({"weight_map": files}))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (config(model_type="mistral"), "model_type=mistral is not supported, only llama"),
-        (config(attention_bias=True), "attention_bias=True"),
+        (config(model_type="mistral"), "model_type=mistral is not supported, only llama or qwen2"),
+        (config(attention_bias=True), "12 tensors .* such as model.layers.0.self_attn.k_proj.bias"),
         (config(mlp_bias=True), "mlp_bias=True"),
         (config(hidden_act="gelu"), "hidden_act=gelu"),
-        (config(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "rope_scaling.*=llama3"),
-        (config(rope_parameters=None, rope_scaling={"type": "linear"}), "rope_scaling.*=linear"),
+        (config(rope_parameters={"rope_type": "longrope"}), "rope_scaling.*=longrope"),
+        (config(rope_scaling={"type": "linear"}), "rope_scaling.factor is not set"),
+        (config(use_sliding_window=True), "use_sliding_window=True"),
+        (config(layer_types=["sliding_attention"] * 3), "use_sliding_window=True"),
         (config(quantization_config={"bits": 4}), "quantization_config="),
         (config(vocab_size=100), "tokenizer.name=bytes has 258 .* 100"),
         (config(num_hidden_layers=2), "9 tensors .* such as model.layers.2"),
@@ -333,6 +350,11 @@ def without_a_tensor(folder):
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not readable"),
         (lambda folder: (folder / "config.json").write_text("{}"), "model_type=None"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors and no"),
+        (only_pickles, "pickles such as pytorch_model.bin are not loaded"),
+        (index(a="part.safetensors"), "part.safetensors, a part of the weights, is missing"),
+        (index(a="pytorch_model.bin"), "names pytorch_model.bin, not a .safetensors"),
+        (index(a="../model.safetensors"), "names ../model.safetensors, not"),
+        (index(), "tensors are missing"),
     ],
 )
 def test_hugging_face_folders_that_are_refused(spoil, message, tmp_path):

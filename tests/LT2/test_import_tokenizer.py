@@ -46,6 +46,8 @@ def hf_folder(tmp_path, kind="byte-level", extra_rows=0, added=(), **config):
 def import_and_generate(folder, out):
     """Generate here, and in transformers from an export; return the tokenizer and all tokens."""
     import_hf.main([f"hf={folder}", f"out={out}"])
+    saved = json.loads((out / "params.json").read_text())["data"]["tokenizer"]
+    assert saved["path"] == str(out / "tokenizer.json"), "not that of the folder hf"
     loaded = load_model_and_tokenizer(str(out), dtype="fp32", device="cpu")
     tokens = loaded.tokenizer.encode(TEXT, False, False)
     cfg = PackedCausalTransformerGeneratorArgs(max_gen_len=6)

@@ -1,4 +1,4 @@
-"""Import a Hugging Face Llama folder, for generate, eval and train.
+"""Import a Hugging Face folder of a Llama, Qwen2 or Qwen3, for generate, eval and train.
 
     python -m apps.LT2.scripts.import_hf hf=Llama-folder out=llama
     python -m apps.LT2.generate ckpt=llama
@@ -6,21 +6,28 @@
 Read config.json, model.safetensors (or its shards) and tokenizer.json. Write consolidated.pth with
 tensors of the same dtype, params.json and the tokenizer. Added tokens without a row in the
 embedding, such as a <pad>, are dropped.
+
+Start a looped model from some of the layers. Its residual gates are zero, so with one loop it is
+the stack of these layers:
+
+    python -m apps.LT2.scripts.import_hf hf=Llama-folder out=looped loop_count=4 "layers=[0, 1, 10]"
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from apps.LT2.flops import count_parameters
 from apps.LT2.scripts.llama import from_llama, read_llama_config
 from apps.LT2.scripts.weight_folder import copy_tokenizer, new_folder, write_json
-from apps.LT2.transformer import build_on_meta
+from apps.LT2.transformer import LoopedTransformerArgs, build_on_meta
 from lingua.args import parse_args
 from lingua.checkpointing.dcp import CONFIG_NAME, check_fits
 from lingua.checkpointing.weights import (
@@ -39,15 +46,20 @@ from lingua.tokenizer import (
     build_tokenizer,
     find_tokenizer_file,
     read_added_tokens,
+    with_sha256,
 )
 
 INDEX_NAME = f"{SAFETENSORS_NAME}.index.json"
+SUFFIX = Path(SAFETENSORS_NAME).suffix
 
 
 @dataclass(kw_only=True)
 class ImportArgs:
     hf: str  # folder with config.json, model.safetensors and tokenizer.json
     out: str  # new folder
+    loop_count: int = 1  # how often the stack of the new model runs
+    n_layers: int | None = None  # layers to keep, evenly spaced, first and last included; null: all
+    layers: list[int] | None = None  # layers to keep, counted from 0, in this order
     # tokenizer of the model; a null path means the file in the folder hf
     tokenizer: TokenizerArgs = field(default_factory=lambda: TokenizerArgs(name="hf"))
 
@@ -57,16 +69,70 @@ def import_llama(args: ImportArgs) -> None:
         source = Path(args.hf)
         config = read_json(source / "config.json")
         model_args = read_llama_config(config, f"hf={args.hf}: config.json")
+        kept = layers_to_keep(args, model_args.n_layers)
         tokenizer = find_tokenizer(args)
         copy_tokenizer(folder, tokenizer)
         fit_tokenizer(folder, args, tokenizer.name, model_args.vocab_size)
         weights = from_llama(read_folder(source), model_args, f"hf={args.hf}")
-        model = build_on_meta(model_args)
         shapes = {name: tensor.shape for name, tensor in weights.items()}
-        check_fits(f"hf={args.hf}", model.state_dict(), shapes, may_leave_out=False)
-        data = {"add_bos": adds_bos(tokenizer), "tokenizer": asdict(tokenizer)}
+        theirs = build_on_meta(model_args).state_dict()
+        check_fits(f"hf={args.hf}", theirs, shapes, may_leave_out=False)
+        if (args.loop_count, kept) != (1, list(range(model_args.n_layers))):
+            model_args, weights = make_looped(model_args, weights, args.loop_count, kept)
+        data = {
+            "add_bos": adds_bos(tokenizer),
+            "tokenizer": asdict(tokenizer_in(folder, args.out, tokenizer.name)),
+        }
         write_json(folder / CONFIG_NAME, {"model": asdict(model_args), "data": data})
         write_weights(folder / CONSOLIDATE_NAME, weights, metadata={})
+
+
+def layers_to_keep(args: ImportArgs, n_layers: int) -> list[int]:
+    """Return the layers of the folder, which has `n_layers`, that the new model consists of."""
+    if args.loop_count < 1:
+        raise UserError(f"loop_count={args.loop_count} must be at least 1")
+    kept, n_kept = args.layers, args.n_layers
+    if kept is None:
+        n_kept = n_layers if n_kept is None else n_kept
+        if not 1 <= n_kept <= n_layers:
+            raise UserError(f"n_layers={n_kept} must be from 1 to {n_layers}, the layers of hf")
+        return [round(i * (n_layers - 1) / max(n_kept - 1, 1)) for i in range(n_kept)]
+    if not kept or not all(0 <= layer < n_layers for layer in kept):
+        raise UserError(f"layers={kept} must be layers of hf, from 0 to {n_layers - 1}")
+    if n_kept not in (None, len(kept)):
+        raise UserError(f"n_layers={n_kept} contradicts layers={kept}; leave one of them out")
+    return kept
+
+
+def make_looped(
+    source: LoopedTransformerArgs, weights: Mapping[str, Tensor], loop_count: int, kept: list[int]
+) -> tuple[LoopedTransformerArgs, dict[str, Tensor]]:
+    """Return a model of the layers `kept` with zeros as residual gates, and print what it is."""
+    args = replace(source, n_layers=len(kept), loop_count=loop_count, use_residual=loop_count > 1)
+    chosen = {name: w for name, w in weights.items() if not name.startswith("layers.")}
+    for i, layer in enumerate(kept):
+        prefix = f"layers.{layer}."
+        chosen |= {
+            f"layers.{i}.{name.removeprefix(prefix)}": w
+            for name, w in weights.items()
+            if name.startswith(prefix)
+        }
+    pairs = ", ".join(f"{i} <- {layer}" for i, layer in enumerate(kept))
+    print(f"layers of the new model <- layers of hf (0 to {source.n_layers - 1}): {pairs}")
+    if args.use_residual:
+        chosen["rho"] = torch.zeros(loop_count, args.dim)
+    model = build_on_meta(args)
+    counts = [count_parameters(m).total for m in (model, build_on_meta(source))]
+    print(
+        f"{len(kept)} layers x {loop_count} loops = depth {len(kept) * loop_count}; "
+        f"{counts[0]:,} parameters (hf: {counts[1]:,})"
+    )
+    if args.use_residual:
+        print(
+            f"new: rho {tuple(chosen['rho'].shape)}, the gates of model.use_residual, is zero, so "
+            "model.loop_count=1 computes the kept layers once"
+        )
+    return args, chosen
 
 
 def find_tokenizer(args: ImportArgs) -> TokenizerArgs:
@@ -81,6 +147,15 @@ def find_tokenizer(args: ImportArgs) -> TokenizerArgs:
     except UserError as error:
         raise UserError(str(error).replace("data.tokenizer.", "tokenizer.")) from None
     return tokenizer
+
+
+def tokenizer_in(folder: Path, out: str, name: str) -> TokenizerArgs:
+    """Return the options of the tokenizer in `folder`, which becomes `out`."""
+    file_name = TOKENIZERS[name][1]
+    if file_name is None:
+        return TokenizerArgs(name=name)
+    tokenizer = with_sha256(TokenizerArgs(name=name, path=str(folder / file_name)))
+    return replace(tokenizer, path=str(Path(out).resolve() / file_name))
 
 
 def adds_bos(args: TokenizerArgs) -> bool:
@@ -158,13 +233,22 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     if (folder / SAFETENSORS_NAME).is_file():
         return read_weights(folder / SAFETENSORS_NAME, "hf")
     if not (folder / INDEX_NAME).is_file():
+        pickles = sorted(f.name for f in folder.glob("*") if f.suffix in (".bin", ".pt", ".pth"))
+        only = f", and pickles such as {pickles[0]} are not loaded" if pickles else ""
         raise UserError(
-            f"hf={folder} has no {SAFETENSORS_NAME} and no {INDEX_NAME}; convert other formats "
-            "with transformers' save_pretrained"
+            f"hf={folder} has no {SAFETENSORS_NAME} and no {INDEX_NAME}{only}; make one with "
+            "transformers' save_pretrained"
         )
-    shards = set(read_json(folder / INDEX_NAME)["weight_map"].values())
+    weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+    shards = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
     weights: dict[str, Tensor] = {}
-    for name in sorted(shards):
+    for name in sorted(shards, key=str):
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(SUFFIX):
+            raise UserError(
+                f"hf={folder}: {INDEX_NAME} names {name}, not a {SUFFIX} file beside it"
+            )
+        if not (folder / name).is_file():
+            raise UserError(f"hf={folder}: {name}, a part of the weights, is missing; download it")
         weights |= read_weights(folder / name, "hf")
     return weights
 
@@ -179,7 +263,11 @@ def read_json(file: Path) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     args = parse_args(ImportArgs, argv, prog="python -m apps.LT2.scripts.import_hf", doc=__doc__)
     import_llama(args)
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out}; its weights and model options start a run with:")
+    print(
+        f"python -m apps.LT2.train config={args.out}/{CONFIG_NAME} "
+        f"checkpoint.init_ckpt_path={args.out} dump_dir=RUN data.root_dir=DATA data.seq_len=LENGTH"
+    )
 
 
 if __name__ == "__main__":

@@ -137,10 +137,11 @@ def check_numbers(args: TrainArgs) -> None:
     for name, seed in seeds.items():
         if seed is not None and not 0 <= seed < 2**63:
             raise UserError(f"{name}={seed} must be from 0 to 2**63 - 1")
-    if args.model.max_seqlen not in (LoopedTransformerArgs.max_seqlen, args.data.seq_len):
+    max_seqlen = args.model.max_seqlen  # an imported model may have a longer one
+    if max_seqlen != LoopedTransformerArgs.max_seqlen and max_seqlen < args.data.seq_len:
         raise UserError(
-            f"model.max_seqlen={args.model.max_seqlen} contradicts data.seq_len="
-            f"{args.data.seq_len}; set only data.seq_len"
+            f"model.max_seqlen={max_seqlen} contradicts data.seq_len={args.data.seq_len}; set only "
+            "data.seq_len"
         )
     if args.distributed.model_dtype == "fp16":
         raise UserError(

@@ -98,6 +98,7 @@ MISTAKES = {
     "unknown option eval.validation.max_step;": {"eval.validation.max_step": 3},
     "unknown option modle": {"modle.dim": 64},
     "steps=1.5": {"steps": 1.5},
+    "model.max_seqlen=16 contradicts data.seq_len=32": {"model.max_seqlen": 16},
     "distributed.dp_shard=2": {"distributed.dp_shard": 2, "distributed.fsdp_type": "full_shard"},
 }
 
@@ -135,7 +136,7 @@ def test_seed_is_the_default_of_the_other_seeds(data, tmp_path):
 
 
 def test_defaults_are_filled_in_a_copy(data, tmp_path):
-    given = train_args(data, tmp_path)
+    given = train_args(data, tmp_path, **{"model.max_seqlen": 4096})
     filled = validate_train_args(given)
     assert (filled.model.vocab_size, filled.model.max_seqlen) == (258, 32)
     assert filled.checkpoint.path == str(tmp_path / "checkpoints")
