@@ -230,7 +230,8 @@ class HuggingFaceTokenizer(Tokenizer):
         ours = {self.bos_id, self.eos_id}
         self.model.add_special_tokens([name for name, token in vocab.items() if token in ours])
         added = self.model.get_added_tokens_decoder().items()
-        self._special_ids = {i for i, t in added if t.special} - {self._find_unknown()}
+        # without the unknown token
+        self.special_ids = {i for i, t in added if t.special} - {self._find_unknown()}
 
     def _find_unknown(self) -> int | None:
         """Return the id that the model gives to text that it does not know."""
@@ -267,7 +268,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encoding(self, text: str) -> Any:
         encoding = self.model.encode(text, add_special_tokens=False)
-        if self._special_ids.isdisjoint(encoding.ids):
+        if self.special_ids.isdisjoint(encoding.ids):
             return encoding
         return self._without_specials.encode(text, add_special_tokens=False)
 
@@ -281,7 +282,7 @@ class HuggingFaceTokenizer(Tokenizer):
         content = json.loads(self.model.to_str())
         hidden = {}
         for token in content["added_tokens"]:
-            if token["id"] in self._special_ids:
+            if token["id"] in self.special_ids:
                 hidden[token["content"]] = token["content"] = f"\U0010ffff{token['content']}"
         vocab = content["model"]["vocab"]
         if isinstance(vocab, dict):

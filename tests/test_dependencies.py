@@ -18,6 +18,7 @@ DISTRIBUTIONS = {  # import name -> package, if they differ
     "yaml": "pyyaml",
     "lm_eval": "lm-eval",
     "fla": "flash-linear-attention",
+    "google": "protobuf",
     "huggingface_hub": "huggingface-hub",
 }
 

@@ -51,22 +51,29 @@ class ChatTemplate:
 
 def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
     """Find the template in the folder of the tokenizer's file. UserError if missing."""
+    if (found := read_chat_template(tokenizer)) is not None:
+        return ChatTemplate(*found)
     file = find_tokenizer_file(tokenizer.name, tokenizer.path)
-    if file is not None:
-        jinja = file.with_name("chat_template.jinja")
-        if jinja.is_file():
-            return ChatTemplate(jinja.read_text(encoding="utf-8"), jinja)
-        config = file.with_name(CONFIG_NAME)
-        text = read_json_object(config).get("chat_template")
-        if isinstance(text, list):  # several templates by name
-            text = next((named["template"] for named in text if named["name"] == "default"), None)
-        if isinstance(text, str):
-            return ChatTemplate(text, config)
     place = file.parent if file is not None else f"the tokenizer {tokenizer.name} (it has no file)"
     raise UserError(
         f"harness.apply_chat_template=true: no chat template in {place}; add a "
         "chat_template.jinja, or set false"
     )
+
+
+def read_chat_template(tokenizer: TokenizerArgs) -> tuple[str, Path] | None:
+    """Return the text of the template and its file, or None if there is no template."""
+    file = find_tokenizer_file(tokenizer.name, tokenizer.path)
+    if file is None:
+        return None
+    jinja = file.with_name("chat_template.jinja")
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8"), jinja
+    config = file.with_name(CONFIG_NAME)
+    text = read_json_object(config).get("chat_template")
+    if isinstance(text, list):  # several templates by name
+        text = next((named["template"] for named in text if named["name"] == "default"), None)
+    return (text, config) if isinstance(text, str) else None
 
 
 def _raise_exception(message: str) -> None:

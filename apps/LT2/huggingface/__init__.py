@@ -1,0 +1,1 @@
+"""Folders that Hugging Face transformers loads: tokenizer, model card, upload."""
