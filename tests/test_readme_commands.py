@@ -143,6 +143,7 @@ LEAVES = {
         "runs/first_study_flops.csv",
         "runs/first_study/report.html",
     ],
+    "docs/huggingface.md: Export": ["runs/hf_model/modeling_lt2.py"],
     "docs/slurm.md: Sweeps": ["runs/tune/lr=0.001,loop_count=1/submit.slurm"],
     "docs/training.md: start": ["runs/compared.png"],
     "setup/quickstart.sh": ["runs/loops/plot.png"],
@@ -184,6 +185,7 @@ class Shell:
         self.folder = folder
         self.env = quick.env() | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
         self.env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        self.env["HF_MODULES_CACHE"] = str(folder.parent / "hf_modules")
         self.bin = folder.parent / "bin"
         self.bin.mkdir()
         self.env["PATH"] = f"{self.bin}:{self.env['PATH']}"

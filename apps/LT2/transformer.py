@@ -388,17 +388,7 @@ class LoopedTransformer(nn.Module):
     def init_weights(self) -> None:
         """Initialize every parameter from torch's global generator, by one rule for all mixers."""
         args = self.args
-        std = args.init_base_std if args.init_base_std is not None else args.dim**-0.5
-        trunc_normal_(self.tok_embeddings.weight, std)
-        for i, block in enumerate(self._blocks()):
-            factor = depth_factor(
-                args.init_std_factor,
-                dim=args.dim,
-                layer=i,
-                n_layers=args.n_layers,
-                loop_count=args.loop_count,
-            )
-            block.init_weights(args.init_base_std, factor)
+        init_stack(args, self.tok_embeddings, self._blocks())
         self.norm.reset_parameters()
         if not args.weight_tying:
             init_linear(self.output, args.init_base_std)
@@ -425,6 +415,24 @@ def __getattr__(name: str) -> Any:
     if name in ("build_fsdp_grouping_plan", "get_no_recompute_ops", "tp_parallelize"):
         return getattr(importlib.import_module("apps.LT2.parallel"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@torch.no_grad()
+def init_stack(
+    args: LoopedTransformerArgs, embedding: nn.Embedding, blocks: Sequence[Block]
+) -> None:
+    """Initialize the embedding and the blocks, in place."""
+    std = args.init_base_std if args.init_base_std is not None else args.dim**-0.5
+    trunc_normal_(embedding.weight, std)
+    for i, block in enumerate(blocks):
+        factor = depth_factor(
+            args.init_std_factor,
+            dim=args.dim,
+            layer=i,
+            n_layers=args.n_layers,
+            loop_count=args.loop_count,
+        )
+        block.init_weights(args.init_base_std, factor)
 
 
 def build_on_meta(args: LoopedTransformerArgs) -> LoopedTransformer:

@@ -16,10 +16,15 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def fla_supports(x: Tensor) -> bool:
+    """Whether fla's kernels run on these tensors. `check_gpu_stack` checks that it is there."""
+    return x.is_cuda and x.dtype.itemsize == 2
+
+
 def choose_impl(impl: str, impls: Mapping[str, Callable], v_BTHV: Tensor) -> Callable:
     """Return the function for `impl`; "auto" is "fla" for 16-bit CUDA tensors, else "chunked"."""
     if impl == "auto":
-        impl = "fla" if v_BTHV.is_cuda and v_BTHV.dtype.itemsize == 2 else "chunked"
+        impl = "fla" if fla_supports(v_BTHV) else "chunked"
     assert impl in impls, f"impl must be auto or one of {list(impls)}, got {impl!r}"
     return impls[impl]
 

@@ -55,6 +55,12 @@ class AttentionCache(MixerCache):
     v_BSGK: Tensor
     length_B: Tensor  # int64, tokens seen; position p is in slot p % S
 
+    def can_crop(self, longest: int) -> bool:
+        return longest <= self.k_BSGK.shape[1]  # a ring that is full has dropped tokens
+
+    def crop(self, length_B: Tensor) -> None:
+        self.length_B.copy_(length_B)
+
 
 class Attention(Mixer):
     module_name = "attention"

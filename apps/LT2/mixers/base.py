@@ -7,9 +7,9 @@ along T, and `cu_seqlens` (n_docs + 1,) int32 holds the offsets of their first t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,24 @@ class MixerCache:
                 tensor.normal_()
             else:
                 tensor.fill_(n_tokens)  # the only integers are token counts
+
+    def can_crop(self, longest: int) -> bool:
+        """Whether `crop` can remove tokens, where the longest row holds `longest`."""
+        return False
+
+    def crop(self, length_B: Tensor) -> None:
+        """Shorten each row to its first `length_B` tokens, in place."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't keep single tokens")
+
+    def copy_prefix(self, source: MixerCache) -> None:
+        """Copy all rows of a cache of fewer slots, in place."""
+        for tensor, other in zip(self._tensors(), source._tensors(), strict=True):
+            tensor[tuple(slice(n) for n in other.shape)] = other
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a cache of `change(tensor)` for every tensor."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{n: x if x is None else change(x) for n, x in values.items()})
 
     def snapshot(self) -> list[Tensor]:
         """Return copies of all tensors, for `restore`."""
@@ -193,6 +211,7 @@ class Mixer(nn.Module, ABC):
     uses_fla: ClassVar[bool] = True  # runs flash-linear-attention's kernels on CUDA
     zero_at_start: ClassVar[tuple[str, ...]] = ()  # parameters initialized to zero
     own_loss: ClassVar[OwnLoss | None] = None
+    keeps_tokens: ClassVar[bool] = True  # its cache has a slot per token, and can be cropped
     tp: TensorParallel = ALONE
     n_heads: int  # of this rank
     wo: nn.Linear  # the output projection

@@ -50,6 +50,7 @@ class LinearMixer(Mixer):
     """
 
     reads = Mixer.reads | {"mixer_norm_eps"}
+    keeps_tokens = False
     stream_linears: ClassVar[tuple[str, ...]] = ("wq", "wk", "wv")  # in the order of the streams
     rest_linears: ClassVar[tuple[str, ...]]  # the other linears of the input
     # recurrence(*inputs, state=, cu_seqlens=) -> o (B, T, H, V), fp32 state (N, H, K, V) after the
@@ -217,6 +218,11 @@ def head_shape(
     return n_heads, int(key_dim), int(value_dim)
 
 
+def may_read_weights(linears: Sequence[nn.Linear]) -> bool:
+    """Whether multiplying by the weights does what calling the layers does."""
+    return not is_probing()
+
+
 def project_streams(
     x: Tensor, streams: Sequence[nn.Linear], rest: Sequence[nn.Linear]
 ) -> tuple[Tensor, Tensors]:
@@ -225,8 +231,9 @@ def project_streams(
     One matrix product if the weights are fused or x has many tokens.
     """
     linears = (*streams, *rest)
-    weight = None if is_probing() else fused_weight(linears)
-    if weight is None and (x.shape[:-1].numel() < FUSE_TOKENS or is_probing()):
+    read_weights = may_read_weights(linears)
+    weight = fused_weight(linears) if read_weights else None
+    if weight is None and (x.shape[:-1].numel() < FUSE_TOKENS or not read_weights):
         outputs = [linear(x) for linear in linears]
         return torch.cat(outputs[: len(streams)], dim=-1), tuple(outputs[len(streams) :])
     if weight is None:

@@ -4,7 +4,8 @@
 
     consolidated   consolidated.pth, for torch.load
     safetensors    model.safetensors, the same tensors
-    hf             a folder for transformers' LlamaForCausalLM; needs one loop of full attention
+    hf             a folder for transformers: LlamaForCausalLM for one loop of full attention, else
+                   LT2ForCausalLM, whose code is in the folder (trust_remote_code=True)
 
 The first two come with params.json and the tokenizer file. Every `ckpt=` option takes the folder.
 """
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from apps.LT2.huggingface.export import write_model, write_shards
 from apps.LT2.inference.load import (
     LoadedModel,
     load_model_and_tokenizer,
@@ -48,9 +50,9 @@ class ExportArgs:
     ALIASES: ClassVar = {"ckpt_dir": "ckpt", "dump_dir": "ckpt"}
 
     ckpt: str  # a run's dump_dir (newest checkpoint), a step folder, or a file of weights
-    format: str  # consolidated, safetensors, or hf (a Hugging Face Llama folder)
+    format: str  # consolidated, safetensors, or hf (a Hugging Face folder)
     out: str  # new folder
-    dtype: str = "fp32"  # fp32, bf16 or fp16; 1-D parameters stay fp32, except with hf
+    dtype: str = "fp32"  # fp32, bf16 or fp16; 1-D parameters stay fp32, except a Llama's
     tokenizer_path: str | None = None  # tokenizer file; null = the one of training
 
     def __post_init__(self) -> None:
@@ -69,21 +71,34 @@ def export(args: ExportArgs) -> None:
             str(source), dtype=args.dtype, device="cpu", tokenizer_path=args.tokenizer_path
         )
         if args.format == "hf":
-            weights, config = as_llama(loaded, args.dtype)
-            write_json(folder / "config.json", config)
+            write_hf_model(folder, loaded, args.dtype)
             write_hf_tokenizer(folder, tokenizer, loaded)
         else:
-            weights = loaded.model.state_dict()
             loaded.config["data"]["tokenizer"] = asdict(with_sha256(tokenizer))
             write_json(folder / CONFIG_NAME, loaded.config)
             copy_tokenizer(folder, tokenizer)
-        write_weights(folder / FILES[args.format], weights, metadata={"format": "pt"})
+            weights = loaded.model.state_dict()
+            write_weights(folder / FILES[args.format], weights, metadata={"format": "pt"})
+
+
+def write_hf_model(folder: Path, loaded: LoadedModel, dtype: str) -> None:
+    """Write a Llama if the model is one, else the model with its code."""
+    args, weights, tokenizer = loaded.model.args, loaded.model.state_dict(), loaded.tokenizer
+    try:
+        check_is_llama(args, weights)
+    except UserError:
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        tokens = {name: token for name, token in ids.items() if token >= 0}
+        write_model(folder, args, weights, dtype=DTYPES[dtype], tokens=tokens)
+        return
+    weights, config = as_llama(loaded, dtype)
+    write_json(folder / "config.json", config)
+    write_shards(folder, weights)
 
 
 def as_llama(loaded: LoadedModel, dtype: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return tensors of one dtype, as transformers stores them, and config.json."""
     args, weights = loaded.model.args, loaded.model.state_dict()
-    check_is_llama(args, weights)
     config = llama_config(args, weights, loaded.tokenizer, DTYPES[dtype])
     theirs = to_llama(weights, args)
     return {name: weight.to(DTYPES[dtype]) for name, weight in theirs.items()}, config

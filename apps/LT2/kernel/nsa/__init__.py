@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apps.LT2.kernel.arguments import fla_supports
 from apps.LT2.kernel.attention import attention
 from apps.LT2.kernel.nsa.blocked import sparse_branches_blocked
 from apps.LT2.kernel.nsa.blocks import cut_blocks, mean_of_blocks
@@ -55,7 +56,7 @@ def native_sparse_attention(
     """
     _check_shapes(q_BTHK, k_BSGK, v_BSGK, gates_BTH3, n_blocks, cu_seqlens)
     if impl == "auto":
-        impl = "fla" if q_BTHK.is_cuda and q_BTHK.dtype.itemsize == 2 else "blocked"
+        impl = "fla" if fla_supports(q_BTHK) else "blocked"
     sizes = {"block_size": block_size, "n_blocks": n_blocks, "cu_seqlens": cu_seqlens}
     if impl == "naive":
         return nsa_naive(q_BTHK, k_BSGK, v_BSGK, gates_BTH3, window_size=window_size, **sizes)
