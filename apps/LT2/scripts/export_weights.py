@@ -4,8 +4,8 @@
 
     consolidated   consolidated.pth, for torch.load
     safetensors    model.safetensors, the same tensors
-    hf             a folder for transformers: a Llama, Qwen2 or Qwen3 for one loop of full attention,
-                   else LT2ForCausalLM, whose code is in the folder (trust_remote_code=True)
+    hf             a folder for transformers: a Llama, Qwen2 or Qwen3 for one loop of full
+                   attention, else LT2ForCausalLM, whose code is in the folder
 
 The first two come with params.json and the tokenizer file. Every `ckpt=` option takes the folder.
 """
