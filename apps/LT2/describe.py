@@ -6,7 +6,8 @@
 
 Other options such as model.loop_count=2 apply to all configs. Nothing is allocated: models are
 built on the meta device, in seconds on any machine. Parameters count once, however often they loop;
-FLOPs, caches and activations count in every loop. Activations (`kept` in JSON) and peak memory are
+FLOPs, caches and activations count in every loop. If T varies in training, FLOPs are the mean over
+all steps, and memory is that of the largest T. Activations (`kept` in JSON) and peak memory are
 estimates for compiled blocks on a GPU; everything else is exact.
 """
 
@@ -119,6 +120,7 @@ def describe(args: TrainArgs, ngpu: int, bandwidth: float) -> dict[str, Any]:
         "layout": format_layout(model.layout, model.layout_plan.random_loops).splitlines(),
         "n_layers": args.model.n_layers,
         "loop_count": args.model.loop_count,
+        "training loops": {str(T): share for T, share in model.loop_plan.shares().items()},
         "parameters": {"total": count.total, "embedding": count.embedding, "body": count.body}
         | {"gates": count.gates},
         "seq_len": seqlen,
@@ -210,6 +212,9 @@ def print_table(result: dict[str, Any]) -> None:
     for name, described in result.items():
         console.print(f"[bold]{name}[/bold]", *described["overrides"])
         console.print("  " + "\n  ".join(described["layout"]), highlight=False)
+        if len(loops := described["training loops"]) > 1:
+            shares = ", ".join(f"{T} in {share:.1%}" for T, share in loops.items())
+            console.print(f"  loops of training steps: {shares}", highlight=False)
         for warning in described["warnings"]:
             console.print(f"  warning: {warning}")
         console.print()

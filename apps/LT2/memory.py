@@ -79,7 +79,8 @@ def training_memory(
     resident = weights + optimizer + int(gathered)
     # Micro-batches and loops add to whole fp32 gradients, which are reduced at the end.
     accumulated = FP32 * whole if grad_acc_steps > 1 else 0
-    looped = max(accumulated, FP32 * layers if model.args.loop_count > 1 else 0)
+    n_loops = model.n_backward_loops(model.n_loops)
+    looped = max(accumulated, FP32 * layers if n_loops > 1 else 0)
 
     tokens = batch_size * seqlen
     head, buffers = _loss_bytes(model, tokens, width, args.tp_size)
@@ -89,7 +90,7 @@ def training_memory(
         kept[mode] = body + head
         at_loss = resident + accumulated + kept[mode] + buffers
         # After the backward of one loop, all layers have gradients.
-        rest = body - body // model.args.loop_count
+        rest = body - body // n_loops
         at_backward = resident + looped + head + rest + recomputed
         peak[mode] = max(at_loss, at_backward, weights + optimizer + weights)
     return TrainingMemory(weights, optimizer, weights, int(gathered), kept, peak)
@@ -131,10 +132,10 @@ def _loss_bytes(model: LoopedTransformer, tokens: int, width: int, tp_size: int)
 def _body_bytes(
     model: LoopedTransformer, mode: str, width: int, tokens: int, seqlen: int, tp_size: int
 ) -> tuple[int, int]:
-    """Return the bytes that all loops keep, and what recomputation adds in the backward."""
-    T, stream = model.args.loop_count, width * model.args.dim
+    """Return the bytes that loops with a backward keep, and what recomputation adds in it."""
+    T, stream = model.n_backward_loops(model.n_loops), width * model.args.dim
     gates = 0 if model.rho is None else FP32 * model.args.dim  # the input of a loop in fp32
-    runs = list(all_runs(model, model.layout))
+    runs = list(all_runs(model, model.layout[-T:]))
     whole = [_block_bytes(*run, width, seqlen, tp_size, recompute=False) for run in runs]
     if mode == "none":
         kept, again = sum(whole) + T * gates, 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,11 +43,18 @@ def set_gradient_sync(model: LoopedTransformer, is_last: bool) -> None:
     The backward passes a looped layer once per loop, and FSDP would free and gather its weights
     each time. Here the layer stays gathered until the backward enters its last pass, loop 0. Then
     its gradient, the sum over loops and micro-batches, is reduced, and its weights are freed if
-    this was the last micro-batch.
+    this was the last micro-batch. With loop_bptt, FSDP would then prefetch the layer that ran
+    before, in a loop without gradients.
     """
-    free = model.reshard_between_loops
-    finish = partial(gradients.set_gradient_sync, model, is_last, reshard=is_last or free)
-    if model.n_backward_loops(model.n_loops) == 1:
+    free, n_backward = model.reshard_between_loops, model.n_backward_loops(model.n_loops)
+    gradients.set_backward_prefetch(model.layers[0], True)
+
+    def finish() -> None:
+        gradients.set_gradient_sync(model, is_last, reshard=is_last or free)
+        if n_backward < model.n_loops:
+            gradients.set_backward_prefetch(model.layers[0], False)
+
+    if n_backward == 1:
         finish()
     else:
         gradients.set_gradient_sync(model, False, reshard=free)

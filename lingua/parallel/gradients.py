@@ -31,6 +31,13 @@ def set_gradient_sync(model: nn.Module, sync: bool, *, reshard: bool = True) -> 
         model.set_reshard_after_backward(reshard)
 
 
+def set_backward_prefetch(module: nn.Module, prefetch: bool) -> None:
+    """Set whether the backward of `module` gathers the unit that ran before it in the forward."""
+    if isinstance(module, FSDPModule):
+        # An explicit list replaces that unit. The module itself is gathered already.
+        module.set_modules_to_backward_prefetch([] if prefetch else [module])
+
+
 @torch.no_grad()
 def sync_replicated_grads(model: nn.Module, mesh: DeviceMesh | None) -> None:
     """Average the gradients of replicated parameters over data-parallel ranks, before clipping.

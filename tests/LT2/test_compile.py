@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from apps.LT2.inference.compiled import compiled_for_generation
+from apps.LT2.loops import parse_loop_plan
 from apps.LT2.mixers import MIXERS
 from apps.LT2.mixers.linear import LinearMixer
 from apps.LT2.parallel import (
@@ -113,6 +114,24 @@ def test_layers_of_a_kind_share_compiled_code(monkeypatch, pattern, mode, n_kind
     for n_graphs, train in ((n_kinds, True), (n_kinds, True), (2 * n_kinds, False)):
         run(model, train=train)
         assert counter.n_graphs == n_graphs
+
+
+@pytest.mark.parametrize("bptt", [None, 1])
+def test_another_number_of_loops_compiles_nothing(monkeypatch, bptt):
+    model, counter = compiled(monkeypatch, "5->5->5")
+    model.args.loop_bptt = bptt
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for n_loops in (3, 2, 1, 3, 2):
+        step_of(model, n_loops)
+        assert counter.n_graphs == (1 if bptt is None else 2)  # with and without gradients
+        assert graphs["unique_graphs"] - before == counter.n_graphs
+
+
+def step_of(model: LoopedTransformer, n_loops: int) -> None:
+    model.loop_plan = parse_loop_plan(3, f"{n_loops}@0", None, 0)
+    model.begin_step(0)
+    run(model, train=True)
 
 
 def test_numbers_of_documents_share_compiled_code(monkeypatch):

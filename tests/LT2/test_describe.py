@@ -106,6 +106,22 @@ def test_recipes_may_be_given_without_config():
     assert overrides == ["model.dim=64", "seed=1"]
 
 
+def test_training_flops_are_the_mean_over_steps_and_memory_that_of_the_largest_t(capsys):
+    def debug(*options: str) -> dict:
+        return described(capsys, DEBUG, *options)["debug"]
+
+    one, four = (debug(f"model.loop_count={T}") for T in (1, 4))
+    mixed = debug("model.loop_count=4", "model.loop_schedule=1@0, 4@0.25")
+    assert mixed["training loops"] == {"1": 0.25, "4": 0.75}
+    flops, low, high = (d["flops"]["training, per token"] for d in (mixed, one, four))
+    assert flops == pytest.approx(0.25 * low + 0.75 * high, abs=1)
+    for key in ("memory", "cache", "decode", "layout"):
+        assert mixed[key] == four[key]
+    cut = debug("model.loop_count=4", "model.loop_bptt=1")
+    assert cut["flops"]["training, per token"] == pytest.approx(low + (high - low) / 3, abs=1)
+    assert cut["memory"]["kept"] == one["memory"]["kept"]
+
+
 def test_a_tensor_parallel_size_must_fit():
     with pytest.raises(UserError, match=r"distributed\.tp_size"):
         main([DEBUG, "ngpu=3", "distributed.tp_size=3"])

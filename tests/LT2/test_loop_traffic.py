@@ -62,6 +62,24 @@ for n_micro in (1, 3):
     n_gathered = n_micro * (2 * 4 * N_LAYERS + 1)
     counts = {"_allgather_base_": n_gathered, "_reduce_scatter_base_": N_UNITS}
     CASES[f"reshard_between_loops micro-batches={n_micro}"] = (4, n_micro, RESHARD, counts)
+# Steps of fewer loops than the model has, and gradients through the last loops only.
+OPTIONS = {
+    "2 of T=4": {"loop_schedule": "2@0"},
+    "1 of T=4": {"loop_schedule": "1@0"},
+    "bptt 2 of T=4": {"loop_bptt": 2},
+    "bptt 1 of T=4": {"loop_bptt": 1},
+}
+for name, n_micro, mode in (
+    ("2 of T=4", 3, "none"),
+    ("1 of T=4", 1, "loop"),
+    ("bptt 2 of T=4", 3, "loop"),
+    ("bptt 1 of T=4", 1, "none"),
+):
+    options = {**FULL_SHARD, "activation_checkpointing": mode}
+    counts = {"_allgather_base_": N_UNITS, "_reduce_scatter_base_": N_UNITS}
+    CASES[f"{name} {mode} micro-batches={n_micro}"] = (name, n_micro, options, counts)
+counts = {"_allgather_base_": (4 + 2) * N_LAYERS + 1, "_reduce_scatter_base_": N_UNITS}
+CASES["reshard_between_loops bptt 2 of T=4"] = ("bptt 2 of T=4", 1, RESHARD, counts)
 # An all-reduce after mixer and feed-forward of each layer in the forward, and before them in the
 # backward; one after the embedding and one before the head. The loss: two numbers a token.
 for mode, loops, n_micro in (("none", 1, 1), ("none", 4, 3), ("selective", 4, 1)):
@@ -75,12 +93,16 @@ COLLECTIVES = (
 )
 
 
-def make(loops: int) -> LoopedTransformer:
-    options = {"n_layers": N_LAYERS, "attention_pattern": PATTERNS[loops]}
-    return tiny_model("hybrid", loops, **options).requires_grad_(True)
+def make(loops: int | str) -> LoopedTransformer:
+    loop_count = loops if isinstance(loops, int) else 4
+    options = {"n_layers": N_LAYERS, "attention_pattern": PATTERNS[loop_count]}
+    options |= OPTIONS.get(loops, {})
+    model = tiny_model("hybrid", loop_count, **options).requires_grad_(True)
+    model.begin_step(0)
+    return model
 
 
-def parallel_model(loops: int, options: dict) -> tuple[LoopedTransformer, Any]:
+def parallel_model(loops: int | str, options: dict) -> tuple[LoopedTransformer, Any]:
     args = DistributedArgs(model_dtype="fp32", **options)
     mesh, model = get_device_mesh(args), make(loops)
     model.checkpoint_loops = args.activation_checkpointing == "loop"
@@ -103,7 +125,7 @@ def backward(model: LoopedTransformer, micro_batches: Tensor) -> None:
 
 
 @cache
-def wanted(loops: int, n_micro: int) -> dict[str, Tensor]:
+def wanted(loops: int | str, n_micro: int) -> dict[str, Tensor]:
     model = make(loops)
     backward(model, batches(n_micro))
     return gradients(model)

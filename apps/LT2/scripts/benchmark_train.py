@@ -30,13 +30,13 @@ from torch._dynamo.utils import counters
 
 from apps.LT2.batch import to_device
 from apps.LT2.benchmark.timing import environment, release_memory, synchronize
-from apps.LT2.flops import count_parameters, train_flops_per_token
+from apps.LT2.flops import count_parameters, step_flops_per_token
 from apps.LT2.parallel import set_gradient_sync
-from apps.LT2.train import build_model
+from apps.LT2.train import build_model, build_run_optimizer
 from apps.LT2.training.args import TrainArgs, validate_train_args
 from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.unused_options import unused_options
-from apps.LT2.transformer import ZERO_IF_MISSING, build_on_meta
+from apps.LT2.transformer import RESIZED, ZERO_IF_MISSING, build_on_meta
 from lingua.args import parse_args
 from lingua.checkpoint import INIT_OPTION, find_checkpoint
 from lingua.checkpointing.weights import load_initial_weights
@@ -55,7 +55,6 @@ from lingua.distributed import (
 )
 from lingua.errors import UserError, run_cli
 from lingua.metrics import GIB, peak_flops
-from lingua.optim import build_optimizer
 from lingua.parallel.args import resolve_dtype
 from lingua.rng import seed_everything
 
@@ -89,6 +88,8 @@ class Row:
     peak_activations_gib: float = 0.0
     n_ranks: int = 1
     graph_breaks: int = 0  # in compiled blocks
+    late_graphs: int = 0  # compiled in the timed steps
+    mean_loops: float = 0.0  # of the timed steps
     compiled: bool = False
     first_loss: float = 0.0
     last_loss: float = 0.0
@@ -106,12 +107,14 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     seed_everything(args.seed)
     mesh = get_device_mesh(args.distributed)
     model = build_on_meta(args.model)
-    flops_per_token = train_flops_per_token(model, args.data.seq_len)  # before TP splits the heads
+    flops_per_token = {  # before TP splits the heads
+        T: step_flops_per_token(model, args.data.seq_len, T) for T in model.loop_plan.shares()
+    }
     build_model(args, mesh, device, model)
     if (path := args.checkpoint.init_ckpt_path) is not None:
         source = run_on_rank_0(lambda: find_checkpoint(path, INIT_OPTION))
-        load_initial_weights(str(source), model, ZERO_IF_MISSING)
-    optimizer, scheduler = build_optimizer(model, args.optim, args.steps)
+        load_initial_weights(str(source), model, ZERO_IF_MISSING, RESIZED)
+    optimizer, scheduler = build_run_optimizer(args, model)
     dp_rank, dp_degree = get_dp_rank_and_degree(mesh)
     loader_state = init_dataloader_state_from_args(args.data, dp_rank, dp_degree)
     state = TrainState(0, 0, loader_state, scheduler)
@@ -122,14 +125,20 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     row.compiled = args.distributed.compile
     with build_dataloader_from_args(args.data, state.data_loader_state) as batches:
         trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
-        seconds = []
+        seconds, loops, n_graphs = [], [], 0
         for step in range(steps):
-            if step == warmup and device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            if step == warmup:
+                n_graphs = counters["stats"]["unique_graphs"]
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-            row.grad_norm = trainer.step().grad_norm  # syncs with the backward
+            result = trainer.step()  # syncs with the backward
             synchronize(device)
             seconds.append(time.perf_counter() - began)
+            row.grad_norm = result.grad_norm
+            loops.append(result.n_loops)
+        row.late_graphs = counters["stats"]["unique_graphs"] - n_graphs
+        row.mean_loops = statistics.fmean(loops[warmup:])
         if device.type == "cuda":  # other devices do not count memory
             row.peak_gib = dist_max(torch.cuda.max_memory_allocated() / GIB).item()
             kept, peak = activation_gib(trainer)
@@ -143,7 +152,8 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     dtype = resolve_dtype(args.distributed.model_dtype, device.type)
     if device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(), dtype)
-        flops = flops_per_token * row.tokens_per_s / row.n_ranks
+        timed = zip(rates, loops[warmup:], strict=True)
+        flops = statistics.median(rate * flops_per_token[T] for rate, T in timed) / row.n_ranks
         row.mfu = None if peak is None else flops / peak
     row.graph_breaks = sum(counters["graph_break"].values())
     row.first_loss, row.last_loss = (state.losses[i].item() for i in (0, steps - 1))
@@ -156,6 +166,7 @@ def activation_gib(trainer: Trainer) -> tuple[float, float]:
     """
     views, trainer.state.data_loader_state = next(trainer.batches)
     batch = to_device(views, trainer.args.data.doc_mask, trainer.device)
+    trainer.model.begin_step(None)  # the largest number of loops
     set_gradient_sync(trainer.model, True)
     with torch.no_grad():
         trainer.model(*batch)  # gather the weights
@@ -322,6 +333,10 @@ def main(argv: list[str]) -> None:
         torch.compiler.reset()
         release_memory()
         print_on_rank_0(format_row(row, width))
+        if args.model.loop_plan().varies:
+            print_on_rank_0(f"    {row.mean_loops:9.2f}     mean loops of the timed steps")
+        if row.late_graphs:
+            print_on_rank_0(f"    {row.late_graphs:9d}     graphs compiled in the timed steps")
         for kind, ms in row.kernel_ms.items():
             print_on_rank_0(f"    {ms:9.2f} ms  {kind}")
         for name, count in row.collectives.items():
