@@ -14,6 +14,7 @@ from apps.LT2.generate import GenerateArgs
 from apps.LT2.mixers import MIXERS
 from apps.LT2.scripts.export_weights import ExportArgs
 from apps.LT2.scripts.import_hf import ImportArgs
+from apps.LT2.scripts.push_to_hub import PushArgs
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import parse_args
@@ -32,6 +33,7 @@ PROGRAMS = {
     "apps.LT2.generate": GenerateArgs,
     "apps.LT2.scripts.export_weights": ExportArgs,
     "apps.LT2.scripts.import_hf": ImportArgs,
+    "apps.LT2.scripts.push_to_hub": PushArgs,
     "lingua.stool": StoolArgs,
     "lingua.sweep": TableArgs,
 }
