@@ -1,7 +1,7 @@
 """Checkpoints of a run: which to keep, how to save them, which one to load.
 
     checkpoints/0000001000/
-        .metadata, __R_0.distcp      model and optimizer tensors of rank R, see checkpointing/dcp.py
+        .metadata, __R_N.distcp      tensors of rank R, a file per thread, see checkpointing/dcp.py
         train_state_00000.json       per data-parallel rank: step, data, scheduler, rng
         params.json                  the whole config
         manifest.json                size and checksum of every file above

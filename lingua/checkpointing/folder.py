@@ -6,19 +6,22 @@ Nothing here is a collective. See `lingua/checkpoint.py` for the files of a fold
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from lingua.checkpointing.dcp import CONFIG_NAME, find_missing_tensors
-from lingua.checkpointing.metadata import METADATA_NAME
+from lingua.checkpointing.metadata import METADATA_NAME, map_in_threads
 from lingua.errors import UserError
 from lingua.files.atomic import fsync_path, write_atomic
 
@@ -62,14 +65,47 @@ def make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def write_train_state(folder: Path, name: str | None, text: str) -> dict[str, Any]:
-    """Write this rank's train state; return the manifest entries of all files of this rank."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    files = {p.name: _entry(p) for p in folder.glob(f"__{rank}_*.distcp")}
-    if name is not None:
-        write_atomic(folder / name, text)
-        files[name] = _entry(folder / name)
-    return files
+class TensorFiles(FileSystem):
+    """The files of DCP's writer threads, with their manifest entries.
+
+    The checksum is computed while the file is written. `errors` keeps the error of a thread,
+    because torch's writer would lose it.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Any] = {}
+        self.errors: list[Exception] = []
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        try:
+            with _SummedFile(io.FileIO(path, mode)) as stream:
+                yield stream
+        except Exception as error:
+            self.errors.append(error)
+        else:
+            entry = {"bytes": stream.n_bytes, "crc32": f"{stream.crc32:08x}"}
+            self.entries[Path(path).name] = entry
+
+
+class _SummedFile(io.BufferedWriter):
+    n_bytes, crc32 = 0, 0
+
+    def write(self, data: Any) -> int:
+        for start in range(0, len(data), CHUNK):
+            chunk = data[start : start + CHUNK]
+            self.crc32 = zlib.crc32(chunk, self.crc32)
+            super().write(chunk)
+            if hasattr(os, "posix_fadvise"):  # Linux: start writing to the disk before fsync
+                os.posix_fadvise(self.fileno(), self.n_bytes, len(chunk), os.POSIX_FADV_DONTNEED)
+            self.n_bytes += len(chunk)
+        return len(data)
+
+
+def write_train_state(folder: Path, name: str, text: str) -> dict[str, Any]:
+    """Write a rank's train state; return its manifest entry."""
+    write_atomic(folder / name, text)
+    return {name: _entry(folder / name)}
 
 
 def publish(
@@ -153,8 +189,10 @@ def check_tensor_files(folder: Path, rank: int, world_size: int) -> None:
     """Compare the checksums of this rank's share of the tensor files; OSError if one differs."""
     manifest = _read_manifest(folder) or {"files": {}}  # torch wrote the folder
     wants = sorted((n, e["crc32"]) for n, e in manifest["files"].items() if "crc32" in e)
-    for name, want in wants[rank::world_size]:
-        if _crc32(folder / name) != want:
+    own = dict(wants[rank::world_size])
+    found = map_in_threads(_crc32, [folder / name for name in own])
+    for (name, want), crc32 in zip(own.items(), found, strict=True):
+        if crc32 != want:
             raise OSError(f"{folder / name} differs from what was written")
 
 

@@ -31,10 +31,12 @@ from lingua.checkpointing.dcp import tensors_to_save
 from lingua.checkpointing.folder import (
     FOLDER_NAME,
     UNFINISHED,
+    TensorFiles,
     make_empty,
     publish,
     write_train_state,
 )
+from lingua.checkpointing.metadata import max_threads
 from lingua.distributed import (
     agree_any,
     gather_objects,
@@ -46,6 +48,8 @@ from lingua.errors import MachineFault, find_disk_fault, first_line
 from lingua.optim import state_fields
 
 logger = logging.getLogger(__name__)
+
+MIN_SHARE = 2**26  # bytes per thread, and per file
 
 
 class Save:
@@ -62,9 +66,9 @@ class Save:
         *,
         in_background: bool,
     ):
-        """`state_name` is None if another rank writes the train state of this one.
+        """Start the thread that writes. With `in_background`, first copy the tensors to the CPU.
 
-        With `in_background`, copy the tensors to the CPU and return while a thread writes them.
+        `state_name` is the file of `state`, or None if another rank writes it.
         """
         self.step = state["step"]
         self.final = parent / FOLDER_NAME.format(self.step)
@@ -81,9 +85,7 @@ class Save:
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         if in_background:
             run_together(lambda: self._planner.stage(self._plan))
-            self._thread.start()
-        else:
-            self._write()
+        self._thread.start()
 
     def _make_plan(self, tensors: dict[str, Any]) -> SavePlan:
         """Decide which rank writes which tensor. Rank 0 plans for all."""
@@ -109,13 +111,20 @@ class Save:
     def _write(self) -> None:
         try:
             self._results = self._write_tensors()
-            self._files = write_train_state(self._unfinished, self._state_name, self._state_text)
+            if self._state_name is not None:
+                name, text = self._state_name, self._state_text
+                self._files |= write_train_state(self._unfinished, name, text)
         except Exception as error:  # `publish` raises it on all ranks
             self._error = error
 
     def _write_tensors(self) -> list[WriteResult]:
+        n_threads, files = _n_threads(self._plan), TensorFiles()
+        writer = FileSystemWriter(self._unfinished, thread_count=n_threads, per_thread_copy_ahead=0)
+        writer.fs = files
         try:
-            results = self._writer.write_data(self._plan, self._planner).value()
+            results = writer.write_data(self._plan, self._planner).value()
+            for error in files.errors:
+                raise error
         except (RuntimeError, OSError) as error:
             free = shutil.disk_usage(self._unfinished).free / 2**30
             reason = find_disk_fault(error) or f"{type(error).__name__}: {first_line(error)}"
@@ -124,6 +133,7 @@ class Save:
                 f"are intact: {reason}"
             ) from error
         self._planner.forget()
+        self._files |= files.entries
         return results
 
     def is_written(self) -> bool:
@@ -158,6 +168,13 @@ class Save:
         self._writer.finish(self._metadata, [results for results, _ in written])
         files = {name: entry for _, of_rank in written for name, entry in of_rank.items()}
         publish(self._unfinished, self.final, self.step, files, self._config)
+
+
+def _n_threads(plan: SavePlan) -> int:
+    """Return how many threads, each with its own file, write the tensors of this rank."""
+    tensors = [item.tensor_data for item in plan.items if item.tensor_data is not None]
+    n_bytes = sum(t.chunk.sizes.numel() * t.properties.dtype.itemsize for t in tensors)
+    return min(max_threads(), 1 + n_bytes // MIN_SHARE)
 
 
 def warn_of_small_disk(folder: Path, optimizer: Optimizer, n_ranks: int) -> None:

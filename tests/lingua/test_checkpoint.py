@@ -23,6 +23,7 @@ from lingua.errors import UserError
 from lingua.optim import OptimArgs, build_optimizer
 from tests.lingua.checkpointing.checkpoint_runs import (
     CONFIG,
+    N_FILES,
     STEPS,
     STOP,
     assert_same_bits,
@@ -32,6 +33,7 @@ from tests.lingua.checkpointing.checkpoint_runs import (
     tensors,
     train,
     truncate_tensors,
+    write_in_threads,
 )
 from tests.lingua.dist_utils import run_ranks
 from tests.lingua.toy import Looped, make_batches, make_model
@@ -65,8 +67,12 @@ def check_resume(rank, world_size, folder, kwargs, async_save=False):
     return saved
 
 
-def test_resume_is_exact_in_one_process(tmp_path):
+@pytest.mark.parametrize("in_threads", [False, True])
+def test_resume_is_exact_in_one_process(tmp_path, monkeypatch, in_threads):
+    if in_threads:
+        write_in_threads(monkeypatch)
     check_resume(0, 1, tmp_path, None)
+    assert len(list(tmp_path.glob("*/*.distcp"))) == (N_FILES if in_threads else 1)
 
 
 FULL_SHARD = {"fsdp_type": "full_shard", "dp_replicate": 2}
@@ -75,7 +81,9 @@ NO_SHARD = {"dp_replicate": 2}
 
 def check_two_ranks(rank, world_size, folder):
     check_resume(rank, world_size, folder / "no_shard", NO_SHARD)
-    saved = check_resume(rank, world_size, folder / "full_shard", FULL_SHARD)
+    with pytest.MonkeyPatch.context() as patch:
+        write_in_threads(patch)
+        saved = check_resume(rank, world_size, folder / "full_shard", FULL_SHARD)
     check_other_world_size(folder / "one")
     check_resume(rank, world_size, folder / "async", FULL_SHARD, async_save=True)
     check_failure_on_one_rank(rank, folder / "full_shard")
@@ -155,6 +163,8 @@ def die_at_call(n, model, optimizer, state, folder, rule, async_save):
 
     for name in ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir"):
         setattr(os, name, mortal(getattr(os, name)))
+    if async_save:
+        write_in_threads(pytest.MonkeyPatch())
     args = CheckpointArgs(path=str(folder), dump=rule, async_save=async_save)
     with CheckpointManager(args) as manager:
         manager.save(model, optimizer, state, CONFIG)
@@ -239,6 +249,14 @@ def flip_a_bit(folder):
     file.write_bytes(data)
 
 
+def flip_a_bit_of_the_last_file(folder):
+    file = sorted(folder.glob("*.distcp"))[-1]
+    assert file.name == f"__0_{N_FILES - 1}.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
 DAMAGES = [
     truncate_tensors,
     scramble_tensors,
@@ -250,6 +268,16 @@ DAMAGES = [
     damage_manifest,
     edit_manifest,
 ]
+
+
+def test_a_damaged_file_of_any_thread_is_found(tmp_path, monkeypatch):
+    write_in_threads(monkeypatch)
+    manager, (model, optimizer, state) = manager_at(tmp_path), build()
+    train(1, model, optimizer, state)
+    manager.save(model, optimizer, state, CONFIG)
+    flip_a_bit_of_the_last_file(manager.existing_saves[0])
+    with pytest.raises(UserError, match=f"__0_{N_FILES - 1}.distcp differs"):
+        manager.load(*build())
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import lingua.checkpointing.metadata
+import lingua.checkpointing.save
 from lingua import distributed as ld
 from lingua.checkpoint import CheckpointArgs, CheckpointManager
 from lingua.checkpointing.dcp import optimizer_state
@@ -15,6 +17,7 @@ from lingua.optim import OptimArgs, build_optimizer
 from tests.lingua.toy import PLAN, ROWS, make_batches, make_model, whole
 
 STEPS, STOP = 6, 3
+N_FILES = 3  # of a rank that writes in threads
 CONFIG = {"optim": {"lr": 0.05, "clip": 1.0}, "steps": STEPS}
 
 
@@ -89,3 +92,10 @@ def seed_all(seed):
 def truncate_tensors(folder):
     file = folder / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-10])
+
+
+def write_in_threads(monkeypatch):
+    """Let saves and loads of small models use N_FILES threads."""
+    monkeypatch.setattr(lingua.checkpointing.save, "MIN_SHARE", 1)
+    monkeypatch.setattr(lingua.checkpointing.metadata.os, "cpu_count", lambda: N_FILES)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

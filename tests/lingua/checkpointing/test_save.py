@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import lingua.checkpointing.metadata
 import lingua.checkpointing.save
 from lingua import distributed as ld
 from lingua.checkpoint import SaveEvery, consolidate_checkpoints
 from lingua.checkpointing.dcp import tensors_to_save
+from lingua.checkpointing.metadata import max_threads
 from lingua.checkpointing.save import warn_of_small_disk
 from lingua.errors import MachineFault, UserError
 from tests.lingua.checkpointing.checkpoint_runs import (
@@ -26,6 +28,7 @@ from tests.lingua.checkpointing.checkpoint_runs import (
     tensors,
     train,
     truncate_tensors,
+    write_in_threads,
 )
 from tests.lingua.stool_utils import limited_files
 
@@ -260,6 +263,36 @@ def test_a_save_does_not_overwrite_files_of_others(run):
     with pytest.raises(UserError, match="0000000003.tmp"):
         manager.save(model, optimizer, state, CONFIG)
     assert (manager.path / "0000000003.tmp" / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("in_main_writer", [False, True])
+def test_an_error_in_any_writer_thread_fails_the_save(run, monkeypatch, capfd, in_main_writer):
+    write_in_threads(monkeypatch)
+    real = lingua.checkpointing.save._StagingPlanner.resolve_data
+
+    def resolve_data(self, item):
+        if (threading.current_thread().name == "checkpoint") == in_main_writer:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, item)
+
+    monkeypatch.setattr(lingua.checkpointing.save._StagingPlanner, "resolve_data", resolve_data)
+    manager, model, optimizer, state = run
+    train(3, model, optimizer, state)
+    with pytest.raises(MachineFault, match=r"^could not write .*Input/output error"):
+        manager.save(model, optimizer, state, CONFIG)
+    assert [int(p.name) for p in manager.existing_saves] == [1, 2]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "n_cores, n_ranks, want", [(2, None, 2), (1, None, 2), (16, None, 8), (16, 4, 4), (8, 8, 2)]
+)
+def test_the_number_of_threads_fits_the_cores(monkeypatch, n_cores, n_ranks, want):
+    monkeypatch.setattr(lingua.checkpointing.metadata.os, "cpu_count", lambda: n_cores)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if n_ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(n_ranks))
+    assert max_threads() == want
 
 
 @pytest.mark.parametrize("async_save", [False, True])
