@@ -223,11 +223,12 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
         made_with = flatten_dict(found.made_with, sep=".")
         chosen = {k: format_value(v) for k, v in made_with.items() if v not in (None, "", [], {})}
         entry = {"step": found.step, "options": found.label, "made_with": list(chosen.items())}
-        entries.append(entry | {"rows": _score_rows(found)})
+        entries.append(entry | {"rows": score_rows(found)})
     return entries
 
 
-def _score_rows(found: Evaluation) -> list[dict[str, Any]]:
+def score_rows(found: Evaluation) -> list[dict[str, Any]]:
+    """Return a row for each score: task, metric, score, error, chance, questions."""
     rows = []
     for key, score in found.scores.items():
         task, _, metric = key.rpartition("/")
