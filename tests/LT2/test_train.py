@@ -222,9 +222,18 @@ BUILD_LOADER = app.build_dataloader_from_args
 # A low learning rate: Adam takes full steps for tiny gradients, so rounding errors grow.
 SLOW = {"optim.lr": 3e-4}
 FULL = {"distributed.fsdp_type": "full_shard", **SLOW}
+# For two steps, gdn has momentum and no gradient.
+CHANGING_LOOPS = {
+    "model.n_layers": 1,
+    "model.loop_count": 3,
+    "model.attention_pattern": "full->gdn->full",
+    "model.loop_schedule": "3@0, 1@0.4, 2@0.7",
+    "model.loop_bptt": 2,
+}
 RANK_CASES = {
     "full_shard": FULL,
     "no_shard": SLOW,
+    "full_shard, changing loops": {**FULL, **CHANGING_LOOPS},
     "full_shard, accumulated, random layout": {**FULL, **RANDOM_LAYOUT, "grad_acc_steps": 2},
 }
 
