@@ -370,6 +370,7 @@ def test_a_hugging_face_folder_is_no_checkpoint_yet(tmp_path):
     folder = export(tmp_path / "run", tmp_path / "hf", "hf")
     with pytest.raises(UserError, match=f"import_hf hf={folder}"):
         load(folder)
+    (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.path=.*no file .*tokenizer.json"):
         import_(folder, tmp_path / "out")
 

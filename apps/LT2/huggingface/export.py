@@ -32,7 +32,7 @@ def write_model(
     dtype: torch.dtype,
     tokens: Mapping[str, int | list[int]],
 ) -> None:
-    """Write config.json, generation_config.json, the modelling file and the weights.
+    """Write config.json, the modelling file and the weights.
 
     weights   by our names; dtype is the weight matrices'
     tokens    ids of special tokens, such as {"eos_token_id": 2}
@@ -48,7 +48,6 @@ def write_model(
         **tokens,
     }
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", dict(tokens))
     (folder / f"{MODELING}.py").write_text(bundle(), encoding="utf-8")
     write_shards(folder, {to_hf_name(name): weight for name, weight in weights.items()})
 

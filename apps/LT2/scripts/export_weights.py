@@ -12,6 +12,7 @@ The first two come with params.json and the tokenizer file. Every `ckpt=` option
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from apps.LT2.huggingface.export import write_model, write_shards
+from apps.LT2.huggingface.tokenizer import save_tokenizer
 from apps.LT2.inference.load import (
     LoadedModel,
     load_model_and_tokenizer,
@@ -36,10 +38,9 @@ from lingua.checkpointing.weights import (
     check_can_write,
     write_weights,
 )
-from lingua.errors import UserError, import_optional, run_cli
+from lingua.errors import UserError, run_cli
 from lingua.parallel.args import DTYPES
-from lingua.tokenizer import CONFIG_NAME as TOKENIZER_CONFIG_NAME
-from lingua.tokenizer import HuggingFaceTokenizer, TokenizerArgs, with_sha256
+from lingua.tokenizer import with_sha256
 
 FILES = {"consolidated": CONSOLIDATE_NAME, "safetensors": SAFETENSORS_NAME, "hf": SAFETENSORS_NAME}
 
@@ -71,8 +72,9 @@ def export(args: ExportArgs) -> None:
             str(source), dtype=args.dtype, device="cpu", tokenizer_path=args.tokenizer_path
         )
         if args.format == "hf":
-            write_hf_model(folder, loaded, args.dtype)
-            write_hf_tokenizer(folder, tokenizer, loaded)
+            add_bos = bool(loaded.config["data"].get("add_bos", True))
+            tokens = save_tokenizer(tokenizer, folder, add_bos=add_bos)
+            write_hf_model(folder, loaded, args.dtype, tokens)
         else:
             loaded.config["data"]["tokenizer"] = asdict(with_sha256(tokenizer))
             write_json(folder / CONFIG_NAME, loaded.config)
@@ -81,18 +83,21 @@ def export(args: ExportArgs) -> None:
             write_weights(folder / FILES[args.format], weights, metadata={"format": "pt"})
 
 
-def write_hf_model(folder: Path, loaded: LoadedModel, dtype: str) -> None:
-    """Write a Llama if the model is one, else the model with its code."""
-    args, weights, tokenizer = loaded.model.args, loaded.model.state_dict(), loaded.tokenizer
+def write_hf_model(
+    folder: Path, loaded: LoadedModel, dtype: str, tokens: Mapping[str, int]
+) -> None:
+    """Write a Llama if the model is one, else the model with its code.
+
+    tokens: ids of special tokens, such as {"eos_token_id": 2}
+    """
+    args, weights = loaded.model.args, loaded.model.state_dict()
     try:
         check_is_llama(args, weights)
     except UserError:
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        tokens = {name: token for name, token in ids.items() if token >= 0}
         write_model(folder, args, weights, dtype=DTYPES[dtype], tokens=tokens)
         return
     weights, config = as_llama(loaded, dtype)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", {**config, **tokens})
     write_shards(folder, weights)
 
 
@@ -102,37 +107,6 @@ def as_llama(loaded: LoadedModel, dtype: str) -> tuple[dict[str, Tensor], dict[s
     config = llama_config(args, weights, loaded.tokenizer, DTYPES[dtype])
     theirs = to_llama(weights, args)
     return {name: weight.to(DTYPES[dtype]) for name, weight in theirs.items()}, config
-
-
-def write_hf_tokenizer(folder: Path, tokenizer: TokenizerArgs, loaded: LoadedModel) -> None:
-    if not isinstance(loaded.tokenizer, HuggingFaceTokenizer):
-        print(f"the tokenizer {tokenizer.name} has no tokenizer.json, so the folder has none")
-        return
-    copy_tokenizer(folder, tokenizer)
-    fit_special_tokens(folder / "tokenizer.json", loaded)
-    config = folder / TOKENIZER_CONFIG_NAME
-    if not config.exists():
-        special = {
-            f"{role}_token": loaded.tokenizer.model.id_to_token(token) if token >= 0 else None
-            for role, token in (("bos", loaded.tokenizer.bos_id), ("eos", loaded.tokenizer.eos_id))
-        }
-        write_json(config, {"tokenizer_class": "PreTrainedTokenizerFast", **special})
-
-
-def fit_special_tokens(file: Path, loaded: LoadedModel) -> None:
-    """Let transformers start a text with BOS if training did, and add no other token."""
-    ours = loaded.tokenizer
-    assert isinstance(ours, HuggingFaceTokenizer)
-    add_bos = loaded.config["data"].get("add_bos", True) and ours.bos_id >= 0
-    tokenizers = import_optional("tokenizers", extra="", needed_by="format=hf")
-    theirs = tokenizers.Tokenizer.from_file(str(file))
-    if theirs.encode("a").ids == ours.encode("a", add_bos, False):
-        return
-    bos = ours.model.id_to_token(ours.bos_id) if add_bos else None
-    theirs.post_processor = bos and tokenizers.processors.TemplateProcessing(
-        single=[bos, "$A"], special_tokens=[(bos, ours.bos_id)]
-    )
-    theirs.save(str(file))
 
 
 def main(argv: list[str]) -> None:
