@@ -11,9 +11,12 @@ their gradients.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import sys
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,21 +109,53 @@ def apply_activation_checkpointing(
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        policy = get_default_policy(no_recompute_ops)
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+        options["context_fn"] = _selective_contexts(frozenset(no_recompute_ops or ()))
         # torch warns for each compiled block that it must not mutate in place; blocks do not.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     block.forward = partial(checkpoint, block.forward, **options)
 
 
-def get_default_policy(no_recompute_ops: set[Any] | None = None) -> Policy:
+@cache  # blocks with different objects would compile separately
+def _selective_contexts(no_recompute_ops: frozenset[Any]) -> Callable:
+    policy = get_default_policy({*no_recompute_ops})
+    contexts: Any = partial(create_selective_checkpoint_contexts, policy)
+    contexts.cache_hash = policy.hash
+    return contexts
+
+
+class SelectivePolicy:
+    """Save the results of the operators in `keep`; recompute all others.
+
+    A hash stands for it in the key of torch's cache of traced blocks. Without one, torch traces
+    every kind of block again at each start.
+    """
+
+    def __init__(self, keep: set[Any]):
+        self.keep, self.hash = keep, f"{sorted(map(str, keep))} {code_hash()}"
+
+    def __call__(self, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in self.keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (self.hash,)
+
+
+@cache
+def code_hash() -> str:
+    """Hash the source of this project's imported modules.
+
+    torch's key of a traced block names our operators, but not their backward formulas and shapes.
+    """
+    digest = hashlib.sha256()
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith(("lingua.", "apps.")) and (file := getattr(module, "__file__", None)):
+            digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def get_default_policy(no_recompute_ops: set[Any] | None = None) -> SelectivePolicy:
     """Save the results of matmuls, attention and `no_recompute_ops`; recompute all others."""
-    keep = default_no_recompute_ops() | (no_recompute_ops or set())
-
-    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return policy
+    return SelectivePolicy(default_no_recompute_ops() | (no_recompute_ops or set()))
 
 
 def default_no_recompute_ops() -> set[Any]:

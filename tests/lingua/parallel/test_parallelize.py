@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from lingua import distributed as ld
 from lingua.errors import UserError
 from tests.lingua.dist_utils import OpCounter
-from tests.lingua.toy import LAYERS, LOOPS, PLAN, TOLERANCE, make_batches, make_model, train
+from tests.lingua.toy import DIM, LAYERS, LOOPS, PLAN, TOLERANCE, make_batches, make_model, train
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full", "loop"])
@@ -49,6 +50,27 @@ def test_ops_of_the_app_are_saved_with_the_defaults():
     assert policy(None, torch.ops.aten.tanh.default) is keep
     assert policy(None, torch.ops.aten.mm.default) is keep
     assert policy(None, torch.ops.aten.exp.default) is not keep
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_torch_can_cache_a_block_with_a_selective_policy():
+    """torch's cache of traced blocks needs a hash, and pickles the policy into its key."""
+    model, graphs = make_model(), []
+    ld.parallelize_model(model, None, None, args_of("selective"), PLAN)
+
+    def keep_graph(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    block = model.layers[0]
+    torch.compile(block.forward, backend=keep_graph)(torch.randn(2, 3, DIM, requires_grad=True))
+    (context,) = [m.meta[key] for m in graphs[0].modules() if (key := CONTEXT) in m.meta]
+    default, other = ld.get_default_policy(), ld.get_default_policy({torch.ops.aten.tanh.default})
+    assert context.cache_hash == default.hash != other.hash
+    assert pickle.loads(pickle.dumps(default)) == default.hash
+
+
+CONTEXT = "_checkpoint_context_fn"
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
