@@ -16,7 +16,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from logging import WARNING
 from pathlib import Path
@@ -47,6 +47,7 @@ from apps.LT2.training.evaluation import (
     is_evaluation_missing,
     metrics_path,
 )
+from apps.LT2.training.first_step import log_first_step
 from apps.LT2.training.probes import log_micro_batches, log_probes
 from apps.LT2.training.progress import Progress
 from apps.LT2.training.summary import format_summary, format_versions
@@ -172,7 +173,9 @@ class Run:
     def step(self) -> None:
         self.watchdog.beat(self.state.step)
         show_status(f"step {self.state.step + 1}/{self.args.steps} ...")
-        result = self.trainer.step()
+        is_first = self.state.step + 1 == self.first_step
+        with log_first_step() if is_first else nullcontext():
+            result = self.trainer.step()
         self.progress.add(result)
         plan = self.trainer.model.loop_plan
         if len(plan.phases) > 1 and result.n_loops != self.n_loops:

@@ -83,7 +83,9 @@ def test_columns_stand_below_their_headings_whatever_a_name_s_length():
     gpu = {"mfu": 0.5, "peak_gib": 78.125, "activations_gib": 1.0, "peak_activations_gib": 2.5}
     rows = [
         Row("short", 1_234_500_000, 8, 1_234_567.0, (1_234_000.0, 1_235_000.0), **gpu),
-        Row("longer " + "model.loop_count=4 " * 5, compiled=True, graph_breaks=3),
+        Row(
+            "longer " + "model.loop_count=4 " * 5, first_step_s=12.34, compiled=True, graph_breaks=3
+        ),
     ]
     width = len(rows[1].recipe)
     head, first, second = (
@@ -95,7 +97,7 @@ def test_columns_stand_below_their_headings_whatever_a_name_s_length():
         assert all(line[end - 1] != " " and line[end : end + 2].strip() == "" for end in ends)
     cells = re.split(r" {2,}", first)
     assert cells[1:7] == ["1234.5M", "1234567", "1234000-1235000", "50.0%", "78.12 GiB", "1.00 GiB"]
-    assert re.split(r" {2,}", second[width:])[4:9] == ["-", "-", "-", "-", "3"]
+    assert re.split(r" {2,}", second[width:])[4:10] == ["-", "-", "-", "-", "12.3 s", "3"]
     assert format_row(Row("short", problem="no memory"), 7) == "short    no memory"
     assert all(f"{name}:" in legend(1) for name in ("body", "memory", "kept", "peak", "breaks"))
 

@@ -87,6 +87,7 @@ class Row:
     activations_gib: float = 0.0
     peak_activations_gib: float = 0.0
     n_ranks: int = 1
+    first_step_s: float = 0.0  # with tuning and compilation
     graph_breaks: int = 0  # in compiled blocks
     late_graphs: int = 0  # compiled in the timed steps
     mean_loops: float = 0.0  # of the timed steps
@@ -146,6 +147,7 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
             row.peak_activations_gib = dist_max(peak).item()
         if profile:
             row.kernel_ms, row.top_kernels_ms, row.collectives = profile_step(trainer)
+    row.first_step_s = seconds[0]
     rates = [row.tokens_per_step / s for s in seconds[warmup:]]
     low, row.tokens_per_s, high = statistics.quantiles(rates, n=4)
     row.quartiles = (low, high)
@@ -249,6 +251,7 @@ COLUMNS = {
     "memory": 9,
     "kept": 9,
     "peak": 9,
+    "1st step": 8,
     "breaks": 6,
     "first loss": 10,
     "last loss": 10,
@@ -261,7 +264,7 @@ def legend(n_ranks: int) -> str:
         f"ranks: {n_ranks}; body: parameters without embeddings; tokens/s: all ranks together, "
         "median of the timed steps; memory: maximum over ranks\n"
         "kept: activations that the forward of a micro-batch keeps for its backward; peak: peak "
-        "of both; breaks: graph breaks in compiled blocks"
+        "of both; 1st step: with tuning and compilation; breaks: graph breaks in compiled blocks"
     )
 
 
@@ -281,6 +284,7 @@ def format_row(row: Row, width: int) -> str:
         f"{low:.0f}-{high:.0f}",
         "-" if row.mfu is None else f"{100 * row.mfu:.1f}%",
         *(f"{n:.2f} GiB" if row.peak_gib else "-" for n in gib),
+        f"{row.first_step_s:.1f} s",
         str(row.graph_breaks) if row.compiled else "eager",
         *(f"{n:.3f}" for n in (row.first_loss, row.last_loss, row.grad_norm)),
     )
