@@ -20,6 +20,7 @@ from torch import nn
 
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
+from apps.LT2.kernel.tuning import tuning_mode
 from apps.LT2.mixers import MIXERS, Mixer
 from apps.LT2.transformer import (
     ZERO_IF_MISSING,
@@ -187,7 +188,8 @@ def _fit_to_device(
 
 
 def check_kernels(args: LoopedTransformerArgs, device_type: str) -> None:
-    """Raise UserError on a GPU machine that cannot run the kernels of these mixers."""
+    """Raise UserError on a GPU machine that cannot run these mixers, and for a wrong LT2_TUNE."""
+    tuning_mode()
     mixers = {MIXERS[spec.mixer] for loop in args.layout() for spec in loop}
     if device_type == "cuda" and any(mixer.uses_fla for mixer in mixers):
         check_gpu_stack()

@@ -4,7 +4,7 @@ fla's entry points break a compiled graph. `ChunkOperator` wraps its kernels as 
 registered backward, so the block around it compiles whole. The module of a recurrence states only
 which functions of fla it calls, with which arguments.
 
-fla is imported at the first call: that takes seconds.
+fla is imported at the first call, without its layers and models.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import importlib
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +28,7 @@ from torch.library import CustomOpDef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from apps.LT2.kernel.documents import document_of_tokens, host_cu_seqlens, upload, upload_cu_seqlens
+from apps.LT2.kernel.tuning import limit_tuning
 from lingua.errors import UserError
 
 CHUNK = 64  # tokens in a chunk of fla's kernels
@@ -44,11 +48,13 @@ Packed = dict[str, Tensor]  # fla's arguments for packed documents
 def import_fla(module: str) -> ModuleType:
     """Import a module of fla, e.g. "fla.ops.gated_delta_rule.chunk", and fix faults of 0.6.0.
 
-    Raises UserError if fla cannot be imported.
+    Limits the tuning of its kernels. Raises UserError if fla cannot be imported.
     """
     # fla's search for other backends at every call takes longer than small kernels.
     os.environ.setdefault("FLA_DISABLE_BACKEND_DISPATCH", "1")
     try:
+        for package in ("fla", "fla.ops"):
+            _delay_package(package)
         found = importlib.import_module(module)
     except ImportError as error:
         raise UserError(
@@ -56,7 +62,36 @@ def import_fla(module: str) -> ModuleType:
             f"({error}): pip install -e '.[gpu]'"
         ) from error
     _fix_faults()
+    limit_tuning()
     return found
+
+
+@cache
+def _delay_package(name: str) -> None:
+    """Let modules of a package of fla be imported without running its `__init__.py`.
+
+    That of fla and of fla.ops imports all operators, layers and models, and transformers. It runs
+    when code outside this project asks for one of its names.
+    """
+    if name in sys.modules:
+        return
+    spec = find_spec(name)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"No module named '{name}'")
+    loader, package = spec.loader, module_from_spec(spec)
+
+    def run_and_get(attribute: str) -> Any:
+        if attribute.startswith("__") and attribute != "__all__":
+            raise AttributeError(attribute)
+        del vars(package)["__getattr__"]
+        loader.exec_module(package)
+        return getattr(package, attribute)
+
+    vars(package).update(__getattr__=run_and_get, __version__=version("fla-core"))
+    sys.modules[name] = package
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, package)
 
 
 @cache

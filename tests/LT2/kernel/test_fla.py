@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -218,3 +219,36 @@ def test_tables_of_uploaded_cu_seqlens_need_no_sync(tables):
     cu_seqlens = upload_cu_seqlens([0, 2, 5], "cpu")
     with no_waiting():
         tables(cu_seqlens)
+
+
+# ---- the import
+
+
+def test_a_package_runs_its_init_only_when_asked_for_a_name(tmp_path, monkeypatch):
+    """fla's own imports every layer and model."""
+    ops = tmp_path / "toy_fla" / "ops"
+    ops.mkdir(parents=True)
+    ops.parent.joinpath("__init__.py").write_text("from toy_fla.ops import NAME\n")
+    ops.joinpath("__init__.py").write_text("from toy_fla.ops.kernel import KERNEL\nNAME = KERNEL\n")
+    ops.joinpath("kernel.py").write_text("from toy_fla import __version__\nKERNEL = object()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(fla, "version", lambda package: "1.0")
+    names = ("toy_fla", "toy_fla.ops")
+    try:
+        for name in names:
+            fla._delay_package(name)
+        kernel = importlib.import_module("toy_fla.ops.kernel")
+        package = importlib.import_module("toy_fla")
+        assert "NAME" not in vars(package) and "NAME" not in vars(package.ops)
+        assert not hasattr(package, "__wrapped__") and "NAME" not in vars(package)
+        assert package.NAME is package.ops.NAME is kernel.KERNEL
+        assert package.ops.kernel is kernel
+    finally:
+        fla._delay_package.cache_clear()
+        for name in (*names, "toy_fla.ops.kernel"):
+            sys.modules.pop(name, None)
+
+
+def test_a_missing_package_is_an_import_error():
+    with pytest.raises(ImportError):
+        fla._delay_package("no_such_package")
