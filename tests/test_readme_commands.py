@@ -83,6 +83,9 @@ SMALLER = {
     ),
     "python setup/tokenize_data.py": "--workers 1",
     "python -m apps.LT2.scripts.benchmark_loader": "--batches 2 --repeats 2 data.prefetch_size=2",
+    "python -m apps.LT2.scripts.benchmark_checkpoint": (
+        f"{TINY_RECIPE} data.seq_len=16 data.batch_size=1 --repeats 1 --steps 1"
+    ),
     "python -m apps.LT2.scripts.benchmark_train": (
         f"{TINY_MODEL} data.batch_size=1 data.seq_len=32 data.load_async=false"
     ),

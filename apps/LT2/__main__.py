@@ -31,6 +31,10 @@ COMMANDS = {
     "benchmark prefill": ("apps.LT2.benchmark_prefill", "speed of prefill and decode"),
     "benchmark train": ("apps.LT2.scripts.benchmark_train", "speed and memory of training"),
     "benchmark loader": ("apps.LT2.scripts.benchmark_loader", "speed of the data loader"),
+    "benchmark checkpoint": (
+        "apps.LT2.scripts.benchmark_checkpoint",
+        "speed of saving and loading",
+    ),
 }
 
 
