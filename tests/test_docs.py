@@ -70,7 +70,7 @@ def test_commands_name_what_exists(command):
         swept = {w.removeprefix("sweep.") for w in options if w.startswith("sweep.")}
         assert names_of(swept) <= fields_of(TrainArgs)
         for value in (w.partition("=")[2] for w in options if w.startswith("config=")):
-            assert (ROOT / value).is_file()
+            assert value.startswith("runs/") or (ROOT / value).is_file()
     for word in words:
         if word.startswith(("setup/", "requirements")):
             assert (ROOT / word).is_file()

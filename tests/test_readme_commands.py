@@ -74,6 +74,7 @@ SMALLER = {
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml data.root_dir=": TINY_RUN,
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml optim.": TINY_RUN,
     "python -m apps.LT2.train config=apps/LT2/configs/1B": TINY_RUN,
+    "python -m apps.LT2.train config=runs/from_hf/params.json": TINY_RUN,
     "torchrun --nproc-per-node 8 -m apps.LT2.train": f"{TINY_RUN} dump_dir=runs/torchrun",
     "torchrun --nproc-per-node 8 -m apps.LT2.train config=apps/LT2/configs/600M/looped": (
         f"{TINY_RUN} {LOCAL_DATA} distributed.compile=false grad_acc_steps=1 dump_dir=runs/looped"
@@ -147,6 +148,7 @@ LEAVES = {
         "runs/first_study/report.html",
     ],
     "docs/huggingface.md: Export": ["runs/hf_model/modeling_lt2.py"],
+    "docs/huggingface.md: Import": ["runs/continued/metrics.jsonl", "runs/looped/params.json"],
     "docs/slurm.md: Sweeps": ["runs/tune/lr=0.001,loop_count=1/submit.slurm"],
     "docs/training.md: start": ["runs/compared.png"],
     "setup/quickstart.sh": ["runs/loops/plot.png"],

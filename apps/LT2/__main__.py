@@ -26,7 +26,7 @@ COMMANDS = {
     "generate": ("apps.LT2.generate", "generate text from a checkpoint"),
     "eval": ("apps.LT2.eval", "evaluate a checkpoint on tasks and held-out text"),
     "export": ("apps.LT2.scripts.export_weights", "write weights for torch, safetensors or HF"),
-    "import": ("apps.LT2.scripts.import_hf", "read a Hugging Face folder (Llama, Qwen2, Qwen3)"),
+    "import": ("apps.LT2.scripts.import_hf", "read a Hugging Face folder"),
     "push": ("apps.LT2.scripts.push_to_hub", "upload an exported folder to the Hugging Face Hub"),
     "benchmark prefill": ("apps.LT2.benchmark_prefill", "speed of prefill and decode"),
     "benchmark train": ("apps.LT2.scripts.benchmark_train", "speed and memory of training"),

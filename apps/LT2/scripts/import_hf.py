@@ -1,4 +1,4 @@
-"""Import a Hugging Face folder of a Llama, Qwen2 or Qwen3, for generate, eval and train.
+"""Import a Hugging Face folder for generate, eval and train: Llama, Qwen2, Qwen3, or our export.
 
     python -m apps.LT2.scripts.import_hf hf=Llama-folder out=llama
     python -m apps.LT2.generate ckpt=llama
@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from apps.LT2.flops import count_parameters
-from apps.LT2.scripts.llama import from_llama, read_llama_config
+from apps.LT2.huggingface.config import args_of
+from apps.LT2.huggingface.export import to_hf_name
+from apps.LT2.scripts.llama import check_names, from_llama, read_llama_config
 from apps.LT2.scripts.weight_folder import copy_tokenizer, new_folder, write_json
-from apps.LT2.transformer import LoopedTransformerArgs, build_on_meta
-from lingua.args import parse_args
+from apps.LT2.transformer import LoopedTransformerArgs, build_on_meta, fit_loop_gates
+from lingua.args import dataclass_from_dict, parse_args
 from lingua.checkpointing.dcp import CONFIG_NAME, check_fits
 from lingua.checkpointing.weights import (
     CONSOLIDATE_NAME,
@@ -57,28 +59,29 @@ SUFFIX = Path(SAFETENSORS_NAME).suffix
 class ImportArgs:
     hf: str  # folder with config.json, model.safetensors and tokenizer.json
     out: str  # new folder
-    loop_count: int = 1  # how often the stack of the new model runs
+    loop_count: int | None = None  # how often the stack of a new looped model runs
     n_layers: int | None = None  # layers to keep, evenly spaced, first and last included; null: all
     layers: list[int] | None = None  # layers to keep, counted from 0, in this order
     # tokenizer of the model; a null path means the file in the folder hf
     tokenizer: TokenizerArgs = field(default_factory=lambda: TokenizerArgs(name="hf"))
 
 
-def import_llama(args: ImportArgs) -> None:
+def import_folder(args: ImportArgs) -> None:
     with new_folder(args.out) as folder:
-        source = Path(args.hf)
+        source, where = Path(args.hf), f"hf={args.hf}"
         config = read_json(source / "config.json")
-        model_args = read_llama_config(config, f"hf={args.hf}: config.json")
-        kept = layers_to_keep(args, model_args.n_layers)
+        is_ours = config.get("model_type") == "lt2"
+        read_config = read_own_config if is_ours else read_llama_config
+        model_args = read_config(config, f"{where}: config.json")
+        kept = layers_to_keep(args, model_args.n_layers, is_ours)
         tokenizer = find_tokenizer(args)
         copy_tokenizer(folder, tokenizer)
         fit_tokenizer(folder, args, tokenizer.name, model_args.vocab_size)
-        weights = from_llama(read_folder(source), model_args, f"hf={args.hf}")
+        weights = (from_own if is_ours else from_llama)(read_folder(source), model_args, where)
         shapes = {name: tensor.shape for name, tensor in weights.items()}
-        theirs = build_on_meta(model_args).state_dict()
-        check_fits(f"hf={args.hf}", theirs, shapes, may_leave_out=False)
-        if (args.loop_count, kept) != (1, list(range(model_args.n_layers))):
-            model_args, weights = make_looped(model_args, weights, args.loop_count, kept)
+        check_fits(where, build_on_meta(model_args).state_dict(), shapes, may_leave_out=False)
+        if kept is not None:
+            model_args, weights = make_looped(model_args, weights, args.loop_count or 1, kept)
         data = {
             "add_bos": adds_bos(tokenizer),
             "tokenizer": asdict(tokenizer_in(folder, args.out, tokenizer.name)),
@@ -87,11 +90,41 @@ def import_llama(args: ImportArgs) -> None:
         write_weights(folder / CONSOLIDATE_NAME, weights, metadata={})
 
 
-def layers_to_keep(args: ImportArgs, n_layers: int) -> list[int]:
-    """Return the layers of the folder, which has `n_layers`, that the new model consists of."""
-    if args.loop_count < 1:
-        raise UserError(f"loop_count={args.loop_count} must be at least 1")
+def read_own_config(config: Mapping[str, Any], where: str) -> LoopedTransformerArgs:
+    """Read the model options of a folder that export_weights wrote, or save_pretrained after it."""
+    try:
+        return dataclass_from_dict(LoopedTransformerArgs, asdict(args_of(config)))
+    except KeyError as error:
+        raise UserError(f"{where} has no {error}; export the run again") from None
+    except (UserError, TypeError) as error:
+        message = str(error).removeprefix("config.json: ")
+        raise UserError(f"{where}: {message}") from None
+
+
+def from_own(
+    weights: Mapping[str, Tensor], args: LoopedTransformerArgs, where: str
+) -> dict[str, Tensor]:
+    """Rename to our weights. UserError, prefixed by `where`, if a tensor is missing or unknown."""
+    wanted = build_on_meta(args).state_dict()
+    check_names(weights, map(to_hf_name, wanted), where, tied=args.weight_tying)
+    ours = {name: weights[to_hf_name(name)] for name in wanted}
+    if "rho" in ours:  # its folder may have got another loop_count since training
+        ours["rho"] = fit_loop_gates(ours["rho"], args.loop_count)
+    return ours
+
+
+def layers_to_keep(args: ImportArgs, n_layers: int, is_ours: bool) -> list[int] | None:
+    """Return which of `n_layers` layers of the folder make the new model; None: an equal model."""
     kept, n_kept = args.layers, args.n_layers
+    if args.loop_count is kept is n_kept is None:
+        return None
+    if is_ours:
+        raise UserError(
+            f"loop_count, n_layers and layers need a Llama, Qwen2 or Qwen3, and hf={args.hf} is a "
+            "model of LT2; import it without them and change model.loop_count in the run"
+        )
+    if args.loop_count is not None and args.loop_count < 1:
+        raise UserError(f"loop_count={args.loop_count} must be at least 1")
     if kept is None:
         n_kept = n_layers if n_kept is None else n_kept
         if not 1 <= n_kept <= n_layers:
@@ -262,7 +295,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     args = parse_args(ImportArgs, argv, prog="python -m apps.LT2.scripts.import_hf", doc=__doc__)
-    import_llama(args)
+    import_folder(args)
     print(f"wrote {args.out}; its weights and model options start a run with:")
     print(
         f"python -m apps.LT2.train config={args.out}/{CONFIG_NAME} "

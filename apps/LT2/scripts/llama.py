@@ -6,7 +6,7 @@ channels of queries and keys are permuted. All other tensors only change their n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -185,31 +185,35 @@ def to_llama(weights: Mapping[str, Tensor], args: LoopedTransformerArgs) -> dict
 def from_llama(
     weights: Mapping[str, Tensor], args: LoopedTransformerArgs, where: str
 ) -> dict[str, Tensor]:
-    """Rename and permute to our weights. UserError, prefixed by `where`, if a tensor is missing."""
+    """Rename and permute to our weights. UserError, prefixed by `where`, if they don't fit."""
     heads, names = _rotated(args), _names(args)
-    missing = sorted(set(names.values()) - weights.keys())
-    if missing:
-        raise UserError(
-            f"{where}: {len(missing)} tensors are missing, such as {missing[0]}; the folder is "
-            "incomplete, or its config.json is another model's: download it again"
-        )
-    # Old versions saved the rotary frequencies. A tied head repeats the embedding.
-    extra = {
-        n for n in weights.keys() - set(names.values()) if not n.endswith("rotary_emb.inv_freq")
-    }
-    if args.weight_tying:
-        extra.discard("lm_head.weight")
-    if extra:
-        raise UserError(
-            f"{where}: {len(extra)} tensors are unknown, such as {min(extra)}; a changed "
-            "architecture can't be imported, and adapters must be merged into the weights first"
-        )
+    check_names(weights, names.values(), where, tied=args.weight_tying)
     ours = {}
     for name, their_name in names.items():
         weight = weights[their_name]
         n_heads = heads.get(name.partition(".attention.")[2])
         ours[name] = weight if n_heads is None else _pairs(weight, n_heads)
     return ours
+
+
+def check_names(stored: Collection[str], wanted: Iterable[str], where: str, *, tied: bool) -> None:
+    """Raise UserError, prefixed by `where`, if a tensor is missing or unknown."""
+    wanted = set(wanted)
+    missing = sorted(wanted.difference(stored))
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} tensors are missing, such as {missing[0]}; the folder is "
+            "incomplete, or its config.json is another model's: download it again"
+        )
+    # Old versions saved the rotary frequencies. A tied head repeats the embedding.
+    extra = {n for n in set(stored) - wanted if not n.endswith("rotary_emb.inv_freq")}
+    if tied:
+        extra.discard("lm_head.weight")
+    if extra:
+        raise UserError(
+            f"{where}: {len(extra)} tensors are unknown, such as {min(extra)}; a changed "
+            "architecture can't be imported, and adapters must be merged into the weights first"
+        )
 
 
 def _names(args: LoopedTransformerArgs) -> dict[str, str]:
