@@ -36,7 +36,7 @@ from lingua.checkpointing.folder import (
     publish,
     write_train_state,
 )
-from lingua.checkpointing.metadata import max_threads
+from lingua.checkpointing.metadata import map_in_threads, max_threads
 from lingua.distributed import (
     agree_any,
     gather_objects,
@@ -118,8 +118,10 @@ class Save:
             self._error = error
 
     def _write_tensors(self) -> list[WriteResult]:
-        n_threads, files = _n_threads(self._plan), TensorFiles()
-        writer = FileSystemWriter(self._unfinished, thread_count=n_threads, per_thread_copy_ahead=0)
+        tensors = [item.tensor_data for item in self._plan.items if item.tensor_data is not None]
+        n_bytes = sum(t.chunk.sizes.numel() * t.properties.dtype.itemsize for t in tensors)
+        n_files, files = count_files(n_bytes), TensorFiles()
+        writer = FileSystemWriter(self._unfinished, thread_count=n_files, per_thread_copy_ahead=0)
         writer.fs = files
         try:
             results = writer.write_data(self._plan, self._planner).value()
@@ -170,17 +172,15 @@ class Save:
         publish(self._unfinished, self.final, self.step, files, self._config)
 
 
-def _n_threads(plan: SavePlan) -> int:
-    """Return how many threads, each with its own file, write the tensors of this rank."""
-    tensors = [item.tensor_data for item in plan.items if item.tensor_data is not None]
-    n_bytes = sum(t.chunk.sizes.numel() * t.properties.dtype.itemsize for t in tensors)
+def count_files(n_bytes: int) -> int:
+    """Return how many threads, each with its own file, write `n_bytes` of one rank."""
     return min(max_threads(), 1 + n_bytes // MIN_SHARE)
 
 
 def warn_of_small_disk(folder: Path, optimizer: Optimizer, n_ranks: int) -> None:
     """Log a warning if a checkpoint does not fit on the disk, or into the limit of file sizes.
 
-    The size is that of the weights and of the optimizer's tensors. Each rank writes one file.
+    The size is that of the weights and of the optimizer's tensors.
     """
     n_bytes = sum(
         param.numel() * param.element_size() * (1 + len(fields - {"step"}))
@@ -190,7 +190,8 @@ def warn_of_small_disk(folder: Path, optimizer: Optimizer, n_ranks: int) -> None
     too_small = []
     if free < n_bytes:
         too_small.append(f"the disk has {_format_size(free)} free")
-    if limit != resource.RLIM_INFINITY and limit < n_bytes / n_ranks:
+    per_file = n_bytes / n_ranks / count_files(n_bytes // n_ranks)
+    if limit != resource.RLIM_INFINITY and limit < per_file:
         too_small.append(f"files are limited to {_format_size(limit)} (ulimit -f)")
     if too_small:
         logger.warning(
@@ -209,7 +210,8 @@ class _StagingPlanner(DefaultSavePlanner):
     _staged: dict[MetadataIndex, Tensor | io.BytesIO] | None = None
 
     def stage(self, plan: SavePlan) -> None:
-        self._staged = {item.index: _copy(self.resolve_data(item)) for item in plan.items}
+        copies = map_in_threads(_copy, [self.resolve_data(item) for item in plan.items])
+        self._staged = {item.index: copy for item, copy in zip(plan.items, copies, strict=True)}
         self.state_dict = {}
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import math
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from lingua.checkpointing.save import warn_of_small_disk
 from lingua.errors import MachineFault, UserError
 from tests.lingua.checkpointing.checkpoint_runs import (
     CONFIG,
+    N_FILES,
     assert_same_bits,
     build,
     manager_at,
@@ -310,10 +312,10 @@ def test_a_full_disk_keeps_earlier_checkpoints(run, async_save):
     assert [int(p.name) for p in manager.existing_saves] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("n_ranks, n_files", [(1, 1), (2, 1), (2, N_FILES)])
 @pytest.mark.parametrize("free, limit, want", [(0, 0, 0), (-1, 0, 1), (0, -1, 1), (-1, -1, 2)])
 def test_a_disk_too_small_for_a_checkpoint_is_reported(
-    run, monkeypatch, caplog, free, limit, want, n_ranks
+    run, monkeypatch, caplog, free, limit, want, n_ranks, n_files
 ):
     """The size is that of the tensors that a save writes, without step counts."""
     manager, model, optimizer, _ = run
@@ -323,9 +325,11 @@ def test_a_disk_too_small_for_a_checkpoint_is_reported(
         t for own in state["optim"]["state"].values() for n, t in own.items() if n != "step"
     ]
     size = sum(tensor.nbytes for tensor in written)
+    if n_files > 1:
+        write_in_threads(monkeypatch)
     usage = SimpleNamespace(free=size + free)
     monkeypatch.setattr(lingua.checkpointing.save.shutil, "disk_usage", lambda folder: usage)
-    with limited_files(size // n_ranks + limit):
+    with limited_files(math.ceil(size / n_ranks / n_files) + limit):
         warn_of_small_disk(manager.path, optimizer, n_ranks)
     text = caplog.text
     assert ("free" in text) + ("ulimit -f" in text) == want
