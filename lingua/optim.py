@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -293,7 +293,7 @@ def build_param_groups(
     ]
 
 
-UsedRows = Mapping[nn.Parameter, Callable[[], int]]
+UsedRows = Mapping[Tensor, Callable[[], int]]
 
 
 class RowAdamW(AdamW):
@@ -319,7 +319,8 @@ class RowAdamW(AdamW):
                 state["step"] = state["step"].max()
         has_complex = super()._init_group(group, params, *lists)
         for param in [p for p in params if p in self.used_rows]:
-            i, state = next(i for i, p in enumerate(params) if p is param), self.state[param]
+            i = next(i for i, p in enumerate(params) if p is param)
+            state = cast(dict[str, Tensor], self.state[param])  # pyright: ignore[reportArgumentType]
             if not state["step"].ndim:  # new
                 state["step"] = state["step"].expand(len(param)).clone()
                 lists[-1][i] = state["step"]

@@ -114,7 +114,8 @@ def read_subjects(paths: Sequence[str], overrides: Sequence[str]) -> list[Subjec
 
 def read_subject(name: str, path: str, overrides: Sequence[str]) -> Subject:
     config = parse_args(TrainArgs, [f"config={path}", *overrides])
-    args, tokenizer = config.model, config.data.tokenizer
+    args = config.model.with_loops(config.model.loop_count)  # inference has no schedule of loops
+    tokenizer = config.data.tokenizer
     if args.vocab_size != -1:
         return Subject(name, path, args, "model.vocab_size")
     try:

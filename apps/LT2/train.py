@@ -23,7 +23,6 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
@@ -373,7 +372,7 @@ def build_model(
 
 def build_run_optimizer(args: TrainArgs, model: LoopedTransformer) -> tuple[Optimizer, ScheduledLR]:
     """Build the optimizer and its schedule. They follow T where it varies."""
-    used_rows: dict[nn.Parameter, Callable[[], int]] = {}
+    used_rows: dict[torch.Tensor, Callable[[], int]] = {}
     if model.rho is not None and model.loop_plan.shares() != {args.model.loop_count: 1.0}:
         used_rows[model.rho] = lambda: model.n_loops
     changes = model.loop_plan.starts(args.steps)[1:]

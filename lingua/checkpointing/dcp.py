@@ -65,7 +65,7 @@ def load_from_checkpoint(
     stored = {name: entry.size for name, entry in model_tensors(metadata, model_key).items()}
     for name in missing_as_zero(f"checkpoint {folder}", weights, stored, zero_if_missing):
         weights.pop(name).zero_()
-    shapes, resized_names = dict(stored), []
+    shapes, resized_names = {name: tuple(size) for name, size in stored.items()}, []
     for name in resized or {}:
         if name in weights and name in stored and weights[name].shape != stored[name]:
             resized_names.append(name)

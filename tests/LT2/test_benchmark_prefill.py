@@ -363,3 +363,10 @@ def test_plot_of_a_run_and_of_its_output(capsys, recipe, quick_ceilings):
     output.write_text("Killed\n")
     with pytest.raises(UserError, match="output.txt"):
         plot_benchmark.main([str(output), "--out", str(joined)])
+
+
+def test_options_of_loops_in_training_do_not_matter(tmp_path):
+    recipe = write_recipe(tmp_path / "a.yaml", loop_count=4, loop_schedule="1@0, 4@0.5")
+    (subject,) = read_subjects([str(recipe)], ["model.vocab_size=99", "model.loop_count=2"])
+    model = LoopedTransformer(subject.args)
+    assert len(model.inference_layout) == 2 and not model.loop_plan.varies

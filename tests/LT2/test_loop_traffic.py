@@ -43,7 +43,7 @@ FULL_SHARD = {"fsdp_type": "full_shard", "dp_replicate": WORLD}
 RESHARD = {**FULL_SHARD, "reshard_between_loops": True}
 
 # (loops, micro-batches, distributed options, collectives of a step)
-CASES = {
+CASES: dict[str, tuple[Any, int, dict, dict[str, int]]] = {
     f"{mode} T={loops} micro-batches={n_micro}": (
         loops,
         n_micro,
@@ -63,7 +63,7 @@ for n_micro in (1, 3):
     counts = {"_allgather_base_": n_gathered, "_reduce_scatter_base_": N_UNITS}
     CASES[f"reshard_between_loops micro-batches={n_micro}"] = (4, n_micro, RESHARD, counts)
 # Steps of fewer loops than the model has, and gradients through the last loops only.
-OPTIONS = {
+OPTIONS: dict[int | str, dict[str, Any]] = {
     "2 of T=4": {"loop_schedule": "2@0"},
     "1 of T=4": {"loop_schedule": "1@0"},
     "bptt 2 of T=4": {"loop_bptt": 2},

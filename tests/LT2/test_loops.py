@@ -7,7 +7,7 @@ import torch
 
 from apps.LT2.loops import LoopPlan, parse_loop_plan
 from lingua.errors import UserError
-from tests.LT2.looped_models import make, prompt
+from tests.LT2.looped_models import MODELS, ONE_SEGMENT, PER_LOOP, make, packed, prompt
 from tests.LT2.tiny import DSA
 
 SCHEDULE = "1@0, 2@0.2, 4@0.5"
@@ -42,11 +42,11 @@ def test_shares_of_steps_are_rounded():
 
 @pytest.mark.parametrize("sample", ["uniform:1,2,2,4", "poisson:2.5"])
 def test_draws_have_the_probabilities_and_depend_on_seed_and_step_alone(sample):
-    drawn = draws(plan(sample=sample), 2000)
+    drawn = draws(plan(sample=sample), 1000)
     for n_loops, share in plan(sample=sample).shares().items():
-        assert drawn.count(n_loops) / 2000 == pytest.approx(share, abs=0.035)
-    assert [plan(sample=sample).draw(step, 9) for step in range(2000)] == drawn
-    assert draws(plan(sample=sample, seed=1), 2000) != drawn
+        assert drawn.count(n_loops) / 1000 == pytest.approx(share, abs=0.05)
+    assert [plan(sample=sample).draw(step, 9) for step in range(1000)] == drawn
+    assert draws(plan(sample=sample, seed=1), 1000) != drawn
 
 
 def test_uniform_shares():
@@ -117,10 +117,12 @@ def test_schedule_and_sample_exclude_each_other():
 # ---- the model of a step
 
 
-def test_a_step_runs_the_model_of_its_loops(model):
+@pytest.mark.parametrize("name", [*PER_LOOP, *(f"{name}_T2" for name in ONE_SEGMENT)])
+def test_a_step_runs_the_model_of_its_loops(name):
     """Every kind of model: with T loops it is the model that was built with T loops."""
+    model = make(**MODELS[name])
     tokens, loop_count = prompt(2, 9), model.args.loop_count
-    whole = model(tokens)
+    whole, (documents, ends) = model(tokens), packed([prompt(4), prompt(5)])
     for n_loops in range(1, loop_count + 1):
         pattern = model.args.attention_pattern
         if pattern and "->" in pattern:
@@ -136,6 +138,8 @@ def test_a_step_runs_the_model_of_its_loops(model):
         model.begin_step(0)
         assert model.n_loops == n_loops
         assert torch.equal(model(tokens), other(tokens))
+        together = other(documents, cu_seqlens=ends)
+        assert torch.equal(model(documents, cu_seqlens=ends), together)
     model.begin_step(None)
     assert torch.equal(model(tokens), whole)
 
@@ -144,13 +148,14 @@ def test_gradients_of_unused_loops():
     model = make(loop_count=3, attention_pattern="gdn->full->gdn", loop_schedule="1@0")
     model.begin_step(0)
     model(prompt(2, 9), prompt(2, 9)).backward()
+    assert model.rho is not None and model.rho.grad is not None
     assert model.rho.grad[0].all() and not model.rho.grad[1:].any()
     block = model.layers[0]
     missing = {name for name, p in block.named_parameters() if p.grad is None}
     assert missing == {n for n, _ in block.named_parameters() if n.startswith("attention.")}
 
 
-@pytest.mark.parametrize("n_back", [1, 2, 3])
+@pytest.mark.parametrize("n_back", [1, 2])
 @pytest.mark.parametrize("kind", [{}, {"mixer": "dsa", "dsa": DSA}, {"weight_tying": True}])
 def test_truncated_gradients_are_those_of_a_detached_stream(n_back, kind):
     model = make(loop_count=3, loop_bptt=n_back, **kind)
@@ -161,9 +166,10 @@ def test_truncated_gradients_are_those_of_a_detached_stream(n_back, kind):
     got_losses = model.mixer_losses
     model.zero_grad()
 
+    assert model.rho is not None
     h, own = model.tok_embeddings(tokens), []
     for t in range(3):
-        if t == 3 - n_back and n_back < 3:
+        if t == 3 - n_back:
             h, own = h.detach(), []
         u = h
         for block, spec in zip(model.layers, model.layout[t], strict=True):

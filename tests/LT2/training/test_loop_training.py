@@ -35,7 +35,12 @@ LOOPS: dict[str, Any] = {
     "model.attention_pattern": "gdn->full->gdn",
     "eval.validation": None,
 }
-SCHEDULE = {"model.loop_schedule": "1@0, 2@0.5, 3@0.7", "optim.rewarmup": 2}
+SCHEDULE = {
+    "model.loop_schedule": "1@0, 2@0.5, 3@0.7",
+    "optim.rewarmup": 2,
+    "optim.scheduler": "constant",
+    "optim.lr": 1e-2,
+}
 SAMPLE = {"model.loop_sample": "uniform:1,2,3", "model.loop_bptt": 2, "optim.name": "muon"}
 VOCABULARY = {"model.vocab_size": 258}
 CASES = {"schedule": (SCHEDULE, [1, 1, 1, 2, 3, 3]), "sample": (SAMPLE, [1, 2, 2, 2, 2, 3])}
@@ -83,11 +88,10 @@ def test_new_loops_start_from_the_last_gate(whole):
     assert not state["exp_avg"][2].any() and not state["exp_avg_sq"][2].any()
 
 
-def test_the_learning_rate_warms_up_again(data, tmp_path):
-    options = {**LOOPS, "optim.scheduler": "constant", "optim.lr": 1e-2}
-    run = train(data, tmp_path, **options, **SCHEDULE)
+def test_the_learning_rate_warms_up_again(whole):
     # Changes after steps 3 and 4 of 6.
-    assert column(run, "optim/lr") == pytest.approx([1e-2, 1e-2, 1e-2, 5e-3, 5e-3, 1e-2])
+    lr = [1e-2, 1e-2, 1e-2, 5e-3, 5e-3, 1e-2]
+    assert column(whole("schedule"), "optim/lr") == pytest.approx(lr)
 
 
 # ---- a checkpoint with other loops
@@ -105,7 +109,7 @@ def test_initial_weights_get_gates_for_other_loops(form, pattern, whole, tmp_pat
     model = LoopedTransformer(args.model)
     stored = load_initial_weights(str(source), model, resized=RESIZED)
     assert stored["rho"] == (3, 32)
-    assert torch.equal(model.rho, gates[[0, 1, 2, 2, 2][:n_loops]])
+    assert model.rho is not None and torch.equal(model.rho, gates[[0, 1, 2, 2, 2][:n_loops]])
     assert f"model.loop_count={n_loops} on weights trained with 3" in caplog.text
 
 
@@ -113,22 +117,20 @@ def test_gates_of_initial_weights_are_kept_until_their_loop_runs(whole, data, tm
     gates = tensors(whole("schedule"), N)["model"]["rho"]
     options = {**LOOPS, "model.loop_count": 4, "model.attention_pattern": "gdn->full->gdn->full"}
     options |= {"checkpoint.init_ckpt_path": whole("schedule"), "steps": 1}
-    run = train(data, tmp_path, **options, **{"model.loop_schedule": "1@0, 4@0.9"})
+    options["model.loop_schedule"] = "1@0, 4@0.9"
+    run = train(data, tmp_path, **options)
     got = tensors(run, 1)["model"]["rho"]
     assert torch.equal(got[1:], gates[[1, 2, 2]]) and not torch.equal(got[0], gates[0])
     assert "model.loop_count=4 on weights trained with 3" in (run / "train.log").read_text()
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_a_resume_with_other_loops_names_init_ckpt_path(gated, data, tmp_path):
-    options = {**SMALL, "model.use_residual": gated, "eval.validation": None, "steps": 2}
-    train(data, tmp_path / "run", **options)
-    other = {**options, "model.loop_count": 3, "steps": 4}
-    with pytest.raises(UserError, match=r"^model\.loop_count=3.*checkpoint\.init_ckpt_path="):
-        train(data, tmp_path / "run", **other)
-    init = {"checkpoint.init_ckpt_path": tmp_path / "run"}
-    init["checkpoint.continue_training_from_init"] = True
-    with pytest.raises(UserError, match=r"^model\.loop_count=3.*continue_training_from_init=false"):
+def test_a_resume_with_other_loops_names_init_ckpt_path(whole, data, tmp_path):
+    run, other = whole("schedule"), {**LOOPS, "model.attention_pattern": "gdn", "steps": 9}
+    other |= {"model.loop_count": 2, "model.use_residual": False}
+    with pytest.raises(UserError, match=r"^model\.loop_count=2.*checkpoint\.init_ckpt_path="):
+        train(data, run, **other)
+    init = {"checkpoint.init_ckpt_path": run, "checkpoint.continue_training_from_init": True}
+    with pytest.raises(UserError, match=r"^model\.loop_count=2.*continue_training_from_init=false"):
         train(data, tmp_path / "new", **other, **init)
     assert not (tmp_path / "new").exists()
 
