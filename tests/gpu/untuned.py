@@ -21,6 +21,8 @@ import pytest
 def untuned() -> Iterator[None]:
     from triton.runtime.autotuner import Autotuner  # pyright: ignore[reportMissingImports]
 
+    from apps.LT2.kernel import tuning
+
     bench = Autotuner._bench
     too_slow = [float("inf")] * 3
 
@@ -37,6 +39,7 @@ def untuned() -> Iterator[None]:
         return [0.0] * 3
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "compile_in_parallel", lambda *_: None)
         patch.setattr(Autotuner, "_bench", run_once)
         patch.setattr(Autotuner, "do_bench", property(lambda self: once))
         patch.setattr(Autotuner, "check_disk_cache", lambda self, key, configs, bench: bench())

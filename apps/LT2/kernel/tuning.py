@@ -84,11 +84,12 @@ def limit_tuning() -> None:
     if os.environ.get("FLA_CACHE_MODE", "disabled") != "disabled" or not torch.cuda.is_available():
         return
     from triton.runtime.autotuner import Autotuner  # pyright: ignore[reportMissingImports]
+    from triton.runtime.jit import KernelInterface  # pyright: ignore[reportMissingImports]
 
     modules = [m for name, m in sys.modules.items() if name.startswith("fla.") and m is not None]
     for value in [value for module in modules for value in vars(module).values()]:
-        while hasattr(value, "fn") and not isinstance(value, Autotuner):  # unwrap heuristics
-            value = value.fn
+        while isinstance(value, KernelInterface) and not isinstance(value, Autotuner):
+            value = getattr(value, "fn", None)  # of heuristics
         if isinstance(value, Autotuner) and "run" not in vars(value):
             ShortList(value, lists_of_this_gpu().get(value.base_fn.__name__, []))
 
@@ -97,7 +98,7 @@ class ShortList:
     """Limits an autotuner of Triton to some configurations, in place; [] is no limit.
 
     Uses Triton's hook for this purpose, `early_config_prune`, after a hook that fla has set. All
-    configurations compile in parallel, before the first is timed.
+    chosen configurations compile in parallel before the first is timed.
     """
 
     def __init__(self, tuner: Any, entries: list[Entry]):
@@ -112,16 +113,23 @@ class ShortList:
         self.misfits = (OutOfResources, PTXASError, CompileTimeAssertionFailure)
         self.tuner, self.entries = tuner, entries
         self.prune, self.run = tuner.early_config_prune, tuner.run
-        tuner.early_config_prune, tuner.run = self.choose, self.run_or_try_all
+        self.to_time: list[Any] = []
+        tuner.early_config_prune, tuner._bench = self.choose, self.time
+        tuner.run = self.run_or_try_all
 
     def choose(self, configs: list[Any], nargs: dict[str, Any], **kwargs: Any) -> list[Any]:
         if self.prune is not None:
             configs = self.prune(configs, nargs, **kwargs)
         by_entry = [c for e in self.entries for c in configs if describe_config(c) == e]
-        configs = by_entry or configs
-        if len(configs) > 1:
-            compile_in_parallel(self.tuner.fn, configs, nargs | kwargs)
-        return configs
+        self.to_time = by_entry or configs
+        return self.to_time
+
+    def time(self, *args: Any, config: Any, **kwargs: Any) -> list[float]:
+        """Time a configuration. Not called for timings that Triton reads from its cache."""
+        if len(self.to_time) > 1:
+            compile_in_parallel(self.tuner.fn, self.to_time, self.tuner.nargs | kwargs)
+            self.to_time = []
+        return type(self.tuner)._bench(self.tuner, *args, config=config, **kwargs)
 
     def run_or_try_all(self, *args: Any, **kwargs: Any) -> Any:
         """Run the kernel. If no configuration of the list fits, try all others from now on."""

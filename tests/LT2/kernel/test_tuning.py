@@ -19,7 +19,7 @@ from tests.LT2.tiny import tiny_args
 
 pytest.importorskip("triton")
 from triton import Config  # noqa: E402
-from triton.runtime.autotuner import Autotuner  # noqa: E402
+from triton.runtime.autotuner import Autotuner, Heuristics  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 SIZES = (16, 32, 64, 128)
@@ -126,7 +126,7 @@ def gpu(monkeypatch, folder) -> Any:
     monkeypatch.delenv("FLA_CACHE_MODE", raising=False)
     tuning.lists_of_this_gpu.cache_clear()
     kernel, module = Kernel(dict.fromkeys(SIZES, 1.0)), ModuleType("fla.toy")
-    vars(module)["toy_kernel"] = SimpleNamespace(fn=kernel.tuner())  # as triton.heuristics
+    vars(module)["toy_kernel"] = Heuristics(kernel.tuner(), ["x"], {})
     monkeypatch.setitem(sys.modules, "fla.toy", module)
     yield SimpleNamespace(kernel=kernel, tuner=vars(module)["toy_kernel"].fn)
     tuning.lists_of_this_gpu.cache_clear()
