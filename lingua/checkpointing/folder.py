@@ -75,11 +75,12 @@ class TensorFiles(FileSystem):
     def __init__(self) -> None:
         self.entries: dict[str, Any] = {}
         self.errors: list[Exception] = []
+        self.is_cancelled = False
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
         try:
-            with _SummedFile(io.FileIO(path, mode)) as stream:
+            with _SummedFile(self, io.FileIO(path, mode)) as stream:
                 yield stream
         except Exception as error:
             self.errors.append(error)
@@ -91,8 +92,14 @@ class TensorFiles(FileSystem):
 class _SummedFile(io.BufferedWriter):
     n_bytes, crc32 = 0, 0
 
+    def __init__(self, files: TensorFiles, raw: io.FileIO):
+        super().__init__(raw)
+        self.files = files
+
     def write(self, data: Any) -> int:
         for start in range(0, len(data), CHUNK):
+            if self.files.is_cancelled:
+                raise OSError("the save was cancelled")
             chunk = data[start : start + CHUNK]
             self.crc32 = zlib.crc32(chunk, self.crc32)
             super().write(chunk)

@@ -76,16 +76,17 @@ class Save:
         self._config, self._state_name = config, state_name
         self._state_text = json.dumps(state)  # now, because training changes these objects
         self._files: dict[str, Any] = {}
+        self._tensor_files = TensorFiles()
         self._results: list[WriteResult] = []
         self._error: Exception | None = None
         run_on_rank_0(lambda: make_empty(self._unfinished))
         self._writer, self._planner = FileSystemWriter(self._unfinished), _StagingPlanner()
         self._metadata: Metadata | None = None  # on rank 0
         self._plan = self._make_plan(tensors_to_save(model, optimizer))
-        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         if in_background:
             run_together(lambda: self._planner.stage(self._plan))
-        self._thread.start()
+        self._is_done = threading.Event()
+        threading.Thread(target=self._write, name="checkpoint", daemon=True).start()
 
     def _make_plan(self, tensors: dict[str, Any]) -> SavePlan:
         """Decide which rank writes which tensor. Rank 0 plans for all."""
@@ -116,16 +117,18 @@ class Save:
                 self._files |= write_train_state(self._unfinished, name, text)
         except Exception as error:  # `publish` raises it on all ranks
             self._error = error
+        finally:
+            self._is_done.set()
 
     def _write_tensors(self) -> list[WriteResult]:
         tensors = [item.tensor_data for item in self._plan.items if item.tensor_data is not None]
         n_bytes = sum(t.chunk.sizes.numel() * t.properties.dtype.itemsize for t in tensors)
-        n_files, files = count_files(n_bytes), TensorFiles()
+        n_files = count_files(n_bytes)
         writer = FileSystemWriter(self._unfinished, thread_count=n_files, per_thread_copy_ahead=0)
-        writer.fs = files
+        writer.fs = self._tensor_files
         try:
             results = writer.write_data(self._plan, self._planner).value()
-            for error in files.errors:
+            for error in self._tensor_files.errors:
                 raise error
         except (RuntimeError, OSError) as error:
             free = shutil.disk_usage(self._unfinished).free / 2**30
@@ -135,17 +138,21 @@ class Save:
                 f"are intact: {reason}"
             ) from error
         self._planner.forget()
-        self._files |= files.entries
+        self._files |= self._tensor_files.entries
         return results
 
     def is_written(self) -> bool:
         """Return whether all ranks have written; the answer is the same on all ranks."""
-        return not agree_any(self._thread.is_alive())
+        return not agree_any(not self._is_done.is_set())
 
     def wait(self) -> None:
-        """Wait until this rank has written. Not a collective."""
-        if self._thread.ident is not None:
-            self._thread.join()
+        """Wait until this rank has written, or Ctrl-C cancels the save. Not a collective."""
+        try:
+            self._is_done.wait()  # an interrupted Thread.join would count the thread as ended
+        except KeyboardInterrupt:
+            self._tensor_files.is_cancelled = True
+            self._is_done.wait(1)  # a thread that still writes at exit would abort the process
+            raise
 
     def publish(self) -> Path:
         """Wait for all ranks, complete the folder and rename it. Errors are raised on all ranks."""

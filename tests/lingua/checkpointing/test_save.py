@@ -8,6 +8,8 @@ import math
 import os
 import signal
 import threading
+import time
+import zlib
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -152,6 +154,27 @@ def test_ctrl_c_waits_for_the_pending_save_and_a_second_one_does_not(
     assert held_disk.is_set() == (n_times == 1), "waited after the second Ctrl-C"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "Ctrl-C" in caplog.text
+
+
+def test_a_second_ctrl_c_stops_the_writer_threads(tmp_path, monkeypatch):
+    """At exit, a thread that still writes would abort the process."""
+    write_in_threads(monkeypatch)
+    real = zlib.crc32
+
+    def slow(data, value=0):
+        time.sleep(0.2)
+        return real(data, value)
+
+    monkeypatch.setattr(zlib, "crc32", slow)
+    model, optimizer, state = build()
+    train(1, model, optimizer, state)
+    for seconds in (0.1, 0.3):
+        threading.Timer(seconds, _ctrl_c).start()
+    with pytest.raises(KeyboardInterrupt), manager_at(tmp_path) as manager:
+        manager.save(model, optimizer, state, CONFIG)
+    time.sleep(0.1)
+    writers = ("checkpoint", "_write_files_from_queue")
+    assert not [t.name for t in threading.enumerate() if any(name in t.name for name in writers)]
 
 
 def test_ctrl_c_in_training_publishes_the_pending_save_and_a_second_one_drops_it(
