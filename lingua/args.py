@@ -126,9 +126,15 @@ def flatten_dict(d: Mapping[str, Any], parent_key: str = "", sep: str = "_") -> 
     return flat
 
 
-def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """List what changed between two configs, sorted: ["optim.lr: 0.0003 -> 0.0001"]."""
+def diff_configs(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """List what changed between two configs, sorted: ["optim.lr: 0.0003 -> 0.0001"].
+
+    An option that `old` lacks is no change if `new` has its value in `defaults`: it is newer.
+    """
     before, after = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
+    before = {k: v for k, v in flatten_dict(defaults or {}, sep=".").items() if k in after} | before
 
     def text(values: dict[str, Any], key: str) -> str:
         return format_value(values[key]) if key in values else "(absent)"

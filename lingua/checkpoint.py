@@ -378,7 +378,11 @@ class CheckpointManager:
             if folder is None:
                 return None
             saved_config = run_on_rank_0(partial(_check_and_read_config, folder))
-            differences = [] if config is None else diff_configs(saved_config, _as_dict(config))
+            defaults, differences = {}, []
+            if config is not None:
+                with suppress(TypeError):  # an option without a default
+                    defaults = _as_dict(type(config)())
+                differences = diff_configs(saved_config, _as_dict(config), defaults)
             try:
                 _load_tensors(folder, model, optimizer)
                 break

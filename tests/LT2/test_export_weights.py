@@ -371,8 +371,11 @@ def test_a_hugging_face_folder_is_no_checkpoint_yet(tmp_path):
     with pytest.raises(UserError, match=f"import_hf hf={folder}"):
         load(folder)
     (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").unlink(missing_ok=True)
     with pytest.raises(UserError, match="tokenizer.path=.*no file .*tokenizer.json"):
         import_(folder, tmp_path / "out")
+    with pytest.raises(UserError, match="hf=org/name: no such folder; .* hf download"):
+        import_("org/name", tmp_path / "out")
 
 
 def test_a_training_run_starts_from_exported_weights(tmp_path):

@@ -191,6 +191,10 @@ def test_flatten_and_diff():
         "optim.lr: 0.0003 -> 0.0001",
     ]
     assert diff_configs(old, old) == []
+    newer = {"optim": {"betas": 2, "eps": 1e-8}, "steps": 3}
+    assert diff_configs({"steps": 3}, newer, {"optim": {"betas": 1, "eps": 1e-8}, "data": {}}) == [
+        "optim.betas: 1 -> 2"
+    ]
 
 
 def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):

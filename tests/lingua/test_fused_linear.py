@@ -10,6 +10,7 @@ from torch import nn
 
 from apps.LT2.inference.load import fuse_projections
 from lingua.transformer import Linear, fuse_weights, fused_linear
+from tests.LT2.mixer_cases import QWEN
 from tests.LT2.tiny import KINDS, tiny_model
 from tests.tolerances import BF16_KERNEL, FP32, FP32_MODEL, assert_same
 
@@ -67,7 +68,7 @@ def test_biases_are_fused_too():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_with_fused_projections_is_the_same_function(kind):
-    model = tiny_model(kind, 2)
+    model = tiny_model(kind, 2, **(QWEN if kind in ("full", "nsa", "dsa") else {}))
     fused = copy.deepcopy(model)
     fuse_projections(fused)
     assert [n for n, _ in fused.named_parameters()] == [n for n, _ in model.named_parameters()]

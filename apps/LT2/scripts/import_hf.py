@@ -69,6 +69,11 @@ class ImportArgs:
 def import_folder(args: ImportArgs) -> None:
     with new_folder(args.out) as folder:
         source, where = Path(args.hf), f"hf={args.hf}"
+        if not source.is_dir():
+            raise UserError(
+                f"{where}: no such folder; download a model of the Hub first, e.g. with hf "
+                "download meta-llama/Llama-3.2-1B --local-dir FOLDER"
+            )
         config = read_json(source / "config.json")
         is_ours = config.get("model_type") == "lt2"
         read_config = read_own_config if is_ours else read_llama_config

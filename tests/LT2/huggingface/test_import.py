@@ -14,7 +14,7 @@ from apps.LT2.scripts import export_weights, import_hf
 from lingua.errors import UserError
 from tests.LT2.huggingface.exported import load
 from tests.LT2.mixer_cases import QWEN
-from tests.LT2.tiny import KINDS, tiny_model
+from tests.LT2.tiny import KINDS, save_run, tiny_model
 from tests.LT2.tiny_run import SMALL, column, train
 
 pytest.importorskip("transformers")
@@ -55,6 +55,17 @@ def test_a_folder_with_other_loops_is_the_model_it_was_there(tmp_path):
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(back(tokens), theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_the_tokenizer_comes_back(add_bos, tmp_path):
+    data = {"tokenizer": {"name": "bytes"}, "add_bos": add_bos}
+    save_run(tmp_path / "run", tiny_model("full", 2, n_layers=1), data=data)
+    export_weights.main([f"ckpt={tmp_path / 'run'}", "format=hf", f"out={tmp_path / 'hf'}"])
+    import_hf.main([f"hf={tmp_path / 'hf'}", f"out={tmp_path / 'back'}"])
+    _, tokenizer, config = load_model_and_tokenizer(str(tmp_path / "back"), device="cpu")
+    assert tokenizer.encode("äa", True, True) == [256, *"äa".encode(), 257]
+    assert config["data"]["add_bos"] == add_bos
 
 
 def test_training_continues_at_the_loss_it_had(data, tmp_path):
