@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ import json, os, sys
 from dataclasses import asdict, dataclass, field
 from lingua.args import parse_args
 from lingua.errors import UserError, run_cli
-from project.{name}.helper import WORD
+from project.tiny.helper import WORD
 
 @dataclass
 class Optim:
@@ -37,10 +39,10 @@ class TrainArgs:
 
 def validate_before_submit(args, world_size):
     if world_size > 64:
-        raise UserError(f"nodes: {{world_size}} processes are too many")
+        raise UserError(f"nodes: {world_size} processes are too many")
 
 def input_paths(args):
-    return {{"corpus": args.corpus}}
+    return {"corpus": args.corpus}
 
 def main(argv):
     args = parse_args(TrainArgs, argv, prog="tiny")
@@ -77,21 +79,27 @@ def run(tmp_path):
     return manager, model, optimizer, state
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch, request) -> Path:
-    """A repository with a script `project.<name>.train`. Its path has a space."""
-    name = f"p{abs(hash(request.node.name))}"  # modules stay imported, so tests don't share one
-    root = tmp_path / "my project"
-    package = root / "project" / name
+@pytest.fixture(scope="session")
+def first_project(tmp_path_factory) -> Path:
+    """The repository that `project` copies."""
+    root = tmp_path_factory.mktemp("project")
+    package = root / "project" / "tiny"
     package.mkdir(parents=True)
-    (package / "train.py").write_text(SCRIPT.format(name=name))
+    (package / "train.py").write_text(SCRIPT)
     (package / "helper.py").write_text("WORD = 'first'\n")
     (root / "run.yaml").write_text("# a comment\nname: try\ndump_dir: runs/a b\nsteps: 3\n")
     (root / ".gitignore").write_text("runs/\nsecret.py\n")
     (root / "secret.py").write_text("KEY = 1\n")
-    git(root, "init", "-q")
+    git(root, "init", "-q", "--template=")
     git(root, "add", ".")
     git(root, "commit", "-qm", "one")
+    return root
+
+
+@pytest.fixture
+def project(first_project, tmp_path, monkeypatch) -> Iterator[Path]:
+    """A repository with a script `project.tiny.train`. Its path has a space."""
+    root = shutil.copytree(first_project, tmp_path / "my project")
     monkeypatch.chdir(root)
     monkeypatch.syspath_prepend(str(root))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # jobs import lingua
@@ -99,12 +107,14 @@ def project(tmp_path, monkeypatch, request) -> Path:
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     for variable in [v for v in os.environ if v.startswith("SLURM_")]:
         monkeypatch.delenv(variable)
-    return root
+    yield root
+    for name in [name for name in sys.modules if name.partition(".")[0] == "project"]:
+        del sys.modules[name]
 
 
 @pytest.fixture
 def args(project) -> StoolArgs:
-    script = f"project.{next((project / 'project').iterdir()).name}.train"
+    script = "project.tiny.train"
     return StoolArgs(config="run.yaml", script=script, launcher="bash", nodes=1, ngpu=1)
 
 

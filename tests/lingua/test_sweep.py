@@ -256,7 +256,8 @@ def test_a_sweep_takes_no_more_gpus_than_it_has_runs(project, args, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_run_trains_and_ends_in_a_table(tmp_path, monkeypatch, capfd):
+def test_a_run_trains_and_ends_in_a_table(tmp_path, monkeypatch, capfd, quick_python):
+    monkeypatch.setattr(sys, "executable", quick_python.executable)  # the run's python
     write_corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
