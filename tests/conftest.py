@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, ordered files, and `gpu` tests only with CUDA."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import gc
@@ -13,6 +14,9 @@ from typing import Any
 # with one thread each are faster than two workers with two threads each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+# until pytest_collection_finish: imports and collection leave no garbage
+gc.disable()
 
 import pytest
 import torch
@@ -60,6 +64,7 @@ def pytest_collection_finish() -> None:
     """Exclude torch and the tests from garbage collection, which then takes milliseconds."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -97,6 +97,7 @@ class QuickPython:
 
 
 def serve(address: str, clone: str | None = None) -> None:
+    gc.disable()  # imports leave no garbage
     for name in (*PRELOAD, *OPTIONAL):
         try:
             __import__(name)
@@ -114,6 +115,7 @@ def serve(address: str, clone: str | None = None) -> None:
     listener.bind(address + ".new")
     listener.listen(64)
     gc.collect()
+    gc.enable()
     gc.freeze()  # forks then don't look through the libraries, which would copy their memory
     os.rename(address + ".new", address)  # who sees it may connect
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer

@@ -24,18 +24,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Ranks, and runs that tests kill, fork from a server that has imported these modules. They must be
-# set before the server starts. Each rank has another server for its data workers.
-PRELOAD = [
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint",
-    "torch._dynamo",  # the first optimizer step imports it
-    "pytest",
-    "apps.LT2.train",
-    "tests.lingua.frozen",
-]
+# Ranks, and runs that tests kill, fork from a server that has imported this module. It must be set
+# before the server starts. Each rank has another server for its data workers.
 if mp.parent_process() is None:
-    mp.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    mp.get_context("forkserver").set_forkserver_preload(["tests.lingua.frozen"])
 # set by launchers
 RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID")
 TIMEOUT = 90.0  # seconds; ranks start slowly on a busy machine
