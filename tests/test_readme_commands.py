@@ -31,13 +31,14 @@ EXCEPTIONS = {
     "python setup/download_tokenizer.py": "needs the network; tests/setup/test_download.py",
 }
 
+FAST_PYTHON = "anaconda=$(dirname $(dirname $(command -v python)))"
+
 # Stand-ins for the reader's own values; more processes than CPU cores add nothing.
 PLACEHOLDERS = {
     "<partition>": "gpu",
-    # fewer runs, with the fast `python`
-    "'sweep.model.loop_count=[1,2,4]'": (
-        "'sweep.model.loop_count=[1,2]' anaconda=$(dirname $(dirname $(command -v python)))"
-    ),
+    "nodes=1 ngpu=1": f"nodes=1 ngpu=1 {FAST_PYTHON}",
+    "launcher=bash": f"launcher=bash {FAST_PYTHON}",
+    "'sweep.model.loop_count=[1,2,4]'": "'sweep.model.loop_count=[1,2]'",  # fewer runs
     "/path/to/run": "runs/quickstart",
     "prepare my_texts": "prepare data/local --out data/my_texts_shuffled",
     # docs/distributed.md runs two ranks
@@ -77,7 +78,8 @@ SMALLER = {
     "python -m apps.LT2.train config=runs/from_hf/params.json": TINY_RUN,
     "torchrun --nproc-per-node 8 -m apps.LT2.train": f"{TINY_RUN} dump_dir=runs/torchrun",
     "torchrun --nproc-per-node 8 -m apps.LT2.train config=apps/LT2/configs/600M/looped": (
-        f"{TINY_RUN} {LOCAL_DATA} distributed.compile=false grad_acc_steps=1 dump_dir=runs/looped"
+        f"{TINY_RUN} {LOCAL_DATA} model.loop_count=2 distributed.compile=false grad_acc_steps=1 "
+        "dump_dir=runs/looped"
     ),
     "python setup/download_prepare_hf_data.py": (
         "--source_dir data/local --validation_documents 2 --nchunks 2"
@@ -96,7 +98,8 @@ SMALLER = {
         f"{TINY_RUN} {STUDY_MODEL}"
     ),
     "python -m apps.LT2.generate": "max_gen_len=8",
-    "python -m apps.LT2.eval": f"harness.limit=2 harness.bootstrap_iters=0 {SHORT_ANSWERS}",
+    "python -m apps.LT2.eval": f"harness.limit=1 harness.bootstrap_iters=0 {SHORT_ANSWERS} "
+    "validation.max_steps=1",
     # instead of tasks that would be downloaded
     "torchrun --nproc-per-node 8 -m apps.LT2.eval": (
         f"{LOCAL_TASKS} harness.limit=2 harness.bootstrap_iters=0 dump_dir=runs/suites"
