@@ -50,6 +50,7 @@ OPTIONS: dict[str, Any] = {
 
 # The smallest model.
 SMALL = {"model.n_layers": 1, "model.mixer": "full", "model.attention_pattern": None}
+TWO_LAYERS = {**SMALL, "model.n_layers": 2}
 
 
 def write_corpus(root: Path, *, n_chunks: int = 2, n_lines: int = 12, n_val: int = 3) -> Path:

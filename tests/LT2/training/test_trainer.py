@@ -18,16 +18,17 @@ from lingua.checkpointing.folder import find_problem
 from lingua.errors import UserError
 from lingua.slurm.code import code_version
 from tests.lingua.dist_utils import run_ranks
+from tests.LT2 import tiny_run
 from tests.LT2.tiny_run import (
     OPTIONS,
     SMALL,
+    TWO_LAYERS,
     checkpoint,
     column,
     fingerprint,
     records,
     stopped_after,
     tensors,
-    train,
     write_corpus,
 )
 
@@ -37,9 +38,8 @@ N = OPTIONS["steps"]
 BAD = "layers.1.ffn_norm.weight"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+def train(data: Path, dump_dir: Path, **changes) -> Path:
+    return tiny_run.train(data, dump_dir, **{**TWO_LAYERS, **changes})
 
 
 def poison(monkeypatch, steps, rank=0, in_rank=0):
