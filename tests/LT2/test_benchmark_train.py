@@ -31,7 +31,7 @@ N_LAYERS, SEQLEN = 2, 32
 
 def options_of(data: Path) -> list[str]:
     model = {k: v for k, v in OPTIONS.items() if k.startswith(("model.", "data.", "distributed."))}
-    model |= {"model.n_layers": N_LAYERS, "model.attention_pattern": "gdn,full"}
+    model |= {"model.n_layers": N_LAYERS, "model.attention_pattern": "full"}
     shared = {"data.root_dir": data, "data.sources": "{text: 1.0}", "data.seq_len": SEQLEN}
     options = model | shared | {"distributed.fsdp_type": "full_shard", "grad_acc_steps": 2}
     return [*(f"{k}={v}" for k, v in options.items()), "distributed.compile=false"]

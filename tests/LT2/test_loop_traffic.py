@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 N_LAYERS, WORLD = 2, 2
 # In the second a layer's attention runs only in late loops: its gradient is complete early.
-PATTERNS = {1: "gdn,full", 4: "gdn->full->gdn->full"}
+PATTERNS = {1: "retnet,full", 4: "retnet->full->retnet->full"}
 N_UNITS = N_LAYERS + 1  # and the root: embedding and head
 
 FULL_SHARD = {"fsdp_type": "full_shard", "dp_replicate": WORLD}

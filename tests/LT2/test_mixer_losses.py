@@ -25,6 +25,9 @@ from tests.LT2.tiny_run import (
 N = OPTIONS["steps"]
 LOSS, NORM = "loss/dsa_indexer", "optim/grad_norm_dsa_indexer"
 DSA: dict[str, Any] = {
+    "model.n_layers": 2,
+    "model.mixer": "full",
+    "model.attention_pattern": "1:1",
     "model.hybrid_mixer": "dsa",
     "model.dsa.top_k": 6,
     "model.dsa.n_index_heads": 2,

@@ -51,6 +51,7 @@ WANTS = "wants.pt"  # the results of one process, for all ranks
 # (kind in tests.LT2.tiny, options of `model:`, options of `distributed:` and the optimizer's name)
 TWO = {"tp_size": 2, "fsdp_type": "full_shard"}
 GROUPS = Mamba2Args(head_dim=16, state_dim=8, n_groups=2)
+HYBRID = {"n_layers": 2, "attention_pattern": "1:1"}
 NOT_SPLIT = {"nsa", "dsa"}
 TWO_RANKS: dict[str, tuple[str, Options, Options]] = {
     **{mixer: (mixer, {"n_layers": 1}, TWO) for mixer in MIXERS if mixer not in NOT_SPLIT},
@@ -61,21 +62,24 @@ TWO_RANKS: dict[str, tuple[str, Options, Options]] = {
     ),
     "kda": ("kda", {"n_layers": 1, "kda": KDAArgs(expand_v=2)}, TWO),
     "mamba2, groups": ("mamba2", {"n_layers": 1, "mamba2": GROUPS}, TWO),
-    "no_shard": ("hybrid", {}, {"tp_size": 2}),
-    "muon": ("hybrid", {}, {**TWO, "optim": "muon"}),
+    "no_shard": ("hybrid", HYBRID, {"tp_size": 2}),
+    "muon": ("hybrid", HYBRID, {**TWO, "optim": "muon"}),
     "tied": ("full", {"n_layers": 1, "weight_tying": True}, TWO),
     "odd vocabulary": ("full", {"n_layers": 1, "vocab_size": 259}, TWO),
     **{
-        f"{mode} recomputation": ("hybrid", {}, {**TWO, "activation_checkpointing": mode})
+        f"{mode} recomputation": ("hybrid", HYBRID, {**TWO, "activation_checkpointing": mode})
         for mode in ("selective", "loop")
     },
 }
 FOUR = {**TWO, "dp_replicate": 2}
 FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
-    "dp_replicate": ("hybrid", {}, FOUR),
+    "dp_replicate": ("hybrid", HYBRID, FOUR),
     "dp_shard": ("mamba2", {"n_layers": 1}, {**TWO, "dp_shard": 2}),
-    "muon": ("hybrid", {}, {**TWO, "dp_shard": 2, "optim": "muon"}),
-    "tied": ("full", {"n_layers": 1, "weight_tying": True}, {**TWO, "dp_shard": 2}),
+    "muon, tied": (
+        "hybrid",
+        {**HYBRID, "weight_tying": True},
+        {**TWO, "dp_shard": 2, "optim": "muon"},
+    ),
     # 4 does not divide 258 tokens: the vocabulary stays whole on each rank.
     "tp_size=4": ("retnet", {"n_heads": 4, "n_layers": 1}, {**TWO, "tp_size": 4}),
     **{
