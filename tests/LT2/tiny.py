@@ -31,6 +31,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "dsa": {"mixer": "dsa", "dsa": DSA},
     "gdn+dsa": {"mixer": "gdn", "hybrid_mixer": "dsa", "attention_pattern": "2:1", "dsa": DSA},
 }
+# One for each form of cache: a ring of keys; blocks of keys; a state beside keys; index keys.
+# What is above the caches is the same for all mixers; test_mixer_caches.py has every mixer.
+CACHE_KINDS = ("window", "nsa", "hybrid", "gdn+dsa")
 
 
 def tiny_args(kind: str, loop_count: int, **changes: Any) -> LoopedTransformerArgs:

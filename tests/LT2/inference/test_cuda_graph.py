@@ -9,9 +9,10 @@ import torch
 
 from apps.LT2.inference import generator
 from apps.LT2.inference.cuda_graph import DecodeGraph
+from apps.LT2.mixers import MIXERS
 from lingua.errors import UserError
 from lingua.tokenizer import ByteTokenizer
-from tests.LT2.tiny import KINDS, tiny_args, tiny_model
+from tests.LT2.tiny import CACHE_KINDS, KINDS, tiny_args, tiny_model
 
 
 class FakeStream:
@@ -98,7 +99,7 @@ def test_graph_decode_equals_eager_decode_over_several_prompts(cuda, kind):
         assert cache.lengths == eager_cache.lengths == [n_prompt + 8] * 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 def test_generation_with_a_graph_gives_the_same_tokens(cuda, kind, monkeypatch):
     """With refilled rows, and free rows that run past their end."""
     graphs = []
@@ -176,7 +177,7 @@ def test_random_cache_contents_work_as_a_past(kind):
         cache.fill_randomly(13)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*MIXERS, "window"])  # hybrids have the blocks of two
 def test_a_compiled_step_has_no_graph_break(kind):
     """And no sync: compiled steps and CUDA graphs need both."""
     torch._dynamo.reset()

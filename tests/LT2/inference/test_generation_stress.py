@@ -10,7 +10,7 @@ import pytest
 from lingua.errors import UserError
 from tests.LT2.inference.generators import UNTIL, make_generator
 from tests.LT2.scripted import Scripted
-from tests.LT2.tiny import KINDS, tiny_model
+from tests.LT2.tiny import CACHE_KINDS, tiny_model
 
 TEXT = "the quick brown fox jumps over the lazy dog, twice and then once more for good measure"
 
@@ -56,7 +56,7 @@ def test_random_options_and_prompts(kind, seed):
     assert together(model, prompts, **options, max_tokens=rng.choice([100, 130, 250])) == want
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 def test_one_long_prompt_among_short_ones(kind):
     model = tiny_model(kind, 1)
     prompts = ["a", "b", TEXT, "", "c", "", "a", "b"]

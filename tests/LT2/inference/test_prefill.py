@@ -9,7 +9,7 @@ from apps.LT2.inference.sequence import GeneratedSequence
 from lingua.errors import UserError
 from tests.LT2.inference.generators import EOS, UNTIL, make_generator
 from tests.LT2.scripted import Scripted
-from tests.LT2.tiny import KINDS, tiny_model
+from tests.LT2.tiny import CACHE_KINDS, KINDS, tiny_model
 from tests.tolerances import FP32, assert_same
 
 PROMPTS = ["the quick brown", "", "fox", "jumps over the lazy dog"]
@@ -66,7 +66,7 @@ def test_every_copy_of_a_row_continues_the_same_sequence(kind):
 
 
 @pytest.mark.parametrize(
-    "kind, temperature", [(kind, 1.0) for kind in KINDS] + [("hybrid", 0.0), ("gdn+dsa", 0.0)]
+    "kind, temperature", [(kind, 1.0) for kind in CACHE_KINDS] + [("hybrid", 0.0)]
 )
 def test_shared_prefill_does_not_change_the_answers(kind, temperature, monkeypatch):
     model = tiny_model(kind, 1)
