@@ -60,7 +60,7 @@ PER_LOOP = {
 MODELS = {
     f"{name}_T{T}": {**changes, "loop_count": T}
     for name, changes in ONE_SEGMENT.items()
-    for T in (1, 2, 4)
+    for T in (1, 2)
 } | PER_LOOP
 
 

@@ -28,7 +28,7 @@ from apps.LT2.flops import prefill_flops, step_traffic
 from apps.LT2.scripts import plot_benchmark
 from apps.LT2.transformer import LoopedTransformer
 from lingua.errors import UserError
-from tests.LT2.tiny import KINDS, tiny_model
+from tests.LT2.tiny import CACHE_KINDS, tiny_model
 from tests.tolerances import FP32_MODEL, assert_same
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def run(capsys, *argv) -> tuple[dict, str]:
 # ---- tasks
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_a_prefill_leaves_the_whole_prompt_in_the_cache(kind, chunk):
     model = tiny_model(kind, loop_count=2)
@@ -82,7 +82,7 @@ def test_a_prefill_leaves_the_whole_prompt_in_the_cache(kind, chunk):
             assert_same(a, b, FP32_MODEL)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 def test_each_decode_run_steps_from_the_asked_length(kind):
     model = tiny_model(kind, loop_count=2)
     task = Decode(model, 2, 8, PLAN)
@@ -212,7 +212,7 @@ def test_rows_are_configs_by_batch_sizes_by_lengths(capsys, recipe, quick_ceilin
 
 def test_the_measured_cache_is_the_counted_one(recipe):
     once = replace(PLAN, repeats=1, warmup=0)
-    for kind in KINDS:
+    for kind in CACHE_KINDS:
         model = tiny_model(kind, loop_count=2)
         (row,), _ = measure_point({kind: model}, 2, 16, once, CEILINGS)
         held = [t for loop in model.init_cache(1, 16).mixers for m in loop for t in m.snapshot()]
