@@ -11,7 +11,8 @@ N tokens of a batch without padding, D model dim, V tokens of the vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +30,10 @@ from apps.LT2.huggingface.config import args_of, derived_entries
 from apps.LT2.kernel.documents import upload, upload_cu_seqlens
 from apps.LT2.mixers import MIXERS, Mixer, MixerCache, Prompts
 from apps.LT2.mixers.base import Extension
+from apps.LT2.mixers.parts import ShortConv
 from apps.LT2.pattern import LayerSpec, Layout
 from apps.LT2.transformer import LoopedTransformerArgs, init_stack
-from lingua.transformer import RMSNorm, init_linear
+from lingua.transformer import RMSNorm, init_linear, trunc_normal_
 
 logger = get_logger(__name__)
 
@@ -340,10 +342,26 @@ class LT2Block(GradientCheckpointingLayer, Block):
         """
         if entry is None:
             return Block.forward(self, h, spec, cu_seqlens, with_loss)
-        memory = entry.reserve(self.mixer(spec), spec, h, n_rows, n_tokens)
-        if prompts is None:
-            return self.step(h, spec, memory), None
-        return self.prefill(h, spec, memory, prompts), None
+        mixer = self.mixer(spec)
+        memory = entry.reserve(mixer, spec, h, n_rows, n_tokens)
+        with onloaded(mixer):
+            if prompts is None:
+                return self.step(h, spec, memory), None
+            return self.prefill(h, spec, memory, prompts), None
+
+
+@contextmanager
+def onloaded(mixer: Mixer) -> Iterator[None]:
+    """Load a mixer's offloaded weights. accelerate does so in `forward` only."""
+    parts = [mixer, *(child for child in mixer.children() if isinstance(child, ShortConv))]
+    hooks = [(part._hf_hook, part) for part in parts if hasattr(part, "_hf_hook")]
+    for hook, part in hooks:
+        hook.pre_forward(part)  # pyright: ignore[reportCallIssue]
+    try:
+        yield
+    finally:
+        for hook, part in hooks:
+            hook.post_forward(part, None)  # pyright: ignore[reportCallIssue]
 
 
 @dataclass
@@ -365,19 +383,23 @@ class LT2PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize weights that no file had."""
-        if not isinstance(module, LT2Model | LT2ForCausalLM):
+        """Initialize weights that no file had, all of this model's at once.
+
+        A layer's range depends on its depth, so a module alone can't be initialized.
+        """
+        own = set(self.parameters())
+        if isinstance(module, nn.Embedding | nn.Linear) and module.weight not in own:
+            trunc_normal_(module.weight, module.weight.shape[1] ** -0.5)  # a resized vocabulary
             return
-        own = dict(module.named_parameters(recurse=isinstance(module, LT2Model)))
-        if isinstance(module, LT2ForCausalLM) and not self.config.tie_word_embeddings:
-            own["lm_head.weight"] = module.lm_head.weight
-        loaded = {n: p for n, p in own.items() if getattr(p, "_is_hf_initialized", False)}
-        if len(loaded) == len(own):
+        loaded = {param for param in own if getattr(param, "_is_hf_initialized", False)}
+        if loaded == own:
             return
-        saved = {name: param.clone() for name, param in loaded.items()}
-        module.init_own_weights()
-        for name, value in saved.items():
-            loaded[name].copy_(value)
+        saved = {param: param.clone() for param in loaded}
+        self.init_own_weights()
+        for param in own:
+            if param in saved:
+                param.copy_(saved[param])
+            param._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class LT2Model(LT2PreTrainedModel):
@@ -594,6 +616,7 @@ class LT2ForCausalLM(LT2PreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     def init_own_weights(self) -> None:
+        self.model.init_own_weights()
         if not self.config.tie_word_embeddings:
             init_linear(self.lm_head, self.config.args().init_base_std)
 

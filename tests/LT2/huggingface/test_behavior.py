@@ -7,6 +7,9 @@ import copy
 import pytest
 import torch
 
+from apps.LT2.huggingface.export import to_hf_name, write_shards
+from apps.LT2.transformer import LoopedTransformer
+from tests.LT2.tiny import tiny_args
 from tests.tolerances import FP32_GRAD, FP32_MODEL, assert_same
 
 transformers = pytest.importorskip("transformers")
@@ -180,6 +183,53 @@ def test_hidden_states_and_chosen_logits(kind, models):
     assert torch.equal(model(x, return_dict=False)[0], out.logits)
 
 
+# ---- weights
+
+
+@torch.no_grad()
+def test_offloaded_weights_come_back_for_their_layer(tmp_path):
+    pytest.importorskip("accelerate")
+    _, model = export(tmp_path / "hf", "hybrid")
+    little = {"device_map": "auto", "max_memory": {"cpu": "90KB"}}
+    offloaded = load(tmp_path / "hf", offload_folder=tmp_path / "disk", **little)
+    assert "disk" in offloaded.hf_device_map.values()
+    x = tokens(2, 7)
+    assert torch.equal(offloaded(x).logits, model(x).logits)
+    assert torch.equal(generate(offloaded, x, 3), generate(model, x, 3))
+
+
+@torch.no_grad()
+def test_weights_that_are_missing_are_initialized(tmp_path):
+    _, model = export(tmp_path, "kda")
+    lost = ("model.layers.1.feed_forward.w2.weight", "model.layers.1.kda.A_log")
+    kept = {name: w for name, w in model.state_dict().items() if name not in lost}
+    write_shards(tmp_path, {name: w.clone() for name, w in kept.items()})
+    found = load(tmp_path).state_dict()
+    torch.testing.assert_close({n: found[n] for n in kept}, kept, rtol=0, atol=0)
+    assert all(found[name].isfinite().all() and found[name].std() > 0.05 for name in lost)
+    # a new model is initialized as ours is
+    fresh = modeling().LT2ForCausalLM(model.config)
+    assert all(p.isfinite().all() and p.abs().max() < 20 for p in fresh.parameters())
+    torch.manual_seed(0)
+    fresh.init_own_weights()
+    ours = LoopedTransformer(tiny_args("kda", 2))
+    torch.manual_seed(0)
+    ours.init_weights()
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(fresh.state_dict()[to_hf_name(name)], weight), name
+
+
+@torch.no_grad()
+def test_a_vocabulary_grows(tmp_path):
+    _, model = export(tmp_path / "hf", "hybrid", weight_tying=True)
+    x = tokens(1, 7)
+    want = model(x).logits
+    model.resize_token_embeddings(300, mean_resizing=False)
+    assert_same(model(x).logits[..., :258], want, FP32_MODEL)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again")(x).logits, model(x).logits)
+
+
 # ---- training
 
 
@@ -271,10 +321,9 @@ def test_trainer_lowers_the_loss(tmp_path):
         assert torch.equal(load(tmp_path / "saved")(x).logits, model.eval()(x).logits)
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "kda"])
-def test_lora_trains_saves_and_loads(kind, tmp_path):
+def test_lora_trains_saves_and_loads(tmp_path):
     peft = pytest.importorskip("peft")
-    _, base = export(tmp_path / "hf", kind)
+    _, base = export(tmp_path / "hf", "hybrid")
     config = peft.LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, config)
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}

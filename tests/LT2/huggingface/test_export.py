@@ -56,9 +56,9 @@ def test_transformers_runs_the_model_as_we_do(case, tmp_path):
     assert_same(theirs(x[:, 9:], past_key_values=past).logits, logits[:, 9:], FP32_MODEL)
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "nsa"])
 @torch.no_grad()
-def test_another_number_of_loops(kind, tmp_path):
+def test_another_number_of_loops(tmp_path):
+    kind = "hybrid"
     _, theirs = export(tmp_path, kind)
     x = tokens(2, 9)
     for loops in (1, 4):
@@ -128,7 +128,7 @@ def test_large_weights_are_split_among_files(tmp_path, monkeypatch):
     torch.testing.assert_close(weights, dict(ours.state_dict()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["gdn", "kda", "mamba2", "gla", "dsa"])
+@pytest.mark.parametrize("kind", ["kda", "mamba2", "gla", "dsa"])
 def test_a_narrow_model_keeps_vectors_in_fp32(kind, tmp_path):
     export(tmp_path, kind)
     narrow = load(tmp_path, dtype=torch.bfloat16)
