@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from apps.LT2.huggingface.export import write_model, write_shards
+from apps.LT2.huggingface.model_card import write_model_card
 from apps.LT2.huggingface.tokenizer import save_tokenizer
 from apps.LT2.inference.load import (
     LoadedModel,
@@ -75,6 +76,7 @@ def export(args: ExportArgs) -> None:
             add_bos = bool(loaded.config["data"].get("add_bos", True))
             tokens = save_tokenizer(tokenizer, folder, add_bos=add_bos)
             write_hf_model(folder, loaded, args.dtype, tokens)
+            write_model_card(folder, loaded, source)
         else:
             loaded.config["data"]["tokenizer"] = asdict(with_sha256(tokenizer))
             write_json(folder / CONFIG_NAME, loaded.config)
