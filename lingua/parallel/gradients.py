@@ -53,12 +53,12 @@ def sync_replicated_grads(model: nn.Module, mesh: DeviceMesh | None) -> None:
     ]
     if not replicated:
         return
-    has_grad = [float(p.grad is not None) for p in replicated]
-    for p in replicated:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
+    flags = torch.ones(len(replicated), device=replicated[0].device)
+    missing = [i for i, p in enumerate(replicated) if p.grad is None]
+    for i in missing:
+        replicated[i].grad = torch.zeros_like(replicated[i])
+        flags[i].zero_()
     grads = [local_tensor(p.grad) for p in replicated if p.grad is not None]
-    flags = torch.tensor(has_grad, device=grads[0].device)
     bucket = torch.cat([*(g.flatten().float() for g in grads), flags])
     dist.all_reduce(bucket)
     bucket, n_with_grad = bucket.split([len(bucket) - len(flags), len(flags)])
@@ -67,8 +67,8 @@ def sync_replicated_grads(model: nn.Module, mesh: DeviceMesh | None) -> None:
     sums = bucket.split([g.numel() for g in grads])
     for parameter, grad, total in zip(replicated, grads, sums, strict=True):
         grad.copy_(total.view_as(grad) / (n_replicas if parameter in partial else n_ranks))
-    if not all(has_grad):  # waits for the device
-        for p, n in zip(replicated, n_with_grad.tolist(), strict=True):
+    if missing:
+        for p, n in zip(replicated, n_with_grad.tolist(), strict=True):  # waits for the device
             if not n:
                 p.grad = None
 

@@ -87,6 +87,9 @@ for mode, loops, n_micro in (("none", 1, 1), ("none", 4, 3), ("selective", 4, 1)
     options = {"fsdp_type": "full_shard", "tp_size": WORLD, "activation_checkpointing": mode}
     counts = {"all_reduce": n_sums, "all_gather": n_micro}
     CASES[f"tp_size {mode} T={loops} micro-batches={n_micro}"] = (loops, n_micro, options, counts)
+options = {"fsdp_type": "full_shard", "tp_size": WORLD}
+counts = {"all_reduce": 2 * (4 + 2) * N_LAYERS + 2, "all_gather": 1}
+CASES["tp_size bptt 2 of T=4"] = ("bptt 2 of T=4", 1, options, counts)
 COLLECTIVES = (
     *("_allgather_base_", "_reduce_scatter_base_", "allreduce_"),
     *("all_reduce", "all_gather"),  # of lingua.parallel.tensor_parallel
