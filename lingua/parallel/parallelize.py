@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -131,26 +132,13 @@ class SelectivePolicy:
     """
 
     def __init__(self, keep: set[Any]):
-        self.keep, self.hash = keep, f"{sorted(map(str, keep))} {code_hash()}"
+        self.keep, self.hash = keep, str(sorted(map(str, keep)))
 
     def __call__(self, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in self.keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     def __reduce__(self) -> tuple[Any, ...]:
         return str, (self.hash,)
-
-
-@cache
-def code_hash() -> str:
-    """Hash the source of this project's imported modules.
-
-    torch's key of a traced block names our operators, but not their backward formulas and shapes.
-    """
-    digest = hashlib.sha256()
-    for name, module in sorted(sys.modules.items()):
-        if name.startswith(("lingua.", "apps.")) and (file := getattr(module, "__file__", None)):
-            digest.update(Path(file).read_bytes())
-    return digest.hexdigest()
 
 
 def get_default_policy(no_recompute_ops: set[Any] | None = None) -> SelectivePolicy:
@@ -176,6 +164,20 @@ def default_no_recompute_ops() -> set[Any]:
 # ---- compile
 
 
+@cache
+def operator_code_hash() -> str:
+    """Hash the source of the imported modules that define operators, or what blocks recompute.
+
+    torch's key of a traced block names our operators, but not their backward formulas and shapes.
+    """
+    digest = hashlib.sha256()
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and (name.startswith("lingua.parallel.") or re.match(r"apps\.\w+\.kernel\b", name)):
+            digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
 def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) -> None:
     """Compile the forward of every block, in place; blocks with the same computation share code.
 
@@ -184,6 +186,7 @@ def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) ->
     raises UserError; torch would fall back to eager mode with only a warning.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch.compiler import config as compiler_config
 
     config = torch._dynamo.config
     config.recompile_limit = limit_of_kind * n_kinds
@@ -192,6 +195,8 @@ def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) ->
         config.accumulated_recompile_limit, config.recompile_limit
     )
     config.fail_on_recompile_limit_hit = True
+    if not compiler_config.cache_key_tag.endswith(operator_code_hash()):
+        compiler_config.cache_key_tag += operator_code_hash()
 
     def compiled(block: nn.Module) -> Callable:
         # With dynamic shapes, a second window size would become a variable of every kernel.

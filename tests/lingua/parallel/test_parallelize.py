@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from lingua import distributed as ld
 from lingua.errors import UserError
+from lingua.parallel import parallelize
 from tests.lingua.dist_utils import OpCounter
 from tests.lingua.toy import DIM, LAYERS, LOOPS, PLAN, TOLERANCE, make_batches, make_model, train
 
@@ -71,6 +74,26 @@ def test_torch_can_cache_a_block_with_a_selective_policy():
 
 
 CONTEXT = "_checkpoint_context_fn"
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("module", ["apps.toy.kernel.op", "lingua.parallel.toy"])
+def test_compiled_code_of_an_older_operator_is_not_used(tmp_path, monkeypatch, module):
+    """torch does not see the backward formula of an operator."""
+    from torch.compiler import config
+
+    tags, file = [], tmp_path / "op.py"
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(__file__=str(file)))
+    for text in ("old", "new", "new"):
+        file.write_text(text)
+        parallelize.operator_code_hash.cache_clear()
+        with config.patch(cache_key_tag="mine"):
+            for _ in range(2):
+                parallelize.compile_blocks([nn.Linear(1, 1)], 8, 1)
+            tags.append(config.cache_key_tag)
+    parallelize.operator_code_hash.cache_clear()
+    assert tags[0] != tags[1] == tags[2]
+    assert all(tag.startswith("mine") and len(tag) == len("mine") + 64 for tag in tags)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
