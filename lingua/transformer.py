@@ -505,16 +505,19 @@ def fuse_weights(linears: Sequence[nn.Linear]) -> None:
 
 
 def fused_weight(linears: Sequence[nn.Linear]) -> Tensor | None:
-    """Return the matrix (all outputs, inputs) that `fuse_weights` made, or None."""
-    fused = getattr(linears[0], "fused_weight", None)
-    assert fused is None or fused.shape[0] == sum(_out_features(linears)), "other linears are fused"
-    return fused
+    """Return the matrix (all outputs, inputs) that `fuse_weights` made, or None.
+
+    `linears` may be the first of those that are fused.
+    """
+    fused, n = getattr(linears[0], "fused_weight", None), sum(_out_features(linears))
+    assert fused is None or fused.shape[0] >= n, "other linears are fused"
+    return None if fused is None else fused[:n]
 
 
 def fused_bias(linears: Sequence[nn.Linear], like: Tensor) -> Tensor | None:
     """Return the bias of all outputs in the dtype of `like`, or None if no linear has one."""
     bias = getattr(linears[0], "fused_bias", None)
-    return None if bias is None else bias.type_as(like)
+    return None if bias is None else bias[: sum(_out_features(linears))].type_as(like)
 
 
 def fused_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:

@@ -42,6 +42,7 @@ from apps.LT2.inference.load import (
     fuse_projections,
     resolve_device,
 )
+from apps.LT2.inference.quantize import WEIGHTS, check_weights, quantize_int8
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.scripts.plot_benchmark import check_can_draw, draw
 from apps.LT2.training.args import TrainArgs
@@ -89,6 +90,7 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--repeats", type=int, default=5, metavar="N", help="measurements per point")
     add("--warmup", type=int, default=2, metavar="N", help="runs before the measurements")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 on a GPU")
+    add("--weights", choices=WEIGHTS, default="auto", help="int8: 8-bit weights for decode steps")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--no-compile", action="store_true", help="run layers eagerly (always on a CPU)")
     add("--no-cuda-graph", action="store_true", help="decode without a CUDA graph")
@@ -152,6 +154,8 @@ def build(
     model.init_weights()
     cast_for_inference(model, dtype)
     fuse_projections(model)
+    if plan.weights == "int8":
+        quantize_int8(model)
     if plan.compiled:
         compile_layers(model, "step", dynamic=False)
         if plan.prefill_chunk is None:
@@ -252,6 +256,7 @@ def make_plan(given: argparse.Namespace, device: torch.device) -> Plan:
         warmup=given.warmup,
         decode_tokens=given.decode_tokens,
         prefill_chunk=given.prefill_chunk,
+        weights=given.weights,
         compiled=on_gpu and not given.no_compile,
         cuda_graph=on_gpu and not given.no_cuda_graph,
     )
@@ -271,6 +276,7 @@ def main(argv: list[str]) -> None:
     given, overrides = parse_options(argv)
     device = resolve_device(given.device)
     dtype = resolve_dtype(given.dtype, device.type)
+    check_weights(given.weights, device)
     if given.plot is not None:
         check_can_draw(given.plot)
     subjects = read_subjects(given.compare or given.config, overrides)

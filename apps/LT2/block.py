@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from apps.LT2.kernel.decode_linear import Norm, decode_linear
 from apps.LT2.mixers import MIXERS, Mixer, MixerArgs, MixerCache, Prompts, build_mixer
+from apps.LT2.mixers.parts import decode_weight
 from apps.LT2.pattern import LayerSpec
 from lingua.transformer import FeedForward, RMSNorm
 
@@ -55,7 +57,14 @@ class Block(nn.Module):
         return self._add(h, self.mixer(spec).prefill(x, cache, prompts, spec.window))
 
     def step(self, h: Tensor, spec: LayerSpec, cache: MixerCache) -> Tensor:
-        return self._add(h, self.mixer(spec).step(self.attention_norm(h), cache))
+        h = self.mixer(spec).add_step(h, self.attention_norm, cache)
+        ffn, norm = self.feed_forward, self.ffn_norm
+        gate_up, down = decode_weight(ffn.fused_linears()), decode_weight((ffn.w2,))
+        if gate_up is None or down is None:
+            return h + ffn(norm(h))
+        h_BD = h[:, 0]
+        x = decode_linear(h_BD, gate_up, norm=Norm(norm.weight, norm.eps), swiglu=True)
+        return decode_linear(x, down, residual_BN=h_BD)[:, None]
 
     def _add(self, h: Tensor, mixed: Tensor) -> Tensor:
         """Add the mixer's and the feed-forward network's output to the residual stream."""

@@ -129,4 +129,10 @@ def all_runs(model: LoopedTransformer, layout: Layout) -> Iterator[tuple[Block, 
 
 
 def _nbytes(module: nn.Module) -> int:
-    return sum(p.nbytes for p in module.parameters())
+    """Count the bytes of the parameters; of 8-bit weights in place of those that they replace."""
+    n_bytes = sum(p.nbytes for p in module.parameters())
+    for buffers in (dict(m.named_buffers(recurse=False)) for m in module.modules()):
+        if "int8_weight" in buffers:
+            n_bytes += buffers["int8_weight"].nbytes + buffers["int8_scale"].nbytes
+            n_bytes -= buffers["fused_weight"].nbytes
+    return n_bytes

@@ -59,6 +59,7 @@ class GenerateArgs(PackedCausalTransformerGeneratorArgs):
     skip_bad_prompts: bool = False  # report prompts that can't run, and run the others
     num_samples: int = 1  # answers per prompt; more than one needs a temperature
     loop_count: int | None = None  # number of loops; null = as in training
+    weights: str = "auto"  # auto = those of dtype | int8 = 8-bit weights for decode steps, on a GPU
     tokenizer_path: str | None = None  # path of the tokenizer file; null = as in training
 
     def __post_init__(self) -> None:
@@ -74,7 +75,12 @@ class GenerateArgs(PackedCausalTransformerGeneratorArgs):
             )
 
 
-LOAD_OPTIONS = ("loop_count", "dtype", "device")  # a change in a session reloads the model
+LOAD_OPTIONS = (
+    "loop_count",
+    "dtype",
+    "device",
+    "weights",
+)  # a change in a session reloads the model
 FIXED_OPTIONS = ("ckpt", "tokenizer_path", "prompts", "prompts_file", "skip_bad_prompts")
 
 
@@ -196,6 +202,7 @@ def load_generator(args: GenerateArgs) -> PackedCausalTransformerGenerator:
         device=args.device,
         loop_count=args.loop_count,
         tokenizer_path=args.tokenizer_path,
+        weights=args.weights,
     )
     add_bos = config["data"].get("add_bos", True)
     return PackedCausalTransformerGenerator(args, model, tokenizer, add_bos=add_bos)

@@ -40,6 +40,7 @@ class Plan:
     prefill_chunk: int | None  # tokens prefilled at once; None = all
     compiled: bool  # compile the models, again for each point
     cuda_graph: bool  # decode with a CUDA graph
+    weights: str = "auto"  # "int8" = 8-bit weights for decode steps
 
 
 @dataclass

@@ -50,6 +50,10 @@ def split_linears(module: nn.Module, tp: TensorParallel, **names: Any) -> None:
     raise NotImplementedError("tensor parallelism")
 
 
+def limit_tuning() -> None:
+    """Leave fla's tuning as it is."""
+
+
 def is_probing() -> bool:
     return False
 

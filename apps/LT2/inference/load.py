@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from apps.LT2.inference.quantize import check_weights, quantize_int8
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
+from apps.LT2.kernel.decode_linear import KERNEL_DTYPES, MAX_NORM_K
 from apps.LT2.kernel.tuning import tuning_mode
 from apps.LT2.mixers import MIXERS, Mixer
 from apps.LT2.transformer import (
@@ -55,14 +57,17 @@ def load_model_and_tokenizer(
     device: str = "auto",
     loop_count: int | None = None,
     tokenizer_path: str | None = None,
+    weights: str = "auto",
 ) -> LoadedModel:
     """Load a run's dump folder (its newest checkpoint), a step folder, or a weight file.
 
     `loop_count` replaces the number of loops of training; `tokenizer_path` is the new place of a
-    tokenizer file that has moved. UserError if the parts do not fit together.
+    tokenizer file that has moved; `weights="int8"` is for `quantize_int8`. UserError if the parts
+    do not fit together.
     """
     check_dtype(dtype)
     on = resolve_device(device)
+    check_weights(weights, on)
     matrix_dtype = resolve_dtype(dtype, on.type)
     source = find_checkpoint(ckpt)
     config = read_config(source)
@@ -75,17 +80,21 @@ def load_model_and_tokenizer(
     args = args.with_loops(args.loop_count if loop_count is None else loop_count)
     args = _fit_to_device(args, on.type, matrix_dtype)
     model = build_on_meta(args)
-    weights = read_weights(source, "ckpt", device=on, matrix_dtype=matrix_dtype)
-    if "rho" in weights and args.use_residual:
-        weights["rho"] = fit_loop_gates(weights["rho"], args.loop_count)
-    for name in missing_as_zero(str(source), model.state_dict(), weights, ZERO_IF_MISSING):
-        weights[name] = torch.zeros_like(model.get_parameter(name), device=on)
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    tensors = read_weights(source, "ckpt", device=on, matrix_dtype=matrix_dtype)
+    if "rho" in tensors and args.use_residual:
+        tensors["rho"] = fit_loop_gates(tensors["rho"], args.loop_count)
+    for name in missing_as_zero(str(source), model.state_dict(), tensors, ZERO_IF_MISSING):
+        tensors[name] = torch.zeros_like(model.get_parameter(name), device=on)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_fits(f"ckpt={source}", model.state_dict(), shapes, may_leave_out=False)
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False).eval()
     if on.type == "cuda":  # fusing copies the weights, which may be memory-mapped on a CPU
         fuse_projections(model)
+        if (why := plain_steps(model, matrix_dtype)) is not None:
+            logger.warning(f"decode steps run without their fused kernels: {why}")
+    if weights == "int8":
+        quantize_int8(model)
     return LoadedModel(model, tokenizer, config)
 
 
@@ -201,8 +210,21 @@ def cast_for_inference(model: nn.Module, matrix_dtype: torch.dtype) -> None:
         param.data = param.data.to(weight_dtype(name, param.data, matrix_dtype))
 
 
+def plain_steps(model: LoopedTransformer, matrix_dtype: torch.dtype) -> str | None:
+    """Return why decode steps on a GPU can't use the kernels of `decode_linear`, or None."""
+    if matrix_dtype not in KERNEL_DTYPES:
+        return f"dtype={matrix_dtype} is not bf16 or fp16"
+    if model.args.dim > MAX_NORM_K:
+        return f"model.dim={model.args.dim} is above {MAX_NORM_K}"
+    return None
+
+
 def fuse_projections(model: LoopedTransformer) -> None:
     """Fuse the weights of linears that read the same input, in place, for decoding."""
     for module in model.modules():
-        if isinstance(module, Mixer | FeedForward):
+        if isinstance(module, Mixer):
+            fuse_weights(module.decode_linears() or module.fused_linears())
+            fuse_weights((module.wo,))
+        elif isinstance(module, FeedForward):
             fuse_weights(module.fused_linears())
+            fuse_weights((module.w2,))

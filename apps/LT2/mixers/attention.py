@@ -12,6 +12,7 @@ of a cache. `full` and `window` are one module, so a layer may change its window
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.attention import attention, check_attention_impl, decode_attention
 from apps.LT2.kernel.attention.first_token import first_token_mass
+from apps.LT2.kernel.decode_linear import Norm, decode_linear
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.mixers.base import (
     Mixer,
@@ -29,6 +31,7 @@ from apps.LT2.mixers.base import (
     TensorParallelPlan,
     by_sequence,
 )
+from apps.LT2.mixers.parts import decode_weight
 from apps.LT2.mixers.rotary import RopeScalingArgs, rotary_angles
 from lingua.errors import UserError
 from lingua.probe import is_probing, log_stats
@@ -120,17 +123,37 @@ class Attention(Mixer):
         return self._output(o, x_BTD)
 
     def step(self, x_B1D: Tensor, cache: AttentionCache) -> Tensor:
-        n_slots = cache.k_BSGK.shape[1]
-        q, k, v = self._qkv(x_B1D, cache.length_B[:, None])
+        qkv = self._qkv(x_B1D, cache.length_B[:, None])
+        return self._output(self._attend_cache(qkv, cache), x_B1D)
+
+    def add_step(self, h_B1D: Tensor, norm: RMSNorm, cache: AttentionCache) -> Tensor:
+        linears = self.decode_linears()
+        weight, out = decode_weight(linears), decode_weight((self.wo,))
+        if weight is None or out is None:
+            return super().add_step(h_B1D, norm, cache)
+        h_BD = h_B1D[:, 0]
+        product = decode_linear(h_BD, weight, norm=Norm(norm.weight, norm.eps))
+        q, k, v, *gate = product[:, None].split([m.out_features for m in linears], dim=-1)
+        o = self._attend_cache(self._place((q, k, v), cache.length_B[:, None]), cache).flatten(1)
+        if gate:
+            o = o * torch.sigmoid(gate[0][:, 0])
+        return decode_linear(o, out, residual_BN=h_BD)[:, None]
+
+    def _attend_cache(self, qkv: QKV, cache: AttentionCache) -> Tensor:
+        """Append one token of each row to the cache and attend to it: (B, 1, H, K)."""
+        n_slots, (q, k, v) = cache.k_BSGK.shape[1], qkv
         slot_B = cache.length_B % n_slots
         append_step([(k, cache.k_BSGK), (v, cache.v_BSGK)], slot_B)
         cache.length_B += 1
         n_valid = cache.length_B.clamp(max=n_slots)
         k_past, v_past = cache.k_BSGK.type_as(q), cache.v_BSGK.type_as(q)
-        return self._output(decode_attention(q[:, 0], k_past, v_past, n_valid)[:, None], x_B1D)
+        return decode_attention(q[:, 0], k_past, v_past, n_valid)[:, None]
 
     def fused_linears(self) -> tuple[nn.Linear, ...]:
         return (self.wq, self.wk, self.wv)
+
+    def decode_linears(self) -> tuple[nn.Linear, ...]:
+        return self.fused_linears() if self.wg is None else (*self.fused_linears(), self.wg)
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         for linear in (self.wq, self.wk, self.wv):
@@ -164,9 +187,11 @@ class Attention(Mixer):
 
     def _qkv(self, x_BTD: Tensor, positions: Tensor) -> QKV:
         """Return q, k, v (B, T, heads, K); q and k are rotated to `positions`, (T,) or (B, T)."""
-        q, k, v = (
-            y.unflatten(-1, (-1, self.head_dim)) for y in fused_linear(x_BTD, self.fused_linears())
-        )
+        return self._place(fused_linear(x_BTD, self.fused_linears()), positions)
+
+    def _place(self, projections: Sequence[Tensor], positions: Tensor) -> QKV:
+        """Split projections (B, T, ...) into heads, normalize and rotate them as `_qkv` says."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return *rotate_heads(q, k, positions, self.rope_theta, self.rope_scaling), v

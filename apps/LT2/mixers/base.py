@@ -18,7 +18,7 @@ from apps.LT2.kernel.documents import document_of_tokens, local_positions
 from apps.LT2.mixers.parts import GroupedRMSNorm, ShortConv
 from apps.LT2.mixers.rotary import RopeScalingArgs
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel, split_linears
-from lingua.transformer import BaseTransformerArgs
+from lingua.transformer import BaseTransformerArgs, RMSNorm
 
 
 class MixerArgs(BaseTransformerArgs):
@@ -242,9 +242,17 @@ class Mixer(nn.Module, ABC):
     def step(self, x_B1D: Tensor, cache: Any) -> Tensor:
         """Extend every row by one token, in place. Shapes don't depend on the cached lengths."""
 
+    def add_step(self, h_B1D: Tensor, norm: RMSNorm, cache: Any) -> Tensor:
+        """Return h + step(norm(h)). A subclass may fuse the norm and the sum into its products."""
+        return h_B1D + self.step(norm(h_B1D), cache)
+
     @abstractmethod
     def fused_linears(self) -> tuple[nn.Linear, ...]:
         """Return the linears of the input, whose weights inference fuses."""
+
+    def decode_linears(self) -> tuple[nn.Linear, ...]:
+        """Return the linears that `add_step` computes in one product with the norm, or ()."""
+        return ()
 
     @abstractmethod
     def reset_parameters(self, init_std: float | None, factor: float) -> None:

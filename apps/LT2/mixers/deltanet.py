@@ -55,4 +55,4 @@ class DeltaNet(LinearMixer):
         return l2_normalize(q), l2_normalize(k), v, write_strength(rest[0], self.allow_neg_eigval)
 
     def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
-        return self.wo(self.norm(o).flatten(-2))
+        return self.norm(o).flatten(-2)

@@ -25,7 +25,7 @@ from apps.LT2.kernel.attention import attention
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.kernel.dsa import Index, dsa, dsa_step
 from apps.LT2.mixers.attention import QKV, Attention, AttentionCache, append, append_step
-from apps.LT2.mixers.base import MixerArgs, OwnLoss, Past, Prompts, by_sequence
+from apps.LT2.mixers.base import Mixer, MixerArgs, OwnLoss, Past, Prompts, by_sequence
 from apps.LT2.mixers.rotary import rotary_angles
 from lingua.errors import UserError
 from lingua.transformer import RMSNorm, check_sizes, init_linear, rotate_pairs
@@ -159,6 +159,9 @@ class SparseAttention(Attention):
         k, v, n_valid = cache.k_BSGK, cache.v_BSGK, cache.length_B
         o = dsa_step(qkv[0][:, 0], k, v, index, n_valid, top_k=self.top_k)
         return self._output(o[:, None], x_B1D)
+
+    # The indexer, too, reads the normed input.
+    add_step, decode_linears = Mixer.add_step, Mixer.decode_linears
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         super().reset_parameters(init_std, factor)

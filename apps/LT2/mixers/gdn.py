@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.gated_delta_rule import gated_delta_rule, gated_delta_step
+from apps.LT2.kernel.gated_delta_rule.decode import gated_delta_layer_step, layer_step_supports
 from apps.LT2.mixers.base import MixerArgs
-from apps.LT2.mixers.linear import LinearMixer, Tensors, head_shape
+from apps.LT2.mixers.linear import LinearCache, LinearMixer, Tensors, head_shape
 from apps.LT2.mixers.parts import (
     GatedRMSNorm,
     ShortConv,
@@ -68,6 +69,14 @@ class GatedDeltaNet(LinearMixer):
         beta = write_strength(b, self.allow_neg_eigval)
         g = log_decay(a, self.tp.own(self.A_log), self.tp.own(self.dt_bias))
         return l2_normalize(q), l2_normalize(k), v, g, beta
+
+    def step_heads(self, streams: Tensor, rest: Tensors, cache: LinearCache) -> Tensor:
+        if not layer_step_supports(streams, cache.state_BHKV):
+            return super().step_heads(streams, rest, cache)
+        weights = (self.A_log, self.dt_bias, self.norm.weight, self.norm.eps)
+        return gated_delta_layer_step(
+            streams, *rest, *weights, self.allow_neg_eigval, cache.state_BHKV
+        )
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         super().reset_parameters(init_std, factor)

@@ -58,8 +58,8 @@ class GatedLinearAttention(LinearMixer):
         self.wo = nn.Linear(values, shared.dim, bias=False)
         self.norm = GatedRMSNorm(self.value_dim, shared.output_norm_eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
-        streams, (gate, a) = super().project(x)
+    def expand(self, streams: Tensor, rest: Tensors) -> tuple[Tensor, Tensors]:
+        gate, a = rest
         # A tensor-parallel rank computes a part of `a` and reads all of it.
         return streams, (gate, self.wa_up(self.tp.all_gather(a)))
 

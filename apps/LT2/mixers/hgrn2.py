@@ -68,7 +68,7 @@ class HGRN2(LinearMixer):
         return q, k, self.split_heads(v, self.value_dim), g
 
     def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
-        return self.wo(self.norm(o.flatten(-2)).type_as(o))
+        return self.norm(o.flatten(-2)).type_as(o)
 
 
 def forget_gate(x: Tensor, lower_bound: float) -> tuple[Tensor, Tensor]:

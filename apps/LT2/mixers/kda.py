@@ -71,8 +71,8 @@ class KimiDeltaAttention(LinearMixer):
         self.dt_bias = nn.Parameter(torch.empty(keys))
         self.norm = GatedRMSNorm(self.value_dim, shared.output_norm_eps, activation="sigmoid")
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
-        streams, (a, gate, b) = super().project(x)
+    def expand(self, streams: Tensor, rest: Tensors) -> tuple[Tensor, Tensors]:
+        a, gate, b = rest
         # A tensor-parallel rank computes a part of the low-rank activations and reads all of them.
         a, gate = self.tp.all_gather(a), self.tp.all_gather(gate)
         return streams, (self.wa_up(a), self.wg_up(gate), b)
@@ -90,7 +90,7 @@ class KimiDeltaAttention(LinearMixer):
 
     def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
         gate = rest[1].float() + self.tp.own(self.gate_bias).float()
-        return self.wo(self.norm(o, self.split_heads(gate, self.value_dim)).flatten(-2))
+        return self.norm(o, self.split_heads(gate, self.value_dim)).flatten(-2)
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         # The order of the draws decides the weights that a seed gives.

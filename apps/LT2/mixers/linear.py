@@ -3,7 +3,7 @@
     streams, rest = project(x)                    one matrix product of all linears of x
     streams = silu(conv(streams))                 if the mixer has a convolution
     o, state = recurrence(*inputs(streams, rest))
-    y = output(o, streams, rest)                  norm, gate, output projection
+    y = wo(output(o, streams, rest))              norm, gate, output projection
 
 Shapes: B sequences, T tokens, D model dim, C channels of the streams, H heads, K key dim,
 V value dim, N sequences of a packed call.
@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apps.LT2.kernel.decode_linear import Conv, Norm, decode_linear
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.mixers.base import Mixer, MixerArgs, MixerCache, Prompts, TensorParallelPlan
-from apps.LT2.mixers.parts import ShortConv
+from apps.LT2.mixers.parts import ShortConv, decode_weight
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import local_weight
 from lingua.probe import is_probing
-from lingua.transformer import check_sizes, fused_weight, init_linear, query_heads
+from lingua.transformer import RMSNorm, check_sizes, fused_weight, init_linear, query_heads
 
 # With fewer tokens reading the weights dominates, and concatenating them reads them twice.
 FUSE_TOKENS = 512
@@ -75,13 +76,17 @@ class LinearMixer(Mixer):
         """
 
     def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
-        """Return (..., D) for o (..., H, V)."""
-        return self.wo(self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2))
+        """Return the input of `wo`, (..., H * V), for o (..., H, V)."""
+        return self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
         """Return (streams (..., C), rest) of x (..., D)."""
         streams, rest = self._linears(self.stream_linears), self._linears(self.rest_linears)
-        return project_streams(x, streams, rest)
+        return self.expand(*project_streams(x, streams, rest))
+
+    def expand(self, streams: Tensor, rest: Tensors) -> tuple[Tensor, Tensors]:
+        """Finish the projection, such as the second half of low-rank ones."""
+        return streams, rest
 
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
@@ -94,7 +99,7 @@ class LinearMixer(Mixer):
             positions = local_positions(x_BTD.shape[1], cu_seqlens, x_BTD.device)
         inputs = self.inputs(streams, rest, positions)
         o, _ = self.recurrence(*inputs, state=None, cu_seqlens=cu_seqlens)
-        return self.output(o, streams, rest)
+        return self.wo(self.output(o, streams, rest))
 
     def init_cache(
         self, batch_size: int, max_seqlen: int, like: Tensor, window: int | None = None
@@ -125,21 +130,48 @@ class LinearMixer(Mixer):
         state, inputs = cache.state_BHKV[rows], self.inputs(streams, rest, positions)
         o, state = self.recurrence(*inputs, state=state, cu_seqlens=cu_seqlens)
         cache.state_BHKV[rows] = state
-        return self.output(o, streams, rest)
+        return self.wo(self.output(o, streams, rest))
 
     def step(self, x_B1D: Tensor, cache: LinearCache) -> Tensor:
         streams, rest = self.project(x_B1D[:, 0])
         if self.conv is not None:
             assert cache.conv_state_BTC is not None
             streams = self.conv.step(streams, cache.conv_state_BTC)
+        return self.wo(self.step_heads(streams, rest, cache))[:, None]
+
+    def add_step(self, h_B1D: Tensor, norm: RMSNorm, cache: LinearCache) -> Tensor:
+        linears = self.decode_linears()
+        weight, out = decode_weight(linears), decode_weight((self.wo,))
+        if weight is None or out is None:
+            return super().add_step(h_B1D, norm, cache)
+        h_BD, conv = h_B1D[:, 0], None
+        if self.conv is not None and self.conv.weight is not None:
+            assert cache.conv_state_BTC is not None
+            conv = Conv(self.conv.weight, self.conv.bias, cache.conv_state_BTC)
+        product = decode_linear(h_BD, weight, norm=Norm(norm.weight, norm.eps), conv=conv)
+        n_streams = len(self.stream_linears)
+        sizes = [sum(linear.out_features for linear in linears[:n_streams])]
+        sizes += [linear.out_features for linear in linears[n_streams:]]
+        streams, *rest = product.split(sizes, dim=-1)
+        if self.conv is not None and conv is None:
+            streams = F.silu(streams)
+        streams, rest = self.expand(streams, tuple(rest))
+        y = self.step_heads(streams, rest, cache)
+        return decode_linear(y, out, residual_BN=h_BD)[:, None]
+
+    def step_heads(self, streams: Tensor, rest: Tensors, cache: LinearCache) -> Tensor:
+        """Run the recurrence and `output` for one token of each row; the cache grows in place."""
         inputs = self.inputs(streams, rest, cache.length_B)
         o = self.recurrence_step(*inputs, state_BHKV=cache.state_BHKV)
         if cache.length_B is not None:
             cache.length_B += 1
-        return self.output(o, streams, rest)[:, None]
+        return self.output(o, streams, rest)
 
     def fused_linears(self) -> tuple[nn.Linear, ...]:
         return self._linears(self.stream_linears + self.rest_linears)
+
+    def decode_linears(self) -> tuple[nn.Linear, ...]:
+        return self.fused_linears()
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         for name, child in self.named_children():

@@ -63,8 +63,7 @@ class Mamba2(LinearMixer):
         self.D = nn.Parameter(torch.empty(self.n_heads))
         self.norm = GroupedRMSNorm(inner, self.n_groups, shared.output_norm_eps)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensors]:
-        streams, rest = super().project(x)
+    def expand(self, streams: Tensor, rest: Tensors) -> tuple[Tensor, Tensors]:
         if self.wB.out_features < self.key_dim:  # tensor-parallel ranks share the one group
             x, B, C = streams.split([m.out_features for m in (self.wx, self.wB, self.wC)], dim=-1)
             streams = torch.cat((x, self.tp.all_gather(B), self.tp.all_gather(C)), dim=-1)
@@ -82,7 +81,7 @@ class Mamba2(LinearMixer):
         x, _, _ = self._split(streams)
         y = (o + x.float() * self.tp.own(self.D).float()[:, None]).type_as(o)
         gated = y.flatten(-2).float() * F.silu(rest[0].float())
-        return self.wo(self.norm(gated).type_as(o))
+        return self.norm(gated).type_as(o)
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         super().reset_parameters(init_std, factor)

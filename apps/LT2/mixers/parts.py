@@ -12,10 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apps.LT2.kernel.decode_linear import Weight
 from apps.LT2.kernel.short_conv import conv_state, short_conv, short_conv_step
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel
-from lingua.transformer import RMSNorm
+from lingua.transformer import RMSNorm, fused_weight
+
+
+def decode_weight(linears: Sequence[nn.Linear]) -> Weight | None:
+    """Return the weight that decode steps read for these linears.
+
+    None if it isn't prepared (apps.LT2.inference.load), or if they have a bias.
+    """
+    matrix, first = fused_weight(linears), linears[0]
+    if matrix is None or any(linear.bias is not None for linear in linears):
+        return None
+    return Weight(matrix, getattr(first, "int8_weight", None), getattr(first, "int8_scale", None))
 
 
 class ShortConv(nn.Module):
