@@ -6,7 +6,7 @@
 
 Triton's cache holds the time of every configuration of a kernel, for each shape that ran. The list
 (apps.LT2.kernel.tuning) gets the fewest configurations that are within 3% of the best for every
-shape. A kernel that is not in the cache keeps its list.
+shape. It keeps what it had for other shapes; delete the file to start again.
 """
 
 from __future__ import annotations
@@ -88,12 +88,22 @@ def choose(shapes: list[Times]) -> dict[str, list[Entry]]:
 
 
 def write_lists(path: Path, gpu: str, kernels: dict[str, dict[str, list[Entry]]]) -> None:
-    """Write the file of a GPU, with one line per kernel. Kernels not given stay as they are."""
-    if path.exists():
-        kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"] | kernels
+    """Write the file of a GPU, a line per kernel. Entries of an existing file stay, at the end."""
+    old = json.loads(path.read_text(encoding="utf-8"))["kernels"] if path.exists() else {}
+    kernels = old | {name: _join(new, old.get(name)) for name, new in kernels.items()}
     lines = [f"  {json.dumps(name)}: {json.dumps(kernels[name])}" for name in sorted(kernels)]
     text = ",\n".join(lines)
     write_atomic(path, f'{{"gpu": {json.dumps(gpu)}, "kernels": {{\n{text}\n}}}}\n')
+
+
+def _join(
+    new: dict[str, list[Entry]], old: dict[str, list[Entry]] | None
+) -> dict[str, list[Entry]]:
+    if old is None:
+        return new
+    best = new["best"] + [e for e in old["best"] if e not in new["best"]]
+    others = new["others"] + [e for e in old["others"] if e not in new["others"]]
+    return {"best": best, "others": [e for e in others if e not in best]}
 
 
 def main(argv: list[str]) -> None:
