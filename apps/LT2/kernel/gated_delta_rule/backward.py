@@ -1,0 +1,224 @@
+"""The last kernel of the backward pass of the delta rules, for Hopper.
+
+fla computes these gradients in two kernels. Its first one needs more registers than a thread has,
+and reads the tiles of the second again. Here one program computes all gradients of one chunk of one
+head: it reads the states and their gradients once, splits K = 96 into tiles of 64 and 32, and keeps
+the gradients of k and w in registers between the two halves. README.md has the formulas.
+
+Shapes: B sequences, T tokens, H heads, C tokens in a chunk, K key and V value head dim.
+"""
+
+# pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportGeneralTypeIssues=false
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from apps.LT2.kernel.triton_jit import jit, tl
+
+CONFIG = {"BLOCK_K": 32, "BLOCK_V": 64, "num_warps": 4, "num_stages": 1}
+
+
+def kernel_supports(k_BTHK: Tensor) -> bool:
+    """Return whether the kernel supports k's head dim and GPU. All inputs are 16-bit."""
+    return k_BTHK.shape[-1] <= 128 and torch.cuda.get_device_capability(k_BTHK.device)[0] == 9
+
+
+def input_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_sum: Tensor | None,
+    beta: Tensor,
+    solved: Tensor,
+    u: Tensor,
+    h: Tensor,
+    do: Tensor,
+    dh: Tensor,
+    du: Tensor,
+    *,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+    chunk_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the gradients of q, k, v, g and beta.
+
+    q, k       (B, T, H, K)  all tensors are contiguous
+    v, u       (B, T, H, V)  values, and writes
+    do, du     (B, T, H, V)  gradients of the output and of the writes
+    g_sum      (B, T, H)     decays summed in each chunk, in base 2, fp32; None without decay
+    beta       (B, T, H)     fp32
+    solved     (B, T, H, C)  rows of the inverse of I + L
+    h          (.., H, K, V) state before each chunk
+    dh         (.., H, K, V) gradient of the state after each chunk
+    """
+    (B, T, H, K), V, C = k.shape, v.shape[-1], solved.shape[-1]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dg = None if g_sum is None else torch.empty_like(g_sum)
+    dbeta = torch.empty_like(beta)
+    n_chunks = B * -(-T // C) if chunk_indices is None else len(chunk_indices)
+    _input_gradients_kernel[(H, n_chunks)](
+        *(q, k, v, g_sum, beta, solved, u, h, do, dh, du),
+        *(dq, dk, dv, dg, dbeta, cu_seqlens, chunk_indices, scale, T),
+        **{"H": H, "K": K, "V": V, "C": C},
+        DECAY=g_sum is not None,
+        PACKED=cu_seqlens is not None,
+        **CONFIG,
+    )
+    return dq, dk, dv, dg, dbeta
+
+
+@jit(do_not_specialize=["T"])
+def _input_gradients_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    beta_ptr,
+    solved_ptr,
+    u_ptr,
+    h_ptr,
+    do_ptr,
+    dh_ptr,
+    du_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    dg_ptr,
+    dbeta_ptr,
+    cu_seqlens_ptr,
+    chunk_indices_ptr,
+    scale,
+    T,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    DECAY: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if PACKED:
+        document = tl.load(chunk_indices_ptr + 2 * chunk)
+        start = tl.load(cu_seqlens_ptr + document).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + document + 1).to(tl.int64)
+        first = start + tl.load(chunk_indices_ptr + 2 * chunk + 1) * C
+    else:
+        per_row = tl.cdiv(T, C)
+        start = chunk // per_row * T
+        end = start + T
+        first = start + chunk % per_row * C
+    at_C = tl.arange(0, C)
+    n = tl.minimum(end - first, C).to(tl.int32)  # tokens in this chunk
+    in_C = at_C < n
+    row = first * H + head
+    at_token = at_C * H
+    h_ptr += (chunk * H + head) * K * V
+    dh_ptr += (chunk * H + head) * K * V
+    q_ptr += row * K
+    k_ptr += row * K
+    dq_ptr += row * K
+    dk_ptr += row * K
+    v_ptr += row * V
+    u_ptr += row * V
+    do_ptr += row * V
+    du_ptr += row * V
+    dv_ptr += row * V
+    solved_ptr += row * C
+    beta_ptr += row
+    dbeta_ptr += row
+    if DECAY:
+        g_ptr += row
+        dg_ptr += row
+
+    beta = tl.load(beta_ptr + at_token, mask=in_C, other=0.0).to(tl.float32)
+    solved = tl.load(
+        solved_ptr + at_token[:, None] * C + at_C[None, :], mask=in_C[:, None], other=0.0
+    )
+    solved_T = tl.trans(solved)
+    # Tiles of V stay in shared memory.
+    us, dos, dus = (), (), ()
+    ds = tl.zeros([C, C], tl.float32)  # gradient of the scores of q and k
+    dL = tl.zeros([C, C], tl.float32)
+    dbeta = tl.zeros([C], tl.float32)
+    for first_V in tl.static_range(0, V, BLOCK_V):
+        at_V = first_V + tl.arange(0, BLOCK_V)
+        u = _rows(u_ptr, at_token, in_C, at_V, V)
+        do = _rows(do_ptr, at_token, in_C, at_V, V)
+        du = _rows(du_ptr, at_token, in_C, at_V, V)
+        ds = tl.dot(do, tl.trans(u), ds)
+        dx = tl.dot(solved_T, du)
+        v = _rows(v_ptr, at_token, in_C, at_V, V)
+        dbeta += tl.sum(dx * v, 1)
+        _store(dv_ptr, at_token, in_C, at_V, V, dx * beta[:, None])
+        dL = tl.dot(dx.to(u.dtype), tl.trans(u), dL)
+        us, dos, dus = us + (u,), dos + (do,), dus + (du,)
+
+    decay = tl.full([C], 1.0, tl.float32)  # from the start of the chunk
+    to_end = decay
+    lower = (at_C[:, None] >= at_C[None, :]) & in_C[:, None]
+    between = tl.where(lower, 1.0, 0.0)
+    if DECAY:
+        g = tl.load(g_ptr + at_token, mask=in_C, other=0.0).to(tl.float32)
+        g_end = tl.sum(tl.where(at_C == n - 1, g, 0.0))
+        decay = tl.exp2(g)
+        to_end = tl.where(in_C, tl.exp2(g_end - g), 0.0)
+        between = tl.exp2(tl.where(lower, g[:, None] - g[None, :], float("-inf")))
+    ds = (ds * between * scale).to(u.dtype)
+    dL = tl.where(at_C[:, None] > at_C[None, :], -dL * between, 0.0).to(u.dtype)
+
+    dg = tl.zeros([C], tl.float32)
+    dend = tl.zeros([C], tl.float32)  # gradient of the decay of the whole chunk
+    dkeep = tl.zeros([BLOCK_K], tl.float32)
+    for first_K in range(0, K, BLOCK_K):
+        at_K = first_K + tl.arange(0, BLOCK_K)
+        q = _rows(q_ptr, at_token, in_C, at_K, K)
+        k = _rows(k_ptr, at_token, in_C, at_K, K)
+        dq = tl.zeros([C, BLOCK_K], tl.float32)
+        dk = tl.zeros([C, BLOCK_K], tl.float32)
+        dw = tl.zeros([C, BLOCK_K], tl.float32)
+        for j in tl.static_range(len(us)):
+            at_V = j * BLOCK_V + tl.arange(0, BLOCK_V)
+            at = at_K[:, None] * V + at_V[None, :]
+            inside = (at_K < K)[:, None] & (at_V < V)[None, :]
+            h = tl.load(h_ptr + at, mask=inside, other=0.0)
+            dh = tl.load(dh_ptr + at, mask=inside, other=0.0)
+            dq = tl.dot(dos[j], tl.trans(h), dq)
+            dw = tl.dot(dus[j], tl.trans(h), dw)
+            dk = tl.dot(us[j], tl.trans(dh), dk)
+            dkeep += tl.sum(h.to(tl.float32) * dh.to(tl.float32), 1)
+        dq = tl.dot(ds, k, dq * (decay * scale)[:, None])
+        _store(dq_ptr, at_token, in_C, at_K, K, dq)
+        dk *= to_end[:, None]
+        dend += tl.sum(dk * k, 1)
+        dk = tl.dot(tl.trans(ds), q, dk)
+        dkb = tl.dot(solved_T, dw.to(k.dtype))  # gradient of beta k
+        dkb = tl.dot(dL, k, -dkb * decay[:, None])
+        dk = tl.dot(tl.trans(dL), (k * beta[:, None]).to(k.dtype), dk) + dkb * beta[:, None]
+        _store(dk_ptr, at_token, in_C, at_K, K, dk)
+        k_dkb = tl.sum(dkb * k, 1)
+        dbeta += k_dkb
+        dg += tl.sum(dq * q, 1) - tl.sum(dk * k, 1) + 2 * beta * k_dkb
+    tl.store(dbeta_ptr + at_token, dbeta, mask=in_C)
+    if DECAY:
+        dend = tl.sum(dend) + tl.sum(dkeep) * tl.exp2(g_end)
+        dg += tl.where(at_C == n - 1, dend, 0.0)
+        # The decay of a token is in the sums up to the end of its chunk.
+        dg = tl.sum(tl.where(lower, dg[:, None], 0.0), 0)
+        tl.store(dg_ptr + at_token, dg, mask=in_C)
+
+
+@jit()
+def _rows(ptr, at_token, in_C, at, width):
+    mask = in_C[:, None] & (at < width)[None, :]
+    return tl.load(ptr + at_token[:, None] * width + at[None, :], mask=mask, other=0.0)
+
+
+@jit()
+def _store(ptr, at_token, in_C, at, width, x):
+    mask = in_C[:, None] & (at < width)[None, :]
+    at = at_token[:, None] * width + at[None, :]
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask)
