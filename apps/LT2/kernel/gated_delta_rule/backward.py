@@ -1,28 +1,86 @@
-"""The last kernel of the backward pass of the delta rules, for Hopper.
+"""The backward pass of the delta rules on Hopper: fla's recurrent kernels, and one of our own.
 
-fla computes these gradients in two kernels. Its first one needs more registers than a thread has,
-and reads the tiles of the second again. Here one program computes all gradients of one chunk of one
-head: it reads the states and their gradients once, splits K = 96 into tiles of 64 and 32, and keeps
-the gradients of k and w in registers between the two halves. README.md has the formulas.
+The last step of the backward pass computes the gradients of the inputs, all chunks at once. fla
+does it in two kernels: the first spills registers, and the second reads most of its tiles again.
+Here one program computes one chunk of one head. It reads every tile once from global memory, keeps
+those of V in shared memory, and loops over narrow tiles of K, so K = 96 needs no padding.
+README.md derives the formulas.
 
-Shapes: B sequences, T tokens, H heads, C tokens in a chunk, K key and V value head dim.
+Shapes: B sequences, T tokens, H heads, K key and V value head dim, C tokens in a chunk.
 """
 
 # pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false
 # pyright: reportIndexIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
+import logging
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from apps.LT2.kernel.fla import Packed, import_fla
 from apps.LT2.kernel.triton_jit import jit, tl
 
 CONFIG = {"BLOCK_K": 32, "BLOCK_V": 64, "num_warps": 4, "num_stages": 1}
+MAX_VALUE_DIM = 256  # three rows of V per token in shared memory
+
+logger = logging.getLogger(__name__)
 
 
-def kernel_supports(k_BTHK: Tensor) -> bool:
-    """Return whether the kernel supports k's head dim and GPU. All inputs are 16-bit."""
-    return k_BTHK.shape[-1] <= 128 and torch.cuda.get_device_capability(k_BTHK.device)[0] == 9
+def kernel_supports(v_BTHV: Tensor) -> bool:
+    """Return whether our kernel supports the GPU and value dim of v; if not, warn once."""
+    return v_BTHV.is_cuda and _supports(v_BTHV.device, v_BTHV.shape[-1])
+
+
+@cache
+def _supports(device: torch.device, V: int) -> bool:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 9 and V <= MAX_VALUE_DIM:
+        return True
+    logger.warning(
+        f"The backward of the delta rules uses fla's slower kernels: ours need compute capability "
+        f"9.x and a value dim of at most {MAX_VALUE_DIM}, got {major}.{minor} and {V}."
+    )
+    return False
+
+
+def delta_rule_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_sum: Tensor | None,
+    beta: Tensor,
+    solved: Tensor,
+    packed: Packed,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    do: Tensor,
+    dht: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of q, k, v, g, beta and the initial state.
+
+    Arguments are those of `ChunkOperator`; `solved` are the inverses that forward keeps.
+    """
+    states = import_fla("fla.ops.common.chunk_delta_h")
+    chunks: dict[str, Any] = {"g": g_sum, "chunk_size": chunk_size, **packed}
+    w, u = import_fla("fla.ops.gated_delta_rule.wy_fast").recompute_w_u_fwd(
+        k=k, v=v, beta=beta, A=solved, g=g_sum, **packed
+    )
+    h, u, _ = states.chunk_gated_delta_rule_fwd_h(
+        k=k, w=w, u=u, initial_state=initial_state, output_final_state=False, **chunks
+    )
+    du = import_fla("fla.ops.common.chunk_o").chunk_bwd_dv_local(
+        q=q, k=k, do=do, scale=scale, **chunks
+    )
+    dh, dstate, du = states.chunk_gated_delta_rule_bwd_dhu(
+        q=q, k=k, w=w, h0=initial_state, dht=dht, do=do, dv=du, scale=scale, **chunks
+    )
+    grads = input_gradients(q, k, v, g_sum, beta, solved, u, h, do, dh, du, scale=scale, **packed)
+    return *grads, dstate
 
 
 def input_gradients(
@@ -42,16 +100,15 @@ def input_gradients(
     cu_seqlens: Tensor | None = None,
     chunk_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Return the gradients of q, k, v, g and beta.
+    """Return the gradients of q, k, v, g and beta. All tensors are contiguous.
 
-    q, k       (B, T, H, K)  all tensors are contiguous
-    v, u       (B, T, H, V)  values, and writes
-    do, du     (B, T, H, V)  gradients of the output and of the writes
-    g_sum      (B, T, H)     decays summed in each chunk, in base 2, fp32; None without decay
-    beta       (B, T, H)     fp32
-    solved     (B, T, H, C)  rows of the inverse of I + L
-    h          (.., H, K, V) state before each chunk
-    dh         (.., H, K, V) gradient of the state after each chunk
+    q, k    (B, T, H, K)
+    v, u    (B, T, H, V)   values, and writes
+    do, du  (B, T, H, V)   gradients of the output and of the writes
+    g_sum   (B, T, H)      decays summed in each chunk, in base 2, fp32; None without decay
+    beta    (B, T, H)      fp32
+    solved  (B, T, H, C)   rows of the inverse of I + L
+    h, dh   (.., H, K, V)  state before each chunk, and gradient of the state after it
     """
     (B, T, H, K), V, C = k.shape, v.shape[-1], solved.shape[-1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
