@@ -190,7 +190,7 @@ def test_our_backward_gets_and_returns_every_tensor(monkeypatch, name):
     )
     monkeypatch.setattr(backward, "import_fla", lambda _: kernels)
     monkeypatch.setattr(backward, "input_gradients", stand_in("ours", "dq dk dv dg dbeta"))
-    monkeypatch.setattr(module, "kernel_supports", lambda _: True)
+    monkeypatch.setattr(module, "kernel_supports", lambda *_: True)
 
     decays = name == "gated_delta_rule"
     options = {"scale": 2, "initial_state": "state", "do": "do", "dht": "dht", "chunk_size": 64}
@@ -220,14 +220,22 @@ def test_our_backward_gets_and_returns_every_tensor(monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    "capability, V, supported", [((9, 0), 192, True), ((9, 0), 512, False), ((8, 0), 192, False)]
+    "capability, K, V, supported",
+    [
+        ((9, 0), 96, 192, True),
+        ((9, 0), 128, 256, True),
+        ((9, 0), 80, 192, False),
+        ((9, 0), 96, 144, False),
+        ((9, 0), 96, 512, False),
+        ((8, 0), 96, 192, False),
+    ],
 )
-def test_our_backward_runs_where_it_fits(monkeypatch, caplog, capability, V, supported):
+def test_our_backward_runs_where_it_fits(monkeypatch, caplog, capability, K, V, supported):
     backward._supports.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    v = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), shape=(1, 64, 2, V))
     with caplog.at_level("WARNING"):
-        assert backward.kernel_supports(v) == backward.kernel_supports(v) == supported
+        for _ in range(2):
+            assert backward._supports(torch.device("cuda"), K, V) == supported
     assert len(caplog.records) == (not supported)
     backward._supports.cache_clear()
 

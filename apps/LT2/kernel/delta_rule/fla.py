@@ -26,7 +26,7 @@ def _forward(
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, solved: Tensor, packed: Packed, **options: Any
 ) -> tuple[Tensor | None, ...]:
-    if kernel_supports(v):
+    if kernel_supports(k, v):
         dq, dk, dv, _, dbeta, dstate = delta_rule_backward(
             q, k, v, None, beta, solved, packed, **options
         )

@@ -29,19 +29,21 @@ MAX_VALUE_DIM = 256  # three rows of V per token in shared memory
 logger = logging.getLogger(__name__)
 
 
-def kernel_supports(v_BTHV: Tensor) -> bool:
-    """Return whether our kernel supports the GPU and value dim of v; if not, warn once."""
-    return v_BTHV.is_cuda and _supports(v_BTHV.device, v_BTHV.shape[-1])
+def kernel_supports(k: Tensor, v: Tensor) -> bool:
+    """Return whether our kernel supports the GPU and head dims; if not, warn once."""
+    return k.is_cuda and _supports(k.device, k.shape[-1], v.shape[-1])
 
 
 @cache
-def _supports(device: torch.device, V: int) -> bool:
+def _supports(device: torch.device, K: int, V: int) -> bool:
     major, minor = torch.cuda.get_device_capability(device)
-    if major == 9 and V <= MAX_VALUE_DIM:
+    fits = K % CONFIG["BLOCK_K"] == 0 and V % CONFIG["BLOCK_V"] == 0 and V <= MAX_VALUE_DIM
+    if major == 9 and fits:
         return True
     logger.warning(
-        f"The backward of the delta rules uses fla's slower kernels: ours need compute capability "
-        f"9.x and a value dim of at most {MAX_VALUE_DIM}, got {major}.{minor} and {V}."
+        f"The backward of the delta rules uses fla's slower kernels. Ours need compute capability "
+        f"9.x, a key dim that is a multiple of {CONFIG['BLOCK_K']}, and a value dim that is a "
+        f"multiple of {CONFIG['BLOCK_V']} up to {MAX_VALUE_DIM}; got {major}.{minor}, {K} and {V}."
     )
     return False
 
@@ -240,9 +242,8 @@ def _input_gradients_kernel(
         for j in tl.static_range(len(us)):
             at_V = j * BLOCK_V + tl.arange(0, BLOCK_V)
             at = at_K[:, None] * V + at_V[None, :]
-            inside = (at_K < K)[:, None] & (at_V < V)[None, :]
-            h = tl.load(h_ptr + at, mask=inside, other=0.0)
-            dh = tl.load(dh_ptr + at, mask=inside, other=0.0)
+            h = tl.load(h_ptr + at)
+            dh = tl.load(dh_ptr + at)
             dq = tl.dot(dos[j], tl.trans(h), dq)
             dw = tl.dot(dus[j], tl.trans(h), dw)
             dk = tl.dot(us[j], tl.trans(dh), dk)
@@ -270,12 +271,10 @@ def _input_gradients_kernel(
 
 @jit()
 def _rows(ptr, at_token, in_C, at, width):
-    mask = in_C[:, None] & (at < width)[None, :]
-    return tl.load(ptr + at_token[:, None] * width + at[None, :], mask=mask, other=0.0)
+    return tl.load(ptr + at_token[:, None] * width + at[None, :], mask=in_C[:, None], other=0.0)
 
 
 @jit()
 def _store(ptr, at_token, in_C, at, width, x):
-    mask = in_C[:, None] & (at < width)[None, :]
     at = at_token[:, None] * width + at[None, :]
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=in_C[:, None])

@@ -34,7 +34,7 @@ def _backward(
     packed: Packed,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    if kernel_supports(v):
+    if kernel_supports(k, v):
         return delta_rule_backward(q, k, v, g_sum, beta, solved, packed, **options)
     chunk = import_fla("fla.ops.gated_delta_rule.chunk")
     dq, dk, dv, dbeta, dg, dstate, *_ = chunk.chunk_gated_delta_rule_bwd(
