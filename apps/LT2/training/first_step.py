@@ -32,7 +32,8 @@ def log_first_step(period: float = PERIOD) -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(period):
-            log_on_rank_0("first step, %.0f s: %s", time.monotonic() - began, describe_work())
+            if work := describe_work():
+                log_on_rank_0("first step, %.0f s: %s", time.monotonic() - began, work)
 
     thread = threading.Thread(target=watch, name="first step", daemon=True)
     thread.start()
@@ -43,12 +44,12 @@ def log_first_step(period: float = PERIOD) -> Iterator[None]:
         thread.join()
 
 
-def describe_work() -> str:
-    """Return what the threads of this process do: "tuning <kernel>", "compiling ..", "running"."""
+def describe_work() -> str | None:
+    """Return "tuning <kernel>" or "compiling ...", or None if no thread does either."""
     for thread, frame in sys._current_frames().items():
         if thread != threading.get_ident() and (work := _work_of(frame)):
             return work
-    return "running"
+    return None
 
 
 def _work_of(frame: FrameType | None) -> str | None:
