@@ -9,6 +9,7 @@ private. After an interruption, the same command uploads what is missing.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ class PushArgs:
 
 def push(args: PushArgs) -> None:
     hub = import_optional("huggingface_hub", extra="hub", needed_by="push_to_hub")
+    for module in ("errors", "utils"):  # the package imports them on demand
+        importlib.import_module(f"huggingface_hub.{module}")
     files = find_files(args.folder)
     check_repo(hub, args.repo)
     visibility = "private" if args.private else "public"
@@ -89,10 +92,14 @@ def find_files(folder: str) -> list[Path]:
 def check_repo(hub: Any, repo: str) -> None:
     try:
         hub.utils.validate_repo_id(repo)
-    except hub.utils.HFValidationError as error:
-        raise UserError(f"repo={repo}: {first_line(error)}") from None
-    if "/" not in repo:
-        raise UserError(f"repo={repo} must be USER/NAME or ORGANIZATION/NAME")
+        is_valid = "/" in repo
+    except hub.errors.HFValidationError:
+        is_valid = False
+    if not is_valid:
+        raise UserError(
+            f"repo={repo} must be USER/NAME: letters, digits, '-', '_' and '.', without '--' and "
+            "'..', and not ending in '.git'"
+        )
 
 
 @contextmanager
