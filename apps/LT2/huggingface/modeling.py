@@ -130,6 +130,7 @@ class LT2CacheEntry:
             if self.memory is not None:
                 memory.copy_prefix(self.memory)
             self.memory, self.n_tokens = memory, n_tokens
+        assert self.memory is not None
         return self.memory
 
     def select(self, rows: Tensor) -> None:
@@ -240,8 +241,9 @@ class LT2Cache(Cache):
         if n_kept < 0:
             raise ValueError(f"crop({max_length}) of a cache of {self.n_seen} tokens")
         longest = max(self.lengths)
+        memories = [entry.memory for entry in self.layers if entry.memory is not None]
         for entry in self.layers:
-            if not entry.memory.can_crop(longest):
+            if entry.memory is not None and not entry.memory.can_crop(longest):
                 raise ValueError(
                     f"the cache of {entry.name} can't be cropped: it doesn't keep what it had "
                     "before the last tokens; copy the cache before these tokens, or run them again"
@@ -251,8 +253,8 @@ class LT2Cache(Cache):
         else:
             self.seen = self.seen[:, :n_kept]
             self.lengths = self.seen.sum(1).tolist()
-        for entry in self.layers:
-            entry.memory.crop(upload(self.lengths, entry.memory.device, torch.int64))
+        for memory in memories:
+            memory.crop(upload(self.lengths, memory.device, torch.int64))
         self.n_seen = n_kept
 
 
@@ -381,6 +383,10 @@ class LT2PreTrainedModel(PreTrainedModel):
     # Norms, gates, decays and convolutions stay in fp32, as in training.
     _keep_in_fp32_modules_strict = ["norm", "conv", "rho", "A_log", "bias", "mamba2.D"]
 
+    def init_own_weights(self) -> None:
+        """Initialize all weights, in place, as `LoopedTransformer.init_weights` does."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize weights that no file had, all of this model's at once.
@@ -504,7 +510,8 @@ class LT2Model(LT2PreTrainedModel):
 
         Returns the normalized output, all hidden states, and the sum of the mixers' own losses.
         """
-        cu_seqlens, options, entries = None, {}, None
+        cu_seqlens, entries = None, None
+        options: dict[str, Any] = {}
         if packing is not None:
             cu_seqlens = packing.cu_seqlens(h.device)
         if cache is not None:

@@ -69,14 +69,6 @@ class NSACache(AttentionCache):
     k_BCGK: Tensor
     v_BCGK: Tensor
 
-    def crop(self, length_B: Tensor) -> None:
-        super().crop(length_B)
-        slot = torch.arange(self.k_BSGK.shape[1], device=self.device)
-        dropped = (slot >= length_B[:, None])[..., None, None]
-        block_size = len(slot) // self.k_BCGK.shape[1]
-        for slots, means in ((self.k_BSGK, self.k_BCGK), (self.v_BSGK, self.v_BCGK)):
-            means.copy_(block_means(slots.masked_fill_(dropped, 0), block_size))
-
 
 class NativeSparseAttention(Mixer):
     module_name = "nsa"

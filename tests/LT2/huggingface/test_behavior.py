@@ -277,7 +277,10 @@ def test_gradients_reach_the_prompt_in_eval_mode(models):
     out = model(inputs_embeds=embedded)
     out.logits.sum().backward()
     assert embedded.grad.any() and out.past_key_values.get_seq_length() == 7
-    model(x[:, :1], past_key_values=out.past_key_values)  # the cache is free of the graph
+    # the cache doesn't hold the graph
+    memories = [entry.memory for entry in out.past_key_values.layers]
+    assert not any(x.requires_grad for memory in memories for x in memory.snapshot())
+    model(x[:, :1], past_key_values=out.past_key_values)
     model.zero_grad(set_to_none=True)
 
 
