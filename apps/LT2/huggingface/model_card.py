@@ -106,7 +106,7 @@ def _use(is_ours: bool, has_chat: bool, loop_count: int) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'name = "."  # this folder, or USER/NAME on the Hub',
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        f"tokenizer = AutoTokenizer.from_pretrained(name{remote})",
         f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{remote})',
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         "output = model.generate(**inputs, max_new_tokens=50)",
