@@ -45,6 +45,7 @@ TOKENIZER_NAME = "tokenizer.json"
 GENERATION_NAME = "generation_config.json"
 CHAT_NAME = "chat_template.jinja"
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
+OTHER_SPECIALS = ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 SPACE = "▁"  # a blank in the vocabulary of SentencePiece
 
 
@@ -68,9 +69,12 @@ def save_tokenizer(
     file = find_tokenizer_file(tokenizer.name, tokenizer.path)
     content = convert_tokenizer(ours, file)
     names = {i: name for name, i in _named_ids(content).items()}
-    ids = {"bos": ours.bos_id, "eos": ours.eos_id, "pad": _find_pad(ours, file, names)}
+    declared = _declared_tokens(ours, file)
+    pad = _find_pad(ours, declared.pop("pad_token", None), names)
+    ids = {"bos": ours.bos_id, "eos": ours.eos_id, "pad": pad}
     ids = {role: i if i >= 0 else None for role, i in ids.items()}
     specials = {f"{role}_token": None if i is None else names[i] for role, i in ids.items()}
+    specials |= {name: text for name, text in declared.items() if text in names.values()}
     content["post_processor"] = _template(names, ids["bos"] if add_bos else None)
     content["padding"] = content["truncation"] = None
     write_atomic(folder / TOKENIZER_NAME, json.dumps(content, ensure_ascii=False))
@@ -351,13 +355,20 @@ def _hide_from_text(content: dict[str, Any], hidden: Collection[int]) -> None:
 # ---- the other files
 
 
-def _find_pad(ours: Tokenizer, file: Path | None, names: Mapping[int, str]) -> int:
+def _declared_tokens(ours: Tokenizer, file: Path | None) -> dict[str, str]:
+    """Return the texts of pad, unk and others that the folder of an hf tokenizer declares."""
+    if not isinstance(ours, HuggingFaceTokenizer) or file is None:
+        return {}
+    config = read_json_object(file.with_name(CONFIG_NAME))
+    given = {name: config.get(name) for name in OTHER_SPECIALS}
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in given.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _find_pad(ours: Tokenizer, declared: str | None, names: Mapping[int, str]) -> int:
     """Return the id of the declared padding token, else of a usual name, else eos, else bos."""
-    usual: Iterable[Any] = PAD_NAMES
-    if isinstance(ours, HuggingFaceTokenizer) and file is not None:
-        declared = read_json_object(file.with_name(CONFIG_NAME)).get("pad_token")
-        usual = (declared["content"] if isinstance(declared, dict) else declared, *PAD_NAMES)
     ids = {name: i for i, name in names.items()}
+    usual = (declared, *PAD_NAMES)
     found = next((ids[name] for name in usual if name in ids), -1)
     return next((i for i in (found, ours.eos_id, ours.bos_id) if i >= 0), -1)
 
@@ -382,7 +393,8 @@ def _template(names: Mapping[int, str], bos: int | None) -> dict[str, Any]:
 def _without_special_names(template: str) -> str:
     """Render bos_token and eos_token as "", as our chat template does: as text they are garbage."""
     names = [name for name in ("bos_token", "eos_token") if name in template]
-    return "".join(f'{{%- set {name} = "" -%}}' for name in names) + template
+    first = "".join(f'{{%- set {name} = "" -%}}' for name in names)
+    return template if template.startswith(first) else first + template
 
 
 def _named_ids(content: dict[str, Any]) -> dict[str, int]:

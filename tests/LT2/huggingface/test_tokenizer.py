@@ -145,6 +145,7 @@ def test_options_of_the_file_that_change_ids_are_dropped(tmp_path):
         eos_token="</s>",
         clean_up_tokenization_spaces=True,
         mask_token="<mask>",
+        unk_token={"content": "<s>"},
         model_max_length=2,
     )
     model = tk.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -158,6 +159,7 @@ def test_options_of_the_file_that_change_ids_are_dropped(tmp_path):
     tokens = ours.encode(text, False, False)
     assert theirs(text, truncation=True)["input_ids"] == tokens and theirs.decode(tokens) == text
     assert (theirs.bos_token, theirs.eos_token_id) == (None, 1) and len(theirs) == ours.n_words
+    assert (theirs.unk_token_id, theirs.mask_token) == (0, None)
 
 
 def test_an_eos_that_only_the_config_has(tmp_path):
@@ -182,6 +184,9 @@ def test_chat_template(tmp_path):
     )
     ours = build_tokenizer("hf", str(tmp_path))
     assert theirs(want)["input_ids"] == ours.encode(want, True, False)
+    text = (tmp_path / "out/chat_template.jinja").read_text()
+    save_tokenizer(TokenizerArgs("hf", str(tmp_path / "out")), tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == text
 
 
 def test_a_tokenizer_without_an_equal_is_refused(tmp_path):
