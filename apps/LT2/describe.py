@@ -120,7 +120,6 @@ def describe(args: TrainArgs, ngpu: int, bandwidth: float) -> dict[str, Any]:
         "layout": format_layout(model.layout, model.layout_plan.random_loops).splitlines(),
         "n_layers": args.model.n_layers,
         "loop_count": args.model.loop_count,
-        "training loops": {str(T): share for T, share in model.loop_plan.shares().items()},
         "parameters": {"total": count.total, "embedding": count.embedding, "body": count.body}
         | {"gates": count.gates},
         "seq_len": seqlen,
@@ -130,6 +129,9 @@ def describe(args: TrainArgs, ngpu: int, bandwidth: float) -> dict[str, Any]:
         },
         "memory": _memory(model, args, ngpu),
     }
+    if model.loop_plan.varies:
+        shares = model.loop_plan.shares()
+        described["training loops"] = {str(T): share for T, share in shares.items()}
     cast_for_inference(model, torch.bfloat16)
     return described | {
         "cache": _caches(model, seqlen),
@@ -212,7 +214,7 @@ def print_table(result: dict[str, Any]) -> None:
     for name, described in result.items():
         console.print(f"[bold]{name}[/bold]", *described["overrides"])
         console.print("  " + "\n  ".join(described["layout"]), highlight=False)
-        if len(loops := described["training loops"]) > 1:
+        if loops := described.get("training loops"):
             shares = ", ".join(f"{T} in {share:.1%}" for T, share in loops.items())
             console.print(f"  loops of training steps: {shares}", highlight=False)
         for warning in described["warnings"]:
