@@ -45,8 +45,8 @@ class RopeScalingArgs:
     beta_fast: float = 32.0  # yarn: turns above which f stays
     beta_slow: float = 1.0  # yarn: turns below which f is divided
     attention_factor: float | None = None  # yarn: of cos and sin; null = 1 + ln(factor) / 10
-    mscale: float | None = None  # yarn: with mscale_all_dim, replaces the 1/10 of that rule
-    mscale_all_dim: float | None = None  # yarn: the same for what attention_factor is divided by
+    mscale: float | None = None  # yarn: multiplies that logarithm, if mscale_all_dim is set too
+    mscale_all_dim: float | None = None  # yarn: the same for a factor that divides the first
     truncate: bool = True  # yarn: round the ends of the mix to whole pairs
 
     def __post_init__(self) -> None:
