@@ -45,6 +45,8 @@ class Evaluation:
     scores: dict[str, float]  # "loss/val" in nats per token, "hellaswag/acc,none"
     chance: dict[str, float]  # chance level, by task and metric: "hellaswag/acc"
     made_with: dict[str, Any] = field(default_factory=dict)  # empty in older records
+    differs: dict[str, Any] = field(default_factory=dict)  # options that are not the run's own
+    flops_per_token: int | None = None  # of a forward pass; None in older records
 
 
 def read_evaluations(run: Path, *logs: str) -> list[Evaluation]:
@@ -56,12 +58,14 @@ def read_evaluations(run: Path, *logs: str) -> list[Evaluation]:
     for name in logs or (EVAL_LOG, VALIDATION_LOG):
         for record in read_jsonl_records(run / name) if (run / name).exists() else []:
             made_with = record.pop(MADE_WITH, None)
-            label = UNKNOWN if made_with is None else label_of(record.pop(DIFFERS, {}))
+            differs = record.pop(DIFFERS, {})
+            label = UNKNOWN if made_with is None else label_of(differs)
+            flops, _ = record.pop("flops_per_token", None), record.pop("loops", None)
             step, chance = record.pop("global_step", None), _numbers(record.pop(CHANCE, {}))
             scores = _numbers(record)
             key = (name, step, label, *scores)  # two lists of tasks may both be the run's own
             found.pop(key, None)
-            found[key] = Evaluation(step, label, scores, chance, made_with or {})
+            found[key] = Evaluation(step, label, scores, chance, made_with or {}, differs, flops)
     return list(found.values())
 
 

@@ -12,25 +12,28 @@ The processes share the requests. The scores don't depend on their number. Files
 
 The scores are also appended to metrics.eval.jsonl and metrics.validation.jsonl in `metric_log_dir`.
 All of them name the options that change a score. `dump_dir` is <run>/evals/<step> for the run's own
-options, and e.g. <run>/evals/<step>-loop_count=4 for others.
+options, and e.g. <run>/evals/<step>-loop_count=4 for others. loop_counts=[1,2,4] evaluates one
+loaded model with each number of loops, and ends with a table of all scores.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apps.LT2.evaluation.args import EvalArgs
+from apps.LT2.evaluation.args import EvalArgs, check_loop_counts
 from apps.LT2.evaluation.args import LMHarnessArgs as LMHarnessArgs
 from apps.LT2.evaluation.evaluate import Scores, errors_name_ckpt_dir, evaluate
 from apps.LT2.evaluation.records import choose_folder, find_conditions
 from apps.LT2.evaluation.tasks import find_tasks
 from apps.LT2.evaluation.validation import ValidationArgs as ValidationArgs
 from apps.LT2.inference.load import read_config
-from lingua.args import parse_args
+from apps.LT2.transformer import LoopedTransformerArgs
+from lingua.args import dataclass_from_dict, parse_args
 from lingua.checkpoint import find_checkpoint
 from lingua.checkpointing.folder import is_checkpoint
 from lingua.distributed import get_is_master, setup_torch_distributed
@@ -48,23 +51,39 @@ def __getattr__(name: str) -> Any:
 
 
 def launch_eval(given: EvalArgs) -> dict[str, Scores]:
-    """Evaluate in one process, or in all processes of torchrun or srun."""
+    """Evaluate in one process, or in all processes of torchrun or srun.
+
+    Return the scores of the first of `loop_counts`.
+    """
+    return launch_parts(given)[0]
+
+
+def launch_parts(given: EvalArgs) -> list[dict[str, Scores]]:
+    """Evaluate with each of `loop_counts`, and return the scores of each."""
     args = resolve(given)
     assert args.dump_dir is not None and args.metric_log_dir is not None
-    source, folder, log_dir = Path(args.ckpt_dir), Path(args.dump_dir), Path(args.metric_log_dir)
-    conditions = find_conditions(args, source, read_config(source))
-    if given.dump_dir is None:
-        folder, conditions = choose_folder(folder, conditions)
-    args = replace(args, dump_dir=str(folder))
-    make_writable("dump_dir", folder)
-    make_writable("metric_log_dir", log_dir)
-    # The folder of a training run stays with that run, which may still be training.
-    is_of_training = folder.resolve() in source.resolve().parents
-    folders = {} if is_of_training else {"dump_dir": folder}
-    with make_and_lock_folders(folders, is_master=get_is_master()):
-        init_logger(folder / "eval.log")
+    source, base = Path(args.ckpt_dir), Path(args.dump_dir)
+    parts, folders = [], [base] if given.dump_dir else []
+    for one in args.for_each_loop_count():
+        conditions = find_conditions(one, source, read_config(source))
+        folder = base
+        if given.dump_dir is None:
+            folder, conditions = choose_folder(base, conditions)
+        elif args.loop_counts is not None and "loop_count" in conditions.differing:
+            folder = base.with_name(f"{base.name}-loop_count={one.loop_count}")
+        parts.append((replace(one, dump_dir=str(folder)), conditions))
+        folders.append(folder)
+    make_writable("metric_log_dir", Path(args.metric_log_dir))
+    with ExitStack() as locks:
+        for folder in dict.fromkeys(folders):
+            make_writable("dump_dir", folder)
+            # The folder of a training run stays with that run, which may still be training.
+            is_of_training = folder.resolve() in source.resolve().parents
+            locked = {} if is_of_training else {"dump_dir": folder}
+            locks.enter_context(make_and_lock_folders(locked, is_master=get_is_master()))
+        init_logger(folders[0] / "eval.log")
         setup_torch_distributed(DistributedArgs(model_dtype="fp32"))  # no group in one process
-        return evaluate(args, conditions)
+        return evaluate(parts)
 
 
 def resolve(args: EvalArgs) -> EvalArgs:
@@ -81,7 +100,10 @@ def resolve(args: EvalArgs) -> EvalArgs:
         raise UserError("ckpt_dir is empty; set it to a run's folder or a checkpoint")
     with errors_name_ckpt_dir():
         source = find_checkpoint(args.ckpt_dir)
-        read_config(source)
+        config = read_config(source)
+    if args.loop_counts is not None:
+        model = dataclass_from_dict(LoopedTransformerArgs, config["model"], strict=False)
+        check_loop_counts(args, model)
     dump_dir, step = args.dump_dir, args.global_step
     log_dir = args.metric_log_dir or dump_dir
     absolute = Path(os.path.abspath(source))

@@ -114,6 +114,20 @@ class LoopedTransformerArgs(MixerArgs):
         """Return what runs at each (loop, layer) in evaluation and inference."""
         return self.layout_plan().draw(None)
 
+    def layout_of(self, loop_count: int) -> Layout:
+        """Return the layout of inference with another number of loops; loop t runs segment t.
+
+        UserError if the pattern has fewer segments, or for a number below 1.
+        """
+        if loop_count < 1:
+            raise UserError(f"loop_count={loop_count} must be at least 1")
+        if loop_count > self.loop_count and "->" in str(self.attention_pattern):
+            raise UserError(
+                f"loop_count={loop_count}: model.attention_pattern={self.attention_pattern!r} has "
+                f"{self.loop_count} segments; use 1 to {self.loop_count} loops"
+            )
+        return self.with_loops(max(loop_count, self.loop_count)).layout()[:loop_count]
+
     def layout_plan(self) -> LayoutPlan:
         """Return the layouts of all training steps; UserError if attention_pattern doesn't fit."""
         plan = PatternParser(
@@ -267,7 +281,8 @@ class LoopedTransformer(nn.Module):
             if loss is not None and (own_loss := MIXERS[spec.mixer].own_loss):
                 losses.append((own_loss.name, loss))
         if self.rho is not None:
-            h = (h.float() + self.rho[t].float() * u.float()).type_as(h)
+            gate = self.rho[min(t, len(self.rho) - 1)]  # further loops reuse the last one
+            h = (h.float() + gate.float() * u.float()).type_as(h)
         return h, losses
 
     def _add_mixer_losses(self, loss: Tensor, losses: Losses) -> Tensor:
@@ -287,13 +302,20 @@ class LoopedTransformer(nn.Module):
         """Set what depends on the step: `step` of `n_steps` are done, None is inference.
 
         Draws T and random layouts, from the model's seed and `step` alone. Loop t always runs
-        segment t of the pattern. Inference runs `loop_count` loops.
+        segment t of the pattern. Inference runs `loop_count` loops, or those of `set_loops`.
         """
-        self.layout = self.layout_plan.draw(step)
+        self.layout = self.inference_layout
         if step is not None:
-            self.layout = self.layout[: self.loop_plan.draw(step, n_steps)]
+            self.layout = self.layout_plan.draw(step)[: self.loop_plan.draw(step, n_steps)]
         for mixer in self._mixers():
             mixer.begin_step(step)
+
+    def set_loops(self, loop_count: int) -> None:
+        """Run this many loops in evaluation and inference, in place. Weights don't change.
+
+        Loops without a gate reuse the last one. UserError if the pattern has too few segments.
+        """
+        self.layout = self.inference_layout = self.args.layout_of(loop_count)
 
     @property
     def n_loops(self) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apps.LT2.eval import EvalArgs, launch_eval, main, resolve, validate_before_submit
+from apps.LT2.eval import EvalArgs, launch_eval, launch_parts, main, resolve, validate_before_submit
 from apps.LT2.local_tasks.items import choice_items, cloze_items, copy_items, read_documents
 from lingua.args import parse_args
 from lingua.errors import UserError, run_cli
@@ -149,6 +149,7 @@ def test_files_of_an_evaluation(place, scores):
     assert made_with["num_fewshot"]["lt2_local_choice"] == 0
     assert set(made_with["code_version"]) == {"commit", "dirty"} and made_with["lm_eval"]
     assert record.pop("chance") == results["chance"]
+    assert record.pop("loops") == 2 and record.pop("flops_per_token") > 0
     assert record == scores["evals"]
 
 
@@ -163,6 +164,17 @@ def test_scores_are_shown_beside_their_chance_level(place, scores):
     assert {("Metric", "Chance"), ("acc_norm", "0.2500"), ("bits_per_byte", "8.0000")} <= shown
     assert ("word_perplexity", "") in shown
     assert len({len(row) for row in cells if len(row) > 1}) == 1
+
+
+def test_several_numbers_of_loops_share_the_tasks(here, scores):
+    """The scores of the second number equal those of an evaluation alone."""
+    before = Path("runs/demo/metrics.eval.jsonl").read_text()
+    with clean_process():
+        tasks = ["harness.tasks=[lt2_local_choice]", "validation=null", "loop_counts=[1, 2]"]
+        one, two = launch_parts(parse_args(EvalArgs, [*LOCAL, *tasks]))
+    name = "lt2_local_choice"
+    assert two["evals"][name] == scores["evals"][name] != one["evals"][name]
+    Path("runs/demo/metrics.eval.jsonl").write_text(before)
 
 
 def test_a_limit_does_not_replace_the_whole_result(here, scores):

@@ -226,3 +226,55 @@ def test_labels_that_would_overlap_become_a_legend():
         figure.label_lines(made, axes, lines)
         assert bool(made.legends) == has_legend and len(axes.texts) == (0 if has_legend else 3)
         pyplot.close(made)
+
+
+# ---- one checkpoint at several numbers of loops
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Two seeds trained with 2 loops; the loss is 5 - T, plus the seed."""
+    for seed in (0, 1):
+        options = {"model": {"loop_count": 2}, "seed": seed}
+        run = write_run(tmp_path / "runs" / str(seed), options, [9.0, 8.0])
+        lines = []
+        for step, counts in ((10, [1, 2, 4]), (20, [1, 2, 4]), (30, [2])):
+            for T in counts:
+                record: dict[str, Any] = {"global_step": step, "loops": T, "flops_per_token": 2**T}
+                record |= {"loss/val": 5 - T + seed + (step == 10)}
+                differs = {} if T == 2 else {"loop_count": T}
+                record |= {"made_with": {"loop_count": T}, "differs_from_run": differs}
+                lines.append(json.dumps(record))
+        other = {**record, "global_step": 20, "loss/val": 0, "differs_from_run": {"limit": 2}}
+        (run / "metrics.validation.jsonl").write_text("\n".join([*lines, json.dumps(other)]))
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("x, at", [("loops", ["1", "2", "4"]), ("loop_flops", ["2", "4", "16"])])
+def test_scores_against_loops(evaluated, tmp_path, drawn, x, at):
+    main([str(evaluated), f"x={x}", "mean=seed", f"out={tmp_path}/a.png"])
+    found = rows(tmp_path / "a.csv")
+    assert [float(r[x]) for r in found] == [float(text) for text in at]
+    assert [(float(r["loss/val"]), r["loops"], r["trained"], r["n"]) for r in found] == [
+        *((4.5, "1", "False", "2"), (3.5, "2", "True", "2"), (1.5, "4", "False", "2")),
+    ]
+    circle = drawn[0].axes[0].lines[-1]
+    assert (circle.get_xdata()[0], circle.get_ydata()[0]) == (float(at[1]), 3.5)
+
+
+def test_losses_by_loops_of_training(tmp_path, drawn):
+    run = write_run(tmp_path / "r", {"model": {"loop_count": 2}}, [9.0, 8.0])
+    record = {"global_step": 20, "loss/val": 8.0, "loss/val/1": 8.5, "loss/val/2": 8.0}
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write(json.dumps(record) + "\n")
+    main([str(run), "x=loops", f"out={tmp_path}/a.png"])
+    assert [(r["loops"], r["loss/val"]) for r in rows(tmp_path / "a.csv")] == [
+        *(("1", "8.5"), ("2", "8.0")),
+    ]
+    with pytest.raises(UserError, match="loop_counts"):
+        main([str(run), "x=loop_flops", f"out={tmp_path}/a.png"])
+
+
+def test_runs_without_scores_by_loops(tune, tmp_path):
+    with pytest.raises(UserError, match="loop_counts"):
+        main([str(tune), "x=loops", f"out={tmp_path}/a.png"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from apps.LT2.evaluation.validation import ValidationArgs
 from apps.LT2.inference.generator import PackedCausalTransformerGeneratorArgs
+from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.config.help import format_value
 from lingua.errors import UserError
 from lingua.metrics import WandbArgs
@@ -112,4 +113,33 @@ class EvalArgs:
     wandb: WandbArgs | None = None  # also send the scores to wandb
     global_step: int | None = None  # step to record with the scores; null = the checkpoint's
     loop_count: int | None = None  # number of loops; null = as in training
+    # evaluate with each of these numbers of loops, e.g. [1, 2, 4]; in training validation also has
+    # loop_count loops; null = once, with loop_count
+    loop_counts: list[int] | None = None
     tokenizer_path: str | None = None  # path of the tokenizer's file; null = as in training
+
+    def __post_init__(self) -> None:
+        if self.loop_counts is None:
+            return
+        given = f"loop_counts={format_value(self.loop_counts)}"
+        if self.loop_count is not None:
+            raise UserError(f"loop_count={self.loop_count} and {given}: set only one of them")
+        if not self.loop_counts or min(self.loop_counts) < 1:
+            raise UserError(f"{given} must be numbers of loops from 1 on, e.g. [1, 2, 4], or null")
+
+    def for_each_loop_count(self) -> list[EvalArgs]:
+        """Return one evaluation for each of `loop_counts`, or this one if they are null."""
+        if self.loop_counts is None:
+            return [self]
+        counts = dict.fromkeys(self.loop_counts)
+        return [replace(self, loop_count=n, loop_counts=None) for n in counts]
+
+
+def check_loop_counts(args: EvalArgs, model: LoopedTransformerArgs, section: str = "") -> None:
+    """Raise UserError for a number of loops that the model's pattern doesn't allow."""
+    for loop_count in args.loop_counts or []:
+        try:
+            model.layout_of(loop_count)
+        except UserError as error:
+            given = f"{section}loop_counts={format_value(args.loop_counts)}"
+            raise UserError(f"{given}: {error}") from None

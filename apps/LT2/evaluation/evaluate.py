@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, check_stride
 from apps.LT2.evaluation.records import RESULTS, VALIDATION, Conditions, make_way
 from apps.LT2.evaluation.tasks import import_lm_eval, load_tasks
 from apps.LT2.evaluation.validation import ValidationArgs, Validator, check_validation_sources
+from apps.LT2.flops import forward_flops_per_token
 from apps.LT2.inference.load import (
     LoadedModel,
     load_model_and_tokenizer,
@@ -24,6 +25,7 @@ from apps.LT2.inference.load import (
     resolve_device,
     resolve_tokenizer,
 )
+from apps.LT2.transformer import LoopedTransformer
 from lingua.args import dataclass_from_dict, flatten_dict
 from lingua.checkpoint import find_checkpoint
 from lingua.dataloader.args import DataArgs
@@ -51,31 +53,91 @@ OWN_OPTIONS = ("include_path", "metadata", "num_fewshot", "stride", "verbosity")
 MAX_NATS = 700.0  # exp overflows a little above
 
 
-def evaluate(
-    args: EvalArgs, conditions: Conditions, should_stop: Callable[[], bool] = lambda: False
-) -> dict[str, Scores]:
-    """Return {"evals": scores by task, "validation": scores}, equal on all ranks. A collective.
+Part = tuple[EvalArgs, Conditions]  # one number of loops
 
-    The folders of `args` must be set, and `conditions` are written to every record. Each rank loads
-    the whole model.
+
+def evaluate(
+    parts: Sequence[Part], should_stop: Callable[[], bool] = lambda: False
+) -> list[dict[str, Scores]]:
+    """Evaluate a checkpoint once for each part; parts differ in loop_count and dump_dir alone.
+
+    Return {"evals": scores by task, "validation": scores} of each, equal on all ranks. A
+    collective. The folders must be set, and the conditions are written to every record. Each rank
+    loads the whole model, once. The results of a part are written before the next one starts.
     """
-    harness = args.harness
-    run_on_rank_0(lambda: Path(str(args.dump_dir)).mkdir(parents=True, exist_ok=True))
+    args, harness = parts[0][0], parts[0][0].harness
     # Load the tasks first: they fail faster than the model loads.
     manager = None if harness is None else run_together(lambda: load_harness_tasks(args, harness))
     loaded = run_together(lambda: load_model(args))
     if harness is not None:
         window = args.generator.max_prompt_len or loaded.model.args.max_seqlen
         check_stride(harness.stride, window)
+    validator = None
+    if (validation := args.validation) is not None:
+        validator = run_together(lambda: build_validator(validation, loaded))
+    found = [evaluate_part(part, loaded, validator, manager, should_stop) for part in parts]
+    if args.wandb is not None:
+        run_on_rank_0(lambda: send_to_wandb(parts, found))
+    if len(parts) > 1:
+        run_on_rank_0(lambda: print_loops(parts, found, loaded.model))
+    return found
+
+
+def evaluate_part(
+    part: Part,
+    loaded: LoadedModel,
+    validator: Validator | None,
+    manager: Any,
+    should_stop: Callable[[], bool],
+) -> dict[str, Scores]:
+    args, conditions = part
+    run_on_rank_0(lambda: Path(str(args.dump_dir)).mkdir(parents=True, exist_ok=True))
+    loaded.model.set_loops(conditions.options["loop_count"])
     scores: dict[str, Scores] = {}
-    if args.validation is not None:
-        scores["validation"] = run_validation(args, args.validation, conditions, loaded)
-    if harness is not None:
+    if validator is not None:
+        scores["validation"] = run_validation(args, validator, conditions, loaded)
+    if (harness := args.harness) is not None:
         results = run_harness(args, harness, conditions, loaded, manager, should_stop)
         scores["evals"] = run_on_rank_0(lambda: results["results"])
-    if args.wandb is not None:
-        run_on_rank_0(lambda: send_to_wandb(args, conditions, scores))
     return scores
+
+
+def print_loops(
+    parts: Sequence[Part], found: Sequence[Mapping[str, Scores]], model: LoopedTransformer
+) -> None:
+    """Print one column for each number of loops; a star marks that of training."""
+    from rich.console import Console
+    from rich.table import Table
+
+    trained = model.args.loop_count
+    columns: dict[str, dict[str, float]] = {}
+    counts = [conditions.options["loop_count"] for _, conditions in parts]
+    for loop_count, scores in sorted(zip(counts, found, strict=True), key=lambda pair: pair[0]):
+        model.set_loops(loop_count)
+        column = {"forward MFLOPs per token": loop_cost(model)["flops_per_token"] / 1e6}
+        column |= scores.get("validation", {})
+        for task, values in scores.get("evals", {}).items():
+            for name, value in values.items():
+                is_score = "," in name and "_stderr," not in name
+                if is_score and isinstance(value, int | float):
+                    column[f"{task} {name.removesuffix(',none')}"] = value
+        columns[f"{loop_count}*" if loop_count == trained else str(loop_count)] = column
+    table = Table(box=None, pad_edge=False)
+    table.add_column("loops")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in dict.fromkeys(row for column in columns.values() for row in column):
+        values = [column.get(row, math.nan) for column in columns.values()]
+        table.add_row(row, *(f"{v:,.0f}" if v >= 1e4 else f"{v:.4g}" for v in values))
+    console = Console(width=max(100, 45 + 9 * len(columns)), highlight=False, markup=False)
+    console.print(table)
+    print(f"* loops of training: {trained}", flush=True)
+
+
+def loop_cost(model: LoopedTransformer) -> dict[str, int]:
+    """Return the loops that the model runs, and the forward FLOPs per token of a full sequence."""
+    flops = forward_flops_per_token(model, model.args.max_seqlen)
+    return {"loops": model.n_loops, "flops_per_token": flops}
 
 
 def load_model(args: EvalArgs) -> LoadedModel:
@@ -149,14 +211,15 @@ def run_harness(
         )
     finally:
         caching.PATH = requests_cache
-    tasks = manager.load([])["tasks"]
-    run_on_rank_0(lambda: write_results(args, conditions, results or {}, tasks, tracker))
+    tasks, cost = manager.load([])["tasks"], loop_cost(loaded.model)
+    run_on_rank_0(lambda: write_results(args, conditions, cost, results or {}, tasks, tracker))
     return results if results is not None and get_is_master() else {}
 
 
 def write_results(
     args: EvalArgs,
     conditions: Conditions,
+    cost: Mapping[str, int],
     results: dict[str, Any],
     tasks: Mapping[str, Any],
     tracker: Any,
@@ -177,7 +240,7 @@ def write_results(
     text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
     make_way(file := Path(args.dump_dir, RESULTS), conditions)
     write_atomic(file, text)
-    append_record(args, EVAL_LOG, record | results["results"])
+    append_record(args, EVAL_LOG, {**cost, **record, **results["results"]})
     tables = [add_chance(make_table(results), results)]
     if results.get("groups"):
         tables.append(make_table(results, "groups"))
@@ -223,26 +286,25 @@ def add_chance(table: str, results: Mapping[str, Any]) -> str:
 
 
 def run_validation(
-    args: EvalArgs, validation: ValidationArgs, conditions: Conditions, loaded: LoadedModel
+    args: EvalArgs, validator: Validator, conditions: Conditions, loaded: LoadedModel
 ) -> Scores:
     """Measure nats per token, bits per byte and perplexity, and write them. A collective."""
-    assert args.dump_dir is not None
-    validator = run_together(lambda: build_validator(validation, loaded))
     device = loaded.model.tok_embeddings.weight.device
     rank, world_size = get_global_rank(), get_world_size()
     scores: Scores = validator(loaded.model, device=device, rank=rank, world_size=world_size)
     scores["ppl/val"] = math.exp(min(scores["loss/val"], MAX_NATS))
     logger.info(
-        "validation: %.4f nats per token, perplexity %.3f, %.4f bits per byte",
+        "validation, loop_count=%d: %.4f nats per token, perplexity %.3f, %.4f bits per byte",
+        loaded.model.n_loops,
         *(scores[name] for name in ("loss/val", "ppl/val", "loss/val_bpb")),
     )
-    run_on_rank_0(lambda: write_validation(args, conditions, scores))
+    record = loop_cost(loaded.model) | scores | conditions.record(VALIDATION)
+    run_on_rank_0(lambda: write_validation(args, conditions, record))
     return scores
 
 
-def write_validation(args: EvalArgs, conditions: Conditions, scores: Scores) -> None:
+def write_validation(args: EvalArgs, conditions: Conditions, record: dict[str, Any]) -> None:
     assert args.dump_dir is not None
-    record = scores | conditions.record(VALIDATION)
     make_way(file := Path(args.dump_dir, VALIDATION), conditions)
     write_atomic(file, json.dumps(record, indent=2) + "\n")
     append_record(args, VALIDATION_LOG, record)
@@ -292,9 +354,14 @@ def flatten_scores(scores: dict[str, Scores], conditions: Conditions) -> dict[st
     return flat
 
 
-def send_to_wandb(args: EvalArgs, conditions: Conditions, scores: dict[str, Scores]) -> None:
+def send_to_wandb(parts: Sequence[Part], found: Sequence[dict[str, Scores]]) -> None:
+    """Send the scores of all parts to one run."""
+    args, flat = parts[0][0], {}
     assert args.wandb is not None and args.dump_dir is not None
-    config = replace(args, loop_count=conditions.options["loop_count"])
-    run = start_wandb(args.wandb, config, Path(args.dump_dir))
-    run.log(flatten_scores(scores, conditions), step=args.global_step)
+    for (_, conditions), scores in zip(parts, found, strict=True):
+        flat |= flatten_scores(scores, conditions)
+    counts = [conditions.options["loop_count"] for _, conditions in parts]
+    loops = {"loop_count": None, "loop_counts": counts} if counts[1:] else {"loop_count": counts[0]}
+    run = start_wandb(args.wandb, replace(args, **loops), Path(args.dump_dir))
+    run.log(flat, step=args.global_step)
     run.finish()

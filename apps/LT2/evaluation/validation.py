@@ -173,19 +173,23 @@ class Validator:
         device: torch.device,
         rank: int,
         world_size: int,
+        loop_count: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
         """Return {"loss/val": nats per token, "loss/val_bpb": bits per byte}. A collective.
 
-        The result is empty without validation text. Each rank calls `should_stop` after each batch;
+        `loop_count` is the number of loops; null = those that the model runs in inference. The
+        result is empty without validation text. Each rank calls `should_stop` after each batch;
         if it is true on any rank, all ranks stop and the result is empty.
         """
         rows = self.rows
         if rows is None:
             return {}
         log_on_rank_0("validation on %d rows of %d tokens", len(rows.tokens), self.data.seq_len)
-        was_training = model.training
+        was_training, layout = model.training, model.inference_layout
         model.eval()
+        if loop_count is not None:
+            model.set_loops(loop_count)
         model.begin_step(None)
         nats_and_targets = torch.zeros(2, dtype=torch.float64, device=device)
         stopped = False
@@ -196,6 +200,7 @@ class Validator:
             if stopped := agree_any(should_stop()):
                 break
         model.train(was_training)
+        model.inference_layout = layout
         if stopped:
             return {}
         # The ranks of a TP group score the same rows.

@@ -77,7 +77,9 @@ def load_model_and_tokenizer(
             "data.add_bos=true in training, but the tokenizer has no bos token: using none"
         )
     args = _model_args(config, tokenizer, source)
-    args = args.with_loops(args.loop_count if loop_count is None else loop_count)
+    args = args.with_loops(args.loop_count)  # without a schedule
+    n_loops = args.loop_count if loop_count is None else loop_count
+    args.layout_of(n_loops)  # UserError before the weights are read
     args = _fit_to_device(args, on.type, matrix_dtype)
     model = build_on_meta(args)
     tensors = read_weights(source, "ckpt", device=on, matrix_dtype=matrix_dtype)
@@ -89,6 +91,13 @@ def load_model_and_tokenizer(
     check_fits(f"ckpt={source}", model.state_dict(), shapes, may_leave_out=False)
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False).eval()
+    model.set_loops(n_loops)
+    if n_loops > args.loop_count and args.use_residual:
+        logger.warning(
+            "loop_count=%d on weights trained with %d loops: extra loops reuse the last residual "
+            "gate",
+            *(n_loops, args.loop_count),
+        )
     if on.type == "cuda":  # fusing copies the weights, which may be memory-mapped on a CPU
         fuse_projections(model)
         if (why := plain_steps(model, matrix_dtype)) is not None:

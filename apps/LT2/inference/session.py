@@ -95,7 +95,7 @@ class Session(Generic[A]):
         elif command == "/loops":
             if rest:
                 self._set("loop_count", rest)
-            show(f"loops: {self.generator.model.args.loop_count}")
+            show(f"loops: {self.generator.model.n_loops}")
         elif command == "/reset":
             self._change(self._first_args)
             self._n_prompts = 0

@@ -3,10 +3,14 @@
     python -m apps.LT2.scripts.plot runs/tune                            # runs/tune/plot.png
     python -m apps.LT2.scripts.plot runs/tune x=flops y=loss/val by=mixer mean=seed out=flops.pdf
     python -m apps.LT2.scripts.plot runs/tune x=loop_count by=mixer mean=seed out=loops.svg
+    python -m apps.LT2.scripts.plot runs/demo x=loops              # after eval loop_counts=...
 
 RUNS are dump_dirs of runs, or folders of runs. Names of options and metrics may be shortened to
 their end: mixer for model.mixer, val for loss/val. The data go into a CSV file beside the
 figure.
+
+x=loops draws one checkpoint at several numbers of loops, x=loop_flops against its forward FLOPs per
+token. A circle marks the loops of training.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from apps.LT2.scripts.figure import (
     set_plain_ticks,
     smooth,
 )
+from apps.LT2.scripts.loop_points import FLOPS, LOOPS, find_score, loop_points, trained_loops
 from apps.LT2.scripts.run_metrics import AXES, find_metric, read_runs, with_metric
 from lingua.args import parse_args
 from lingua.config.cli import split_paths
@@ -61,6 +66,8 @@ logger = logging.getLogger(__name__)
 
 TITLES = {
     STEP: "optimizer step",
+    LOOPS: "loops",
+    FLOPS: "forward FLOPs per token",
     "optim/total_tokens": "training tokens",
     "optim/total_flops": "training FLOPs",
     "time/elapsed": "seconds",
@@ -75,7 +82,9 @@ MARKERS = "osD^vPX*"
 
 @dataclass
 class PlotArgs:
-    x: str = "steps"  # steps, tokens, flops, seconds, or an option, for the final value against it
+    # steps, tokens, flops, seconds; an option, for the final value against it; loops or loop_flops,
+    # for a checkpoint at several numbers of loops
+    x: str = "steps"
     y: str | None = None  # metric; null: loss/val against an option, else loss/out
     by: str | None = None  # options that name the lines, e.g. mixer,loop_count: colour, then dashes
     mean: str | None = None  # options to average over, e.g. seed; the band is one std
@@ -104,6 +113,8 @@ class Series:
     n: list[int]
     runs: list[str]  # names of the runs that are averaged at each x
     smoothed: list[float] | None = None
+    loops: list[int] | None = None  # of each point, for x=loops and x=loop_flops
+    trained: int | None = None  # loops of training
 
 
 # ---- from runs to series
@@ -169,6 +180,32 @@ def curves_over(x: str, y: str, groups: Any, window: int) -> list[Series]:
             runs = ["; ".join(names)] * len(xs)
             found.append(Series(options, name_of(names), xs, ys, std, n, runs, smoothed))
     return found
+
+
+def curves_over_loops(x: str, y: str, groups: Any) -> list[Series]:
+    """Return one series a group: scores of checkpoints at several numbers of loops."""
+    found = []
+    for options, members in groups:
+        points = {run.name: of_run for run in members if (of_run := loop_points(run, y, x))}
+        loops = sorted({n for of_run in points.values() for n in of_run})
+        at = [{name: p[n] for name, p in points.items() if n in p} for n in loops]
+        values = _mean_and_std([value for _, value in of_loops.values()] for of_loops in at)
+        xs = [statistics.fmean(x for x, _ in of_loops.values()) for of_loops in at]
+        trained = {trained_loops(run) for run in members}
+        series = Series(options, name_of(list(points)), xs, *values, ["; ".join(p) for p in at])
+        series.loops, series.trained = loops, trained.pop() if len(trained) == 1 else None
+        found += [series] if loops else []
+    return found
+
+
+def mark_training(figure: Any, series: Sequence[Series], lines: Sequence[Line]) -> None:
+    """Draw a circle at the loops of training of each line."""
+    for one, line in zip(series, lines, strict=True):
+        assert one.loops is not None
+        if one.trained in one.loops:
+            i = one.loops.index(one.trained)
+            circle = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": line.colour}
+            figure.axes[0].plot(line.x[i], line.y[i], "o", clip_on=False, **circle)
 
 
 def name_of(runs: Sequence[str]) -> str:
@@ -266,6 +303,8 @@ def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str) -> Any:
                 line.style = ""
         for line in lines:
             line.x = [place[str(text)] for text in line.x]
+    if x == LOOPS:
+        ticks = sorted({n for line in lines for n in line.x})
     if args.logx:
         axes.set_xscale("log")
     if args.logy:
@@ -288,10 +327,12 @@ def write_csv(series: Sequence[Series], x: str, y: str, out: Path) -> None:
     options, has_smoothed = list(series[0].options), series[0].smoothed is not None
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["run", *options, x, y, "std", "n", *(["smoothed"] if has_smoothed else [])])
+    more = ["smoothed"] if has_smoothed else ["loops", "trained"] if series[0].loops else []
+    table.writerow(["run", *options, x, y, "std", "n", *more])
     for one in series:
         columns: list[list[Any]] = [one.x, one.y, one.std, one.n]
         columns += [one.smoothed] if one.smoothed else []
+        columns += [one.loops, [n == one.trained for n in one.loops]] if one.loops else []
         for runs, *row in zip(one.runs, *columns, strict=True):
             table.writerow([runs, *one.options.values(), *row])
     write_atomic(out, text.getvalue())
@@ -319,19 +360,28 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     differing = differing_options(runs)
     metrics = {key for run in runs for key in run.metrics}
     x = AXES.get(args.x, args.x)
-    is_curve = args.x in AXES or x in metrics
+    over_loops = x in (LOOPS, FLOPS)
+    is_curve = args.x in AXES or x in metrics or over_loops
     if not is_curve:
         x = find_option("x", x, runs, differing, hint=f"; {'/'.join(AXES)} work too")
-    y = find_metric(args.y or ("loss/out" if is_curve else "loss/val"), runs)
+    find = find_score if over_loops else find_metric
+    y = find(args.y or ("loss/out" if is_curve and not over_loops else "loss/val"), runs)
     by, mean = (
         [find_option(setting, name.strip(), runs, differing) for name in given.split(",")]
         if given
         else []
         for setting, given in (("by", args.by), ("mean", args.mean))
     )
-    runs = with_metric(
-        with_metric(runs, y, f"y={args.y or y}"), x if is_curve else y, f"x={args.x}"
-    )
+    if over_loops:
+        missing = [run for run in runs if not loop_points(run, y, x)]
+        warn_skipped([run.name for run in missing], f"no {y} by loops; see eval loop_counts=")
+        runs = [run for run in runs if run not in missing]
+    else:
+        runs = with_metric(
+            with_metric(runs, y, f"y={args.y or y}"), x if is_curve else y, f"x={args.x}"
+        )
+    if not runs:
+        raise UserError(f"x={x}: no run has {y} with FLOPs; run eval loop_counts=[1,2,4] first")
     for option in set(mean) - set(differing):
         logger.warning("mean=%s has no effect: %s", option, say_differing(differing))
     implied = implied_options(runs, differing, mean)
@@ -341,15 +391,23 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     groups = grouped(runs, options)
     if is_curve and not mean:  # runs of equal options are separate lines
         groups = [(values, [run]) for values, members in groups for run in members]
-    series = curves_over(x, y, groups, args.smooth) if is_curve else finals_against(x, y, groups)
+    if over_loops:
+        series = curves_over_loops(x, y, groups)
+    elif is_curve:
+        series = curves_over(x, y, groups, args.smooth)
+    else:
+        series = finals_against(x, y, groups)
     check_points(series, x, y, is_curve, differing)
-    lines = as_lines(series, by, is_curve)
+    lines = as_lines(series, by, is_curve and not over_loops)
     has_band = any(line.std is not None for line in lines)
     title = f"mean and std over {', '.join(mean) or 'equal runs'}" if has_band else ""
+    title = ", ".join([title] * bool(title) + ["circle: loops of training"] * over_loops)
     print_lines(series, x, y)
     tell_unlabelled(lines, series, by)
     write_csv(series, x, y, out.with_suffix(".csv"))
     figure = draw(lines, x, y, args, title)
+    if over_loops:
+        mark_training(figure, series, lines)
     save_figure(figure, out)
     import_pyplot(needed_by="plotting").close(figure)
     print(f"figure: {out}, its data: {out.with_suffix('.csv')}")
@@ -360,7 +418,7 @@ def check_points(
 ) -> None:
     if is_curve and all(len(one.x) == 1 for one in series):
         raise UserError(
-            f"{y} has one point a run, which makes no curve; "
+            f"{y} has one point a run at x={x}, which makes no curve; "
             f"plot final values with x=<option> ({say_differing(differing)}), or log it more often"
         )
     values = {text for one in series for text in one.x}

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, check_stride
+from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, check_loop_counts, check_stride
 from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval, load_tasks
 from apps.LT2.evaluation.validation import check_validation_sources, find_sources
 from apps.LT2.inference.load import check_kernels
@@ -199,6 +199,7 @@ def check_eval_args(args: TrainArgs, *, is_here: bool) -> None:
     if given.validation is not None:
         check_validation_sources(given.validation, "eval.validation")
         find_sources(given.validation, args.data)  # refuses unreadable files
+    check_loop_counts(given, args.model, "eval.")
     for name in SET_BY_TRAINING:
         value = getattr(given, name)
         if value not in (None, ""):

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from apps.LT2.evaluation.args import EvalArgs
-from apps.LT2.evaluation.evaluate import evaluate, flatten_scores
-from apps.LT2.evaluation.records import Conditions, choose_folder, find_conditions
+from apps.LT2.evaluation.evaluate import Part, evaluate, flatten_scores
+from apps.LT2.evaluation.records import choose_folder, find_conditions
 from apps.LT2.evaluation.scoring import EvaluationStopped
 from apps.LT2.evaluation.validation import Validator, find_sources
 from apps.LT2.training.args import TrainArgs, find_free_gpus
@@ -95,7 +95,7 @@ class Evaluator:
             run_on_rank_0(lambda: repair_jsonl(Path(args.dump_dir, EVAL_LOG), step))
         missing = run_on_rank_0(lambda: find_missing_harness_step(args, step))
         if missing is not None:
-            self.run_harness(missing)
+            self.run_harness(missing, run_on_rank_0(lambda: missing_parts(args, missing)))
 
     def log_validation_loss(self) -> None:
         """Measure and log the validation loss of the model in training."""
@@ -104,24 +104,39 @@ class Evaluator:
         trainer = self.trainer
         rank, degree = get_dp_rank_and_degree(trainer.mesh)
         place = {"device": trainer.device, "rank": rank, "world_size": degree}
-        scores = self.validator(trainer.model, **place, should_stop=self.should_stop)
+        scores: dict[str, float] = {}
+        trained, counts = self.args.model.loop_count, (self.args.eval or EvalArgs()).loop_counts
+        for loop_count in dict.fromkeys([trained, *(counts or [])]):
+            options = {"loop_count": loop_count, "should_stop": self.should_stop}
+            found = self.validator(trainer.model, **place, **options)
+            if not found:  # stopped, or no text
+                return
+            scores |= found if loop_count == trained else {}
+            if loop_count in (counts or []):
+                scores |= {f"{name}/{loop_count}": value for name, value in found.items()}
         if scores:
             self.metrics.log({"global_step": trainer.state.step, "acc_step": 0, **scores})
             log_on_rank_0(
                 "step %d  validation loss %.4f nats per token, %.4f bits per byte",
                 *(trainer.state.step, scores["loss/val"], scores["loss/val_bpb"]),
             )
+            if counts:
+                losses = (f"{n}: {scores[f'loss/val/{n}']:.4f}" for n in dict.fromkeys(counts))
+                log_on_rank_0("validation loss by loops  %s", ", ".join(losses))
 
-    def run_harness(self, step: int) -> None:
-        """Run the harness on the checkpoint of `step`, or submit a job. Errors are logged."""
+    def run_harness(self, step: int, parts: list[Part] | None = None) -> None:
+        """Run the harness on the checkpoint of `step`, or submit a job. Errors are logged.
+
+        `parts` are the numbers of loops that are missing; null = all.
+        """
         if self.harness is None:
             return
         try:
-            args, conditions = eval_args_of_step(self.args, step)
+            parts = parts or eval_parts_of_step(self.args, step)
             if self.args.async_eval_gpus is not None:
-                run_on_rank_0(lambda: self._submit(step, args))
+                run_on_rank_0(lambda: self._submit(step, as_one_job(self.args, parts)))
             else:
-                self._evaluate(args, conditions)
+                self._evaluate(parts)
         except Exception as error:
             logger.error(
                 "the evaluation of step %d failed; to repeat it: python -m apps.LT2.eval "
@@ -138,10 +153,10 @@ class Evaluator:
                 logger.error("the evaluation job of step %d failed: %s", done, problem)
         self.jobs[step] = submit_evaluation(self.args, args)
 
-    def _evaluate(self, args: EvalArgs, conditions: Conditions) -> None:
-        def try_to_evaluate() -> dict[str, Any] | None:
+    def _evaluate(self, parts: list[Part]) -> None:
+        def try_to_evaluate() -> list[dict[str, Any]] | None:
             try:
-                return evaluate(args, conditions, self.should_stop)
+                return evaluate(parts, self.should_stop)
             except EvaluationStopped:
                 return None
 
@@ -154,9 +169,10 @@ class Evaluator:
             gc.collect()  # frees the second model; automatic collections are off in training
             torch.cuda.empty_cache()  # does nothing without CUDA
         if scores is None:
-            logger.warning("a signal stopped the evaluation of step %s", args.global_step)
-        else:
-            flat = flatten_scores(scores, conditions)
+            logger.warning("a signal stopped the evaluation of step %s", parts[0][0].global_step)
+            return
+        for (args, conditions), of_part in zip(parts, scores, strict=True):
+            flat = flatten_scores(of_part, conditions)
             self.metrics.send({"global_step": args.global_step, **flat})
 
 
@@ -188,11 +204,18 @@ def find_missing_harness_step(args: TrainArgs, step: int) -> int | None:
     has_weights = checkpoint_path(args, last).is_dir()
     if harness is None or not has_weights or not is_evaluated(args, last):
         return None
-    given, conditions = eval_args_of_step(args, last)
-    is_done = is_recorded(Path(args.dump_dir, EVAL_LOG), last, accept=conditions.is_met_by)
-    if not is_done and args.async_eval_gpus is not None:
-        is_done = has_job(Path(str(given.dump_dir)))
+    missing = missing_parts(args, last)
+    is_done = not missing
+    if missing and args.async_eval_gpus is not None:
+        is_done = has_job(Path(str(as_one_job(args, missing).dump_dir)))
     return None if is_done else last
+
+
+def missing_parts(args: TrainArgs, step: int) -> list[Part]:
+    """Return the parts of the harness's evaluation of `step` that have no record."""
+    log = Path(args.dump_dir, EVAL_LOG)
+    parts = eval_parts_of_step(args, step)
+    return [part for part in parts if not is_recorded(log, step, accept=part[1].is_met_by)]
 
 
 def has_job(folder: Path) -> bool:
@@ -213,10 +236,10 @@ def checkpoint_path(args: TrainArgs, step: int) -> Path:
     return Path(str(args.checkpoint.path), f"{step:010d}")
 
 
-def eval_args_of_step(args: TrainArgs, step: int) -> tuple[EvalArgs, Conditions]:
+def eval_parts_of_step(args: TrainArgs, step: int) -> list[Part]:
     """Return `eval:` for the checkpoint of `step`, with the harness only, and what it depends on.
 
-    The folder is not created.
+    One part for each of `loop_counts`. The folders are not created.
     """
     given, checkpoint = args.eval or EvalArgs(), checkpoint_path(args, step)
     base = Path(args.dump_dir, given.name, checkpoint.name)
@@ -228,9 +251,22 @@ def eval_args_of_step(args: TrainArgs, step: int) -> tuple[EvalArgs, Conditions]
         validation=None,
         global_step=step,
     )
-    conditions = find_conditions(given, checkpoint, dataclass_to_dict(args))
-    folder, conditions = choose_folder(base, conditions)
-    return replace(given, dump_dir=str(folder)), conditions
+    parts = []
+    for one in given.for_each_loop_count():
+        conditions = find_conditions(one, checkpoint, dataclass_to_dict(args))
+        folder, conditions = choose_folder(base, conditions)
+        parts.append((replace(one, dump_dir=str(folder)), conditions))
+    return parts
+
+
+def as_one_job(args: TrainArgs, parts: list[Part]) -> EvalArgs:
+    """Return the options of a job for all parts, which finds their folders from its dump_dir."""
+    given = parts[0][0]
+    if (args.eval or EvalArgs()).loop_counts is None:
+        return given
+    base = Path(str(given.dump_dir)).with_name(Path(given.ckpt_dir).name)
+    counts = [one.loop_count for one, _ in parts if one.loop_count is not None]
+    return replace(given, loop_count=None, loop_counts=counts, dump_dir=str(base))
 
 
 def submit_evaluation(train_args: TrainArgs, args: EvalArgs) -> Any:

@@ -108,7 +108,7 @@ def test_models_without_gates_and_with_tied_embeddings(tmp_path):
     model = tiny_model("full", 2, use_residual=False, weight_tying=True)
     step = save_run(tmp_path, model)
     assert torch.equal(load(step).model(TOKENS), model(TOKENS))
-    assert load(consolidate_checkpoints(step), loop_count=3).model.args.loop_count == 3
+    assert load(consolidate_checkpoints(step), loop_count=3).model.n_loops == 3
 
 
 def test_optimizer_state_is_ignored(tmp_path):

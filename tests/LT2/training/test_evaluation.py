@@ -18,7 +18,7 @@ from apps.LT2.eval import EvalArgs, launch_eval
 from apps.LT2.training.args import find_free_gpus, validate_train_args
 from apps.LT2.training.evaluation import (
     count_nodes,
-    eval_args_of_step,
+    eval_parts_of_step,
     find_missing_harness_step,
 )
 from lingua.args import parse_args
@@ -63,7 +63,7 @@ def scores_by_step(dump_dir: Path) -> dict[int, dict]:
     records = read_jsonl_records(dump_dir / "metrics.eval.jsonl")
     by_step = {r.pop("global_step"): r for r in records}
     assert len(by_step) == len(records), "two records of a step"
-    about = ("created_at", "made_with", "differs_from_run", "chance")
+    about = ("created_at", "made_with", "differs_from_run", "chance", "loops", "flops_per_token")
     return {step: {k: v for k, v in r.items() if k not in about} for step, r in by_step.items()}
 
 
@@ -95,7 +95,7 @@ def test_only_a_result_with_the_options_of_the_run_counts(data, run, tmp_path):
     """`apps.LT2.eval` adds records of the same step to the same file."""
     args = train_args(data, run, **harness(data))
     args = replace(args, checkpoint=replace(args.checkpoint, path=str(run / "checkpoints")))
-    (folder, conditions), log = eval_args_of_step(args, 6), run / "metrics.eval.jsonl"
+    ((folder, conditions),), log = eval_parts_of_step(args, 6), run / "metrics.eval.jsonl"
     assert folder.dump_dir == str(run / "evals" / "0000000006") and conditions.differing == {}
     last = json.loads(log.read_text().splitlines()[-1])
     assert last["made_with"]["harness.limit"] == 2 and last["differs_from_run"] == {}
@@ -103,7 +103,7 @@ def test_only_a_result_with_the_options_of_the_run_counts(data, run, tmp_path):
 
     at_2 = replace(args, eval=replace(args.eval, loop_count=1))
     assert find_missing_harness_step(at_2, 6) == 6, "only recorded with other options"
-    folder, conditions = eval_args_of_step(at_2, 6)
+    ((folder, conditions),) = eval_parts_of_step(at_2, 6)
     assert folder.dump_dir == str(run / "evals" / "0000000006-loop_count=1")
     older = {k: v for k, v in last.items() if k not in ("made_with", "differs_from_run")}
     (tmp_path / log.name).write_text(json.dumps(older) + "\n")

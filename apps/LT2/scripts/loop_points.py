@@ -1,0 +1,47 @@
+"""Read scores of a run at several numbers of loops, from `eval loop_counts=` and training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lingua.errors import UserError
+from lingua.runs import Run, full_name, list_names, only
+
+OPTION = "model.loop_count"
+LOOPS, FLOPS = "loops", "loop_flops"  # x=
+
+
+def find_score(y: str, runs: Sequence[Run]) -> str:
+    """Resolve a metric or score, which may be shortened to its end."""
+    known = {key for run in runs for e in run.evaluations for key in e.scores}
+    split = [key.rpartition("/") for run in runs for key in run.metrics]
+    known |= {name for name, _, loops in split if loops.isdigit()}
+    if not (found := full_name(y, sorted(known), "/")):
+        shown = list_names(sorted(known)) if known else "eval loop_counts=[1,2,4]"
+        raise UserError(f"y={y}: no run has this score at several numbers of loops; use {shown}")
+    return only("y", y, found)
+
+
+def loop_points(run: Run, y: str, x: str) -> dict[int, tuple[float, float]]:
+    """Return number of loops -> (x, score), of the step with the most points, else the newest.
+
+    Evaluations with other options than the run's, loop_count aside, don't count.
+    """
+    by_step: dict[int, dict[int, tuple[float, float]]] = {}
+    if x == LOOPS:
+        for key, values in run.metrics.items():
+            name, _, loops = key.rpartition("/")
+            for step, value in values.items() if name == y and loops.isdigit() else ():
+                if value is not None:
+                    by_step.setdefault(step, {})[int(loops)] = (int(loops), value)
+    for evaluation in run.evaluations:
+        loops, flops = evaluation.made_with.get("loop_count"), evaluation.flops_per_token
+        at = loops if x == LOOPS else flops
+        if y in evaluation.scores and evaluation.differs.keys() <= {"loop_count"} and loops and at:
+            by_step.setdefault(evaluation.step or 0, {})[loops] = (at, evaluation.scores[y])
+    step = max(by_step, key=lambda s: (len(by_step[s]), s), default=None)
+    return {} if step is None else dict(sorted(by_step[step].items()))
+
+
+def trained_loops(run: Run) -> int:
+    return int(run.options.current.get(OPTION, 1))
