@@ -16,7 +16,7 @@ from apps.LT2.transformer import LoopedTransformer
 @dataclass(frozen=True)
 class ParameterCount:
     embedding: int  # input embedding, and the head if it is not tied
-    gates: int  # rho
+    gates: int  # rho and the exit gate
     body: int  # mixers, feed-forward, norms
 
     @property
@@ -34,6 +34,7 @@ def count_parameters(model: LoopedTransformer) -> ParameterCount:
     if not model.args.weight_tying:
         embedding += n(model.output)
     gates = model.rho.numel() if model.rho is not None else 0
+    gates += n(model.exit_gate) if model.exit_gate is not None else 0
     return ParameterCount(embedding, gates, n(model) - embedding - gates)
 
 
@@ -64,13 +65,16 @@ def train_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
 def step_flops_per_token(model: LoopedTransformer, seqlen: int, n_loops: int) -> int:
     """Return the FLOPs per token of a training step of `n_loops` loops.
 
-    A backward has two products for each of the forward, in the loops that it goes through.
-    Recomputation doesn't count, so utilization measures the speed of training.
+    A backward has two products for each of the forward, in the loops that it goes through. With
+    loop_loss the head, and the exit gate, run after each loop. Recomputation doesn't count, so
+    utilization measures the speed of training.
     """
     loops = model.inference_layout[:n_loops]
     forward = _body_flops_per_token(model, seqlen, loops)
     backward = _body_flops_per_token(model, seqlen, loops[-model.n_backward_loops(n_loops) :])
-    return forward + 2 * backward + 3 * head_flops(model)
+    n_losses = 1 if model.args.loop_loss == "none" else n_loops
+    exits = 2 * model.args.dim * (n_loops - 1) if model.exit_gate is not None else 0
+    return forward + 2 * backward + 3 * (n_losses * head_flops(model) + exits)
 
 
 def cache_bytes(model: LoopedTransformer, seqlen: int, dtype: torch.dtype) -> int:

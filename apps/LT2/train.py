@@ -382,7 +382,12 @@ def build_run_optimizer(args: TrainArgs, model: LoopedTransformer) -> tuple[Opti
 def zero_at_start() -> list[str]:
     """Return the name suffixes of weights that are initialized to zero."""
     mixers = set(MIXERS.values())
-    return ["rho", *(f"{m.module_name}.{name}" for m in mixers for name in m.zero_at_start)]
+    return [
+        "rho",
+        "exit_gate.weight",
+        "exit_gate.bias",
+        *(f"{m.module_name}.{name}" for m in mixers for name in m.zero_at_start),
+    ]
 
 
 def load_state(

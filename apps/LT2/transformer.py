@@ -30,7 +30,17 @@ from apps.LT2.block import Block
 from apps.LT2.cache import ModelCache, packed_lengths
 from apps.LT2.kernel.attention import check_attention_impl
 from apps.LT2.kernel.documents import upload
-from apps.LT2.kernel.linear_cross_entropy import linear_cross_entropy
+from apps.LT2.kernel.linear_cross_entropy import (
+    linear_cross_entropy,
+    looped_linear_cross_entropy,
+)
+from apps.LT2.loop_loss import (
+    ExitGate,
+    check_loop_loss,
+    check_loops_with_weight,
+    log_exit_distribution,
+    loop_weights,
+)
 from apps.LT2.loops import LoopPlan, parse_loop_plan
 from apps.LT2.mixers import MIXERS, Mixer, MixerArgs, Prompts
 from apps.LT2.mixers.deltanet import DeltaNetArgs
@@ -44,13 +54,14 @@ from apps.LT2.mixers.nsa import NSAArgs
 from apps.LT2.mixers.retnet import RetNetArgs
 from apps.LT2.mixers.rotary import RopeScalingArgs
 from apps.LT2.pattern import LayerSpec, Layout, LayoutPlan, PatternParser
+from lingua.dataloader.packing import NO_TARGET
 from lingua.errors import UserError
 from lingua.logger import log_on_rank_0
 from lingua.parallel.tensor_parallel import local_weight, tp_of
 from lingua.transformer import RMSNorm, depth_factor, init_linear, trunc_normal_
 
-# Weights that checkpoints of models without loops lack, such as Lingua's.
-ZERO_IF_MISSING = ("rho",)
+# Weights that other checkpoints lack: Lingua's have no loops, and other losses no exit gate.
+ZERO_IF_MISSING = ("rho", "exit_gate.weight", "exit_gate.bias")
 # Weights whose shape depends on loop_count -> a function of the stored tensor and loop_count.
 RESIZED: dict[str, Callable[[Tensor, int], Tensor]] = {"rho": lambda rho, T: fit_loop_gates(rho, T)}
 
@@ -65,6 +76,10 @@ class LoopedTransformerArgs(MixerArgs):
     loop_schedule: str | None = None  # T in training by share of steps, e.g. "1@0, 2@0.2, 4@0.5"
     loop_sample: str | None = None  # T drawn in each training step: uniform:1,2,4 or poisson:MEAN
     loop_bptt: int | None = None  # gradients go through the last loops only; null = through all
+    loop_loss: Any = (
+        "none"  # loops with a loss: none (the last) | uniform | a list of weights | gate
+    )
+    loop_entropy: float = 0.1  # weight of the entropy of the exits in loop_loss=gate
     mixer: str = "full"  # token mixer, a name in apps.LT2.mixers.MIXERS
     attention_pattern: str | None = None  # layout over depth and loops; null = mixer everywhere
     hybrid_mixer: str = "full"  # the second family of a pattern such as "4:1"
@@ -98,11 +113,18 @@ class LoopedTransformerArgs(MixerArgs):
                 f"model.loop_bptt={self.loop_bptt} must be from 1 to model.loop_count="
                 f"{self.loop_count}, or null"
             )
+        check_loop_loss(self.loop_loss, self.loop_count)
+        if not self.loop_entropy >= 0:
+            raise UserError(f"model.loop_entropy={self.loop_entropy} must be at least 0")
 
     def with_loops(self, loop_count: int) -> LoopedTransformerArgs:
-        """Return the options of a model that always runs `loop_count` loops, for inference."""
+        """Return the options of a model that always runs `loop_count` loops, for inference.
+
+        It keeps an exit gate.
+        """
         fixed = {"loop_schedule": None, "loop_sample": None, "loop_bptt": None}
-        return replace(self, loop_count=loop_count, **fixed)
+        loop_loss = "gate" if self.loop_loss == "gate" else "none"
+        return replace(self, loop_count=loop_count, loop_loss=loop_loss, **fixed)
 
     def loop_plan(self) -> LoopPlan:
         """Return T of all training steps; UserError for a mistake in its options."""
@@ -167,6 +189,7 @@ class LoopedTransformer(nn.Module):
             raise UserError(f"model.dim={args.dim} must be at least 1")
         self.args = args
         self.layout_plan, self.loop_plan = args.layout_plan(), args.loop_plan()
+        check_loops_with_weight(args.loop_loss, self.loop_plan.shares())
         # Cached decoding always runs the layout of inference, `forward` the one of the step.
         self.layout = self.inference_layout = self.layout_plan.draw(None)
         windowed = any(spec.window is not None for loop in self.layout for spec in loop)
@@ -181,6 +204,7 @@ class LoopedTransformer(nn.Module):
         self.rho = (
             nn.Parameter(torch.empty(args.loop_count, args.dim)) if args.use_residual else None
         )
+        self.exit_gate = ExitGate(args.dim) if args.loop_loss == "gate" else None
         # Activation checkpointing of whole loops; set by the trainer.
         self.checkpoint_loops = False
         # Whether FSDP gathers the layers again for each loop; set by the trainer.
@@ -190,6 +214,8 @@ class LoopedTransformer(nn.Module):
         self.before_last_backward: Callable[[], None] | None = None
         # The mean over (loop, layer) of the mixers' own losses, of the last forward with a target.
         self.mixer_losses: dict[str, Tensor] = {}
+        # What loop_loss measured in the last forward with a target, by metric key.
+        self.loop_metrics: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -200,21 +226,74 @@ class LoopedTransformer(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) in fp32, or with `target` (B, T) the mean cross-entropy.
 
-        Targets of -100 are ignored. With `cu_seqlens` the batch is 1, and documents don't see each
-        other. The sum is divided by `n_targets`, () in fp32; by default by the batch's own number.
+        The cross-entropy is that of the last loop. Its gradients are those of model.loop_loss and
+        the mixers' own losses. Targets of -100 are ignored. With `cu_seqlens` the batch is 1, and
+        documents don't see each other. The sum is divided by `n_targets`, () in fp32; by default
+        by the batch's own number.
         """
         with_loss = target is not None and torch.is_grad_enabled()
-        h, losses = self._hidden_states(tokens_BT, cu_seqlens, with_loss)
+        states = [] if with_loss and self.args.loop_loss != "none" else None
+        h, losses = self._last_state(tokens_BT, cu_seqlens, with_loss, states)
+        self.loop_metrics = {}
         if target is None:
-            return self._logits(h)
-        loss = linear_cross_entropy(
-            h.flatten(0, 1),
-            self.head_weight,
-            target.flatten(),
-            n_targets=n_targets,
-            tp=tp_of(self.head),
-        )
+            return self._logits(self.norm(h))
+        if states is not None:
+            loss = self._loss_of_loops(states, target.flatten(), n_targets)
+        else:
+            loss = linear_cross_entropy(
+                self.norm(h).flatten(0, 1),
+                self.head_weight,
+                target.flatten(),
+                n_targets=n_targets,
+                tp=tp_of(self.head),
+            )
         return self._add_mixer_losses(loss, losses)
+
+    def _loss_of_loops(
+        self, states: list[Tensor], target_N: Tensor, n_targets: Tensor | None
+    ) -> Tensor:
+        """Return the last loop's mean cross-entropy, with the gradients of loop_loss.
+
+        `states` (B, T, D) are the stream after each loop. The loss counts in all of them. Those
+        before the last loop_bptt loops have no gradient, so only head, norm and gate learn there.
+        """
+        n_loops, is_target = len(states), target_N != NO_TARGET
+        if n_targets is None:
+            n_targets = is_target.sum().clamp(min=1)
+        # The norm runs again in the backward: its fp32 tensors would take 4 times a loop's state.
+        run = partial(checkpoint, self._head_input, use_reentrant=False, preserve_rng_state=False)
+        normed, logits = zip(
+            *(run(h, self.exit_gate is not None and t + 1 < n_loops) for t, h in enumerate(states)),
+            strict=True,
+        )
+        entropy_N = None
+        if self.exit_gate is not None:
+            log_p = log_exit_distribution(logits[:-1], like=target_N)
+            share_TN = log_p.exp()
+            entropy_N = -(share_TN * log_p).sum(0)
+        else:
+            weights = loop_weights(self.args.loop_loss, n_loops)
+            weights_T = torch.tensor(weights, device=target_N.device)
+            share_TN = weights_T[:, None].expand(-1, len(target_N))
+        loss, nats_TN = looped_linear_cross_entropy(
+            normed, self.head_weight, target_N, share_TN, n_targets=n_targets, tp=tp_of(self.head)
+        )
+        losses_T = nats_TN.sum(1) / n_targets
+        self.loop_metrics = {f"loss/loop/{t}": mean for t, mean in enumerate(losses_T)}
+        if entropy_N is not None:
+            entropy = (entropy_N * is_target).sum() / n_targets
+            loss = loss - self.args.loop_entropy * entropy
+            exits_T = (share_TN.detach() * is_target).sum(1) / n_targets
+            self.loop_metrics |= {f"loops/exit/{t}": mean for t, mean in enumerate(exits_T)}
+            self.loop_metrics["loops/exit_entropy"] = entropy.detach()
+        self.loop_metrics["loss/objective"] = loss.detach()
+        return losses_T[-1] + (loss - loss.detach())
+
+    def _head_input(self, h: Tensor, with_exit: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the normed state (N, D), and the logit (N,) of leaving after this loop."""
+        normed = self.norm(h).flatten(0, 1)
+        gate = self.exit_gate if with_exit else None
+        return normed, None if gate is None else gate(normed)
 
     @torch.no_grad()
     def hidden_states(self, tokens_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -223,11 +302,19 @@ class LoopedTransformer(nn.Module):
         For callers that need the logits of a few tokens. With a vocabulary of 100,000, the logits
         of all tokens take more memory than the model.
         """
-        return self._hidden_states(tokens_BT, cu_seqlens, with_loss=False)[0]
+        return self.norm(self._last_state(tokens_BT, cu_seqlens)[0])
 
-    def _hidden_states(
-        self, tokens_BT: Tensor, cu_seqlens: Tensor | None, with_loss: bool
+    def _last_state(
+        self,
+        tokens_BT: Tensor,
+        cu_seqlens: Tensor | None,
+        with_loss: bool = False,
+        states: list[Tensor] | None = None,
     ) -> tuple[Tensor, Losses]:
+        """Return the stream after the last loop, and the mixers' own losses.
+
+        Appends the stream after each loop to `states`.
+        """
         if cu_seqlens is not None and not torch.compiler.is_compiling():
             # Compiled blocks serve any number of documents.
             torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
@@ -237,15 +324,21 @@ class LoopedTransformer(nn.Module):
                 h, spec, cu_seqlens, with_loss and torch.is_grad_enabled()
             ),
             self.layout,
+            states=states,
         )
-        return self.norm(h), losses
+        return h, losses
 
     def _run_loops(
-        self, tokens: Tensor, run_layer: RunLayer, *grids: Sequence[Sequence[Any]]
+        self,
+        tokens: Tensor,
+        run_layer: RunLayer,
+        *grids: Sequence[Sequence[Any]],
+        states: list[Tensor] | None = None,
     ) -> tuple[Tensor, Losses]:
         """Embed `tokens` and run every (loop, layer); return h and the mixers' own losses.
 
-        run_layer gets the entry [loop][layer] of each of `grids`; the first is the layout.
+        run_layer gets the entry [loop][layer] of each of `grids`; the first is the layout. Appends
+        h after each loop to `states`.
         """
         loops = list(enumerate(zip(*grids, strict=True)))
         first = len(loops) - self.n_backward_loops(len(loops)) if torch.is_grad_enabled() else 0
@@ -253,6 +346,8 @@ class LoopedTransformer(nn.Module):
             h, losses = self.tok_embeddings(tokens), []
             for t, rows in loops[:first]:
                 h, _ = self._run_loop(h, t, run_layer, rows)
+                if states is not None:
+                    states.append(h)
         if first:
             # A leaf with a gradient: FSDP's hooks and compiled blocks see what they always see.
             h = h.detach().requires_grad_()
@@ -265,6 +360,8 @@ class LoopedTransformer(nn.Module):
             losses += new_losses
             if t == first and h.requires_grad:
                 h.register_hook(self._enter_last_backward)
+            if states is not None:
+                states.append(h)
         return h, losses
 
     def n_backward_loops(self, n_loops: int) -> int:
@@ -416,6 +513,8 @@ class LoopedTransformer(nn.Module):
             init_linear(self.output, args.init_base_std)
         if self.rho is not None:
             nn.init.zeros_(self.rho)
+        if self.exit_gate is not None:
+            self.exit_gate.reset_parameters()
 
     def _blocks(self) -> list[Block]:
         return [layer for layer in self.layers if isinstance(layer, Block)]

@@ -68,12 +68,16 @@ OPTIONS: dict[int | str, dict[str, Any]] = {
     "1 of T=4": {"loop_schedule": "1@0"},
     "bptt 2 of T=4": {"loop_bptt": 2},
     "bptt 1 of T=4": {"loop_bptt": 1},
+    "gate T=4": {"loop_loss": "gate"},
+    "weights, bptt 2 of T=4": {"loop_loss": [1, 1, 2, 4], "loop_bptt": 2},
 }
 for name, n_micro, mode in (
     ("2 of T=4", 3, "none"),
     ("1 of T=4", 1, "loop"),
     ("bptt 2 of T=4", 3, "loop"),
     ("bptt 1 of T=4", 1, "none"),
+    ("gate T=4", 3, "loop"),
+    ("weights, bptt 2 of T=4", 1, "none"),
 ):
     options = {**FULL_SHARD, "activation_checkpointing": mode}
     counts = {"_allgather_base_": N_UNITS, "_reduce_scatter_base_": N_UNITS}
@@ -90,6 +94,9 @@ for mode, loops, n_micro in (("none", 1, 1), ("none", 4, 3), ("selective", 4, 1)
 options = {"fsdp_type": "full_shard", "tp_size": WORLD}
 counts = {"all_reduce": 2 * (4 + 2) * N_LAYERS + 2, "all_gather": 1}
 CASES["tp_size bptt 2 of T=4"] = ("bptt 2 of T=4", 1, options, counts)
+# The loss of each loop: an all-reduce before the head, and two numbers a token.
+counts = {"all_reduce": 2 * 2 * 4 * N_LAYERS + 1 + 4, "all_gather": 4}
+CASES["tp_size gate T=4"] = ("gate T=4", 1, options, counts)
 COLLECTIVES = (
     *("_allgather_base_", "_reduce_scatter_base_", "allreduce_"),
     *("all_reduce", "all_gather"),  # of lingua.parallel.tensor_parallel

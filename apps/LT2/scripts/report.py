@@ -68,6 +68,7 @@ PROBES = {
     "loops/update_norm": "Norm of the loop's update, relative to the stream",
     "loops/rho": "Residual gate, mean |rho|",
     "loops/first_token_mass": "Attention on the first token",
+    "loops/exit": "Probability of leaving after the loop",
     "layers/grad_norm": "Gradient norm of the layer",
 }
 

@@ -11,6 +11,7 @@ from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval, load_tasks
 from apps.LT2.evaluation.validation import check_validation_sources, find_sources
 from apps.LT2.inference.load import check_kernels
 from apps.LT2.kernel.attention import check_attention_device
+from apps.LT2.loop_loss import check_exits
 from apps.LT2.parallel import check_tensor_parallel
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs, build_on_meta
 from lingua.checkpoint import (
@@ -148,6 +149,7 @@ def check_numbers(args: TrainArgs) -> None:
             "distributed.model_dtype=fp16 rounds small gradients to zero, since training doesn't "
             "scale the loss; use bf16, fp32 or auto, also to resume a run that used fp16"
         )
+    check_exits(args.model.loop_loss, args.model.loop_count)
     if args.data.n_views != 2:
         raise UserError(f"data.n_views={args.data.n_views} must be 2: input and next token")
 

@@ -118,8 +118,15 @@ def recorded_residual_stream(model: LoopedTransformer) -> Iterator[list[Tensor]]
     def record(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
         h_by_loop.append(args[0].detach())
 
-    # h is the input of layer 0 in each loop, and the input of the final norm after the last.
-    handles = [m.register_forward_pre_hook(record) for m in (model.layers[0], model.norm)]
+    def record_last(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        h_by_loop[model.n_loops :] = [args[0].detach()]
+
+    # h is the input of layer 0 in each loop, and the input of the final norm after the last. With
+    # loop_loss, the norm then runs for all loops.
+    handles = [
+        model.layers[0].register_forward_pre_hook(record),
+        model.norm.register_forward_pre_hook(record_last),
+    ]
     try:
         yield h_by_loop
     finally:

@@ -72,7 +72,7 @@ class Progress:
         """
         state, results, n_steps = self.trainer.state, self._results, len(self._results)
         loss = _mean(state.losses)  # waits for the device
-        mixer_losses = {f"loss/{name}": _mean(ls) for name, ls in state.mixer_losses.items()}
+        means = {key: _mean(numbers) for key, numbers in state.means.items()}
         mixer_norms = results[-1].mixer_grad_norms
         self._count_time()
         seconds = self._seconds / n_steps
@@ -83,7 +83,7 @@ class Progress:
             "global_step": state.step,
             "acc_step": 0,
             "loss/out": loss,
-            **mixer_losses,
+            **means,
             "speed/wps": tokens_per_s / world_size,
             "speed/tokens_per_s": tokens_per_s,
             "speed/FLOPS": flops,

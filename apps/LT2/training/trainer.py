@@ -52,7 +52,7 @@ class TrainState:
     # One loss for each step since the last log record, on the device. Its mean over ranks is the
     # loss of the step. Steps without targets have none.
     losses: list[Tensor] = field(default_factory=list)
-    mixer_losses: dict[str, list[Tensor]] = field(default_factory=dict)  # the same, by name
+    means: dict[str, list[Tensor]] = field(default_factory=dict)  # the same, by metric key
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -65,7 +65,7 @@ class TrainState:
             "seconds": self.seconds,
             "n_gates": self.n_gates,
             "losses": _to_numbers(self.losses),
-            "mixer_losses": {name: _to_numbers(ls) for name, ls in self.mixer_losses.items()},
+            "means": {key: _to_numbers(numbers) for key, numbers in self.means.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -78,29 +78,34 @@ class TrainState:
         self.seconds = state_dict.get("seconds")
         self.n_gates = state_dict.get("n_gates")
         self.losses = _to_tensors(state_dict["losses"])
-        mixer_losses = state_dict.get("mixer_losses", {})  # older checkpoints have none
-        self.mixer_losses = {name: _to_tensors(numbers) for name, numbers in mixer_losses.items()}
+        self.means = {key: _to_tensors(numbers) for key, numbers in _means(state_dict).items()}
 
     def load_state_dicts(self, states: list[dict[str, Any]], rank: int, n_ranks: int) -> None:
         """Resume from another number of ranks: keep the data and losses of all of them."""
         loaders = [state["data_loader_state"] for state in states]
         losses = zip(*(state["losses"] for state in states), strict=True)
-        mixer_losses = {
-            name: zip(*(state["mixer_losses"][name] for state in states), strict=True)
-            for name in states[0].get("mixer_losses", {})
+        means = {
+            key: zip(*(_means(state)[key] for state in states), strict=True)
+            for key in _means(states[0])
         }
         self.load_state_dict(
             {
                 **states[rank % len(states)],
                 "data_loader_state": reshard_streams(loaders, rank, n_ranks),
                 "losses": [fmean(of_ranks) for of_ranks in losses],
-                "mixer_losses": {n: [fmean(l) for l in ls] for n, ls in mixer_losses.items()},
+                "means": {key: [fmean(l) for l in of_ranks] for key, of_ranks in means.items()},
             }
         )
 
     def clear_losses(self) -> None:
         self.losses.clear()
-        self.mixer_losses.clear()
+        self.means.clear()
+
+
+def _means(state_dict: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the means of a checkpoint; older ones have only the mixers' own losses, or none."""
+    older = {f"loss/{name}": ls for name, ls in state_dict.get("mixer_losses", {}).items()}
+    return state_dict.get("means", older)
 
 
 def _to_numbers(losses: list[Tensor]) -> list[float]:
@@ -203,7 +208,7 @@ class Trainer:
         n_micro = len(micro_batches)
         divisor = torch.full((), n_targets, dtype=torch.float32, device=self.device)
         total = torch.zeros((), device=self.device)
-        mixer_totals: dict[str, Tensor] = {}
+        totals: dict[str, Tensor] = {}
         for micro, views in enumerate(micro_batches):
             batch = to_device(views, self.args.data.doc_mask, self.device)
             if self.before_micro_batch is not None:
@@ -212,14 +217,15 @@ class Trainer:
             loss = self.model(*batch, divisor)
             (loss / n_micro).backward()
             total += loss.detach()
-            for name, mixer_loss in self.model.mixer_losses.items():
-                mixer_totals[name] = mixer_totals.get(name, 0) + mixer_loss
+            own = {f"loss/{name}": loss for name, loss in self.model.mixer_losses.items()}
+            for key, mean in (own | self.model.loop_metrics).items():
+                totals[key] = totals.get(key, 0) + mean
             self.state.acc_step = (micro + 1) % n_micro
             if self.after_micro_batch is not None:
                 self.after_micro_batch(loss.detach().double() * n_targets, count_targets(views))
         self.state.losses.append(total / n_micro)
-        for name, mixer_total in mixer_totals.items():
-            self.state.mixer_losses.setdefault(name, []).append(mixer_total / n_micro)
+        for key, sum_of_means in totals.items():
+            self.state.means.setdefault(key, []).append(sum_of_means / n_micro)
 
     def _read_and_count(self) -> tuple[list[Any], float]:
         """Read the micro-batches of a step, and return them and their mean number of targets."""

@@ -40,6 +40,8 @@ def options_without_effect(args: TrainArgs) -> dict[str, str]:
     unused = {f"model.{name}": reason for name, reason in reasons.items()}
     if args.model.loop_schedule is None:
         unused["optim.rewarmup"] = "model.loop_schedule is null"
+    if args.model.loop_loss != "gate":
+        unused["model.loop_entropy"] = "model.loop_loss is not gate"
     return unused | {f"optim.{name}": optim for name in find_unused_options(args.optim)}
 
 
@@ -131,6 +133,11 @@ def _unused_loops(args: TrainArgs) -> Iterator[str]:
         yield (
             f"model.loop_bptt={bptt}: no gradient reaches the input embedding in steps of more "
             f"than {bptt} loops; use model.weight_tying=true, or a checkpoint.init_ckpt_path"
+        )
+    if model.loop_loss != "gate" and model.loop_entropy != type(model).loop_entropy:
+        yield (
+            f"model.loop_entropy={model.loop_entropy} has no effect with model.loop_loss="
+            f"{model.loop_loss}; only gate uses it"
         )
     if args.optim.rewarmup and model.loop_schedule is None:
         yield f"optim.rewarmup={args.optim.rewarmup} has no effect without model.loop_schedule"

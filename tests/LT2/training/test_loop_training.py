@@ -12,7 +12,8 @@ import torch
 
 from apps.LT2.flops import step_flops_per_token
 from apps.LT2.inference.load import load_model_and_tokenizer
-from apps.LT2.transformer import RESIZED, LoopedTransformer, build_on_meta
+from apps.LT2.training.trainer import _means
+from apps.LT2.transformer import RESIZED, ZERO_IF_MISSING, LoopedTransformer, build_on_meta
 from lingua.checkpoint import consolidate_checkpoints
 from lingua.checkpointing.weights import load_initial_weights
 from lingua.errors import UserError
@@ -21,6 +22,7 @@ from tests.LT2.tiny_run import (
     assert_same_run,
     checkpoint,
     column,
+    records,
     stopped_after,
     tensors,
     train,
@@ -40,8 +42,10 @@ SCHEDULE = {
     "optim.rewarmup": 2,
     "optim.scheduler": "constant",
     "optim.lr": 1e-2,
+    "model.loop_loss": [1, 1, 2],
 }
 SAMPLE = {"model.loop_sample": "uniform:1,2,3", "model.loop_bptt": 2, "optim.name": "muon"}
+SAMPLE["model.loop_loss"] = "gate"
 VOCABULARY = {"model.vocab_size": 258}
 CASES = {"schedule": (SCHEDULE, [1, 1, 1, 2, 3, 3]), "sample": (SAMPLE, [1, 2, 2, 2, 2, 3])}
 
@@ -76,6 +80,39 @@ def test_it_resumes_to_the_bit_across_a_change(case, whole, data, tmp_path):
     with stopped_after(3):
         train(data, tmp_path, **LOOPS, **CASES[case][0])
     assert_same_run(train(data, tmp_path, **LOOPS, **CASES[case][0]), whole(case), N)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_metrics_have_the_loss_of_each_loop(case, whole):
+    run, (_, loops) = whole(case), CASES[case]
+    for record, n_loops in zip(records(run), loops, strict=True):
+        keys = [key for key in record if key.startswith("loss/loop/")]
+        assert keys == [f"loss/loop/{t}" for t in range(n_loops)]
+        assert record["loss/out"] == pytest.approx(record[keys[-1]])
+        exits = [value for key, value in record.items() if key.startswith("loops/exit/")]
+        assert sum(exits) == pytest.approx(1 if case == "sample" else 0)
+
+
+def test_an_exit_gate_learns_in_steps_that_have_exits(whole):
+    gates = {step: tensors(whole("sample"), step)["model"] for step in (2, N)}
+    assert all(gates[step]["exit_gate.bias"].any() for step in gates)
+    state = tensors(whole("sample"), N)["optim"]["state"]["exit_gate.weight"]
+    assert state["step"] == sum(n > 1 for n in CASES["sample"][1])
+
+
+def test_an_exit_gate_starts_from_zero_in_weights_without_one(whole, tmp_path, caplog):
+    source = checkpoint(whole("schedule"), N)
+    args = train_args(tmp_path, tmp_path, **LOOPS, **VOCABULARY, **{"model.loop_loss": "gate"})
+    model = LoopedTransformer(args.model)
+    load_initial_weights(str(source), model, ZERO_IF_MISSING, RESIZED)
+    assert model.exit_gate is not None
+    assert not model.exit_gate.weight.any() and not model.exit_gate.bias.any()
+    assert "exit_gate.weight" in caplog.text
+
+
+def test_own_losses_of_an_older_checkpoint():
+    assert _means({"mixer_losses": {"dsa_indexer": [2.0]}}) == {"loss/dsa_indexer": [2.0]}
+    assert _means({}) == {}
 
 
 def test_new_loops_start_from_the_last_gate(whole):
@@ -141,4 +178,7 @@ def test_a_resume_with_other_loops_names_init_ckpt_path(whole, data, tmp_path):
 def test_inference_runs_loop_count_or_any_other_number(whole):
     run = whole("schedule")
     model = load_model_and_tokenizer(str(run), device="cpu").model
+    gated = load_model_and_tokenizer(str(whole("sample")), device="cpu").model
+    assert gated.exit_gate is not None and gated.exit_gate.weight.any()
+    assert model.exit_gate is None
     assert model.n_loops == len(model.init_cache(1, 4).mixers) == 3 and not model.loop_plan.varies

@@ -7,11 +7,15 @@ mean loss is known up to the factor that backward brings. Loss and softmax are f
 With tensor parallelism each rank holds the logits of a part of the vocabulary, as in Megatron-LM
 (https://arxiv.org/abs/1909.08053, section 3). Ranks exchange two numbers per token: the log-sum-exp
 and the label's logit. The gradient of `hidden` is reduced once, for all chunks.
+
+The states of several loops share head and targets. Their losses are summed here, so that there is
+one gradient of the head, (V, D) in fp32, for all loops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any
 
@@ -21,7 +25,7 @@ from torch import Tensor
 from apps.LT2.kernel.linear_cross_entropy.naive import naive_linear_cross_entropy
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel
 
-__all__ = ["linear_cross_entropy", "naive_linear_cross_entropy"]
+__all__ = ["linear_cross_entropy", "looped_linear_cross_entropy", "naive_linear_cross_entropy"]
 
 # 2048 tokens x 128k logits are 1 GiB in fp32, and matrix products of this height are fast.
 CHUNK_TOKENS = 2048
@@ -43,9 +47,33 @@ def linear_cross_entropy(
     tp         ranks with the same hidden and target; weight holds this rank's V rows
     Returns an fp32 scalar: zero, with zero gradients, if every target is ignored.
     """
+    share_1N = hidden_ND.new_ones((), dtype=torch.float32).expand(1, hidden_ND.shape[0])
+    return looped_linear_cross_entropy(
+        [hidden_ND], weight_VD, target_N, share_1N, ignore_index, n_targets=n_targets, tp=tp
+    )[0]
+
+
+def looped_linear_cross_entropy(
+    hidden_LND: Sequence[Tensor],
+    weight_VD: Tensor,
+    target_N: Tensor,
+    share_LN: Tensor,
+    ignore_index: int = -100,
+    *,
+    n_targets: Tensor | None = None,
+    tp: TensorParallel = ALONE,
+) -> tuple[Tensor, Tensor]:
+    """Return the mean over targets of sum_l share[l] * nats[l], and nats (L, N) in fp32.
+
+    nats[l] = -log softmax(hidden[l] weight^T)[target], 0 for an ignored target, has no gradient.
+
+    hidden  L tensors (N, D), such as the states of L loops     share (L, N) in fp32
+    Other arguments are those of `linear_cross_entropy`. hidden, weight and share get gradients.
+    """
     if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
-        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
-    args = (tp.copy_to(hidden_ND), weight_VD, target_N, ignore_index, n_targets, tp)
+        hidden_LND, weight_VD = [h.detach() for h in hidden_LND], weight_VD.detach()
+    hidden_LND = [tp.copy_to(h) for h in hidden_LND]
+    args = (weight_VD, target_N, ignore_index, n_targets, tp, share_LN, *hidden_LND)
     return _LinearCrossEntropy.apply(*args)  # pyright: ignore
 
 
@@ -108,46 +136,59 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
         weight: Tensor,
         target: Tensor,
         ignore: int,
         n_targets: Tensor | None,
         tp: TensorParallel,
-    ) -> Tensor:
+        share: Tensor,
+        *hidden: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         first_token = tp.rank * weight.shape[0]
         if n_targets is None:
             n_targets = (target != ignore).sum().clamp(min=1)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        wants_weight, *_, wants_share = ctx.needs_input_grad[:6]
+        wants_hidden = ctx.needs_input_grad[6:]
+        d_hidden = [
+            torch.empty_like(h) if wanted else None
+            for h, wanted in zip(hidden, wants_hidden, strict=True)
+        ]
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
+        nats = torch.zeros_like(share, memory_format=torch.contiguous_format)
+        loss = share.new_zeros(())
+        chunks = range(0, len(target), CHUNK_TOKENS)
+        for loop, start in itertools.product(range(len(hidden)), chunks):
             chunk = slice(start, start + CHUNK_TOKENS)
-            h, t = hidden[chunk], target[chunk]
+            h, t, part = hidden[loop][chunk], target[chunk], share[loop, chunk]
             kept = t != ignore
             label = t.where(kept, 0)[:, None] - first_token
             logits = _matmul_fp32(h, weight.T)
             log_z, label_logit = _global_log_z_and_label_logit(logits, label, tp)
-            losses = (log_z - label_logit)[:, 0]
-            loss += losses.masked_fill(~kept, 0.0).sum() / n_targets
-            if not (wants_hidden or wants_weight):
+            nats[loop, chunk] = (log_z - label_logit)[:, 0].masked_fill(~kept, 0.0)
+            loss += (nats[loop, chunk] * part).sum() / n_targets
+            d_loop = d_hidden[loop]
+            if d_loop is None and d_weight is None:
                 continue
-            d_logits = _logit_gradient(logits, log_z, label, kept / n_targets, weight.dtype)
-            if d_hidden is not None:
-                d_hidden[chunk] = d_logits @ weight
+            factor = kept * part / n_targets
+            d_logits = _logit_gradient(logits, log_z, label, factor, weight.dtype)
+            if d_loop is not None:
+                d_loop[chunk] = d_logits @ weight
             if d_weight is not None:
                 d_weight += _matmul_fp32(d_logits.T, h)
-        ctx.save_for_backward(d_hidden, d_weight)
+        d_share = nats / n_targets if wants_share else None
+        ctx.save_for_backward(d_weight, d_share, *d_hidden)
         ctx.weight_dtype = weight.dtype
-        return loss
+        ctx.mark_non_differentiable(nats)
+        ctx.set_materialize_grads(False)
+        return loss, nats
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grad_outputs
-        d_hidden, d_weight = ctx.saved_tensors
-        if d_hidden is not None:
-            d_hidden = (d_hidden * grad).to(d_hidden.dtype)
+        grad = grad_outputs[0]
+        d_weight, d_share, *d_hidden = ctx.saved_tensors
+        d_hidden = [d if d is None else (d * grad).to(d.dtype) for d in d_hidden]
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None
+        if d_share is not None:
+            d_share = d_share * grad
+        return d_weight, None, None, None, None, d_share, *d_hidden
