@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import tempfile
@@ -24,9 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from apps.LT2.benchmark.timing import Spread, environment, synchronize
 from apps.LT2.describe import read_config
@@ -54,6 +53,9 @@ from lingua.distributed import (
 from lingua.errors import UserError, run_cli
 from lingua.optim import build_optimizer
 from lingua.rng import seed_everything
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BLOCK = 2**26  # bytes of a plain write or read
 NO_DATA: Any = {}  # state of a data loader
@@ -95,6 +97,8 @@ def build_trainer(args: TrainArgs) -> Trainer:
 
 
 def random_batches(args: TrainArgs) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    import numpy as np
+
     rng = np.random.default_rng(args.seed)
     shape = (args.data.batch_size, args.data.seq_len, 2)
     while True:
@@ -159,7 +163,7 @@ class Benchmark:
         plain = self.folder / "plain"
         run_on_rank_0(plain.mkdir)
         targets = [plain / f"{get_global_rank()}_{i}" for i in range(n_files)]
-        block = np.random.default_rng(0).bytes(BLOCK)
+        block = random.Random(0).randbytes(BLOCK)
         write = partial(write_plainly, block=block, n_bytes=share)
         self.time("plain write", lambda: run_together(lambda: map_in_threads(write, targets)))
         self.clear()
