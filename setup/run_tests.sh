@@ -16,6 +16,12 @@ else
     install_requirements requirements-dev.txt
 fi
 
+# Pyright takes one core, so it runs beside pytest.
+pyright_log=$(mktemp)
+"$VENV_PYTHON" -m pyright --pythonpath "$VENV_PYTHON" >"$pyright_log" 2>&1 &
+pyright=$!
+trap 'kill "$pyright" 2>/dev/null || true; rm -f "$pyright_log"' EXIT
+
 # Every check runs, even after a failure.
 failed=()
 check() {
@@ -25,7 +31,6 @@ check() {
 
 check "ruff check" ruff check
 check "ruff format" ruff format --check
-check "pyright" pyright --pythonpath "$VENV_PYTHON"
 
 # One process per core, at most 4, as tests start processes too. With a GPU one process, so that
 # tests don't compete for its memory. loadfile keeps the tests of a file together; tests/conftest.py
@@ -36,6 +41,10 @@ export OMP_NUM_THREADS=1
 unset PYTHONDONTWRITEBYTECODE # tests start many processes that import the same modules
 check "pytest" pytest -n "$workers" --dist loadfile --no-loadscope-reorder \
     --durations=15 "$@"
+
+step "pyright"
+wait "$pyright" || failed+=("pyright")
+cat "$pyright_log"
 
 if ((${#failed[@]})); then
     printf '\nfailed: %s\n' "${failed[@]}" >&2
