@@ -13,8 +13,8 @@ from lingua.data import build_dataloader_from_args, init_dataloader_state_from_a
 from tests.LT2.chaos import NEVER, Death, batch_id, live, records_that_count, steps_taken_again
 from tests.LT2.tiny_run import assert_same_run, train_args, write_corpus
 
-N_KILLS = 7
-STEPS = 28
+N_KILLS = 4
+STEPS = 16
 EVERY = 2  # steps between checkpoints
 OPTIONS = {
     "steps": STEPS,
@@ -47,26 +47,27 @@ def undisturbed(data, tmp_path_factory) -> Path:
 
 
 def test_kills_change_no_bit(data, undisturbed, tmp_path):
-    rng = random.Random(0)
+    rng = random.Random(3)
     folder = tmp_path / "run"
     n_inside_a_save = 0
     for life in range(N_KILLS):
         death = Death.draw(rng, world_size=2)
         assert not live(folder, data, OPTIONS, life, world_size=2, death=death), "not killed"
         n_inside_a_save += is_inside_a_save(folder)
-    assert n_inside_a_save >= N_KILLS // 5
+    assert n_inside_a_save >= 1
     assert live(folder, data, OPTIONS, N_KILLS, world_size=2, death=NEVER)
     assert max(steps_taken_again(folder)) == EVERY - 1, "a complete checkpoint is lost"
     assert_same_run(folder, undisturbed, STEPS)
     assert batches(folder) == batches(undisturbed)
 
 
-@pytest.mark.parametrize("n_streams", [1, 2])  # data streams: the number of ranks at the start
-def test_kills_and_new_rank_counts_skip_and_repeat_no_document(data, tmp_path, n_streams):
-    rng = random.Random(n_streams)
+# data streams: the number of ranks at the start; each seed kills some lives inside a save
+@pytest.mark.parametrize("n_streams, seed", [(1, 0), (2, 2)])
+def test_kills_and_new_rank_counts_skip_and_repeat_no_document(data, tmp_path, n_streams, seed):
+    rng = random.Random(seed)
     folder = tmp_path / "run"
-    steps, n_kills = 20, 10
-    options = {**OPTIONS, "steps": steps, "checkpoint.async_save": True, "grad_acc_steps": 2}
+    n_kills = 5
+    options = {**OPTIONS, "checkpoint.async_save": True, "grad_acc_steps": 2}
     n_inside_a_save = 0
     for life in range(n_kills):
         has_begun = any((folder / "checkpoints").glob("[0-9]" * 10))
@@ -74,13 +75,13 @@ def test_kills_and_new_rank_counts_skip_and_repeat_no_document(data, tmp_path, n
         death = Death.draw(rng, world_size)
         assert not live(folder, data, options, life, world_size, death), "not killed"
         n_inside_a_save += is_inside_a_save(folder)
-    assert n_inside_a_save >= n_kills // 5
+    assert n_inside_a_save >= 1
     assert live(folder, data, options, n_kills, world_size=1, death=NEVER)
 
     # A save must finish before the next starts.
     assert max(steps_taken_again(folder)) <= 2 * EVERY - 1
     read = records_that_count(folder)
-    assert {r["step"] for r in read} == set(range(steps))
+    assert {r["step"] for r in read} == set(range(STEPS))
     assert {r["world"] for r in read} == {1, 2}, "the number of ranks never changed"
     want = whole_streams(data, options, n_streams, n_batches=len(read))
     assert [r["batch"] for r in read] == want

@@ -8,6 +8,7 @@ import gc
 
 gc.disable()  # imports leave no garbage
 
+import omegaconf  # noqa: F401, read at parse_args
 import pytest  # noqa: F401
 import torch._dynamo  # noqa: F401, the first optimizer step imports it
 import torch.distributed.checkpoint  # noqa: F401
