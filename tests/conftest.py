@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported, here and in the processes that tests start. On two cores, two workers
@@ -38,11 +41,25 @@ else:
     settings.load_profile("lt2")
 
 
+QUICK = "LT2_QUICK_PYTHON"  # the folder of the `python` that all workers of a session share
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # not in workers of xdist
+        os.environ[QUICK] = tempfile.mkdtemp()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        folder = Path(os.environ.pop(QUICK))
+        QuickPython(folder).stop()
+        shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
-def quick_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QuickPython]:
-    """Yield a `python` that has torch imported, for commands run as a user runs them."""
-    with QuickPython(tmp_path_factory.mktemp("quick")) as quick:
-        yield quick
+def quick_python() -> QuickPython:
+    """Return a `python` that has torch imported, for commands run as a user runs them."""
+    return QuickPython(Path(os.environ[QUICK])).start()
 
 
 @pytest.fixture

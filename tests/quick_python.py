@@ -1,18 +1,20 @@
 """A `python` for commands under test that forks a process in which torch is already imported.
 
-    with QuickPython(folder) as quick:                  # folder gets bin/python and bin/torchrun
-        quick.run("-m", "apps.LT2.train", ...)
-        subprocess.run(["bash", "-c", "python -m apps.LT2.train ..."], env=quick.env())
+    quick = QuickPython(folder).start()                 # folder gets bin/python and bin/torchrun
+    quick.run("-m", "apps.LT2.train", ...)
+    subprocess.run(["bash", "-c", "python -m apps.LT2.train ..."], env=quick.env())
 
 Importing torch and the evaluation harness takes longer than a tiny model's work. `bin/python` sends
 its arguments, folder, environment and open files to a server that has imported libraries. A fork of
-the server runs the module as `python` would. With `clone`, commands run in that copy of this
-repository, and the server has imported its modules.
+the server runs the module as `python` would. All processes of a test session share one server.
+With `clone`, a fork of that server imports the modules of a copy of this repository, and commands
+run there.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import gc
 import json
 import os
@@ -25,6 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +55,9 @@ sys.exit(int(server.recv(16) or 1))
 
 
 class QuickPython:
-    def __init__(self, folder: Path, clone: Path | None = None):
-        self.bin, self.clone = folder / "bin", clone
+    def __init__(self, folder: Path):
+        """`folder` must have a short path: addresses have at most 107 characters."""
+        self.folder, self.bin = folder, folder / "bin"
         self.executable = str(self.bin / "python")
 
     def env(self) -> dict[str, str]:
@@ -69,28 +73,36 @@ class QuickPython:
         """subprocess.run of `python *argv`."""
         return subprocess.run([self.executable, *argv], env=self.env(), **options)
 
-    def __enter__(self) -> QuickPython:
-        # not below `folder`: an address has at most 107 characters
-        self.address_folder = tempfile.TemporaryDirectory()
-        address = f"{self.address_folder.name}/server"
-        self.bin.mkdir(parents=True)
-        for name, before in (("python", []), ("torchrun", ["-m", "torch.distributed.run"])):
-            client = self.bin / name
-            client.write_text(CLIENT.format(python=sys.executable, address=address, before=before))
-            client.chmod(0o755)
-        command = [sys.executable, "-m", "tests.quick_python", address]
-        if self.clone is not None:
-            command.append(str(self.clone))
-        self.server = subprocess.Popen(command, cwd=ROOT, env=self.env(), start_new_session=True)
-        while not os.path.exists(address):
-            assert self.server.poll() is None, "the server died"
-            time.sleep(0.05)
+    def clone(self, root: Path) -> QuickPython:
+        """Return the `python` of a copy of this repository."""
+        return QuickPython(Path(tempfile.mkdtemp(dir=self.folder))).start(self.executable, root)
+
+    def start(self, python: str = sys.executable, *clone: Path) -> QuickPython:
+        """Start the server with `python`, unless another process has started it."""
+        address, pid = self.folder / "server", self.folder / "pid"
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if address.exists():
+                return self
+            self.bin.mkdir(exist_ok=True)
+            for name, before in (("python", []), ("torchrun", ["-m", "torch.distributed.run"])):
+                text = CLIENT.format(python=sys.executable, address=str(address), before=before)
+                (self.bin / name).write_text(text)
+                (self.bin / name).chmod(0o755)
+            command = [python, "-m", "tests.quick_python", address, *clone]
+            server = subprocess.Popen(command, cwd=ROOT, env=self.env(), start_new_session=True)
+            pid.write_text(str(server.pid))
+            while not address.exists():
+                assert server.poll() is None, "the server died"
+                time.sleep(0.05)
+        self.server = server  # kept: Popen warns of a process that it outlives
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        os.killpg(self.server.pid, signal.SIGKILL)  # whatever it has forked, too
-        self.server.wait()
-        self.address_folder.cleanup()
+    def stop(self) -> None:
+        """Kill the server, if there is one, and its forks, among them those of clones."""
+        if (pid := self.folder / "pid").exists():
+            with suppress(ProcessLookupError):
+                os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
 # ---- in the server

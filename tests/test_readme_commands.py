@@ -220,15 +220,14 @@ class Shell:
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory):
+def shell(tmp_path_factory, quick_python):
     """A clone after a small setup/quickstart.sh: the corpus, and a run of two steps."""
     folder = tmp_path_factory.mktemp("clone") / "LT2"
     for name in ("apps", "lingua", "setup", "tokenizer"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / ".gitignore", folder)
     write_small_corpus(folder)
-    with QuickPython(folder.parent / "quick", clone=folder) as quick:
-        yield prepared(Shell(folder, quick))
+    return prepared(Shell(folder, quick_python.clone(folder)))
 
 
 def prepared(shell: Shell) -> Shell:
