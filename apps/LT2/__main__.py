@@ -22,6 +22,7 @@ COMMANDS = {
     "submit": ("lingua.stool", "submit runs and sweeps to SLURM, or start them here"),
     "sweep": ("lingua.sweep", "table of the runs of a sweep"),
     "plot": ("apps.LT2.scripts.plot", "plot any metric of runs"),
+    "lens": ("apps.LT2.scripts.loop_lens", "predictions after each loop"),
     "report": ("apps.LT2.scripts.report", "write an HTML page about a run or a folder of runs"),
     "generate": ("apps.LT2.generate", "generate text from a checkpoint"),
     "eval": ("apps.LT2.eval", "evaluate a checkpoint on tasks and held-out text"),

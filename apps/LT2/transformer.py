@@ -304,6 +304,17 @@ class LoopedTransformer(nn.Module):
         """
         return self.norm(self._last_state(tokens_BT, cu_seqlens)[0])
 
+    @torch.no_grad()
+    def loop_states(self, tokens_BT: Tensor) -> Tensor:
+        """Return the residual stream before the first loop and after each, (loops + 1, B, T, D)."""
+        states = [self.tok_embeddings(tokens_BT)]
+        self._last_state(tokens_BT, None, states=states)
+        return torch.stack(states)
+
+    def logits_of(self, h: Tensor) -> Tensor:
+        """Return the logits, in fp32, of a residual stream (..., D): final norm and head."""
+        return self._logits(self.norm(h))
+
     def _last_state(
         self,
         tokens_BT: Tensor,
