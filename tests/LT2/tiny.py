@@ -47,7 +47,7 @@ def tiny_model(kind: str, loop_count: int, seed: int = 0, **changes: Any) -> Loo
     model = LoopedTransformer(tiny_args(kind, loop_count, **changes)).requires_grad_(False)
     model.init_weights()
     for name, param in model.named_parameters():
-        if name.endswith(("rho", "wg.weight", *BIAS_NAMES)):
+        if name.endswith(("rho", "exit_gate.weight", "exit_gate.bias", "wg.weight", *BIAS_NAMES)):
             param.normal_(std=0.3)  # initialized to zero, which would hide errors
     model.tok_embeddings.weight *= 4  # outputs then depend on the tokens
     make_choices_clear(model)

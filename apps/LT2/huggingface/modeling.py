@@ -28,6 +28,7 @@ from transformers.utils.logging import get_logger
 from apps.LT2.block import Block
 from apps.LT2.huggingface.config import args_of, derived_entries
 from apps.LT2.kernel.documents import upload, upload_cu_seqlens
+from apps.LT2.loop_loss import ExitGate
 from apps.LT2.mixers import MIXERS, Mixer, MixerCache, Prompts
 from apps.LT2.mixers.base import Extension
 from apps.LT2.mixers.parts import ShortConv
@@ -381,7 +382,7 @@ class LT2PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LT2Block"]
     _supports_sdpa = True
     # Norms, gates, decays and convolutions stay in fp32, as in training.
-    _keep_in_fp32_modules_strict = ["norm", "conv", "rho", "A_log", "bias", "mamba2.D"]
+    _keep_in_fp32_modules_strict = ["norm", "conv", "rho", "exit_gate", "A_log", "bias", "mamba2.D"]
 
     def init_own_weights(self) -> None:
         """Initialize all weights, in place, as `LoopedTransformer.init_weights` does."""
@@ -421,6 +422,8 @@ class LT2Model(LT2PreTrainedModel):
         self.rho = (
             nn.Parameter(torch.empty(config.loop_gates, args.dim)) if args.use_residual else None
         )
+        # Kept for exits; all loops run.
+        self.exit_gate = ExitGate(args.dim) if args.loop_loss == "gate" else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -435,6 +438,8 @@ class LT2Model(LT2PreTrainedModel):
         self.norm.reset_parameters()
         if self.rho is not None:
             self.rho.zero_()
+        if self.exit_gate is not None:
+            self.exit_gate.reset_parameters()
 
     @can_return_tuple
     def forward(

@@ -57,6 +57,17 @@ def test_a_folder_with_other_loops_is_the_model_it_was_there(tmp_path):
         torch.testing.assert_close(back(tokens), theirs(tokens).logits)
 
 
+def test_an_exit_gate_survives_transformers(tmp_path):
+    model = export(tmp_path / "hf", "full", loop_loss="gate")
+    theirs = load(tmp_path / "hf", dtype=torch.bfloat16)
+    assert theirs.model.exit_gate.weight.dtype == torch.float32
+    theirs.save_pretrained(tmp_path / "again")
+    back = import_(tmp_path / "again", tmp_path / "back")
+    assert model.exit_gate is not None and back.exit_gate is not None
+    for name, weight in model.exit_gate.state_dict().items():
+        assert weight.any() and torch.equal(back.exit_gate.state_dict()[name], weight)
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_the_tokenizer_comes_back(add_bos, tmp_path):
     data = {"tokenizer": {"name": "bytes"}, "add_bos": add_bos}
