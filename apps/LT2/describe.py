@@ -3,6 +3,7 @@
     python -m apps.LT2.describe config=apps/LT2/configs/600M/looped_hybrid_gdn_4to1_600M.yaml
     python -m apps.LT2.describe A.yaml B.yaml model.loop_count=2          # config= is optional
     python -m apps.LT2.describe config=A.yaml config=B.yaml match=parameters by=n_layers
+    python -m apps.LT2.describe A.yaml flops=1e19 gpus=8 out=budget.png   # what a budget buys
 
 Other options such as model.loop_count=2 apply to all configs. Nothing is allocated: models are
 built on the meta device, in seconds on any machine. Parameters count once, however often they loop;
@@ -15,10 +16,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,13 +36,18 @@ from apps.LT2.matching import BY, QUANTITIES, match_model
 from apps.LT2.memory import training_memory
 from apps.LT2.parallel import check_tensor_parallel
 from apps.LT2.pattern import format_layout
+from apps.LT2.scripts.budget import MFU, Budget, as_dict, draw, partners, print_budget
+from apps.LT2.scripts.figure import FORMATS as FIGURES
+from apps.LT2.scripts.figure import import_pyplot
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import LoopedTransformer, build_on_meta
 from lingua.args import parse_args, print_text
 from lingua.config.cli import split_paths
+from lingua.config.help import format_value
 from lingua.distributed import fit_to_world
 from lingua.errors import UserError, run_cli
+from lingua.files.lock import make_writable
 from lingua.parallel.args import ACTIVATION_CHECKPOINTING
 from lingua.tokenizer import build_tokenizer, find_tokenizer_file
 
@@ -49,17 +56,29 @@ logger = logging.getLogger(__name__)
 LLAMA3_VOCAB = 128_256  # vocabulary of the recipes' tokenizer
 DECODE_BATCHES = (1, 8)
 FORMATS = ("table", "json")
+DEFAULT_LOOPS = (1, 2, 4, 8)
+EXAMPLES = {"flops": "1e19", "tokens": "10e9", "hours": "24"}
 GIB, MIB = 2**30, 2**20
 
 
 @dataclass
 class DescribeArgs:
+    ALIASES: ClassVar = {"gpus": "ngpu"}
+
     config: list[str] = field(default_factory=list)  # recipes, side by side
     match: str | None = None  # parameters | flops: make the other configs equal to the first
     by: str = "n_layers"  # what match changes: n_layers | dim | ffn
     ngpu: int = 1  # GPUs that train, for the memory of each
     bandwidth: float = 3.35  # TB/s of the GPU's memory, for the decode roofline; H100 SXM
     format: str = "table"  # table | json
+    # a training budget: what it buys, for each config and its matched partners over loop_counts
+    flops: float | None = None  # total training FLOPs, e.g. 1e19
+    tokens: float | None = None  # training tokens
+    hours: float | None = None  # of all GPUs
+    loop_counts: list[int] | None = None  # T of the partners; null = 1, 2, 4, 8 and the config's
+    mfu: float = MFU  # share of `peak` in training; the default is measured, docs/benchmarks
+    peak: float = 989.0  # dense bf16 TFLOP/s of a GPU; H100 and H200 SXM
+    out: str | None = None  # picture of a budget: .png, .svg or .pdf
 
     def __post_init__(self) -> None:
         if not self.config:
@@ -70,12 +89,46 @@ class DescribeArgs:
                 raise UserError(f"{name}={value} must be one of {', '.join(choices)}")
         if self.match and len(self.config) < 2:
             raise UserError(f"match={self.match} compares configs; name a second config=")
-        if self.by != "n_layers" and not self.match:
-            raise UserError(f"by={self.by} needs match=parameters or match=flops")
+        if self.by != "n_layers" and not self.match and self.budget() is None:
+            raise UserError(f"by={self.by} needs match=parameters or match=flops, or a budget")
         if self.ngpu < 1:
             raise UserError(f"ngpu={self.ngpu} must be at least 1")
         if self.bandwidth <= 0:
             raise UserError(f"bandwidth={self.bandwidth} must be above 0 TB/s")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        budgets = {name: getattr(self, name) for name in ("flops", "tokens", "hours")}
+        given = [name for name, value in budgets.items() if value is not None]
+        for name in given:
+            if not 0 < budgets[name] < math.inf:
+                raise UserError(f"{name}={budgets[name]:g} must be above 0, e.g. {EXAMPLES[name]}")
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} are each a budget; set only one of them")
+        if not 0 < self.mfu <= 1:
+            raise UserError(f"mfu={self.mfu:g} must be above 0 and at most 1, e.g. 0.4")
+        if not 0 < self.peak < math.inf:
+            raise UserError(f"peak={self.peak:g} must be above 0 TFLOP/s")
+        if self.loop_counts is not None and min(self.loop_counts, default=0) < 1:
+            raise UserError(
+                f"loop_counts={format_value(self.loop_counts)} must be numbers of loops from 1 on, "
+                "e.g. [1, 2, 4], or null"
+            )
+        if self.out is not None and Path(self.out).suffix not in FIGURES:
+            raise UserError(f"out={self.out} must end in {', '.join(FIGURES)}")
+        for name in ("loop_counts", "mfu", "peak", "out"):
+            if not given and getattr(self, name) != getattr(DescribeArgs, name):
+                raise UserError(f"{name} needs a budget: flops=, tokens= or hours=")
+        if given and self.match:
+            raise UserError(f"match={self.match}: a budget compares matched models without it")
+        if self.out is not None and len(self.config) > 1:
+            raise UserError(f"out={self.out} shows one config; describe the others alone")
+
+    def budget(self) -> Budget | None:
+        for name in ("flops", "tokens", "hours"):
+            if (amount := getattr(self, name)) is not None:
+                return Budget(name, amount, self.ngpu, self.peak, self.mfu)
+        return None
 
 
 def parse(argv: Sequence[str]) -> tuple[DescribeArgs, list[str]]:
@@ -290,8 +343,42 @@ ROWS: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], str]]
 ]
 
 
+def describe_budget(given: DescribeArgs, budget: Budget, overrides: Sequence[str]) -> None:
+    """Print and draw what the budget buys for each config."""
+    result = {}
+    if given.out is not None:
+        import_pyplot(needed_by="the picture")
+        make_writable("out", Path(given.out).parent)
+    for name, path in zip(_names(given.config), given.config, strict=True):
+        args = read_config(path, overrides)
+        check_tensor_parallel(build_on_meta(args.model), args.distributed.tp_size)
+        own, counts = args.model.loop_count, given.loop_counts
+        if counts is None:
+            has_segments = "->" in str(args.model.attention_pattern)
+            counts = [own] if has_segments else sorted({*DEFAULT_LOOPS, own})
+        for loop_count in counts:
+            try:
+                replace(args.model, loop_count=loop_count).layout()
+            except UserError as error:
+                raise UserError(f"loop_counts={format_value(counts)}: {error}") from None
+        counts = sorted(set(counts))
+        found, notes = partners(budget, args, counts, given.by, given.bandwidth)
+        result[name] = as_dict(budget, found, notes)
+        if given.format == "table":
+            print_budget(name, budget, found, notes, own)
+        if given.out is not None:
+            draw(found, budget, name, Path(given.out))
+    if given.format == "json":
+        print_text(json.dumps(result, indent=2))
+    elif given.out is not None:
+        print(f"figure: {given.out}")
+
+
 def main(argv: list[str]) -> None:
     given, overrides = parse(argv)
+    if (budget := given.budget()) is not None:
+        describe_budget(given, budget, overrides)
+        return
     result = describe_all(given, overrides)
     if given.format == "json":
         print_text(json.dumps(result, indent=2))

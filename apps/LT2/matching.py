@@ -53,14 +53,19 @@ BY = {"n_layers": by_n_layers, "dim": by_dim, "ffn": by_ffn}
 
 
 def match_model(
-    args: LoopedTransformerArgs, target: int, *, quantity: str, by: str, seqlen: int
+    args: LoopedTransformerArgs,
+    target: int,
+    *,
+    quantity: str | Callable[[LoopedTransformer, int], int],
+    by: str,
+    seqlen: int,
 ) -> dict[str, Any]:
     """Return the options of `model:` that bring `quantity` closest to `target`.
 
     Return none if no value comes closer than the model as given. UserError if the closest is not
     within TOLERANCE.
     """
-    measure = QUANTITIES[quantity]
+    measure = QUANTITIES[quantity] if isinstance(quantity, str) else quantity
     given = measure(build_on_meta(args), seqlen) / target - 1
 
     @cache

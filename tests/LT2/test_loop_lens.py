@@ -112,10 +112,11 @@ def test_json_has_every_loop(runs, capsys):
         (["prompt=a", "top_k=0"], "top_k=0"),
         (["prompt=a", "loop_count=0"], "loop_count=0"),
         (["prompt=a", "out=x.txt"], "out=x.txt"),
-        (["prompt=a", "out=nowhere/x.png"], "nowhere"),
+        (["prompt=a", "out=file/x.png"], "out=file"),
     ],
 )
 def test_mistakes(runs, tmp_path, monkeypatch, options, named):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=named):
         main([str(runs / "1"), "device=cpu", *options])

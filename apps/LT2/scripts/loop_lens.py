@@ -32,7 +32,7 @@ from apps.LT2.scripts.figure import COLOURS, FORMATS, import_pyplot, save_figure
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import parse_args, print_text
 from lingua.errors import UserError, run_cli
-from lingua.files.lock import check_writable
+from lingua.files.lock import make_writable
 from lingua.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -280,7 +280,7 @@ def main(argv: list[str]) -> None:
     args = parse_args(LensArgs, argv, prog="python -m apps.LT2.scripts.loop_lens", doc=__doc__)
     if args.out is not None:
         import_pyplot(needed_by="the picture")
-        check_writable("out", Path(args.out).absolute().parent)
+        make_writable("out", Path(args.out).parent)
     model, tokenizer, config = load_model_and_tokenizer(
         args.ckpt,
         dtype=args.dtype,
