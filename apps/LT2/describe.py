@@ -32,6 +32,7 @@ from apps.LT2.flops import (
     train_flops_per_token,
 )
 from apps.LT2.inference.load import cast_for_inference
+from apps.LT2.loop_loss import check_exits
 from apps.LT2.matching import BY, QUANTITIES, match_model
 from apps.LT2.memory import training_memory
 from apps.LT2.parallel import check_tensor_parallel
@@ -167,6 +168,7 @@ def read_config(path: str, overrides: Sequence[str]) -> TrainArgs:
 
 def describe(args: TrainArgs, ngpu: int, bandwidth: float) -> dict[str, Any]:
     """Return sizes and costs of a model as plain values: counts, FLOPs, bytes, tokens/s."""
+    check_exits(args.model.loop_loss, args.model.loop_count)
     model, seqlen = build_on_meta(args.model), args.data.seq_len
     count = count_parameters(model)
     described: dict[str, Any] = {

@@ -60,7 +60,7 @@ def log_exit_distribution(logits: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def check_loop_loss(loop_loss: Any, loop_count: int) -> None:
     """Raise UserError unless `loop_loss` is a name or a weight for each loop."""
-    option = f"model.loop_loss={loop_loss}"
+    option = f"model.loop_loss={'null' if loop_loss is None else loop_loss}"
     if loop_loss in ("none", "uniform", "gate"):
         return
     if not isinstance(loop_loss, list) or not all(_is_number(w) for w in loop_loss):

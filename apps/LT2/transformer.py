@@ -273,7 +273,7 @@ class LoopedTransformer(nn.Module):
             entropy_N = -(share_TN * log_p).sum(0)
         else:
             weights = loop_weights(self.args.loop_loss, n_loops)
-            weights_T = torch.tensor(weights, device=target_N.device)
+            weights_T = upload(weights, target_N.device, torch.float32)
             share_TN = weights_T[:, None].expand(-1, len(target_N))
         loss, nats_TN = looped_linear_cross_entropy(
             normed, self.head_weight, target_N, share_TN, n_targets=n_targets, tp=tp_of(self.head)

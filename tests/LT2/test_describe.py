@@ -81,6 +81,11 @@ def test_a_match_that_no_size_meets_names_the_closest(capsys):
     assert not capsys.readouterr().out
 
 
+def test_a_gate_without_exits_is_refused():
+    with pytest.raises(UserError, match=r"^model\.loop_loss=gate with model\.loop_count=1"):
+        main([DEBUG, "model.loop_count=1", "model.loop_loss=gate"])
+
+
 @pytest.mark.parametrize(
     "argv, option",
     [

@@ -19,6 +19,7 @@ from lingua.errors import UserError
 from lingua.parallel.args import DistributedArgs
 from tests.LT2.looped_models import VOCAB, make, packed, prompt
 from tests.LT2.tiny import DSA
+from tests.waiting import no_waiting
 
 T, DIM = 3, 32
 LOSSES: list[Any] = ["uniform", [1, 0, 2.5], "gate"]
@@ -168,6 +169,14 @@ def test_memory_is_one_chunk_of_logits_and_one_gradient_of_the_head(loop_loss):
     assert list(kept.values()) == [VOCAB * DIM]
 
 
+@pytest.mark.parametrize("loop_loss", LOSSES, ids=str)
+def test_no_loss_syncs_with_the_device(loop_loss):
+    model, tokens = make(loop_count=T, loop_loss=loop_loss), prompt(2, 9)
+    n_targets = torch.tensor(14.0)
+    with no_waiting():
+        model(tokens, targets(tokens), None, n_targets).backward()
+
+
 @pytest.mark.parametrize("loop_loss", ["uniform", "gate"])
 def test_parameters_flops_and_memory(loop_loss):
     def meta(loop_loss: Any, loops: int = 4) -> LoopedTransformer:
@@ -202,7 +211,8 @@ def test_parameters_flops_and_memory(loop_loss):
 def test_mistakes_name_the_option_and_its_value(loop_loss):
     with pytest.raises(UserError, match=r"^model\.loop_loss=") as error:
         make(loop_count=4, loop_loss=loop_loss)
-    assert str(loop_loss) in str(error.value) and "\n" not in str(error.value)
+    value = "null" if loop_loss is None else str(loop_loss)
+    assert value in str(error.value) and "\n" not in str(error.value)
 
 
 def test_inference_runs_any_number_of_loops_and_keeps_the_gate():

@@ -231,6 +231,7 @@ CHANGING_LOOPS = {
     "model.attention_pattern": "full->gdn->full",
     "model.loop_schedule": "3@0, 1@0.25, 2@0.75",
     "model.loop_bptt": 2,
+    "model.loop_loss": "gate",
 }
 RANK_CASES = {
     "full_shard": FULL,

@@ -134,6 +134,8 @@ def _unused_loops(args: TrainArgs) -> Iterator[str]:
             f"model.loop_bptt={bptt}: no gradient reaches the input embedding in steps of more "
             f"than {bptt} loops; use model.weight_tying=true, or a checkpoint.init_ckpt_path"
         )
+    if model.loop_loss != "none" and largest == 1:
+        yield f"model.loop_loss={model.loop_loss} has no effect: no step runs more than 1 loop"
     if model.loop_loss != "gate" and model.loop_entropy != type(model).loop_entropy:
         yield (
             f"model.loop_entropy={model.loop_entropy} has no effect with model.loop_loss="

@@ -40,7 +40,7 @@ from tests.tolerances import FP32, differences
 
 CPU = torch.device("cpu")
 ROWS, SEQLEN = 4, 20
-KINDS = ("full", "gdn", "dsa")
+KINDS = ("full", "gdn", "dsa", "exits")
 # Lengths of the documents of each row. Of the 20 inputs 0, 3, 15 and 20 have a target.
 DOCUMENTS = [[1] * 21, [1] * 17 + [4], [4] * 5 + [1], [21]]
 
@@ -57,6 +57,8 @@ def make_rows(doc_mask: bool, documents: list[list[int]] = DOCUMENTS) -> np.ndar
 
 
 def make_model(kind: str) -> LoopedTransformer:
+    if kind == "exits":
+        return tiny_model("full", 2, n_layers=1, loop_loss="gate").requires_grad_(True)
     return tiny_model(kind, 2, n_layers=1).requires_grad_(True)
 
 
@@ -104,7 +106,8 @@ def step(trainer: Trainer) -> dict[str, float]:
     progress = Progress(trainer, flops_per_token={trainer.model.n_loops: 1})
     progress.add(trainer.step())
     record = progress.record()
-    return {key: v for key, v in record.items() if key.startswith(("loss/", "optim/grad_norm"))}
+    logged = ("loss/", "loops/", "optim/grad_norm")
+    return {key: v for key, v in record.items() if key.startswith(logged)}
 
 
 @cache
@@ -112,7 +115,8 @@ def expected(kind: str, doc_mask: bool) -> tuple[dict[str, float], dict[str, Ten
     """Compute a step's record and gradients from all rows at once."""
     model = make_model(kind)
     x, target, cu_seqlens = to_device(make_rows(doc_mask), doc_mask, CPU)
-    loss = model(x, target, cu_seqlens)
+    loss, loop_metrics = model(x, target, cu_seqlens), model.loop_metrics
+    assert bool(loop_metrics) == (kind == "exits")
     with torch.no_grad():
         logits = model(x, None, cu_seqlens).flatten(0, 1)
     nats = F.cross_entropy(logits, target.flatten(), reduction="sum")
@@ -122,6 +126,7 @@ def expected(kind: str, doc_mask: bool) -> tuple[dict[str, float], dict[str, Ten
     apart = {p for weights in own.values() for p in weights}
     rest = [p for p in model.parameters() if p not in apart]
     record = {"loss/out": loss.item(), "optim/grad_norm": norm(rest)}
+    record |= {key: mean.item() for key, mean in loop_metrics.items()}
     for name, weights in own.items():
         record[f"loss/{name}"] = model.mixer_losses[name].item()
         record[f"optim/grad_norm_{name}"] = norm(weights)

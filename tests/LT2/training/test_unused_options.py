@@ -130,6 +130,8 @@ def test_a_limit_within_the_sequence_has_none(options):
     "options, named",
     [
         ({"logging": LoggingArgs(acc_freq=1)}, "logging.acc_freq=1"),
+        ({"model": LoopedTransformerArgs(loop_loss="uniform")}, "model.loop_loss=uniform"),
+        ({"model": LoopedTransformerArgs(loop_entropy=0.2)}, "model.loop_entropy=0.2"),
         ({"async_eval_gpus": 1}, "async_eval_gpus=1"),
         ({"async_eval_gpus": 1, "eval": EvalArgs()}, "async_eval_gpus=1"),
         (
