@@ -447,7 +447,8 @@ def find_init_differences(args: TrainArgs, source: Path) -> list[str]:
         },
         {"model": dataclass_to_dict(args.model), "data.tokenizer": tokenizer},
     )
-    of_training = ("model.loop_schedule:", "model.loop_sample:", "model.loop_bptt:")
+    loops = ("schedule", "sample", "bptt", "loss", "entropy")
+    of_training = (f"model.loop_{name}:" for name in loops)
     ignored = ("model.seed:", "model.max_seqlen:", *of_training, *SHA256_WAS_UNKNOWN)
     return [c for c in changes if not c.startswith(ignored)]
 
