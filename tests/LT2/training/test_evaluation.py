@@ -24,7 +24,6 @@ from apps.LT2.training.evaluation import (
 from lingua.args import parse_args
 from lingua.errors import UserError
 from lingua.files.jsonl_log import read_jsonl_records
-from tests.lingua.dist_utils import run_ranks
 from tests.LT2 import tiny_run
 from tests.LT2.test_eval import write_documents
 from tests.LT2.tiny_run import SMALL, assert_same_run, checkpoint, clean_process, train_args
@@ -121,12 +120,12 @@ def test_an_evaluation_is_no_hang(data, tmp_path, monkeypatch):
     assert beats[:3] == [0, 1, 2] and len(beats) > 4 and set(beats[3:]) == {3}
 
 
-def train_on_rank(rank, world_size, data, dump_dir):
-    train(data, dump_dir, **harness(data, steps=3), **{"distributed.fsdp_type": "full_shard"})
-
-
-def test_a_sharded_run_evaluates_what_it_saved(data, tmp_path):
-    run_ranks(2, train_on_rank, data, tmp_path / "two")
+def test_a_sharded_run_evaluates_what_it_saved(data, tmp_path, quick_python):
+    options = {**SMALL, **harness(data, steps=3), "distributed.fsdp_type": "full_shard"}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "apps.LT2.train", *tiny_run.command_line(data, tmp_path / "two", options)]
+    done = quick_python.run(*command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     found = scores_by_step(tmp_path / "two")
     assert scores_of(tmp_path / "two", 3, data, tmp_path / "again") == found[3]
 
@@ -247,7 +246,10 @@ def test_a_job_for_each_evaluation(data, tmp_path, sbatch, monkeypatch):
         assert "-m apps.LT2.eval config=" in (folder / "submit.slurm").read_text()
 
 
-def test_a_job_on_this_machine_gives_the_same_scores(data, run, tmp_path):
+def test_a_job_on_this_machine_gives_the_same_scores(
+    data, run, tmp_path, monkeypatch, quick_python
+):
+    monkeypatch.setattr(sys, "executable", quick_python.executable)  # the job's python
     dump_dir = tmp_path / "r"
     train(data, dump_dir, **harness(data), async_eval_gpus=1, **{"checkpoint.eval.every": 6})
     folder = dump_dir / "evals" / "0000000006"
