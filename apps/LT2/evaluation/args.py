@@ -124,8 +124,8 @@ class EvalArgs:
         given = f"loop_counts={format_value(self.loop_counts)}"
         if self.loop_count is not None:
             raise UserError(f"loop_count={self.loop_count} and {given}: set only one of them")
-        if not self.loop_counts or min(self.loop_counts) < 1:
-            raise UserError(f"{given} must be numbers of loops from 1 on, e.g. [1, 2, 4], or null")
+        if not self.loop_counts:
+            raise UserError(f"{given} must be numbers of loops, e.g. [1, 2, 4], or null")
 
     def for_each_loop_count(self) -> list[EvalArgs]:
         """Return one evaluation for each of `loop_counts`, or this one if they are null."""

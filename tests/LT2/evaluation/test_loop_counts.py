@@ -82,6 +82,25 @@ def test_a_folder_of_the_user_keeps_each_number_apart(here):
     assert files == ["mine/a", "mine/a-loop_count=1"]
 
 
+def test_wandb_gets_one_run(here, monkeypatch):
+    logged: list[Any] = []
+
+    class Stub:
+        def log(self, values, step):
+            logged.append((values, step))
+
+        def finish(self):
+            logged.append("end")
+
+    monkeypatch.setattr(evaluation, "start_wandb", lambda wandb, config, folder: Stub())
+    with clean_process():
+        launch_parts(args("ckpt_dir=r", "loop_counts=[1, 2]", "wandb={}"))
+    (values, step), end = logged
+    assert (step, end) == (7, "end")
+    losses = {"validation/loop_count=1/loss/val", "validation/loss/val"}
+    assert {name for name in values if name.endswith("loss/val")} == losses
+
+
 @pytest.mark.parametrize(
     "options, named",
     [

@@ -195,8 +195,10 @@ def test_missing_folders_are_user_errors(options, named):
         ValidationArgs(max_steps=0)
 
 
-def test_the_training_mode_is_restored(root):
+def test_the_training_mode_and_the_loops_are_restored(root):
     model = tiny_model("hybrid", 2)
+    validator(root)(model, device=CPU, rank=0, world_size=1, loop_count=3)
+    assert len(model.inference_layout) == 2
     for mode in (True, False):
         model.train(mode)
         validator(root)(model, device=CPU, rank=0, world_size=1)
