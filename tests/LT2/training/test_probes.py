@@ -119,7 +119,9 @@ def by_definition(model: LoopedTransformer, batch: Batch) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"attention_pattern": None, "use_residual": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention_pattern": None, "use_residual": False}, {"loop_loss": [0, 1]}]
+)
 def test_statistics_match_their_definition(documents, changes):
     model = make_model(**changes)
     batch = make_batch(1, DOCUMENTS) if documents else make_batch(2)
@@ -127,7 +129,7 @@ def test_statistics_match_their_definition(documents, changes):
     got, _ = measure(model, batch)
     assert got == pytest.approx(want, rel=FP32_MODEL)
     has_mass = "loops/first_token_mass/1" in got
-    assert has_mass == (not changes) and ("loops/rho/1" in got) == (not changes)
+    assert has_mass == ("loops/rho/1" in got) == ("use_residual" not in changes)
 
 
 def test_the_probe_records_the_mass_of_each_loop_and_layer():
