@@ -77,10 +77,11 @@ class LT2Config(PreTrainedConfig):
 
     def args(self, loop_count: int | None = None) -> LoopedTransformerArgs:
         """Return the model's options, with another number of loops if it is given."""
-        args = args_of(vars(self))
-        if self._attn_implementation == "eager":
-            args = replace(args, attn_impl="naive")
-        return args if loop_count is None else replace(args, loop_count=loop_count)
+        loop_count = self.loop_count if loop_count is None else loop_count
+        if not isinstance(loop_count, int) or loop_count < 1:
+            raise ValueError(f"loop_count={loop_count!r} must be an integer of at least 1")
+        args = args_of({**vars(self), "loop_count": loop_count})
+        return replace(args, attn_impl="naive") if self._attn_implementation == "eager" else args
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), **derived_entries(self.args())}
@@ -470,6 +471,8 @@ class LT2Model(LT2PreTrainedModel):
         layout = self._layout(loop_count)
         cache = self._cache(past_key_values, use_cache, with_loss)
         B, T = h.shape[:2]
+        if T == 0:
+            raise ValueError("the input has no tokens; give each text one, such as BOS")
         n_past = 0
         if cache is not None:
             cache.begin(len(layout), len(self.layers), B)
@@ -688,5 +691,13 @@ class LT2ForCausalLM(LT2PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"cache_implementation={implementation!r} is not supported; leave it out"
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        past, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        # Newer transformers drop a mask without padding.
+        n_input = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        if isinstance(past, LT2Cache) and 0 <= n_input <= past.n_seen > 0:
+            raise ValueError(
+                f"past_key_values holds {past.n_seen} tokens and the input {n_input}; give "
+                "generate the whole text: these tokens and at least one new one"
+            )
+        if past is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = LT2Cache(max_length=args[-1])

@@ -101,11 +101,17 @@ def test_calls_that_cannot_be(models):
         ({"position_ids": 2 * torch.arange(5)[None]}, "position_ids"),
         ({"output_attentions": True}, "output_attentions"),
         ({"past_key_values": model(x[:1]).past_key_values}, "past_key_values"),
+        ({"input_ids": x[:, :0]}, "no tokens"),
+        *(({"loop_count": count}, f"loop_count={count!r}") for count in (0, "2", 2.5)),
     ]:
         with pytest.raises(ValueError, match=problem):
-            model(x, **options)
+            model(**{"input_ids": x, **options})
     with pytest.raises(ValueError, match="cache_implementation"):
         generate(model, x, 2, cache_implementation="static")
+    for n in (3, 5):  # transformers would continue another text
+        past = model(x).past_key_values
+        with pytest.raises(ValueError, match="past_key_values holds 5 tokens"):
+            generate(model, x[:, :n], 2, past_key_values=past)
 
 
 # ---- generate
