@@ -122,6 +122,8 @@ def write_weights(file: Path, weights: Mapping[str, Tensor], metadata: dict[str,
         package = _import_safetensors(file.name)
         with open_atomic(file) as stream:
             package.torch.save_file(contiguous, stream.name, metadata=metadata)
+            # safetensors replaces the file by one that only its owner may read
+            os.chmod(stream.name, os.fstat(stream.fileno()).st_mode & 0o777)
         return
     with open_atomic(file) as stream:
         torch.save({MODEL_KEY: dict(weights)}, stream)

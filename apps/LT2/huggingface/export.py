@@ -14,6 +14,7 @@ from apps.LT2.huggingface.config import derived_entries, options_of
 from apps.LT2.scripts.weight_folder import write_json
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.checkpointing.weights import write_weights
+from lingua.files.atomic import write_atomic
 
 MODELING = "modeling_lt2"
 MAX_SHARD = 5 * 10**9  # bytes of a weight file
@@ -48,7 +49,7 @@ def write_model(
         **tokens,
     }
     write_json(folder / "config.json", config)
-    (folder / f"{MODELING}.py").write_text(bundle(), encoding="utf-8")
+    write_atomic(folder / f"{MODELING}.py", bundle())
     write_shards(folder, {to_hf_name(name): weight for name, weight in weights.items()})
 
 

@@ -10,9 +10,11 @@ import torch
 
 from apps.LT2.huggingface import export as export_module
 from apps.LT2.huggingface.bundle import bundle
+from apps.LT2.huggingface.export import MODELING
 from apps.LT2.mixers import MIXERS
 from apps.LT2.scripts import export_weights
 from lingua.optim import is_matrix
+from tests.lingua.stool_utils import limited_files
 from tests.LT2.tiny import save_run, tiny_model
 from tests.tolerances import FP32_MODEL, assert_same
 
@@ -54,6 +56,12 @@ def test_transformers_runs_the_model_as_we_do(case, tmp_path):
     # a prompt in two parts
     past = theirs(x[:, :9]).past_key_values
     assert_same(theirs(x[:, 9:], past_key_values=past).logits, logits[:, 9:], FP32_MODEL)
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with limited_files(100_000), pytest.raises(OSError, match=MODELING):
+        export(tmp_path, "full")
+    assert not (tmp_path / f"{MODELING}.py").exists()
 
 
 @torch.no_grad()

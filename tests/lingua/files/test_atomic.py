@@ -33,6 +33,8 @@ def test_a_file_beyond_the_limit_is_named_and_keeps_its_old_content(tmp_path, na
     assert [path.name for path in tmp_path.iterdir()] == [name] and file.read_text() == "old"
     write()
     assert file.stat().st_size >= 10_000 and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "other").touch()
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_lock_that_cannot_be_written_names_the_option(tmp_path):
