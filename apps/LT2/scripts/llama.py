@@ -202,7 +202,7 @@ def check_names(stored: Collection[str], wanted: Iterable[str], where: str, *, t
     missing = sorted(wanted.difference(stored))
     if missing:
         raise UserError(
-            f"{where}: {len(missing)} tensors are missing, such as {missing[0]}; the folder is "
+            f"{where}: tensors are missing ({len(missing)}), such as {missing[0]}; the folder is "
             "incomplete, or its config.json is another model's: download it again"
         )
     # Old versions saved the rotary frequencies. A tied head repeats the embedding.
@@ -211,7 +211,7 @@ def check_names(stored: Collection[str], wanted: Iterable[str], where: str, *, t
         extra.discard("lm_head.weight")
     if extra:
         raise UserError(
-            f"{where}: {len(extra)} tensors are unknown, such as {min(extra)}; a changed "
+            f"{where}: tensors are unknown ({len(extra)}), such as {min(extra)}; a changed "
             "architecture can't be imported, and adapters must be merged into the weights first"
         )
 

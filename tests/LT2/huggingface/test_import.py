@@ -128,9 +128,9 @@ def weights(change):
         (config(model={"dim": "wide"}), [], "config.json: dim=wide: expected int"),
         (config(vocab_size=100), [], "258 tokens, more than the vocabulary"),
         (without_model, [], "config.json has no 'model'"),
-        (config(model={"n_layers": 4}), [], "tensors are missing, such as model.layers.3"),
-        (weights(lambda t: t.pop("model.norm.weight")), [], "1 tensors are missing.*model.norm"),
-        (weights(lambda t: t.update(extra=torch.ones(2))), [], "1 tensors are unknown.* extra"),
+        (config(model={"n_layers": 4}), [], "tensors are missing.* model.layers.3"),
+        (weights(lambda t: t.pop("model.norm.weight")), [], "tensors are missing.* model.norm"),
+        (weights(lambda t: t.update(extra=torch.ones(2))), [], "tensors are unknown.* extra"),
         (
             weights(lambda t: t.update({"model.norm.weight": torch.ones(3)})),
             [],
