@@ -139,7 +139,8 @@ def test_validation_in_training(tmp_path):
         "checkpoint.dump.every": 1,
         "checkpoint.eval.every": 1,
     }
-    run = train(data, tmp_path / "r", **options | {"eval.loop_counts": "[1, 4]"})
+    counts: dict[str, Any] = {"eval.loop_counts": "[1, 4]"}
+    run = train(data, tmp_path / "r", **options, **counts)
     plain = train(data, tmp_path / "plain", **options)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (first, last) = [r for r in records if "loss/val" in r]
