@@ -153,7 +153,10 @@ LEAVES = {
         "runs/first_study/report.html",
     ],
     "docs/huggingface.md: Export": ["runs/hf_model/modeling_lt2.py"],
-    "docs/huggingface.md: Import": ["runs/continued/metrics.jsonl", "runs/looped/params.json"],
+    "docs/huggingface.md: Import": [
+        "runs/continued/metrics.jsonl",
+        "runs/looped_llama/params.json",
+    ],
     "docs/slurm.md: Sweeps": ["runs/tune/lr=0.001,loop_count=1/submit.slurm"],
     "docs/training.md: start": ["runs/compared.png"],
     "setup/quickstart.sh": ["runs/loops/plot.png"],

@@ -216,6 +216,7 @@ def test_two_processes_give_the_results_of_one_process(here, scores, quick_pytho
     validation = json.loads(Path("two/validation.json").read_text())
     made_with = validation.pop("made_with")
     assert made_with["loop_count"] == 2 and validation.pop("differs_from_run") == {}
+    assert validation.pop("loops") == 2 and validation.pop("flops_per_token") > 0
     assert validation == pytest.approx(scores["validation"], rel=1e-6)
     assert len(Path("two/metrics.eval.jsonl").read_text().splitlines()) == 1
 

@@ -43,6 +43,11 @@ NOT_IN_THE_MODEL = {
     "init_std_factor",
     "max_seqlen",
     "default_sliding_window",
+    "loop_schedule",
+    "loop_sample",
+    "loop_bptt",
+    "loop_loss",
+    "loop_entropy",
 }
 
 

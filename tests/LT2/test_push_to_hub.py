@@ -27,6 +27,7 @@ def hub(monkeypatch):
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # lm_eval's tests leave it on
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
     with run_stand_in_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)

@@ -15,6 +15,8 @@ from apps.LT2.mixers.gdn import GatedDeltaNet, GatedDeltaNetArgs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from tests.tolerances import BF16_KERNEL, assert_same
 
+pytestmark = pytest.mark.gpu
+
 
 def as_fp32(value):
     """Return the tensors of a named tuple in fp32."""

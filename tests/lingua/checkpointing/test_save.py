@@ -294,10 +294,13 @@ def test_a_save_does_not_overwrite_files_of_others(run):
 def test_an_error_in_any_writer_thread_fails_the_save(run, monkeypatch, capfd, in_main_writer):
     write_in_threads(monkeypatch)
     real = lingua.checkpointing.save._StagingPlanner.resolve_data
+    failed = threading.Event()
 
     def resolve_data(self, item):
         if (threading.current_thread().name == "checkpoint") == in_main_writer:
+            failed.set()
             raise OSError(errno.EIO, "Input/output error")
+        failed.wait(10)  # leave a tensor for the writer that fails
         return real(self, item)
 
     monkeypatch.setattr(lingua.checkpointing.save._StagingPlanner, "resolve_data", resolve_data)
