@@ -301,7 +301,7 @@ class RowAdamW(AdamW):
 
     `used_rows` returns how many of the first rows of a parameter the step uses. The other rows keep
     their value and state: they neither decay nor move by momentum, as parameters without a gradient
-    do. Each row counts its own steps, so its first update is that of a new parameter. The state
+    do. Each row counts its own steps, so its first update is like a new parameter's. The state
     "step" then has shape (rows,), and () for all other parameters.
     """
 

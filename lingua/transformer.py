@@ -507,7 +507,7 @@ def fuse_weights(linears: Sequence[nn.Linear]) -> None:
 def fused_weight(linears: Sequence[nn.Linear]) -> Tensor | None:
     """Return the matrix (all outputs, inputs) that `fuse_weights` made, or None.
 
-    `linears` may be the first of those that are fused.
+    `linears` may be the first ones of a longer fused list.
     """
     fused, n = getattr(linears[0], "fused_weight", None), sum(_out_features(linears))
     assert fused is None or fused.shape[0] >= n, "other linears are fused"

@@ -99,7 +99,7 @@ class QuickPython:
         return self
 
     def stop(self) -> None:
-        """Kill the server, if there is one, and its forks, among them those of clones."""
+        """Kill the server, if it runs, and its forks, also in clones."""
         if (pid := self.folder / "pid").exists():
             with suppress(ProcessLookupError):
                 os.killpg(int(pid.read_text()), signal.SIGKILL)
@@ -130,7 +130,7 @@ def serve(address: str, clone: str | None = None) -> None:
     gc.enable()
     gc.freeze()  # forks then don't look through the libraries, which would copy their memory
     os.rename(address + ".new", address)  # who sees it may connect
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for forks that answer
     while True:
         connection, _ = listener.accept()
         if os.fork() == 0:

@@ -133,7 +133,7 @@ def all_runs(model: LoopedTransformer, layout: Layout) -> Iterator[tuple[Block, 
 
 
 def _nbytes(module: nn.Module) -> int:
-    """Count the bytes of the parameters; of 8-bit weights in place of those that they replace."""
+    """Count the bytes of the parameters, or of the 8-bit weights that steps read instead."""
     n_bytes = sum(p.nbytes for p in module.parameters())
     for buffers in (dict(m.named_buffers(recurse=False)) for m in module.modules()):
         if "int8_weight" in buffers:

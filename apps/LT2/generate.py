@@ -59,7 +59,7 @@ class GenerateArgs(PackedCausalTransformerGeneratorArgs):
     skip_bad_prompts: bool = False  # report prompts that can't run, and run the others
     num_samples: int = 1  # answers per prompt; more than one needs a temperature
     loop_count: int | None = None  # number of loops; null = as in training
-    weights: str = "auto"  # auto = those of dtype | int8 = 8-bit weights for decode steps, on a GPU
+    weights: str = "auto"  # auto | int8: 8-bit weights for decode steps, on a GPU
     tokenizer_path: str | None = None  # path of the tokenizer file; null = as in training
 
     def __post_init__(self) -> None:

@@ -410,7 +410,7 @@ class LoopedTransformer(nn.Module):
         """Set what depends on the step: `step` of `n_steps` are done, None is inference.
 
         Draws T and random layouts, from the model's seed and `step` alone. Loop t always runs
-        segment t of the pattern. Inference runs `loop_count` loops, or those of `set_loops`.
+        segment t of the pattern. Inference runs `loop_count` loops, or as many as `set_loops` says.
         """
         self.layout = self.inference_layout
         if step is not None:

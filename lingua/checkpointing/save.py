@@ -187,7 +187,7 @@ def count_files(n_bytes: int) -> int:
 def warn_of_small_disk(folder: Path, optimizer: Optimizer, n_ranks: int) -> None:
     """Log a warning if a checkpoint does not fit on the disk, or into the limit of file sizes.
 
-    The size is that of the weights and of the optimizer's tensors.
+    The size counts the weights and the optimizer's tensors.
     """
     n_bytes = sum(
         param.numel() * param.element_size() * (1 + len(fields - {"step"}))

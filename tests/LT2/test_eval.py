@@ -167,7 +167,7 @@ def test_scores_are_shown_beside_their_chance_level(place, scores):
 
 
 def test_several_numbers_of_loops_share_the_tasks(here, scores):
-    """The scores of the second number equal those of an evaluation alone."""
+    """The scores of the second number equal an evaluation with this number alone."""
     before = Path("runs/demo/metrics.eval.jsonl").read_text()
     with clean_process():
         tasks = ["harness.tasks=[lt2_local_cloze]", "validation=null", "loop_counts=[1, 2]"]

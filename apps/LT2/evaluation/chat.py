@@ -62,7 +62,7 @@ def find_chat_template(tokenizer: TokenizerArgs) -> ChatTemplate:
 
 
 def read_chat_template(tokenizer: TokenizerArgs) -> tuple[str, Path] | None:
-    """Return the text of the template and its file, or None if there is no template."""
+    """Return the text of the template and its file, or None without a template."""
     file = find_tokenizer_file(tokenizer.name, tokenizer.path)
     if file is None:
         return None

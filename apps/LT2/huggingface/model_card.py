@@ -50,7 +50,7 @@ def write_model_card(folder: Path, loaded: LoadedModel, source: Path) -> None:
         source: the checkpoint, as `find_checkpoint` returns it. Losses and scores are what its run
             has recorded at this step. A file of weights has no run, so its card has none.
 
-    Paths of this machine are left out.
+    The card has no paths of this machine.
     """
     args, run = loaded.model.args, _find_run(source)
     step = int(source.name) if run else 0

@@ -70,7 +70,7 @@ def read_lists(gpu: str, folder: Path = FOLDER) -> dict[str, list[Entry]]:
 
 
 def describe_config(config: Any) -> Entry:
-    """Return the keyword arguments of a triton.Config. A num_ctas of 1 is left out."""
+    """Return the keyword arguments of a triton.Config. It omits a num_ctas of 1."""
     return {k: v for k, v in config.all_kwargs().items() if (k, v) != ("num_ctas", 1)}
 
 

@@ -3,7 +3,7 @@
     o_t = sum_s softmax(q_t . k_s K^-0.5) v_s        over the visible tokens s
 
 The output gate (`gated_attn`) is the sigmoid gate of Qiu et al., "Gated Attention for Large
-Language Models" (https://arxiv.org/abs/2505.06708). `attn_bias` and `qk_norm` are those of Qwen2
+Language Models" (https://arxiv.org/abs/2505.06708). `attn_bias` and `qk_norm` are as in Qwen2
 and Qwen3; q and k are normalized before the rotation.
 
 Shapes: B sequences, T tokens, D model dim, H query heads, G key/value heads, K head dim, S slots

@@ -160,7 +160,7 @@ class SparseAttention(Attention):
         o = dsa_step(qkv[0][:, 0], k, v, index, n_valid, top_k=self.top_k)
         return self._output(o[:, None], x_B1D)
 
-    # The indexer, too, reads the normed input.
+    # The indexer also reads the normed input.
     add_step, decode_linears = Mixer.add_step, Mixer.decode_linears
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:

@@ -3,7 +3,7 @@
     python -m apps.LT2.scripts.benchmark_checkpoint --folder DISK \\
         config=apps/LT2/configs/1B/looped_hybrid_gdn_4to1_1B.yaml
 
-Model and optimizer are those of the recipe; tokens are random, so no data is needed. All rows run
+Model and optimizer come from the recipe; tokens are random, so no data is needed. All rows run
 in each repeat. The plain write uses as many threads as a save, each with its own file and a final
 fsync. Reads and loads come from the disk, because the cache of the files is dropped before. With
 checkpoint.async_save, training waits for the copy and slows down during the write: `added` is the

@@ -21,7 +21,7 @@ from tests.LT2.tiny import tiny_model
 
 @functools.cache
 def modeling() -> ModuleType:
-    """Import the bundled file as a module of its own, as transformers does."""
+    """Import the bundled file as a separate module, as transformers does."""
     file = Path(tempfile.mkdtemp()) / "exported_modeling_lt2.py"
     file.write_text(bundle(), encoding="utf-8")
     spec = importlib.util.spec_from_file_location(file.stem, file)

@@ -86,7 +86,7 @@ def test_a_kernel_that_fits_nowhere_is_an_error():
 
 
 def test_configurations_that_fla_excludes_are_not_tried():
-    """fla excludes those that compute wrong results, from the list of all."""
+    """fla excludes configurations that compute wrong results, from the list of all."""
     kernel = Kernel(dict.fromkeys(SIZES, 1.0))
     exclude = {"early_config_prune": lambda configs, nargs, **_: configs[1:]}
     tuner = kernel.tuner(prune_configs_by=exclude)

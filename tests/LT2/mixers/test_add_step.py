@@ -36,7 +36,7 @@ def test_steps_with_fused_weights_equal_those_without(variant):
     model.init_weights()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and "norm" in name or name.endswith((".wg.weight", ".bias")):
-            torch.nn.init.normal_(parameter, 1.0)  # those of a new model change nothing
+            torch.nn.init.normal_(parameter, 1.0)  # a new model's change nothing
     fused = copy.deepcopy(model)
     fuse_projections(fused)
     tokens = torch.randint(40, (3, 8))

@@ -102,7 +102,7 @@ def decode_linear_triton(
         return launch(*options, early=launches_early(x.device))
 
 
-# An operator of its own: Inductor of torch 2.11 fails on a mutated argument that may be None.
+# A second operator: Inductor of torch 2.11 to 2.13 fails on a mutated argument that may be None.
 @torch.library.custom_op("lt2::decode_linear_conv", mutates_args={"conv_state"})
 def decode_linear_conv_triton(
     x: Tensor,

@@ -3,7 +3,7 @@
 A decode step reads every weight once per loop for a handful of rows, so the time of a product is
 the time to read its weight. The warps of a program split K: with so few rows, a single warp's chain
 of tensor core products takes longer than the reads. With a norm, a program normalizes x once, keeps
-it, and takes tiles of outputs in turn. A kernel may start before the previous one ends
+it, and computes several tiles of outputs. A kernel may start before the previous one ends
 (programmatic dependent launch), which hides its launch; it waits before it reads or writes.
 
 Shapes as in `decode_linear`.

@@ -68,7 +68,7 @@ def looped_linear_cross_entropy(
     nats[l] = -log softmax(hidden[l] weight^T)[target], 0 for an ignored target, has no gradient.
 
     hidden  L tensors (N, D), such as the states of L loops     share (L, N) in fp32
-    Other arguments are those of `linear_cross_entropy`. hidden, weight and share get gradients.
+    Other arguments are as in `linear_cross_entropy`. hidden, weight and share get gradients.
     """
     if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
         hidden_LND, weight_VD = [h.detach() for h in hidden_LND], weight_VD.detach()
