@@ -276,7 +276,7 @@ def main(argv: list[str]) -> None:
     given, overrides = parse_options(argv)
     device = resolve_device(given.device)
     dtype = resolve_dtype(given.dtype, device.type)
-    check_weights(given.weights, device)
+    check_weights(given.weights, device, dtype)
     if given.plot is not None:
         check_can_draw(given.plot)
     subjects = read_subjects(given.compare or given.config, overrides)

@@ -22,8 +22,10 @@ from apps.LT2.inference.quantize import check_weights, quantize_int8
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.kernel.decode_linear import KERNEL_DTYPES, MAX_NORM_K
+from apps.LT2.kernel.gated_delta_rule.decode import fits
 from apps.LT2.kernel.tuning import tuning_mode
 from apps.LT2.mixers import MIXERS, Mixer
+from apps.LT2.mixers.gdn import GatedDeltaNet
 from apps.LT2.transformer import (
     ZERO_IF_MISSING,
     LoopedTransformer,
@@ -67,8 +69,8 @@ def load_model_and_tokenizer(
     """
     check_dtype(dtype)
     on = resolve_device(device)
-    check_weights(weights, on)
     matrix_dtype = resolve_dtype(dtype, on.type)
+    check_weights(weights, on, matrix_dtype)
     source = find_checkpoint(ckpt)
     config = read_config(source)
     tokenizer = _build_tokenizer(source, config, tokenizer_path)
@@ -100,8 +102,6 @@ def load_model_and_tokenizer(
         )
     if on.type == "cuda":  # fusing copies the weights, which may be memory-mapped on a CPU
         fuse_projections(model)
-        if (why := plain_steps(model, matrix_dtype)) is not None:
-            logger.warning(f"decode steps run without their fused kernels: {why}")
     if weights == "int8":
         quantize_int8(model)
     return LoadedModel(model, tokenizer, config)
@@ -219,17 +219,11 @@ def cast_for_inference(model: nn.Module, matrix_dtype: torch.dtype) -> None:
         param.data = param.data.to(weight_dtype(name, param.data, matrix_dtype))
 
 
-def plain_steps(model: LoopedTransformer, matrix_dtype: torch.dtype) -> str | None:
-    """Return why decode steps on a GPU can't use the kernels of `decode_linear`, or None."""
-    if matrix_dtype not in KERNEL_DTYPES:
-        return f"dtype={matrix_dtype} is not bf16 or fp16"
-    if model.args.dim > MAX_NORM_K:
-        return f"model.dim={model.args.dim} is above {MAX_NORM_K}"
-    return None
-
-
 def fuse_projections(model: LoopedTransformer) -> None:
-    """Fuse the weights of linears that read the same input, in place, for decoding."""
+    """Fuse the weights of linears that read the same input, in place, for decoding.
+
+    Warns once if decode steps on a GPU can't use all of their kernels.
+    """
     for module in model.modules():
         if isinstance(module, Mixer):
             fuse_weights(module.decode_linears() or module.fused_linears())
@@ -237,3 +231,19 @@ def fuse_projections(model: LoopedTransformer) -> None:
         elif isinstance(module, FeedForward):
             fuse_weights(module.fused_linears())
             fuse_weights((module.w2,))
+    weight = model.tok_embeddings.weight
+    if weight.is_cuda and (why := plain_steps(model, weight.dtype)) is not None:
+        logger.warning(f"decode steps run slower kernels: {why}")
+
+
+def plain_steps(model: LoopedTransformer, dtype: torch.dtype) -> str | None:
+    """Return why decode steps on a GPU can't use all of their kernels, or None."""
+    if dtype not in KERNEL_DTYPES:
+        return "the fast ones need dtype=bf16 or fp16"
+    if model.args.dim > MAX_NORM_K:
+        return f"the fast ones need model.dim={model.args.dim} of at most {MAX_NORM_K}"
+    for module in model.modules():
+        if isinstance(module, GatedDeltaNet) and not fits(module.key_dim, module.value_dim):
+            size = f"{module.key_dim} x {module.value_dim}"
+            return f"the state of a gdn head, {size}, is too large for the fast one"
+    return None

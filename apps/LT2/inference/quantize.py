@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from apps.LT2.kernel.decode_linear import KERNEL_DTYPES
 from apps.LT2.mixers import Mixer
 from apps.LT2.transformer import LoopedTransformer
 from lingua.errors import UserError
@@ -23,8 +24,8 @@ WEIGHTS = ("auto", "int8")
 MAX_INT8 = 127
 
 
-def check_weights(weights: str, device: torch.device) -> None:
-    """Raise UserError for an unknown kind of weights, or 8-bit ones on a CPU."""
+def check_weights(weights: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError for an unknown kind of weights, or 8-bit ones that no kernel would read."""
     if weights not in WEIGHTS:
         raise UserError(f"weights={weights} must be one of {', '.join(WEIGHTS)}")
     if weights == "int8" and device.type != "cuda":
@@ -32,6 +33,8 @@ def check_weights(weights: str, device: torch.device) -> None:
             f"weights=int8 needs a GPU: its kernels are faster than dtype=bf16 only there; on "
             f"{device.type} use weights=auto"
         )
+    if weights == "int8" and dtype not in KERNEL_DTYPES:
+        raise UserError("weights=int8 has no kernels for dtype=fp32; use dtype=bf16 or fp16")
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from apps.LT2.flops import step_traffic
-from apps.LT2.inference.load import fuse_projections
+from apps.LT2.inference.load import fuse_projections, plain_steps
 from apps.LT2.inference.quantize import check_weights, quantize_int8
+from apps.LT2.mixers.gdn import GatedDeltaNet
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.errors import UserError
 
@@ -50,7 +51,23 @@ def test_a_step_moves_a_byte_for_each_quantized_weight():
     assert before.weights - after.weights == 2 * saved  # in each of two loops
 
 
-@pytest.mark.parametrize("weights, named", [("int4", "auto, int8"), ("int8", "GPU")])
-def test_refused_weights(weights, named):
+@pytest.mark.parametrize(
+    "weights, device, named",
+    [("int4", "cuda", "auto, int8"), ("int8", "cpu", "GPU"), ("int8", "cuda", "dtype=bf16")],
+)
+def test_refused_weights(weights, device, named):
     with pytest.raises(UserError, match=f"weights={weights} .*{named}"):
-        check_weights(weights, torch.device("cpu"))
+        check_weights(weights, torch.device(device), torch.float32)
+
+
+def test_why_decode_steps_run_slower_kernels():
+    model = tiny_model()
+    assert plain_steps(model, torch.bfloat16) is None
+    assert "dtype=bf16" in str(plain_steps(model, torch.float32))
+    for name, value in (("model.dim", 8192), ("gdn head", 4096)):
+        wide = tiny_model()
+        if name == "model.dim":
+            wide.args.dim = value
+        else:
+            next(m for m in wide.modules() if isinstance(m, GatedDeltaNet)).key_dim = value
+        assert name in str(plain_steps(wide, torch.bfloat16))

@@ -8,7 +8,7 @@ rows for SwiGLU), C convolved outputs, S past inputs of the convolution.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Weight(NamedTuple):
-    """A matrix, and 8-bit values whose rows times `scale_N` (fp32) give it; kernels read these."""
+    """A matrix. If 8-bit values are given, kernels read them, times `scale_N` (fp32), instead."""
 
     matrix_NK: Tensor
     int8_NK: Tensor | None = None
@@ -122,16 +122,12 @@ def decode_linear_conv_triton(
         return launch(*options, *conv, early=launches_early(x.device))
 
 
-@decode_linear_triton.register_fake
-def _(
-    x: Tensor, weight: Tensor, scale: Any, norm: Any, eps: float, residual: Any, swiglu: bool
-) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0] // 2 if swiglu else weight.shape[0])
-
-
+decode_linear_triton.register_fake(
+    lambda x, weight, *options: x.new_empty(len(x), len(weight) // (2 if options[-1] else 1))
+)
 decode_linear_conv_triton.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
 
 def launches_early(device: torch.device) -> bool:
-    """Whether a kernel may start before the one before it ends: Hopper and later."""
+    """Whether a kernel may start before the previous one ends: Hopper and later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -8,17 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.decode_linear import launches_early
+from apps.LT2.kernel.decode_linear import KERNEL_DTYPES, launches_early
 from apps.LT2.kernel.gated_delta_rule.decode_triton import launch
 
 MAX_STATE = 128 * 256  # of a head, dims rounded up to powers of two: more does not fit in registers
 
 
 def layer_step_supports(streams_BC: Tensor, state_BHKV: Tensor) -> bool:
-    K, V = state_BHKV.shape[-2:]
-    size = (1 << (K - 1).bit_length()) * (1 << (V - 1).bit_length())
-    half = streams_BC.dtype in (torch.bfloat16, torch.float16)
-    return streams_BC.is_cuda and half and size <= MAX_STATE and state_BHKV.is_contiguous()
+    half = streams_BC.is_cuda and streams_BC.dtype in KERNEL_DTYPES
+    return half and fits(*state_BHKV.shape[-2:]) and state_BHKV.is_contiguous()
+
+
+def fits(K: int, V: int) -> bool:
+    """Whether the kernel can hold the state of a head."""
+    return (1 << (K - 1).bit_length()) * (1 << (V - 1).bit_length()) <= MAX_STATE
 
 
 @torch.library.custom_op("lt2::gated_delta_layer_step", mutates_args={"state"})
