@@ -131,7 +131,7 @@ def diff_configs(
 ) -> list[str]:
     """List what changed between two configs, sorted: ["optim.lr: 0.0003 -> 0.0001"].
 
-    An option that `old` lacks is no change if `new` has its value in `defaults`: it is newer.
+    An option that `old` lacks is newer, and not a change if `new` has its value in `defaults`.
     """
     before, after = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
     before = {k: v for k, v in flatten_dict(defaults or {}, sep=".").items() if k in after} | before

@@ -8,7 +8,7 @@
 Other options such as model.loop_count=2 apply to all configs. Nothing is allocated: models are
 built on the meta device, in seconds on any machine. Parameters count once, however often they loop;
 FLOPs, caches and activations count in every loop. If T varies in training, FLOPs are the mean over
-all steps, and memory is that of the largest T. Activations (`kept` in JSON) and peak memory are
+all steps, and memory is the largest T's. Activations (`kept` in JSON) and peak memory are
 estimates for compiled blocks on a GPU; everything else is exact.
 """
 

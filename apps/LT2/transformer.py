@@ -226,7 +226,7 @@ class LoopedTransformer(nn.Module):
     ) -> Tensor:
         """Return logits (B, T, V) in fp32, or with `target` (B, T) the mean cross-entropy.
 
-        The cross-entropy is that of the last loop. Its gradients are those of model.loop_loss and
+        The cross-entropy is the last loop's. Its gradients come from model.loop_loss and
         the mixers' own losses. Targets of -100 are ignored. With `cu_seqlens` the batch is 1, and
         documents don't see each other. The sum is divided by `n_targets`, () in fp32; by default
         by the batch's own number.

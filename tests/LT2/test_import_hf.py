@@ -33,7 +33,7 @@ LLAMA3 = {
     **{"low_freq_factor": 1.0, "high_freq_factor": 4.0, **THETA},
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **THETA}
-# (class of transformers, options of its config, expected options of ours)
+# (class of transformers, options of its config, our expected options)
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "TinyLlama": ("Llama", {"num_key_value_heads": 1}, {"attn_bias": "none", "qk_norm": False}),
     "Llama 3.1": ("Llama", {"rope_parameters": LLAMA3}, {}),

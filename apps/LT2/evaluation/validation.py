@@ -178,7 +178,7 @@ class Validator:
     ) -> dict[str, float]:
         """Return {"loss/val": nats per token, "loss/val_bpb": bits per byte}. A collective.
 
-        `loop_count` is the number of loops; null = those that the model runs in inference. The
+        `loop_count` is the number of loops; null = as many as inference runs. The
         result is empty without validation text. Each rank calls `should_stop` after each batch;
         if it is true on any rank, all ranks stop and the result is empty.
         """

@@ -4,7 +4,7 @@
 
 The file holds the definitions that the classes in `ROOTS` need, in import order. Imports between
 our modules go away. A name that two modules define gets the name of its module. Definitions in
-`standins.py` replace those of the same name.
+`standins.py` replace definitions of the same name.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def save_tokenizer(
 ) -> dict[str, int]:
     """Write the tokenizer's files and generation_config.json into `folder`, which must exist.
 
-    Return bos_token_id, eos_token_id and pad_token_id, without those that are missing.
+    Return bos_token_id, eos_token_id and pad_token_id, as far as they exist.
 
     Args:
         tokenizer: the tokenizer of the run, with the path where its file is now.
@@ -211,7 +211,7 @@ def _byte_names() -> list[str]:
 
 
 def _find_merges(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Return all pairs of tokens that join to a token, those of the lowest ranks first."""
+    """Return all pairs of tokens that join to a token, lowest ranks first."""
     merges = []
     for token in sorted((token for token in ranks if len(token) > 1), key=lambda t: ranks[t]):
         parts = ((token[:i], token[i:]) for i in range(1, len(token)))

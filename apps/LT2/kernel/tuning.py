@@ -95,7 +95,7 @@ def limit_tuning() -> None:
 
 
 class ShortList:
-    """Limits an autotuner of Triton to some configurations, in place; [] is no limit.
+    """Limits an autotuner of Triton to some configurations, in place; [] sets no limit.
 
     Uses Triton's hook for this purpose, `early_config_prune`, after a hook that fla has set. All
     chosen configurations compile in parallel before the first is timed.

@@ -134,7 +134,7 @@ def buy(
 def partners(
     budget: Budget, args: TrainArgs, loop_counts: Sequence[int], by: str, bandwidth: float
 ) -> tuple[list[Purchase], list[str]]:
-    """Return the purchases of all partners, and notes on those that no size can match."""
+    """Return the purchases of all partners, and notes on partners that no size can match."""
     seqlen, found, notes = args.data.seq_len, [], []
     quantities: dict[str, Callable[[LoopedTransformer, int], int]] = {**QUANTITIES, "cache": cache}
     recipe = build_on_meta(args.model)

@@ -143,7 +143,7 @@ def look(
 
 
 def token_text(tokenizer: Tokenizer, before: int | None, token: int) -> str:
-    """Return a token as it continues the one before it; <number> if it is no whole character."""
+    """Return a token as it continues the one before it; <number> if it is part of a character."""
     specials = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
     if token in specials:
         return specials[token]
@@ -205,7 +205,7 @@ def print_lens(lens: Lens, number: str, positions: str) -> None:
 
 
 def draw(lenses: Sequence[Lens], positions: str, out: Path) -> None:
-    """Draw one row a prompt: a grid of top tokens by loop, and KL and updates beside it.
+    """Draw one row a prompt: a grid of top tokens by loop, then KL and updates.
 
     positions=last: columns are ranks, and colours probabilities; all: tokens of the prompt, and KL.
     """
@@ -257,7 +257,7 @@ def draw(lenses: Sequence[Lens], positions: str, out: Path) -> None:
         figure.colorbar(image, ax=left, pad=0.01, fraction=0.04, label=name)
         numbers = range(1, n_loops + 1)
         kl, update = (list(values) for values in zip(*lens.means(), strict=True))
-        if n_loops > 1:  # that of the last loop is 0
+        if n_loops > 1:  # the last loop's is 0
             right.plot(
                 numbers[:-1], kl[:-1], "o-", color=COLOURS[0], ms=4, label="KL to the last loop"
             )

@@ -68,7 +68,7 @@ def push(args: PushArgs) -> None:
 
 
 def find_files(folder: str) -> list[Path]:
-    """Return the files to send, sorted by name. UserError if `folder` is no complete export."""
+    """Return the files to send, sorted by name. UserError if `folder` is not a complete export."""
     root = Path(folder)
     remedy = "make it with python -m apps.LT2.scripts.export_weights format=hf"
     if not root.is_dir():

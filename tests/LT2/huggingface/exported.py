@@ -48,7 +48,7 @@ def tokens(*shape: int) -> Tensor:
 
 
 def greedy(model: LoopedTransformer, prompt: Tensor, n: int) -> Tensor:
-    """Return n new tokens of our own greedy decoding, for each row of the prompt."""
+    """Return n new tokens of our greedy decoding, for each row of the prompt."""
     cache = model.init_cache(len(prompt), prompt.shape[1] + n)
     logits, new = model.prefill(prompt, cache, last_only=True), []
     for _ in range(n):
