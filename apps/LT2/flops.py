@@ -66,15 +66,18 @@ def step_flops_per_token(model: LoopedTransformer, seqlen: int, n_loops: int) ->
     """Return the FLOPs per token of a training step of `n_loops` loops.
 
     A backward has two products for each of the forward, in the loops that it goes through. With
-    loop_loss the head, and the exit gate, run after each loop. Recomputation doesn't count, so
-    utilization measures the speed of training.
+    loop_loss the head and the exit gate run after each loop; the head of loops before the last on
+    every loop_loss_every-th token. Recomputation doesn't count, so utilization measures the speed
+    of training.
     """
     loops = model.inference_layout[:n_loops]
     forward = _body_flops_per_token(model, seqlen, loops)
     backward = _body_flops_per_token(model, seqlen, loops[-model.n_backward_loops(n_loops) :])
-    n_losses = 1 if model.args.loop_loss == "none" else n_loops
+    n_losses = 1.0
+    if model.args.loop_loss != "none":
+        n_losses += (n_loops - 1) / model.args.loop_loss_every
     exits = 2 * model.args.dim * (n_loops - 1) if model.exit_gate is not None else 0
-    return forward + 2 * backward + 3 * (n_losses * head_flops(model) + exits)
+    return forward + 2 * backward + 3 * (round(n_losses * head_flops(model)) + exits)
 
 
 def cache_bytes(model: LoopedTransformer, seqlen: int, dtype: torch.dtype) -> int:

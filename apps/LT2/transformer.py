@@ -80,6 +80,7 @@ class LoopedTransformerArgs(MixerArgs):
         "none"  # loops with a loss: none (the last) | uniform | a list of weights | gate
     )
     loop_entropy: float = 0.1  # weight of the entropy of the exits in loop_loss=gate
+    loop_loss_every: int = 1  # loops before the last have a loss on every k-th token, times k
     mixer: str = "full"  # token mixer, a name in apps.LT2.mixers.MIXERS
     attention_pattern: str | None = None  # layout over depth and loops; null = mixer everywhere
     hybrid_mixer: str = "full"  # the second family of a pattern such as "4:1"
@@ -116,6 +117,8 @@ class LoopedTransformerArgs(MixerArgs):
         check_loop_loss(self.loop_loss, self.loop_count)
         if not self.loop_entropy >= 0:
             raise UserError(f"model.loop_entropy={self.loop_entropy} must be at least 0")
+        if self.loop_loss_every < 1:
+            raise UserError(f"model.loop_loss_every={self.loop_loss_every} must be at least 1")
 
     def with_loops(self, loop_count: int) -> LoopedTransformerArgs:
         """Return the options of a model that always runs `loop_count` loops, for inference.
@@ -124,7 +127,8 @@ class LoopedTransformerArgs(MixerArgs):
         """
         fixed = {"loop_schedule": None, "loop_sample": None, "loop_bptt": None}
         loop_loss = "gate" if self.loop_loss == "gate" else "none"
-        return replace(self, loop_count=loop_count, loop_loss=loop_loss, **fixed)
+        fixed |= {"loop_loss": loop_loss, "loop_loss_every": 1}
+        return replace(self, loop_count=loop_count, **fixed)
 
     def loop_plan(self) -> LoopPlan:
         """Return T of all training steps; UserError for a mistake in its options."""
@@ -214,6 +218,7 @@ class LoopedTransformer(nn.Module):
         self.before_last_backward: Callable[[], None] | None = None
         # The mean over (loop, layer) of the mixers' own losses, of the last forward with a target.
         self.mixer_losses: dict[str, Tensor] = {}
+        self.loop_loss_offset = 0  # the first token on which loops before the last have a loss
         # What loop_loss measured in the last forward with a target, by metric key.
         self.loop_metrics: dict[str, Tensor] = {}
 
@@ -256,6 +261,7 @@ class LoopedTransformer(nn.Module):
 
         `states` (B, T, D) are the stream after each loop. The loss counts in all of them. Those
         before the last loop_bptt loops have no gradient, so only head, norm and gate learn there.
+        Loops before the last count a sample of the tokens, weighted up, so the mean stays the same.
         """
         n_loops, is_target = len(states), target_N != NO_TARGET
         if n_targets is None:
@@ -275,10 +281,19 @@ class LoopedTransformer(nn.Module):
             weights = loop_weights(self.args.loop_loss, n_loops)
             weights_T = upload(weights, target_N.device, torch.float32)
             share_TN = weights_T[:, None].expand(-1, len(target_N))
+        scales = [float(self.args.loop_loss_every)] * (n_loops - 1) + [1.0]
+        scale_T = upload(scales, target_N.device, torch.float32)
         loss, nats_TN = looped_linear_cross_entropy(
-            normed, self.head_weight, target_N, share_TN, n_targets=n_targets, tp=tp_of(self.head)
+            normed,
+            self.head_weight,
+            target_N,
+            share_TN * scale_T[:, None],
+            every=self.args.loop_loss_every,
+            offset=self.loop_loss_offset,
+            n_targets=n_targets,
+            tp=tp_of(self.head),
         )
-        losses_T = nats_TN.sum(1) / n_targets
+        losses_T = scale_T * nats_TN.sum(1) / n_targets
         self.loop_metrics = {f"loss/loop/{t}": mean for t, mean in enumerate(losses_T)}
         if entropy_N is not None:
             entropy = (entropy_N * is_target).sum() / n_targets
@@ -413,6 +428,7 @@ class LoopedTransformer(nn.Module):
         segment t of the pattern. Inference runs `loop_count` loops, or as many as `set_loops` says.
         """
         self.layout = self.inference_layout
+        self.loop_loss_offset = (step or 0) % self.args.loop_loss_every
         if step is not None:
             self.layout = self.layout_plan.draw(step)[: self.loop_plan.draw(step, n_steps)]
         for mixer in self._mixers():

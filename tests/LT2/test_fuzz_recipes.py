@@ -48,6 +48,7 @@ NOT_IN_THE_MODEL = {
     "loop_bptt",
     "loop_loss",
     "loop_entropy",
+    "loop_loss_every",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bptt 2": {"loop_bptt": 2, "use_residual": False},
     "2 loops": {"loop_schedule": "2@0"},
     "1 loop": {"loop_schedule": "1@0"},
+    "every 3": {"loop_loss_every": 3},
     "segments": {"attention_pattern": "gdn->full->gdn"},
 }
 
@@ -64,6 +66,9 @@ def plain(model: LoopedTransformer, tokens: Tensor, target: Tensor, cu_seqlens: 
         if model.exit_gate is not None:
             logit = model.norm(state) @ model.exit_gate.weight + model.exit_gate.bias
             leaves.append(torch.sigmoid(logit).flatten())
+    every, place = args.loop_loss_every, torch.arange(target.numel())
+    sample = (place % every == model.loop_loss_offset) * every
+    nats = [each * sample for each in nats[:-1]] + nats[-1:]
     n = (target != -100).sum()
     losses = [each.sum() / n for each in nats]
     if not leaves:
@@ -86,7 +91,7 @@ def plain(model: LoopedTransformer, tokens: Tensor, target: Tensor, cu_seqlens: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_those_of_the_plain_form(kind, loop_loss, documents):
     model = make(loop_count=T, loop_loss=loop_loss, loop_entropy=0.7, **KINDS[kind])
-    model.begin_step(0)
+    model.begin_step(4, 5)
     tokens, ends = packed([prompt(4), prompt(7)]) if documents else (prompt(2, 9), None)
     model.checkpoint_loops = not documents
     target = targets(tokens)
@@ -112,6 +117,22 @@ def test_losses_and_gradients_are_those_of_the_plain_form(kind, loop_loss, docum
             assert grads[name] is None and (want is None or not want.any()), name
         else:
             torch.testing.assert_close(grads[name], want, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("loop_loss", LOSSES, ids=str)
+def test_a_loss_on_some_tokens_has_the_mean_of_the_loss_on_all(loop_loss):
+    def run(every: int) -> tuple[float, dict[str, Tensor]]:
+        model = make(loop_count=T, loop_loss=loop_loss, loop_loss_every=every)
+        tokens, objective = prompt(2, 9), 0.0
+        for step in range(every):
+            model.begin_step(step, every)
+            (model(tokens, targets(tokens)) / every).backward()
+            objective += model.loop_metrics["loss/objective"].item() / every
+        return objective, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    (some, grads), (all_tokens, wanted) = run(4), run(1)
+    assert some == pytest.approx(all_tokens)
+    torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_an_exit_distribution_sums_to_1_at_any_logit():
@@ -153,9 +174,11 @@ class Logits(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("loop_loss", LOSSES, ids=str)
-def test_memory_is_one_chunk_of_logits_and_one_gradient_of_the_head(loop_loss):
-    model, tokens, kept = make(loop_count=T, loop_loss=loop_loss), prompt(4, 11), {}
+def test_memory_is_one_chunk_of_logits_and_one_gradient_of_the_head(loop_loss, every):
+    model = make(loop_count=T, loop_loss=loop_loss, loop_loss_every=every)
+    tokens, kept = prompt(4, 11), {}
 
     def keep(x: Tensor) -> Tensor:
         if VOCAB in x.shape and not isinstance(x, torch.nn.Parameter):
@@ -165,7 +188,8 @@ def test_memory_is_one_chunk_of_logits_and_one_gradient_of_the_head(loop_loss):
     saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
     with Logits() as logits, saved:
         model(tokens, targets(tokens))
-    assert (logits.largest, logits.n_chunks) == (4 * VOCAB, T * 11)
+    n_chunks = 11 + (T - 1) * (3 if every == 4 else 11)  # 11 of 44 tokens fill 3 chunks
+    assert (logits.largest, logits.n_chunks) == (4 * VOCAB, n_chunks)
     assert list(kept.values()) == [VOCAB * DIM]
 
 
@@ -187,6 +211,7 @@ def test_parameters_flops_and_memory(loop_loss):
         return model
 
     model, none, dim = meta(loop_loss), meta("none"), meta("none").args.dim
+    every_8 = build_on_meta(replace(model.args, loop_loss_every=8))
     n_gate = dim + 1 if loop_loss == "gate" else 0
     assert count_parameters(model).gates - count_parameters(none).gates == n_gate
     assert count_parameters(model).total - count_parameters(none).total == n_gate
@@ -194,6 +219,8 @@ def test_parameters_flops_and_memory(loop_loss):
         more = step_flops_per_token(model, 16, loops) - step_flops_per_token(none, 16, loops)
         exits = 2 * dim if loop_loss == "gate" else 0
         assert more == 3 * (loops - 1) * (head_flops(model) + exits)
+        more = step_flops_per_token(every_8, 16, loops) - step_flops_per_token(none, 16, loops)
+        assert more == 3 * (loops - 1) * (head_flops(model) // 8 + exits)
     args = DistributedArgs(model_dtype="bf16")
     kept = {
         name: training_memory(m, args, batch_size=2, seqlen=16).kept["none"]
@@ -224,6 +251,8 @@ def test_inference_runs_any_number_of_loops_and_keeps_the_gate():
 def test_other_mistakes():
     with pytest.raises(UserError, match=r"^model\.loop_entropy=-1"):
         make(loop_count=4, loop_loss="gate", loop_entropy=-1)
+    with pytest.raises(UserError, match=r"^model\.loop_loss_every=0"):
+        make(loop_count=4, loop_loss="gate", loop_loss_every=0)
     with pytest.raises(UserError, match=r"^model\.loop_loss=.*2 loops"):
         make(loop_count=4, loop_loss=[0, 0, 1, 1], loop_schedule="2@0, 4@0.5")
     with pytest.raises(UserError, match=r"^model\.loop_loss=gate with model\.loop_count=1"):

@@ -42,6 +42,8 @@ def options_without_effect(args: TrainArgs) -> dict[str, str]:
         unused["optim.rewarmup"] = "model.loop_schedule is null"
     if args.model.loop_loss != "gate":
         unused["model.loop_entropy"] = "model.loop_loss is not gate"
+    if args.model.loop_loss == "none":
+        unused["model.loop_loss_every"] = "model.loop_loss is none"
     return unused | {f"optim.{name}": optim for name in find_unused_options(args.optim)}
 
 
@@ -140,6 +142,11 @@ def _unused_loops(args: TrainArgs) -> Iterator[str]:
         yield (
             f"model.loop_entropy={model.loop_entropy} has no effect with model.loop_loss="
             f"{model.loop_loss}; only gate uses it"
+        )
+    if model.loop_loss == "none" and model.loop_loss_every > 1:
+        yield (
+            f"model.loop_loss_every={model.loop_loss_every} has no effect with "
+            "model.loop_loss=none; use uniform, gate or a list of weights"
         )
     if args.optim.rewarmup and model.loop_schedule is None:
         yield f"optim.rewarmup={args.optim.rewarmup} has no effect without model.loop_schedule"

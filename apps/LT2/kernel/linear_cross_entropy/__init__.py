@@ -14,8 +14,7 @@ one gradient of the head, (V, D) in fp32, for all loops.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, wraps
 from typing import Any
 
@@ -60,6 +59,8 @@ def looped_linear_cross_entropy(
     share_LN: Tensor,
     ignore_index: int = -100,
     *,
+    every: int = 1,
+    offset: int = 0,
     n_targets: Tensor | None = None,
     tp: TensorParallel = ALONE,
 ) -> tuple[Tensor, Tensor]:
@@ -68,13 +69,14 @@ def looped_linear_cross_entropy(
     nats[l] = -log softmax(hidden[l] weight^T)[target], 0 for an ignored target, has no gradient.
 
     hidden  L tensors (N, D), such as the states of L loops     share (L, N) in fp32
+    every   all l but the last only count tokens offset, offset + every, ..; elsewhere nats is 0
     Other arguments are as in `linear_cross_entropy`. hidden, weight and share get gradients.
     """
     if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
         hidden_LND, weight_VD = [h.detach() for h in hidden_LND], weight_VD.detach()
     hidden_LND = [tp.copy_to(h) for h in hidden_LND]
-    args = (weight_VD, target_N, ignore_index, n_targets, tp, share_LN, *hidden_LND)
-    return _LinearCrossEntropy.apply(*args)  # pyright: ignore
+    args = (weight_VD, target_N, ignore_index, n_targets, tp, every, offset, share_LN)
+    return _LinearCrossEntropy.apply(*args, *hidden_LND)  # pyright: ignore
 
 
 def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -132,6 +134,14 @@ def _global_log_z_and_label_logit(
     return joint_N2R[:, 0].logsumexp(-1, keepdim=True), joint_N2R[:, 1].sum(-1, keepdim=True)
 
 
+def _chunks(n_loops: int, n_tokens: int, every: int, offset: int) -> Iterator[tuple[int, slice]]:
+    """Yield each loop with the tokens of each of its chunks."""
+    for loop in range(n_loops):
+        first, step = (offset, every) if loop < n_loops - 1 else (0, 1)
+        for start in range(first, n_tokens, step * CHUNK_TOKENS):
+            yield loop, slice(start, start + step * CHUNK_TOKENS, step)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -141,24 +151,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore: int,
         n_targets: Tensor | None,
         tp: TensorParallel,
+        every: int,
+        offset: int,
         share: Tensor,
         *hidden: Tensor,
     ) -> tuple[Tensor, Tensor]:
         first_token = tp.rank * weight.shape[0]
         if n_targets is None:
             n_targets = (target != ignore).sum().clamp(min=1)
-        wants_weight, *_, wants_share = ctx.needs_input_grad[:6]
-        wants_hidden = ctx.needs_input_grad[6:]
+        wants_weight, *_, wants_share = ctx.needs_input_grad[:8]
+        wants_hidden = ctx.needs_input_grad[8:]
         d_hidden = [
-            torch.empty_like(h) if wanted else None
+            torch.zeros_like(h) if wanted else None
             for h, wanted in zip(hidden, wants_hidden, strict=True)
         ]
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         nats = torch.zeros_like(share, memory_format=torch.contiguous_format)
         loss = share.new_zeros(())
-        chunks = range(0, len(target), CHUNK_TOKENS)
-        for loop, start in itertools.product(range(len(hidden)), chunks):
-            chunk = slice(start, start + CHUNK_TOKENS)
+        for loop, chunk in _chunks(len(hidden), len(target), every, offset):
             h, t, part = hidden[loop][chunk], target[chunk], share[loop, chunk]
             kept = t != ignore
             label = t.where(kept, 0)[:, None] - first_token
@@ -191,4 +201,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
         if d_share is not None:
             d_share = d_share * grad
-        return d_weight, None, None, None, None, d_share, *d_hidden
+        return d_weight, None, None, None, None, None, None, d_share, *d_hidden
