@@ -11,6 +11,8 @@ needed to resume after it, also through a worker process. To resume, build the c
     batch_and_shuffle_prefetched_sequences      rows -> shuffled batches  (dataloader/packing.py)
     async_iterator     runs the chain ahead in a worker process           (dataloader/prefetch.py)
 
+With `data.task`, synthetic examples take the place of the chain   (dataloader/synthetic/stream.py).
+
 Example: `root_dir: data, sources: {web: 3, code: 1}`, 8 ranks, 2 chunks in each source. Ranks 0-3
 share the first chunk of `web` and take its lines round-robin; ranks 4-7 share the second; the same
 for `code`. Three of four documents, on average, come from `web`. A rank's documents are
@@ -51,8 +53,16 @@ from lingua.dataloader.packing import (
 )
 from lingua.dataloader.prefetch import async_iterator, consume_buffer, feed_buffer  # noqa: F401
 from lingua.dataloader.pretokenized import TokenRecipe, check_token_files, read_tokens
-from lingua.dataloader.reshard import DataState, is_resharded, open_resharded, streams_of
+from lingua.dataloader.reshard import (
+    DataState,
+    SourceState,
+    is_resharded,
+    open_resharded,
+    streams_of,
+)
 from lingua.dataloader.resume import fit_state_to_args
+from lingua.dataloader.synthetic.args import build_task, options_of
+from lingua.dataloader.synthetic.stream import TaskState, task_batches
 from lingua.errors import UserError
 from lingua.files.listing import list_names
 from lingua.tokenizer import TokenizerArgs, build_tokenizer, find_tokenizer_file  # noqa: F401
@@ -141,14 +151,18 @@ def build_dataloader(
     build = partial(open_stream, pretokenized=pretokenized)
     if is_resharded(state):
         return open_resharded(state, build)
-    return build(cast(PrefetchState, state))
+    return build(cast(SourceState, state))
 
 
 @contextmanager
 def open_stream(
-    state: PrefetchState, pretokenized: bool = False
-) -> Iterator[Iterator[tuple[Any, PrefetchState]]]:
+    state: SourceState, pretokenized: bool = False
+) -> Iterator[Iterator[tuple[Any, SourceState]]]:
     """Open one stream, built from `state`; close its files at the end."""
+    if "task" in state:
+        yield task_batches(cast(TaskState, state))
+        return
+    state = cast(PrefetchState, state)
     pack_state: PackTokensState = state["it_state"]
     tokenizer_state: TokenizerState = pack_state["it_state"]
     multi_state: MultiChoiceState = tokenizer_state["it_state"]
@@ -245,10 +259,19 @@ def _rng_state(seed: int, rank: int, world_size: int) -> dict[str, Any]:
     return np.random.default_rng((seed, rank, world_size)).bit_generator.state  # type: ignore
 
 
-def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) -> PrefetchState:
+def init_dataloader_state_from_args(args: DataArgs, rank: int, world_size: int) -> SourceState:
     """Return the state in which `rank` of `world_size` data-parallel ranks starts."""
     args = fill_in_sources(args)
     assert args.seed is not None, "set data.seed to the top-level seed before building the loader"
+    if args.task is not None:
+        return TaskState(
+            task=options_of(build_task(args.task)),
+            seed=args.seed,
+            batch_size=args.batch_size,
+            rank=rank,
+            world_size=world_size,
+            n_batches=0,
+        )
     return init_state(
         root_dir=require_root_dir(args),
         sources=args.sources,
@@ -279,10 +302,11 @@ def build_dataloader_from_args(
         state = init_dataloader_state_from_args(args, rank=0, world_size=1)
     else:
         args = fill_in_sources(args)
-        require_root_dir(args)
-        find_tokenizer_file(args.tokenizer.name, args.tokenizer.path)
+        if args.task is None:
+            require_root_dir(args)
+            find_tokenizer_file(args.tokenizer.name, args.tokenizer.path)
         state = fit_state_to_args(args, state)
-    if args.pretokenized:
+    if args.pretokenized and args.task is None:
         check_own_token_files(args, state)
     if args.load_async:
         ahead = min(args.prefetch_size, MAX_BATCHES_AHEAD)
@@ -295,6 +319,8 @@ def validate_data_args(args: DataArgs, world_size: int) -> None:
 
     Every rank does the same checks, so all ranks raise the same UserError.
     """
+    if args.task is not None:  # checked with the options
+        return
     find_tokenizer_file(args.tokenizer.name, args.tokenizer.path)
     args = fill_in_sources(args)
     root_dir = require_root_dir(args)
@@ -311,7 +337,7 @@ def check_own_token_files(args: DataArgs, state: DataState) -> None:
     Hashing a large chunk takes minutes. So only the rank that reads its first line may hash it.
     """
     recipe = TokenRecipe.of(args)
-    for stream in streams_of(state):
+    for stream in cast(list[PrefetchState], streams_of(state)):
         multi_state: MultiChoiceState = stream["it_state"]["it_state"]["it_state"]
         for share in multi_state["source_to_state"].values():
             for place in (share, *share["waiting"]):

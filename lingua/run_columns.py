@@ -18,6 +18,7 @@ from lingua.evaluations import Evaluation
 from lingua.runs import STEP, Run, option_text, short_option
 
 VAL = "loss/val"
+EVAL_TITLES = {VAL: "eval val", "loss/val_bpb": "eval bpb", "acc/val": "eval acc"}
 
 
 # ---- cells
@@ -187,6 +188,7 @@ def default_columns(runs: Sequence[Run], options: Sequence[str]) -> list[Column]
         Column("loss", newest("loss/out"), plain, 11 if has_val else 0, is_measured=True),
         Column("val", final(VAL), plain, is_measured=True),
         Column("best", best, plain, 4, is_measured=True),
+        Column("acc", final("acc/val"), plain, 5, is_measured=True),
         Column("bpb", final("loss/val_bpb"), plain, 13, is_measured=True),
         Column("tokens/s", newest("speed/tokens_per_s"), short, 7, "tok/s"),
     ]
@@ -235,7 +237,7 @@ def _titled(evaluation: Evaluation) -> Iterator[tuple[str, float]]:
     for key, score in evaluation.scores.items():
         task, _, metric = key.rpartition("/")
         name = metric.partition(",")[0]
-        title = {VAL: "eval val", "loss/val_bpb": "eval bpb"}.get(key) if evaluation.label else None
+        title = EVAL_TITLES.get(key) if evaluation.label else None
         if "," in metric and task not in seen and not name.endswith("_stderr"):
             seen.add(task)
             level = evaluation.chance.get(f"{task}/{name}")

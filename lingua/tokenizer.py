@@ -110,6 +110,26 @@ class Tokenizer(ABC):
         """Return the character of `text` in which each token starts."""
 
 
+class NoTokenizer(Tokenizer):
+    """Stands for the tokenizer of a model whose tokens are not of text. Every use is an error."""
+
+    def __init__(self, why: str) -> None:
+        self.bos_id = self.eos_id = -1
+        self.n_words, self.why = 0, why
+
+    def _encode(self, text: str) -> list[int]:
+        raise self._error()
+
+    def _decode(self, tokens: list[int]) -> str:
+        raise self._error()
+
+    def _token_starts(self, text: str, tokens: list[int]) -> list[int]:
+        raise self._error()
+
+    def _error(self) -> UserError:
+        return UserError(f"{self.why}, so it reads no text; evaluate it with apps.LT2.eval")
+
+
 class ByteTokenizer(Tokenizer):
     def __init__(self) -> None:
         self.bos_id, self.eos_id, self.n_words = 256, 257, 258

@@ -76,6 +76,7 @@ SMALLER = {
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml data.root_dir=": TINY_RUN,
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml optim.": TINY_RUN,
     "python -m apps.LT2.train config=apps/LT2/configs/1B": TINY_RUN,
+    "python -m apps.LT2.train dump_dir=runs/pointers": "model.dim=32 data.batch_size=2 steps=2",
     "python -m apps.LT2.train config=runs/from_hf/params.json": TINY_RUN,
     "torchrun --nproc-per-node 8 -m apps.LT2.train": f"{TINY_RUN} dump_dir=runs/torchrun",
     "torchrun --nproc-per-node 8 -m apps.LT2.train config=apps/LT2/configs/600M/looped": (
@@ -145,6 +146,7 @@ LEAVES = {
         "data/fineweb_edu_shuffled/fineweb_edu.val.jsonl",
     ],
     "docs/data.md: Your own texts": ["runs/my_texts/metrics.jsonl"],
+    "docs/data.md: Synthetic tasks": ["runs/pointers/evals/0000000002-n=16/validation.json"],
     "docs/data.md: Tokenize ahead of time": ["data/local/stdlib.chunk.00.tokens.json"],
     "docs/evaluation.md: start": ["runs/suites/results.json"],
     "docs/first_study.md: Table and figure": [

@@ -50,6 +50,7 @@ from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.args import parse_args
 from lingua.config.cli import OneLineParser
+from lingua.dataloader.synthetic.args import build_task
 from lingua.errors import UserError, run_cli
 from lingua.parallel.args import DTYPES, resolve_dtype
 from lingua.tokenizer import build_tokenizer, find_tokenizer_file
@@ -120,6 +121,9 @@ def read_subject(name: str, path: str, overrides: Sequence[str]) -> Subject:
     tokenizer = config.data.tokenizer
     if args.vocab_size != -1:
         return Subject(name, path, args, "model.vocab_size")
+    if config.data.task is not None:
+        task = build_task(config.data.task)
+        return Subject(name, path, replace(args, vocab_size=task.n_tokens), f"task {task.name}")
     try:
         find_tokenizer_file(tokenizer.name, tokenizer.path)
     except UserError:

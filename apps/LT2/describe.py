@@ -46,6 +46,7 @@ from apps.LT2.transformer import LoopedTransformer, build_on_meta
 from lingua.args import parse_args, print_text
 from lingua.config.cli import split_paths
 from lingua.config.help import format_value
+from lingua.dataloader.synthetic.args import build_task
 from lingua.distributed import fit_to_world
 from lingua.errors import UserError, run_cli
 from lingua.files.lock import make_writable
@@ -154,7 +155,9 @@ def read_config(path: str, overrides: Sequence[str]) -> TrainArgs:
     """Read a config, with the size of its tokenizer, or Llama 3's if the tokenizer is missing."""
     args = parse_args(TrainArgs, [f"config={path}", *overrides])
     args.model.max_seqlen = args.data.seq_len
-    if args.model.vocab_size == -1:
+    if args.model.vocab_size == -1 and args.data.task is not None:
+        args.model.vocab_size = build_task(args.data.task).n_tokens
+    elif args.model.vocab_size == -1:
         tokenizer = args.data.tokenizer
         try:
             find_tokenizer_file(tokenizer.name, tokenizer.path)

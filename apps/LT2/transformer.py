@@ -219,8 +219,10 @@ class LoopedTransformer(nn.Module):
         # The mean over (loop, layer) of the mixers' own losses, of the last forward with a target.
         self.mixer_losses: dict[str, Tensor] = {}
         self.loop_loss_offset = 0  # the first token on which loops before the last have a loss
-        # What loop_loss measured in the last forward with a target, by metric key.
+        # What loop_loss and n_answers measured in the last forward with a target, by metric key.
         self.loop_metrics: dict[str, Tensor] = {}
+        # The targets in the next batch, to measure their accuracy; None = not measured.
+        self.n_answers: int | None = None
 
     def forward(
         self,
@@ -252,7 +254,20 @@ class LoopedTransformer(nn.Module):
                 n_targets=n_targets,
                 tp=tp_of(self.head),
             )
+        if self.n_answers is not None:
+            n_correct = self._count_correct(h, target, self.n_answers)
+            total = max(self.n_answers, 1) if n_targets is None else n_targets
+            self.loop_metrics["acc/out"] = n_correct / total
         return self._add_mixer_losses(loss, losses)
+
+    @torch.no_grad()
+    def _count_correct(self, h: Tensor, target: Tensor, n_answers: int) -> Tensor:
+        """Count the targets, `n_answers` of them, whose token has the largest logit; () in fp32."""
+        target_N = target.flatten()
+        # Sorting finds the answers without waiting for the GPU, as nonzero would.
+        rows = (target_N != NO_TARGET).byte().argsort(descending=True)[:n_answers]
+        found = self.logits_of(h.flatten(0, 1)[rows]).argmax(-1)
+        return (found == target_N[rows]).sum().float()
 
     def _loss_of_loops(
         self, states: list[Tensor], target_N: Tensor, n_targets: Tensor | None

@@ -26,10 +26,13 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, TypeGuard, cast
 
 from lingua.dataloader.packing import PrefetchState
+from lingua.dataloader.synthetic.stream import TaskState
+
+SourceState = PrefetchState | TaskState
 
 
 class StreamState(TypedDict):
-    state: PrefetchState
+    state: SourceState
     n_taken: int  # batches that any rank has taken since resharding
 
 
@@ -41,19 +44,19 @@ class ReshardedState(TypedDict):
     n_read: int  # batches that this rank has taken since resharding
 
 
-DataState = PrefetchState | ReshardedState
-Builder = Callable[[PrefetchState], AbstractContextManager[Iterator[tuple[Any, PrefetchState]]]]
+DataState = SourceState | ReshardedState
+Builder = Callable[[SourceState], AbstractContextManager[Iterator[tuple[Any, SourceState]]]]
 
 
 def is_resharded(state: DataState) -> TypeGuard[ReshardedState]:
     return "streams" in state
 
 
-def streams_of(state: DataState) -> list[PrefetchState]:
+def streams_of(state: DataState) -> list[SourceState]:
     """Return the states of all streams that a rank reads."""
     if is_resharded(state):
         return [stream["state"] for stream in state["streams"].values()]
-    return [cast(PrefetchState, state)]
+    return [cast(SourceState, state)]
 
 
 @dataclass(frozen=True)
@@ -108,11 +111,11 @@ def reshard_streams(states: Sequence[DataState], rank: int, n_ranks: int) -> Res
     )
 
 
-def _furthest_streams(states: Sequence[DataState]) -> list[PrefetchState]:
+def _furthest_streams(states: Sequence[DataState]) -> list[SourceState]:
     """Return each stream in the state of the rank that has read furthest into it."""
     first = states[0]
     if not is_resharded(first):
-        return list(cast(Sequence[PrefetchState], states))
+        return list(cast(Sequence[SourceState], states))
     furthest: dict[int, StreamState] = {}
     for state in cast(Sequence[ReshardedState], states):
         assert state["n_read"] == first["n_read"], "ranks are at different steps"
@@ -138,7 +141,7 @@ def open_resharded(
 
 
 def _interleave(
-    opened: dict[str, Iterator[tuple[Any, PrefetchState]]], state: ReshardedState
+    opened: dict[str, Iterator[tuple[Any, SourceState]]], state: ReshardedState
 ) -> Iterator[tuple[Any, ReshardedState]]:
     plan, rank = ReshardPlan(state["n_streams"], state["n_ranks"]), state["rank"]
     streams, n = state["streams"], state["n_read"]

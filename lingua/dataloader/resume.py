@@ -15,18 +15,47 @@ from typing import Any, cast
 from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import ChunksState, JSONLState, distribute_data_to_rank
 from lingua.dataloader.packing import PrefetchState
-from lingua.dataloader.reshard import DataState, ReshardedState, StreamState, is_resharded
+from lingua.dataloader.reshard import (
+    DataState,
+    ReshardedState,
+    SourceState,
+    StreamState,
+    is_resharded,
+)
+from lingua.dataloader.synthetic.args import build_task, options_of
+from lingua.dataloader.synthetic.stream import TaskState
 from lingua.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def check_state_matches(args: DataArgs, state: PrefetchState) -> list[str]:
+def check_state_matches(args: DataArgs, state: SourceState) -> list[str]:
     """Return a line for each difference between a saved state and `args`; if none, it resumes."""
+    pairs = _pairs_of_task(args, state) if "task" in state else _pairs_of_text(args, state)
+    if args.seed is not None:
+        pairs["data.seed"] = (args.seed, state["seed"])
+    return [
+        f"{name} is {now}, the checkpoint was made with {saved}"
+        for name, (now, saved) in pairs.items()
+        if now != saved
+    ]
+
+
+def _pairs_of_task(args: DataArgs, state: TaskState) -> dict[str, tuple[Any, Any]]:
+    now = {} if args.task is None else options_of(build_task(args.task))
+    saved = state["task"]
+    return {
+        "data.batch_size": (args.batch_size, state["batch_size"]),
+        **{f"data.task.{k}": (now.get(k), saved.get(k)) for k in saved},
+    }
+
+
+def _pairs_of_text(args: DataArgs, state: PrefetchState) -> dict[str, tuple[Any, Any]]:
     pack_state = state["it_state"]
     tokenizer_state = pack_state["it_state"]
     multi_state = tokenizer_state["it_state"]
-    pairs = {
+    return {
+        "data.task": (args.task and args.task.name, None),
         "data.batch_size": (args.batch_size, state["batch_size"]),
         "data.prefetch_size": (args.prefetch_size, state["prefetch_size"]),
         "data.seq_len": (args.seq_len, pack_state["output_seq_len"]),
@@ -37,13 +66,6 @@ def check_state_matches(args: DataArgs, state: PrefetchState) -> list[str]:
         "data.add_eos": (args.add_eos, tokenizer_state["add_eos"]),
         "data.sources": (args.sources, multi_state["sources"]),
     }
-    if args.seed is not None:
-        pairs["data.seed"] = (args.seed, state["seed"])
-    return [
-        f"{name} is {now}, the checkpoint was made with {saved}"
-        for name, (now, saved) in pairs.items()
-        if now != saved
-    ]
 
 
 def reject_lingua_state(state: Mapping[str, Any], where: str) -> None:
@@ -60,7 +82,7 @@ def fit_state_to_args(args: DataArgs, state: DataState) -> DataState:
     """Return `state` with the paths of `args`; raise UserError for any other difference."""
     reject_lingua_state(state, "data_loader_state")
     if not is_resharded(state):
-        return _fit_stream(args, cast(PrefetchState, state))
+        return _fit_stream(args, cast(SourceState, state))
     streams = {
         key: StreamState(state=_fit_stream(args, stream["state"]), n_taken=stream["n_taken"])
         for key, stream in state["streams"].items()
@@ -68,13 +90,15 @@ def fit_state_to_args(args: DataArgs, state: DataState) -> DataState:
     return ReshardedState(**{**state, "streams": streams})
 
 
-def _fit_stream(args: DataArgs, state: PrefetchState) -> PrefetchState:
+def _fit_stream(args: DataArgs, state: SourceState) -> SourceState:
     differences = check_state_matches(args, state)
     if differences:
         raise UserError(
             f"cannot resume the data: {'; '.join(differences)}. Restore the old values, or start a "
             "new run from the weights with checkpoint.init_ckpt_path"
         )
+    if "task" in state:
+        return state
     pack_state = state["it_state"]
     tokenizer_state = pack_state["it_state"]
     multi_state = tokenizer_state["it_state"]

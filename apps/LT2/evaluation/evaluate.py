@@ -16,7 +16,12 @@ from typing import Any
 from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, check_stride
 from apps.LT2.evaluation.records import RESULTS, VALIDATION, Conditions, make_way
 from apps.LT2.evaluation.tasks import import_lm_eval, load_tasks
-from apps.LT2.evaluation.validation import ValidationArgs, Validator, check_validation_sources
+from apps.LT2.evaluation.validation import (
+    ValidationArgs,
+    Validator,
+    check_validation_sources,
+    format_validation,
+)
 from apps.LT2.flops import forward_flops_per_token
 from apps.LT2.inference.load import (
     LoadedModel,
@@ -293,11 +298,8 @@ def run_validation(
     rank, world_size = get_global_rank(), get_world_size()
     scores: Scores = validator(loaded.model, device=device, rank=rank, world_size=world_size)
     scores["ppl/val"] = math.exp(min(scores["loss/val"], MAX_NATS))
-    logger.info(
-        "validation, loop_count=%d: %.4f nats per token, perplexity %.3f, %.4f bits per byte",
-        loaded.model.n_loops,
-        *(scores[name] for name in ("loss/val", "ppl/val", "loss/val_bpb")),
-    )
+    shown, ppl = format_validation(scores), scores["ppl/val"]
+    logger.info("validation, loop_count=%d: %s, perplexity %.3f", loaded.model.n_loops, shown, ppl)
     record = loop_cost(loaded.model) | scores | conditions.record(VALIDATION)
     run_on_rank_0(lambda: write_validation(args, conditions, record))
     return scores

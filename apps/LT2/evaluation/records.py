@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, task_name
-from apps.LT2.evaluation.validation import ValidationArgs
+from apps.LT2.evaluation.validation import ValidationArgs, task_of
 from apps.LT2.inference.load import resolve_device
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.args import dataclass_from_dict
 from lingua.config.help import format_value
+from lingua.dataloader.args import DataArgs
+from lingua.dataloader.synthetic.args import build_task, options_of
 from lingua.errors import UserError
 from lingua.evaluations import DIFFERS, MADE_WITH, label_of
 from lingua.parallel.args import DTYPES, resolve_dtype
@@ -115,7 +117,7 @@ def find_conditions(args: EvalArgs, source: Path, config: Mapping[str, Any]) -> 
     device = args.generator.device
     given = score_options(args, config)
     own = score_options(own_args(args, config, device), config)
-    differing = {option: value for option, value in given.items() if own[option] != value}
+    differing = {option: value for option, value in given.items() if own.get(option) != value}
     return Conditions(os.path.abspath(source), given, differing)
 
 
@@ -164,6 +166,8 @@ def score_options(args: EvalArgs, config: Mapping[str, Any]) -> Options:
         if values is not None:
             for field in dataclasses.fields(values):
                 options[f"{section}.{field.name}"] = getattr(values, field.name)
+    if options.pop("validation.task", None) is not None or config["data"].get("task"):
+        options |= _task_options(args, config)
     for option in WITHOUT_EFFECT & options.keys():
         del options[option]
     for option in PATHS & options.keys():
@@ -172,6 +176,14 @@ def score_options(args: EvalArgs, config: Mapping[str, Any]) -> Options:
         tasks = [task_name(t) if len(t) == 1 else t for t in options["harness.tasks"]]
         options["harness.tasks"] = sorted(tasks, key=format_value)
     return {option: _canonical(value) for option, value in options.items()}
+
+
+def _task_options(args: EvalArgs, config: Mapping[str, Any]) -> Options:
+    if args.validation is None:
+        return {}
+    task = task_of(args.validation, dataclass_from_dict(DataArgs, config["data"], strict=False))
+    found = {} if task is None else options_of(build_task(task))
+    return {f"validation.task.{name}": value for name, value in found.items()}
 
 
 def _canonical(value: Any) -> Any:

@@ -1,5 +1,7 @@
 """Measure the loss on held-out text, in nats per token and in bits per byte.
 
+A run on a synthetic task has held-out examples instead, with a loss and an accuracy of the answers.
+
 Bits per byte are comparable across tokenizers: the sum of all tokens' nats, divided by ln 2 and by
 the length of the text in UTF-8 bytes. A token that nothing predicts counts in neither sum: without
 BOS, the first token of the first text, or with data.doc_mask of every text. All ranks build the
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +26,8 @@ from lingua.data import ROOT_SOURCE
 from lingua.dataloader.args import DataArgs
 from lingua.dataloader.jsonl import find_val_files, iter_val_documents
 from lingua.dataloader.packing import NO_TARGET, view_row
+from lingua.dataloader.synthetic.args import TaskArgs, build_task
+from lingua.dataloader.synthetic.stream import held_out_examples
 from lingua.distributed import agree_any, dist_sum
 from lingua.errors import UserError
 from lingua.logger import log_on_rank_0
@@ -34,14 +38,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+N_EXAMPLES = 1024  # of a task
+
 
 @dataclass
 class ValidationArgs:
-    max_steps: int | None = None  # number of documents, in the order of the files; null = all
+    # number of documents, in the order of the files, or of examples of a task; null = all, or 1,024
+    max_steps: int | None = None
     use_val_from_train_src: bool = True  # use the *.val.jsonl files of data.sources
     root_dir: str = ""  # folder of additional validation sources
     # sub-folders of root_dir; empty = root_dir itself
     sources: list[str] = field(default_factory=list)
+    # options of data.task to change, e.g. validation.task.n=32; null = the task of training
+    task: TaskArgs | None = None
 
     def __post_init__(self):
         if self.max_steps is not None and self.max_steps < 1:
@@ -81,6 +90,9 @@ class ValidationRows:
     starts: np.ndarray
     n_bytes: int
 
+    def __len__(self) -> int:
+        return len(self.tokens)
+
     def views(self, begin: int, end: int, doc_mask: bool) -> np.ndarray:
         """Return rows `begin` to `end` as the training loader yields them. Pad after the last."""
         import numpy as np
@@ -93,6 +105,53 @@ class ValidationRows:
         views = np.stack([view_row(row, 2, first if doc_mask else None) for row, first in rows])
         views[..., 0].clip(min=0, out=views[..., 0])  # padding must be a valid token
         return views
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """Held-out examples of a task, (n, seq_len, 2) int64: tokens and targets."""
+
+    examples: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def views(self, begin: int, end: int, doc_mask: bool) -> np.ndarray:
+        """Return rows `begin` to `end`. Pad after the last."""
+        import numpy as np
+
+        views = np.zeros((end - begin, *self.examples.shape[1:]), dtype=np.int64)
+        views[..., 1] = NO_TARGET
+        found = self.examples[begin:end]
+        views[: len(found)] = found
+        return views
+
+
+def task_of(args: ValidationArgs, data: DataArgs, section: str = "validation") -> TaskArgs | None:
+    """Return the task of the held-out examples, or None for text.
+
+    `section` is the dotted name of `args` in the config. UserError for options that contradict.
+    """
+    if data.task is None:
+        if args.task is not None:
+            raise UserError(f"{section}.task is set, but the run trains on text; remove it")
+        return None
+    if args.root_dir:
+        raise UserError(
+            f"{section}.root_dir={args.root_dir}: the run trains on data.task.name="
+            f"{data.task.name}, which has no text; remove it"
+        )
+    task = data.task if args.task is None else data.task.changed_by(args.task)
+    try:
+        found, trained = build_task(task), build_task(data.task)
+    except UserError as error:
+        raise UserError(str(error).replace("data.task.", f"{section}.task.")) from None
+    if found.n_tokens > trained.n_tokens:
+        raise UserError(
+            f"{section}.task has {found.n_tokens} tokens with these options, but the model was "
+            f"trained on {trained.n_tokens}; keep the options of the vocabulary"
+        )
+    return task
 
 
 def build_rows(documents: Iterable[tuple[list[int], int]], seq_len: int) -> ValidationRows | None:
@@ -125,6 +184,8 @@ def build_rows(documents: Iterable[tuple[list[int], int]], seq_len: int) -> Vali
 
 def find_sources(args: ValidationArgs, data: DataArgs) -> list[tuple[str, list[str]]]:
     """Return (root, sources) of the folders with validation text."""
+    if data.task is not None:
+        return []
     root, sources = data.root_dir, list(data.sources)
     found = []
     if args.use_val_from_train_src and root and find_val_files(root, sources):
@@ -134,14 +195,28 @@ def find_sources(args: ValidationArgs, data: DataArgs) -> list[tuple[str, list[s
     return found
 
 
-class Validator:
-    """Measures the validation loss of a model. Reads and tokenizes the text once, when needed."""
+def format_validation(scores: Mapping[str, float]) -> str:
+    """Format the scores of a validator for the log."""
+    loss = f"loss {scores['loss/val']:.4f} nats per"
+    if "acc/val" in scores:
+        return f"{loss} answer, accuracy {scores['acc/val']:.2%}"
+    return f"{loss} token, {scores['loss/val_bpb']:.4f} bits per byte"
 
-    def __init__(self, args: ValidationArgs, data: DataArgs, tokenizer: Tokenizer):
+
+class Validator:
+    """Measures the validation loss of a model. Reads and tokenizes the text once, when needed.
+
+    `tokenizer` may be None with data.task.
+    """
+
+    def __init__(self, args: ValidationArgs, data: DataArgs, tokenizer: Tokenizer | None):
         self.args, self.data, self.tokenizer = args, data, tokenizer
 
     @cached_property
-    def rows(self) -> ValidationRows | None:
+    def rows(self) -> ValidationRows | TaskRows | None:
+        if (task := task_of(self.args, self.data)) is not None:
+            n = self.args.max_steps or N_EXAMPLES
+            return TaskRows(held_out_examples(task, self.data.seed or 0, n))
         rows = build_rows(self._documents(), self.data.seq_len)
         if rows is None:
             logger.info("no *.val.jsonl in data.sources: no validation loss")
@@ -150,6 +225,7 @@ class Validator:
     def _documents(self) -> Iterator[tuple[list[int], int]]:
         """Yield (tokens, bytes of scored text) for each document."""
         n_read, is_predicted = 0, False
+        assert self.tokenizer is not None
         for root, sources in find_sources(self.args, self.data):
             for text in iter_val_documents(root, sources):
                 if n_read == self.args.max_steps:
@@ -178,6 +254,8 @@ class Validator:
     ) -> dict[str, float]:
         """Return {"loss/val": nats per token, "loss/val_bpb": bits per byte}. A collective.
 
+        With data.task it is {"loss/val": nats per answer, "acc/val": share of right answers}.
+
         `loop_count` is the number of loops; null = as many as inference runs. The
         result is empty without validation text. Each rank calls `should_stop` after each batch;
         if it is true on any rank, all ranks stop and the result is empty.
@@ -185,38 +263,44 @@ class Validator:
         rows = self.rows
         if rows is None:
             return {}
-        log_on_rank_0("validation on %d rows of %d tokens", len(rows.tokens), self.data.seq_len)
+        is_task = isinstance(rows, TaskRows)
+        seq_len = rows.examples.shape[1] if is_task else self.data.seq_len
+        log_on_rank_0("validation on %d rows of %d tokens", len(rows), seq_len)
         was_training, layout = model.training, model.inference_layout
         model.eval()
         if loop_count is not None:
             model.set_loops(loop_count)
         model.begin_step(None)
-        nats_and_targets = torch.zeros(2, dtype=torch.float64, device=device)
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, targets, right answers
         stopped = False
         for x, target, cu_seqlens in self._batches(rows, device, rank, world_size):
-            n_targets = (target != -100).sum()
+            n_targets = (target != NO_TARGET).sum()
+            model.n_answers = int(n_targets) if is_task else None
             loss = model(x, target, cu_seqlens)
-            nats_and_targets += torch.stack((loss.double() * n_targets, n_targets.double()))
+            means = [loss, torch.ones_like(loss), model.loop_metrics.get("acc/out", 0 * loss)]
+            sums += torch.stack(means).double() * n_targets
             if stopped := agree_any(should_stop()):
                 break
         model.train(was_training)
-        model.inference_layout = layout
+        model.inference_layout, model.n_answers = layout, None
         if stopped:
             return {}
         # The ranks of a TP group score the same rows.
         n_copies = round(dist_sum(1.0).item()) // world_size
-        nats, n_targets = (dist_sum(nats_and_targets) / n_copies).tolist()
+        nats, n_targets, n_right = (dist_sum(sums) / n_copies).tolist()
+        if isinstance(rows, TaskRows):
+            return {"loss/val": nats / n_targets, "acc/val": n_right / n_targets}
         return {
             "loss/val": nats / n_targets,
             "loss/val_bpb": nats / math.log(2) / max(rows.n_bytes, 1),
         }
 
     def _batches(
-        self, rows: ValidationRows, device: torch.device, rank: int, world_size: int
+        self, rows: ValidationRows | TaskRows, device: torch.device, rank: int, world_size: int
     ) -> Iterator[Batch]:
         """Yield this rank's batches. Padding has no targets."""
         size = self.data.batch_size
-        for first in range(0, len(rows.tokens), size * world_size):
+        for first in range(0, len(rows), size * world_size):
             begin = first + rank * size
             views = rows.views(begin, begin + size, self.data.doc_mask)
             yield to_device(views, self.data.doc_mask, device)

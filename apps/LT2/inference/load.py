@@ -40,7 +40,14 @@ from lingua.checkpointing.weights import read_weights, weight_dtype
 from lingua.errors import UserError
 from lingua.parallel.args import DTYPES, resolve_dtype
 from lingua.parallel.ranks import get_device
-from lingua.tokenizer import TOKENIZERS, Tokenizer, TokenizerArgs, build_tokenizer, with_sha256
+from lingua.tokenizer import (
+    TOKENIZERS,
+    NoTokenizer,
+    Tokenizer,
+    TokenizerArgs,
+    build_tokenizer,
+    with_sha256,
+)
 from lingua.transformer import FeedForward, fuse_weights
 
 logger = logging.getLogger(__name__)
@@ -74,7 +81,8 @@ def load_model_and_tokenizer(
     source = find_checkpoint(ckpt)
     config = read_config(source)
     tokenizer = _build_tokenizer(source, config, tokenizer_path)
-    if config["data"].get("add_bos") and tokenizer.bos_id < 0:
+    has_text = not isinstance(tokenizer, NoTokenizer)
+    if has_text and config["data"].get("add_bos") and tokenizer.bos_id < 0:
         logger.warning(
             "data.add_bos=true in training, but the tokenizer has no bos token: using none"
         )
@@ -155,6 +163,8 @@ def resolve_tokenizer(source: Path, config: Mapping[str, Any], path: str | None)
 
 
 def _build_tokenizer(source: Path, config: Mapping[str, Any], path: str | None) -> Tokenizer:
+    if (task := config["data"].get("task")) is not None:
+        return NoTokenizer(f"ckpt={source} was trained on data.task.name={task.get('name')}")
     args = resolve_tokenizer(source, config, path)
     try:
         tokenizer = build_tokenizer(args.name, args.path)

@@ -74,6 +74,8 @@ TITLES = {
     "loss/out": "training loss (nats per token)",
     "loss/val": "validation loss (nats per token)",
     "loss/val_bpb": "validation loss (bits per byte)",
+    "acc/out": "training accuracy",
+    "acc/val": "validation accuracy",
     "speed/tokens_per_s": "training tokens/s",
 }
 STYLES = ["-", "--", ":", "-."]

@@ -32,6 +32,7 @@ TRAINED = {
     "Mixer": "<model.mixer>",
     "Pattern": "<model.attention_pattern>",
     "Data": "<data.sources> in <data.root_dir>",
+    "Task": "<task>",
     "Tokenizer": "<tokenizer>, vocabulary <model.vocab_size>",
     "Tokens per step": "<tokens_per_step>: batch_size <data.batch_size> x seq_len <data.seq_len> "
     "x grad_acc_steps <grad_acc_steps> x data-parallel ranks <n_ranks>",
@@ -122,11 +123,17 @@ def status(run: Run) -> str:
 
 def trained(run: Run) -> Rows:
     """Return the rows of what was trained, from the options."""
-    options, prefix = dict(run.options.current), "data.sources."
-    weights = {k.removeprefix(prefix): v for k, v in options.items() if k.startswith(prefix)}
+    options = dict(run.options.current)
+    weights, task = (
+        {k.removeprefix(prefix): v for k, v in options.items() if k.startswith(prefix)}
+        for prefix in ("data.sources.", "data.task.")
+    )
     if weights:
         options["data.sources"] = ", ".join(f"{k}: {format_value(v)}" for k, v in weights.items())
-    options["tokenizer"] = options.get("data.tokenizer.path") or options.get("data.tokenizer.name")
+    given = {k: v for k, v in task.items() if v is not None}
+    options["task"] = ", ".join(f"{k}={format_value(v)}" for k, v in given.items()) or None
+    names = ("data.tokenizer.path", "data.tokenizer.name")
+    options["tokenizer"] = None if given else next(filter(None, map(options.get, names)), None)
     with suppress(KeyError):
         factors = [options[name] for name in BATCH_FACTORS]
         options["n_ranks"] = math.prod(options[f"distributed.{n}"] for n in RANK_FACTORS[:2])
@@ -212,6 +219,7 @@ def resume_command(run: Run) -> str:
 VALIDATION_NAMES = {
     "loss/val": "nats per token",
     "loss/val_bpb": "bits per byte",
+    "acc/val": "accuracy",
     "ppl/val": "perplexity",
 }
 

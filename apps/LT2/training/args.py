@@ -8,7 +8,7 @@ from pathlib import Path
 
 from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, check_loop_counts, check_stride
 from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval, load_tasks
-from apps.LT2.evaluation.validation import check_validation_sources, find_sources
+from apps.LT2.evaluation.validation import check_validation_sources, find_sources, task_of
 from apps.LT2.inference.load import check_kernels
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.loop_loss import check_exits
@@ -24,6 +24,7 @@ from lingua.checkpoint import (
 )
 from lingua.data import fill_in_sources, validate_data_args
 from lingua.dataloader.args import DataArgs
+from lingua.dataloader.synthetic.args import build_task
 from lingua.distributed import (
     EnvironmentArgs,
     fit_to_world,
@@ -155,15 +156,19 @@ def check_numbers(args: TrainArgs) -> None:
 
 
 def fill_in_defaults(args: TrainArgs, output_size: int | None, world_size: int) -> TrainArgs:
-    if output_size is None:
+    task = None if args.data.task is None else build_task(args.data.task)
+    vocabulary = "the tokenizer's" if task is None else f"data.task.name={task.name}'s"
+    if output_size is None and task is not None:
+        output_size = task.n_tokens
+    elif output_size is None:
         tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
         tokenizer.check_specials(args.data.add_bos, args.data.add_eos)
         output_size = tokenizer.n_words
     vocab_size = output_size if args.model.vocab_size == -1 else args.model.vocab_size
     if vocab_size < output_size:
         raise UserError(
-            f"model.vocab_size={vocab_size} is below the tokenizer's {output_size} tokens; set -1 "
-            "for the tokenizer's size"
+            f"model.vocab_size={vocab_size} is below {vocabulary} {output_size} tokens; set -1 "
+            "for that size"
         )
     model_seed, data_seed = (
         args.seed if seed is None else seed for seed in (args.model.seed, args.data.seed)
@@ -200,6 +205,7 @@ def check_eval_args(args: TrainArgs, *, is_here: bool) -> None:
     given, n_gpus = args.eval or EvalArgs(), args.async_eval_gpus
     if given.validation is not None:
         check_validation_sources(given.validation, "eval.validation")
+        task_of(given.validation, args.data, "eval.validation")  # refuses contradictions
         find_sources(given.validation, args.data)  # refuses unreadable files
     check_loop_counts(given, args.model, "eval.")
     for name in SET_BY_TRAINING:

@@ -23,7 +23,7 @@ from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.evaluation.evaluate import Part, evaluate, flatten_scores
 from apps.LT2.evaluation.records import choose_folder, find_conditions
 from apps.LT2.evaluation.scoring import EvaluationStopped
-from apps.LT2.evaluation.validation import Validator, find_sources
+from apps.LT2.evaluation.validation import Validator, find_sources, format_validation
 from apps.LT2.training.args import TrainArgs, find_free_gpus
 from apps.LT2.training.trainer import Trainer
 from lingua.args import dataclass_to_dict
@@ -59,7 +59,9 @@ def build_run_validator(args: TrainArgs) -> Validator | None:
     validation = (args.eval or EvalArgs()).validation
     if validation is None:
         return None
-    tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
+    tokenizer = None
+    if args.data.task is None:
+        tokenizer = build_tokenizer(args.data.tokenizer.name, args.data.tokenizer.path)
     validator = Validator(validation, args.data, tokenizer)
     run_together(lambda: validator.rows)
     return validator
@@ -116,10 +118,7 @@ class Evaluator:
                 scores |= {f"{name}/{loop_count}": value for name, value in found.items()}
         if scores:
             self.metrics.log({"global_step": trainer.state.step, "acc_step": 0, **scores})
-            log_on_rank_0(
-                "step %d  validation loss %.4f nats per token, %.4f bits per byte",
-                *(trainer.state.step, scores["loss/val"], scores["loss/val_bpb"]),
-            )
+            log_on_rank_0("step %d  validation %s", trainer.state.step, format_validation(scores))
             if counts:
                 losses = (f"{n}: {scores[f'loss/val/{n}']:.4f}" for n in dict.fromkeys(counts))
                 log_on_rank_0("validation loss by loops  %s", ", ".join(losses))
@@ -193,7 +192,7 @@ def is_validation_missing(args: TrainArgs, step: int) -> bool:
     validation = (args.eval or EvalArgs()).validation
     if validation is None or not is_evaluated(args, step):
         return False
-    has_text = bool(find_sources(validation, args.data))
+    has_text = args.data.task is not None or bool(find_sources(validation, args.data))
     return has_text and not is_recorded(metrics_path(args), step, "loss/val")
 
 

@@ -115,6 +115,7 @@ class Progress:
         parts = [
             f"step {step}/{steps}",
             f"loss {record['loss/out']:.4f}",
+            *([f"acc {record['acc/out']:.4f}"] if "acc/out" in record else []),
             f"lr {record['optim/lr']:.2e}",
             f"grad {record['optim/grad_norm']:.3f}",
             f"{_si(record['speed/tokens_per_s'])} tokens/s",

@@ -15,6 +15,7 @@ from apps.LT2.training.args import TrainArgs
 from apps.LT2.training.trainer import Trainer
 from lingua.data import ROOT_SOURCE
 from lingua.dataloader.args import DataArgs
+from lingua.dataloader.synthetic.args import build_task, options_of
 from lingua.parallel.args import resolve_dtype
 from lingua.tokenizer import find_tokenizer_file
 
@@ -30,8 +31,6 @@ def format_summary(trainer: Trainer, world_size: int) -> str:
     shares = {"layers": count.body, "embeddings": count.embedding, "gates": count.gates}
     shape = f"{args.model.n_layers} layers x {args.model.loop_count} loops, dim {args.model.dim}"
     data, n_tokens = args.data, trainer.tokens_per_step
-    name, path = data.tokenizer.name, data.tokenizer.path
-    tokenizer = find_tokenizer_file(name, path) or name
     done = f", {step:,} of them done" if step else ""
     rows = [
         ("model", f"{shape}, {count.total:,} parameters"),
@@ -39,7 +38,7 @@ def format_summary(trainer: Trainer, world_size: int) -> str:
         ("layout", format_layout(model.inference_layout, model.layout_plan.random_loops)),
         *([("loops", str(model.loop_plan))] if model.loop_plan.varies else []),
         ("data", _sources(data)),
-        ("", f"tokenizer {tokenizer}, vocabulary {args.model.vocab_size:,}"),
+        ("", f"{_tokenizer(data)}vocabulary {args.model.vocab_size:,}"),
         ("devices", _devices(args, trainer.device, world_size)),
         ("batch", f"{n_tokens:,} tokens per step: {_factors(args)}"),
         ("steps", f"{args.steps:,} ({args.steps * n_tokens:,} tokens){done}"),
@@ -59,7 +58,17 @@ def format_versions() -> str:
     return ", ".join(versions)
 
 
+def _tokenizer(data: DataArgs) -> str:
+    if data.task is not None:
+        return ""
+    name, path = data.tokenizer.name, data.tokenizer.path
+    return f"tokenizer {find_tokenizer_file(name, path) or name}, "
+
+
 def _sources(data: DataArgs) -> str:
+    if data.task is not None:
+        task = options_of(build_task(data.task))
+        return ", ".join(f"{name}={value}" for name, value in task.items() if value is not None)
     if list(data.sources) == [ROOT_SOURCE]:
         return str(data.root_dir)
     total = sum(data.sources.values())

@@ -214,6 +214,8 @@ class Trainer:
             if self.before_micro_batch is not None:
                 self.before_micro_batch(batch)
             set_gradient_sync(self.model, micro == n_micro - 1)
+            if self.args.data.task is not None:
+                self.model.n_answers = count_targets(views)
             loss = self.model(*batch, divisor)
             (loss / n_micro).backward()
             total += loss.detach()

@@ -15,6 +15,7 @@ from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.config.help import format_value
 from lingua.data import find_unread_folders
 from lingua.optim import find_unused_options
+from lingua.tokenizer import TokenizerArgs
 from lingua.transformer import depth_factor
 
 
@@ -164,6 +165,11 @@ def _unused_train_options(args: TrainArgs) -> Iterator[str]:
         yield (
             f"data.sources: the chunks in {root} itself are read, those in its folders "
             f"{', '.join(folders)} are not; to read these, name them in data.sources"
+        )
+    if args.data.task is not None and args.data.tokenizer != TokenizerArgs():
+        yield (
+            f"data.tokenizer.name={args.data.tokenizer.name} has no effect with data.task.name="
+            f"{args.data.task.name}, which has its own tokens; remove it"
         )
     if args.async_eval_gpus is not None and (args.eval is None or args.eval.harness is None):
         yield (

@@ -1,0 +1,55 @@
+"""Options of `data.task`, and the task that they describe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from lingua.dataloader.synthetic.state_tracking import StateTracking
+from lingua.dataloader.synthetic.task import Task
+from lingua.errors import UserError
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (StateTracking,)}
+
+
+@dataclass
+class TaskArgs:
+    """Null means the default of the task. docs/data.md has a table of tasks and defaults."""
+
+    name: str | None = None  # state_tracking
+    n: int | None = None  # state_tracking: bits of the array
+    n_swaps: int | None = None  # state_tracking: null = n
+    n_pointers: int | None = None  # state_tracking: pointers into the array
+    n_addresses: int | None = None  # state_tracking: addresses that an array may have
+
+    def given(self) -> dict[str, int | str]:
+        """Return the options that are set, except the name."""
+        return {k: v for k, v in asdict(self).items() if v is not None and k != "name"}
+
+    def changed_by(self, changes: TaskArgs) -> TaskArgs:
+        """Return these options with those that are set in `changes`."""
+        if changes.name not in (None, self.name):
+            return changes
+        return replace(self, **changes.given())
+
+
+def build_task(args: TaskArgs) -> Task:
+    """Build the task of `args`. UserError for an impossible task."""
+    known = ", ".join(TASKS)
+    if args.name not in TASKS:
+        value = "null" if args.name is None else args.name
+        raise UserError(f"data.task.name={value} must be one of {known}")
+    cls = TASKS[args.name]
+    own = {f.name for f in fields(cls)}
+    given = args.given()
+    for option in sorted(given.keys() - own):
+        raise UserError(
+            f"data.task.{option}={given[option]} is no option of data.task.name={args.name}, "
+            f"which has {', '.join(sorted(own))}"
+        )
+    return cls(**given)
+
+
+def options_of(task: Task) -> dict[str, Any]:
+    """Return all options of a task, with its defaults."""
+    return {"name": task.name} | asdict(task)
