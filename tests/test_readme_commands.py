@@ -76,7 +76,9 @@ SMALLER = {
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml data.root_dir=": TINY_RUN,
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml optim.": TINY_RUN,
     "python -m apps.LT2.train config=apps/LT2/configs/1B": TINY_RUN,
-    "python -m apps.LT2.train dump_dir=runs/pointers": "model.dim=32 data.batch_size=2 steps=2",
+    "python -m apps.LT2.train dump_dir=runs/pointers": (
+        "model.dim=32 data.batch_size=2 data.load_async=false steps=2 eval.validation.max_steps=8"
+    ),
     "python -m apps.LT2.train config=runs/from_hf/params.json": TINY_RUN,
     "torchrun --nproc-per-node 8 -m apps.LT2.train": f"{TINY_RUN} dump_dir=runs/torchrun",
     "torchrun --nproc-per-node 8 -m apps.LT2.train config=apps/LT2/configs/600M/looped": (
@@ -103,6 +105,7 @@ SMALLER = {
     "python -m apps.LT2.eval": f"harness.limit=1 harness.bootstrap_iters=0 {SHORT_ANSWERS} "
     "validation.max_steps=1",
     "python -m apps.LT2.eval runs/quickstart 'loop_counts": "validation.max_steps=1",
+    "python -m apps.LT2.eval runs/pointers": "validation.max_steps=8",
     # instead of tasks that would be downloaded
     "torchrun --nproc-per-node 8 -m apps.LT2.eval": (
         f"{LOCAL_TASKS} harness.limit=2 harness.bootstrap_iters=0 dump_dir=runs/suites"
