@@ -27,7 +27,6 @@ import random
 import re
 import sys
 import sysconfig
-import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
 from lingua.files.atomic import write_atomic
 from lingua.prepare.corpus import file_errors
+from lingua.prepare.prose import is_repeat, passages
 from lingua.prepare.tokenizer import check_vocabulary, train_tokenizer
 
 FORMAT = 1  # increase it if the same input gives other bytes, to rebuild older folders
@@ -47,53 +47,11 @@ VAL_SHARE = 0.05  # of all characters
 SKIPPED_DIRS = {"site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 SKIPPED_DIRS |= {"test", "tests", "idle_test"}  # some distributions ship no tests
 MIN_DOCUMENT = 200  # characters
-SHINGLE = 6  # words; a passage with more than half of its shingles seen before is a repeat
 
 COMMENT = re.compile(r"^(\s*)#(?!!) ?(.*)$")
-WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
-LIST_ITEM = re.compile(r"^\s*([-*•]|\(?\d+[.)])\s+")
-RULE = re.compile(r"([-=*#~_^+.])\1{3,}")  # an underline or a divider
-SYMBOLS = re.compile(r"[^A-Za-z0-9\s.,;:'\"()?!-]")
-COMMON = (
-    "a an and any are as at be been but by can do does for from has have if in into is it its may "
-    "more must no not of on one only or other should so such than that the their them then there "
-    "these they this to used was we when where which will with you your"
-)
-COMMON_WORDS = frozenset(COMMON.split())
 
 
 # Text: from source files to passages of prose
-
-
-def is_prose(passage: str) -> bool:
-    """Return whether a passage is English prose, not code, a table or a signature."""
-    words = WORD.findall(passage)
-    if len(words) < 6 or not passage.endswith((".", ":", "!", "?", ".)", '."', ";")):
-        return False
-    common = sum(word.lower() in COMMON_WORDS for word in words) / len(words)
-    symbols = len(SYMBOLS.findall(passage)) / len(passage)
-    letters = sum(map(len, words)) / len(passage)
-    return common >= 0.2 and symbols <= 0.05 and letters >= 0.65
-
-
-def items(block: str) -> Iterator[str]:
-    """Yield a paragraph, or each item of a list, as one line."""
-    lines: list[str] = []
-    for line in textwrap.dedent(block).splitlines():
-        is_rule = RULE.search(line)
-        if is_rule or LIST_ITEM.match(line):
-            yield " ".join(" ".join(lines).split())
-            lines = []
-        if not is_rule:
-            lines.append(line)
-    yield " ".join(" ".join(lines).split())
-
-
-def passages(text: str) -> Iterator[str]:
-    """Yield the prose of a text by paragraphs and list items."""
-    for block in re.split(r"\n\s*\n", text):
-        if ">>>" not in block:
-            yield from filter(is_prose, items(block))
 
 
 def docstrings(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
@@ -150,16 +108,6 @@ def topic_passages(path: Path) -> dict[str, list[str]]:
             topics = ast.literal_eval(node.value)
             return {name: list(passages(text)) for name, text in sorted(topics.items())}
     return {}
-
-
-def is_repeat(passage: str, seen: set[str]) -> bool:
-    """Return whether more than half of the passage's shingles are in `seen`; add them to it."""
-    words = [word.lower() for word in WORD.findall(passage)]
-    starts = range(max(1, len(words) - SHINGLE + 1))
-    shingles = {" ".join(words[start : start + SHINGLE]) for start in starts}
-    n_seen = len(shingles & seen)
-    seen |= shingles
-    return 2 * n_seen > len(shingles)
 
 
 def collect_documents(stdlib: Path) -> list[dict[str, str]]:

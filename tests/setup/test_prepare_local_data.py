@@ -51,24 +51,6 @@ def documents(files: dict[str, bytes], part: str) -> list[dict[str, str]]:
     return [json.loads(line) for name in names for line in files[name].decode().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "passage, prose",
-    [
-        (SENTENCE.format("name", "two"), True),
-        ("Return the number of bytes that were written to the stream.", True),
-        ("for i in range(10): total += values[i] * weights[i]; print(total, i, n).", False),
-        ("open(file, mode='r', buffering=-1, encoding=None) -> file object.", False),
-        ("| name | the type | the default | what it is for | of the field |.", False),
-        ("The [name] of the [file] is <one> of the {many} in the [list] of the |paths|.", False),
-        ("Amsterdam, Berlin, Copenhagen, Dublin, Edinburgh, Florence, Geneva, Helsinki.", False),
-        ("Too short to keep.", False),
-        ("A heading of the section without a full stop in it", False),
-    ],
-)
-def test_is_prose(passage, prose):
-    assert prepare.is_prose(passage) == prose
-
-
 MODULE = '''
 """The first of them is what the file has on its first line, and it is not code.
 
