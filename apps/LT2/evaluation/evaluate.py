@@ -29,6 +29,7 @@ from apps.LT2.inference.load import (
     read_config,
     resolve_device,
     resolve_tokenizer,
+    training_window,
 )
 from apps.LT2.transformer import LoopedTransformer
 from lingua.args import dataclass_from_dict, flatten_dict
@@ -172,8 +173,10 @@ def errors_name_ckpt_dir() -> Iterator[None]:
 
 def load_harness_tasks(args: EvalArgs, harness: LMHarnessArgs) -> Any:
     source = find_checkpoint(args.ckpt_dir)
-    tokenizer = resolve_tokenizer(source, read_config(source), args.tokenizer_path)
-    return load_tasks(harness, args.generator, tokenizer)
+    config = read_config(source)
+    tokenizer = resolve_tokenizer(source, config, args.tokenizer_path)
+    window = args.generator.max_prompt_len or training_window(config)
+    return load_tasks(harness, args.generator, tokenizer, window)
 
 
 def run_harness(

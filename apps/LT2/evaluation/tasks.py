@@ -60,13 +60,16 @@ def load_tasks(
     args: LMHarnessArgs,
     generator: PackedCausalTransformerGeneratorArgs,
     tokenizer: TokenizerArgs,
+    window: int,
 ) -> Any:
     """Return an lm_eval TaskManager whose `load` returns the loaded and checked tasks of `args`.
 
+    Tasks that build their data also get the tokenizer, and `window`, the tokens of a prompt.
     The tasks have their number of few-shot examples: that of their mapping, else of `args`, else
     their own. UserError for everything about the tasks that is wrong.
     """
-    manager = find_tasks(args)
+    context = {"lt2_tokenizer": [tokenizer.name, tokenizer.path], "lt2_window": window}
+    manager = find_tasks(args, context)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     specs: dict[str, Any] = {}  # task to the mapping or name that it comes from
     for spec in expand_names(args, manager):
@@ -108,7 +111,8 @@ def _load(spec: Any, manager: Any) -> dict[str, Any]:
         members = {"group": "members", "task": list(_as_members(spec, manager))}
         part = manager.load([_build_group(members, manager)])
     except Exception as error:  # from datasets, the network, or the task's code
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = f"{kind}{first_line(error)}"
         advice = f"; {OFFLINE}" if is_connection_error(error) else ""
         raise UserError(
             f"harness.tasks: {task_name(spec)} cannot be loaded: {reason}{advice}"
@@ -160,12 +164,15 @@ def use_cache_without_network() -> None:
 # ---- names
 
 
-def find_tasks(args: LMHarnessArgs) -> Any:
-    """Return a TaskManager that knows all names in `args.tasks`. Nothing is downloaded."""
+def find_tasks(args: LMHarnessArgs, context: Mapping[str, Any] | None = None) -> Any:
+    """Return a TaskManager that knows all names in `args.tasks`. Nothing is downloaded.
+
+    `context` is passed to tasks, beside `args.metadata`.
+    """
     tasks = import_lm_eval("lm_eval.tasks")
     # Every rank would log the same.
     logging.getLogger("lm_eval").setLevel(args.verbosity if get_is_master() else "ERROR")
-    options = {"include_path": args.include_path, "metadata": args.metadata}
+    options = {"include_path": args.include_path, "metadata": {**(context or {}), **args.metadata}}
     if args.include_path is not None:
         if not any(Path(args.include_path).rglob("*.yaml")):
             raise UserError(

@@ -162,6 +162,11 @@ def resolve_tokenizer(source: Path, config: Mapping[str, Any], path: str | None)
     return saved if path is None else replace(saved, path=path)
 
 
+def training_window(config: Mapping[str, Any]) -> int:
+    """Return the sequence length that the model was trained with."""
+    return config["model"].get("max_seqlen", LoopedTransformerArgs.max_seqlen)
+
+
 def _build_tokenizer(source: Path, config: Mapping[str, Any], path: str | None) -> Tokenizer:
     if (task := config["data"].get("task")) is not None:
         return NoTokenizer(f"ckpt={source} was trained on data.task.name={task.get('name')}")

@@ -233,7 +233,8 @@ def check_eval_args(args: TrainArgs, *, is_here: bool) -> None:
 def check_harness(
     args: TrainArgs, given: EvalArgs, harness: LMHarnessArgs, *, is_here: bool
 ) -> None:
-    check_stride(harness.stride, given.generator.max_prompt_len or args.data.seq_len)
+    window = given.generator.max_prompt_len or args.data.seq_len
+    check_stride(harness.stride, window)
     if harness.use_cache is not None and args.async_eval_gpus is None and get_world_size() > 1:
         raise UserError(
             f"harness.use_cache={harness.use_cache} works with one process, not "
@@ -242,7 +243,7 @@ def check_harness(
     if not get_is_master():  # the harness reads thousands of files
         return
     if is_here:
-        load_tasks(harness, given.generator, args.data.tokenizer)
+        load_tasks(harness, given.generator, args.data.tokenizer, window)
     else:
         find_tasks(harness)
 

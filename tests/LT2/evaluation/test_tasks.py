@@ -69,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
 def load(folder: Path, *tasks, tokenizer: str = "bytes", **options):
     args = LMHarnessArgs(tasks=list(tasks), include_path=str(folder), verbosity="ERROR", **options)
     generator = PackedCausalTransformerGeneratorArgs()
-    return load_tasks(args, generator, TokenizerArgs(name=tokenizer)).load([])
+    return load_tasks(args, generator, TokenizerArgs(name=tokenizer), 4096).load([])
 
 
 @pytest.mark.parametrize(
