@@ -122,7 +122,7 @@ apps.LT2.kernel
 apps.LT2.mixers
 apps.LT2.block apps.LT2.pattern apps.LT2.loops apps.LT2.loop_loss apps.LT2.cache
 apps.LT2.transformer
-apps.LT2.flops apps.LT2.parallel apps.LT2.batch
+apps.LT2.flops apps.LT2.parallel apps.LT2.batch apps.LT2.exits
 apps.LT2.inference
 apps.LT2.evaluation
 apps.LT2.training

@@ -106,6 +106,7 @@ SMALLER = {
     "validation.max_steps=1",
     "python -m apps.LT2.eval runs/quickstart 'loop_counts": "validation.max_steps=1",
     "python -m apps.LT2.eval runs/pointers": "validation.max_steps=8",
+    "python -m apps.LT2.eval runs/gated": "validation.max_steps=1",
     # instead of tasks that would be downloaded
     "torchrun --nproc-per-node 8 -m apps.LT2.eval": (
         f"{LOCAL_TASKS} harness.limit=2 harness.bootstrap_iters=0 dump_dir=runs/suites"

@@ -66,6 +66,19 @@ class Block(nn.Module):
         x = decode_linear(h_BD, gate_up, norm=Norm(norm.weight, norm.eps), swiglu=True)
         return decode_linear(x, down, residual_BN=h_BD)[:, None]
 
+    def repeat_step(
+        self,
+        h: Tensor,
+        spec: LayerSpec,
+        cache: MixerCache,
+        last_spec: LayerSpec,
+        last_cache: MixerCache,
+    ) -> None:
+        """Extend the cache of a loop that the token skips; h, spec and cache of the last loop."""
+        mixer = self.mixer(spec)
+        source = last_cache if self.mixer(last_spec) is mixer else None
+        mixer.repeat_step(h, self.attention_norm, cache, source)
+
     def _add(self, h: Tensor, mixed: Tensor) -> Tensor:
         """Add the mixer's and the feed-forward network's output to the residual stream."""
         h = h + mixed

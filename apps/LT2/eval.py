@@ -13,7 +13,8 @@ The processes share the requests. The scores don't depend on their number. Files
 The scores are also appended to metrics.eval.jsonl and metrics.validation.jsonl in `metric_log_dir`.
 All of them name the options that change a score. `dump_dir` is <run>/evals/<step> for the run's own
 options, and e.g. <run>/evals/<step>-loop_count=4 for others. loop_counts=[1,2,4] evaluates one
-loaded model with each number of loops, and ends with a table of all scores.
+loaded model with each number of loops, and ends with a table of all scores. exit=gate:0.8 gives the
+scores of tokens that leave the loops early.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def resolve(args: EvalArgs) -> EvalArgs:
     with errors_name_ckpt_dir():
         source = find_checkpoint(args.ckpt_dir)
         config = read_config(source)
-    if args.loop_counts is not None:
+    if args.loop_counts is not None or args.generator.exit != "none":
         model = dataclass_from_dict(LoopedTransformerArgs, config["model"], strict=False)
         check_loop_counts(args, model)
     dump_dir, step = args.dump_dir, args.global_step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,23 @@ def forward_flops_per_token(model: LoopedTransformer, seqlen: int) -> int:
     recurrences, in every (loop, layer). Norms, activations and rotary embedding don't count.
     """
     return head_flops(model) + _body_flops_per_token(model, seqlen, model.layout)
+
+
+def exit_flops_per_token(
+    model: LoopedTransformer, seqlen: int, shares: Sequence[float], *, kl: bool
+) -> float:
+    """Return the mean `forward_flops_per_token` of tokens that leave early, with the decisions.
+
+    The share shares[t] leaves after loop t. A decision by KL runs the head after each loop, one by
+    the exit gate a product with dim weights. What skipped loops add to caches doesn't count.
+    """
+    flops = 0.0
+    for t, share in enumerate(shares):
+        body = _body_flops_per_token(model, seqlen, model.inference_layout[: t + 1])
+        n_gates = 0 if kl else min(t + 1, len(shares) - 1)
+        heads = head_flops(model) * (t + 1 if kl else 1)
+        flops += share * (body + heads + 2 * model.args.dim * n_gates)
+    return flops
 
 
 def head_flops(model: LoopedTransformer) -> int:

@@ -29,7 +29,7 @@ from apps.LT2.inference.load import (
 )
 from apps.LT2.inference.prompts import pack_prompts as pack_prompts
 from apps.LT2.inference.sampling import sample_tokens as sample_tokens
-from apps.LT2.inference.session import Session
+from apps.LT2.inference.session import Session, show
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.args import parse_args
 from lingua.checkpoint import find_checkpoint
@@ -168,10 +168,10 @@ def stream_answer(
 ) -> None:
     """Print one answer as it is generated."""
 
-    def show(_: int, text: str) -> None:
+    def stream(_: int, text: str) -> None:
         print(text, end="", flush=True)
 
-    for _ in generator.complete([prompt], places=[place], on_text=show, score=False):
+    for _ in generator.complete([prompt], places=[place], on_text=stream, score=False):
         print()
 
 
@@ -195,6 +195,12 @@ def print_answers(
         print()
 
 
+def show_loops(generator: PackedCausalTransformerGenerator) -> None:
+    """Print on stderr how many loops the tokens ran, if a rule decided it."""
+    if (loops := generator.mean_loops) is not None:
+        show(f"exit={generator.cfg.exit}: {loops:.2f} of {generator.model.n_loops} loops per token")
+
+
 def load_generator(args: GenerateArgs) -> PackedCausalTransformerGenerator:
     model, tokenizer, config = load_model_and_tokenizer(
         args.ckpt,
@@ -203,6 +209,7 @@ def load_generator(args: GenerateArgs) -> PackedCausalTransformerGenerator:
         loop_count=args.loop_count,
         tokenizer_path=args.tokenizer_path,
         weights=args.weights,
+        exit=args.exit,
     )
     add_bos = config["data"].get("add_bos", True)
     return PackedCausalTransformerGenerator(args, model, tokenizer, add_bos=add_bos)
@@ -217,12 +224,14 @@ def converse(args: GenerateArgs) -> None:
         try:
             if num_samples == 1:
                 stream_answer(generator, prompt, place=place)
+                show_loops(generator)
                 continue
             answers = generator.complete(
                 [prompt], num_samples=num_samples, places=[place], score=False
             )
             for k, done in enumerate(answers, start=1):
                 print(f"[{k}/{num_samples}] {done.text}\n", flush=True)
+            show_loops(generator)
         except KeyboardInterrupt:
             print()
         except UserError as error:
@@ -247,6 +256,7 @@ def main(argv: list[str]) -> None:
         stream_answer(generator, prompts[0].tokens)
     else:
         print_answers(generator, prompts, num_samples=args.num_samples)
+    show_loops(generator)
 
 
 if __name__ == "__main__":

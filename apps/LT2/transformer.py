@@ -244,6 +244,20 @@ class LoopedTransformer(nn.Module):
         self.loop_metrics = {}
         if target is None:
             return self._logits(self.norm(h))
+        return self._add_mixer_losses(self.loss_of(h, target, n_targets, states), losses)
+
+    def loss_of(
+        self,
+        h: Tensor,
+        target: Tensor,
+        n_targets: Tensor | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the mean cross-entropy of a residual stream, as `forward` does.
+
+        `states` are the streams after each loop, for loop_loss.
+        """
+        self.loop_metrics = {}
         if states is not None:
             loss = self._loss_of_loops(states, target.flatten(), n_targets)
         else:
@@ -258,7 +272,7 @@ class LoopedTransformer(nn.Module):
             n_correct = self._count_correct(h, target, self.n_answers)
             total = max(self.n_answers, 1) if n_targets is None else n_targets
             self.loop_metrics["acc/out"] = n_correct / total
-        return self._add_mixer_losses(loss, losses)
+        return loss
 
     @torch.no_grad()
     def _count_correct(self, h: Tensor, target: Tensor, n_answers: int) -> Tensor:
@@ -386,7 +400,7 @@ class LoopedTransformer(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and first == 0):
             h, losses = self.tok_embeddings(tokens), []
             for t, rows in loops[:first]:
-                h, _ = self._run_loop(h, t, run_layer, rows)
+                h, _ = self.run_loop(h, t, run_layer, rows)
                 if states is not None:
                     states.append(h)
         if first:
@@ -394,9 +408,9 @@ class LoopedTransformer(nn.Module):
             h = h.detach().requires_grad_()
         for t, rows in loops[first:]:
             if self.checkpoint_loops and torch.is_grad_enabled():
-                run = partial(checkpoint, self._run_loop, use_reentrant=False)
+                run = partial(checkpoint, self.run_loop, use_reentrant=False)
             else:
-                run = self._run_loop
+                run = self.run_loop
             h, new_losses = run(h, t, run_layer, rows)
             losses += new_losses
             if t == first and h.requires_grad:
@@ -409,7 +423,7 @@ class LoopedTransformer(nn.Module):
         """Return through how many of `n_loops` loops the backward goes."""
         return min(n_loops, self.args.loop_bptt or n_loops)
 
-    def _run_loop(
+    def run_loop(
         self, h: Tensor, t: int, run_layer: RunLayer, rows: tuple[Sequence[Any], ...]
     ) -> tuple[Tensor, Losses]:
         """Run the stack once, with the residual gate."""

@@ -392,3 +392,9 @@ def test_a_training_run_starts_from_exported_weights(tmp_path):
     got = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     want = safetensors.load_file(out / "model.safetensors")
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_options_of_training_loops_that_a_folder_lacks_are_named(tmp_path, caplog):
+    save_run(tmp_path / "run", tiny_model("full", 2, loop_sample="uniform:1,2"))
+    export(tmp_path / "run", tmp_path / "hf", "hf")
+    assert "model.loop_sample=uniform:1,2" in caplog.text and "loop_schedule" not in caplog.text

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from apps.LT2.evaluation.validation import ValidationArgs
+from apps.LT2.exits import check_exit
 from apps.LT2.inference.generator import PackedCausalTransformerGeneratorArgs
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.config.help import format_value
@@ -116,9 +117,13 @@ class EvalArgs:
     # evaluate with each of these numbers of loops, e.g. [1, 2, 4]; in training validation also has
     # loop_count loops; null = once, with loop_count
     loop_counts: list[int] | None = None
+    # leave the loops early, by a rule of generate: 2 | gate:0.8 | kl:0.005; null = generator.exit
+    exit: str | None = None
     tokenizer_path: str | None = None  # path of the tokenizer's file; null = as in training
 
     def __post_init__(self) -> None:
+        if self.exit is not None:
+            self.generator = replace(self.generator, exit=self.exit)
         if self.loop_counts is None:
             return
         given = f"loop_counts={format_value(self.loop_counts)}"
@@ -136,10 +141,15 @@ class EvalArgs:
 
 
 def check_loop_counts(args: EvalArgs, model: LoopedTransformerArgs, section: str = "") -> None:
-    """Raise UserError for a number of loops that the model's pattern doesn't allow."""
+    """Raise UserError for numbers of loops, or an exit, that the model doesn't allow."""
     for loop_count in args.loop_counts or []:
         try:
             model.layout_of(loop_count)
         except UserError as error:
             given = f"{section}loop_counts={format_value(args.loop_counts)}"
             raise UserError(f"{given}: {error}") from None
+    for loop_count in args.loop_counts or [args.loop_count or model.loop_count]:
+        try:
+            check_exit(args.generator.exit, model, loop_count)
+        except UserError as error:
+            raise UserError(f"{section}{error}") from None

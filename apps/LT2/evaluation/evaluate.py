@@ -17,12 +17,14 @@ from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, check_stride
 from apps.LT2.evaluation.records import RESULTS, VALIDATION, Conditions, make_way
 from apps.LT2.evaluation.tasks import import_lm_eval, load_tasks
 from apps.LT2.evaluation.validation import (
+    EXIT_SHARE,
     ValidationArgs,
     Validator,
     check_validation_sources,
     format_validation,
 )
-from apps.LT2.flops import forward_flops_per_token
+from apps.LT2.exits import ExitRule, check_exit
+from apps.LT2.flops import exit_flops_per_token, forward_flops_per_token
 from apps.LT2.inference.load import (
     LoadedModel,
     load_model_and_tokenizer,
@@ -98,14 +100,24 @@ def evaluate_part(
 ) -> dict[str, Scores]:
     args, conditions = part
     run_on_rank_0(lambda: Path(str(args.dump_dir)).mkdir(parents=True, exist_ok=True))
-    loaded.model.set_loops(conditions.options["loop_count"])
     scores: dict[str, Scores] = {}
+    set_loops(args, conditions, loaded.model)
     if validator is not None:
         scores["validation"] = run_validation(args, validator, conditions, loaded)
     if (harness := args.harness) is not None:
         results = run_harness(args, harness, conditions, loaded, manager, should_stop)
         scores["evals"] = run_on_rank_0(lambda: results["results"])
     return scores
+
+
+def set_loops(args: EvalArgs, conditions: Conditions, model: LoopedTransformer) -> ExitRule | None:
+    """Set the loops that the model runs, and return the rule by which tokens leave before."""
+    model.set_loops(conditions.options["loop_count"])
+    rule = check_exit(args.generator.exit, model.args, model.n_loops)
+    if rule is None or not rule.is_fixed:
+        return rule
+    model.set_loops(int(rule.limit))
+    return None
 
 
 def print_loops(
@@ -117,10 +129,13 @@ def print_loops(
 
     trained = model.args.loop_count
     columns: dict[str, dict[str, float]] = {}
-    counts = [conditions.options["loop_count"] for _, conditions in parts]
-    for loop_count, scores in sorted(zip(counts, found, strict=True), key=lambda pair: pair[0]):
-        model.set_loops(loop_count)
-        column = {"forward MFLOPs per token": loop_cost(model)["flops_per_token"] / 1e6}
+    both = zip(parts, found, strict=True)
+    for (args, conditions), scores in sorted(both, key=lambda b: b[0][1].options["loop_count"]):
+        loop_count, rule = conditions.options["loop_count"], set_loops(args, conditions, model)
+        cost = loop_cost(model, rule, scores.get("validation", {}))
+        column = {"loops per token": cost["loops"]} if rule is not None and cost else {}
+        if cost:
+            column["forward MFLOPs per token"] = cost["flops_per_token"] / 1e6
         column |= scores.get("validation", {})
         for task, values in scores.get("evals", {}).items():
             for name, value in values.items():
@@ -140,10 +155,23 @@ def print_loops(
     print(f"* loops of training: {trained}", flush=True)
 
 
-def loop_cost(model: LoopedTransformer) -> dict[str, int]:
-    """Return the loops that the model runs, and the forward FLOPs per token of a full sequence."""
-    flops = forward_flops_per_token(model, model.args.max_seqlen)
-    return {"loops": model.n_loops, "flops_per_token": flops}
+def loop_cost(
+    model: LoopedTransformer, rule: ExitRule | None, validation: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the loops that the model runs, and the forward FLOPs per token of a full sequence.
+
+    With `rule`, means over the targets of `validation`, with the FLOPs of its decisions; {} without
+    validation.
+    """
+    seqlen = model.args.max_seqlen
+    if rule is None:
+        return {"loops": model.n_loops, "flops_per_token": forward_flops_per_token(model, seqlen)}
+    shares = [share for name, share in validation.items() if name.startswith(EXIT_SHARE)]
+    if not shares:
+        return {}
+    flops = exit_flops_per_token(model, seqlen, shares, kl=rule.kind == "kl")
+    loops = sum(share * n for n, share in enumerate(shares, start=1))
+    return {"loops": loops, "flops_per_token": round(flops)}
 
 
 def load_model(args: EvalArgs) -> LoadedModel:
@@ -155,6 +183,7 @@ def load_model(args: EvalArgs) -> LoadedModel:
             device=args.generator.device,
             loop_count=args.loop_count,
             tokenizer_path=args.tokenizer_path,
+            exit=args.generator.exit,
         )
 
 
@@ -219,7 +248,8 @@ def run_harness(
         )
     finally:
         caching.PATH = requests_cache
-    tasks, cost = manager.load([])["tasks"], loop_cost(loaded.model)
+    tasks, rule = manager.load([])["tasks"], set_loops(args, conditions, loaded.model)
+    cost = loop_cost(loaded.model, rule, {})
     run_on_rank_0(lambda: write_results(args, conditions, cost, results or {}, tasks, tracker))
     return results if results is not None and get_is_master() else {}
 
@@ -227,7 +257,7 @@ def run_harness(
 def write_results(
     args: EvalArgs,
     conditions: Conditions,
-    cost: Mapping[str, int],
+    cost: Mapping[str, float],
     results: dict[str, Any],
     tasks: Mapping[str, Any],
     tracker: Any,
@@ -299,11 +329,17 @@ def run_validation(
     """Measure nats per token, bits per byte and perplexity, and write them. A collective."""
     device = loaded.model.tok_embeddings.weight.device
     rank, world_size = get_global_rank(), get_world_size()
-    scores: Scores = validator(loaded.model, device=device, rank=rank, world_size=world_size)
+    rule = set_loops(args, conditions, loaded.model)
+    scores: Scores = validator(
+        loaded.model, device=device, rank=rank, world_size=world_size, rule=rule
+    )
     scores["ppl/val"] = math.exp(min(scores["loss/val"], MAX_NATS))
-    shown, ppl = format_validation(scores), scores["ppl/val"]
-    logger.info("validation, loop_count=%d: %s, perplexity %.3f", loaded.model.n_loops, shown, ppl)
-    record = loop_cost(loaded.model) | scores | conditions.record(VALIDATION)
+    cost, exits = loop_cost(loaded.model, rule, scores), ""
+    if rule is not None:
+        exits = f" exit={args.generator.exit}, {cost['loops']:.3f} loops per token"
+    shown, ppl, n_loops = format_validation(scores), scores["ppl/val"], loaded.model.n_loops
+    logger.info("validation, loop_count=%d%s: %s, perplexity %.3f", n_loops, exits, shown, ppl)
+    record = cost | scores | conditions.record(VALIDATION)
     run_on_rank_0(lambda: write_validation(args, conditions, record))
     return scores
 

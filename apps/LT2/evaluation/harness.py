@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from apps.LT2.evaluation.args import check_stride
 from apps.LT2.evaluation.chat import ChatTemplate, find_chat_template
 from apps.LT2.evaluation.scoring import map_on_ranks, score_continuations
+from apps.LT2.exits import check_exit
 from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
@@ -203,6 +204,7 @@ class EvalHarnessLM(LM):
             max_len=self.max_len,
             max_tokens=self.cfg.max_tokens,
             stride=stride,
+            rule=check_exit(self.cfg.exit, self.model.args, len(self.model.inference_layout)),
             should_stop=self.should_stop,
             progress=_progress(what),
         )
@@ -329,6 +331,7 @@ class RegisteredLM(EvalHarnessLM):
             device=args.device,
             loop_count=args.loop_count,
             tokenizer_path=args.tokenizer_path,
+            exit=args.exit,
         )
         super().__init__(loaded, args, stride=args.stride, tokenizer_path=args.tokenizer_path)
 

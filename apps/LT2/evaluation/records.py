@@ -48,6 +48,7 @@ WITHOUT_EFFECT = {  # on scores, except for rounding
     "generator.compile_prefilling",
     "generator.device",
     "generator.dtype",  # recorded as `dtype`, with `auto` resolved
+    "generator.exit",  # recorded as `exit`
     "generator.max_tokens",
     "generator.reduce_generation_overhead",
     "generator.show_progress",
@@ -156,6 +157,7 @@ def score_options(args: EvalArgs, config: Mapping[str, Any]) -> Options:
     trained = config["model"].get("loop_count", LoopedTransformerArgs.loop_count)
     options: Options = {
         "loop_count": trained if args.loop_count is None else args.loop_count,
+        "exit": args.generator.exit,
         "dtype": next(name for name, value in DTYPES.items() if value is dtype),
         "tokenizer_path": args.tokenizer_path or config["data"]["tokenizer"].get("path"),
     }

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
+from apps.LT2.exits import ExitRule, exit_states
 from apps.LT2.inference.prompts import check_tokens, fetch_scores, pack_prompts, score_tokens
 from apps.LT2.kernel.documents import upload
 from apps.LT2.transformer import LoopedTransformer
@@ -90,11 +91,13 @@ def score_continuations(
     max_len: int,
     max_tokens: int,
     stride: int | None = None,
+    rule: ExitRule | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[Sequence], Iterable] = iter,
 ) -> list[tuple[float, bool]]:
     """Return (log p in nats, is argmax) for each (context, continuation) pair.
 
+    With `rule`, tokens leave the loops early, those of contexts too.
     The flag is True if greedy decoding generates the continuation. An empty continuation scores
     (0, True). `max_tokens` limits a batch; a longer window gets a separate batch. A collective:
     all ranks pass the same requests and get all scores. UserError for a token outside the model's
@@ -108,7 +111,10 @@ def score_continuations(
     ]
     batches = pack_windows(windows, max_tokens)
     scores = map_on_ranks(
-        batches, lambda batch: score_batch(model, batch), should_stop=should_stop, progress=progress
+        batches,
+        lambda batch: score_batch(model, batch, rule),
+        should_stop=should_stop,
+        progress=progress,
     )
     loglikelihood, greedy = [0.0] * len(requests), [True] * len(requests)
     for batch, results in zip(batches, scores, strict=True):
@@ -148,11 +154,16 @@ def map_on_ranks(
 
 
 @torch.no_grad()
-def score_batch(model: LoopedTransformer, batch: Sequence[Window]) -> list[tuple[float, bool]]:
+def score_batch(
+    model: LoopedTransformer, batch: Sequence[Window], rule: ExitRule | None = None
+) -> list[tuple[float, bool]]:
     """Return (log p in nats, is argmax) for each window of one packed batch."""
     device = model.tok_embeddings.weight.device
     tokens_1T, cu_seqlens = pack_prompts([window.tokens[:-1] for window in batch], device)
-    h_TD = model.hidden_states(tokens_1T, cu_seqlens)[0]
+    if rule is None:
+        h_TD = model.hidden_states(tokens_1T, cu_seqlens)[0]
+    else:
+        h_TD = model.norm(exit_states(model, tokens_1T, rule, cu_seqlens)[0])[0]
     ends = itertools.accumulate(len(window.tokens) - 1 for window in batch)
     positions = [
         position

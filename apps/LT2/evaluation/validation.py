@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from apps.LT2.batch import Batch, to_device
+from apps.LT2.exits import ExitRule, exit_states
 from apps.LT2.transformer import LoopedTransformer
 from lingua.data import ROOT_SOURCE
 from lingua.dataloader.args import DataArgs
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 N_EXAMPLES = 1024  # of a task
+EXIT_SHARE = "loops/exit/"  # of metrics: the share of targets that leave after loop t, from 0
 
 
 @dataclass
@@ -250,15 +252,18 @@ class Validator:
         rank: int,
         world_size: int,
         loop_count: int | None = None,
+        rule: ExitRule | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
         """Return {"loss/val": nats per token, "loss/val_bpb": bits per byte}. A collective.
 
         With data.task it is {"loss/val": nats per answer, "acc/val": share of right answers}.
 
-        `loop_count` is the number of loops; null = as many as inference runs. The
-        result is empty without validation text. Each rank calls `should_stop` after each batch;
-        if it is true on any rank, all ranks stop and the result is empty.
+        `loop_count` is the number of loops; null = as many as inference runs. With `rule`, each
+        token is predicted where it leaves, and `loops/exit/<t>` is the share of targets that leave
+        after loop t, from 0. The result is empty without validation text. Each rank calls
+        `should_stop` after each batch; if it is true on any rank, all ranks stop and the result is
+        empty.
         """
         rows = self.rows
         if rows is None:
@@ -271,14 +276,21 @@ class Validator:
         if loop_count is not None:
             model.set_loops(loop_count)
         model.begin_step(None)
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, targets, right answers
+        n_loops = len(model.inference_layout)
+        # nats, targets, right answers, and the targets of each exit
+        sums = torch.zeros(3 + n_loops, dtype=torch.float64, device=device)
         stopped = False
         for x, target, cu_seqlens in self._batches(rows, device, rank, world_size):
             n_targets = (target != NO_TARGET).sum()
             model.n_answers = int(n_targets) if is_task else None
-            loss = model(x, target, cu_seqlens)
+            if rule is None:
+                loss = model(x, target, cu_seqlens)
+            else:
+                h, n_BT = exit_states(model, x, rule, cu_seqlens)
+                loss = model.loss_of(h, target)
+                sums[3:] += torch.bincount(n_BT[target != NO_TARGET] - 1, minlength=n_loops)
             means = [loss, torch.ones_like(loss), model.loop_metrics.get("acc/out", 0 * loss)]
-            sums += torch.stack(means).double() * n_targets
+            sums[:3] += torch.stack(means).double() * n_targets
             if stopped := agree_any(should_stop()):
                 break
         model.train(was_training)
@@ -287,13 +299,15 @@ class Validator:
             return {}
         # The ranks of a TP group score the same rows.
         n_copies = round(dist_sum(1.0).item()) // world_size
-        nats, n_targets, n_right = (dist_sum(sums) / n_copies).tolist()
+        nats, n_targets, n_right, *exits = (dist_sum(sums) / n_copies).tolist()
+        scores = {"loss/val": nats / n_targets}
         if isinstance(rows, TaskRows):
-            return {"loss/val": nats / n_targets, "acc/val": n_right / n_targets}
-        return {
-            "loss/val": nats / n_targets,
-            "loss/val_bpb": nats / math.log(2) / max(rows.n_bytes, 1),
-        }
+            scores["acc/val"] = n_right / n_targets
+        else:
+            scores["loss/val_bpb"] = nats / math.log(2) / max(rows.n_bytes, 1)
+        if rule is not None:
+            scores |= {f"{EXIT_SHARE}{t}": n / n_targets for t, n in enumerate(exits)}
+        return scores
 
     def _batches(
         self, rows: ValidationRows | TaskRows, device: torch.device, rank: int, world_size: int

@@ -47,12 +47,23 @@ def group_by_length(n_slots: Sequence[int], max_slots: int) -> list[list[int]]:
 class ContinuousBatch:
     """Run sequences, in order, in the rows of one cache."""
 
-    def __init__(self, prefill: PromptPrefill, step: Step, choose: Choose, *, eos_id: int):
-        """`step` must extend the cache of `prefill`, which is empty."""
+    def __init__(
+        self,
+        prefill: PromptPrefill,
+        step: Step,
+        choose: Choose,
+        *,
+        eos_id: int,
+        rows: list[GeneratedSequence | None] | None = None,
+    ):
+        """`step` must extend the cache of `prefill`, which is empty.
+
+        `rows`, all None, always has the sequence of each row, for `step`.
+        """
         self.cache, self.prefill = prefill.cache, prefill
         self.step, self.choose, self.eos_id = step, choose, eos_id
         n_rows = self.cache.batch_size
-        self.rows: list[GeneratedSequence | None] = [None] * n_rows
+        self.rows: list[GeneratedSequence | None] = [None] * n_rows if rows is None else rows
         self.tokens_B1 = torch.zeros(n_rows, 1, dtype=torch.int64, device=prefill.device)
 
     def run(self, sequences: Sequence[GeneratedSequence]) -> Iterator[list[GeneratedSequence]]:

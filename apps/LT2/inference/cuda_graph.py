@@ -11,6 +11,9 @@ Shapes: B rows of the cache, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -30,7 +33,10 @@ class DecodeGraph:
         self.tokens_B1 = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
-            self._warm_up()
+            with on_side_stream():
+                for _ in range(WARMUP_STEPS):
+                    with cache.preserved():
+                        model.step(self.tokens_B1, cache)
             # thread_local: other threads, such as a data loader's, may allocate meanwhile.
             capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
             with cache.preserved(), capture:
@@ -43,12 +49,12 @@ class DecodeGraph:
         self.graph.replay()
         return self.logits_B1V
 
-    def _warm_up(self) -> None:
-        """Run steps on a side stream, as capture does."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUP_STEPS):
-                with self.cache.preserved():
-                    self.model.step(self.tokens_B1, self.cache)
-        torch.cuda.current_stream().wait_stream(stream)
+
+@contextmanager
+def on_side_stream() -> Iterator[None]:
+    """Run on another stream, as capture does, to warm up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)

@@ -19,9 +19,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from apps.LT2.exits import check_exit, exit_loops, parse_exit
 from apps.LT2.inference.compiled import compiled_for_generation
 from apps.LT2.inference.continuous_batching import ContinuousBatch, Step, group_by_length
 from apps.LT2.inference.cuda_graph import DecodeGraph
+from apps.LT2.inference.early_exit import ExitDecoder, LoopTally
 from apps.LT2.inference.load import check_dtype
 from apps.LT2.inference.prefill import PromptPrefill
 from apps.LT2.inference.prompts import check_tokens
@@ -61,12 +63,16 @@ class PackedCausalTransformerGeneratorArgs:
     show_progress: bool = False  # show the number of answers and tokens on stderr
     # weight matrices and cache: bf16, fp16 or fp32; auto: bf16 on a GPU, fp32 on a CPU
     dtype: str = "auto"
+    # leave the loops early: none | a number of loops | gate:0.8, the exit gate's cumulative
+    # probability | kl:0.005, KL between the predictions of successive loops; docs/loops.md
+    exit: str = "none"
     device: str = "auto"  # cpu, cuda or cuda:N; auto: cuda if available
     seed: int = 42  # random seed; each answer has its own random numbers
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_p, self.top_k)
         check_dtype(self.dtype)
+        parse_exit(self.exit)
         if self.max_gen_len < 0:
             raise UserError(f"max_gen_len={self.max_gen_len} must be at least 0")
         if self.max_prompt_len is not None and self.max_prompt_len < 1:
@@ -115,6 +121,20 @@ class PackedCausalTransformerGenerator:
         self.device = model.tok_embeddings.weight.device
         self.gaps = torch.tensor(tokenizer.gaps, dtype=torch.int64, device=self.device)
         cfg.uses_graph(self.device)
+        if cfg.exit != "none":
+            check_exit(cfg.exit, model.args, len(model.inference_layout))
+        self._tallies: list[LoopTally] = []  # of the last `complete`
+
+    @property
+    def mean_loops(self) -> float | None:
+        """Loops per token of the decode steps of the last `complete`, under exit=gate and kl.
+
+        None before its first step. The first token of an answer comes from the prompt's pass, which
+        runs all loops.
+        """
+        n_tokens = sum(tally.n_tokens for tally in self._tallies)
+        n_loops = sum(int(tally.n_loops) for tally in self._tallies)
+        return n_loops / n_tokens if n_tokens else None
 
     def generate(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[Tensor], list[Tensor]]:
         """Return each prompt's answer, log-likelihoods and greedy flags, as in Completion."""
@@ -208,9 +228,11 @@ class PackedCausalTransformerGenerator:
     ) -> Iterator[list[GeneratedSequence]]:
         """Yield the sequences that advanced, after every prefill and every step."""
         cfg = self.cfg
-        with compiled_for_generation(
+        self._tallies = []
+        compiled = compiled_for_generation(
             self.model, prefill=cfg.compile_prefilling, step=cfg.compile_decoding
-        ):
+        )
+        with compiled, exit_loops(self.model, parse_exit(cfg.exit)):
             for group in group_by_length([s.n_slots for s in sequences], cfg.max_tokens):
                 try:
                     yield from self._run_group([sequences[i] for i in group], score)
@@ -230,11 +252,18 @@ class PackedCausalTransformerGenerator:
         make_cache = partial(model.init_cache, max_seqlen=n_slots, dtype=dtype)
         cache = make_cache(min(len(sequences), cfg.max_tokens // n_slots))
         prefill = PromptPrefill(model, cache, partial(make_cache, 1), score=score)
+        rows: list[GeneratedSequence | None] = [None] * cache.batch_size
+        rule = parse_exit(cfg.exit)
+        use_graph = cfg.uses_graph(self.device) and cfg.max_gen_len > 1  # the prefill gives token 1
         step: Step = partial(model.step, cache=cache)
-        if cfg.uses_graph(self.device) and cfg.max_gen_len > 1:  # the prefill gives token 1
+        if rule is not None and not rule.is_fixed:
+            decoder = ExitDecoder(model, cache, rule, graph=use_graph, rows=rows)
+            self._tallies.append(decoder.tally)
+            step = decoder.step
+        elif use_graph:
             step = DecodeGraph(model, cache).step
-        batch = ContinuousBatch(prefill, step, self._choose, eos_id=self.tokenizer.eos_id)
-        return batch.run(sequences)
+        eos_id = self.tokenizer.eos_id
+        return ContinuousBatch(prefill, step, self._choose, eos_id=eos_id, rows=rows).run(sequences)
 
     def _choose(self, logits_NV: Tensor, sequences: Sequence[GeneratedSequence | None]) -> Tensor:
         """Return the next token of each sequence; free rows (None) get an arbitrary one."""

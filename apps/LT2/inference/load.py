@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from apps.LT2.exits import check_exit
 from apps.LT2.inference.quantize import check_weights, quantize_int8
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
@@ -67,12 +68,13 @@ def load_model_and_tokenizer(
     loop_count: int | None = None,
     tokenizer_path: str | None = None,
     weights: str = "auto",
+    exit: str = "none",
 ) -> LoadedModel:
     """Load a run's dump folder (its newest checkpoint), a step folder, or a weight file.
 
     `loop_count` replaces the number of loops of training; `tokenizer_path` is the new place of a
-    tokenizer file that has moved; `weights="int8"` is for `quantize_int8`. UserError if the parts
-    do not fit together.
+    tokenizer file that has moved; `weights="int8"` is for `quantize_int8`. The model must be able
+    to follow the rule `exit`, which it doesn't keep. UserError if the parts do not fit together.
     """
     check_dtype(dtype)
     on = resolve_device(device)
@@ -90,6 +92,7 @@ def load_model_and_tokenizer(
     args = args.with_loops(args.loop_count)  # without a schedule
     n_loops = args.loop_count if loop_count is None else loop_count
     args.layout_of(n_loops)  # UserError before the weights are read
+    check_exit(exit, args, n_loops)
     args = _fit_to_device(args, on.type, matrix_dtype)
     model = build_on_meta(args)
     tensors = read_weights(source, "ckpt", device=on, matrix_dtype=matrix_dtype)

@@ -64,6 +64,18 @@ class AttentionCache(MixerCache):
     def crop(self, length_B: Tensor) -> None:
         self.length_B.copy_(length_B)
 
+    def copy_last(self, source: AttentionCache) -> bool:
+        row = torch.arange(len(self.length_B), device=self.length_B.device)
+        for slots, others in zip(self.slots(), source.slots(), strict=True):
+            last = (source.length_B - 1) % others.shape[1]
+            slots[row, self.length_B % slots.shape[1]] = others[row, last]
+        self.length_B += 1
+        return True
+
+    def slots(self) -> tuple[Tensor, ...]:
+        """Return the tensors (B, S, ...) that have a slot for each token."""
+        return self.k_BSGK, self.v_BSGK
+
 
 class Attention(Mixer):
     module_name = "attention"

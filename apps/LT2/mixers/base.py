@@ -82,10 +82,18 @@ class MixerCache:
         for tensor, other in zip(self._tensors(), source._tensors(), strict=True):
             tensor[tuple(slice(n) for n in other.shape)] = other
 
+    def copy_last(self, source: Any) -> bool:
+        """Extend every row by the last token of a cache of the same kind, in place.
+
+        Return False, and do nothing, if this kind doesn't keep what it needs.
+        """
+        return False
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return a cache of `change(tensor)` for every tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{n: x if x is None else change(x) for n, x in values.items()})
+        changed = {n: change(x) for n, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **changed)
 
     def snapshot(self) -> list[Tensor]:
         """Return copies of all tensors, for `restore`."""
@@ -245,6 +253,17 @@ class Mixer(nn.Module, ABC):
     def add_step(self, h_B1D: Tensor, norm: RMSNorm, cache: Any) -> Tensor:
         """Return h + step(norm(h)). A subclass may fuse the norm and the sum into its products."""
         return h_B1D + self.step(norm(h_B1D), cache)
+
+    def repeat_step(
+        self, h_B1D: Tensor, norm: RMSNorm, cache: Any, source: MixerCache | None
+    ) -> None:
+        """Extend every row by one token in a loop that it skips, in place.
+
+        h is what the layer got in the last loop that ran. `source` is this mixer's cache of that
+        loop, None if another mixer ran. Without `copy_last`, the projections run again.
+        """
+        if source is None or not cache.copy_last(source):
+            self.step(norm(h_B1D), cache)
 
     @abstractmethod
     def fused_linears(self) -> tuple[nn.Linear, ...]:

@@ -91,6 +91,9 @@ class LightningIndexer(nn.Module):
 class DSACache(AttentionCache):
     index_k_BSC: Tensor
 
+    def slots(self) -> tuple[Tensor, ...]:
+        return *super().slots(), self.index_k_BSC
+
     def slots_of(self, k: Tensor, v: Tensor, index: Index) -> list[tuple[Tensor, Tensor]]:
         """Pair new keys, values and index keys with their slots."""
         return [(k, self.k_BSGK), (v, self.v_BSGK), (index.k_BSC, self.index_k_BSC)]

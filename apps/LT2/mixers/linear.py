@@ -40,6 +40,12 @@ class LinearCache(MixerCache):
     state_BHKV: Tensor  # fp32: it sums over the whole past
     conv_state_BTC: Tensor | None  # the last conv_size - 1 inputs of the convolution
     length_B: Tensor | None  # int64, tokens seen, if the mixer uses positions
+    # (streams before the convolution, *rest) of the last step, for `repeat_step`; null = not kept
+    last_inputs: Tensors | None = None
+
+    def keep(self, streams: Tensor, rest: Tensors) -> None:
+        if self.last_inputs is not None:
+            self.last_inputs = (streams, *rest)
 
 
 class LinearMixer(Mixer):
@@ -134,6 +140,7 @@ class LinearMixer(Mixer):
 
     def step(self, x_B1D: Tensor, cache: LinearCache) -> Tensor:
         streams, rest = self.project(x_B1D[:, 0])
+        cache.keep(streams, rest)
         if self.conv is not None:
             assert cache.conv_state_BTC is not None
             streams = self.conv.step(streams, cache.conv_state_BTC)
@@ -153,11 +160,25 @@ class LinearMixer(Mixer):
         sizes = [sum(linear.out_features for linear in linears[:n_streams])]
         sizes += [linear.out_features for linear in linears[n_streams:]]
         streams, *rest = product.split(sizes, dim=-1)
+        before_conv = streams if conv is None else conv.state_BSC[:, -1]
         if self.conv is not None and conv is None:
             streams = F.silu(streams)
         streams, rest = self.expand(streams, tuple(rest))
+        cache.keep(before_conv, rest)
         y = self.step_heads(streams, rest, cache)
         return decode_linear(y, out, residual_BN=h_BD)[:, None]
+
+    def repeat_step(
+        self, h_B1D: Tensor, norm: RMSNorm, cache: LinearCache, source: MixerCache | None
+    ) -> None:
+        if not isinstance(source, LinearCache) or not source.last_inputs:
+            super().repeat_step(h_B1D, norm, cache, source)
+            return
+        streams, *rest = source.last_inputs
+        if self.conv is not None:
+            assert cache.conv_state_BTC is not None
+            streams = self.conv.step(streams, cache.conv_state_BTC)
+        self.step_heads(streams, tuple(rest), cache)
 
     def step_heads(self, streams: Tensor, rest: Tensors, cache: LinearCache) -> Tensor:
         """Run the recurrence and `output` for one token of each row; the cache grows in place."""

@@ -31,6 +31,7 @@ from apps.LT2.kernel.nsa import (
     block_means,
     native_sparse_attention,
     native_sparse_attention_step,
+    update_means,
 )
 from apps.LT2.mixers.attention import (
     Attention,
@@ -68,6 +69,13 @@ class NSACache(AttentionCache):
 
     k_BCGK: Tensor
     v_BCGK: Tensor
+
+    def copy_last(self, source: AttentionCache) -> bool:
+        position_B = self.length_B.clone()
+        super().copy_last(source)
+        update_means(self.k_BSGK, self.k_BCGK, position_B)
+        update_means(self.v_BSGK, self.v_BCGK, position_B)
+        return True
 
 
 class NativeSparseAttention(Mixer):

@@ -12,6 +12,7 @@ The first two come with params.json and the tokenizer file. Every `ckpt=` option
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ from lingua.checkpointing.weights import (
 from lingua.errors import UserError, run_cli
 from lingua.parallel.args import DTYPES
 from lingua.tokenizer import with_sha256
+
+logger = logging.getLogger(__name__)
 
 FILES = {"consolidated": CONSOLIDATE_NAME, "safetensors": SAFETENSORS_NAME, "hf": SAFETENSORS_NAME}
 
@@ -76,6 +79,8 @@ def export(args: ExportArgs) -> None:
             add_bos = bool(loaded.config["data"].get("add_bos", True))
             tokens = save_tokenizer(tokenizer, folder, add_bos=add_bos)
             write_hf_model(folder, loaded, args.dtype, tokens)
+            if left_out := options_left_out(loaded):
+                logger.warning("format=hf leaves out the options of training loops: %s", left_out)
             write_model_card(folder, loaded, source)
         else:
             loaded.config["data"]["tokenizer"] = asdict(with_sha256(tokenizer))
@@ -83,6 +88,17 @@ def export(args: ExportArgs) -> None:
             copy_tokenizer(folder, tokenizer)
             weights = loaded.model.state_dict()
             write_weights(folder / FILES[args.format], weights, metadata={"format": "pt"})
+
+
+def options_left_out(loaded: LoadedModel) -> str:
+    """Name the options of training loops that a Hugging Face folder doesn't have."""
+    trained, kept = loaded.config["model"], loaded.model.args
+    names = ("loop_schedule", "loop_sample", "loop_bptt", "loop_loss")
+    return ", ".join(
+        f"model.{name}={trained[name]}"
+        for name in names
+        if trained.get(name, getattr(kept, name)) != getattr(kept, name)
+    )
 
 
 def write_hf_model(

@@ -151,6 +151,11 @@ def _unused_loops(args: TrainArgs) -> Iterator[str]:
         )
     if args.optim.rewarmup and model.loop_schedule is None:
         yield f"optim.rewarmup={args.optim.rewarmup} has no effect without model.loop_schedule"
+    if args.eval is not None and args.eval.harness is None and args.eval.generator.exit != "none":
+        yield (
+            f"eval.exit={args.eval.generator.exit} has no effect: validation in training runs all "
+            "loops; use python -m apps.LT2.eval"
+        )
 
 
 def _unused_train_options(args: TrainArgs) -> Iterator[str]:
