@@ -51,6 +51,8 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, DataArgs]:
 
 
 def kinds_of(data: DataArgs) -> dict[str, DataArgs]:
+    if data.task is not None:
+        return {"task": data}
     lines, token_files = (replace(data, pretokenized=value) for value in (False, True))
     validate_data_args(lines, 1)
     try:

@@ -71,7 +71,13 @@ def export(args: ExportArgs) -> None:
     check_can_write(FILES[args.format], f"format={args.format}")
     with new_folder(args.out) as folder:
         source = find_checkpoint(args.ckpt)
-        tokenizer = resolve_tokenizer(source, read_config(source), args.tokenizer_path)
+        config = read_config(source)
+        if args.format == "hf" and (task := config["data"].get("task")):
+            raise UserError(
+                f"format=hf: ckpt={source} was trained on data.task.name={task.get('name')}, which "
+                "has no tokenizer; use format=safetensors"
+            )
+        tokenizer = resolve_tokenizer(source, config, args.tokenizer_path)
         loaded = load_model_and_tokenizer(
             str(source), dtype=args.dtype, device="cpu", tokenizer_path=args.tokenizer_path
         )

@@ -218,6 +218,11 @@ def check_eval_args(args: TrainArgs, *, is_here: bool) -> None:
         raise UserError(f"async_eval_gpus={n_gpus} must be at least 1, or null")
     if given.harness is None:
         return
+    if args.data.task is not None:
+        raise UserError(
+            f"eval.harness reads text, but data.task.name={args.data.task.name} has no tokenizer; "
+            "set eval.harness=null"
+        )
     if n_gpus is not None:
         if has_slurm():
             import_submitit(f"async_eval_gpus={n_gpus}")

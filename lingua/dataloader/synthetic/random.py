@@ -55,6 +55,12 @@ class Draws:
         high_bits = self.words(*shape) >> np.uint64(32)
         return (high_bits * np.uint64(high) >> np.uint64(32)).astype(np.int64)
 
+    def floats(self, *shape: int) -> np.ndarray:
+        """Return uniform float64 (B, *shape) in (0, 1)."""
+        import numpy as np
+
+        return ((self.words(*shape) >> np.uint64(12)) + 0.5) * 2.0**-52
+
     def sample(self, n: int, k: int) -> np.ndarray:
         """Return k different numbers in [0, n) in random order, (B, k) int64."""
         import numpy as np

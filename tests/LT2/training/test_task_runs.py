@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from apps.LT2.eval import launch_eval
 from apps.LT2.evaluation.args import EvalArgs
 from apps.LT2.generate import main as generate
 from apps.LT2.inference.load import load_model_and_tokenizer
+from apps.LT2.scripts.export_weights import ExportArgs, export
 from apps.LT2.train import TrainArgs, validate_train_args
 from lingua.args import dataclass_from_dict, parse_args
 from lingua.dataloader.packing import NO_TARGET
@@ -117,9 +119,16 @@ def test_a_checkpoint_is_evaluated_on_longer_examples(run):
             evaluate(task=bad)
 
 
-def test_a_model_of_a_task_reads_no_text(run, capsys):
-    with pytest.raises(UserError, match="data.task.name=state_tracking"):
-        generate([f"ckpt={run}", "prompts=[hi]", "device=cpu"])
+def test_a_model_of_a_task_reads_no_text(run, tmp_path):
+    for command in (
+        lambda: generate([f"ckpt={run}", "prompts=[hi]", "device=cpu"]),
+        lambda: export(ExportArgs(ckpt=str(run), out=str(tmp_path / "hf"), format="hf")),
+    ):
+        with pytest.raises(UserError, match="data.task.name=state_tracking"):
+            command()
+    export(ExportArgs(ckpt=str(run), out=str(tmp_path / "st"), format="consolidated"))
+    exported = load_model_and_tokenizer(str(tmp_path / "st"), dtype="fp32", device="cpu").model
+    assert exported.args.vocab_size == EXAMPLES.n_tokens
 
 
 def test_vocabulary_and_length_follow_the_task(tmp_path):
@@ -132,10 +141,11 @@ def test_vocabulary_and_length_follow_the_task(tmp_path):
         "data.sources.x": 1,
         "data.task.name": "foo",
         "eval.validation.task.n": 99,
+        "eval.harness.tasks": "[x]",
         "data.doc_mask": True,
         "data.pretokenized": True,
     }.items():
-        with pytest.raises(UserError, match=option.replace(".x", "")):
+        with pytest.raises(UserError, match=re.sub(r"\.(x|tasks)$", "", option)):
             validate_train_args(train_args(tmp_path / "run", **{option: value}), world_size=1)
 
 
