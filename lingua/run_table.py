@@ -153,11 +153,11 @@ def warn_of_means(groups: Sequence[Sequence[Run]], columns: Sequence[Column]) ->
         if column.name == "val":
             diverged = [run.name for run in members if column.value(run) is math.nan]
             warn_skipped(diverged, "its last val is NaN or infinite")
-    steps = {found[0] for run in members if (found := run.newest(VAL))}
-    if len(steps) > 1:
+    ends = [{found[0] for run in group if (found := run.newest(VAL))} for group in groups]
+    if mixed := set().union(*(steps for steps in ends if len(steps) > 1)):
         logger.warning(
             "means are of different steps, %d to %d: some runs are shorter or still running",
-            *(min(steps), max(steps)),
+            *(min(mixed), max(mixed)),
         )
 
 

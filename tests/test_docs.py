@@ -26,7 +26,7 @@ from tests.readme import GUIDES, README, ROOT, SECTIONS, commands
 
 CONFIGS = ROOT / "apps/LT2/configs"
 EVALUATIONS = sorted(CONFIGS.glob("*/eval.yaml"))
-RECIPES = sorted(set(CONFIGS.glob("*/*.yaml")) - set(EVALUATIONS))
+RECIPES = sorted(set(CONFIGS.glob("[0-9]*/*.yaml")) - set(EVALUATIONS))
 PROGRAMS = {
     "apps.LT2.train": TrainArgs,
     "apps.LT2.eval": EvalArgs,

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("apps.LT2.train", "train in one process (torchrun starts several)"),
     "submit": ("lingua.stool", "submit runs and sweeps to SLURM, or start them here"),
     "sweep": ("lingua.sweep", "table of the runs of a sweep"),
+    "study": ("apps.LT2.scripts.study", "run a study: arms, seeds, and a report"),
     "plot": ("apps.LT2.scripts.plot", "plot any metric of runs"),
     "lens": ("apps.LT2.scripts.loop_lens", "predictions after each loop"),
     "report": ("apps.LT2.scripts.report", "write an HTML page about a run or a folder of runs"),

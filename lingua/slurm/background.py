@@ -90,12 +90,16 @@ class LocalProcess:
                 start_new_session=detached,
             )
 
+    def status(self) -> int | None:
+        """Return the exit status of a finished process, else None."""
+        return self._process.poll()
+
     def done(self) -> bool:
-        return self._process.poll() is not None
+        return self.status() is not None
 
     def failure(self) -> str | None:
         """Return the error of a finished process, or None if it succeeded."""
-        status = self._process.returncode
+        status = self.status()
         if not status:
             return None
         if status < 0:

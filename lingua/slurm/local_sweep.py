@@ -89,24 +89,43 @@ class LocalSweep:
 
     `costs` are the costs of a step of each job, for the estimate of the time left. Ctrl-C or
     SIGTERM starts no more jobs and waits for the active ones, which may save a checkpoint.
+    A subclass may start runs in another way, and stop them before a signal does.
     """
+
+    program = "stool"  # named in each line
+    to_resume = "resume with dirs_exists_ok=true"
 
     def __init__(self, jobs: Sequence[Job], at_once: int, costs: Sequence[float] = ()):
         costs = costs or [1.0] * len(jobs)
         numbered = enumerate(zip(jobs, costs, strict=True), start=1)
         self.runs = [SweepRun(job, i, cost) for i, (job, cost) in numbered]
-        self.slots = gpu_slots(jobs[0].args.ngpu, at_once)
+        self.slots = self.find_slots(jobs[0].args.ngpu, at_once)
         self.active: dict[int, SweepRun] = {}  # by slot
         self.signal: int | None = None
+        self.is_out_of_time = False
         from rich.console import Console
 
         self.console = Console(highlight=False, markup=False)
+
+    def find_slots(self, ngpu: int, at_once: int) -> list[str | None]:
+        """Return CUDA_VISIBLE_DEVICES of each run at the same time."""
+        return gpu_slots(ngpu, at_once)
+
+    def start(self, job: Job, gpus: str | None) -> LocalProcess:
+        return LocalProcess(job, gpus)
+
+    def check_time(self) -> None:
+        """Called twice a second; sets is_out_of_time to stop all runs."""
+
+    @property
+    def is_stopping(self) -> bool:
+        return self.signal is not None or self.is_out_of_time
 
     def run(self) -> None:
         """Run all jobs. After a signal, raise KeyboardInterrupt or SystemExit."""
         from rich.live import Live
 
-        waiting, is_stopping, self._since = list(self.runs), False, time.monotonic()
+        waiting, has_stopped, self._since = list(self.runs), False, time.monotonic()
         with ExitStack() as stack:
             stack.enter_context(self._handle_signals())
             live = Live(console=self.console, auto_refresh=False, transient=True)
@@ -116,18 +135,20 @@ class LocalSweep:
                 for slot, gpus in enumerate(self.slots):
                     if slot in self.active and self.active[slot].process.done():
                         self._end(self.active.pop(slot))
-                    if slot not in self.active and waiting and self.signal is None:
+                    if slot not in self.active and waiting and not self.is_stopping:
                         self._start(waiting.pop(0), slot, gpus)
-                if self.signal is not None and not is_stopping:
-                    is_stopping, waiting = True, []
+                self.check_time()
+                if self.is_stopping and not has_stopped:
+                    has_stopped, waiting = True, []
                     self._stop()
                 if self.console.is_terminal:
                     live.update(self._table(), refresh=True)
                 if self.active:
                     time.sleep(POLL_SECONDS)
-        if self.signal is not None:
+        if self.is_stopping:
             n_left = sum(run.outcome in ("", "stopped") for run in self.runs)
-            self._print(f"{n_left} runs are not finished; resume with dirs_exists_ok=true")
+            self._print(f"{n_left} runs are not finished; {self.to_resume}")
+        if self.signal is not None:
             raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(143)
 
     @contextmanager
@@ -145,26 +166,26 @@ class LocalSweep:
 
     def _stop(self) -> None:
         self._print(f"stopping: {len(self.active)} active runs end first")
-        if self.signal == signal.SIGTERM:  # the terminal sends Ctrl-C to the runs as well
+        if self.signal != signal.SIGINT:  # the terminal sends Ctrl-C to the runs as well
             for run in self.active.values():
                 run.process.terminate()
 
     def _start(self, run: SweepRun, slot: int, gpus: str | None) -> None:
-        run.started, run.process = time.monotonic(), LocalProcess(run.job, gpus)
+        run.started, run.process = time.monotonic(), self.start(run.job, gpus)
         self.active[slot] = run
         if not self.console.is_terminal:
             self._print(f"{self._name(run)} starts")
 
     def _end(self, run: SweepRun) -> None:
         run.end()
-        if run.error and self.signal is None:
+        if run.error and not self.is_stopping:
             run.outcome = "FAILED"
-        elif run.error or run.is_short or (self.signal is not None and not run.steps):
+        elif run.error or run.is_short or (self.is_stopping and not run.steps):
             run.outcome, run.error = "stopped", None
         else:
             run.outcome = "done"
         parts = [run.error or run.losses()]
-        if self.signal is None and any(not run.has_ended for run in self.runs):
+        if not self.is_stopping and any(not run.has_ended for run in self.runs):
             parts.append(self._eta())
         details = "; ".join(part for part in parts if part)
         self._print(f"{self._name(run)}: {run.outcome} after {_time(run.seconds)}: {details}")
@@ -173,7 +194,7 @@ class LocalSweep:
         return f"run {run.number} of {len(self.runs)}: {run.label}"
 
     def _print(self, text: str) -> None:
-        self.console.print(f"stool: {text}", soft_wrap=True)
+        self.console.print(f"{self.program}: {text}", soft_wrap=True)
 
     def _eta(self) -> str:
         for run in self.active.values():

@@ -26,7 +26,7 @@ from lingua.optim import build_param_groups
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "apps/LT2/configs"
 GOLDEN = ROOT / "tests/golden"
-RECIPES = sorted(set(CONFIGS.glob("*/*.yaml")) - set(CONFIGS.glob("*/eval.yaml")))
+RECIPES = sorted(set(CONFIGS.glob("[0-9]*/*.yaml")) - set(CONFIGS.glob("*/eval.yaml")))
 # Vocabulary sizes of the recipes' tokenizers: Llama 3's, and setup/prepare_local_data.py's.
 VOCABULARIES = {"tiktoken": 128_256, "hf": 2_048}
 

@@ -44,4 +44,6 @@ def loop_points(run: Run, y: str, x: str) -> dict[int, tuple[float, float]]:
 
 
 def trained_loops(run: Run) -> int:
-    return int(run.options.current.get(OPTION, 1))
+    """Return model.loop_count, or 0 if T was sampled."""
+    options = run.options.current
+    return 0 if options.get("model.loop_sample") else int(options.get(OPTION, 1))

@@ -216,8 +216,9 @@ def name_of(runs: Sequence[str]) -> str:
 
 def finals_against(option: str, y: str, groups: Any) -> list[Series]:
     """Return one series a group: the last values of its runs against an option."""
-    found, diverged, steps = [], [], set()
+    found, diverged, mixed = [], [], set()
     for options, members in groups:
+        steps: dict[str, set[int]] = {}
         at: dict[str, dict[str, float]] = {}  # value of the option -> final values of its runs
         for run in members:
             step = max(run.metrics[y])
@@ -225,18 +226,20 @@ def finals_against(option: str, y: str, groups: Any) -> list[Series]:
             if value is None:
                 diverged.append(run.name)
             else:
-                steps.add(step)
-                at.setdefault(option_text(run, option), {})[run.name] = value
+                text = option_text(run, option)
+                steps.setdefault(text, set()).add(step)
+                at.setdefault(text, {})[run.name] = value
+        mixed |= {step for of_point in steps.values() if len(of_point) > 1 for step in of_point}
         if at:
             texts = sorted(at, key=natural_key)
             values = _mean_and_std([*at[text].values()] for text in texts)
             runs = ["; ".join(at[text]) for text in texts]
             found.append(Series(options, name_of(runs), texts, *values, runs))
     warn_skipped(diverged, f"the last {y} is NaN or infinite")
-    if len(steps) > 1:
+    if mixed:
         logger.warning(
-            "final values are of different steps, %d to %d: some runs are shorter or still running",
-            *(min(steps), max(steps)),
+            "means are of different steps, %d to %d: some runs are shorter or still running",
+            *(min(mixed), max(mixed)),
         )
     return found
 

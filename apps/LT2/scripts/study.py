@@ -1,0 +1,283 @@
+"""Run a study: arms x seeds of a recipe, several runs side by side, and a report of the results.
+
+    python -m apps.LT2.scripts.study loops size=tiny dump_dir=runs/loops_tiny
+    python -m apps.LT2.scripts.study loops size=small dump_dir=runs/loops jobs=12 minutes=10
+    python -m apps.LT2.scripts.study mixers arms=[full,gdn] seeds=1 dry_run=true optim.lr=1e-3
+
+A study is a file of apps/LT2/configs/studies, or a YAML file of your own. It names arms, seeds,
+what to draw, and claims. Options of training apply to all runs. The same command skips finished
+runs, resumes the others, and writes to dump_dir
+
+    NAME.md       the report: claims with verdicts, table, plots, how to repeat it
+    NAME.png      the first plot, and NAME.csv with its lines; NAME-2.png is the second
+    NAME.jsonl    the results of each run
+    arm=.../      a run like any other; `lt2 sweep`, `lt2 plot by=arm` and `lt2 report` read them
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+from apps.LT2.flops import train_flops_per_token
+from apps.LT2.matching import QUANTITIES as MATCHES
+from apps.LT2.matching import match_model
+from apps.LT2.scripts.study_report import write_report
+from apps.LT2.scripts.study_runs import SCRIPT, StudySweep
+from apps.LT2.scripts.study_spec import Study, read_study
+from apps.LT2.training.args import TrainArgs, check_and_build
+from lingua.args import diff_configs, parse_args, print_text
+from lingua.config.cli import split_paths
+from lingua.config.yaml import yaml_value
+from lingua.errors import UserError, run_cli
+from lingua.evaluations import label_of
+from lingua.files.atomic import write_atomic
+from lingua.files.lock import LOCK_NAME, lock_folders, make_writable
+from lingua.run_columns import scientific, short
+from lingua.slurm.background import visible_gpus
+from lingua.slurm.code import snapshot_for_all
+from lingua.slurm.plan import import_script, plan_run, write_run
+from lingua.slurm.run_list import Options
+from lingua.slurm.run_names import group_by_text
+from lingua.slurm.script import Job, StoolArgs
+from lingua.slurm.sweep_plan import collected_warnings, is_done, named_errors, option_of
+from lingua.sweep import as_arguments, write_record
+
+RECORD = "study.json"  # in dump_dir: the study, the options of each run, and the seconds spent
+SET_BY_STUDY = ("dump_dir", "name", "seed", "model.seed", "data.seed")
+SHARE_OF_TIME = 0.95  # of minutes=, for runs; then these save, and the report is written
+
+
+@dataclass
+class StudyArgs:
+    OTHER_OPTIONS: ClassVar = " Other options are those of training, for all runs."
+
+    size: str = "small"  # tiny: seconds, to test the command; small: minutes of a GPU; full
+    dump_dir: str = ""  # folder of the study; required
+    arms: list[str] | None = None  # arms to run; null = all
+    seeds: int | None = None  # seeds of each arm; null = as the study says
+    # runs side by side; null = one for each GPU, or for each CPU core. Several share a GPU
+    jobs: int | None = None
+    minutes: float | None = None  # stop after this time, which may be 0; null = when all are done
+    dry_run: bool = False  # print the runs and their cost, and write nothing
+
+    def __post_init__(self) -> None:
+        if not self.dump_dir and not self.dry_run:
+            raise UserError("dump_dir is empty; name a folder for the study, e.g. dump_dir=runs/x")
+        for name in ("jobs", "seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if self.minutes is not None and self.minutes < 0:
+            raise UserError(f"minutes={self.minutes:g} must be 0 or more")
+
+
+# ---- the study
+
+
+def split_options(argv: Sequence[str]) -> tuple[StudyArgs, Options]:
+    """Separate the options of this command from those of training."""
+    own = {f.name for f in fields(StudyArgs)}
+    mine = [arg for arg in argv if arg.partition("=")[0] in own or arg.startswith("-")]
+    args = parse_args(StudyArgs, mine, prog="python -m apps.LT2.scripts.study NAME", doc=__doc__)
+    given: Options = {}
+    for option, _, text in (arg.partition("=") for arg in argv if arg not in mine):
+        given[option] = text
+        with suppress(ValueError):
+            given[option] = yaml_value(text)
+    return args, given
+
+
+def with_options(study: Study, given: Options) -> Study:
+    """Add options of the command line to all runs. UserError for those that the study sets."""
+    of_arms = {option for arm in study.arms.values() for option in arm} | set(study.over)
+    for option in given:
+        if option in of_arms or option in SET_BY_STUDY:
+            raise UserError(f"{option} is set by the study {study.name}; leave it out")
+    return replace(study, options={**study.options, **given})
+
+
+# ---- the runs
+
+
+@dataclass
+class Cell:
+    """The runs of an arm that differ in the seed alone."""
+
+    arm: str
+    over: Options
+    options: Options  # all that differ from the recipe
+    flops: float  # of a run, in training
+    parameters: int
+
+    def swept(self, seed: int) -> Options:
+        return {"arm": self.arm, **self.over, "seed": seed}
+
+    def label(self, seed: int) -> str:
+        return label_of(self.swept(seed))
+
+
+def plan_cells(study: Study, arms: Sequence[str]) -> list[Cell]:
+    """Check the options of `arms`, and choose their sizes and steps."""
+    cells: list[Cell] = []
+    target, budget = None, 0.0
+    needed = dict.fromkeys([next(iter(study.arms)), *arms])
+    for arm, values in product(needed, product(*study.over.values())):
+        over = dict(zip(study.over, values, strict=True))
+        options = {**study.options, **study.arms[arm], **over}
+        with named_errors(label_of({"arm": arm, **over})):
+            args, model = build(study, options)
+            seq_len = args.data.seq_len
+            if study.match is not None:
+                measure = MATCHES[study.match]
+                target = target or measure(model, seq_len)
+                how: dict[str, Any] = {"quantity": study.match, "by": study.by}
+                changes = match_model(args.model, target, seqlen=seq_len, **how)
+                options |= {f"model.{name}": value for name, value in changes.items()}
+                args, model = build(study, options)
+        tokens = math.prod((args.data.batch_size, seq_len, args.grad_acc_steps))
+        cost = tokens * train_flops_per_token(model, seq_len)
+        budget, steps = budget or args.steps * cost, args.steps
+        if study.equal == "flops":
+            steps = max(1, round(budget / cost))
+        options["steps"] = steps
+        parameters = sum(p.numel() for p in model.parameters())
+        cells.append(Cell(arm, over, options, steps * cost, parameters))
+    return [cell for cell in cells if cell.arm in arms]
+
+
+def build(study: Study, options: Options) -> Any:
+    argv = [f"config={study.config}", *as_arguments(options), "dump_dir=study"]
+    return check_and_build(parse_args(TrainArgs, argv), world_size=1)
+
+
+def format_plan(study: Study, cells: Sequence[Cell]) -> str:
+    lines = [f"study {study.name}, size={study.size}, {study.seeds} seeds each:"]
+    for cell in cells:
+        facts = f"{cell.options['steps']} steps, {short(cell.parameters)} parameters, "
+        name = label_of({"arm": cell.arm, **cell.over}).removeprefix("arm=")
+        lines.append(f"  {name}: {facts}{scientific(cell.flops)} FLOPs")
+    total = study.seeds * sum(cell.flops for cell in cells)
+    return "\n".join(
+        [*lines, f"  in all {study.seeds * len(cells)} runs, {scientific(total)} FLOPs"]
+    )
+
+
+def plan_jobs(study: Study, folder: Path, runs: Sequence[tuple[Cell, int]]) -> list[Job]:
+    """Check all runs, and print their warnings. Options that some arms don't use are no mistake."""
+    launch = {"launcher": "bash", "ngpu": 1, "dirs_exists_ok": True, "script": SCRIPT}
+    jobs, warnings = [], {}
+    swept = {cell.label(seed): cell.swept(seed) for cell, seed in runs}
+    for label, (cell, seed) in zip(swept, runs, strict=True):
+        own = {"seed": seed, "dump_dir": str(folder / label), "name": label}
+        overrides = as_arguments({**cell.options, **own})
+        with named_errors(label), collected_warnings() as found:
+            jobs.append(plan_run(StoolArgs(config=study.config, overrides=overrides, **launch)))
+        warnings[label] = [text for text in found if option_of(text) is None]
+    for line in group_by_text(
+        warnings, {cell.label(seed): cell.swept(seed) for cell, seed in runs}
+    ):
+        print(f"study: warning of {line}")
+    return jobs
+
+
+# ---- the command
+
+
+def check_folder(folder: Path, study: Study) -> None:
+    """Raise UserError if `folder` has anything but this study."""
+    file = folder / RECORD
+    if file.exists():
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if (record["study"], record["size"]) != (study.name, study.size):
+            raise UserError(
+                f"dump_dir={folder} is of the study {record['study']} size={record['size']}; name "
+                "another folder"
+            )
+    elif folder.exists() and any(path.name != LOCK_NAME for path in folder.iterdir()):
+        raise UserError(f"dump_dir={folder} has other files; name a new folder for the study")
+
+
+def update_record(folder: Path, study: Study, runs: Mapping[str, Options]) -> dict[str, Any]:
+    """Return the record of `folder` with `runs`. UserError if it has them with other options."""
+    record: dict[str, Any] = {"study": study.name, "size": study.size, "seconds": 0.0, "runs": {}}
+    if (file := folder / RECORD).exists():
+        record = json.loads(file.read_text(encoding="utf-8"))
+    for label, options in runs.items():
+        if changes := diff_configs(record["runs"].get(label, options), options):
+            raise UserError(
+                f"dump_dir={folder} has the study with other options ({changes[0]}); name another "
+                "folder"
+            )
+    record["runs"] |= runs
+    return record
+
+
+def run_jobs(
+    jobs: Sequence[Job], at_once: int | None, costs: Mapping[Path, float], **own: Any
+) -> list[str]:
+    """Run jobs that are not done, and return the labels of those that failed."""
+    module = import_script(SCRIPT)
+    left = [job for job in jobs if not is_done(module, job)]
+    if len(left) < len(jobs):
+        print(f"study: {len(jobs) - len(left)} of {len(jobs)} runs are done already")
+    if not left or own["stop_at"] <= time.monotonic():
+        return []
+    code, _ = snapshot_for_all(left[0].root, left[0].dump_dir.parent)
+    for job in left:
+        write_run(job, code)
+    gpus = visible_gpus()
+    at_once = min(at_once or len(gpus) or len(os.sched_getaffinity(0)), len(left))
+    sweep = StudySweep(left, at_once, [costs[job.dump_dir] for job in left], gpus=gpus, **own)
+    sweep.run()
+    return [run.label for run in sweep.runs if run.error]
+
+
+def main(argv: list[str]) -> None:
+    started = time.monotonic()
+    names, options = split_paths(argv)
+    args, given = split_options(options)
+    if len(names) > 1:
+        raise UserError(f"{names[1]}: write option=value; the study is {names[0]}")
+    study = with_options(read_study(str(names[0]) if names else "", args.size), given)
+    study = replace(study, seeds=args.seeds or study.seeds)
+    for arm in args.arms or []:
+        if arm not in study.arms:
+            raise UserError(f"arms: {study.name} has no arm {arm}; use {', '.join(study.arms)}")
+    folder = Path(args.dump_dir).absolute()
+    if args.dump_dir:
+        check_folder(folder, study)
+    cells = plan_cells(study, args.arms or list(study.arms))
+    print_text(format_plan(study, cells))
+    if args.dry_run:
+        return
+    # Seeds vary slowest, so that all arms have equally many when the time ends.
+    runs = [(cell, seed) for seed in range(1, study.seeds + 1) for cell in cells]
+    record = update_record(folder, study, {cell.label(seed): cell.options for cell, seed in runs})
+    jobs = plan_jobs(study, folder, runs)
+    costs = {folder / cell.label(seed): cell.flops for cell, seed in runs}
+    stop_at = math.inf if args.minutes is None else started + 60 * SHARE_OF_TIME * args.minutes
+    make_writable("dump_dir", folder)
+    with lock_folders({"dump_dir": folder}):
+        write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        write_record(folder, {cell.label(seed): cell.swept(seed) for cell, seed in runs})
+        own = {"stop_at": stop_at, "record": record, "file": folder / RECORD}
+        failed = run_jobs(jobs, args.jobs, costs, **own)
+        write_report(study, folder, record, given)
+    if failed:
+        raise UserError(
+            f"{len(failed)} runs failed, see {folder}/{failed[0]}/logs; the same command repeats "
+            "them"
+        )
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,296 @@
+"""Write the results of a study: table, plots, the results of each run, verdicts, and a report.
+
+A column of a study names a metric, whose last value counts, or a statistic of all its values:
+
+    loss/val_bpb/4                 the last value
+    max optim/grad_norm            the largest one after the first 50
+    median optim/grad_norm         the median after the first 50
+    spikes optim/grad_norm         how many are above 4 times the median of the 50 before
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from apps.LT2.scripts.loop_points import FLOPS, LOOPS, loop_points
+from apps.LT2.scripts.plot import PlotArgs, curve, plot
+from apps.LT2.scripts.report_data import environment, trained
+from apps.LT2.scripts.run_metrics import AXES
+from apps.LT2.scripts.study_spec import Study
+from lingua.args import dataclass_from_dict, print_text
+from lingua.errors import UserError
+from lingua.files.atomic import write_atomic
+from lingua.files.jsonl_log import json_line
+from lingua.run_table import Table, build_table, format_as
+from lingua.runs import Run, read_runs
+from lingua.slurm.run_list import read_record
+from lingua.slurm.run_names import name_group
+from lingua.sweep import as_arguments
+
+logger = logging.getLogger(__name__)
+
+SPIKE, WINDOW = 4.0, 50  # times the median of so many steps before
+MAX_POINTS = 100  # of a curve in NAME.jsonl
+COUNTS = {"parameters": "params", "flops": "FLOPs", "tokens": "tokens"}  # columns, and their heads
+FACTS = {
+    "params": "model/parameters",
+    "flops": "optim/total_flops",
+    "tokens": "optim/total_tokens",
+}
+
+
+@dataclass
+class Claim:
+    """The values of `column` in the runs `lower` are below those in the runs `than`.
+
+    Both are options of a run, among them `arm`.
+    """
+
+    claim: str
+    column: str
+    lower: dict[str, Any]
+    than: dict[str, Any]
+    paper: str = "-"  # its number
+
+
+# ---- statistics of a run
+
+
+def spikes(values: Sequence[float]) -> float:
+    """Count values above SPIKE times the median of the WINDOW values before them."""
+    before = [values[max(0, i - WINDOW) : i] for i in range(len(values))]
+    medians = [statistics.median(v) if len(v) == WINDOW else math.inf for v in before]
+    return sum(v > SPIKE * median for v, median in zip(values, medians, strict=True))
+
+
+STATISTICS = {
+    "max": lambda values: max(values[WINDOW:] or values),
+    "median": lambda values: statistics.median(values[WINDOW:] or values),
+    "spikes": spikes,
+}
+
+
+def add_statistics(run: Run, columns: Sequence[str]) -> None:
+    """Add the statistics that columns name to the metrics of the run."""
+    for column in columns:
+        name, _, metric = column.rpartition(" ")
+        if name and (values := run.metrics.get(metric)):
+            finite = [math.inf if v is None else v for _, v in sorted(values.items())]
+            found = STATISTICS[name](finite)
+            run.metrics[column] = {run.step: found if math.isfinite(found) else None}
+
+
+def last(run: Run, metric: str) -> float:
+    """Return the last value, infinite if it was NaN or is missing: worse than all others."""
+    found = run.newest(metric)
+    return math.inf if found is None or found[1] is None else found[1]
+
+
+# ---- table, verdicts, data
+
+
+def results_table(study: Study, runs: list[Run]) -> Table:
+    """Return a row for each arm and value of `over`, in their order, with means over seeds."""
+    heads = {option: option.rpartition(".")[2] for option in ("arm", *study.over)}
+    names = {**heads, "n": "n", **COUNTS, **{m: head for head, m in study.columns.items()}}
+    known = {metric for run in runs for metric in run.metrics}
+    names = {n: head for n, head in names.items() if n not in study.columns.values() or n in known}
+    table = build_table(runs, columns=",".join(names), mean="seed")
+    for column, head in zip(table.columns, names.values(), strict=True):
+        column.header = head
+    options = ("arm", *study.over)
+    places = [list(study.arms), *study.over.values()]
+    keys = [
+        [place.index(cell.value) for place, cell in zip(places, cells, strict=True)]
+        for cells in zip(*(c.cells for c in table.columns[: len(options)]), strict=True)
+    ]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    for column in table.columns:
+        column.cells = [column.cells[i] for i in order]
+    return table
+
+
+def judge(study: Study, claim: Claim, runs: Sequence[Run]) -> tuple[str, str]:
+    """Return both sides of the claim with their spread, and the verdict.
+
+    A claim holds if every run of the one side is below every run of the other. With three seeds,
+    chance alone does that in one of 20 cases.
+    """
+    metric = study.columns[claim.column]
+    sides = []
+    for where in (claim.lower, claim.than):
+        chosen = [
+            run for run in runs if all(run.options.current.get(o) == v for o, v in where.items())
+        ]
+        sides.append([last(run, metric) for run in chosen])
+    ours = " against ".join(mean_and_std(side) for side in sides)
+    low, high = sides
+    if not min(map(len, sides)):
+        return ours, "not run"
+    if min(map(len, sides)) == 1:
+        return ours, "inconclusive: one seed"
+    if study.size == "tiny":
+        return ours, "not judged"
+    if max(low) < min(high):
+        return ours, "holds"
+    return ours, "fails" if min(low) > max(high) else "inconclusive"
+
+
+def mean_and_std(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    if not all(map(math.isfinite, values)):
+        return f"not finite in {sum(not math.isfinite(v) for v in values)} of {len(values)}"
+    spread = f"±{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
+
+
+def result_of(study: Study, run: Run) -> dict[str, Any]:
+    """Return all numbers of a run that the table and the plots show."""
+    options = run.options.current
+    result: dict[str, Any] = {option: options[option] for option in ("arm", *study.over, "seed")}
+    result["steps"] = run.step
+    for name, metric in (FACTS | study.columns).items():
+        if found := run.newest(metric):
+            result[name] = found[1]
+    for drawn in map(plot_options, study.plots):
+        y = str(drawn.y)
+        if drawn.x in (LOOPS, FLOPS):
+            points = [[n, value] for n, (_, value) in loop_points(run, y, drawn.x).items()]
+        elif drawn.x in AXES and y in run.metrics:
+            curved = list(map(list, zip(*curve(run, AXES[drawn.x], y), strict=True)))
+            points = curved[:: max(1, -(-len(curved) // MAX_POINTS))]
+        else:
+            continue
+        result[f"{y} by {drawn.x}"] = points
+    return result
+
+
+# ---- the files
+
+
+def plot_options(drawn: Mapping[str, Any]) -> PlotArgs:
+    return dataclass_from_dict(PlotArgs, drawn)
+
+
+def write_report(
+    study: Study, folder: Path, record: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+    """Write the results of all finished runs, and print the table."""
+    found = {label: folder / label for label in record["runs"] if (folder / label).is_dir()}
+    runs = read_runs(list(found.values())) if found else []
+    failed = [run for run in runs if run.status == "failed"]
+    runs = [run for run in runs if run.status == "finished"]
+    if not runs:
+        print("study: no run has finished yet; the same command continues")
+        return
+    for run in runs:
+        add_statistics(run, list(study.columns.values()))
+    table = results_table(study, runs)
+    print_text(format_as(table, "table"))
+    lines = [json_line(result_of(study, run)) for run in runs]
+    write_atomic(folder / f"{study.name}.jsonl", "".join(lines))
+    figures = draw_plots(study, runs, folder)
+    claims = [dataclass_from_dict(Claim, claim) for claim in study.claims]
+    verdicts = [(claim, *judge(study, claim, runs)) for claim in claims]
+    for claim, ours, verdict in verdicts:
+        print_text(f"{verdict}: {claim.claim} {claim.column}: {ours}")
+    missing = record["runs"].keys() - {run.path.name for run in runs}
+    swept = read_record(folder)
+    not_run = [name_group([m for m in swept if m in missing], swept)] if missing else []
+    have = {str(run.options.current["arm"]) for run in runs}
+    not_run += [f"arm={arm}" for arm in study.arms if arm not in have]
+    not_run += [f"failed: {run.path.name}: {run.error}" for run in failed]
+    not_run += [f"size={size}" for size in study.sizes if size not in (study.size, "tiny")]
+    parts = [
+        f"# {study.name}: {study.question}",
+        TINY if study.size == "tiny" else "",
+        format_verdicts(verdicts),
+        format_as(table, "markdown"),
+        f"{EXPLAINED}{SPIKES if any('spikes' in m for m in study.columns.values()) else ''}",
+        *(f"![{study.name}]({figure.name})" for figure in figures),
+        format_facts(study, runs, record, given, not_run),
+    ]
+    report = folder / f"{study.name}.md"
+    write_atomic(report, "\n\n".join(part for part in parts if part) + "\n")
+    n_left = f"; {len(missing)} runs are not finished" if missing else ""
+    print(f"report: {report}{n_left}")
+
+
+TINY = "This is `size=tiny`, a test of the command. Its numbers say nothing about the claims."
+EXPLAINED = (
+    "Mean and standard deviation over n seeds. FLOPs and tokens are those of training. bpb: "
+    "validation loss in bits per byte."
+)
+SPIKES = f" A spike is a step with more than {SPIKE:g} times the median of the {WINDOW} before it."
+
+
+def draw_plots(study: Study, runs: list[Run], folder: Path) -> list[Path]:
+    """Draw the plots that have data. Without matplotlib, warn: another machine may draw them."""
+    drawn = []
+    for i, options in enumerate(map(plot_options, study.plots), start=1):
+        out = folder / f"{study.name}{f'-{i}' if i > 1 else ''}.png"
+        by = [o for o in ("arm", *study.over) if o.rpartition(".")[2] != options.x]
+        try:
+            with redirect_stdout(StringIO()):
+                plot(runs, replace(options, by=",".join(by), mean="seed"), out)
+        except UserError as error:
+            logger.warning("%s is not drawn: %s; minutes=0 draws it later", out, error)
+        else:
+            drawn.append(out)
+    return drawn
+
+
+def format_verdicts(verdicts: Sequence[tuple[Claim, str, str]]) -> str:
+    rows = ["| claim | paper | measured here | verdict |", "|---|---|---|---|"]
+    for claim, ours, verdict in verdicts:
+        rows.append(f"| {claim.claim} | {claim.paper} | {claim.column}: {ours} | {verdict} |")
+    rule = (
+        "A claim holds if every seed of one side is below every seed of the other. With three "
+        "seeds a side, chance alone does this in one of 20 cases."
+    )
+    return "\n".join([*rows, "", rule]) if verdicts else ""
+
+
+def format_facts(
+    study: Study,
+    runs: Sequence[Run],
+    record: Mapping[str, Any],
+    given: Mapping[str, Any],
+    not_run: Sequence[str],
+) -> str:
+    """Say how the runs were made, and how to repeat them."""
+    facts: dict[str, set[str]] = {}
+    for run in runs:
+        for name, value in environment(run):
+            facts.setdefault(name, set()).add(value)
+    options = [f"size={study.size}", f"seeds={study.seeds}"]
+    options += map(shlex.quote, as_arguments(dict(given)))
+    is_gpu = not any("CPU" in name for name in facts.get("Devices", ()))
+    equal = [f"parameters (match={study.match})" if study.match else "", "training FLOPs"]
+    equal = [equal[0], equal[1] if study.equal == "flops" else "steps"]
+    shown = {
+        "Equal in all arms": ", ".join(filter(None, equal)),
+        "Recipe": Path(study.config).name,
+        **{name: value for name, value in trained(runs[0]) if name in ("Data", "Optimizer")},
+        **{name: "; ".join(sorted(facts.get(name, ()))) for name in ("Commit", "Devices")},
+        "CPU cores": f"{os.cpu_count()}",
+        "Versions": "; ".join(sorted(facts.get("Versions", ()))),
+        "Seeds": ", ".join(sorted({str(run.options.current["seed"]) for run in runs})),
+        "GPU hours" if is_gpu else "Hours": f"{record['seconds'] / 3600:.3f}",
+        "Not run": "; ".join(not_run) or "nothing",
+    }
+    rows = [f"- {name}: {value}" for name, value in shown.items() if value]
+    command = f"python -m apps.LT2.scripts.study {study.name} {' '.join(options)} dump_dir=FOLDER"
+    data = f"- Results of each run: [{study.name}.jsonl]({study.name}.jsonl)"
+    return "\n".join([f"```bash\n{command}\n```\n", *rows, data])

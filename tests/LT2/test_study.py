@@ -1,0 +1,282 @@
+"""Studies: arms and seeds to runs, time limits, results, verdicts, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from apps.LT2.flops import train_flops_per_token
+from apps.LT2.scripts import study as command
+from apps.LT2.scripts import study_report as report
+from apps.LT2.scripts import study_runs
+from apps.LT2.scripts.study import main, plan_cells
+from apps.LT2.scripts.study_spec import DEFAULTS, STUDIES, read_study
+from lingua.errors import UserError
+from lingua.runs import Run, read_runs
+from lingua.slurm import local_sweep
+from lingua.slurm.run_list import RunOptions
+from tests.lingua.slurm.test_local_sweep import jobs_in, write_metrics
+from tests.LT2.tiny_run import write_corpus
+
+NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.name != DEFAULTS)
+# Arms that a test runs; the others differ in the mixer, which other tests cover.
+ARMS = {"loops": ["fixed", "poisson"], "mixers": ["full", "hybrid"], "stability": ["gdn", "mamba2"]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    """Options for a corpus like that of setup/prepare_local_data.py."""
+    root = write_corpus(tmp_path_factory.mktemp("corpus"))
+    return [f"data.root_dir={root}", "data.sources={text: 1.0}"]
+
+
+def run_study(quick_python, name: str, folder: Path, *options: str) -> str:
+    command = ["-m", "apps.LT2.scripts.study", name, "size=tiny", f"dump_dir={folder}", *options]
+    done = quick_python.run(*command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---- whole studies
+
+
+def test_loops_from_the_command_to_the_report(quick_python, data, tmp_path):
+    folder, arms = tmp_path / "study", f"arms={ARMS['loops']}".replace("'", "")
+    run_study(quick_python, "loops", folder, "seeds=1", "jobs=2", arms, *data)
+    before = (folder / "arm=fixed,seed=1" / "metrics.jsonl").read_bytes()
+    printed = run_study(quick_python, "loops", folder, "seeds=2", "jobs=2", arms, *data)
+    assert "2 of 4 runs are done already" in printed
+    assert (folder / "arm=fixed,seed=1" / "metrics.jsonl").read_bytes() == before
+
+    results = [json.loads(line) for line in (folder / "loops.jsonl").read_text().splitlines()]
+    assert {(r["arm"], r["seed"]) for r in results} == {
+        (arm, seed) for arm in ARMS["loops"] for seed in (1, 2)
+    }
+    runs = {run.path.name: run for run in read_runs([folder])}
+    for result in results:
+        run = runs[f"arm={result['arm']},seed={result['seed']}"]
+        losses = [[n, result[f"T={n}"]] for n in (1, 2, 4, 8)]
+        assert losses == result["loss/val_bpb by loops"]
+        assert losses == [[n, run.metrics[f"loss/val_bpb/{n}"][run.step]] for n in (1, 2, 4, 8)]
+        assert run.options.current["model.loop_count"] == (4 if result["arm"] == "fixed" else 8)
+    text = (folder / "loops.md").read_text()
+    values = [r["T=4"] for r in results if r["arm"] == "fixed"]
+    assert f"{statistics.fmean(values):.4f}±{statistics.stdev(values):.4f}" in text
+    for said in (
+        "seeds=2",
+        "Commit",
+        "Devices: 1 x CPU",
+        "Versions: Python",
+        "Hours",
+        "arm=uniform",
+    ):
+        assert said in text
+    assert (folder / "loops.png").stat().st_size > 10_000
+    assert json.loads((folder / "study.json").read_text())["seconds"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"loops"}))
+def test_every_study_runs(quick_python, data, tmp_path, name):
+    arms = [f"arms={ARMS[name]}".replace("'", "")] if name in ARMS else []
+    run_study(quick_python, name, tmp_path / "study", "seeds=1", *arms, *data)
+    text = (tmp_path / "study" / f"{name}.md").read_text()
+    study = read_study(name, "tiny")
+    assert all(header in text for header in study.columns if "4" not in header)
+    assert all(claim["claim"] in text for claim in study.claims)
+    assert (tmp_path / "study" / f"{name}.png").exists()
+
+
+# ---- declarations
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_claims_and_columns_name_what_the_study_has(name):
+    study = read_study(name, "small")
+    metrics = {metric.rpartition(" ")[2] for metric in study.columns.values()}
+    for claim in study.claims:
+        assert claim["column"] in study.columns
+        for side in (claim["lower"], claim["than"]):
+            assert side["arm"] in study.arms
+            assert all(side[option] in values for option, values in study.over.items())
+    for drawn in study.plots:
+        y = drawn["y"]
+        assert y in metrics or any(m.startswith(f"{y}/") for m in metrics)
+
+
+def test_equal_flops_change_the_steps(data):
+    study = read_study("loops", "tiny")
+    given = command.split_options(["dump_dir=x", "steps=100", *data])[1]
+    study = command.with_options(study, given)
+    cells = {cell.arm: cell for cell in plan_cells(study, list(study.arms))}
+    assert cells["fixed"].options["steps"] == 100
+    for cell in cells.values():
+        args, model = command.build(study, cell.options)
+        steps = cell.options["steps"]
+        flops = steps * 2 * 128 * train_flops_per_token(model, 128)
+        assert cell.flops == pytest.approx(flops) == pytest.approx(cells["fixed"].flops, rel=0.01)
+    assert cells["scheduled"].options["steps"] > 120 > cells["uniform"].options["steps"]
+
+
+def test_a_study_of_your_own(tmp_path, capsys, data):
+    own = {
+        "question": "Does it depend on the width?",
+        "config": str(STUDIES.parent / "600M" / "debug.yaml"),
+        "arms": {"narrow": {"model.dim": 64}, "wide": {"model.dim": 80}},
+        "match": "flops",
+        "by": "ffn",
+        "columns": {"bpb": "loss/val_bpb"},
+        "seeds": 2,
+        "sizes": {"mine": {"seeds": 5, "options": {"data.seq_len": 64, "model.n_layers": 5}}},
+    }
+    (tmp_path / "width.yaml").write_text(yaml.safe_dump(own))
+    options = ["model.n_heads=2", "model.gdn.head_dim=16", "data.tokenizer.name=bytes", *data]
+    main([str(tmp_path / "width.yaml"), "size=mine", "dry_run=true", *options])
+    printed = capsys.readouterr().out
+    assert "width, size=mine, 5 seeds" in printed and "in all 10 runs" in printed
+    first, second = [float(line.split()[-2]) for line in printed.splitlines()[1:3]]
+    assert first == pytest.approx(second, rel=0.05)
+
+
+# ---- results
+
+
+def run_with(values: dict[str, Any], **options: Any) -> Run:
+    metrics = {key: v if isinstance(v, dict) else {9: v} for key, v in values.items()}
+    return Run("r", Path("r"), RunOptions(options, {}, True), metrics, [], None, [])
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict",
+    [
+        ([1.0, 1.1], [1.2, 1.3], "holds"),
+        ([1.2, 1.3], [1.0, 1.1], "fails"),
+        ([1.0, 1.25], [1.2, 1.3], "inconclusive"),
+        ([1.0, 1.2], [1.2, 1.3], "inconclusive"),
+        ([1.0], [1.2, 1.3], "inconclusive: one seed"),
+        ([], [1.2, 1.3], "not run"),
+        ([1.0, 1.1], [None, 1.3], "holds"),  # a diverged run is worse than any other
+        ([1.0, None], [1.2, 1.3], "inconclusive"),
+        ([0, 0], [0, 0], "inconclusive"),
+    ],
+)
+def test_verdicts(low, high, verdict):
+    study = replace(read_study("loops", "small"), columns={"bpb": "loss/val_bpb"})
+    claim = report.Claim("x", "bpb", lower={"arm": "a"}, than={"arm": "b", "T": 4})
+    runs = [run_with({"loss/val_bpb": v}, arm="a", T=4) for v in low]
+    runs += [run_with({"loss/val_bpb": v}, arm="b", T=4) for v in high]
+    runs += [run_with({"loss/val_bpb": 0.0}, arm="b", T=2)]
+    assert report.judge(study, claim, runs)[1] == verdict
+    tiny = replace(study, size="tiny")
+    assert report.judge(tiny, claim, runs)[1] not in ("holds", "fails")
+
+
+def test_statistics_of_gradient_norms():
+    norms = [99.0] * 3 + [1.0] * 60 + [4.5, 1.0, 3.5, 8.0, math.inf]
+    metrics = {"norm": {i: v if math.isfinite(v) else None for i, v in enumerate(norms)}}
+    run = run_with({**metrics, "global_step": {67: 67}})
+    report.add_statistics(run, ["spikes norm", "max norm", "median norm", "norm"])
+    assert run.metrics["spikes norm"] == {67: 3}
+    assert run.metrics["max norm"] == {67: None}  # infinite
+    assert run.metrics["median norm"] == {67: 1.0}
+
+
+# ---- time, mistakes
+
+
+class Process:
+    """A run that ends when it is stopped, or at the `n`-th look."""
+
+    stopped: list[str] = []
+    output = SimpleNamespace(warnings=lambda: [])
+
+    def __init__(self, job: Any, gpus: str | None):
+        self.name, self.gpus, self.is_stopped = job.dump_dir.name, gpus, False
+
+    def done(self) -> bool:
+        return self.is_stopped or self.name == "run=0"
+
+    def failure(self) -> None:
+        return None
+
+    def terminate(self) -> None:
+        self.is_stopped = True
+        self.stopped.append(self.name)
+
+
+def test_a_study_stops_in_time_and_shares_gpus(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(study_runs, "ForkedProcess", Process)
+    monkeypatch.setattr(local_sweep, "POLL_SECONDS", 0.01)
+    jobs = jobs_in(tmp_path, 5, steps=10)
+    write_metrics(jobs[0], {"global_step": 10})
+    for job in jobs[1:4]:
+        write_metrics(job, {"global_step": 4})
+    record, file = {"seconds": 5.0}, tmp_path / "study.json"
+    own = {"gpus": ["3", "5"], "record": record, "file": file, "stop_at": time.monotonic() + 0.2}
+    sweep = study_runs.StudySweep(jobs, 3, [1.0] * 5, **own)
+    assert sweep.slots == ["3", "5", "3"]
+    sweep.run()  # raises nothing
+    assert Process.stopped == ["run=1", "run=2", "run=3"]
+    outcomes = [run.outcome for run in sweep.runs]
+    assert outcomes == ["done", "stopped", "stopped", "stopped", ""]
+    assert "4 runs are not finished; the same command" in capsys.readouterr().out
+    seconds = json.loads(file.read_text())["seconds"]
+    assert 5.4 <= seconds == record["seconds"] < 15  # two GPUs for 0.2 s
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "loops, mixers"),
+        (["loop"], "loop: use loops"),
+        (["loops", "mixers"], "mixers"),
+        (["loops", "size=huge"], "size=huge must be one of tiny, small, full"),
+        (["loops", "arms=[fixed,foo]"], "no arm foo; use fixed, poisson"),
+        (["loops", "jobs=0"], "jobs=0"),
+        (["loops", "minutes=-1"], "minutes=-1"),
+        (["loops", "model.loop_count=2"], "model.loop_count is set by the study loops"),
+        (["loops", "seed=2"], "seed is set by the study"),
+        (["loops", "job=2"], "job"),
+        (["loops", "dump_dir="], "dump_dir is empty"),
+        (["loops", "dump_dir=FOREIGN"], "has other files"),
+        (["loops", "dump_dir=OTHER"], "is of the study mixers size=small"),
+    ],
+)
+def test_mistakes(tmp_path, argv, words):
+    (tmp_path / "FOREIGN").mkdir()
+    (tmp_path / "FOREIGN" / "notes.txt").touch()
+    (tmp_path / "OTHER").mkdir()
+    (tmp_path / "OTHER" / "study.json").write_text('{"study": "mixers", "size": "small"}')
+    argv = [arg.replace("=FOREIGN", f"={tmp_path}/FOREIGN") for arg in argv]
+    argv = [arg.replace("=OTHER", f"={tmp_path}/OTHER") for arg in argv]
+    argv += [] if any(arg.startswith("dump_dir") for arg in argv) else [f"dump_dir={tmp_path}/new"]
+    with pytest.raises(UserError, match=words):
+        main(argv)
+    assert not (tmp_path / "new").exists()
+
+
+def test_other_options_need_another_folder(tmp_path):
+    study = read_study("loops", "tiny")
+    record = command.update_record(tmp_path, study, {"arm=fixed,seed=1": {"steps": 3}})
+    (tmp_path / "study.json").write_text(json.dumps(record))
+    more = {"arm=fixed,seed=1": {"steps": 3}, "arm=fixed,seed=2": {"steps": 3}}
+    assert command.update_record(tmp_path, study, more)["runs"] == more
+    with pytest.raises(UserError, match="steps: 3 -> 4"):
+        command.update_record(tmp_path, study, {"arm=fixed,seed=1": {"steps": 4}})
+
+
+def test_the_table_of_results_has_a_verdict_for_each_study():
+    text = (STUDIES.parents[3] / "docs/results/README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "| `lt2 study" in line]
+    assert {command.split()[-1].strip("`") for *_, command in rows} == set(NAMES)
+    for _, _, ours, verdict, _ in rows:
+        assert verdict in ("holds", "fails", "inconclusive", "not run")
+        assert (ours == "-") == (verdict == "not run"), "a verdict has its numbers"
