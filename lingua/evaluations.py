@@ -19,6 +19,7 @@ from lingua.config.help import format_value
 from lingua.files.jsonl_log import read_jsonl_records
 
 MADE_WITH, DIFFERS, CHANCE = "made_with", "differs_from_run", "chance"
+ENDED_BY = "ended_by"  # in metrics.jsonl: the option that ended a run before its last step
 EVAL_LOG, VALIDATION_LOG = "metrics.eval.jsonl", "metrics.validation.jsonl"
 UNKNOWN = "options unknown"  # label of older records
 MAX_LABEL = 150  # bytes; file systems allow 255

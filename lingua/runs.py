@@ -11,14 +11,14 @@ import logging
 import os
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from lingua.args import flatten_dict
 from lingua.config.help import format_value
 from lingua.errors import UserError
-from lingua.evaluations import Evaluation, read_evaluations
+from lingua.evaluations import ENDED_BY, Evaluation, read_evaluations
 from lingua.files.jsonl_log import read_jsonl_records
 from lingua.files.lock import check_unlocked
 from lingua.slurm.background import CONSEQUENCE, ERROR, MAX_SHOWN
@@ -49,6 +49,7 @@ class Run:
     evaluations: list[Evaluation]
     layout: str | None  # the table in its first record
     swept: list[str]  # options of its sweep
+    ended: dict[int, str] = field(default_factory=dict)  # the option that ended it, by step
 
     def newest(self, key: str) -> tuple[int, float | None] | None:
         """Return the last step with this metric, and the value there."""
@@ -90,7 +91,7 @@ class Run:
     @property
     def _has_all_steps(self) -> bool:
         steps = self.options.current.get("steps")
-        return isinstance(steps, int) and self.step >= steps
+        return self.step in self.ended or (isinstance(steps, int) and self.step >= steps)
 
 
 def _logged_error(log: Path) -> str | None:
@@ -158,10 +159,13 @@ def read_runs(given: Sequence[str | Path]) -> list[Run]:
 
 def _read_run(name: str, path: Path) -> Run:
     metrics: dict[str, dict[int, float | None]] = {}
+    ended: dict[int, str] = {}
     layout, file = None, path / "metrics.jsonl"
     for record in read_jsonl_records(file) if file.is_file() else []:
         layout = record.get("model/layout", layout)
         step = record.get(STEP)
+        if ENDED_BY in record:
+            ended[step] = record[ENDED_BY]
         for key, value in record.items():
             if step is not None and (value is None or type(value) in (int, float)):
                 metrics.setdefault(key, {})[step] = value
@@ -177,7 +181,7 @@ def _read_run(name: str, path: Path) -> Run:
     # A sweep leaves out an option that does not apply, whose default would look like a choice.
     current = {o: v for o, v in (swept | options.current).items() if o in swept or o not in axes}
     options = replace(options, current=current, requested=swept | options.requested)
-    return Run(name, path, options, metrics, evaluations, layout, list(swept))
+    return Run(name, path, options, metrics, evaluations, layout, list(swept), ended)
 
 
 def warn_skipped(names: Sequence[str], why: str) -> None:

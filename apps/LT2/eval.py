@@ -20,6 +20,7 @@ scores of tokens that leave the loops early.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from contextlib import ExitStack
 from dataclasses import replace
@@ -42,6 +43,8 @@ from lingua.errors import UserError, run_cli
 from lingua.files.lock import check_writable, make_and_lock_folders, make_writable
 from lingua.logger import init_logger
 from lingua.parallel.args import DistributedArgs
+
+logger = logging.getLogger(__name__)
 
 
 def __getattr__(name: str) -> Any:
@@ -83,6 +86,8 @@ def launch_parts(given: EvalArgs) -> list[dict[str, Scores]]:
             locked = {} if is_of_training else {"dump_dir": folder}
             locks.enter_context(make_and_lock_folders(locked, is_master=get_is_master()))
         init_logger(folders[0] / "eval.log")
+        if args.stop_at is not None:
+            logger.warning("stop_at=%s has no effect: it ends a training run", args.stop_at)
         setup_torch_distributed(DistributedArgs(model_dtype="fp32"))  # no group in one process
         return evaluate(parts)
 

@@ -42,6 +42,7 @@ from apps.LT2.training.args import validate_train_args as validate_train_args
 from apps.LT2.training.evaluation import (
     Evaluator,
     build_run_validator,
+    has_reached_target,
     is_evaluated,
     is_evaluation_missing,
     metrics_path,
@@ -158,6 +159,7 @@ class Run:
     def __post_init__(self) -> None:
         self.args, self.state = self.trainer.args, self.trainer.state
         self.first_step = self.state.step + 1
+        self.stop_at = (self.args.eval or EvalArgs()).stop_at
         self.evaluator = Evaluator(self.trainer, self.metrics, self.validator, self.should_stop)
 
     def should_stop(self) -> bool:
@@ -167,7 +169,8 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        return self.is_stopping or self.state.step >= self.args.steps
+        has_ended = self.state.step >= self.args.steps or self.evaluator.has_reached_target
+        return self.is_stopping or has_ended
 
     def step(self) -> None:
         self.watchdog.beat(self.state.step)
@@ -186,7 +189,9 @@ class Run:
             gc.collect()
 
     def log(self) -> None:
-        is_last = self.state.step == self.args.steps
+        is_last = self.state.step == self.args.steps or (
+            self.stop_at is not None and is_evaluated(self.args, self.state.step)
+        )
         if is_last or every_n_steps(self.state, self.args.logging.freq):
             self.metrics.log(record := self.progress.record())
             self.state.clear_losses()
@@ -220,6 +225,8 @@ class Run:
             )
             requeue_slurm_job()
         else:
+            if self.evaluator.has_reached_target:
+                log_on_rank_0("eval.stop_at=%s is reached", self.stop_at)
             log_on_rank_0("finished %d steps in %s", self.state.step, self.args.dump_dir)
 
 
@@ -245,7 +252,10 @@ def is_finished(args: TrainArgs, *, quiet: bool = False) -> bool:
     """
     newest = CheckpointManager(args.checkpoint).get_last_step_path(quiet=True)
     step = int(newest.name) if newest is not None else 0
-    if newest is None or step < args.steps:
+    if newest is None:
+        return False
+    is_reached = has_reached_target(args, step)
+    if step < args.steps and not is_reached:
         return False
     is_missing = is_evaluation_missing(args, step)
     unused = find_changed_options(args, newest)
@@ -253,15 +263,14 @@ def is_finished(args: TrainArgs, *, quiet: bool = False) -> bool:
         unused = [option for option in unused if not option.startswith(OF_EVALUATION)]
     if unused:
         raise UserError(
-            f"dump_dir={args.dump_dir}: all {step} steps are done, and these options differ from "
-            f"the finished run: {'; '.join(unused)}. Use another dump_dir to train with them"
+            f"dump_dir={args.dump_dir}: the run ended after {step} steps, and these options differ "
+            f"from the finished run: {'; '.join(unused)}. Use another dump_dir to train with them"
         )
     if get_is_master() and not is_missing and not quiet:
-        print(
-            f"{newest}: {step} steps are done and steps={args.steps}: nothing to do; increase "
-            "steps, or name another dump_dir",
-            flush=True,
-        )
+        done, option = f"{step} steps are done and steps={args.steps}", "increase steps"
+        if step < args.steps and args.eval is not None:
+            done, option = f"eval.stop_at={args.eval.stop_at} is reached", "change eval.stop_at"
+        print(f"{newest}: {done}: nothing to do; {option}, or name another dump_dir", flush=True)
     return not is_missing
 
 

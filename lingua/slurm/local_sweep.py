@@ -16,6 +16,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
+from lingua.evaluations import ENDED_BY
 from lingua.files.jsonl_log import read_jsonl_records
 from lingua.slurm.background import LocalProcess, gpu_slots
 from lingua.slurm.script import Job
@@ -55,16 +56,19 @@ class SweepRun:
     @property
     def fraction(self) -> float:
         """The share of the steps that is done."""
+        if ENDED_BY in self.metrics:
+            return 1.0
         return min(1.0, self.metrics.get("global_step", 0) / self.steps) if self.steps else 0.0
 
     @property
     def is_short(self) -> bool:
         """Whether the metrics end before the last step, as after a signal."""
-        return bool(self.steps) and self.metrics.get("global_step", self.steps) < self.steps
+        return bool(self.steps) and bool(self.metrics) and self.fraction < 1
 
     def read_metrics(self) -> None:
         file = self.job.dump_dir / "metrics.jsonl"
         for record in read_jsonl_records(file, TAIL_BYTES) if file.exists() else []:
+            self.metrics.pop(ENDED_BY, None)  # counts in the last record only
             self.metrics |= record
 
     def losses(self) -> str:

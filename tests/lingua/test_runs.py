@@ -54,6 +54,15 @@ def test_status(tmp_path, step, log, err, status, error):
     assert (run.error or "").startswith(error or "") and (run.error is None) == (error is None)
 
 
+@pytest.mark.parametrize("later, status", [([], "finished"), ([{"global_step": 12}], "stopped")])
+def test_a_run_that_an_option_ended_is_finished(tmp_path, later, status):
+    """Until it is resumed without the option."""
+    folder = write_run(tmp_path / "run", step=10, log=f"{START}step 10/20\n")
+    records = [{"global_step": 10, "ended_by": "eval.stop_at=acc/val>=0.9"}, *later]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert read_runs([folder])[0].status == status
+
+
 def test_a_run_that_ended_before_it_wrote_a_log_is_not_waiting(tmp_path):
     folder = write_run(tmp_path / "run", step=None, err="Killed\n")
     os.utime(folder / "logs" / "local", (0, 0))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -119,11 +122,16 @@ class EvalArgs:
     loop_counts: list[int] | None = None
     # leave the loops early, by a rule of generate: 2 | gate:0.8 | kl:0.005; null = generator.exit
     exit: str | None = None
+    # in training: end the run when its validation reaches this, e.g. "acc/val>=0.9"; null = train
+    # all steps
+    stop_at: str | None = None
     tokenizer_path: str | None = None  # path of the tokenizer's file; null = as in training
 
     def __post_init__(self) -> None:
         if self.exit is not None:
             self.generator = replace(self.generator, exit=self.exit)
+        if self.stop_at is not None:
+            parse_target(self.stop_at)
         if self.loop_counts is None:
             return
         given = f"loop_counts={format_value(self.loop_counts)}"
@@ -138,6 +146,35 @@ class EvalArgs:
             return [self]
         counts = dict.fromkeys(self.loop_counts)
         return [replace(self, loop_count=n, loop_counts=None) for n in counts]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A value that a metric of the validation reaches from below, or from above."""
+
+    metric: str
+    rises: bool
+    value: float
+
+    def is_met_by(self, scores: Mapping[str, Any]) -> bool:
+        found = scores.get(self.metric)
+        if found is None:  # or NaN in a file of metrics
+            return False
+        return found >= self.value if self.rises else found <= self.value
+
+
+def parse_target(text: str) -> Target:
+    """Parse `stop_at`. UserError if it is no comparison of a metric with a number."""
+    found = re.fullmatch(r"\s*([\w/]+)\s*(>=|<=)\s*(\S+)\s*", text)
+    try:
+        value = float(found[3]) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if found is None or not math.isfinite(value):
+        raise UserError(
+            f"stop_at={text} must compare a metric, e.g. 'acc/val>=0.9' or 'loss/val<=2.5'"
+        )
+    return Target(found[1], found[2] == ">=", value)
 
 
 def check_loop_counts(args: EvalArgs, model: LoopedTransformerArgs, section: str = "") -> None:

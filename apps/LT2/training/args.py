@@ -6,7 +6,13 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from apps.LT2.evaluation.args import EvalArgs, LMHarnessArgs, check_loop_counts, check_stride
+from apps.LT2.evaluation.args import (
+    EvalArgs,
+    LMHarnessArgs,
+    check_loop_counts,
+    check_stride,
+    parse_target,
+)
 from apps.LT2.evaluation.tasks import find_tasks, import_lm_eval, load_tasks
 from apps.LT2.evaluation.validation import check_validation_sources, find_sources, task_of
 from apps.LT2.inference.load import check_kernels
@@ -208,6 +214,7 @@ def check_eval_args(args: TrainArgs, *, is_here: bool) -> None:
         task_of(given.validation, args.data, "eval.validation")  # refuses contradictions
         find_sources(given.validation, args.data)  # refuses unreadable files
     check_loop_counts(given, args.model, "eval.")
+    check_target(args, given)
     for name in SET_BY_TRAINING:
         value = getattr(given, name)
         if value not in (None, ""):
@@ -233,6 +240,21 @@ def check_eval_args(args: TrainArgs, *, is_here: bool) -> None:
         check_harness(args, given, given.harness, is_here=is_here)
     except UserError as error:
         raise UserError(f"eval.{error}") from None
+
+
+def check_target(args: TrainArgs, given: EvalArgs) -> None:
+    """Raise UserError if the validation doesn't measure the metric of eval.stop_at."""
+    if given.stop_at is None:
+        return
+    names: list[str] = []
+    if given.validation is not None and (
+        args.data.task is not None or find_sources(given.validation, args.data)
+    ):
+        names = ["loss/val", "acc/val" if args.data.task is not None else "loss/val_bpb"]
+        names += [f"{name}/{T}" for T in given.loop_counts or [] for name in names]
+    if parse_target(given.stop_at).metric not in names:
+        has = f"it has {', '.join(names)}" if names else "the run has none"
+        raise UserError(f"eval.stop_at={given.stop_at} needs a metric of the validation; {has}")
 
 
 def check_harness(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from apps.LT2.evaluation.args import EvalArgs
+from apps.LT2.evaluation.args import EvalArgs, parse_target
 from apps.LT2.evaluation.evaluate import Part, evaluate, flatten_scores
 from apps.LT2.evaluation.records import choose_folder, find_conditions
 from apps.LT2.evaluation.scoring import EvaluationStopped
@@ -29,7 +29,7 @@ from apps.LT2.training.trainer import Trainer
 from lingua.args import dataclass_to_dict
 from lingua.distributed import clean_env, get_dp_rank_and_degree, run_on_rank_0, run_together
 from lingua.errors import UserError, is_machine_fault
-from lingua.evaluations import EVAL_LOG, VALIDATION_LOG
+from lingua.evaluations import ENDED_BY, EVAL_LOG, VALIDATION_LOG
 from lingua.files.jsonl_log import is_recorded, repair_jsonl
 from lingua.files.lock import check_unlocked
 from lingua.logger import log_on_rank_0
@@ -80,6 +80,7 @@ class Evaluator:
     validator: Validator | None
     should_stop: Callable[[], bool]
     jobs: dict[int, Any] = field(default_factory=dict)  # handles, by step
+    has_reached_target: bool = False  # of eval.stop_at, at the current step
 
     def __post_init__(self) -> None:
         self.args = self.trainer.args
@@ -91,6 +92,7 @@ class Evaluator:
         run_on_rank_0(lambda: repair_jsonl(Path(args.dump_dir, VALIDATION_LOG), step))
         if run_on_rank_0(lambda: is_validation_missing(args, step)):
             self.log_validation_loss()
+        self.has_reached_target = run_on_rank_0(lambda: has_reached_target(args, step))
         if self.harness is None:
             return
         if args.async_eval_gpus is None:
@@ -117,7 +119,12 @@ class Evaluator:
             if loop_count in (counts or []):
                 scores |= {f"{name}/{loop_count}": value for name, value in found.items()}
         if scores:
-            self.metrics.log({"global_step": trainer.state.step, "acc_step": 0, **scores})
+            record = {"global_step": trainer.state.step, "acc_step": 0, **scores}
+            stop_at = (self.args.eval or EvalArgs()).stop_at
+            if stop_at is not None and parse_target(stop_at).is_met_by(scores):
+                self.has_reached_target = True
+                record[ENDED_BY] = f"eval.stop_at={stop_at}"
+            self.metrics.log(record)
             log_on_rank_0("step %d  validation %s", trainer.state.step, format_validation(scores))
             if counts:
                 losses = (f"{n}: {scores[f'loss/val/{n}']:.4f}" for n in dict.fromkeys(counts))
@@ -181,6 +188,14 @@ class Evaluator:
 def is_evaluated(args: TrainArgs, step: int) -> bool:
     """Return whether the run evaluates at `step`."""
     return step > 0 and (step == args.steps or args.checkpoint.eval.fires(step))
+
+
+def has_reached_target(args: TrainArgs, step: int) -> bool:
+    """Return whether the validation at `step` has reached eval.stop_at."""
+    stop_at = (args.eval or EvalArgs()).stop_at
+    if stop_at is None:
+        return False
+    return is_recorded(metrics_path(args), step, accept=parse_target(stop_at).is_met_by)
 
 
 def is_evaluation_missing(args: TrainArgs, step: int) -> bool:
@@ -248,6 +263,7 @@ def eval_parts_of_step(args: TrainArgs, step: int) -> list[Part]:
         metric_log_dir=args.dump_dir,
         ckpt_dir=str(checkpoint),
         validation=None,
+        stop_at=None,
         global_step=step,
     )
     parts = []

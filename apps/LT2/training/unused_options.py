@@ -165,6 +165,12 @@ def _unused_train_options(args: TrainArgs) -> Iterator[str]:
             f"logging.acc_freq={acc_freq} has no effect with grad_acc_steps={args.grad_acc_steps}; "
             "make it smaller, or null"
         )
+    every, stop_at = args.checkpoint.eval.every, args.eval and args.eval.stop_at
+    if stop_at is not None and not 0 < every < args.steps:
+        yield (
+            f"eval.stop_at={stop_at} has no effect with checkpoint.eval.every={every}: the run is "
+            "evaluated at its end only; evaluate it more often"
+        )
     if folders := find_unread_folders(args.data):
         root = args.data.root_dir
         yield (

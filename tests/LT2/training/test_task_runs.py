@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +24,15 @@ from lingua.args import dataclass_from_dict, parse_args
 from lingua.dataloader.packing import NO_TARGET
 from lingua.dataloader.synthetic.args import TaskArgs, build_task
 from lingua.errors import UserError
+from lingua.files.jsonl_log import read_jsonl_records
+from lingua.runs import read_runs
 from tests.LT2.tiny_run import (
     OPTIONS,
     SMALL,
     assert_same_run,
     clean_process,
     column,
+    fingerprint,
     stopped_after,
     without_code_copy,
 )
@@ -153,3 +158,75 @@ def test_a_recipe_with_a_task_is_described(run):
     args = read_config(str(run / "config.yaml"), ["data.seq_len=2048", "data.task.n=7"])
     assert describe(args, 1, 1.0)["seq_len"] == args.data.seq_len
     assert args.model.vocab_size == EXAMPLES.n_tokens
+
+
+# ---- eval.stop_at
+
+STOPPING = {"checkpoint.eval.every": 2, "eval.stop_at": "loss/val<=99"}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("stopped") / "run", **STOPPING)
+
+
+def steps_of(folder) -> list[int]:
+    return sorted(set(column(folder, "global_step")))
+
+
+def test_a_run_that_reaches_its_target_is_finished(stopped, run, capfd):
+    (record,) = [r for r in read_jsonl_records(stopped / "metrics.jsonl") if "acc/val" in r]
+    assert record["global_step"] == 2 and record["ended_by"] == "eval.stop_at=loss/val<=99"
+    assert column(stopped, "loss/out") == column(run, "loss/out")[:2]
+    assert read_runs([stopped])[0].status == "finished"
+    before = fingerprint(stopped)
+    train(stopped, **STOPPING)
+    assert fingerprint(stopped) == before
+    assert "eval.stop_at=loss/val<=99 is reached: nothing to do" in capfd.readouterr().out
+    with pytest.raises(UserError, match="finished run: optim.clip"):
+        train(stopped, **STOPPING, **{"optim.clip": 2.0})
+
+
+@pytest.mark.parametrize("target, last", [("loss/val>=99", 4), ("acc/val>=0", 2), (None, 4)])
+def test_another_target_decides_again(stopped, run, tmp_path, target, last):
+    """The run resumes if it has not reached the new target."""
+    other = shutil.copytree(stopped, tmp_path / "run")
+    with nullcontext() if last == 4 else pytest.raises(UserError, match="eval.stop_at"):
+        train(other, **{**STOPPING, "eval.stop_at": target})
+    assert steps_of(other)[-1] == last
+    if last == 4:
+        assert column(other, "loss/out") == column(run, "loss/out")
+        assert read_runs([other])[0].status == "finished"
+
+
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_a_run_killed_at_its_target_takes_no_further_step(
+    stopped, tmp_path, monkeypatch, is_measured
+):
+    other = shutil.copytree(stopped, tmp_path / "run")
+    if not is_measured:
+        lines = (other / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (other / "metrics.jsonl").write_text("".join(x for x in lines if "acc/val" not in x))
+    monkeypatch.setattr(train_app, "is_finished", lambda args: False)
+    train(other, **STOPPING)
+    assert steps_of(other) == [1, 2] and len(column(other, "ended_by")) == 1
+
+
+@pytest.mark.parametrize(
+    "stop_at, words",
+    [
+        ("acc/val", "must compare"),
+        ("acc/val>0.9", "must compare"),
+        ("acc/val>=high", "must compare"),
+        ("acc/val>=nan", "must compare"),
+        ("loss/val_bpb<=1", "it has loss/val, acc/val"),
+        ("acc/val/3>=0.9", "acc/val/2"),
+    ],
+)
+def test_mistakes_of_stop_at(tmp_path, stop_at, words):
+    changes = {"eval.stop_at": stop_at, "eval.loop_counts": "[1,2]"}
+    with pytest.raises(UserError, match=f"stop_at={stop_at}.*{words}"):
+        validate_train_args(train_args(tmp_path, **changes))
+    with pytest.raises(UserError, match=r"stop_at=acc/val>=0.9 .*none"):
+        changes |= {"eval.stop_at": "acc/val>=0.9", "eval.validation": None}
+        validate_train_args(train_args(tmp_path, **changes))

@@ -133,6 +133,7 @@ def test_a_limit_within_the_sequence_has_none(options):
         ({"model": LoopedTransformerArgs(loop_loss="uniform")}, "model.loop_loss=uniform"),
         ({"model": LoopedTransformerArgs(loop_entropy=0.2)}, "model.loop_entropy=0.2"),
         ({"model": LoopedTransformerArgs(loop_loss_every=4)}, "model.loop_loss_every=4"),
+        ({"eval": EvalArgs(stop_at="loss/val<=2")}, "eval.stop_at=loss/val<=2"),
         ({"async_eval_gpus": 1}, "async_eval_gpus=1"),
         ({"async_eval_gpus": 1, "eval": EvalArgs()}, "async_eval_gpus=1"),
         (

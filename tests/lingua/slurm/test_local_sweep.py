@@ -190,3 +190,11 @@ def test_outcomes(tmp_path, monkeypatch, number, error, step, outcome):
     Process.running.clear()
     sweep._end(run)
     assert run.outcome == outcome and run.error == (error if outcome == "FAILED" else None)
+
+
+@pytest.mark.parametrize("later, fraction", [([], 1.0), ([{"global_step": 6}], 0.75)])
+def test_a_run_that_an_option_ended_has_done_everything(tmp_path, later, fraction):
+    (job,) = jobs_in(tmp_path, 1, steps=8)
+    write_metrics(job, {"global_step": 4, "ended_by": "eval.stop_at=acc/val>=0.9"}, *later)
+    run = SweepRun(job, 1)
+    assert (run.fraction, run.is_short) == (fraction, fraction < 1)
