@@ -45,6 +45,7 @@ def parse_args(
     sets that field and no file is read. The argument `config` is a mapping that replaces the file.
     A class attribute POSITIONAL names the option of a path without a name, and ALIASES maps other
     names of options to their own. OTHER_OPTIONS is advice for options that the class lacks.
+    NAMED_BY of a section is the option that text in place of the section sets.
     """
     if not HELP.isdisjoint(argv):
         last = max(i for i, arg in enumerate(argv) if arg in HELP)

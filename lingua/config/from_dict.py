@@ -91,6 +91,8 @@ class Options(Generic[T]):
                 value = {rest: value} if section else self._with_key(name, hint, rest, value)
             elif is_typed:
                 value = read_text(hint, value, name)
+            if isinstance(value, str) and (named_by := getattr(section, "NAMED_BY", None)):
+                value = {named_by: value}
             if section and isinstance(value, Mapping):
                 if name not in self.given or self.given[name].value is None:
                     self.given[name] = Given(SECTION, hint, place)

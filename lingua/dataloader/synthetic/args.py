@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from lingua.dataloader.synthetic.copying import Copy
 from lingua.dataloader.synthetic.mqar import MQAR
@@ -22,6 +22,8 @@ Value = int | float | str  # of an option
 @dataclass
 class TaskArgs:
     """Null means the default of the task. docs/data.md has a table of tasks and defaults."""
+
+    NAMED_BY: ClassVar = "name"  # data.task=copy is data.task.name=copy
 
     name: str | None = None  # state_tracking | mqar | permutation | copy | needle
     n: int | None = None  # state_tracking: bits, permutation: elements, copy: tokens to copy

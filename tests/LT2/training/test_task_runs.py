@@ -154,6 +154,15 @@ def test_vocabulary_and_length_follow_the_task(tmp_path):
             validate_train_args(train_args(tmp_path / "run", **{option: value}), world_size=1)
 
 
+def test_the_name_alone_is_a_task_too():
+    given = ["data.task.n=7", "data.task=copy", "eval.validation.task=needle"]
+    args = parse_args(TrainArgs, given)
+    assert args.data.task == TaskArgs(name="copy", n=7)
+    assert args.eval is not None and args.eval.validation is not None
+    assert args.eval.validation.task == TaskArgs(name="needle")
+    assert parse_args(TrainArgs, [*given[:2], "data.task=null"]).data.task is None
+
+
 def test_a_recipe_with_a_task_is_described(run):
     args = read_config(str(run / "config.yaml"), ["data.seq_len=2048", "data.task.n=7"])
     assert describe(args, 1, 1.0)["seq_len"] == args.data.seq_len
