@@ -107,6 +107,9 @@ SMALLER = {
     "python -m apps.LT2.eval runs/quickstart 'loop_counts": "validation.max_steps=1",
     "python -m apps.LT2.eval runs/pointers": "validation.max_steps=8",
     "python -m apps.LT2.eval runs/gated": "validation.max_steps=1",
+    "python -m apps.LT2.scripts.exit_sweep": (
+        "validation.max_steps=1 exits=[gate:0.6,gate:0.9] decode_tokens=2 prompt_tokens=2 repeats=1"
+    ),
     # instead of tasks that would be downloaded
     "torchrun --nproc-per-node 8 -m apps.LT2.eval": (
         f"{LOCAL_TASKS} harness.limit=2 harness.bootstrap_iters=0 dump_dir=runs/suites"
@@ -163,6 +166,7 @@ LEAVES = {
         "runs/continued/metrics.jsonl",
         "runs/looped_llama/params.json",
     ],
+    "docs/loops.md: Leave the loops early": ["runs/exits.png", "runs/exits.jsonl"],
     "docs/slurm.md: Sweeps": ["runs/tune/lr=0.001,loop_count=1/submit.slurm"],
     "docs/training.md: start": ["runs/compared.png"],
     "setup/quickstart.sh": ["runs/loops/plot.png"],

@@ -24,6 +24,7 @@ COMMANDS = {
     "study": ("apps.LT2.scripts.study", "run a study: arms, seeds, and a report"),
     "plot": ("apps.LT2.scripts.plot", "plot any metric of runs"),
     "lens": ("apps.LT2.scripts.loop_lens", "predictions after each loop"),
+    "exits": ("apps.LT2.scripts.exit_sweep", "loss and speed against the threshold of an exit"),
     "report": ("apps.LT2.scripts.report", "write an HTML page about a run or a folder of runs"),
     "generate": ("apps.LT2.generate", "generate text from a checkpoint"),
     "eval": ("apps.LT2.eval", "evaluate a checkpoint on tasks and held-out text"),

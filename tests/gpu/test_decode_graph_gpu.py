@@ -9,8 +9,10 @@ import torch
 
 from apps.LT2.benchmark.inference_cost import Plan, measure_point
 from apps.LT2.benchmark.timing import measure_ceilings
+from apps.LT2.exits import ExitRule
 from apps.LT2.inference.compiled import compile_layers
 from apps.LT2.inference.cuda_graph import DecodeGraph
+from apps.LT2.inference.early_exit import ExitDecoder
 from apps.LT2.inference.generator import (
     PackedCausalTransformerGenerator,
     PackedCausalTransformerGeneratorArgs,
@@ -198,3 +200,24 @@ def test_out_of_memory_is_reported_and_frees_the_memory():
     assert row.prefill.problem == row.decode.problem == "out of memory"
     (row,), _ = measure_point({"full": model}, 1, 64, plan, ceilings)
     assert row.prefill.ms is not None and row.decode.ms is not None
+
+
+@pytest.mark.parametrize("rule", [ExitRule("gate", 0.6), ExitRule("kl", 0.05)], ids=str)
+@pytest.mark.parametrize("kind", ["full", "hybrid", "window"])
+def test_graphs_of_early_exits_equal_eager_exits(kind, rule):
+    torch.manual_seed(0)
+    model = tiny_model(kind, 3, **{**DIMS, **CHANGES.get(kind, {})}, loop_loss="gate").cuda()
+    cast_for_inference(model, torch.bfloat16)
+    fuse_projections(model)
+    model.exit_gate.weight.normal_(std=0.3)
+    prompt = torch.randint(258, (2, 40), device="cuda")
+    decoders, results = [], []
+    for graph in (True, False):
+        cache = model.init_cache(2, 80)
+        decoders.append(ExitDecoder(model, cache, rule, graph=graph))
+        results.append(greedy(model, prompt, cache, decoders[-1].step, 30))
+    (got, got_logits), (want, want_logits) = results
+    assert torch.equal(got, want)
+    assert relative_error(got_logits, want_logits) <= BF16_KERNEL
+    loops = [decoder.tally.n_loops.item() / decoder.tally.n_tokens for decoder in decoders]
+    assert loops[0] == loops[1] and 1 < loops[0] <= 3

@@ -1,0 +1,53 @@
+"""The sweep of exit thresholds on a checkpoint: its table, numbers and picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from apps.LT2.scripts import exit_sweep
+from lingua.errors import UserError
+from tests.LT2.tiny import save_run, tiny_model
+
+OPTIONS = ["device=cpu", "decode_tokens=3", "prompt_tokens=2", "repeats=1"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "data" / "text"
+    folder.mkdir(parents=True)
+    (folder / "a.val.jsonl").write_text(json.dumps({"text": "held-out text " * 5}))
+    model = tiny_model("full", 2, n_layers=1, max_seqlen=32, loop_loss="gate")
+    model.exit_gate.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    data = {"tokenizer": {"name": "bytes"}, "root_dir": str(tmp_path / "data")}
+    data |= {"sources": {"text": 1.0}, "seq_len": 32}
+    save_run(tmp_path / "run", model, 7, data=data)
+    return tmp_path / "run"
+
+
+def test_a_sweep_measures_fixed_loops_and_thresholds(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    exits, out = ["gate:0.001", "gate:0.5", "gate:0.999"], tmp_path / "exits.png"
+    exit_sweep.main(
+        [f"ckpt={run}", *OPTIONS, f"exits=[{','.join(exits)}]", "batch_sizes=[1,2]", f"out={out}"]
+    )
+    points = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert [p["exit"] for p in points] == ["1", "2", *exits]
+    one, two, early, between, late = points
+    assert (early["loops"], late["loops"]) == (1, 2) and 1 < between["loops"] < 2
+    assert early["loss/val"] == pytest.approx(one["loss/val"])
+    assert late["loss/val"] == pytest.approx(two["loss/val"])
+    assert one["flops_per_token"] < between["flops_per_token"] < late["flops_per_token"]
+    assert all(p[f"tokens/s/{n}"] > 0 for p in points for n in (1, 2))
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 7 and out.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "option", ["exits=[2]", "exits=[gate:0.5,kl:0.1]", "batch_sizes=[0]", "out=x.txt"]
+)
+def test_mistakes_are_user_errors(run, option):
+    with pytest.raises(UserError, match=option.partition("=")[0]):
+        exit_sweep.main([f"ckpt={run}", *OPTIONS, option])
