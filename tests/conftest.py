@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -46,14 +47,28 @@ QUICK = "LT2_QUICK_PYTHON"  # the folder of the `python` that all workers of a s
 
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # not in workers of xdist
-        os.environ[QUICK] = tempfile.mkdtemp()
+        multiprocessing.util.get_temp_dir()  # outside of `folder`: it is removed after `folder`
+        folder = tempfile.mkdtemp(dir=memory_folder())
+        os.environ["TMPDIR"] = os.environ[QUICK] = folder
+        tempfile.tempdir = None  # reads TMPDIR again
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         folder = Path(os.environ.pop(QUICK))
         QuickPython(folder).stop()
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # killed processes may still write
+
+
+def memory_folder() -> str | None:
+    """Return a folder in memory, where tests write half a GB and don't wait for a disk.
+
+    All files are removed at the end. To keep them, use --basetemp.
+    """
+    memory = Path("/dev/shm")
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 2**30:
+        return str(memory)
+    return None
 
 
 @pytest.fixture(scope="session")

@@ -95,10 +95,10 @@ FOUR_RANKS: dict[str, tuple[str, Options, Options]] = {
 EIGHT_RANKS: dict[str, tuple[str, Options, Options]] = {
     "hsdp": ("full", {"n_layers": 1}, {**FOUR, "dp_shard": 2}),
 }
-# tests/LT2/test_compile.py compiles every recomputation; here blocks have what ranks add.
-TWO_KINDS = {"attention_pattern": "hgrn2->full", "mixer": "hgrn2", "n_layers": 1}
+# tests/LT2/test_compile.py compiles every mixer and recomputation; here blocks have what ranks add,
+# which is the same for all mixers.
 COMPILED: dict[str, tuple[str, Options, Options]] = {
-    "heads": ("hybrid", TWO_KINDS, {**TWO, "activation_checkpointing": "selective"}),
+    "heads": ("full", {"n_layers": 1}, {**TWO, "activation_checkpointing": "selective"}),
     "data": (
         "full",
         {"n_layers": 1},
@@ -165,7 +165,7 @@ def learn(
 
 
 def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[str, str]:
-    """Compare each case, and the first one's checkpoints, with one process."""
+    """Compare each case, and on up to four ranks the first one's checkpoints, with one process."""
     door.CHUNK_TOKENS = 12  # the loss in several chunks
     wants = torch.load(folder / WANTS)
     outcome, n_rows = {}, rows_of(world_size)
@@ -176,7 +176,7 @@ def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[s
         optimizer = optimizer_of(model, optim)
         got = learn(model, optimizer, mesh, n_rows)
         outcome[name] = differences(got, wants[name], FP32_MODEL)
-        if name == next(iter(cases)):
+        if "loaded" in wants and name == next(iter(cases)):
             manager(folder / "by_ranks").save(model, optimizer, AtStep(1), {}, mesh)
             fresh, mesh = make_parallel(kind, {**options, "seed": 5}, distributed)
             optimizer = optimizer_of(fresh)
@@ -211,17 +211,19 @@ def manager(folder: Path) -> CheckpointManager:
 
 
 def run_cases(world_size: int, cases: dict, folder: Path) -> list[dict[str, str]]:
-    """Run the cases on ranks; also pass a checkpoint to the ranks and back."""
+    """Run the cases on ranks; on up to four, also pass a checkpoint to the ranks and back."""
     (kind, options, _), n_rows = next(iter(cases.values())), rows_of(world_size)
-    want = second_step(kind, options, n_rows, folder / "by_one")
     wants = {name: first_step(*case, n_rows) for name, case in cases.items()}
-    torch.save(wants | {"loaded": want}, folder / WANTS)
+    if exchange := world_size <= 4:
+        wants["loaded"] = second_step(kind, options, n_rows, folder / "by_one")
+    torch.save(wants, folder / WANTS)
     outcomes = run_ranks(world_size, learn_cases, cases, folder)
-    model = make(kind, {**options, "seed": 5})
-    optimizer = optimizer_of(model)
-    load_from_checkpoint(str(folder / "by_ranks" / STEP_1), model, optimizer)
-    got = learn(model, optimizer, None, n_rows)
-    outcomes.append({"saved": differences(got, want, FP32_MODEL)})
+    if exchange:
+        model = make(kind, {**options, "seed": 5})
+        optimizer = optimizer_of(model)
+        load_from_checkpoint(str(folder / "by_ranks" / STEP_1), model, optimizer)
+        got = learn(model, optimizer, None, n_rows)
+        outcomes.append({"saved": differences(got, wants["loaded"], FP32_MODEL)})
     return outcomes
 
 
@@ -252,7 +254,7 @@ def test_four_ranks_learn_what_one_process_does(four_ranks, case):
     assert wrong and not any(wrong), max(wrong)
 
 
-@pytest.mark.parametrize("case", [*EIGHT_RANKS, "loaded", "saved"])
+@pytest.mark.parametrize("case", EIGHT_RANKS)
 def test_eight_ranks_learn_what_one_process_does(eight_ranks, case):
     wrong = [outcome[case] for outcome in eight_ranks if case in outcome]
     assert wrong and not any(wrong), max(wrong)

@@ -107,6 +107,7 @@ def train_and_be_killed(data: Path, dump_dir: Path, call: int, options: dict) ->
 
 def test_a_killed_run_resumes_to_the_bit(data, uninterrupted, tmp_path):
     options = {**SMALL, "data.load_async": True, "probe_freq": 2}
+    options["distributed.spawn_method"] = "fork"  # starts in less time
     process = multiprocessing.get_context("forkserver").Process(
         target=train_and_be_killed, args=(data, tmp_path, 6, options)
     )
@@ -223,6 +224,7 @@ BUILD_LOADER = app.build_dataloader_from_args
 N_RANKED = 4
 # A low learning rate: Adam takes full steps for tiny gradients, so rounding errors grow.
 SLOW = {"optim.lr": 3e-4, "steps": N_RANKED, "checkpoint.eval.every": 2, "checkpoint.dump.every": 0}
+SLOW |= {"model.n_layers": 2, "model.attention_pattern": "1:1"}
 FULL = {"distributed.fsdp_type": "full_shard", **SLOW}
 # For two steps, gdn has momentum and no gradient.
 CHANGING_LOOPS = {
@@ -236,7 +238,11 @@ CHANGING_LOOPS = {
 RANK_CASES = {
     "full_shard": FULL,
     "full_shard, changing loops": {**FULL, **CHANGING_LOOPS},
-    "no_shard, accumulated, random layout": {**SLOW, **RANDOM_LAYOUT, "grad_acc_steps": 2},
+    "no_shard, accumulated, random layout": {
+        **{**SLOW, **RANDOM_LAYOUT},
+        "model.attention_pattern": "random:1:1",
+        "grad_acc_steps": 2,
+    },
 }
 
 
@@ -272,7 +278,7 @@ def test_tensor_parallel_ranks_train_like_one_process(data, two_ranks, tmp_path)
     assert_near(got, tmp_path)
     assert_same_run(two_ranks / "tensor parallel, resumed", got, N_RANKED)
     assert len(train_states(got, N_RANKED)) == 1, "they share one data position"
-    for key in ("loops/first_token_mass/1", "loops/update_norm/1", "layers/grad_norm/2"):
+    for key in ("loops/first_token_mass/1", "loops/update_norm/1", "layers/grad_norm/1"):
         assert column(got, key) == pytest.approx(column(tmp_path, key), rel=FP32_MODEL), key
     assert flops_per_token(got) == pytest.approx(flops_per_token(tmp_path))
 
