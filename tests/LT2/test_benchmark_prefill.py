@@ -190,7 +190,8 @@ def test_prefill_without_memory_still_has_a_decode(monkeypatch):
 
 
 def test_rows_are_configs_by_batch_sizes_by_lengths(capsys, recipe, quick_ceilings):
-    other = write_recipe(recipe.with_name("other.yaml"), mixer="full", n_kv_heads=1)
+    write_recipe(recipe, n_layers=1)
+    other = write_recipe(recipe.with_name("other.yaml"), n_layers=1, mixer="full", n_kv_heads=1)
     argv = ["--config", recipe, f"config={other}", "--seq-len", 4, 8, "--batch-size", 1, 3]
     result, table = run(capsys, *argv, "model.loop_count=3")
     assert [(r["config"], r["batch_size"], r["seqlen"]) for r in result["rows"]] == [
@@ -198,7 +199,7 @@ def test_rows_are_configs_by_batch_sizes_by_lengths(capsys, recipe, quick_ceilin
     ]
     assert result["configs"][0]["args"]["loop_count"] == 3  # overrides apply to all configs
     assert result["configs"][1]["args"]["loop_count"] == 3
-    keys_and_values = 3 * 3 * 2 * 16 * 4  # loops, layers; one head of 16 in fp32
+    keys_and_values = 3 * 2 * 16 * 4  # loops; one head of 16 in fp32
     assert result["rows"][-1]["cache_mib"] == 8 * keys_and_values / 2**20
     for row in result["rows"]:
         for cost in (row["prefill"], row["decode"]):

@@ -167,7 +167,7 @@ TWO_RANKS: list[tuple[dict[str, Any], str]] = [
     ({"tp_size": 2}, "full"),
 ]
 FOUR_RANKS: list[tuple[dict[str, Any], str]] = [
-    *(({**FULL_SHARD, "dp_replicate": 4}, kind) for kind in KINDS),
+    ({**FULL_SHARD, "dp_replicate": 4}, "exits"),
     ({"dp_replicate": 4}, "full"),
     ({**FULL_SHARD, "dp_replicate": 2, "dp_shard": 2}, "dsa"),
     ({**FULL_SHARD, "dp_replicate": 2, "tp_size": 2}, "gdn"),

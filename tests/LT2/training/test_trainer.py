@@ -81,11 +81,20 @@ def test_skipped_steps_change_no_weight(data, tmp_path, monkeypatch):
         train(data, tmp_path / "again", **{"optim.skip_nonfinite": 1})
 
 
+# These runs end early with an error.
+SHARDED = {
+    "distributed.fsdp_type": "full_shard",
+    "checkpoint.dump.every": 0,
+    "eval.validation": None,
+}
+SHARDED["model.loop_count"] = 1
+
+
 def poison_rank_1(rank, world_size, data, tmp_path):
     with pytest.MonkeyPatch.context() as monkeypatch:
         poison(monkeypatch, {2}, rank, in_rank=1)
         with pytest.raises(FloatingPointError, match=f"step 2, rank {rank}"):
-            train(data, tmp_path, **{"distributed.fsdp_type": "full_shard"})
+            train(data, tmp_path, **SHARDED)
 
 
 def lose_data_on_rank_1(rank, world_size, data, tmp_path):
@@ -99,7 +108,7 @@ def lose_data_on_rank_1(rank, world_size, data, tmp_path):
     app.Trainer._read_micro_batches = read
     try:
         with pytest.raises(UserError, match="text.chunk.01.jsonl:7: not JSON"):
-            train(data, tmp_path, **{"distributed.fsdp_type": "full_shard"})
+            train(data, tmp_path, **SHARDED)
     finally:
         app.Trainer._read_micro_batches = inner
 
