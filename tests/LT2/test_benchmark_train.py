@@ -26,7 +26,7 @@ from tests.LT2.tiny_run import OPTIONS, clean_process, write_corpus
 pytestmark = pytest.mark.slow
 
 RECIPE = "apps/LT2/configs/600M/debug.yaml"
-N_LAYERS, SEQLEN = 2, 32
+N_LAYERS, SEQLEN = 1, 32
 
 
 def options_of(data: Path) -> list[str]:

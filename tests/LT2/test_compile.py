@@ -106,7 +106,8 @@ def run(model: LoopedTransformer, *, train: bool, cu_seqlens: torch.Tensor | Non
     "pattern, mode, n_kinds",
     [
         (WINDOWS, "none", 3),
-        *(("gdn,5->full", mode, 3) for mode in ("selective", "loop")),
+        ("gdn,5->full", "selective", 3),
+        ("9,5->full", "loop", 3),
     ],
 )
 def test_layers_of_a_kind_share_compiled_code(monkeypatch, pattern, mode, n_kinds):
