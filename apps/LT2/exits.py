@@ -49,10 +49,9 @@ class ExitRule(NamedTuple):
     def is_fixed(self) -> bool:
         return self.kind == "loops"
 
-    @property
-    def first(self) -> int:
-        """The first loop, from 1, after which a token may leave."""
-        return {"loops": int(self.limit), "gate": 1, "kl": 2}[self.kind]
+    def may_fire(self, loop_count: int) -> bool:
+        """Return whether a token may leave before the last of `loop_count` loops."""
+        return self.is_fixed or loop_count > {"gate": 1, "kl": 2}[self.kind]
 
 
 def parse_exit(text: str) -> ExitRule | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -398,3 +400,17 @@ def test_options_of_training_loops_that_a_folder_lacks_are_named(tmp_path, caplo
     save_run(tmp_path / "run", tiny_model("full", 2, loop_sample="uniform:1,2"))
     export(tmp_path / "run", tmp_path / "hf", "hf")
     assert "model.loop_sample=uniform:1,2" in caplog.text and "loop_schedule" not in caplog.text
+
+
+def test_sigterm_leaves_no_temporary_folder(tmp_path, monkeypatch):
+    save_run(tmp_path / "run", tiny_model("full", 1))
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(
+        export_weights, "write_weights", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            export(tmp_path / "run", tmp_path / "out", "safetensors")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

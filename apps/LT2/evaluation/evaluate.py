@@ -330,6 +330,9 @@ def run_validation(
     device = loaded.model.tok_embeddings.weight.device
     rank, world_size = get_global_rank(), get_world_size()
     rule = set_loops(args, conditions, loaded.model)
+    if rule is not None and not rule.may_fire(loaded.model.n_loops):
+        n_loops = loaded.model.n_loops
+        logger.warning("exit=%s has no effect with %d loops", args.generator.exit, n_loops)
     scores: Scores = validator(
         loaded.model, device=device, rank=rank, world_size=world_size, rule=rule
     )

@@ -122,7 +122,10 @@ class PackedCausalTransformerGenerator:
         self.gaps = torch.tensor(tokenizer.gaps, dtype=torch.int64, device=self.device)
         cfg.uses_graph(self.device)
         if cfg.exit != "none":
-            check_exit(cfg.exit, model.args, len(model.inference_layout))
+            n_loops = len(model.inference_layout)
+            rule = check_exit(cfg.exit, model.args, n_loops)
+            if rule is not None and not rule.may_fire(n_loops):
+                logger.warning("exit=%s has no effect with %d loops", cfg.exit, n_loops)
         self._tallies: list[LoopTally] = []  # of the last `complete`
 
     @property

@@ -13,6 +13,8 @@ The first two come with params.json and the tokenizer file. Every `ckpt=` option
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -137,6 +139,8 @@ def main(argv: list[str]) -> None:
     args = parse_args(
         ExportArgs, argv, prog="python -m apps.LT2.scripts.export_weights", doc=__doc__
     )
+    # Without a handler, a SIGTERM would leave the temporary folder.
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     export(args)
     print(f"wrote {args.out}")
 

@@ -55,12 +55,14 @@ def test_a_fixed_exit_equals_fewer_loops():
     assert got[0] == want[0] and torch.equal(got[1][0], want[1][0])
 
 
-def test_the_command_reports_loops(run, capsys):
+def test_the_command_reports_loops(run, capsys, caplog):
     command = [f"ckpt={run}", "device=cpu", 'prompts=["a loop"]', "max_gen_len=8"]
     generate.main([*command, "exit=gate:0.6"])
     assert " of 3 loops per token" in capsys.readouterr().err
     generate.main(command)
     assert "loops" not in capsys.readouterr().err
+    generate.main([*command, "exit=kl:0.1", "loop_count=2"])
+    assert "exit=kl:0.1 has no effect" in caplog.text
     for wrong in ("exit=gate:1", "exit=9", "exit=soon"):
         with pytest.raises(UserError, match=wrong):
             generate.main([*command, wrong])
