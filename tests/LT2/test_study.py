@@ -29,7 +29,11 @@ from tests.LT2.tiny_run import write_corpus
 
 NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.name != DEFAULTS)
 # Arms that a test runs; the others differ in the mixer, which other tests cover.
-ARMS = {"loops": ["fixed", "poisson"], "mixers": ["full", "hybrid"], "stability": ["gdn", "mamba2"]}
+ARMS = {
+    "loops": ["fixed", "poisson"],
+    "mixers": ["full", "hybrid"],
+    "stability": ["full", "mamba2"],
+}
 
 
 @pytest.fixture(scope="module")

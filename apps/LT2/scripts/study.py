@@ -70,8 +70,6 @@ class StudyArgs:
     dry_run: bool = False  # print the runs and their cost, and write nothing
 
     def __post_init__(self) -> None:
-        if not self.dump_dir and not self.dry_run:
-            raise UserError("dump_dir is empty; name a folder for the study, e.g. dump_dir=runs/x")
         for name in ("jobs", "seeds"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -255,6 +253,8 @@ def main(argv: list[str]) -> None:
     folder = Path(args.dump_dir).absolute()
     if args.dump_dir:
         check_folder(folder, study)
+    elif not args.dry_run:
+        raise UserError("dump_dir is empty; name a folder for the study, e.g. dump_dir=runs/x")
     cells = plan_cells(study, args.arms or list(study.arms))
     print_text(format_plan(study, cells))
     if args.dry_run:

@@ -32,7 +32,7 @@ from lingua.errors import UserError
 from lingua.files.atomic import write_atomic
 from lingua.files.jsonl_log import json_line
 from lingua.run_table import Table, build_table, format_as
-from lingua.runs import Run, read_runs
+from lingua.runs import Run, option_text, read_runs
 from lingua.slurm.run_list import read_record
 from lingua.slurm.run_names import name_group
 from lingua.sweep import as_arguments
@@ -240,6 +240,11 @@ def draw_plots(study: Study, runs: list[Run], folder: Path) -> list[Path]:
     drawn = []
     for i, options in enumerate(map(plot_options, study.plots), start=1):
         out = folder / f"{study.name}{f'-{i}' if i > 1 else ''}.png"
+        axes = {
+            o.rpartition(".")[2]: len({option_text(run, o) for run in runs}) for o in study.over
+        }
+        if axes.get(options.x) == 1:  # there is no line to draw over one value
+            options = replace(options, x="arm")
         by = [o for o in ("arm", *study.over) if o.rpartition(".")[2] != options.x]
         try:
             with redirect_stdout(StringIO()):
