@@ -27,6 +27,7 @@ EXCEPTIONS = {
     "sbatch setup/create_env.sh": "installs packages",
     "conda activate": "goes with create_env.sh",
     "python setup/prepare_local_data.py": "`shell` runs it on a smaller library",
+    "python setup/prepare_docs_corpus.py": "needs the network; tests/setup has its test",
     "python -m apps.LT2.lm_eval": "reads all tasks for 13 s; tests/LT2/test_eval.py runs it",
     "lm_eval run --model hf": "as above; tests/LT2/huggingface/test_lm_eval.py compares the scores",
     "python setup/download_tokenizer.py": "needs the network; tests/setup/test_download.py",

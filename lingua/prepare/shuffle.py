@@ -6,8 +6,8 @@
                  <name>.chunk.*     the rest, round-robin
 
 A document's key is 64 random bits, computed from the seed, the source file's name and the position
-in that file. So every order is equally likely, and the order does not depend on memory, on the
-number of piles or on interruptions.
+in that file, or from the seed and the text. So every order is equally likely, and the order does
+not depend on memory, on the number of piles or on interruptions.
 
 Progress is saved between source files and after each pile, with the lengths of all files. A killed
 run truncates the files to these lengths, resumes, and ends with the same bytes.
@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +56,15 @@ class ShufflePlan:
     n_validation: int | None  # documents; 0: no validation file; None: 5%, at most 10,000
     memory: int  # bytes
     text_field: str | None = None  # None: text, or content if that is missing or null
+    # order and hold out by the texts, so that a text's place does not depend on other documents
+    by_text: bool = False
 
     @property
     def scattered(self) -> dict[str, Any]:
         """What determines the documents in the piles, apart from the sources."""
         # Folders of older versions have no text_field.
-        given = {"text_field": self.text_field} if self.text_field else {}
+        given: dict[str, Any] = {"text_field": self.text_field} if self.text_field else {}
+        given |= {"by_text": True} if self.by_text else {}
         return {"name": self.name, "seed": self.seed, **given}
 
     def request(self, documents: int) -> dict[str, Any]:
@@ -82,8 +85,11 @@ def shuffle_documents(
     plan: ShufflePlan,
     log: Log = print,
     keep_unfinished: bool = True,
+    facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Shuffle the files `sources` below `root` into the folder `out`; return its manifest.
+
+    `facts`: further entries of the manifest.
 
     Works in `<out>.unfinished`, which one process holds at a time, and renames it at the end. A
     complete folder is left alone; UserError if it was made from something else.
@@ -114,7 +120,7 @@ def shuffle_documents(
             shuffle = _Shuffle(work, plan, log)
             shuffle.scatter(sources, root)
             shuffle.write_chunks()
-            manifest = shuffle.finish()
+            manifest = shuffle.finish(facts or {})
         for left in [work / PROGRESS_NAME, work / LOCK_NAME, *work.glob(".*.tmp-*")]:
             left.unlink(missing_ok=True)
         fsync_path(work)
@@ -213,7 +219,8 @@ class _Shuffle:
                     if not document["text"]:
                         progress["without_text"] += 1
                         continue
-                    key = _key(f"{self.plan.seed}/{name}/{number}")
+                    place = document["text"] if self.plan.by_text else f"{name}/{number}"
+                    key = _key(f"{self.plan.seed}/{place}")
                     files.write(key * len(piles) >> KEY_BITS, to_line(document, b"%016x" % key))
                     progress["documents"] += 1
                     self._log("{:,} documents read, now {}", progress["documents"], name)
@@ -270,7 +277,7 @@ class _Shuffle:
                 self._pile(i).unlink()  # after the save: a resumed run doesn't need it
             self.digests = [digest.hexdigest() for digest in digests]
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Write the manifest, which marks the folder as complete."""
         progress = self.progress
         assert progress["dealt_documents"] == progress["documents"], "documents were lost"
@@ -284,6 +291,7 @@ class _Shuffle:
             "without_text": progress["without_text"],
             "files": files,
             "sources": progress["sources"],
+            **facts,
         }
         shutil.rmtree(self.work / "piles", ignore_errors=True)
         write_atomic(self.work / MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
