@@ -13,6 +13,7 @@ from torch import Tensor
 from apps.LT2.kernel import fla
 from apps.LT2.kernel.documents import upload_cu_seqlens
 from apps.LT2.kernel.fla import ChunkOperator, chunk_offsets, packed_arguments, packed_tokens
+from apps.LT2.kernel.gated_delta_rule import backward
 from tests.tolerances import FP32, assert_same
 from tests.waiting import no_waiting
 
@@ -166,6 +167,77 @@ def test_every_tensor_of_fla_goes_to_its_place(monkeypatch, name, packed):
     for arguments in calls.values():
         assert arguments["initial_state"].equal(state) and arguments["scale"] == K**-0.5
         assert ("chunk_indices" in arguments) == ("cu_seqlens" in arguments) == packed
+
+
+@pytest.mark.parametrize("name", ["gated_delta_rule", "delta_rule"])
+def test_our_backward_gets_and_returns_every_tensor(monkeypatch, name):
+    """Stand-ins for fla's kernels and for ours return what their arguments say."""
+    module = importlib.import_module(f"apps.LT2.kernel.{name}.fla")
+    calls = {}
+
+    def stand_in(kernel: str, returns: str):
+        def call(*arguments, **named):
+            calls[kernel] = [*arguments, named]
+            return tuple(returns.split()) if " " in returns else returns
+
+        return call
+
+    kernels = SimpleNamespace(
+        recompute_w_u_fwd=stand_in("wy", "w u_v"),
+        chunk_gated_delta_rule_fwd_h=stand_in("h", "h u _"),
+        chunk_bwd_dv_local=stand_in("local", "du_local"),
+        chunk_gated_delta_rule_bwd_dhu=stand_in("dh", "dh dstate du"),
+    )
+    monkeypatch.setattr(backward, "import_fla", lambda _: kernels)
+    monkeypatch.setattr(backward, "input_gradients", stand_in("ours", "dq dk dv dg dbeta"))
+    monkeypatch.setattr(module, "kernel_supports", lambda *_: True)
+
+    decays = name == "gated_delta_rule"
+    options = {"scale": 2, "initial_state": "state", "do": "do", "dht": "dht", "chunk_size": 64}
+    packed = {"cu_seqlens": "offsets", "chunk_indices": "indices"}
+    saved = ["q", "k", "v", *(["g"] if decays else []), "beta", "solved"]
+    got = module._backward(*saved, packed, **options)
+    assert got == ("dq", "dk", "dv", *(["dg"] if decays else []), "dbeta", "dstate")
+
+    g = "g" if decays else None
+    chunks = {"g": g, "chunk_size": 64, **packed}
+    assert calls == {
+        "wy": [{"k": "k", "v": "v", "beta": "beta", "A": "solved", "g": g, **packed}],
+        "h": [
+            {"k": "k", "w": "w", "u": "u_v", "initial_state": "state", **chunks}
+            | {"output_final_state": False}
+        ],
+        "local": [{"q": "q", "k": "k", "do": "do", "scale": 2, **chunks}],
+        "dh": [
+            {"q": "q", "k": "k", "w": "w", "h0": "state", "dht": "dht", "do": "do"}
+            | {"dv": "du_local", "scale": 2, **chunks}
+        ],
+        "ours": [
+            *("q", "k", "v", g, "beta", "solved", "u", "h", "do", "dh", "du"),
+            {"scale": 2, **packed},
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    "capability, K, V, supported",
+    [
+        ((9, 0), 96, 192, True),
+        ((9, 0), 128, 256, True),
+        ((9, 0), 80, 192, False),
+        ((9, 0), 96, 144, False),
+        ((9, 0), 96, 512, False),
+        ((8, 0), 96, 192, False),
+    ],
+)
+def test_our_backward_runs_where_it_fits(monkeypatch, caplog, capability, K, V, supported):
+    backward._supports.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            assert backward._supports(torch.device("cuda"), K, V) == supported
+    assert len(caplog.records) == (not supported)
+    backward._supports.cache_clear()
 
 
 # ---- tables of packed documents

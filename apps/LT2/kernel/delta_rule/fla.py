@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from apps.LT2.kernel.fla import ChunkOperator, Packed, Tensors, import_fla
+from apps.LT2.kernel.gated_delta_rule.backward import delta_rule_backward, kernel_supports
 
 
 def _forward(
@@ -25,6 +26,11 @@ def _forward(
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, solved: Tensor, packed: Packed, **options: Any
 ) -> tuple[Tensor | None, ...]:
+    if kernel_supports(k, v):
+        dq, dk, dv, _, dbeta, dstate = delta_rule_backward(
+            q, k, v, None, beta, solved, packed, **options
+        )
+        return dq, dk, dv, dbeta, dstate
     return import_fla("fla.ops.delta_rule.chunk").chunk_delta_rule_bwd(
         q=q, k=k, v=v, beta=beta, A=solved, **packed, **options
     )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from apps.LT2.kernel.fla import ChunkOperator, Packed, Tensors, import_fla
+from apps.LT2.kernel.gated_delta_rule.backward import delta_rule_backward, kernel_supports
 
 
 def _forward(
@@ -33,6 +34,8 @@ def _backward(
     packed: Packed,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
+    if kernel_supports(k, v):
+        return delta_rule_backward(q, k, v, g_sum, beta, solved, packed, **options)
     chunk = import_fla("fla.ops.gated_delta_rule.chunk")
     dq, dk, dv, dbeta, dg, dstate, *_ = chunk.chunk_gated_delta_rule_bwd(
         q=q, k=k, v=v, g=g_sum, beta=beta, A=solved, **packed, **options
