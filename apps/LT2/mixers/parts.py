@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.LT2.kernel.decode_linear import Weight
+from apps.LT2.kernel.gated_norm import gated_norm
 from apps.LT2.kernel.short_conv import conv_state, short_conv, short_conv_step
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel
@@ -128,18 +129,15 @@ class GroupedRMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
 
-GATE_ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
-
-
 class GatedRMSNorm(RMSNorm):
     """RMSNorm times an activation of a gate, "silu" or "sigmoid"; fp32 inside."""
 
     def __init__(self, dim: int, eps: float, activation: str = "silu"):
         super().__init__(dim, eps)
-        self.activation = GATE_ACTIVATIONS[activation]
+        self.activation = activation
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (self.normalize(x) * self.activation(gate.float())).type_as(x)
+        return gated_norm(x, gate, self.weight, self.eps, self.activation)
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
