@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apps.LT2.kernel.short_conv import short_conv, short_conv_step
-from apps.LT2.kernel.short_conv.fused import short_conv_fused
+from apps.LT2.kernel.short_conv import short_conv, short_conv_step, short_conv_unit_heads
+from apps.LT2.kernel.short_conv.fused import conv_unit_heads, short_conv_fused
+from apps.LT2.kernel.short_conv.heads import unit_heads
 from apps.LT2.kernel.short_conv.naive import short_conv_naive
 from apps.LT2.kernel.short_conv.step import short_conv_step_triton
 from tests.tolerances import BF16_KERNEL, FP32, assert_same
@@ -76,6 +77,59 @@ def test_operator_is_registered_well():
     torch.library.opcheck(short_conv_fused, (x, weight, bias, None, True))
     position = torch.arange(70, dtype=torch.int32, device="cuda")
     torch.library.opcheck(short_conv_fused, (x, weight, None, position, False))
+
+
+def compare_heads(conv, x, weight, H, K, bound, *, cu_seqlens=None):
+    """Compare q, k, v and every gradient, twice, with the definition in fp32."""
+    torch.manual_seed(1)
+    B, T, C = x.shape
+    grads = [torch.randn(B, H, T, d).cuda().transpose(1, 2) for d in (K, K, C // H - 2 * K)]
+    results = []
+    for _ in range(2):
+        heads = conv(x, weight, H, K, cu_seqlens=cu_seqlens)
+        assert all(head.is_contiguous() for head in heads)
+        given = [grad.to(x.dtype) for grad in grads]
+        results.append((*heads, *torch.autograd.grad(heads, (x, weight), given)))
+    exact = x.detach().float().requires_grad_()
+    heads = unit_heads(short_conv_naive(exact, weight, cu_seqlens=cu_seqlens), H, K)
+    given = [grad.to(x.dtype).float() for grad in grads]
+    want = (*heads, *torch.autograd.grad(heads, (exact, weight), given))
+    for name, a, b, c in zip(("q", "k", "v", "dx", "dweight"), *results, want, strict=True):
+        assert torch.equal(a, b), f"{name} does not repeat"
+        assert_same(a, c, bound, name)
+
+
+@pytest.mark.parametrize(
+    "B, T, H, K, V, documents",
+    [
+        (2, 130, 3, 40, 64, None),
+        (2, 65, 2, 33, 50, None),
+        (1, 1, 1, 256, 256, None),
+        (2, 1000, 4, 96, 192, None),
+        (1, 200, 4, 96, 192, (1, 2, 0, 3, 60, 0, 134)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_unit_heads_equal_naive(dtype, B, T, H, K, V, documents):
+    x, weight, _ = make(B, T, H * (2 * K + V), 4, with_bias=False, dtype=dtype)
+    cu_seqlens = None if documents is None else packed(documents)
+    bound = FP32 if dtype == torch.float32 else BF16_KERNEL
+    compare_heads(short_conv_unit_heads, x, weight, H, K, bound, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("documents", [None, (1, 2, 0, 3, 94)], ids=["dense", "packed"])
+def test_compiled_unit_heads_equal_naive(documents):
+    cu_seqlens = None if documents is None else packed(documents)
+    x, weight, _ = make(1, 100, 2 * 384, 4, with_bias=False, dtype=torch.bfloat16)
+    compiled = torch.compile(short_conv_unit_heads, fullgraph=True)
+    compare_heads(compiled, x, weight, 2, 96, BF16_KERNEL, cu_seqlens=cu_seqlens)
+
+
+def test_unit_heads_are_registered_well():
+    x, weight, _ = make(2, 70, 2 * 64, 4, with_bias=False)
+    position = torch.arange(70, dtype=torch.int32, device="cuda")
+    for positions in None, position:
+        torch.library.opcheck(conv_unit_heads, (x, weight, positions, 2, 20))
 
 
 def test_step_in_a_cuda_graph_equals_naive():

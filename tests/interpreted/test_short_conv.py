@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from apps.LT2.kernel.documents import local_positions
-from apps.LT2.kernel.short_conv import step
-from apps.LT2.kernel.short_conv.fused import short_conv_fused
+from apps.LT2.kernel.short_conv import fused, step
+from apps.LT2.kernel.short_conv.fused import conv_unit_heads, short_conv_fused
+from apps.LT2.kernel.short_conv.heads import unit_heads
 from apps.LT2.kernel.short_conv.naive import short_conv_naive
 from tests.tolerances import FP32, assert_same
 
@@ -41,6 +42,38 @@ def test_sequences_and_every_gradient(B, T, C, k, with_bias, lengths, silu):
     assert_same(y, want_y, FP32, "y")
     for name, a, b in zip(("dx", "dweight", "dbias"), got, want, strict=False):
         assert_same(a, b, FP32, name)
+
+
+@pytest.mark.parametrize(
+    "B, T, H, K, V, k, lengths",
+    [
+        (2, 5, 2, 24, 16, 4, None),
+        (1, 5, 1, 96, 140, 4, None),
+        (1, 9, 2, 33, 8, 3, (1, 2, 0, 3, 3)),
+    ],
+)
+def test_unit_heads_and_every_gradient(monkeypatch, B, T, H, K, V, k, lengths):
+    """Programs of four tokens, so that some begin inside a document."""
+    monkeypatch.setattr(fused, "ROWS", 4)
+    monkeypatch.setitem(fused.BLOCK, "ROWS", 4)
+    torch.manual_seed(0)
+    C = H * (2 * K + V)
+    wide = torch.randn(B, T, C + 5).requires_grad_()
+    weight = torch.randn(C, k).requires_grad_()
+    bounds = position = None
+    if lengths is not None:
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        position = local_positions(T, bounds, "cpu").int()
+    grads = [torch.randn(B, H, T, dim).transpose(1, 2) for dim in (K, K, V)]
+    streams = short_conv_naive(wide[..., 2 : C + 2], weight, cu_seqlens=bounds)
+    results = []
+    for heads in (
+        conv_unit_heads(wide[..., 2 : C + 2], weight, position, H, K),
+        unit_heads(streams, H, K),
+    ):
+        results.append((*heads, *torch.autograd.grad(heads, (wide, weight), grads)))
+    for name, got, want in zip(("q", "k", "v", "dx", "dweight"), *results, strict=True):
+        assert_same(got, want, FP32, name)
 
 
 @pytest.mark.parametrize("silu", [True, False])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from apps.LT2.kernel.delta_rule import delta_rule, delta_rule_step
 from apps.LT2.mixers.base import MixerArgs
 from apps.LT2.mixers.linear import LinearMixer, Tensors, head_shape
-from apps.LT2.mixers.parts import ShortConv, l2_normalize, write_strength
+from apps.LT2.mixers.parts import ShortConv, write_strength
 from lingua.transformer import RMSNorm
 
 
@@ -34,6 +34,7 @@ class DeltaNet(LinearMixer):
     recurrence = staticmethod(delta_rule)
     recurrence_step = staticmethod(delta_rule_step)
     state_flops = 6  # read k^T S, write the outer product, read q^T S: 2 each
+    unit_keys = True
     conv: ShortConv
 
     def __init__(self, shared: MixerArgs, own: DeltaNetArgs):
@@ -49,10 +50,10 @@ class DeltaNet(LinearMixer):
         self.conv = ShortConv(2 * keys + values, own.conv_size, option="model.deltanet.conv_size")
         self.norm = RMSNorm(self.value_dim, shared.output_norm_eps)
 
-    def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
+    def inputs(self, streams: Tensors, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return (q, k, v, beta) by head; beta is fp32."""
-        q, k, v = self.split_qkv(streams)
-        return l2_normalize(q), l2_normalize(k), v, write_strength(rest[0], self.allow_neg_eigval)
+        q, k, v = streams
+        return q, k, v, write_strength(rest[0], self.allow_neg_eigval)
 
-    def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
+    def output(self, o: Tensor, streams: Tensors, rest: Tensors) -> Tensor:
         return self.norm(o).flatten(-2)

@@ -21,7 +21,6 @@ from apps.LT2.mixers.parts import (
     GatedRMSNorm,
     ShortConv,
     init_decay,
-    l2_normalize,
     log_decay,
     write_strength,
 )
@@ -42,6 +41,7 @@ class GatedDeltaNet(LinearMixer):
     recurrence = staticmethod(gated_delta_rule)
     recurrence_step = staticmethod(gated_delta_step)
     state_flops = 7  # read k^T S, write the outer product, read q^T S: 2 each; and the decay
+    unit_keys = True
     conv: ShortConv
 
     def __init__(self, shared: MixerArgs, own: GatedDeltaNetArgs):
@@ -62,13 +62,13 @@ class GatedDeltaNet(LinearMixer):
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.norm = GatedRMSNorm(self.value_dim, shared.output_norm_eps)
 
-    def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
+    def inputs(self, streams: Tensors, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return (q, k, v, g, beta) by head; g and beta are fp32."""
-        q, k, v = self.split_qkv(streams)
+        q, k, v = streams
         _, a, b = rest
         beta = write_strength(b, self.allow_neg_eigval)
         g = log_decay(a, self.tp.own(self.A_log), self.tp.own(self.dt_bias))
-        return l2_normalize(q), l2_normalize(k), v, g, beta
+        return q, k, v, g, beta
 
     def step_heads(self, streams: Tensor, rest: Tensors, cache: LinearCache) -> Tensor:
         if not layer_step_supports(streams, cache.state_BHKV):

@@ -22,7 +22,6 @@ from apps.LT2.mixers.parts import (
     GatedRMSNorm,
     ShortConv,
     init_decay,
-    l2_normalize,
     log_decay,
     write_strength,
 )
@@ -46,6 +45,7 @@ class KimiDeltaAttention(LinearMixer):
     recurrence = staticmethod(kda)
     recurrence_step = staticmethod(kda_step)
     state_flops = 7  # read k^T S, write the outer product, read q^T S: 2 each; and the decay
+    unit_keys = True
     conv: ShortConv
     norm: GatedRMSNorm
 
@@ -77,18 +77,18 @@ class KimiDeltaAttention(LinearMixer):
         a, gate = self.tp.all_gather(a), self.tp.all_gather(gate)
         return streams, (self.wa_up(a), self.wg_up(gate), b)
 
-    def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
+    def inputs(self, streams: Tensors, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return (q, k, v, g, beta) by head; g (..., H, K) and beta are fp32."""
-        q, k, v = self.split_qkv(streams)
+        q, k, v = streams
         a, _, b = rest
         g = log_decay(
             self.split_heads(a, self.key_dim),
             self.tp.own(self.A_log)[:, None],
             self.split_heads(self.tp.own(self.dt_bias), self.key_dim),
         )
-        return l2_normalize(q), l2_normalize(k), v, g, write_strength(b, self.allow_neg_eigval)
+        return q, k, v, g, write_strength(b, self.allow_neg_eigval)
 
-    def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
+    def output(self, o: Tensor, streams: Tensors, rest: Tensors) -> Tensor:
         gate = rest[1].float() + self.tp.own(self.gate_bias).float()
         return self.norm(o, self.split_heads(gate, self.value_dim)).flatten(-2)
 

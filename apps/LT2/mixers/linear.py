@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.decode_linear import Conv, Norm, decode_linear
 from apps.LT2.kernel.documents import local_positions
+from apps.LT2.kernel.short_conv.heads import unit_heads
 from apps.LT2.mixers.base import Mixer, MixerArgs, MixerCache, Prompts, TensorParallelPlan
 from apps.LT2.mixers.parts import ShortConv, decode_weight
 from lingua.errors import UserError
@@ -67,6 +68,7 @@ class LinearMixer(Mixer):
     recurrence_step: ClassVar[Callable[..., Tensor]]
     state_flops: ClassVar[int]  # FLOPs of the recurrence per token and entry of the state
     uses_positions: ClassVar[bool] = False
+    unit_keys: ClassVar[bool] = False  # `inputs` takes q and k of unit norm, and v, by head
 
     key_dim: int
     value_dim: int
@@ -74,14 +76,14 @@ class LinearMixer(Mixer):
     norm: nn.Module
 
     @abstractmethod
-    def inputs(self, streams: Tensor, rest: Tensors, positions: Tensor | None) -> Tensors:
+    def inputs(self, streams: Any, rest: Tensors, positions: Tensor | None) -> Tensors:
         """Return the inputs of the recurrence: q, k, v by head, and others.
 
-        streams and rest are (B, T, ...), or (B, ...) in a step. positions, if `uses_positions`,
-        are (T,) or (B, T), or (B,) in a step.
+        streams and rest are (B, T, ...), or (B, ...) in a step; with `unit_keys`, streams is
+        (q, k, v). positions, if `uses_positions`, are (T,) or (B, T), or (B,) in a step.
         """
 
-    def output(self, o: Tensor, streams: Tensor, rest: Tensors) -> Tensor:
+    def output(self, o: Tensor, streams: Any, rest: Tensors) -> Tensor:
         """Return the input of `wo`, (..., H * V), for o (..., H, V)."""
         return self.norm(o, self.split_heads(rest[0], self.value_dim)).flatten(-2)
 
@@ -98,7 +100,10 @@ class LinearMixer(Mixer):
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
     ) -> Tensor:
         streams, rest = self.project(x_BTD)
-        if self.conv is not None:
+        if self.unit_keys:
+            assert self.conv is not None
+            streams = self.conv.unit_heads(streams, self.n_heads, self.key_dim, cu_seqlens)
+        elif self.conv is not None:
             streams = self.conv(streams, cu_seqlens=cu_seqlens)
         positions = None
         if self.uses_positions:
@@ -133,6 +138,7 @@ class LinearMixer(Mixer):
         if cache.length_B is not None:
             positions = prompts.positions(x_BTD, cache.length_B[rows])
             cache.length_B[rows] += lengths
+        streams = self.split(streams)
         state, inputs = cache.state_BHKV[rows], self.inputs(streams, rest, positions)
         o, state = self.recurrence(*inputs, state=state, cu_seqlens=cu_seqlens)
         cache.state_BHKV[rows] = state
@@ -182,6 +188,7 @@ class LinearMixer(Mixer):
 
     def step_heads(self, streams: Tensor, rest: Tensors, cache: LinearCache) -> Tensor:
         """Run the recurrence and `output` for one token of each row; the cache grows in place."""
+        streams = self.split(streams)
         inputs = self.inputs(streams, rest, cache.length_B)
         o = self.recurrence_step(*inputs, state_BHKV=cache.state_BHKV)
         if cache.length_B is not None:
@@ -226,6 +233,10 @@ class LinearMixer(Mixer):
     def split_heads(self, x: Tensor, head_dim: int) -> Tensor:
         """Return (..., H, head_dim) of (..., H * head_dim)."""
         return x.unflatten(-1, (self.n_heads, head_dim))
+
+    def split(self, streams: Tensor) -> Any:
+        """Return what `inputs` takes of the convolved streams."""
+        return unit_heads(streams, self.n_heads, self.key_dim) if self.unit_keys else streams
 
     def split_qkv(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k (..., H, K) and v (..., H, V) of streams that hold q, k and v in order."""

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.decode_linear import Weight
 from apps.LT2.kernel.gated_norm import gated_norm
-from apps.LT2.kernel.short_conv import conv_state, short_conv, short_conv_step
+from apps.LT2.kernel.short_conv import (
+    conv_state,
+    short_conv,
+    short_conv_step,
+    short_conv_unit_heads,
+)
+from apps.LT2.kernel.short_conv.heads import unit_heads
 from lingua.errors import UserError
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel
 from lingua.transformer import RMSNorm, fused_weight
@@ -56,6 +62,16 @@ class ShortConv(nn.Module):
             return F.silu(x_BTC)
         weight, bias = self._own_weight()
         return short_conv(x_BTC, weight, bias, state=state, cu_seqlens=cu_seqlens)
+
+    def unit_heads(
+        self, x_BTC: Tensor, n_heads: int, key_dim: int, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolve x from zeros; return q and k of unit norm, and v, by head."""
+        if self.weight is None:
+            return unit_heads(F.silu(x_BTC), n_heads, key_dim)
+        weight, bias = self._own_weight()
+        assert bias is None
+        return short_conv_unit_heads(x_BTC, weight, n_heads, key_dim, cu_seqlens=cu_seqlens)
 
     def next_state(self, x_BTC: Tensor, state: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return the state (N, state_len, C) after x."""
@@ -138,12 +154,6 @@ class GatedRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return gated_norm(x, gate, self.weight, self.eps, self.activation)
-
-
-def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """Divide x by its norm along the last axis; fp32 inside, x's dtype outside."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).type_as(x)
 
 
 def write_strength(b: Tensor, allow_neg_eigval: bool) -> Tensor:

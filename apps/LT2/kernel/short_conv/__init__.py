@@ -16,6 +16,7 @@ from torch import Tensor
 
 from apps.LT2.kernel.documents import document_of_tokens, local_positions
 from apps.LT2.kernel.short_conv import fused
+from apps.LT2.kernel.short_conv.heads import unit_heads
 from apps.LT2.kernel.short_conv.step import kernel_supports, short_conv_step_triton
 
 ACTIVATIONS = ("silu", None)
@@ -39,9 +40,7 @@ def short_conv(
     _check(x_BTC, weight_CK, state, cu_seqlens, activation)
     T, k = x_BTC.shape[1], weight_CK.shape[1]
     if state is None and fused.kernel_supports(x_BTC):
-        position_T = None
-        if cu_seqlens is not None:
-            position_T = local_positions(T, cu_seqlens, x_BTC.device).int()
+        position_T = _positions(x_BTC, cu_seqlens)
         return fused.short_conv_fused(x_BTC, weight_CK, bias_C, position_T, activation == "silu")
     dtype = torch.promote_types(x_BTC.dtype, torch.float32)
     weight_CK = weight_CK.to(dtype)
@@ -56,6 +55,25 @@ def short_conv(
     if bias_C is not None:
         y_BTC = y_BTC + bias_C.to(dtype)
     return _activate(y_BTC, activation).to(x_BTC.dtype)
+
+
+def short_conv_unit_heads(
+    x_BTC: Tensor,
+    weight_CK: Tensor,
+    n_heads: int,
+    key_dim: int,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolve with SiLU, and split into the heads of a delta rule.
+
+    Returns q and k (B, T, n_heads, key_dim), divided by their norms, and v (B, T, n_heads, V), for
+    the channels of q, k and v in order. On CUDA one kernel does this for q and k.
+    """
+    if fused.heads_supported(x_BTC, key_dim):
+        position_T = _positions(x_BTC, cu_seqlens)
+        return fused.conv_unit_heads(x_BTC, weight_CK, position_T, n_heads, key_dim)
+    return unit_heads(short_conv(x_BTC, weight_CK, cu_seqlens=cu_seqlens), n_heads, key_dim)
 
 
 def conv_state(
@@ -96,6 +114,13 @@ def short_conv_step(
     if bias_C is not None:
         y_BC = y_BC + bias_C.to(dtype)
     return _activate(y_BC, activation).to(x_BC.dtype)
+
+
+def _positions(x_BTC: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
+    """Return the position of each token in its document, (T,) int32, if documents are packed."""
+    if cu_seqlens is None:
+        return None
+    return local_positions(x_BTC.shape[1], cu_seqlens, x_BTC.device).int()
 
 
 def _prepend(state: Tensor | None, x_BTC: Tensor, k: int) -> Tensor:

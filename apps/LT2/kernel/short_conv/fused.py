@@ -6,6 +6,10 @@ some channels and keeps the last K inputs in registers, and in backward the K in
 Every number is read once. Weight gradients are summed over the tokens of a program and then over
 programs, in a fixed order.
 
+The delta rules take q and k by head, divided by their norms, and v. A program of `conv_unit_heads`
+has one head of q or k, so it normalizes what it computed, and writes each result where the
+recurrence reads it.
+
 Shapes: B sequences, T tokens, C channels, K kernel size.
 """
 
@@ -18,16 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apps.LT2.kernel.short_conv.heads import EPS
 from apps.LT2.kernel.triton_jit import jit, tl
 
 ROWS = 64  # tokens per program
 BLOCK = {"ROWS": ROWS, "BLOCK_C": 128, "num_warps": 1}  # four channels per thread
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_KEY_DIM = 256  # eight channels per thread
 
 
 def kernel_supports(x_BTC: Tensor) -> bool:
     """Return whether the kernels support x; they take no state."""
     return x_BTC.is_cuda and x_BTC.dtype in DTYPES
+
+
+# ---- the convolution
 
 
 @torch.library.custom_op("lt2::short_conv", mutates_args=())
@@ -39,19 +48,8 @@ def short_conv_fused(
     position  (T,)  int32 position of each token in its document, if documents are packed
     Differentiable in x, weight and bias (C,).
     """
-    x = _contiguous_channels(x)
-    B, T, C = x.shape
-    y = x.new_empty(B, T, C)
-    with torch.cuda.device_of(x):
-        _conv_forward_kernel[_grid(B, T, C)](
-            x,
-            weight,
-            bias,
-            position,
-            y,
-            *(T, C, *x.stride()[:2], *weight.stride()),
-            **_constants(weight, bias, position, silu),
-        )
+    y = x.new_empty(x.shape)
+    _convolve_forward(x, weight, bias, position, silu, y)
     return y
 
 
@@ -63,27 +61,10 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias (empty without bias)."""
-    x, dy = _contiguous_channels(x), _contiguous_channels(dy)
-    B, T, C = x.shape
-    K, grid = weight.shape[1], _grid(B, T, C)
-    dx = x.new_empty(B, T, C)
-    # A row per weight, and one for the bias.
-    sums = x.new_empty(B, grid[0], K + 1, C, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _conv_backward_kernel[grid](
-            x,
-            weight,
-            bias,
-            position,
-            dy,
-            dx,
-            sums,
-            *(T, C, *x.stride()[:2], *weight.stride(), *dy.stride()[:2]),
-            **_constants(weight, bias, position, silu),
-        )
-    total = sums.sum((0, 1))
-    dweight = weight.new_empty(weight.shape).copy_(total[:K].T)
-    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape).copy_(total[K])
+    dx = x.new_empty(x.shape)
+    total = _convolve_backward(_contiguous_channels(dy), x, weight, bias, position, silu, dx)
+    dweight = weight.new_empty(weight.shape).copy_(total[:-1].T)
+    dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape).copy_(total[-1])
     return dx, dweight, dbias
 
 
@@ -109,22 +90,154 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 short_conv_fused.register_autograd(_differentiate, setup_context=_save)
 
 
+# ---- the convolution, heads and norms of the delta rules
+
+
+def heads_supported(x_BTC: Tensor, key_dim: int) -> bool:
+    """Return whether the kernels of `conv_unit_heads` support x and the key dim."""
+    return kernel_supports(x_BTC) and key_dim <= MAX_KEY_DIM
+
+
+@torch.library.custom_op("lt2::conv_unit_heads", mutates_args=())
+def conv_unit_heads(
+    x: Tensor, weight: Tensor, position: Tensor | None, n_heads: int, key_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k (B, T, n_heads, key_dim) of unit norm, and v (B, T, n_heads, V), contiguous.
+
+    x holds the channels of q, k and v in order. Other arguments are those of `short_conv_fused`.
+    Differentiable in x and weight.
+    """
+    q, k, v = _empty_heads(x, n_heads, key_dim)
+    keys = n_heads * key_dim
+    _convolve_forward(x[..., : 2 * keys], weight[: 2 * keys], None, position, True, q, k)
+    _convolve_forward(x[..., 2 * keys :], weight[2 * keys :], None, position, True, v)
+    return q, k, v
+
+
+@conv_unit_heads.register_fake
+def _empty_heads(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    n_heads, key_dim = args[-2:]
+    value_dim = x.shape[2] // n_heads - 2 * key_dim
+    q, k, v = (x.new_empty(*x.shape[:2], n_heads, d) for d in (key_dim, key_dim, value_dim))
+    return q, k, v
+
+
+@torch.library.custom_op("lt2::conv_unit_heads_backward", mutates_args=())
+def _heads_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, weight: Tensor, position: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight."""
+    dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
+    keys = dq.shape[2] * dq.shape[3]
+    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    for at, grads in (slice(2 * keys), (dq, dk)), (slice(2 * keys, None), (dv,)):
+        total = _convolve_backward(
+            grads[0], x[..., at], weight[at], None, position, True, dx[..., at], *grads[1:]
+        )
+        dweight[at].copy_(total[:-1].T)
+    return dx, dweight
+
+
+@_heads_backward.register_fake
+def _(
+    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save_heads(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _differentiate_heads(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return *_heads_backward(*grads, *ctx.saved_tensors), None, None, None
+
+
+conv_unit_heads.register_autograd(_differentiate_heads, setup_context=_save_heads)
+
+
+# ---- launches
+
+
+def _convolve_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    silu: bool,
+    y: Tensor,
+    k: Tensor | None = None,
+) -> None:
+    """Write the convolution of x (B, T, C) to the contiguous y.
+
+    With `k`, x holds q and k: y and k (B, T, H, D) are the heads of unit norm.
+    """
+    x = _contiguous_channels(x)
+    B, T, C = x.shape
+    grid, constants = _layout(x, weight, bias, position, silu, k)
+    with torch.cuda.device_of(x):
+        _conv_forward_kernel[grid](
+            *(x, weight, bias, position, y, k),
+            *(T, C, *x.stride()[:2], *weight.stride()),
+            **constants,
+        )
+
+
+def _convolve_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    silu: bool,
+    dx: Tensor,
+    dk: Tensor | None = None,
+) -> Tensor:
+    """Write dx, which may be channels of a larger tensor. dy and dk are as y and k in forward.
+
+    Return the gradients of the weights and the bias, (K + 1, C) in fp32.
+    """
+    x = _contiguous_channels(x)
+    B, T, C = x.shape
+    grid, constants = _layout(x, weight, bias, position, silu, dk)
+    # A row per weight, and one for the bias.
+    sums = x.new_empty(B, grid[0], weight.shape[1] + 1, C, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _conv_backward_kernel[grid](
+            *(x, weight, bias, position, dy, dk, dx, sums),
+            *(T, C, *x.stride()[:2], *weight.stride(), *dy.stride()[:2], *dx.stride()[:2]),
+            **constants,
+        )
+    return sums.sum((0, 1))
+
+
 def _contiguous_channels(x_BTC: Tensor) -> Tensor:
     return x_BTC if x_BTC.stride(-1) == 1 else x_BTC.contiguous()
 
 
-def _grid(B: int, T: int, C: int) -> tuple[int, int, int]:
-    return -(-T // ROWS), -(-C // BLOCK["BLOCK_C"]), B
-
-
-def _constants(
-    weight: Tensor, bias: Tensor | None, position: Tensor | None, silu: bool
-) -> dict[str, Any]:
+def _layout(
+    x_BTC: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    silu: bool,
+    k: Tensor | None,
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Return the grid and the constants of a launch."""
+    B, T, C = x_BTC.shape
     options = {"K": weight.shape[1], "HAS_BIAS": bias is not None, "PACKED": position is not None}
-    return {**options, "SILU": silu, **BLOCK}
+    options = {**options, "SILU": silu, **BLOCK, "HEADS": 0, "KEY_DIM": 0, "EPS": EPS}
+    if k is not None:
+        H, dim = k.shape[2:]
+        block = max(1 << (dim - 1).bit_length(), 32)
+        options.update(HEADS=H, KEY_DIM=dim, BLOCK_C=block)
+        return (-(-T // ROWS), 2 * H, B), options
+    return (-(-T // ROWS), -(-C // options["BLOCK_C"]), B), options
 
 
 # ---- kernels; a program has ROWS tokens and BLOCK_C channels of one sequence
+#
+# With HEADS, its channels are a head of q or k: those of head HEADS + h are head h of k.
 
 
 @jit()
@@ -134,6 +247,7 @@ def _conv_forward_kernel(
     bias_ptr,
     position_ptr,
     y_ptr,
+    k_ptr,
     T,
     C,
     x_B,
@@ -146,12 +260,18 @@ def _conv_forward_kernel(
     SILU: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    EPS: tl.constexpr,
 ):
     b, first = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64) * ROWS
-    at_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_C = at_C < C
+    at_C, in_C, at_head, second = _channels(C, HEADS, KEY_DIM, BLOCK_C)
+    y_T = C
+    if HEADS:
+        y_ptr = tl.where(second, k_ptr, y_ptr)
+        y_T = HEADS * KEY_DIM
     x_ptr += b * x_B
-    y_ptr += b * T * C
+    y_ptr += b * T * y_T
     weights, bias = _weights(
         weight_ptr, bias_ptr, at_C, in_C, weight_C, weight_K, K, HAS_BIAS, BLOCK_C
     )
@@ -164,7 +284,9 @@ def _conv_forward_kernel(
         y = _convolve(past, weights, bias, _position(position_ptr, t, T, PACKED), K, PACKED)
         if SILU:
             y *= tl.sigmoid(y)
-        tl.store(y_ptr + t * C + at_C, y.to(y_ptr.dtype.element_ty), mask=in_C & (t < T))
+        if HEADS:
+            y *= tl.rsqrt(tl.sum(y * y, 0) + EPS)
+        tl.store(y_ptr + t * y_T + at_head, y.to(y_ptr.dtype.element_ty), mask=in_C & (t < T))
 
 
 @jit()
@@ -174,6 +296,7 @@ def _conv_backward_kernel(
     bias_ptr,
     position_ptr,
     dy_ptr,
+    dk_ptr,
     dx_ptr,
     sums_ptr,
     T,
@@ -184,19 +307,25 @@ def _conv_backward_kernel(
     weight_K,
     dy_B,
     dy_T,
+    dx_B,
+    dx_T,
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
     SILU: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    EPS: tl.constexpr,
 ):
     b, first = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64) * ROWS
-    at_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_C = at_C < C
+    at_C, in_C, at_head, second = _channels(C, HEADS, KEY_DIM, BLOCK_C)
+    if HEADS:
+        dy_ptr = tl.where(second, dk_ptr, dy_ptr)
     x_ptr += b * x_B
     dy_ptr += b * dy_B
-    dx_ptr += b * T * C
+    dx_ptr += b * dx_B
     weights, bias = _weights(
         weight_ptr, bias_ptr, at_C, in_C, weight_C, weight_K, K, HAS_BIAS, BLOCK_C
     )
@@ -205,17 +334,22 @@ def _conv_backward_kernel(
     dweights, dbias = (zero,) * K, zero
     dx = (zero,) * K  # of the last K tokens; later tokens still add to them
     x = _row(x_ptr, first, T, x_T, at_C, in_C)
-    dy = _row(dy_ptr, first, T, dy_T, at_C, in_C)
+    dy = _row(dy_ptr, first, T, dy_T, at_head, in_C)
     for r in range(ROWS + K - 1):  # the last K - 1 belong to the next program and only complete dx
         t = first + r
         past = past[1:] + (x,)
         d = dy
         x = _row(x_ptr, t + 1, T, x_T, at_C, in_C)  # prefetch the next token
-        dy = _row(dy_ptr, t + 1, T, dy_T, at_C, in_C)
+        dy = _row(dy_ptr, t + 1, T, dy_T, at_head, in_C)
         position = _position(position_ptr, t, T, PACKED)
         if SILU:
             y = _convolve(past, weights, bias, position, K, PACKED)
             s = tl.sigmoid(y)
+            if HEADS:
+                z = y * s
+                scale = tl.rsqrt(tl.sum(z * z, 0) + EPS)
+                z *= scale
+                d = scale * (d - z * tl.sum(d * z, 0))
             d *= s * (1 + y * (1 - s))
         own = tl.where(r < ROWS, d, 0.0)
         dbias += own
@@ -228,7 +362,7 @@ def _conv_backward_kernel(
             new_dx = new_dx + (dx[j] + d * (read * weights[j]),)
         dweights = new_dweights
         done = t - (K - 1)
-        to = dx_ptr + done * C + at_C
+        to = dx_ptr + done * dx_T + at_C
         mask = in_C & (r >= K - 1) & (done < T)
         tl.store(to, new_dx[0].to(dx_ptr.dtype.element_ty), mask=mask)
         dx = new_dx[1:] + (zero,)
@@ -236,6 +370,20 @@ def _conv_backward_kernel(
     for j in tl.static_range(K):
         tl.store(sums_ptr + j * C, dweights[j], mask=in_C)
     tl.store(sums_ptr + K * C, dbias, mask=in_C)
+
+
+@jit()
+def _channels(C, HEADS: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return a program's channels, their mask, where they are in q or k, and whether in k."""
+    block = tl.program_id(1)
+    at = tl.arange(0, BLOCK_C)
+    if HEADS:
+        second = block >= HEADS
+        at_head = tl.where(second, block - HEADS, block) * KEY_DIM + at
+        return block * KEY_DIM + at, at < KEY_DIM, at_head, second
+    else:
+        at_C = block * BLOCK_C + at
+        return at_C, at_C < C, at_C, False
 
 
 @jit()
