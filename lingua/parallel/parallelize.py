@@ -186,6 +186,7 @@ def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) ->
     raises UserError; torch would fall back to eager mode with only a warning.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch._inductor import config as inductor_config
     from torch.compiler import config as compiler_config
 
     config = torch._dynamo.config
@@ -195,6 +196,8 @@ def compile_blocks(blocks: list[nn.Module], limit_of_kind: int, n_kinds: int) ->
         config.accumulated_recompile_limit, config.recompile_limit
     )
     config.fail_on_recompile_limit_hit = True
+    # Operators take tensors without gaps, so padded strides would cost copies.
+    inductor_config.comprehensive_padding = False
     if not compiler_config.cache_key_tag.endswith(operator_code_hash()):
         compiler_config.cache_key_tag += operator_code_hash()
 
