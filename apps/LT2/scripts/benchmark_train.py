@@ -61,13 +61,17 @@ from lingua.rng import seed_everything
 # Kind of kernel -> parts of its names. The first match counts.
 KERNEL_KINDS = (
     ("communication", ("nccl", "c10d", "gloo")),
-    ("compiled norms and gates", ("triton_",)),  # Inductor's; their names contain any operator
+    # triton_: Inductor's, whose names contain any operator
+    ("norms and gates", ("triton_", "_gated_norm")),
     ("short convolutions", ("_conv_",)),
     ("softmax attention", ("flash", "fmha", "cudnn", "attention", "attn", "parallel_nsa")),
     ("lightning indexer", ("_score_kernel", "_select_kernel", "_compare_kernel", "_index_d")),
     ("selected attention", ("_attend_kernel", "_dq_kernel", "_dkv_kernel")),
     ("matrix products", ("nvjet", "gemm", "cutlass", "splitk", "cublas", "xmma", "::mm", "::bmm")),
-    ("recurrences", ("chunk_", "recompute_w_u", "solve_tril", "_cumsum", "merge_16x16", "kkt")),
+    (
+        "recurrences",
+        ("chunk_", "recompute_w_u", "solve_tril", "_cumsum", "merge_16x16", "kkt", "_input_grad"),
+    ),
     ("optimizer and gradient norm", ("multi_tensor", "adam", "foreach", "norm")),
     ("copies and fills", ("memcpy", "memset", "copy", "cat", "fill")),
 )
