@@ -60,6 +60,7 @@ def run_job(argv: list[str], files: tuple[str, str], variables: Mapping[str, str
     for descriptor, name in enumerate(files, start=1):
         with open(name, "ab") as file:
             os.dup2(file.fileno(), descriptor)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not rich's, which draw the progress
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         del os.environ[name]  # a run that stops must not requeue the job of the study
     os.environ.update(variables)
