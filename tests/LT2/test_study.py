@@ -212,8 +212,12 @@ class Process:
         return None
 
     def terminate(self) -> None:
-        self.is_stopped = True
+        self.is_stopped = self.name != "run=2"  # which is in a long step
         self.stopped.append(self.name)
+
+    def kill(self) -> None:
+        self.is_stopped = True
+        self.stopped.append(f"killed {self.name}")
 
 
 def test_a_study_stops_in_time_and_shares_gpus(monkeypatch, tmp_path, capsys):
@@ -224,16 +228,18 @@ def test_a_study_stops_in_time_and_shares_gpus(monkeypatch, tmp_path, capsys):
     for job in jobs[1:4]:
         write_metrics(job, {"global_step": 4})
     record, file = {"seconds": 5.0}, tmp_path / "study.json"
-    own = {"gpus": ["3", "5"], "record": record, "file": file, "stop_at": time.monotonic() + 0.2}
+    now = time.monotonic()
+    own = {"gpus": ["3", "5"], "record": record, "file": file}
+    own |= {"stop_at": now + 0.2, "kill_at": now + 0.3}
     sweep = study_runs.StudySweep(jobs, 3, [1.0] * 5, **own)
     assert sweep.slots == ["3", "5", "3"]
     sweep.run()  # raises nothing
-    assert Process.stopped == ["run=1", "run=2", "run=3"]
+    assert Process.stopped == ["run=1", "run=2", "run=3", "killed run=2"]
     outcomes = [run.outcome for run in sweep.runs]
     assert outcomes == ["done", "stopped", "stopped", "stopped", ""]
     assert "4 runs are not finished; the same command" in capsys.readouterr().out
     seconds = json.loads(file.read_text())["seconds"]
-    assert 5.4 <= seconds == record["seconds"] < 15  # two GPUs for 0.2 s
+    assert 5.6 <= seconds == record["seconds"] < 15  # two GPUs for 0.3 s
 
 
 @pytest.mark.parametrize(

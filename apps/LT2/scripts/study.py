@@ -53,7 +53,7 @@ from lingua.sweep import as_arguments, write_record
 
 RECORD = "study.json"  # in dump_dir: the study, the options of each run, and the seconds spent
 SET_BY_STUDY = ("dump_dir", "name", "seed", "model.seed", "data.seed")
-SHARE_OF_TIME = 0.95  # of minutes=, for runs; then these save, and the report is written
+STOP, KILL = 0.93, 0.98  # shares of minutes= after which runs stop, and are killed
 
 
 @dataclass
@@ -264,12 +264,16 @@ def main(argv: list[str]) -> None:
     record = update_record(folder, study, {cell.label(seed): cell.options for cell, seed in runs})
     jobs = plan_jobs(study, folder, runs)
     costs = {folder / cell.label(seed): cell.flops for cell, seed in runs}
-    stop_at = math.inf if args.minutes is None else started + 60 * SHARE_OF_TIME * args.minutes
+    seconds = math.inf if args.minutes is None else 60 * args.minutes
     make_writable("dump_dir", folder)
     with lock_folders({"dump_dir": folder}):
         write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
         write_record(folder, {cell.label(seed): cell.swept(seed) for cell, seed in runs})
-        own = {"stop_at": stop_at, "record": record, "file": folder / RECORD}
+        own: dict[str, Any] = {
+            "stop_at": started + STOP * seconds,
+            "kill_at": started + KILL * seconds,
+        }
+        own |= {"record": record, "file": folder / RECORD}
         failed = run_jobs(jobs, args.jobs, costs, **own)
         write_report(study, folder, record, given)
     if failed:

@@ -50,6 +50,10 @@ class ForkedProcess(LocalProcess):
     def status(self) -> int | None:
         return self._process.exitcode
 
+    def kill(self) -> None:
+        """End the run at once. It resumes from its last checkpoint."""
+        self._process.kill()
+
 
 def run_job(argv: list[str], files: tuple[str, str], variables: Mapping[str, str]) -> None:
     """Train as a command of its own would, in a forked process."""
@@ -70,13 +74,17 @@ def run_job(argv: list[str], files: tuple[str, str], variables: Mapping[str, str
 
 
 class StudySweep(LocalSweep):
-    """Runs of a study, which may share a GPU, until `stop_at`. Records the seconds spent."""
+    """Runs of a study, which may share a GPU. Records the seconds spent.
+
+    `stop_at` and `kill_at` are times: runs stop with a checkpoint, and those in a long step are
+    killed.
+    """
 
     program = "study"
     to_resume = "the same command resumes them"
 
     def __init__(self, jobs: Sequence[Job], at_once: int, costs: Sequence[float], **own: Any):
-        self.stop_at: float = own["stop_at"]
+        self.stop_at, self.kill_at = own["stop_at"], own["kill_at"]
         self.gpus: list[str] = own["gpus"]
         self.record, self.file = own["record"], own["file"]
         self.recorded = time.monotonic()
@@ -91,6 +99,9 @@ class StudySweep(LocalSweep):
     def check_time(self) -> None:
         now = time.monotonic()
         self.is_out_of_time = now >= self.stop_at
+        for run in self.active.values() if now >= self.kill_at else ():
+            assert isinstance(run.process, ForkedProcess)
+            run.process.kill()
         if now > self.recorded + RECORD_SECONDS or not self.active:
             n_gpus = max(1, min(len(self.slots), len(self.gpus)))
             self.record["seconds"] += (now - self.recorded) * n_gpus
