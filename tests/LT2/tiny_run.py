@@ -98,12 +98,13 @@ def train(data: Path, dump_dir: Path, *, keep_code: bool = False, **changes: Any
 
 @contextmanager
 def without_code_copy() -> Iterator[None]:
-    inner = app.snapshot_code
+    inner = app.snapshot_code, app.version_record
     app.snapshot_code = lambda root, target, without: 0
+    app.version_record = lambda root: "{}"  # else git runs three times
     try:
         yield
     finally:
-        app.snapshot_code = inner
+        app.snapshot_code, app.version_record = inner
 
 
 @contextmanager
