@@ -66,9 +66,9 @@ NAMES = (
     "twisted-doc wireshark-doc zsh-doc"
 )
 PACKAGES = NAMES.split()
-PYTHON_PACKAGES = ["Django", "Sphinx", "SQLAlchemy"]  # whose source archives have much text
+PYTHON_PACKAGES = ["Django", "docutils", "Sphinx"]  # whose source archives have much text
 ADVICE = (
-    "with --source_dir FOLDER, pass .deb, .whl or .tar.gz files, or folders of HTML, man pages, "
+    "pass --source_dir FOLDER with .deb, .whl or .tar.gz files, or folders of HTML, man pages, "
     "reStructuredText, Markdown or text. Such files come from `apt-get download "
     f"{' '.join(PACKAGES[:3])} ...` on a Debian or Ubuntu machine, or from `pip download --no-deps "
     f"--no-binary :all: -d FOLDER {' '.join(PYTHON_PACKAGES)}`"
@@ -174,7 +174,7 @@ def build(
                 f"no English prose in {', '.join(p.path.name for p in packages[:3])}: {ADVICE}"
             )
         entries = {"made_of": request, "packages": facts}
-        files = sorted(texts.iterdir())
+        files = sorted(file for file in texts.iterdir() if file.stat().st_size)
         return shuffle_documents(files, texts, out, plan, keep_unfinished=False, facts=entries)
 
 

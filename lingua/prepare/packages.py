@@ -149,7 +149,7 @@ def download_debian(names: Sequence[str], folder: Path, advice: str) -> list[Pac
     Packages that are there are kept. A name that this system's release lacks is reported.
     """
     if shutil.which("apt-get") is None or shutil.which("apt-cache") is None:
-        raise UserError(f"no apt-get on this machine to download documentation with: {advice}")
+        raise UserError(f"no apt-get on this machine to download documentation with; {advice}")
     known = _show(names)
     depends = {name for entry in known.values() for name in _doc_depends(entry["Depends"])}
     known |= _show(sorted(depends - known.keys()))

@@ -92,6 +92,7 @@ def test_another_run_gives_the_same_bytes(files, source, tmp_path, capsys):
 def test_a_text_stays_held_out_if_packages_are_added(source, tmp_path):
     more = tmp_path / "more"
     write_deb(more, "0-doc", "1.0", {f"doc/{i}.html": page(random.Random(i + 9)) for i in range(3)})
+    write_deb(more, "1-doc", "1.0", {"doc/a.png": "no text"})
     for file in source.iterdir():
         os.link(file, more / file.name)
     held_out = []

@@ -123,5 +123,5 @@ def test_what_apt_lacks_is_one_line_with_advice(apt, monkeypatch):
     with pytest.raises(UserError, match=r"apt-get download failed \(E: failed\).* or advice"):
         download_debian(["a-doc"], apt / "to", "advice")
     monkeypatch.setenv("PATH", str(apt))
-    with pytest.raises(UserError, match="no apt-get on this machine .*: advice"):
+    with pytest.raises(UserError, match="no apt-get on this machine .*; advice"):
         download_debian(["a-doc"], apt / "to", "advice")
