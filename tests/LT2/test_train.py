@@ -223,8 +223,8 @@ def loader_of_all_ranks(args, state, world_size=2):
 BUILD_LOADER = app.build_dataloader_from_args
 N_RANKED = 4
 # A low learning rate: Adam takes full steps for tiny gradients, so rounding errors grow.
-SLOW = {"optim.lr": 3e-4, "steps": N_RANKED, "checkpoint.eval.every": 2, "checkpoint.dump.every": 0}
-SLOW |= {"model.n_layers": 2, "model.attention_pattern": "1:1"}
+SLOW = {"optim.lr": 3e-4, "steps": N_RANKED, "checkpoint.dump.every": 0}
+SLOW |= {"checkpoint.eval.every": 4, "model.n_layers": 2, "model.attention_pattern": "1:1"}
 FULL = {"distributed.fsdp_type": "full_shard", **SLOW}
 # For two steps, gdn has momentum and no gradient.
 CHANGING_LOOPS = {
