@@ -164,7 +164,7 @@ def _read_run(name: str, path: Path) -> Run:
     for record in read_jsonl_records(file) if file.is_file() else []:
         layout = record.get("model/layout", layout)
         step = record.get(STEP)
-        if ENDED_BY in record:
+        if ENDED_BY in record and step is not None:
             ended[step] = record[ENDED_BY]
         for key, value in record.items():
             if step is not None and (value is None or type(value) in (int, float)):

@@ -22,6 +22,10 @@ COMMANDS = {
     "submit": ("lingua.stool", "submit runs and sweeps to SLURM, or start them here"),
     "sweep": ("lingua.sweep", "table of the runs of a sweep"),
     "study": ("apps.LT2.scripts.study", "run a study: arms, seeds, and a report"),
+    "curriculum": (
+        "apps.LT2.scripts.curriculum",
+        "train arms on longer and longer synthetic examples",
+    ),
     "plot": ("apps.LT2.scripts.plot", "plot any metric of runs"),
     "lens": ("apps.LT2.scripts.loop_lens", "predictions after each loop"),
     "exits": ("apps.LT2.scripts.exit_sweep", "loss and speed against the threshold of an exit"),

@@ -128,8 +128,8 @@ def trained(run: Run) -> Rows:
         {k.removeprefix(prefix): v for k, v in options.items() if k.startswith(prefix)}
         for prefix in ("data.sources.", "data.task.")
     )
-    if weights:
-        options["data.sources"] = ", ".join(f"{k}: {format_value(v)}" for k, v in weights.items())
+    named = ", ".join(f"{k}: {format_value(v)}" for k, v in weights.items())
+    options["data.sources"] = named or options.get("data.sources") or None  # not {}
     given = {k: v for k, v in task.items() if v is not None}
     options["task"] = ", ".join(f"{k}={format_value(v)}" for k, v in given.items()) or None
     names = ("data.tokenizer.path", "data.tokenizer.name")

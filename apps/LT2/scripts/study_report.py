@@ -273,8 +273,9 @@ def format_facts(
     record: Mapping[str, Any],
     given: Mapping[str, Any],
     not_run: Sequence[str],
+    command: str = "",
 ) -> str:
-    """Say how the runs were made, and how to repeat them."""
+    """Say how the runs were made, and how to repeat them: by default with `lt2 study`."""
     facts: dict[str, set[str]] = {}
     for run in runs:
         for name, value in environment(run):
@@ -296,6 +297,6 @@ def format_facts(
         "Not run": "; ".join(not_run) or "nothing",
     }
     rows = [f"- {name}: {value}" for name, value in shown.items() if value]
-    command = f"python -m apps.LT2.scripts.study {study.name} {' '.join(options)} dump_dir=FOLDER"
+    own = f"python -m apps.LT2.scripts.study {study.name} {' '.join(options)} dump_dir=FOLDER"
     data = f"- Results of each run: [{study.name}.jsonl]({study.name}.jsonl)"
-    return "\n".join([f"```bash\n{command}\n```\n", *rows, data])
+    return "\n".join([f"```bash\n{command or own}\n```\n", *rows, data])

@@ -1,0 +1,295 @@
+"""Run the synthetic curriculum: which arrays can looped models of several mixers track and read?
+
+    python -m apps.LT2.scripts.curriculum size=tiny dump_dir=runs/curriculum_tiny
+    python -m apps.LT2.scripts.curriculum dump_dir=runs/curriculum jobs=12 minutes=10
+    python -m apps.LT2.scripts.curriculum arms=[full,gdn] loops=[4] n=[8,16] seeds=1 dry_run=true
+
+An arm trains at n = 8, 16, 32, ... A stage passes when the accuracy on held-out examples reaches
+90%; the next one starts from its weights, with a new optimizer. n_max is the last stage that
+passed. configs/curriculum/curriculum.yaml has the arms, and other options are those of training.
+The same command skips finished stages, resumes the others, and writes to dump_dir
+
+    curriculum.md       the report: claims, table of n_max, plot, how to repeat it
+    curriculum.png      accuracy against the steps of all stages
+    curriculum.jsonl    the results of each stage
+    arm=.../            a stage is a run like any other
+
+The task is that of the LT2 paper (https://arxiv.org/abs/2605.20670, section 3.6), as in
+lingua/dataloader/synthetic/state_tracking.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from apps.LT2.flops import cache_bytes, train_flops_per_token
+from apps.LT2.scripts.curriculum_report import LENGTH, LOOPS, Chain, Stage, write_report
+from apps.LT2.scripts.study import (
+    KILL,
+    RECORD,
+    STOP,
+    build,
+    check_folder,
+    plan_jobs,
+    run_jobs,
+    update_record,
+    with_options,
+)
+from apps.LT2.scripts.study_spec import Study
+from lingua.args import dataclass_from_dict, load_config_file, parse_args, print_text
+from lingua.config.cli import split_paths
+from lingua.config.help import format_value
+from lingua.config.yaml import yaml_value
+from lingua.errors import UserError, run_cli
+from lingua.evaluations import label_of
+from lingua.files.atomic import write_atomic
+from lingua.files.lock import lock_folders, make_writable
+from lingua.run_columns import scientific, short
+from lingua.slurm.sweep_plan import named_errors
+from lingua.sweep import write_record
+
+SPEC = Path(__file__).parents[1] / "configs" / "curriculum" / "curriculum.yaml"
+INIT = "checkpoint.init_ckpt_path"
+OF_THIS_CALL = ("dump_dir", "jobs", "minutes")  # don't change the results
+
+
+@dataclass
+class CurriculumArgs:
+    OTHER_OPTIONS: ClassVar = " Other options are those of training, for all stages."
+
+    size: str = "small"  # tiny: seconds, to test the command; small: a GPU hour; full: the paper's
+    dump_dir: str = ""  # folder of the results; required
+    arms: list[str] | None = None  # arms to run; null = all
+    loops: list[int] | None = None  # T; null = as the size says
+    n: list[int] | None = None  # stages: bits of the array, and swaps; null = as the size says
+    seeds: int | None = None  # seeds of each arm; null = as the size says
+    # runs side by side; null = one for each GPU, or for each CPU core. Several share a GPU
+    jobs: int | None = None
+    minutes: float | None = None  # stop after this time, which may be 0; null = when all are done
+    dry_run: bool = False  # print the stages and their cost, and write nothing
+
+    def __post_init__(self) -> None:
+        if not self.dump_dir and not self.dry_run:
+            raise UserError(
+                "dump_dir is empty; name a folder for the results, e.g. dump_dir=runs/x"
+            )
+        for name in ("jobs", "seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if self.minutes is not None and self.minutes < 0:
+            raise UserError(f"minutes={self.minutes:g} must be 0 or more")
+        for name in ("loops", "n"):
+            values = getattr(self, name)
+            if values is not None and (not values or any(a >= b for a, b in pairwise(values))):
+                text = format_value(values)
+                raise UserError(f"{name}={text} must be numbers in ascending order, e.g. [8, 16]")
+
+
+@dataclass
+class Spec:
+    """What curriculum.yaml says about a size."""
+
+    question: str
+    config: str
+    arms: dict[str, Any]
+    n: list[int]
+    loops: list[int]
+    seeds: int = 3
+    options: dict[str, Any] = field(default_factory=dict)
+    claims: list[dict[str, Any]] = field(default_factory=list)
+
+
+# ---- the plan
+
+
+def read_study(args: CurriculumArgs, given: dict[str, Any]) -> Study:
+    """Return the curriculum as a study of arms over T and n. UserError for a mistake."""
+    spec = load_config_file(SPEC)
+    sizes = spec.pop("sizes")
+    if args.size not in sizes:
+        raise UserError(f"size={args.size} must be one of {', '.join(sizes)}")
+    found = dataclass_from_dict(Spec, spec | sizes[args.size])
+    for arm in args.arms or []:
+        if arm not in found.arms:
+            raise UserError(f"arms: there is no arm {arm}; use {', '.join(found.arms)}")
+    study = Study(
+        name="curriculum",
+        question=found.question,
+        arms={arm: found.arms[arm] for arm in args.arms or found.arms},
+        config=str(SPEC.with_name(found.config)),
+        options=found.options,
+        over={LOOPS: args.loops or found.loops, LENGTH: args.n or found.n},
+        seeds=args.seeds or found.seeds,
+        columns={"n_max": "n_max"},
+        claims=[{"column": "n_max", **claim} for claim in found.claims],
+        size=args.size,
+        sizes=list(sizes),
+    )
+    return with_options(study, given)
+
+
+def plan_chains(study: Study, folder: Path) -> list[Chain]:
+    """Check all stages, and compute what they cost. Seeds vary slowest."""
+    planned = []
+    for arm, n_loops in product(study.arms, study.over[LOOPS]):
+        stages = []
+        for n in study.over[LENGTH]:
+            over = {LOOPS: n_loops, LENGTH: n}
+            options = {**study.options, **study.arms[arm], **over}
+            with named_errors(label_of({"arm": arm, **over})):
+                args, model = build(study, options)
+            seq_len = args.data.seq_len
+            cost = train_flops_per_token(model, seq_len)
+            tokens = math.prod((args.steps, args.data.batch_size, args.grad_acc_steps, seq_len))
+            n_parameters = sum(p.numel() for p in model.parameters())
+            state_bytes = cache_bytes(model, seq_len, torch.bfloat16)
+            flops, facts = float(tokens * cost), (n, args.steps, cost, state_bytes)
+            stages.append(Stage(arm, over, options, flops, n_parameters, *facts))
+        planned.append((arm, n_loops, stages))
+    seeds = range(1, study.seeds + 1)
+    return [Chain(arm, T, seed, stages, folder) for seed in seeds for arm, T, stages in planned]
+
+
+def recorded_chains(record: dict[str, Any], folder: Path) -> list[Chain]:
+    """Return the chains of this and of earlier commands."""
+    chains: dict[tuple[str, int, int], Chain] = {}
+    for label, seed, facts in record["stages"]:
+        stage = Stage(options=record["runs"][label], **facts)
+        key = (stage.arm, stage.over[LOOPS], seed)
+        chains.setdefault(key, Chain(*key, [], folder)).stages.append(stage)
+    for chain in chains.values():
+        chain.stages.sort(key=lambda stage: stage.n)
+    arms = list(load_config_file(SPEC)["arms"])
+    return sorted(chains.values(), key=lambda c: (c.seed, arms.index(c.arm), c.n_loops))
+
+
+def format_plan(study: Study, chains: Sequence[Chain]) -> str:
+    lines = [f"curriculum, size={study.size}, n = {', '.join(map(str, study.over[LENGTH]))}:"]
+    for chain in chains[: len(chains) // study.seeds]:
+        last = chain.stages[-1]
+        facts = f"{short(last.parameters)} parameters, up to {last.steps} steps a stage and "
+        flops = sum(stage.flops for stage in chain.stages)
+        lines.append(f"  {chain.name}: {facts}{scientific(flops)} FLOPs")
+    total = sum(stage.flops for chain in chains for stage in chain.stages)
+    n_stages = sum(len(chain.stages) for chain in chains)
+    of_seeds = f"{study.seeds} seeds: at most {n_stages} stages, {scientific(total)} FLOPs"
+    return "\n".join([*lines, f"  {of_seeds}"])
+
+
+# ---- the runs
+
+
+def run_chains(
+    study: Study, folder: Path, chains: Sequence[Chain], jobs: int | None, **own: Any
+) -> list[str]:
+    """Run the next stage of every chain until none is left, or until the time ends.
+
+    Return the labels of stages that failed. Their chains end here.
+    """
+    failed: list[str] = []
+    while own["stop_at"] > time.monotonic():
+        runs: list[tuple[Any, int]] = []
+        costs = {}
+        for chain in chains:
+            stage = chain.next_stage()
+            if stage is None or stage.label(chain.seed) in failed:
+                continue
+            if passed := chain.passed():
+                before = chain.run(passed[-1])
+                if not any((run / "checkpoints").is_dir() for run in (before, chain.run(stage))):
+                    failed.append(stage.label(chain.seed))
+                    print(f"curriculum: {failed[-1]} can't start: {before}/checkpoints is missing")
+                    continue
+                stage = replace(stage, options={**stage.options, INIT: str(before)})
+            costs[chain.run(stage)] = stage.flops
+            runs.append((stage, chain.seed))
+        if not runs:
+            break
+        failed += run_jobs(plan_jobs(study, folder, runs), jobs, costs, **own)
+        for chain in chains:
+            for stage in chain.passed()[:-1]:  # only the newest weights are needed
+                shutil.rmtree(chain.run(stage) / "checkpoints", ignore_errors=True)
+    return failed
+
+
+# ---- the command
+
+
+def main(argv: list[str]) -> None:
+    started = time.monotonic()
+    names, options = split_paths(argv)
+    if names:
+        raise UserError(f"{names[0]}: write option=value, e.g. arms=[{names[0]}]")
+    own = {f.name for f in fields(CurriculumArgs)}
+    mine = [arg for arg in options if arg.partition("=")[0] in own or arg.startswith("-")]
+    prog = "python -m apps.LT2.scripts.curriculum"
+    args = parse_args(CurriculumArgs, mine, prog=prog, doc=__doc__)
+    given = dict(read_option(option) for option in options if option not in mine)
+    study = read_study(args, given)
+    folder = Path(args.dump_dir).absolute()
+    if args.dump_dir:
+        check_folder(folder, study)
+    chains = plan_chains(study, folder)
+    print_text(format_plan(study, chains))
+    if args.dry_run:
+        return
+    runs = [(stage, chain.seed) for chain in chains for stage in chain.stages]
+    record = update_record(
+        folder, study, {stage.label(seed): stage.options for stage, seed in runs}
+    )
+    facts = {label: [label, seed, facts] for label, seed, facts in record.get("stages", [])}
+    facts |= {s.label(seed): [s.label(seed), seed, facts_of(s)] for s, seed in runs}
+    record["stages"] = list(facts.values())
+    command = shlex.join(x for x in options if x.partition("=")[0] not in OF_THIS_CALL)
+    record["commands"] = list(dict.fromkeys([*record.get("commands", []), command]))
+    seconds = math.inf if args.minutes is None else 60 * args.minutes
+    make_writable("dump_dir", folder)
+    with lock_folders({"dump_dir": folder}):
+        write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        write_record(folder, {stage.label(seed): stage.swept(seed) for stage, seed in runs})
+        times = {"stop_at": started + STOP * seconds, "kill_at": started + KILL * seconds}
+        of_record = {"record": record, "file": folder / RECORD}
+        failed = run_chains(study, folder, chains, args.jobs, **times, **of_record)
+        everything = recorded_chains(record, folder)
+        write_report(study, folder, record, everything, find_not_run(study, everything))
+    if failed:
+        raise UserError(
+            f"{len(failed)} stages failed, see {folder}/{failed[0]}/logs; the same command repeats "
+            "them"
+        )
+
+
+def find_not_run(study: Study, chains: Sequence[Chain]) -> list[str]:
+    """List the arms and sizes of the curriculum that the folder doesn't have."""
+    have = {chain.arm for chain in chains}
+    left = [f"arm={arm}" for arm in load_config_file(SPEC)["arms"] if arm not in have]
+    return [*left, *(f"size={s}" for s in study.sizes if s not in (study.size, "tiny"))]
+
+
+def facts_of(stage: Stage) -> dict[str, Any]:
+    """Return the fields of a stage, without its options."""
+    return {f.name: getattr(stage, f.name) for f in fields(stage) if f.name != "options"}
+
+
+def read_option(text: str) -> tuple[str, Any]:
+    option, _, value = text.partition("=")
+    try:
+        return option, yaml_value(value)
+    except ValueError:
+        return option, value
+
+
+if __name__ == "__main__":
+    run_cli(main)

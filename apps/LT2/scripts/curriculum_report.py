@@ -1,0 +1,268 @@
+"""The stages of the synthetic curriculum as their metrics show them, and a report of n_max."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from apps.LT2.scripts.figure import MORE_COLOURS, Line, draw_lines, import_pyplot, save_figure
+from apps.LT2.scripts.study import Cell
+from apps.LT2.scripts.study_report import TINY, Claim, format_facts, format_verdicts, judge
+from apps.LT2.scripts.study_spec import Study
+from lingua.args import dataclass_from_dict, print_text
+from lingua.errors import UserError
+from lingua.evaluations import ENDED_BY
+from lingua.files.atomic import write_atomic
+from lingua.files.jsonl_log import json_line, read_jsonl_records
+from lingua.run_columns import scientific, short
+from lingua.runs import Run, read_runs
+from lingua.slurm.run_list import RunOptions
+
+logger = logging.getLogger(__name__)
+
+LOOPS, LENGTH = "model.loop_count", "data.task.n"
+ACCURACY = "acc/val"
+COLUMNS = 4  # of the figure
+
+
+# ---- stages
+
+
+@dataclass
+class Stage(Cell):
+    n: int
+    steps: int  # at most
+    flops_per_token: int  # of a training step
+    state_bytes: int  # of the caches after one example, in bf16
+
+
+@dataclass(frozen=True)
+class Outcome:
+    curve: list[tuple[int, float]]  # steps, and accuracy on held-out examples
+    is_done: bool
+    is_passed: bool
+
+
+def read_outcome(run: Path, steps: int) -> Outcome:
+    """Read how far a stage of at most `steps` steps is."""
+    file, curve, is_passed = run / "metrics.jsonl", {}, False
+    for record in read_jsonl_records(file) if file.exists() else []:
+        if ACCURACY in record:
+            curve[record["global_step"]] = record[ACCURACY]
+            is_passed = ENDED_BY in record
+    return Outcome(sorted(curve.items()), is_passed or steps in curve, is_passed)
+
+
+@dataclass
+class Chain:
+    """The stages of one arm, T and seed, in the order of n."""
+
+    arm: str
+    n_loops: int
+    seed: int
+    stages: list[Stage]
+    folder: Path
+    _done: dict[int, Outcome] = field(default_factory=dict)  # by n
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, T={self.n_loops}"
+
+    def run(self, stage: Stage) -> Path:
+        return self.folder / stage.label(self.seed)
+
+    def outcome(self, stage: Stage) -> Outcome:
+        found = self._done.get(stage.n) or read_outcome(self.run(stage), stage.steps)
+        if found.is_done:
+            self._done[stage.n] = found
+        return found
+
+    def passed(self) -> list[Stage]:
+        """Return the stages that passed, up to the first one that did not."""
+        found = []
+        for stage in self.stages:
+            if not self.outcome(stage).is_passed:
+                break
+            found.append(stage)
+        return found
+
+    def next_stage(self) -> Stage | None:
+        """Return the stage to run, or None if all have passed or one has failed."""
+        left = self.stages[len(self.passed()) :]
+        return left[0] if left and not self.outcome(left[0]).is_done else None
+
+    @property
+    def n_max(self) -> int:
+        """The largest n that passed, or 0."""
+        return max((stage.n for stage in self.passed()), default=0)
+
+
+# ---- the report
+
+
+def write_report(
+    study: Study,
+    folder: Path,
+    record: Mapping[str, Any],
+    chains: Sequence[Chain],
+    not_run: Sequence[str],
+) -> None:
+    """Write the results of all stages that are done, and print the table."""
+    done = [(c, s) for c in chains for s in c.stages if c.outcome(s).is_done]
+    if not done:
+        print("curriculum: no stage is done yet; the same command continues")
+        return
+    table = format_table(chains)
+    print_text(table)
+    lines = [json_line(result_of(chain, stage)) for chain, stage in done]
+    write_atomic(folder / f"{study.name}.jsonl", "".join(lines))
+    plot = folder / f"{study.name}.png"
+    try:
+        draw_curves(chains, plot)
+    except UserError as error:
+        logger.warning("%s is not drawn: %s; minutes=0 draws it later", plot, error)
+    claims = [dataclass_from_dict(Claim, claim) for claim in study.claims]
+    finals = [as_run(chain) for chain in chains if chain.next_stage() is None]
+    verdicts = [(claim, *judge(study, claim, finals)) for claim in claims]
+    for claim, ours, verdict in verdicts:
+        print_text(f"{verdict}: {claim.claim} {ours}")
+    runs = read_runs([chain.run(stage) for chain, stage in done])
+    left = [f"{c.name}, seed {c.seed}" for c in chains if c.next_stage() is not None]
+    unfinished = [f"the rest of {'; '.join(left)}"] if left else []
+    module = f"python -m apps.LT2.scripts.{study.name}"
+    commands = "\n".join(f"{module} {given} dump_dir=FOLDER" for given in record["commands"])
+    parts = [
+        f"# {study.name}: {study.question}",
+        TINY if study.size == "tiny" else "",
+        format_verdicts(verdicts),
+        table,
+        EXPLAINED,
+        f"![accuracy]({plot.name})" if plot.exists() else "",
+        format_facts(study, runs, record, {}, [*unfinished, *not_run], commands),
+    ]
+    report = folder / f"{study.name}.md"
+    write_atomic(report, "\n\n".join(part for part in parts if part) + "\n")
+    print(f"report: {report}" + (f"; {len(left)} arms are not finished" if left else ""))
+
+
+EXPLAINED = (
+    "A stage passes when the accuracy on held-out examples reaches the target; the next one starts "
+    "from its weights, with a new optimizer. n_max is the last stage that passed, the median over "
+    "seeds, and in brackets that of each seed; `>=` means that the curriculum is not at its end. "
+    "Columns n=... have the stages that passed of those that were run, with the median of their "
+    "steps. State and FLOPs are those of the longest n: bytes of the caches of one sequence in "
+    "bf16, and FLOPs per token of training. The paper does not say whether its stages keep the "
+    "optimizer, nor its learning rate, batch, window and heads; these are ours."
+)
+
+
+def format_table(chains: Sequence[Chain]) -> str:
+    """Return a row for each arm and T, as Markdown."""
+    lengths = sorted({stage.n for chain in chains for stage in chain.stages})
+    heads = ["arm", "T", "n_max", "seeds", "params", "state", "FLOPs/token"]
+    rows = [[*heads, *(f"n={n}" for n in lengths)]]
+    rows.append(["---", "---:", "---", "---:", "---:", "---:", "---:", *["---"] * len(lengths)])
+    for (arm, n_loops), members in grouped(chains):
+        of_seeds = [c for c in members if c.outcome(c.stages[0]).curve]
+        last = max((c.stages[-1] for c in members), key=lambda stage: stage.n)
+        facts = [short(last.parameters), f"{short(last.state_bytes)}B"]
+        row = [arm, str(n_loops), format_n_max(of_seeds), str(len(of_seeds)), *facts]
+        row.append(scientific(last.flops_per_token))
+        rows.append([*row, *(format_stage(members, n) for n in lengths)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def grouped(chains: Sequence[Chain]) -> list[tuple[tuple[str, int], list[Chain]]]:
+    """Group chains that differ in the seed alone, in the order of arms and T."""
+    arms = list(dict.fromkeys(chain.arm for chain in chains))
+
+    def place(chain: Chain) -> tuple[int, int]:
+        return arms.index(chain.arm), chain.n_loops
+
+    ordered = sorted(chains, key=lambda chain: (*place(chain), chain.seed))
+    groups = [list(members) for _, members in groupby(ordered, key=place)]
+    return [((members[0].arm, members[0].n_loops), members) for members in groups]
+
+
+def format_n_max(chains: Sequence[Chain]) -> str:
+    if not chains:
+        return "-"
+    open_ended = [chain.next_stage() is not None for chain in chains]
+    each = [f"{'>=' * is_open}{c.n_max}" for c, is_open in zip(chains, open_ended, strict=True)]
+    median = f"{'>=' * any(open_ended)}{statistics.median(c.n_max for c in chains):g}"
+    return median if len(each) == 1 else f"{median} ({', '.join(each)})"
+
+
+def format_stage(chains: Sequence[Chain], n: int) -> str:
+    """Return passed/run and the median of the steps, or the accuracy at the end if none passed."""
+    found = [c.outcome(s) for c in chains for s in c.stages if s.n == n]
+    done = [outcome for outcome in found if outcome.is_done]
+    if not done:
+        return "-"
+    steps = [outcome.curve[-1][0] for outcome in done if outcome.is_passed]
+    share = f"{len(steps)}/{len(done)}"
+    if steps:
+        return f"{share} @{statistics.median(steps):g}"
+    return f"{share} acc {statistics.fmean(outcome.curve[-1][1] for outcome in done):.2f}"
+
+
+def result_of(chain: Chain, stage: Stage) -> dict[str, Any]:
+    """Return all numbers of a stage that the table and the plot show."""
+    outcome = chain.outcome(stage)
+    return {
+        **{"arm": chain.arm, LOOPS: chain.n_loops, LENGTH: stage.n, "seed": chain.seed},
+        "passed": outcome.is_passed,
+        "steps": outcome.curve[-1][0],
+        "max_steps": stage.steps,
+        "parameters": stage.parameters,
+        "state_bytes": stage.state_bytes,
+        "train_flops_per_token": stage.flops_per_token,
+        f"{ACCURACY} by steps": outcome.curve,
+    }
+
+
+def as_run(chain: Chain) -> Run:
+    """Return n_max of a chain as the metric of a run, for the verdicts of studies."""
+    options = {"arm": chain.arm, LOOPS: chain.n_loops, "seed": chain.seed}
+    metrics: dict[str, Any] = {"n_max": {0: float(chain.n_max)}}
+    return Run(chain.name, chain.folder, RunOptions(options, {}, True), metrics, [], None, [])
+
+
+def draw_curves(chains: Sequence[Chain], out: Path) -> None:
+    """Draw accuracy against the steps of all stages: an axes for each arm, a colour for each T."""
+    plt = import_pyplot("the plot")
+    arms = list(dict.fromkeys(chain.arm for chain in chains))
+    loops = sorted({chain.n_loops for chain in chains})
+    n_rows = math.ceil(len(arms) / COLUMNS)
+    shape = {"nrows": n_rows, "ncols": min(COLUMNS, len(arms)), "squeeze": False}
+    size = (3 * shape["ncols"] + 1, 2.3 * n_rows + 0.8)
+    figure, grid = plt.subplots(**shape, sharey=True, figsize=size, layout="constrained")
+    for axes in grid.flat[len(arms) :]:
+        axes.set_visible(False)
+    for arm, axes in zip(arms, grid.flat, strict=False):
+        lines = []
+        for chain in (c for c in chains if c.arm == arm):
+            colour = MORE_COLOURS[loops.index(chain.n_loops) % len(MORE_COLOURS)]
+            start = 0
+            for stage in chain.stages:
+                if curve := chain.outcome(stage).curve:
+                    x, y = [float(start + step) for step, _ in curve], [value for _, value in curve]
+                    lines.append(Line(x, y, colour=colour, width=1))
+                    start += curve[-1][0]
+                    if chain.seed == 1 and chain.n_loops == loops[-1]:
+                        axes.annotate(f"n={stage.n}", (x[0], y[0]), fontsize=6)
+        draw_lines(axes, lines)
+        axes.set_title(arm, fontsize=9)
+    for i, n_loops in enumerate(loops):
+        grid[0, 0].plot([], [], color=MORE_COLOURS[i % len(MORE_COLOURS)], label=f"T = {n_loops}")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.supxlabel("optimizer steps, all stages", fontsize=9)
+    figure.supylabel("held-out accuracy", fontsize=9)
+    save_figure(figure, out)
+    plt.close(figure)
