@@ -280,7 +280,8 @@ def format_facts(
     for run in runs:
         for name, value in environment(run):
             facts.setdefault(name, set()).add(value)
-    options = [f"size={study.size}", f"seeds={study.seeds}"]
+    seeds = sorted({int(run.options.current["seed"]) for run in runs})
+    options = [f"size={study.size}", f"seeds={seeds[-1]}"]
     options += map(shlex.quote, as_arguments(dict(given)))
     is_gpu = not any("CPU" in name for name in facts.get("Devices", ()))
     equal = [f"parameters (match={study.match})" if study.match else "", "training FLOPs"]
@@ -292,7 +293,7 @@ def format_facts(
         **{name: "; ".join(sorted(facts.get(name, ()))) for name in ("Commit", "Devices")},
         "CPU cores": f"{os.cpu_count()}",
         "Versions": "; ".join(sorted(facts.get("Versions", ()))),
-        "Seeds": ", ".join(sorted({str(run.options.current["seed"]) for run in runs})),
+        "Seeds": ", ".join(map(str, seeds)),
         "GPU hours" if is_gpu else "Hours": f"{record['seconds'] / 3600:.3f}",
         "Not run": "; ".join(not_run) or "nothing",
     }
