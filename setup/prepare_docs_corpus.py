@@ -20,6 +20,7 @@ characters are dropped. The same packages give the same bytes. The folder is a s
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
@@ -138,7 +139,9 @@ def write_texts(packages: Sequence[Package], folder: Path) -> list[dict[str, Any
     seen: set[int] = set()
     facts = []
     silent = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
-    with ProcessPoolExecutor(os.cpu_count(), **silent) as pool:
+    # fork, as this file is no module that a new process could import
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(os.cpu_count(), context, **silent) as pool:
         try:
             results = pool.map(read_package, packages)
             for number, (package, result) in enumerate(zip(packages, results, strict=True)):
