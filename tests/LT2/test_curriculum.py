@@ -13,26 +13,31 @@ import torch
 from apps.LT2.flops import cache_bytes, train_flops_per_token
 from apps.LT2.scripts import curriculum as command
 from apps.LT2.scripts import curriculum_report as report
-from apps.LT2.scripts.curriculum import CurriculumArgs, main, plan_chains, read_study
+from apps.LT2.scripts.curriculum import SPEC, CurriculumArgs, main, plan_chains, read_study
 from apps.LT2.scripts.curriculum_report import Chain, Stage
 from apps.LT2.scripts.study import build
 from apps.LT2.scripts.study_spec import Study
 from lingua.errors import UserError
 from lingua.files.jsonl_log import read_jsonl_records
+from tests.LT2.tiny_run import app as train_app
+from tests.LT2.tiny_run import clean_process, without_code_copy
 
 
-def run_curriculum(quick_python, folder: Path, *options: str) -> str:
-    argv = ["-m", "apps.LT2.scripts.curriculum", "size=tiny", f"dump_dir={folder}", *options]
-    done = quick_python.run(*argv, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_here(jobs, at_once, costs, **own) -> list[str]:
+    """Train one run after the other in this process."""
+    for job in jobs:
+        with clean_process(), without_code_copy():
+            train_app.main([f"config={SPEC.with_name('stage.yaml')}", *job.args.overrides])
+    return []
 
 
 @pytest.fixture(scope="module")
-def folder(quick_python, tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """Two arms, of two stages each."""
     folder = tmp_path_factory.mktemp("curriculum") / "c"
-    run_curriculum(quick_python, folder, "arms=[gdn,full]", "jobs=2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "run_jobs", run_here)
+        main([f"dump_dir={folder}", "size=tiny", "arms=[gdn,full]"])
     return folder
 
 
@@ -40,7 +45,7 @@ def run_of(folder: Path, arm: str, n: int) -> Path:
     return folder / f"arm={arm},loop_count=1,n={n},seed=1"
 
 
-def test_from_the_command_to_the_report(quick_python, folder):
+def test_the_report_has_what_the_runs_measured(folder):
     results = [json.loads(line) for line in (folder / "curriculum.jsonl").read_text().splitlines()]
     assert [(r["arm"], r["data.task.n"]) for r in results] == [
         (arm, n) for arm in ("full", "gdn") for n in (5, 6)
@@ -51,7 +56,7 @@ def test_from_the_command_to_the_report(quick_python, folder):
         assert result["passed"] and result["acc/val by steps"] == [[1, last["acc/val"]]]
         assert result["max_steps"] == 2
     text = (folder / "curriculum.md").read_text()
-    for said in ("| gdn | 1 | 6 | 1 |", "1/1 @1", "Commit", "Devices: 1 x CPU", "arm=gdn+nsa"):
+    for said in ("| gdn | 1 | 6 | 1 |", "1/1 @1", "Devices: 1 x CPU", "arm=gdn+nsa"):
         assert said in text
     assert "size=tiny 'arms=[gdn,full]' dump_dir=FOLDER" in text
     assert (folder / "curriculum.png").stat().st_size > 10_000
@@ -68,13 +73,17 @@ def test_a_stage_starts_from_the_weights_before(folder):
 def test_more_stages_continue_and_old_weights_go(quick_python, folder, tmp_path):
     moved = shutil.copytree(folder, tmp_path / "moved")
     before = {n: (run_of(moved, "gdn", n) / "metrics.jsonl").read_bytes() for n in (5, 6)}
-    printed = run_curriculum(quick_python, moved, "arms=[gdn]", "n=[5,6,7]")
-    assert "run 1 of 1: arm=gdn,loop_count=1,n=7,seed=1" in printed
+    argv = ["size=tiny", f"dump_dir={moved}", "arms=[gdn]", "n=[5,6,7]"]
+    module = ["-m", "apps.LT2.scripts.curriculum"]
+    done = quick_python.run(*module, *argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "run 1 of 1: arm=gdn,loop_count=1,n=7,seed=1" in done.stdout
     assert before == {n: (run_of(moved, "gdn", n) / "metrics.jsonl").read_bytes() for n in (5, 6)}
     kept = {n: (run_of(moved, "gdn", n) / "checkpoints").exists() for n in (5, 6, 7)}
     assert kept == {5: False, 6: False, 7: True}
     text = (moved / "curriculum.md").read_text()
     assert "| gdn | 1 | 7 | 1 |" in text and "| full | 1 | 6 | 1 |" in text
+    assert "Commit" in text
 
 
 def test_minutes_0_writes_the_report_again(folder, tmp_path, capsys):
@@ -126,6 +135,7 @@ UNMEASURED = [at(20, 0.5), {"global_step": 40, "loss/out": 1.0}]
         ([EARLY, RUNNING], 8, 16, ">=8"),
         ([PASSED, FAILED], 8, None, "8"),
         ([PASSED, EARLY, PASSED], 32, None, "32"),
+        ([FAILED, PASSED], 0, None, "0"),  # 16 is of a command without n=8
     ],
 )
 def test_n_max_and_the_next_stage(tmp_path, stages, n_max, left, text):
