@@ -70,7 +70,7 @@ class CurriculumArgs:
 
     size: str = "small"  # tiny: seconds, to test the command; small: a GPU hour; full: the paper's
     dump_dir: str = ""  # folder of the results; required
-    arms: list[str] | None = None  # arms to run; null = all
+    arms: list[str] | None = None  # arms to run; null = all, or two with size=tiny
     loops: list[int] | None = None  # T; null = as the size says
     n: list[int] | None = None  # stages: bits of the array, and swaps; null = as the size says
     seeds: int | None = None  # seeds of each arm; null = as the size says
@@ -107,6 +107,7 @@ class Spec:
     n: list[int]
     loops: list[int]
     seeds: int = 3
+    default_arms: list[str] | None = None  # null = all
     options: dict[str, Any] = field(default_factory=dict)
     claims: list[dict[str, Any]] = field(default_factory=list)
 
@@ -127,7 +128,7 @@ def read_study(args: CurriculumArgs, given: dict[str, Any]) -> Study:
     study = Study(
         name="curriculum",
         question=found.question,
-        arms={arm: found.arms[arm] for arm in args.arms or found.arms},
+        arms={arm: found.arms[arm] for arm in args.arms or found.default_arms or found.arms},
         config=str(SPEC.with_name(found.config)),
         options=found.options,
         over={LOOPS: args.loops or found.loops, LENGTH: args.n or found.n},
