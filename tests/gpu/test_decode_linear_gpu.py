@@ -7,10 +7,13 @@ import copy
 import pytest
 import torch
 
+from apps.LT2.inference.cuda_graph import DecodeGraph
 from apps.LT2.inference.load import cast_for_inference, fuse_projections
 from apps.LT2.inference.quantize import quantize_int8
 from apps.LT2.kernel.decode_linear import Conv, Norm, Weight, decode_linear, kernel_supports
+from apps.LT2.kernel.gated_delta_rule import decode_triton as gdn_decode_triton
 from apps.LT2.mixers import MIXERS
+from apps.LT2.mixers.attention import AttentionCache
 from apps.LT2.mixers.gdn import GatedDeltaNet, GatedDeltaNetArgs
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from tests.tolerances import BF16_KERNEL, assert_same
@@ -18,13 +21,22 @@ from tests.tolerances import BF16_KERNEL, assert_same
 pytestmark = pytest.mark.gpu
 
 
-def as_fp32(value):
-    """Return the tensors of a named tuple in fp32."""
-    return type(value)(*(x.float() if isinstance(x, torch.Tensor) else x for x in value))
+def as_fp32(cache: AttentionCache) -> AttentionCache:
+    return AttentionCache(cache.k_BSGK.float(), cache.v_BSGK.float(), cache.length_B.clone())
 
 
 @pytest.mark.parametrize("form", ["norm, SwiGLU", "residual", "int8", "norm, convolution"])
-@pytest.mark.parametrize("B, K, N", [(1, 2048, 5632), (8, 3072, 2048), (5, 1000, 333), (16, 70, 9)])
+@pytest.mark.parametrize(
+    "B, K, N",
+    [
+        (1, 2048, 5632),
+        (8, 3072, 2048),
+        (5, 1000, 333),
+        (16, 70, 9),
+        (16, 2048, 333),
+        (16, 4096, 40),
+    ],
+)
 def test_product_of_few_rows(B, K, N, form):
     torch.manual_seed(0)
     rows = 2 * N if form in ("norm, SwiGLU", "int8") else N
@@ -57,8 +69,9 @@ def test_product_of_few_rows(B, K, N, form):
 
 
 @pytest.mark.parametrize("K, V", [(96, 192), (128, 128), (20, 50)])
-@pytest.mark.parametrize("allow_neg_eigval", [False, True])
-def test_step_of_gated_delta_net_between_its_projections(K, V, allow_neg_eigval):
+@pytest.mark.parametrize("allow_neg_eigval, few", [(False, 0), (True, 64)])
+def test_step_of_gated_delta_net_between_its_projections(monkeypatch, K, V, allow_neg_eigval, few):
+    monkeypatch.setattr(gdn_decode_triton, "FEW_PROGRAMS", few)
     torch.manual_seed(0)
     options = GatedDeltaNetArgs(head_dim=K, expand_v=V / K, allow_neg_eigval=allow_neg_eigval)
     with torch.device("cuda"):
@@ -107,6 +120,32 @@ def test_fused_steps_are_as_close_to_fp32_as_plain_ones(mixer, B, weights):
         for model in (plain, fused):
             error.append((decode(model, tokens) - want).norm() / want.norm())
     assert error[1] < 1.25 * error[0] + 1e-4, f"{error[1]:.2e} fused, {error[0]:.2e} plain"
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("B", [1, 8])
+def test_kernels_of_a_graph_that_start_early_change_no_bit(B, weights):
+    """One that reads or writes too early would. Single launches are too slow to overlap."""
+    torch.manual_seed(0)
+    options = {"mixer": "gdn", "attention_pattern": "1:1", "gated_attn": True}
+    args = LoopedTransformerArgs(
+        dim=2048, n_layers=4, n_heads=16, vocab_size=300, loop_count=2, **options
+    )
+    with torch.device("cuda"):
+        model = LoopedTransformer(args).requires_grad_(False)
+        model.init_weights()
+    cast_for_inference(model, torch.bfloat16)
+    fuse_projections(model)
+    if weights == "int8":
+        quantize_int8(model)
+    tokens = torch.randint(300, (B, 100), device="cuda").split(1, dim=1)
+    cache = model.init_cache(B, 101)
+    with torch.no_grad():
+        single = [model.step(token, cache) for token in tokens]
+        graph = DecodeGraph(model, model.init_cache(B, 101))
+        assert torch.equal(
+            torch.cat([graph.step(token).clone() for token in tokens]), torch.cat(single)
+        )
 
 
 def dequantize(source: LoopedTransformer, model: LoopedTransformer) -> None:

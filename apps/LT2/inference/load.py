@@ -22,7 +22,8 @@ from apps.LT2.exits import check_exit
 from apps.LT2.inference.quantize import check_weights, quantize_int8
 from apps.LT2.kernel import check_gpu_stack
 from apps.LT2.kernel.attention import check_attention_device
-from apps.LT2.kernel.decode_linear import KERNEL_DTYPES, MAX_NORM_K
+from apps.LT2.kernel.decode_linear import KERNEL_DTYPES
+from apps.LT2.kernel.decode_linear.triton import MAX_NORM_K
 from apps.LT2.kernel.gated_delta_rule.decode import fits
 from apps.LT2.kernel.tuning import tuning_mode
 from apps.LT2.mixers import MIXERS, Mixer

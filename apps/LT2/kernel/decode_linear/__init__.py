@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apps.LT2.kernel.decode_linear.triton import MAX_NORM_K, launch
+from apps.LT2.kernel.decode_linear.triton import fits, launch
 from apps.LT2.kernel.short_conv import short_conv_step
 
 MAX_ROWS = 16
@@ -59,7 +59,7 @@ def decode_linear(
     residual  (B, N) added at the end
     """
     assert not (swiglu and conv is not None), "either SwiGLU or a convolution"
-    if kernel_supports(x_BK, weight) and (norm is None or x_BK.shape[1] <= MAX_NORM_K):
+    if kernel_supports(x_BK, weight) and (norm is None or fits(*x_BK.shape)):
         matrix = weight.matrix_NK if weight.int8_NK is None else weight.int8_NK
         weight_K, eps = (None, 0.0) if norm is None else norm
         arguments = (x_BK, matrix, weight.scale_N, weight_K, eps, residual_BN)
