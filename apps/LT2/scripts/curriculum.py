@@ -68,7 +68,8 @@ OF_THIS_CALL = ("dump_dir", "jobs", "minutes")  # don't change the results
 class CurriculumArgs:
     OTHER_OPTIONS: ClassVar = " Other options are those of training, for all stages."
 
-    size: str = "small"  # tiny: seconds, to test the command; small: a GPU hour; full: the paper's
+    # tiny: seconds, to test the command; small: 4,000 steps a stage; full: 100,000, as in the paper
+    size: str = "small"
     dump_dir: str = ""  # folder of the results; required
     arms: list[str] | None = None  # arms to run; null = all, or two with size=tiny
     loops: list[int] | None = None  # T; null = as the size says
