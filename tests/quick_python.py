@@ -41,7 +41,10 @@ PRELOAD = (
     "torch.onnx",
     "omegaconf",
 )
-OPTIONAL = ("tokenizers", "safetensors.torch", "lm_eval.tasks", "lm_eval.evaluator", "matplotlib")
+OPTIONAL = (
+    *("tokenizers", "safetensors.torch", "lm_eval.tasks", "lm_eval.evaluator"),
+    *("matplotlib.pyplot", "matplotlib.backends.backend_agg"),
+)
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)

@@ -52,7 +52,7 @@ ELSEWHERE = {
     "seed",  # of the trainer
     "max_seqlen",  # for warnings
     *("loop_schedule", "loop_sample", "loop_bptt"),  # of training: tests/LT2/test_loops.py
-    *("loop_loss", "loop_entropy"),  # of training: tests/LT2/test_loop_loss.py
+    *("loop_loss", "loop_loss_every", "loop_entropy"),  # of training: tests/LT2/test_loop_loss.py
 }
 
 
