@@ -25,9 +25,10 @@ gc.disable()
 import pytest
 import torch
 
-from tests.quick_python import QuickPython
+from tests.quick_python import QuickPython, skip_environment_report
 
 torch.set_num_threads(1)
+skip_environment_report()
 # Shells start background jobs with SIGINT ignored, but some tests send it to themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

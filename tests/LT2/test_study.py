@@ -30,8 +30,8 @@ from tests.LT2.tiny_run import write_corpus
 NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.name != DEFAULTS)
 # Arms that a test runs; the others differ in the mixer, which other tests cover.
 ARMS = {
-    "mixers": ["full", "hybrid"],
-    "stability": ["full", "mamba2"],
+    "mixers": ["hybrid"],
+    "stability": ["mamba2"],
 }
 
 
