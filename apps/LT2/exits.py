@@ -190,7 +190,7 @@ def exit_states(
     """Run whole sequences with exits; return (B, T, D) and (B, T) int64.
 
     The first is the residual stream after each token's last loop, the second its number of loops.
-    Every token may leave, those of a prompt too.
+    Every token may leave, also in a prompt.
     """
 
     def run_layer(block: Any, h: Tensor, spec: Any) -> Tensor:

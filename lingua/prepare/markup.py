@@ -161,7 +161,7 @@ ARGUMENT = re.compile(r'"([^"]*)"?|(\S+)')
 
 
 def read_man_page(text: str) -> list[str]:
-    """Read a page of the macros `man`; those of BSD (`mdoc`) are left out."""
+    """Read a page of the macros `man`; skip pages of BSD's macros (`mdoc`)."""
     if re.search(r"^\.Dd ", text, re.MULTILINE):
         return []
     lines: list[str] = []

@@ -164,7 +164,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Parse `stop_at`. UserError if it is no comparison of a metric with a number."""
+    """Parse `stop_at`. UserError unless it compares a metric with a number."""
     found = re.fullmatch(r"\s*([\w/]+)\s*(>=|<=)\s*(\S+)\s*", text)
     try:
         value = float(found[3]) if found else math.nan

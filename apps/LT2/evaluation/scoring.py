@@ -97,7 +97,7 @@ def score_continuations(
 ) -> list[tuple[float, bool]]:
     """Return (log p in nats, is argmax) for each (context, continuation) pair.
 
-    With `rule`, tokens leave the loops early, those of contexts too.
+    With `rule`, tokens leave the loops early, also in contexts.
     The flag is True if greedy decoding generates the continuation. An empty continuation scores
     (0, True). `max_tokens` limits a batch; a longer window gets a separate batch. A collective:
     all ranks pass the same requests and get all scores. UserError for a token outside the model's

@@ -50,7 +50,7 @@ Item = dict[str, Any]
 
 
 class Request(NamedTuple):
-    """What a task is built from. (A dataclass cannot be in a file that the harness loads.)"""
+    """The options of a task. (A dataclass cannot be in a file that the harness loads.)"""
 
     tokenizer: Tokenizer
     lengths: Sequence[int]

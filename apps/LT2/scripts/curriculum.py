@@ -6,7 +6,7 @@
 
 An arm trains at n = 8, 16, 32, ... A stage passes when the accuracy on held-out examples reaches
 90%; the next one starts from its weights, with a new optimizer. n_max is the last stage that
-passed. configs/curriculum/curriculum.yaml has the arms, and other options are those of training.
+passed. configs/curriculum/curriculum.yaml has the arms, and other options are training options.
 The same command skips finished stages, resumes the others, and writes to dump_dir
 
     curriculum.md       the report: claims, table of n_max, plot, how to repeat it
@@ -14,7 +14,7 @@ The same command skips finished stages, resumes the others, and writes to dump_d
     curriculum.jsonl    the results of each stage
     arm=.../            a stage is a run like any other
 
-The task is that of the LT2 paper (https://arxiv.org/abs/2605.20670, section 3.6), as in
+The task is from the LT2 paper (https://arxiv.org/abs/2605.20670, section 3.6), as in
 lingua/dataloader/synthetic/state_tracking.py.
 """
 
@@ -66,7 +66,7 @@ OF_THIS_CALL = ("dump_dir", "jobs", "minutes")  # don't change the results
 
 @dataclass
 class CurriculumArgs:
-    OTHER_OPTIONS: ClassVar = " Other options are those of training, for all stages."
+    OTHER_OPTIONS: ClassVar = " Other options are training options, for all stages."
 
     # tiny: seconds, to test the command; small: 4,000 steps a stage; full: 100,000, as in the paper
     size: str = "small"
@@ -125,7 +125,7 @@ def read_study(args: CurriculumArgs, given: dict[str, Any]) -> Study:
     found = dataclass_from_dict(Spec, spec | sizes[args.size])
     for arm in args.arms or []:
         if arm not in found.arms:
-            raise UserError(f"arms: there is no arm {arm}; use {', '.join(found.arms)}")
+            raise UserError(f"arms: no arm {arm}; use {', '.join(found.arms)}")
     study = Study(
         name="curriculum",
         question=found.question,

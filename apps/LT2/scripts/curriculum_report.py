@@ -155,8 +155,8 @@ EXPLAINED = (
     "A stage passes when the accuracy on held-out examples reaches the target; the next one starts "
     "from its weights, with a new optimizer. n_max is the last stage that passed, the median over "
     "seeds, and in brackets that of each seed; `>=` means that the curriculum is not at its end. "
-    "Columns n=... have the stages that passed of those that were run, with the median of their "
-    "steps. State and FLOPs are those of the longest n: bytes of the caches of one sequence in "
+    "Columns n=... have the number of passed and of run stages, with the median of their "
+    "steps. State and FLOPs are for the longest n: bytes of the caches of one sequence in "
     "bf16, and FLOPs per token of training. The paper does not say whether its stages keep the "
     "optimizer, nor its learning rate, batch, window and heads; these are ours."
 )

@@ -4,8 +4,8 @@
     python -m apps.LT2.scripts.exit_sweep runs/demo exits='[kl:0.01,kl:0.1]' batch_sizes=[1,8]
 
 The loss is that of `eval exit=`. The speed is that of decode steps over held-out text, so all rules
-see the same tokens. Fixed numbers of loops stand beside the rules. Files: the picture `out`, and
-the numbers in a .jsonl of the same name.
+see the same tokens. Fixed numbers of loops are listed beside the rules. Files: the picture `out`,
+and the numbers in a .jsonl of the same name.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The gated RMSNorm of training on CUDA: one kernel forward, one backward.
 
 A program normalizes some rows at a time, a row being one head of one token. In backward it keeps
-the sum of its rows' weight gradients, and torch adds those of all programs: no atomics, so results
-repeat. Shapes: B sequences, T tokens, H heads, V value dim.
+the sum of its rows' weight gradients, and torch adds the sums of all programs: no atomics, so
+results repeat. Shapes: B sequences, T tokens, H heads, V value dim.
 """
 
 # pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false

@@ -104,7 +104,7 @@ def conv_unit_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k (B, T, n_heads, key_dim) of unit norm, and v (B, T, n_heads, V), contiguous.
 
-    x holds the channels of q, k and v in order. Other arguments are those of `short_conv_fused`.
+    x holds the channels of q, k and v in order. Other arguments are as in `short_conv_fused`.
     Differentiable in x and weight.
     """
     q, k, v = _empty_heads(x, n_heads, key_dim)
@@ -237,7 +237,7 @@ def _layout(
 
 # ---- kernels; a program has ROWS tokens and BLOCK_C channels of one sequence
 #
-# With HEADS, its channels are a head of q or k: those of head HEADS + h are head h of k.
+# With HEADS, its channels are a head of q or k: head HEADS + h is head h of k.
 
 
 @jit()
