@@ -11,7 +11,7 @@ A token that has left keeps its state, which gives its prediction. In the loops 
 mixer of each layer gets the input that this layer had in the token's last loop. Later tokens see it
 so:
 
-    full, window, nsa, dsa    its keys and values (and index keys) are those of its last loop, as in
+    full, window, nsa, dsa    its keys and values (and index keys) come from its last loop, as in
                               Ouro and Huginn; block means of nsa include them
     linear mixers             the state of the skipped loop takes the token in, with the keys,
                               values, decays and convolution inputs of its last loop

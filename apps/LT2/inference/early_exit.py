@@ -121,7 +121,7 @@ class _Graphs:
     """A graph for each loop, and one for each end of a step; they share memory.
 
     Graphs that share memory run in the order of their capture: a step runs loops 0, ..., t - 1 and
-    end t, and the ends between are left out.
+    end t, and no end before it.
     """
 
     def __init__(self, decoder: ExitDecoder, tokens_B1: Tensor):

@@ -2,7 +2,7 @@
 
     lt2_needle     one number hidden in a text; as niah_single of RULER (arXiv 2404.06654)
     lt2_multikey   several numbers under different keys; as niah_multikey_1 of RULER
-    lt2_mqar       a prompt full of pairs, some of which are asked for; as MQAR (arXiv 2312.04927)
+    lt2_mqar       a prompt full of pairs and questions for some; as MQAR (arXiv 2312.04927)
 
 Lengths count the tokens of prompt and answer in the model's own tokenizer. Options are keys of
 `harness.metadata`, or of `--metadata` of the harness's command line:

@@ -58,7 +58,7 @@ STOP, KILL = 0.93, 0.98  # shares of minutes= after which runs stop, and are kil
 
 @dataclass
 class StudyArgs:
-    OTHER_OPTIONS: ClassVar = " Other options are those of training, for all runs."
+    OTHER_OPTIONS: ClassVar = " Other options are training options, for all runs."
 
     size: str = "small"  # tiny: seconds, to test the command; small: minutes of a GPU; full
     dump_dir: str = ""  # folder of the study; required
@@ -82,7 +82,7 @@ class StudyArgs:
 
 
 def split_options(argv: Sequence[str]) -> tuple[StudyArgs, Options]:
-    """Separate the options of this command from those of training."""
+    """Separate the options of this command from training options."""
     own = {f.name for f in fields(StudyArgs)}
     mine = [arg for arg in argv if arg.partition("=")[0] in own or arg.startswith("-")]
     args = parse_args(StudyArgs, mine, prog="python -m apps.LT2.scripts.study NAME", doc=__doc__)
@@ -95,7 +95,7 @@ def split_options(argv: Sequence[str]) -> tuple[StudyArgs, Options]:
 
 
 def with_options(study: Study, given: Options) -> Study:
-    """Add options of the command line to all runs. UserError for those that the study sets."""
+    """Add options of the command line to all runs. UserError if the study sets one."""
     of_arms = {option for arm in study.arms.values() for option in arm} | set(study.over)
     for option in given:
         if option in of_arms or option in SET_BY_STUDY:
@@ -170,7 +170,7 @@ def format_plan(study: Study, cells: Sequence[Cell]) -> str:
 
 
 def plan_jobs(study: Study, folder: Path, runs: Sequence[tuple[Cell, int]]) -> list[Job]:
-    """Check all runs, and print their warnings. Options that some arms don't use are no mistake."""
+    """Check all runs, and print their warnings. Some arms may leave options unused."""
     launch = {"launcher": "bash", "ngpu": 1, "dirs_exists_ok": True, "script": SCRIPT}
     jobs, warnings = [], {}
     swept = {cell.label(seed): cell.swept(seed) for cell, seed in runs}
@@ -222,7 +222,7 @@ def update_record(folder: Path, study: Study, runs: Mapping[str, Options]) -> di
 def run_jobs(
     jobs: Sequence[Job], at_once: int | None, costs: Mapping[Path, float], **own: Any
 ) -> list[str]:
-    """Run jobs that are not done, and return the labels of those that failed."""
+    """Run jobs that are not done, and return the labels of failed jobs."""
     module = import_script(SCRIPT)
     left = [job for job in jobs if not is_done(module, job)]
     if len(left) < len(jobs):

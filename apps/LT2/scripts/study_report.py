@@ -229,7 +229,7 @@ def write_report(
 
 TINY = "This is `size=tiny`, a test of the command. Its numbers say nothing about the claims."
 EXPLAINED = (
-    "Mean and standard deviation over n seeds. FLOPs and tokens are those of training. bpb: "
+    "Mean and standard deviation over n seeds. FLOPs and tokens are of training. bpb: "
     "validation loss in bits per byte."
 )
 SPIKES = f" A spike is a step with more than {SPIKE:g} times the median of the {WINDOW} before it."
@@ -243,7 +243,7 @@ def draw_plots(study: Study, runs: list[Run], folder: Path) -> list[Path]:
         axes = {
             o.rpartition(".")[2]: len({option_text(run, o) for run in runs}) for o in study.over
         }
-        if axes.get(options.x) == 1:  # there is no line to draw over one value
+        if axes.get(options.x) == 1:  # one value makes no line
             options = replace(options, x="arm")
         by = [o for o in ("arm", *study.over) if o.rpartition(".")[2] != options.x]
         try:

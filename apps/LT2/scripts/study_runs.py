@@ -56,7 +56,7 @@ class ForkedProcess(LocalProcess):
 
 
 def run_job(argv: list[str], files: tuple[str, str], variables: Mapping[str, str]) -> None:
-    """Train as a command of its own would, in a forked process."""
+    """Train in a forked process, as a separate command would."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":  # the second of two SIGTERM would not save
