@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.decode_linear import Norm, decode_linear
+from apps.LT2.kernel.skipped_loops import SkippedLoops
 from apps.LT2.mixers import MIXERS, Mixer, MixerArgs, MixerCache, Prompts, build_mixer
 from apps.LT2.mixers.parts import decode_weight
 from apps.LT2.pattern import LayerSpec
@@ -73,11 +74,15 @@ class Block(nn.Module):
         cache: MixerCache,
         last_spec: LayerSpec,
         last_cache: MixerCache,
+        skipped: SkippedLoops,
     ) -> None:
-        """Extend the cache of a loop that the token skips; h, spec and cache of the last loop."""
+        """Extend the cache of a loop that the token skips, once `skipped` has run.
+
+        h, last_spec and last_cache are those of the last loop that ran.
+        """
         mixer = self.mixer(spec)
         source = last_cache if self.mixer(last_spec) is mixer else None
-        mixer.repeat_step(h, self.attention_norm, cache, source)
+        mixer.repeat_step(h, self.attention_norm, cache, source, skipped)
 
     def _add(self, h: Tensor, mixed: Tensor) -> Tensor:
         """Add the mixer's and the feed-forward network's output to the residual stream."""

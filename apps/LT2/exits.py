@@ -25,16 +25,15 @@ Shapes: B sequences, T tokens, D model dim, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from apps.LT2.kernel.exit_gate import exit_by_gate
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.errors import UserError
 
@@ -110,7 +109,6 @@ class TokenLoops:
 
     h_BTD: Tensor  # the residual stream; of a token that has left, after its last loop
     left_BT: Tensor  # bool
-    n_BT: Tensor  # int64, loops that the token ran
     inputs: Sequence[Tensor | None]  # (B, T, D) of each layer in its last loop; None before loop 0
     # For the next decision. gate: log p(no exit yet), (B, T). kl: the logits, if they are few.
     seen: Tensor | None = None
@@ -118,8 +116,7 @@ class TokenLoops:
 
 def enter_loops(model: LoopedTransformer, tokens_BT: Tensor, left_BT: Tensor) -> TokenLoops:
     """Embed tokens. Those in `left_BT` count as left, and give arbitrary states."""
-    n_BT = torch.zeros_like(tokens_BT)
-    return TokenLoops(model.tok_embeddings(tokens_BT), left_BT, n_BT, [None] * len(model.layers))
+    return TokenLoops(model.tok_embeddings(tokens_BT), left_BT, [None] * len(model.layers))
 
 
 def run_loop(
@@ -129,37 +126,58 @@ def run_loop(
     t: int,
     run_layer: Callable[..., Tensor],
     *grids: Sequence[Any],
+    all_run: bool = False,
 ) -> TokenLoops:
     """Run loop t, counted from 0, and decide which tokens leave after it. Doesn't sync.
 
     run_layer(block, h, spec, *entries) returns h, with the layer's entry in each of `grids`.
+    all_run: no token has left; saves the selection of states.
     """
-    left_BT1, inputs = at.left_BT[..., None], []
+    all_run, inputs = all_run or t == 0, []
+    left_BT1 = at.left_BT[..., None]
 
     def run(block: Any, h: Tensor, spec: Any, last: Any, *entries: Any) -> tuple[Tensor, None]:
-        h = h if last is None else torch.where(left_BT1, last, h)
+        h = h if all_run else torch.where(left_BT1, last, h)
         inputs.append(h)
         return run_layer(block, h, spec, *entries), None
 
     h, _ = model.run_loop(at.h_BTD, t, run, (model.inference_layout[t], at.inputs, *grids))
-    if t > 0:
+    is_last = t + 1 == len(model.inference_layout)
+    if rule.kind == "gate" and not is_last:
+        h, left_BT, stay_BT = _leave_by_gate(model, rule.limit, at, h, hold=not all_run)
+        return TokenLoops(h, left_BT, inputs, stay_BT)
+    if not all_run:
         h = torch.where(left_BT1, at.h_BTD, h)
-    left_BT, seen = at.left_BT, None
-    if t + 1 < len(model.inference_layout):
-        leaves_BT, seen = _decide(model, rule, at, h, t)
-        left_BT = left_BT | leaves_BT
-    return TokenLoops(h, left_BT, at.n_BT + ~at.left_BT, inputs, seen)
+    if is_last or rule.is_fixed:
+        return TokenLoops(h, at.left_BT, inputs)
+    leaves_BT, logits = _leave_by_kl(model, rule, at, h, t)
+    return TokenLoops(h, at.left_BT | leaves_BT, inputs, logits)
 
 
-def _decide(
+def _leave_by_gate(
+    model: LoopedTransformer, threshold: float, at: TokenLoops, h: Tensor, hold: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return h of all tokens, which ones have left after this loop, and log p(no exit yet)."""
+    gate, norm = model.exit_gate, model.norm
+    assert gate is not None
+    h_ND, left_N, stay_N = exit_by_gate(
+        h.flatten(0, 1),
+        at.left_BT.flatten(),
+        None if at.seen is None else at.seen.flatten(),
+        norm.weight,
+        norm.eps,
+        gate.weight,
+        gate.bias,
+        threshold,
+        held_ND=at.h_BTD.flatten(0, 1) if hold else None,
+    )
+    return h_ND.view_as(h), left_N.view_as(at.left_BT), stay_N.view(at.left_BT.shape)
+
+
+def _leave_by_kl(
     model: LoopedTransformer, rule: ExitRule, at: TokenLoops, h: Tensor, t: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Return which tokens leave after loop t with state h, (B, T), and what the next loop needs."""
-    if rule.kind == "gate":
-        assert model.exit_gate is not None
-        stays = F.logsigmoid(-model.exit_gate(model.norm(h)))
-        stays = stays if at.seen is None else at.seen + stays
-        return stays <= math.log1p(-rule.limit), stays
+    """Return which tokens leave after loop t with state h, (B, T), and the logits if few."""
     logits = None
     if h.shape[0] * h.shape[1] * model.args.vocab_size <= LOGITS_AT_ONCE:
         logits = model.logits_of(h)
@@ -198,8 +216,10 @@ def exit_states(
 
     with exit_loops(model, rule):
         at = enter_loops(model, tokens_BT, torch.zeros_like(tokens_BT, dtype=torch.bool))
+        n_BT = torch.zeros_like(tokens_BT)
         for t in range(len(model.inference_layout)):
+            n_BT += ~at.left_BT
             at = run_loop(model, rule, at, t, run_layer)
             if at.left_BT.all():
                 break
-    return at.h_BTD, at.n_BT
+    return at.h_BTD, n_BT

@@ -5,9 +5,9 @@
     decode.tally.n_loops / decode.tally.n_tokens
 
 The rows of a step leave separately; see apps.LT2.exits for the rule. The step stops when all of
-them have left: the caches of the other loops take the token in, and the head runs. The host waits
-for this decision after each loop. With CUDA graphs, each loop is a graph, and so is each end of a
-step. Shapes: B rows of the cache, V vocabulary.
+them have left: the caches of the other loops take the token in, and the head runs. With CUDA
+graphs, each loop is a graph, and so is each end of a step. The host waits for a loop's decision,
+which the graph copies to pinned memory. Shapes: B rows of the cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from torch import Tensor
 from apps.LT2.cache import ModelCache
 from apps.LT2.exits import ExitRule, TokenLoops, enter_loops, run_loop
 from apps.LT2.inference.cuda_graph import WARMUP_STEPS, on_side_stream
+from apps.LT2.kernel.skipped_loops import SkippedLoops
 from apps.LT2.mixers.linear import LinearCache
 from apps.LT2.transformer import LoopedTransformer
 
 
 @dataclass
 class LoopTally:
-    n_tokens: int  # of steps
-    n_loops: Tensor  # () int64, that they ran
+    n_tokens: int = 0  # of steps
+    n_loops: int = 0  # that they ran
 
 
 class ExitDecoder:
@@ -52,7 +53,7 @@ class ExitDecoder:
         self.model, self.cache, self.rule = model, cache, rule
         self.rows = [True] * cache.batch_size if rows is None else rows
         device = model.tok_embeddings.weight.device
-        self.tally = LoopTally(0, torch.zeros((), dtype=torch.int64, device=device))
+        self.tally, self.skipped = LoopTally(), SkippedLoops()
         self._tokens_B1 = torch.zeros(cache.batch_size, 1, dtype=torch.int64, device=device)
         self._is_free_B1 = torch.zeros(cache.batch_size, 1, dtype=torch.bool, device=device)
         self._was_free: list[bool] | None = None
@@ -62,7 +63,7 @@ class ExitDecoder:
         self._graphs: _Graphs | None = None
         if graph:
             self._graphs = _Graphs(self, self._tokens_B1)
-            self.tally.n_tokens, self.tally.n_loops[...] = 0, 0  # without the warm-up
+            self.tally.n_tokens = self.tally.n_loops = 0  # without the warm-up
 
     @property
     def loop_count(self) -> int:
@@ -81,22 +82,31 @@ class ExitDecoder:
             self._is_free_B1.copy_(torch.tensor(is_free)[:, None])
             self._was_free = is_free
         self.tally.n_tokens += len(is_free) - sum(is_free)
-        at, all_left = None, None
+        at, left = None, is_free
         for t in range(self.loop_count):
+            self.tally.n_loops += len(left) - sum(left)
             if self._graphs is None:
-                at, all_left = self.run(t, at)
+                at = self.run(t, at)
+                left_B1 = at.left_BT
             else:
-                all_left = self._graphs.run(t)
-            if t + 1 == leave_after or t + 1 < self.loop_count and leave_after is None and all_left:
+                left_B1 = self._graphs.run(t)
+            if t + 1 == leave_after or t + 1 == self.loop_count:
                 break
+            if leave_after is None and self.rule.may_fire(t + 2):
+                if self._graphs is not None:
+                    torch.cuda.current_stream().synchronize()
+                left = left_B1[:, 0].tolist()
+                if all(left):
+                    break
         return self.end(t + 1, at) if self._graphs is None else self._graphs.end(t + 1)
 
-    def run(self, t: int, at: TokenLoops | None) -> tuple[TokenLoops, Tensor]:
-        """Run loop t; return the state after it, and whether all rows have left, ()."""
+    def run(self, t: int, at: TokenLoops | None) -> TokenLoops:
+        """Run loop t; return the state after it."""
         if at is None:
             at = enter_loops(self.model, self._tokens_B1, self._is_free_B1)
-        at = run_loop(self.model, self.rule, at, t, _step_layer, self.cache.mixers[t])
-        return at, at.left_BT.all()
+        # A single row runs no loop after it has left.
+        options = {"all_run": self.cache.batch_size == 1}
+        return run_loop(self.model, self.rule, at, t, _step_layer, self.cache.mixers[t], **options)
 
     def end(self, t: int, at: TokenLoops | None) -> Tensor:
         """Skip the loops from t on, and return the logits (B, 1, V)."""
@@ -107,8 +117,8 @@ class ExitDecoder:
                 *(self.model.layers, at.inputs, loop, memories, layout[t - 1], caches[t - 1]),
                 strict=True,
             ):
-                block.repeat_step(*entries)  # pyright: ignore[reportCallIssue]
-        self.tally.n_loops += at.n_BT.sum()
+                block.repeat_step(*entries, self.skipped)  # pyright: ignore[reportCallIssue]
+        self.skipped.run()
         is_known = self.rule.kind == "kl" and at.seen is not None
         return at.seen if is_known else self.model.logits_of(at.h_BTD)  # pyright: ignore
 
@@ -128,10 +138,13 @@ class _Graphs:
         cache, self.n_loops = decoder.cache, decoder.loop_count
         self.loops: list[torch.cuda.CUDAGraph] = []
         self.ends: list[torch.cuda.CUDAGraph] = []
-        self.all_left: list[Tensor] = []
+        pinned, device = tokens_B1.is_cuda, tokens_B1.device
+        self._left = torch.empty(
+            self.n_loops, *tokens_B1.shape, dtype=torch.bool, pin_memory=pinned
+        )
         self.logits: list[Tensor] = []
         self.states: list[TokenLoops] = []  # keep the tensors between graphs allocated
-        with torch.cuda.device(tokens_B1.device), torch.no_grad():
+        with torch.cuda.device(device), torch.no_grad():
             with on_side_stream():
                 for t in range(self.n_loops):
                     for _ in range(WARMUP_STEPS):
@@ -142,11 +155,13 @@ class _Graphs:
                 at = None
                 for t in range(self.n_loops):
                     with self._capture(self.loops):
-                        at, all_left = decoder.run(t, at)
+                        at = decoder.run(t, at)
+                        if t + 1 < self.n_loops:
+                            self._left[t].copy_(at.left_BT, non_blocking=True)
                     self.states.append(at)
-                    self.all_left.append(all_left)
                     with self._capture(self.ends):
                         self.logits.append(decoder.end(t + 1, at))
+            decoder.skipped.fill_tables()
 
     def _capture(self, graphs: list[torch.cuda.CUDAGraph]) -> AbstractContextManager[None]:
         graphs.append(torch.cuda.CUDAGraph())
@@ -154,8 +169,9 @@ class _Graphs:
         return torch.cuda.graph(graphs[-1], pool=self._pool, capture_error_mode="thread_local")
 
     def run(self, t: int) -> Tensor:
+        """Return which rows have left after loop t, (B, 1) on the host, after a sync."""
         self.loops[t].replay()
-        return self.all_left[t]
+        return self._left[t]
 
     def end(self, t: int) -> Tensor:
         self.ends[t - 1].replay()

@@ -136,7 +136,7 @@ class PackedCausalTransformerGenerator:
         runs all loops.
         """
         n_tokens = sum(tally.n_tokens for tally in self._tallies)
-        n_loops = sum(int(tally.n_loops) for tally in self._tallies)
+        n_loops = sum(tally.n_loops for tally in self._tallies)
         return n_loops / n_tokens if n_tokens else None
 
     def generate(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[Tensor], list[Tensor]]:

@@ -22,6 +22,7 @@ from apps.LT2.kernel.attention import attention, check_attention_impl, decode_at
 from apps.LT2.kernel.attention.first_token import first_token_mass
 from apps.LT2.kernel.decode_linear import Norm, decode_linear
 from apps.LT2.kernel.documents import local_positions
+from apps.LT2.kernel.skipped_loops import SkippedLoops, SlotCopy
 from apps.LT2.mixers.base import (
     Mixer,
     MixerArgs,
@@ -64,12 +65,11 @@ class AttentionCache(MixerCache):
     def crop(self, length_B: Tensor) -> None:
         self.length_B.copy_(length_B)
 
-    def copy_last(self, source: AttentionCache) -> bool:
-        row = torch.arange(len(self.length_B), device=self.length_B.device)
-        for slots, others in zip(self.slots(), source.slots(), strict=True):
-            last = (source.length_B - 1) % others.shape[1]
-            slots[row, self.length_B % slots.shape[1]] = others[row, last]
-        self.length_B += 1
+    def copy_last(self, source: AttentionCache, skipped: SkippedLoops) -> bool:
+        skipped.copies += [
+            SlotCopy(other, slots, source.length_B, self.length_B)
+            for slots, other in zip(self.slots(), source.slots(), strict=True)
+        ]
         return True
 
     def slots(self) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.LT2.kernel.documents import document_of_tokens, local_positions
+from apps.LT2.kernel.skipped_loops import SkippedLoops
 from apps.LT2.mixers.parts import GroupedRMSNorm, ShortConv
 from apps.LT2.mixers.rotary import RopeScalingArgs
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel, split_linears
@@ -82,8 +83,8 @@ class MixerCache:
         for tensor, other in zip(self._tensors(), source._tensors(), strict=True):
             tensor[tuple(slice(n) for n in other.shape)] = other
 
-    def copy_last(self, source: Any) -> bool:
-        """Extend every row by the last token of a cache of the same kind, in place.
+    def copy_last(self, source: Any, skipped: SkippedLoops) -> bool:
+        """Extend every row by the last token of a cache of the same kind, when `skipped` runs.
 
         Return False, and do nothing, if this kind doesn't keep what it needs.
         """
@@ -255,14 +256,20 @@ class Mixer(nn.Module, ABC):
         return h_B1D + self.step(norm(h_B1D), cache)
 
     def repeat_step(
-        self, h_B1D: Tensor, norm: RMSNorm, cache: Any, source: MixerCache | None
+        self,
+        h_B1D: Tensor,
+        norm: RMSNorm,
+        cache: Any,
+        source: MixerCache | None,
+        skipped: SkippedLoops,
     ) -> None:
         """Extend every row by one token in a loop that it skips, in place.
 
         h is what the layer got in the last loop that ran. `source` is this mixer's cache of that
-        loop, None if another mixer ran. Without `copy_last`, the projections run again.
+        loop, None if another mixer ran. Without `copy_last`, the projections run again. Work that
+        `skipped` can do for all layers and loops together is added there.
         """
-        if source is None or not cache.copy_last(source):
+        if source is None or not cache.copy_last(source, skipped):
             self.step(norm(h_B1D), cache)
 
     @abstractmethod

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from apps.LT2.kernel.gated_delta_rule import gated_delta_rule, gated_delta_step
 from apps.LT2.kernel.gated_delta_rule.decode import gated_delta_layer_step, layer_step_supports
+from apps.LT2.kernel.skipped_loops import DeltaUpdate
 from apps.LT2.mixers.base import MixerArgs
 from apps.LT2.mixers.linear import LinearCache, LinearMixer, Tensors, head_shape
 from apps.LT2.mixers.parts import (
@@ -77,6 +78,17 @@ class GatedDeltaNet(LinearMixer):
         return gated_delta_layer_step(
             streams, *rest, *weights, self.allow_neg_eigval, cache.state_BHKV
         )
+
+    def skipped_update(
+        self, streams: Tensor, rest: Tensors, cache: LinearCache
+    ) -> DeltaUpdate | None:
+        if self.conv.weight is None or self.conv.own is not None:
+            return None
+        assert cache.conv_state_BTC is not None
+        _, a, b = rest
+        weights = (self.conv.weight, self.A_log, self.dt_bias)
+        states = (cache.conv_state_BTC, cache.state_BHKV)
+        return DeltaUpdate(streams, a, b, *weights, *states, self.allow_neg_eigval)
 
     def reset_parameters(self, init_std: float | None, factor: float) -> None:
         super().reset_parameters(init_std, factor)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from apps.LT2.kernel.decode_linear import Conv, Norm, decode_linear
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.kernel.short_conv.heads import unit_heads
+from apps.LT2.kernel.skipped_loops import DeltaUpdate, SkippedLoops
 from apps.LT2.mixers.base import Mixer, MixerArgs, MixerCache, Prompts, TensorParallelPlan
 from apps.LT2.mixers.parts import ShortConv, decode_weight
 from lingua.errors import UserError
@@ -175,16 +176,31 @@ class LinearMixer(Mixer):
         return decode_linear(y, out, residual_BN=h_BD)[:, None]
 
     def repeat_step(
-        self, h_B1D: Tensor, norm: RMSNorm, cache: LinearCache, source: MixerCache | None
+        self,
+        h_B1D: Tensor,
+        norm: RMSNorm,
+        cache: LinearCache,
+        source: MixerCache | None,
+        skipped: SkippedLoops,
     ) -> None:
         if not isinstance(source, LinearCache) or not source.last_inputs:
-            super().repeat_step(h_B1D, norm, cache, source)
+            super().repeat_step(h_B1D, norm, cache, source, skipped)
             return
         streams, *rest = source.last_inputs
+        update = self.skipped_update(streams, tuple(rest), cache)
+        if update is not None and update.has_kernel:
+            skipped.updates.append(update)
+            return
         if self.conv is not None:
             assert cache.conv_state_BTC is not None
             streams = self.conv.step(streams, cache.conv_state_BTC)
         self.step_heads(streams, tuple(rest), cache)
+
+    def skipped_update(
+        self, streams: Tensor, rest: Tensors, cache: LinearCache
+    ) -> DeltaUpdate | None:
+        """Return what extends the cache by inputs before the convolution, if a kernel does it."""
+        return None
 
     def step_heads(self, streams: Tensor, rest: Tensors, cache: LinearCache) -> Tensor:
         """Run the recurrence and `output` for one token of each row; the cache grows in place."""

@@ -33,6 +33,7 @@ from apps.LT2.kernel.nsa import (
     native_sparse_attention_step,
     update_means,
 )
+from apps.LT2.kernel.skipped_loops import SkippedLoops
 from apps.LT2.mixers.attention import (
     Attention,
     AttentionCache,
@@ -70,12 +71,14 @@ class NSACache(AttentionCache):
     k_BCGK: Tensor
     v_BCGK: Tensor
 
-    def copy_last(self, source: AttentionCache) -> bool:
-        position_B = self.length_B.clone()
-        super().copy_last(source)
-        update_means(self.k_BSGK, self.k_BCGK, position_B)
-        update_means(self.v_BSGK, self.v_BCGK, position_B)
+    def copy_last(self, source: AttentionCache, skipped: SkippedLoops) -> bool:
+        super().copy_last(source, skipped)
+        skipped.after.append(self._update_means)
         return True
+
+    def _update_means(self) -> None:
+        update_means(self.k_BSGK, self.k_BCGK, self.length_B - 1)
+        update_means(self.v_BSGK, self.v_BCGK, self.length_B - 1)
 
 
 class NativeSparseAttention(Mixer):

@@ -110,6 +110,9 @@ def cuda(monkeypatch):
         def wait_stream(self, other) -> None:
             pass
 
+        def synchronize(self) -> None:
+            pass
+
     for name, fake in {
         "CUDAGraph": FakeGraph,
         "graph_pool_handle": lambda: 0,

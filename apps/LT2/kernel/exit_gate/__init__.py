@@ -1,0 +1,57 @@
+"""Decide by the exit gate which tokens leave after a loop: norm, gate, and probability in one.
+
+    stay_t = stay_t-1 + log(1 - sigmoid(gate(norm(h))))        leave if stay_t <= log(1 - threshold)
+
+stay is the log of the probability that a token has not left. Shapes: N tokens, D model dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apps.LT2.kernel.exit_gate.triton import launch
+
+IMPLS = ("auto", "torch", "triton")
+
+
+@torch.no_grad()
+def exit_by_gate(
+    h_ND: Tensor,
+    left_N: Tensor,
+    stay_N: Tensor | None,
+    norm_D: Tensor,
+    eps: float,
+    weight_D: Tensor,
+    bias_1: Tensor,
+    threshold: float,
+    *,
+    held_ND: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (h, left, stay) after the decision.
+
+    left    bool, tokens that had left before; those that leave now are added
+    stay    fp32, None before the first decision
+    norm    weight of the RMSNorm with `eps` before the gate
+    weight, bias    of the gate, whose sum is fp32
+    held    states of the tokens that had left before, which replace theirs in h
+    impl    "triton" on CUDA, "torch" elsewhere; "auto" chooses
+    """
+    assert impl in IMPLS, f"impl must be one of {IMPLS}, got {impl!r}"
+    limit = math.log1p(-threshold)
+    if impl == "triton" or (impl == "auto" and h_ND.is_cuda):
+        with torch.cuda.device_of(h_ND):
+            gate = (norm_D, eps, weight_D, bias_1, limit)
+            return launch(h_ND, left_N, stay_N, *gate, held_ND)
+    if held_ND is not None:
+        h_ND = torch.where(left_N[:, None], held_ND, h_ND)
+    wide = h_ND.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = (wide * scale * norm_D.float()).type_as(h_ND)
+    stay = F.logsigmoid(-(normed.float() @ weight_D.float() + bias_1.float()))
+    stay = stay if stay_N is None else stay_N + stay
+    return h_ND, left_N | (stay <= limit), stay
