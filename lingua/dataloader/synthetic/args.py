@@ -30,13 +30,14 @@ class TaskArgs:
     n_swaps: int | None = None  # state_tracking: swaps of two pointers; null = n
     n_pointers: int | None = None  # state_tracking: pointers into the array
     n_addresses: int | None = None  # state_tracking: addresses that an array may have
+    random_addresses: bool | None = None  # state_tracking: false = the first n addresses
     num_kv_pairs: int | None = None  # mqar: keys, each with a value
     input_seq_len: int | None = None  # mqar, needle: tokens of an example
     vocab_size: int | None = None  # mqar, copy, needle: tokens, without markers
     power_a: float | None = None  # mqar: the smaller, the sooner a key is asked for
     random_non_queries: bool | None = None  # mqar: false = tokens between the queries are 0
     group: str | None = None  # permutation: S5, A5, Z60, ...
-    answers: str | None = None  # permutation: all (a product at each element) | last
+    answers: str | None = None  # state_tracking, permutation: all (of the words so far) | last
     num_needle_k: int | None = None  # needle: needles in the haystack
     num_needle_q: int | None = None  # needle: needles that are asked for
     needle_len: int | None = None  # needle: tokens of a value

@@ -7,7 +7,10 @@
 
 The synthetic curriculum of LT2 (https://arxiv.org/abs/2605.20670, section 3.6), with n_swaps = n
 and five pointers. The paper doesn't give its tokens; these are ours. The addresses of an array are
-a random subset of `n_addresses`: the vocabulary is the same for every n.
+a random subset of `n_addresses`, or its first n: the vocabulary is the same for every n.
+
+With answers=all, each address of a pointer has its bit as an answer, and each swap the bit that its
+first pointer has after it. The tokens are the same.
 """
 
 from __future__ import annotations
@@ -32,12 +35,15 @@ class StateTracking(Task):
     n_swaps: int | None = None  # null = n
     n_pointers: int = 5
     n_addresses: int = 256
+    random_addresses: bool = True
+    answers: str = "last"
 
     def __post_init__(self) -> None:
         require(self.n_pointers >= 2, "n_pointers", self.n_pointers, "at least 2")
         least = f"from n_pointers={self.n_pointers} to n_addresses={self.n_addresses}"
         require(self.n_pointers <= self.n <= self.n_addresses, "n", self.n, least)
         require(self.swaps >= 0, "n_swaps", self.n_swaps, "0 or more, or null for n")
+        require(self.answers in ("all", "last"), "answers", self.answers, "all or last")
 
     @property
     def swaps(self) -> int:
@@ -55,7 +61,9 @@ class StateTracking(Task):
         import numpy as np
 
         n, n_pointers, n_swaps = self.n, self.n_pointers, self.swaps
-        addresses = np.sort(draws.sample(self.n_addresses, n), axis=1)
+        addresses = np.arange(n)[None].repeat(len(draws.state_B), axis=0)
+        if self.random_addresses:
+            addresses = np.sort(draws.sample(self.n_addresses, n), axis=1)
         bits = draws.integers(2, n)
         places = draws.sample(n, n_pointers)  # of the pointers in the array
         first = draws.integers(n_pointers, n_swaps)
@@ -74,8 +82,13 @@ class StateTracking(Task):
         swaps[:, 1::3], swaps[:, 2::3] = FIRST_POINTER + first, FIRST_POINTER + second
         tokens[:, -2], tokens[:, -1] = QUERY, FIRST_POINTER + asked
 
-        for p, q in zip(first.T, second.T, strict=True):
-            places[rows, p], places[rows, q] = places[rows, q], places[rows, p]
         targets = np.full_like(tokens, NO_TARGET)
+        of_starts, of_swaps = np.split(targets[:, 2 * n : -2], [2 * n_pointers], axis=1)
+        if self.answers == "all":
+            of_starts[:, 1::2] = np.take_along_axis(bits, places, axis=1)
+        for i, (p, q) in enumerate(zip(first.T, second.T, strict=True)):
+            places[rows, p], places[rows, q] = places[rows, q], places[rows, p]
+            if self.answers == "all":
+                of_swaps[:, 3 * i + 2] = bits[rows, places[rows, p]]
         targets[:, -1] = bits[rows, places[rows, asked]]
         return tokens, targets

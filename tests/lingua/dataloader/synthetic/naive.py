@@ -15,6 +15,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"n": 8, "n_swaps": 0},
         {},
         {"n": 64, "n_swaps": 3, "n_pointers": 9},
+        {"n": 6, "answers": "all"},
+        {"n": 7, "answers": "all", "n_pointers": 2, "random_addresses": False},
     ],
     "mqar": [
         {"num_kv_pairs": 1, "input_seq_len": 4, "vocab_size": 12},
@@ -52,19 +54,24 @@ def state_tracking(task: Any, tokens: list[int], asked: list[int]) -> dict[int, 
         assert address >= pointers.stop and bit in (0, 1) and address not in array
         array[address], i = bit, i + 2
     assert list(array) == sorted(array) and len(array) == task.n
+    first = range(pointers.stop, pointers.stop + task.n)
+    assert task.random_addresses or list(array) == list(first)
+    answers = {}
     while tokens[i] in pointers:
         pointer, address = tokens[i : i + 2]
         assert address in array and address not in place.values()
-        place[pointer], i = address, i + 2
+        place[pointer], answers[i + 1], i = address, array[address], i + 2
     assert list(place) == list(pointers)
     n_swaps = 0
     while tokens[i] == swap:
         p, q = tokens[i + 1 : i + 3]
         assert p != q
-        place[p], place[q], i, n_swaps = place[q], place[p], i + 3, n_swaps + 1
+        place[p], place[q], n_swaps = place[q], place[p], n_swaps + 1
+        answers[i + 2], i = array[place[p]], i + 3
     assert n_swaps == (task.n if task.n_swaps is None else task.n_swaps)
     assert tokens[i] == query and len(tokens) == i + 2
-    return {i + 1: array[place[tokens[i + 1]]]}
+    answers = answers if task.answers == "all" else {}
+    return answers | {i + 1: array[place[tokens[i + 1]]]}
 
 
 def mqar(task: Any, tokens: list[int], asked: list[int]) -> dict[int, int]:

@@ -83,6 +83,7 @@ def test_options_of_other_tasks_are_refused():
         ("state_tracking", {"n": 4}, "n=4"),
         ("state_tracking", {"n_pointers": 1}, "n_pointers"),
         ("state_tracking", {"n_swaps": -1}, "n_swaps"),
+        ("state_tracking", {"answers": "first"}, "answers=first"),
         ("mqar", {"num_kv_pairs": 17}, "num_kv_pairs=17"),
         ("mqar", {"num_kv_pairs": 0}, "num_kv_pairs"),
         ("mqar", {"num_kv_pairs": 8, "vocab_size": 17}, "num_kv_pairs=8"),
