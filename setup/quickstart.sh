@@ -56,4 +56,6 @@ lt2 submit config=$RECIPE launcher=bash nodes=1 \\
     'sweep.model.loop_count=[1,2,4]' -- steps=100 dump_dir=runs/loops
 # the validation loss against the number of loops, in runs/loops/plot.png
 lt2 plot runs/loops x=loop_count y=val_bpb
+# one loop against four on a task that needs them, three seeds: a table, a plot and a verdict
+lt2 study permutation dump_dir=runs/permutation
 EOF

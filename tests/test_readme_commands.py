@@ -96,6 +96,7 @@ SMALLER = {
     "python -m lingua.stool config=apps/LT2/configs/600M/debug.yaml launcher=bash array=2 match": (
         f"{TINY_RUN} {STUDY_MODEL}"
     ),
+    "python -m apps.LT2.scripts.study permutation": "size=tiny",
     "python -m apps.LT2.generate": "max_gen_len=8",
     "python -m apps.LT2.eval": f"harness.limit=1 harness.bootstrap_iters=0 {SHORT_ANSWERS} "
     "validation.max_steps=1",
@@ -172,7 +173,7 @@ LEAVES = {
     "docs/loops.md: Leave the loops early": ["runs/exits.png", "runs/exits.jsonl"],
     "docs/slurm.md: Sweeps": ["runs/tune/lr=0.001,loop_count=1/submit.slurm"],
     "docs/training.md: start": ["runs/compared.png"],
-    "setup/quickstart.sh": ["runs/loops/plot.png"],
+    "setup/quickstart.sh": ["runs/loops/plot.png", "runs/permutation/permutation.md"],
     "docs/training.md: Checkpoints": [
         "runs/weights/model.safetensors",
         "runs/hf/config.json",

@@ -275,6 +275,24 @@ def test_losses_by_loops_of_training(tmp_path, drawn):
         main([str(run), "x=loop_flops", f"out={tmp_path}/a.png"])
 
 
+@pytest.mark.parametrize("x, y", [("loop", "residual_rms"), ("depth", "depth/first_token_mass")])
+def test_probes_count_loops_and_layers_from_1(tmp_path, drawn, x, y):
+    name = y if "/" in y else f"loops/{y}"
+    for seed in (0, 1):
+        run = write_run(
+            tmp_path / "runs" / str(seed), {"model": {"loop_count": 2}, "seed": seed}, [9]
+        )
+        probed = [{f"{name}/0": 1.0, f"{name}/1": 7.0}, {f"{name}/0": 2.0, f"{name}/1": 3.0 + seed}]
+        with open(run / "metrics.jsonl", "a") as log:
+            log.writelines(
+                json.dumps({"global_step": 20 + i, **p}) + "\n" for i, p in enumerate(probed)
+            )
+    main([str(tmp_path / "runs"), f"x={x}", f"y={y}", "mean=seed", f"out={tmp_path}/a.png"])
+    found = [(float(r[x]), float(r[name]), r["n"]) for r in rows(tmp_path / "a.csv")]
+    assert found == [(1.0, 2.0, "2"), (2.0, 3.5, "2")]
+    assert len(drawn[0].axes[0].lines) == 1  # no circle
+
+
 def test_runs_without_scores_by_loops(tune, tmp_path):
     with pytest.raises(UserError, match="loop_counts"):
         main([str(tune), "x=loops", f"out={tmp_path}/a.png"])

@@ -49,7 +49,7 @@ def test_the_script_trains_samples_and_plots_in_dump_dir(tmp_path, options, fold
     assert f"{folder}/metrics.jsonl" in output
     lines = output.replace("\\\n", "").splitlines()
     tried = [shlex.split(line) for line in lines if line.startswith("lt2 ")]
-    assert len(tried) == 4 and f"ckpt={folder}" in tried[0]
+    assert len(tried) == 5 and f"ckpt={folder}" in tried[0]
 
 
 def test_the_script_ends_with_a_refused_run(tmp_path):

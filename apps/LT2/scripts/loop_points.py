@@ -1,4 +1,7 @@
-"""Read scores of a run at several numbers of loops, from `eval loop_counts=` and training."""
+"""Read scores of a run by loops: at several numbers of them, or after each loop or layer.
+
+The first come from `eval loop_counts=` and training, the second from `probe_freq`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from lingua.runs import Run, full_name, list_names, only
 
 OPTION = "model.loop_count"
 LOOPS, FLOPS = "loops", "loop_flops"  # x=
+LOOP, DEPTH = "loop", "depth"  # x= of metrics y/0, y/1, ... by loop, or by layer over all loops
 
 
 def find_score(y: str, runs: Sequence[Run]) -> str:
@@ -25,16 +29,20 @@ def find_score(y: str, runs: Sequence[Run]) -> str:
 def loop_points(run: Run, y: str, x: str) -> dict[int, tuple[float, float]]:
     """Return number of loops -> (x, score), of the step with the most points, else the newest.
 
+    With x=loop or depth, loops and layers are counted from 1.
+
     Evaluations with other options than the run's, loop_count aside, don't count.
     """
     by_step: dict[int, dict[int, tuple[float, float]]] = {}
-    if x == LOOPS:
+    first = 1 if x in (LOOP, DEPTH) else 0  # the metrics count from 0
+    if x != FLOPS:
         for key, values in run.metrics.items():
             name, _, loops = key.rpartition("/")
             for step, value in values.items() if name == y and loops.isdigit() else ():
                 if value is not None:
-                    by_step.setdefault(step, {})[int(loops)] = (int(loops), value)
-    for evaluation in run.evaluations:
+                    at = first + int(loops)
+                    by_step.setdefault(step, {})[at] = (at, value)
+    for evaluation in run.evaluations if x in (LOOPS, FLOPS) else ():
         loops, flops = evaluation.made_with.get("loop_count"), evaluation.flops_per_token
         at = loops if x == LOOPS else flops
         if y in evaluation.scores and evaluation.differs.keys() <= {"loop_count"} and loops and at:

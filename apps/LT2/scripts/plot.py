@@ -10,7 +10,8 @@ their end: mixer for model.mixer, val for loss/val. The data go into a CSV file 
 figure.
 
 x=loops draws one checkpoint at several numbers of loops, x=loop_flops against its forward FLOPs per
-token. A circle marks the loops of training.
+token. A circle marks the loops of training. x=loop draws what `probe_freq` recorded after each loop
+(y=residual_rms), x=depth at each layer (y=depth/first_token_mass).
 """
 
 from __future__ import annotations
@@ -40,7 +41,15 @@ from apps.LT2.scripts.figure import (
     set_plain_ticks,
     smooth,
 )
-from apps.LT2.scripts.loop_points import FLOPS, LOOPS, find_score, loop_points, trained_loops
+from apps.LT2.scripts.loop_points import (
+    DEPTH,
+    FLOPS,
+    LOOP,
+    LOOPS,
+    find_score,
+    loop_points,
+    trained_loops,
+)
 from apps.LT2.scripts.run_metrics import AXES, find_metric, read_runs, with_metric
 from lingua.args import parse_args
 from lingua.config.cli import split_paths
@@ -68,6 +77,8 @@ TITLES = {
     STEP: "optimizer step",
     LOOPS: "loops",
     FLOPS: "forward FLOPs per token",
+    LOOP: "loop",
+    DEPTH: "layer, over all loops",
     "optim/total_tokens": "training tokens",
     "optim/total_flops": "training FLOPs",
     "time/elapsed": "seconds",
@@ -77,6 +88,8 @@ TITLES = {
     "acc/out": "training accuracy",
     "acc/val": "validation accuracy",
     "speed/tokens_per_s": "training tokens/s",
+    "loops/residual_rms": "RMS of the residual stream after the loop",
+    "depth/first_token_mass": "attention on the first token",
 }
 STYLES = ["-", "--", ":", "-."]
 MARKERS = "osD^vPX*"
@@ -85,7 +98,7 @@ MARKERS = "osD^vPX*"
 @dataclass
 class PlotArgs:
     # steps, tokens, flops, seconds; an option, for the final value against it; loops or loop_flops,
-    # for a checkpoint at several numbers of loops
+    # for a checkpoint at several numbers of loops; loop or depth, for probes of one
     x: str = "steps"
     y: str | None = None  # metric; null: loss/val against an option, else loss/out
     by: str | None = None  # options that name the lines, e.g. mixer,loop_count: colour, then dashes
@@ -195,7 +208,8 @@ def curves_over_loops(x: str, y: str, groups: Any) -> list[Series]:
         xs = [statistics.fmean(x for x, _ in of_loops.values()) for of_loops in at]
         trained = {trained_loops(run) for run in members}
         series = Series(options, name_of(list(points)), xs, *values, ["; ".join(p) for p in at])
-        series.loops, series.trained = loops, trained.pop() if len(trained) == 1 else None
+        if x in (LOOPS, FLOPS):
+            series.loops, series.trained = loops, trained.pop() if len(trained) == 1 else None
         found += [series] if loops else []
     return found
 
@@ -308,7 +322,7 @@ def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str) -> Any:
                 line.style = ""
         for line in lines:
             line.x = [place[str(text)] for text in line.x]
-    if x == LOOPS:
+    if x in (LOOPS, LOOP):
         ticks = sorted({n for line in lines for n in line.x})
     if args.logx:
         axes.set_xscale("log")
@@ -321,7 +335,7 @@ def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str) -> Any:
     axes.set_ylabel(TITLES.get(y, y))
     axes.set_title(title, loc="left", fontsize=10)
     if all(line.style for line in lines):
-        set_plain_ticks(axes.xaxis, ticks, whole=x == STEP and not args.logx)
+        set_plain_ticks(axes.xaxis, ticks, whole=x in (STEP, DEPTH) and not args.logx)
     set_plain_ticks(axes.yaxis)
     label_lines(figure, axes, lines)
     return figure
@@ -365,7 +379,7 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     differing = differing_options(runs)
     metrics = {key for run in runs for key in run.metrics}
     x = AXES.get(args.x, args.x)
-    over_loops = x in (LOOPS, FLOPS)
+    over_loops = x in (LOOPS, FLOPS, LOOP, DEPTH)
     is_curve = args.x in AXES or x in metrics or over_loops
     if not is_curve:
         x = find_option("x", x, runs, differing, hint=f"; {'/'.join(AXES)} work too")
@@ -379,7 +393,9 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     )
     if over_loops:
         missing = [run for run in runs if not loop_points(run, y, x)]
-        warn_skipped([run.name for run in missing], f"no {y} by loops; see eval loop_counts=")
+        warn_skipped(
+            [run.name for run in missing], f"no {y} by loops; see eval loop_counts= and probe_freq"
+        )
         runs = [run for run in runs if run not in missing]
     else:
         runs = with_metric(
@@ -406,12 +422,13 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     lines = as_lines(series, by, is_curve and not over_loops)
     has_band = any(line.std is not None for line in lines)
     title = f"mean and std over {', '.join(mean) or 'equal runs'}" if has_band else ""
-    title = ", ".join([title] * bool(title) + ["circle: loops of training"] * over_loops)
+    has_circles = x in (LOOPS, FLOPS)
+    title = ", ".join([title] * bool(title) + ["circle: loops of training"] * has_circles)
     print_lines(series, x, y)
     tell_unlabelled(lines, series, by)
     write_csv(series, x, y, out.with_suffix(".csv"))
     figure = draw(lines, x, y, args, title)
-    if over_loops:
+    if has_circles:
         mark_training(figure, series, lines)
     save_figure(figure, out)
     import_pyplot(needed_by="plotting").close(figure)

@@ -6,6 +6,7 @@ A column of a study names a metric, whose last value counts, or a statistic of a
     max optim/grad_norm            the largest one after the first 50
     median optim/grad_norm         the median after the first 50
     spikes optim/grad_norm         how many are above 4 times the median of the 50 before
+    loops/residual_rms/3 / loops/residual_rms/0      the ratio of the last values of two metrics
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from apps.LT2.scripts.loop_points import FLOPS, LOOPS, loop_points
+from apps.LT2.scripts.loop_points import DEPTH, FLOPS, LOOP, LOOPS, loop_points
 from apps.LT2.scripts.plot import PlotArgs, curve, plot
 from apps.LT2.scripts.report_data import environment, trained
 from apps.LT2.scripts.run_metrics import AXES
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 SPIKE, WINDOW = 4.0, 50  # times the median of so many steps before
 MAX_POINTS = 100  # of a curve in NAME.jsonl
+OF_TRAINING = ("Data", "Task", "Optimizer")  # rows of report_data
 COUNTS = {"parameters": "params", "flops": "FLOPs", "tokens": "tokens"}  # columns, and their heads
 FACTS = {
     "params": "model/parameters",
@@ -83,6 +85,11 @@ STATISTICS = {
 def add_statistics(run: Run, columns: Sequence[str]) -> None:
     """Add the statistics that columns name to the metrics of the run."""
     for column in columns:
+        above, slash, below = column.partition(" / ")
+        if slash and {above, below} <= run.metrics.keys():
+            ratio = last(run, above) / last(run, below)
+            run.metrics[column] = {run.step: ratio if math.isfinite(ratio) else None}
+            continue
         name, _, metric = column.rpartition(" ")
         if name and (values := run.metrics.get(metric)):
             finite = [math.inf if v is None else v for _, v in sorted(values.items())]
@@ -165,7 +172,7 @@ def result_of(study: Study, run: Run) -> dict[str, Any]:
             result[name] = found[1]
     for drawn in map(plot_options, study.plots):
         y = str(drawn.y)
-        if drawn.x in (LOOPS, FLOPS):
+        if drawn.x in (LOOPS, FLOPS, LOOP, DEPTH):
             points = [[n, value] for n, (_, value) in loop_points(run, y, drawn.x).items()]
         elif drawn.x in AXES and y in run.metrics:
             curved = list(map(list, zip(*curve(run, AXES[drawn.x], y), strict=True)))
@@ -289,7 +296,7 @@ def format_facts(
     shown = {
         "Equal in all arms": ", ".join(filter(None, equal)),
         "Recipe": Path(study.config).name,
-        **{name: value for name, value in trained(runs[0]) if name in ("Data", "Optimizer")},
+        **{name: value for name, value in trained(runs[0]) if name in OF_TRAINING},
         **{name: "; ".join(sorted(facts.get(name, ()))) for name in ("Commit", "Devices")},
         "CPU cores": f"{os.cpu_count()}",
         "Versions": "; ".join(sorted(facts.get("Versions", ()))),

@@ -1,4 +1,7 @@
-"""Read a study from its YAML file, merged over configs/studies/defaults.yaml."""
+"""Read a study from its YAML file.
+
+A study without a recipe (`config`) is merged over configs/studies/defaults.yaml.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +39,19 @@ class Study:
 
 
 def read_study(name: str, size: str) -> Study:
-    """Read a study by name or file, merged over the defaults, with the options of `size`."""
+    """Read a study by name or file, with the options of `size`."""
     known = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.name != DEFAULTS)
     file = Path(name) if name.endswith((".yaml", ".yml")) else STUDIES / f"{name}.yaml"
     if not file.is_file():
         raise UserError(f"{name or 'no study given'}: use {', '.join(known)}, or a YAML file")
-    given, defaults = load_config_file(file), load_config_file(STUDIES / DEFAULTS)
+    given = load_config_file(file)
+    # The defaults fit the recipe of the defaults alone.
+    folder = file if "config" in given else STUDIES / DEFAULTS
+    defaults = {"sizes": {"small": {}}} if folder == file else load_config_file(folder)
     own, common = given.pop("sizes", {}), defaults.pop("sizes")
     sizes = list(common | own)
     if size not in sizes:
         raise UserError(f"size={size} must be one of {', '.join(sizes)}")
-    folder = file if "config" in given else STUDIES / DEFAULTS
     parts = [defaults, given, common.get(size, {}), own.get(size, {})]
     merged = {key: value for part in parts for key, value in part.items()}
     merged["options"] = {k: v for part in parts for k, v in part.get("options", {}).items()}

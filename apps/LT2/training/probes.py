@@ -4,9 +4,11 @@ Metric keys of a probed step, per layer or per loop i:
 
     layers/grad_norm/i         gradient norm of the layer
     loops/residual_rms/i       RMS of the residual stream after the loop
+    loops/residual_growth/i    the same, relative to the RMS before the loop
     loops/update_norm/i        norm of what the loop adds to the stream, relative to the stream
     loops/rho/i                mean |rho| of the residual gate
     loops/first_token_mass/i   attention probability on the first token, mean over softmax layers
+    depth/first_token_mass/i   the same of one layer; i counts the layers over all loops
 """
 
 from __future__ import annotations
@@ -141,23 +143,29 @@ def loop_stats(model: LoopedTransformer, probe: Probe, h_by_loop: list[Tensor]) 
     for loop, (u, h) in enumerate(zip(h_by_loop[:-1], h_by_loop[1:], strict=True)):
         local[f"update/{loop}"] = _mean_square(h.float() - u.float())
     masses = first_token_masses(model, probe)
-    local |= {f"mass/{loop}": sum(m) / len(m) for loop, m in enumerate(masses) if m}
+    local |= {f"mass/{loop}/{i}": x for loop, m in enumerate(masses) for i, x in m.items()}
     means = dist_mean_dict(local)
 
     stats = {}
     for loop in range(n_loops):
         stats[f"loops/residual_rms/{loop}"] = means[f"h/{loop + 1}"] ** 0.5
+        stats[f"loops/residual_growth/{loop}"] = (
+            means[f"h/{loop + 1}"] / means[f"h/{loop}"]
+        ) ** 0.5
         stats[f"loops/update_norm/{loop}"] = (means[f"update/{loop}"] / means[f"h/{loop}"]) ** 0.5
         if model.rho is not None:
             stats[f"loops/rho/{loop}"] = model.rho[loop].detach().abs().mean().item()
-        if masses[loop]:
-            stats[f"loops/first_token_mass/{loop}"] = means[f"mass/{loop}"]
+        mass = {layer: means[f"mass/{loop}/{layer}"] for layer in masses[loop]}
+        if mass:
+            stats[f"loops/first_token_mass/{loop}"] = sum(mass.values()) / len(mass)
+        for layer, value in mass.items():
+            stats[f"depth/first_token_mass/{loop * len(model.layers) + layer}"] = value
     return stats
 
 
-def first_token_masses(model: LoopedTransformer, probe: Probe) -> list[list[float]]:
-    """Return the attention mass on the first token, by loop, for each layer that logs one."""
-    masses: list[list[float]] = [[] for _ in model.layout]
+def first_token_masses(model: LoopedTransformer, probe: Probe) -> list[dict[int, float]]:
+    """Return the attention mass on the first token, by loop, then by layer that logs one."""
+    masses: list[dict[int, float]] = [{} for _ in model.layout]
     for layer, column in enumerate(zip(*model.layout, strict=True)):
         names = [MIXERS[spec.mixer].module_name for spec in column]
         for name in dict.fromkeys(names):
@@ -165,7 +173,7 @@ def first_token_masses(model: LoopedTransformer, probe: Probe) -> list[list[floa
             calls = probe.calls(f"layers.{layer}.{name}", "first_token_mass")
             if calls:
                 for loop, stats in zip(loops, calls, strict=True):
-                    masses[loop].append(stats["mean"])
+                    masses[loop][layer] = stats["mean"]
     return masses
 
 

@@ -98,15 +98,17 @@ def by_definition(model: LoopedTransformer, batch: Batch) -> dict[str, float]:
     h = F.embedding(x, model.tok_embeddings.weight)
     for loop, specs in enumerate(model.layout):
         u, masses = h, []
-        for layer, spec in zip(model.layers, specs, strict=True):
+        for i, (layer, spec) in enumerate(zip(model.layers, specs, strict=True)):
             if spec.mixer in ("full", "window"):
                 q, k, _ = layer.attention._qkv(layer.attention_norm(h), positions)
                 masses.append(mass_by_definition(q, k, spec.window, cu_seqlens).mean().item())
+                want[f"depth/first_token_mass/{loop * len(specs) + i}"] = masses[-1]
             h, _ = layer(h, spec, cu_seqlens)
         if model.rho is not None:
             h = h + model.rho[loop] * u
             want[f"loops/rho/{loop}"] = model.rho[loop].abs().mean().item()
         want[f"loops/residual_rms/{loop}"] = rms(h)
+        want[f"loops/residual_growth/{loop}"] = rms(h) / rms(u)
         want[f"loops/update_norm/{loop}"] = rms(h - u) / rms(u)
         if masses:
             want[f"loops/first_token_mass/{loop}"] = sum(masses) / len(masses)
@@ -140,6 +142,7 @@ def test_the_probe_records_the_mass_of_each_loop_and_layer():
         for key, stats in probe.results.items()
         if key.endswith("::first_token_mass")
     }
+    assert got["depth/first_token_mass/1"] == mass["layers.1.attention[0]"]
     first, last = mass["layers.1.attention[0]"], mass["layers.1.attention[1]"]
     assert got["loops/first_token_mass/0"] == pytest.approx(
         (first + mass["layers.2.attention"]) / 2
