@@ -148,7 +148,10 @@ class Save:
     def wait(self) -> None:
         """Wait until this rank has written, or Ctrl-C cancels the save. Not a collective."""
         try:
-            self._is_done.wait()  # an interrupted Thread.join would count the thread as ended
+            # An interrupted Thread.join would count the thread as ended. Python may notice a signal
+            # that arrives just before a wait only after it, so each wait is short.
+            while not self._is_done.wait(0.5):
+                pass
         except KeyboardInterrupt:
             self._tensor_files.is_cancelled = True
             self._is_done.wait(1)  # a thread that still writes at exit would abort the process

@@ -9,25 +9,44 @@ test with its traceback. Ranks that hang fail the test after `timeout` seconds.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing as mp
 import os
+import sys
 import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+ROOT = Path(__file__).parents[2]
+
+
+def _at_root(start: Callable[[], None]) -> Callable[[], None]:
+    def start_at_root() -> None:
+        with contextlib.chdir(ROOT):
+            start()
+
+    return start_at_root
+
+
 # Ranks, and runs that tests kill, fork from a server that has imported this module. It must be set
 # before the server starts. Each rank has another server for its data workers.
+# Python 3.11 imports it from the current folder, and ignores errors:
+# https://github.com/python/cpython/issues/117378
 if mp.parent_process() is None:
     mp.get_context("forkserver").set_forkserver_preload(["tests.lingua.frozen"])
+    server: Any = forkserver._forkserver
+    server.ensure_running = forkserver.ensure_running = _at_root(server.ensure_running)
 # set by launchers
 RANK_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_PROCID")
 TIMEOUT = 90.0  # seconds; ranks start slowly on a busy machine
@@ -101,6 +120,7 @@ def _rank_main(
     }
     torch.set_num_threads(1)
     try:
+        assert "tests.lingua.frozen" in sys.modules, "the server imported nothing: ranks are slow"
         dist.init_process_group(
             "gloo",
             init_method=f"file://{store}",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import math
 import os
 import signal
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -41,11 +44,13 @@ from tests.lingua.stool_utils import limited_files
 
 @pytest.fixture
 def held_disk(monkeypatch):
-    """Delay writing tensors until `.set()`."""
-    gate = threading.Event()
+    """Delay writing tensors until `.set()`. `.is_reached` is set when a save waits."""
+    gate: Any = threading.Event()
+    gate.is_reached = threading.Event()
     real = lingua.checkpointing.save.FileSystemWriter.write_data
 
     def write_data(self, plan, planner):
+        gate.is_reached.set()
         assert gate.wait(30)
         return real(self, plan, planner)
 
@@ -138,16 +143,11 @@ def test_ctrl_c_waits_for_the_pending_save_and_a_second_one_does_not(
 ):
     model, optimizer, state = build()
     train(1, model, optimizer, state)
-    interrupts = [threading.Timer(0.1 * (1 + i), _ctrl_c) for i in range(n_times)]
-    opening = threading.Timer(0.5, held_disk.set)
+    press_ctrl_c(held_disk.is_reached, caplog, then=held_disk.set if n_times == 1 else _ctrl_c)
     with (
         pytest.raises(KeyboardInterrupt),
         manager_at(tmp_path, async_save=async_save) as manager,
     ):
-        for timer in interrupts:
-            timer.start()
-        if n_times == 1:
-            opening.start()
         manager.save(model, optimizer, state, CONFIG)
         manager.finish()
     assert [int(p.name) for p in manager.existing_saves] == [1] * (n_times == 1)
@@ -156,20 +156,21 @@ def test_ctrl_c_waits_for_the_pending_save_and_a_second_one_does_not(
     assert "Ctrl-C" in caplog.text
 
 
-def test_a_second_ctrl_c_stops_the_writer_threads(tmp_path, monkeypatch):
+def test_a_second_ctrl_c_stops_the_writer_threads(tmp_path, monkeypatch, caplog):
     """At exit, a thread that still writes would abort the process."""
     write_in_threads(monkeypatch)
     real = zlib.crc32
+    is_writing = threading.Event()
 
     def slow(data, value=0):
+        is_writing.set()
         time.sleep(0.2)
         return real(data, value)
 
     monkeypatch.setattr(zlib, "crc32", slow)
     model, optimizer, state = build()
     train(1, model, optimizer, state)
-    for seconds in (0.1, 0.3):
-        threading.Timer(seconds, _ctrl_c).start()
+    press_ctrl_c(is_writing, caplog, then=_ctrl_c)
     with pytest.raises(KeyboardInterrupt), manager_at(tmp_path) as manager:
         manager.save(model, optimizer, state, CONFIG)
     time.sleep(0.1)
@@ -178,8 +179,9 @@ def test_a_second_ctrl_c_stops_the_writer_threads(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_in_training_publishes_the_pending_save_and_a_second_one_drops_it(
-    tmp_path, held_disk
+    tmp_path, held_disk, caplog
 ):
+    caplog.set_level(logging.INFO)
     model, optimizer, state = build()
     for step, is_written in ((1, True), (2, False)):
         train(step, model, optimizer, state)
@@ -189,10 +191,37 @@ def test_ctrl_c_in_training_publishes_the_pending_save_and_a_second_one_drops_it
             manager_at(tmp_path, async_save=True) as manager,
         ):
             manager.save(model, optimizer, state, CONFIG)
+            caplog.clear()
             if not is_written:
-                threading.Timer(0.1, _ctrl_c).start()
+                after_the_log(caplog, _ctrl_c)
             raise KeyboardInterrupt
         assert [int(p.name) for p in manager.existing_saves] == [1]
+
+
+def press_ctrl_c(is_writing: threading.Event, caplog: Any, then: Callable[[], None]) -> None:
+    """Interrupt the save when it writes, and call `then` when that was handled.
+
+    Two signals at once may arrive as one.
+    """
+
+    def press() -> None:
+        assert is_writing.wait(30)
+        _ctrl_c()
+        after_the_log(caplog, then)
+
+    threading.Thread(target=press).start()
+
+
+def after_the_log(caplog: Any, then: Callable[[], None]) -> None:
+    """Call `then` in a thread, when the log says what Ctrl-C does."""
+
+    def wait() -> None:
+        end = time.monotonic() + 30
+        while "Ctrl-C" not in caplog.text and time.monotonic() < end:
+            time.sleep(0.01)
+        then()
+
+    threading.Thread(target=wait).start()
 
 
 def _ctrl_c() -> None:
