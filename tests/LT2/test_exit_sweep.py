@@ -7,7 +7,10 @@ import json
 import pytest
 import torch
 
+from apps.LT2.inference.early_exit import ExitDecoder
 from apps.LT2.scripts import exit_sweep
+from lingua.dataloader.synthetic.args import TaskArgs
+from lingua.dataloader.synthetic.stream import held_out_examples
 from lingua.errors import UserError
 from tests.LT2.tiny import save_run, tiny_model
 
@@ -43,6 +46,32 @@ def test_a_sweep_measures_fixed_loops_and_thresholds(run, tmp_path, capsys):
     assert all(p[f"tokens/s/{n}"] > 0 for p in points for n in (1, 2))
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 7 and out.stat().st_size > 10_000
+
+
+def test_a_task_has_an_accuracy_and_decodes_whole_examples(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    model = tiny_model("full", 2, n_layers=1, vocab_size=6, loop_loss="gate")
+    data = {"task": {"name": "permutation", "group": "S3", "n": 5}, "batch_size": 8}
+    save_run(tmp_path / "run", model, 7, data=data)
+    decoded, out = [], tmp_path / "exits.png"
+    step = ExitDecoder.step
+    monkeypatch.setattr(
+        ExitDecoder,
+        "step",
+        lambda self, x: decoded.append((self.cache.lengths[0], x[:, 0].tolist())) or step(self, x),
+    )
+    options = ["exits=[gate:0.5]", "batch_sizes=[2]", "decode_tokens=7", f"out={out}"]
+    exit_sweep.main(
+        [f"ckpt={tmp_path / 'run'}", "device=cpu", "repeats=1", "validation.max_steps=6", *options]
+    )
+    *_, ruled = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert 0 <= ruled["acc/val"] <= 1 and ruled["tokens/s/2"] > 0
+    args = TaskArgs(name="permutation", group="S3", n=5)
+    tokens = torch.from_numpy(held_out_examples(args, 0, 6)[..., 0])
+    # Two batches of two examples, after one that isn't timed.
+    want = [(i, tokens[b : b + 2, i].tolist()) for b in (0, 0, 2) for i in range(5)]
+    assert decoded == want
+    assert "acc/val" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

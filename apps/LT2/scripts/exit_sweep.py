@@ -4,13 +4,15 @@
     python -m apps.LT2.scripts.exit_sweep runs/demo exits='[kl:0.01,kl:0.1]' batch_sizes=[1,8]
 
 The loss is that of `eval exit=`. The speed is that of decode steps over held-out text, so all rules
-see the same tokens. Fixed numbers of loops are listed beside the rules. Files: the picture `out`,
-and the numbers in a .jsonl of the same name.
+see the same tokens. A run on a synthetic task decodes whole held-out examples, and has an accuracy
+too. Fixed numbers of loops are listed beside the rules. Files: the picture `out`, and the numbers
+in a .jsonl of the same name.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from apps.LT2.evaluation.evaluate import build_validator, loop_cost
-from apps.LT2.evaluation.validation import ValidationArgs, Validator
+from apps.LT2.evaluation.validation import TaskRows, ValidationArgs, ValidationRows, Validator
 from apps.LT2.exits import check_exit, exit_loops, parse_exit
 from apps.LT2.inference.cuda_graph import DecodeGraph
 from apps.LT2.inference.early_exit import ExitDecoder
@@ -45,7 +47,7 @@ from lingua.config.help import format_value
 from lingua.errors import UserError, run_cli
 from lingua.files.lock import make_writable
 
-GATE = [f"gate:{q}" for q in (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)]
+GATE = [f"gate:{q}" for q in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)]
 KL = [f"kl:{q}" for q in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)]
 WARMUP = 4  # steps that are not timed
 
@@ -62,8 +64,8 @@ class SweepArgs:
     # one, else of kl
     exits: list[str] | None = None
     batch_sizes: list[int] = field(default_factory=lambda: [1])  # sequences that decode together
-    decode_tokens: int = 64  # timed steps of each repeat
-    prompt_tokens: int = 32  # tokens before them
+    decode_tokens: int = 64  # timed steps of each repeat; of a task, rounded up to whole examples
+    prompt_tokens: int = 32  # tokens before them; a task has none
     repeats: int = 3  # the median counts
     validation: ValidationArgs = field(default_factory=ValidationArgs)  # the held-out text
     out: str | None = None  # picture: .png, .svg or .pdf
@@ -107,29 +109,34 @@ def decode_speed(
     model: LoopedTransformer, validator: Validator, exit: str, n_rows: int, args: SweepArgs
 ) -> float:
     """Return tokens/s of steps over held-out text, the median of the repeats."""
-    tokens = held_out(validator, n_rows, args.prompt_tokens + WARMUP + args.decode_tokens)
-    tokens = tokens.to(model.tok_embeddings.weight.device)
-    rule, is_cuda = parse_exit(exit), tokens.is_cuda
+    assert validator.rows is not None
+    sequences, n_prompt, n_untimed = held_out(validator.rows, n_rows, args)
+    device, rule = model.tok_embeddings.weight.device, parse_exit(exit)
     assert rule is not None
-    cache = model.init_cache(n_rows, tokens.shape[1])
+    cache, is_cuda = model.init_cache(n_rows, sequences[0].shape[1]), device.type == "cuda"
     step: Callable[[Tensor], Tensor] = partial(model.step, cache=cache)
     if not rule.is_fixed:
         step = ExitDecoder(model, cache, rule, graph=is_cuda).step
     elif is_cuda:
         step = DecodeGraph(model, cache).step
-    seconds = []
-    for _ in range(args.repeats):
+
+    def seconds_of(tokens: Tensor) -> float:
         cache.reset()
-        model.prefill(tokens[:, : args.prompt_tokens], cache, last_only=True)
-        steps = tokens[:, args.prompt_tokens :].split(1, 1)
-        for i, token in enumerate(steps):
-            if i == WARMUP:
+        tokens, start = tokens.to(device), 0.0
+        if n_prompt:
+            model.prefill(tokens[:, :n_prompt], cache, last_only=True)
+        for i, token in enumerate(tokens[:, n_prompt:].split(1, 1)):
+            if i == n_untimed:
                 wait(is_cuda)
                 start = time.perf_counter()
             step(token)
         wait(is_cuda)
-        seconds.append(time.perf_counter() - start)
-    return n_rows * args.decode_tokens / statistics.median(seconds)
+        return time.perf_counter() - start
+
+    seconds_of(sequences[0])
+    totals = [sum(map(seconds_of, sequences)) for _ in range(args.repeats)]
+    n_timed = sum(tokens.shape[1] - n_prompt - n_untimed for tokens in sequences)
+    return n_rows * n_timed / statistics.median(totals)
 
 
 def wait(is_cuda: bool) -> None:
@@ -137,47 +144,63 @@ def wait(is_cuda: bool) -> None:
         torch.cuda.synchronize()
 
 
-def held_out(validator: Validator, n_rows: int, n_tokens: int) -> Tensor:
-    """Return (n_rows, n_tokens) of different places of the held-out text."""
-    rows = validator.rows
-    assert rows is not None
-    flat = torch.from_numpy(rows.views(0, len(rows), False)[..., 0]).flatten()
+def held_out(
+    rows: ValidationRows | TaskRows, n_rows: int, args: SweepArgs
+) -> tuple[list[Tensor], int, int]:
+    """Return sequences (n_rows, n) to decode, their prompt's length, and steps that aren't timed.
+
+    They are examples of a task, or different places of the held-out text.
+    """
+    flat = torch.from_numpy(rows.views(0, len(rows), False)[..., 0])
+    if isinstance(rows, TaskRows):
+        n_batches = math.ceil(args.decode_tokens / flat.shape[1])
+        index = torch.arange(n_batches * n_rows) % len(flat)
+        return list(flat[index].split(n_rows)), 0, 0
+    n_tokens = args.prompt_tokens + WARMUP + args.decode_tokens
+    flat = flat.flatten()
     flat = flat.repeat(-(-n_tokens // len(flat)))
     stride = max(1, (len(flat) - n_tokens) // n_rows)
     starts = [i * stride % (len(flat) - n_tokens + 1) for i in range(n_rows)]
-    return torch.stack([flat[start : start + n_tokens] for start in starts])
+    text = torch.stack([flat[start : start + n_tokens] for start in starts])
+    return [text], args.prompt_tokens, WARMUP
 
 
 # ---- output
 
 
 def print_table(points: Sequence[Point], batch_sizes: Sequence[int]) -> None:
-    loss = loss_of(points)
-    speeds = [f"tokens/s/{n}" for n in batch_sizes]
-    heads = [name.replace("tokens/s/", "tokens/s, batch ") for name in speeds]
-    print("exit         loops   MFLOPs  " + f"{loss:>12}  " + "  ".join(heads))
+    columns = {name: name for name, _ in scores_of(points)}
+    columns |= {f"tokens/s/{n}": f"tokens/s, batch {n}" for n in batch_sizes}
+    heads = [f"{head:>12}" for head in columns.values()]
+    print("  ".join(["exit         loops   MFLOPs", *heads]))
     for p in points:
-        cells = "  ".join(
-            f"{p[name]:{len(head)}.1f}" for name, head in zip(speeds, heads, strict=True)
-        )
+        digits = [1 if name.startswith("tokens/s") else 4 for name in columns]
+        cells = [
+            f"{p[name]:{len(head)}.{n}f}"
+            for name, head, n in zip(columns, heads, digits, strict=True)
+        ]
         flops = p["flops_per_token"] / 1e6
-        print(f"{p['exit']:12} {p['loops']:5.2f} {flops:8.1f}  {p[loss]:12.4f}  {cells}")
+        print("  ".join([f"{p['exit']:12} {p['loops']:5.2f} {flops:8.1f}", *cells]))
 
 
 def draw(points: Sequence[Point], batch_sizes: Sequence[int], out: Path) -> None:
-    """Draw loss and speed against the threshold, and loss against speed."""
+    """Draw scores and speed against the threshold, and the main score against speed."""
     pyplot = import_pyplot(needed_by="the picture")
     fixed = [p for p in points if ":" not in p["exit"]]
     ruled = sorted((p for p in points if ":" in p["exit"]), key=threshold)
-    thresholds, loss = list(map(threshold, ruled)), loss_of(points)
-    figure, (left, middle, right) = pyplot.subplots(
-        1, 3, figsize=(12, 3.8), dpi=150, layout="constrained"
+    thresholds, scores = list(map(threshold, ruled)), scores_of(points)
+    n_panels = len(scores) + 2
+    figure, (*panels, middle, right) = pyplot.subplots(
+        1, n_panels, figsize=(4 * n_panels, 3.8), dpi=150, layout="constrained"
     )
-    losses = [p[loss] for p in ruled]
-    draw_lines(left, [Line(thresholds, losses, "exit", COLOURS[0], marker="o")])
-    for p in fixed:
-        left.axhline(p[loss], color=GREY, linestyle=":", zorder=0)
-        note(left, f"T = {p['exit']}", (0.01, p[loss]), xycoords=("axes fraction", "data"))
+    for axes, (name, label) in zip(panels, scores, strict=True):
+        values = [p[name] for p in ruled]
+        draw_lines(axes, [Line(thresholds, values, "exit", COLOURS[0], marker="o")])
+        for p in fixed:
+            axes.axhline(p[name], color=GREY, linestyle=":", zorder=0)
+            note(axes, f"T = {p['exit']}", (0.01, p[name]), xycoords=("axes fraction", "data"))
+        axes.set(ylabel=label)
+    main, main_label = scores[-1]
     for i, n in enumerate(batch_sizes):
         colour, speed = COLOURS[i % len(COLOURS)], f"tokens/s/{n}"
         speeds, all_fixed = [p[speed] for p in ruled], [p[speed] for p in fixed]
@@ -187,19 +210,18 @@ def draw(points: Sequence[Point], batch_sizes: Sequence[int], out: Path) -> None
             middle.axhline(p[speed], color=colour, linestyle=":", alpha=0.5, zorder=0)
             note(middle, f"T = {p['exit']}", (0.01, p[speed]), xycoords=("axes fraction", "data"))
         lines = [
-            Line(speeds, losses, f"exit{label}", colour, marker="o"),
-            Line(all_fixed, [p[loss] for p in fixed], f"fixed T{label}", colour, "--", "s", 1.0),
+            Line(speeds, [p[main] for p in ruled], f"exit{label}", colour, marker="o"),
+            Line(all_fixed, [p[main] for p in fixed], f"fixed T{label}", colour, "--", "s", 1.0),
         ]
         draw_lines(right, lines)
         for p in fixed:
-            note(right, f"T = {p['exit']}", (p[speed], p[loss]))
+            note(right, f"T = {p['exit']}", (p[speed], p[main]))
     kind = {"gate": "the exit gate", "kl": "KL (nats)"}[ruled[0]["exit"].partition(":")[0]]
-    unit = "bits per byte" if loss == "loss/val_bpb" else "nats per target"
-    left.set(xlabel=f"threshold of {kind}", ylabel=f"held-out loss ({unit})")
-    middle.set(xlabel=f"threshold of {kind}", ylabel="decode tokens/s")
-    right.set(xlabel="decode tokens/s", ylabel=f"held-out loss ({unit})")
-    if kind.startswith("KL"):
-        for axes in (left, middle):
+    middle.set(ylabel="decode tokens/s")
+    right.set(xlabel="decode tokens/s", ylabel=main_label)
+    for axes in (*panels, middle):
+        axes.set(xlabel=f"threshold of {kind}")
+        if kind.startswith("KL"):
             axes.set_xscale("log")
             set_plain_ticks(axes.xaxis)
     if len(batch_sizes) > 1:
@@ -221,9 +243,14 @@ def threshold(point: Point) -> float:
     return float(point["exit"].partition(":")[2])
 
 
-def loss_of(points: Sequence[Point]) -> str:
-    """Return the loss to show: bits per byte, which a synthetic task doesn't have."""
-    return "loss/val_bpb" if "loss/val_bpb" in points[0] else "loss/val"
+def scores_of(points: Sequence[Point]) -> list[tuple[str, str]]:
+    """Return the scores to show, (name, label), the main one last.
+
+    Text has bits per byte; a synthetic task has a loss and an accuracy.
+    """
+    if "acc/val" in points[0]:
+        return [("loss/val", "held-out loss (nats per answer)"), ("acc/val", "held-out accuracy")]
+    return [("loss/val_bpb", "held-out loss (bits per byte)")]
 
 
 def main(argv: list[str]) -> None:
