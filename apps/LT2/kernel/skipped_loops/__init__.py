@@ -89,9 +89,11 @@ class SkippedLoops:
     def _upload(self, numbers: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         """Return a table on the device. A capture can't copy from the host: it is filled later."""
         host = torch.tensor(numbers, dtype=torch.int64)
-        table = torch.empty(host.shape, dtype=torch.int64, device=device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._tables.append((table, host))
-        else:
-            table.copy_(host)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            return host.to(device)
+        # Another stream allocates outside of the memory that graphs share. There, a graph that was
+        # captured before writes its temporary results to memory that was free again.
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            table = torch.empty(host.shape, dtype=torch.int64, device=device)
+        self._tables.append((table, host))
         return table
