@@ -152,6 +152,7 @@ LEAVES = {
     "docs/benchmarking.md: Prefill and decode": [
         "runs/looped.png",
         "runs/benchmark_prefill/benchmark_prefill.png",
+        "runs/decode.md",
     ],
     "docs/data.md: Prepare a corpus": [
         "data/fineweb_edu_shuffled/fineweb_edu.val.jsonl",

@@ -36,6 +36,10 @@ COMMANDS = {
     "import": ("apps.LT2.scripts.import_hf", "read a Hugging Face folder"),
     "push": ("apps.LT2.scripts.push_to_hub", "upload an exported folder to the Hugging Face Hub"),
     "benchmark prefill": ("apps.LT2.benchmark_prefill", "speed of prefill and decode"),
+    "benchmark report": (
+        "apps.LT2.scripts.benchmark_report",
+        "tables, figure and verdicts of results of benchmark prefill",
+    ),
     "benchmark train": ("apps.LT2.scripts.benchmark_train", "speed and memory of training"),
     "benchmark loader": ("apps.LT2.scripts.benchmark_loader", "speed of the data loader"),
     "benchmark checkpoint": (

@@ -56,7 +56,8 @@ from lingua.parallel.args import DTYPES, resolve_dtype
 from lingua.tokenizer import build_tokenizer, find_tokenizer_file
 
 LLAMA3_VOCAB = 128_256  # vocabulary of the recipes' tokenizer
-AT_LEAST_ONE = ("seq_len", "batch_size", "decode_tokens", "repeats", "warmup", "prefill_chunk")
+AT_LEAST_ONE = ("seq_len", "batch_size", "decode_tokens", "repeats", "warmup")
+AT_LEAST_ONE += ("prefill_chunk", "max_prefill")
 READ_OPTIONS = ("model.", "data.tokenizer.")  # the options of a config that this benchmark reads
 
 
@@ -88,12 +89,16 @@ def parse_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add(
         "--prefill-chunk", type=int, metavar="N", help="prefill in chunks of N tokens, not compiled"
     )
+    add(
+        "--max-prefill", type=int, metavar="N", help="no prefill of more than N tokens in the batch"
+    )
     add("--repeats", type=int, default=5, metavar="N", help="measurements per point")
     add("--warmup", type=int, default=2, metavar="N", help="runs before the measurements")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 on a GPU")
     add("--weights", choices=WEIGHTS, default="auto", help="int8: 8-bit weights for decode steps")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--no-compile", action="store_true", help="run layers eagerly (always on a CPU)")
+    add("--compile-once", action="store_true", help="compile for all lengths, not for each of them")
     add("--no-cuda-graph", action="store_true", help="decode without a CUDA graph")
     add("--plot", type=Path, metavar="PNG", help="plot tokens/s against length")
     given, overrides = parser.parse_with_overrides(argv)
@@ -161,9 +166,9 @@ def build(
     if plan.weights == "int8":
         quantize_int8(model)
     if plan.compiled:
-        compile_layers(model, "step", dynamic=False)
+        compile_layers(model, "step", dynamic=None if plan.compile_once else False)
         if plan.prefill_chunk is None:
-            compile_layers(model, "prefill", dynamic=False)
+            compile_layers(model, "prefill", dynamic=plan.compile_once)
     return model.requires_grad_(False).eval()
 
 
@@ -261,6 +266,8 @@ def make_plan(given: argparse.Namespace, device: torch.device) -> Plan:
         decode_tokens=given.decode_tokens,
         prefill_chunk=given.prefill_chunk,
         weights=given.weights,
+        max_prefill=given.max_prefill,
+        compile_once=given.compile_once,
         compiled=on_gpu and not given.no_compile,
         cuda_graph=on_gpu and not given.no_cuda_graph,
     )
@@ -292,6 +299,7 @@ def main(argv: list[str]) -> None:
     result = environment(device) | {
         "dtype": str(dtype).removeprefix("torch."),
         "plan": asdict(plan),
+        "argv": argv,
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()},
         "overrides": overrides,
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from apps.LT2 import benchmark_prefill
 from apps.LT2.benchmark import timing as measure
 from apps.LT2.benchmark.inference_cost import (
     Decode,
@@ -208,6 +209,21 @@ def test_rows_are_configs_by_batch_sizes_by_lengths(capsys, recipe, quick_ceilin
     assert result["ceilings"]["matmul_flops"] == 1e10
     assert result["torch"] == torch.__version__ and "commit" in result and result["device"]
     assert table.count("\ntiny ") == 4 and "T = 3" in table
+
+
+@pytest.mark.parametrize("once, dynamic", [(False, [False, False]), (True, [None, True])])
+def test_compiled_code_is_for_one_point_or_for_all(monkeypatch, recipe, once, dynamic):
+    found: list = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: found.append("reset"))
+    monkeypatch.setattr(
+        benchmark_prefill, "compile_layers", lambda model, name, *, dynamic: found.append(dynamic)
+    )
+    plan = replace(PLAN, compiled=True, compile_once=once, repeats=1)
+    (subject,) = read_subjects([str(recipe)], ["model.vocab_size=99"])
+    model = benchmark_prefill.build(subject, CPU, torch.float32, plan)
+    for n in (4, 8):
+        measure_point({"tiny": model}, 1, n, plan, CEILINGS)
+    assert found == [*dynamic, *["reset"] * (0 if once else 2)]
 
 
 def test_the_measured_cache_is_the_counted_one(recipe):

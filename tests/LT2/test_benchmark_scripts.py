@@ -86,7 +86,7 @@ def test_one_machine_measures_all_recipes_and_goes_on_after_a_failure(run, tmp_p
         f"-m apps.LT2.benchmark_prefill --config {recipe} --seq-len 16 32 --repeats 3"
         for recipe in RECIPES
     ]
-    assert "plot_benchmark" in drawn and RECIPES[0].split("/")[-1][:-5] in drawn
+    assert "benchmark_report" in drawn and RECIPES[0].split("/")[-1][:-5] in drawn
     assert len(list((tmp_path / "out").glob("*.json"))) == len(RECIPES) - 1
 
     (tmp_path / "asked").unlink()

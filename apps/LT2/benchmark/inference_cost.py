@@ -27,7 +27,7 @@ from apps.LT2.transformer import LoopedTransformer
 from lingua.metrics import GIB
 
 MIB = 2**20
-OUT_OF_MEMORY = "out of memory"
+OUT_OF_MEMORY, NOT_MEASURED = "out of memory", "not measured"
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class Plan:
     warmup: int  # runs before the repeats; kernels are compiled and tuned there
     decode_tokens: int  # steps per run
     prefill_chunk: int | None  # tokens prefilled at once; None = all
-    compiled: bool  # compile the models, again for each point
+    compiled: bool  # compile the models, by default again for each point
     cuda_graph: bool  # decode with a CUDA graph
     weights: str = "auto"  # "int8" = 8-bit weights for decode steps
+    max_prefill: int | None = None  # tokens of all sequences; larger prefills are not measured
+    compile_once: bool = False  # for all lengths
 
 
 @dataclass
@@ -127,15 +129,17 @@ def measure_point(
     ceilings: Ceilings,
 ) -> tuple[list[Row], Ratio | None]:
     """Measure a row for each model, and the ratio of the first two if there are several."""
-    if plan.compiled:
+    if plan.compiled and not plan.compile_once:
         torch.compiler.reset()  # no code specialized for the shapes of another point
-    seconds = {
+    is_long = plan.max_prefill is not None and batch_size * seqlen > plan.max_prefill
+    seconds = {Prefill: [Timing([], problem=NOT_MEASURED)] * len(models)}
+    seconds |= {
         kind: time_alternately(
             [lambda m=m, kind=kind: kind(m, batch_size, seqlen, plan) for m in models.values()],
             next(iter(models.values())).tok_embeddings.weight.device,
             plan,
         )
-        for kind in (Prefill, Decode)
+        for kind in ((Decode,) if is_long else (Prefill, Decode))
     }
     rows = []
     for i, (name, model) in enumerate(models.items()):
@@ -160,6 +164,7 @@ def measure_point(
 class Timing:
     seconds: list[float]  # of each repeat; empty if out of memory
     peak_gib: float | None = None
+    problem: str = OUT_OF_MEMORY  # if empty
 
 
 def time_alternately(
@@ -235,7 +240,7 @@ def decode_cost(
 def _cost(timing: Timing, *, n_steps: int, n_tokens: int) -> Cost:
     """Cost of one of the `n_steps` steps of a repeat; a step yields `n_tokens` tokens."""
     if not timing.seconds:
-        return Cost(problem=OUT_OF_MEMORY)
+        return Cost(problem=timing.problem)
     ms, low, high = Spread.of([1000 * s / n_steps for s in timing.seconds])
     return Cost(ms, (low, high), 1000 * n_tokens / ms, peak_gib=timing.peak_gib)
 

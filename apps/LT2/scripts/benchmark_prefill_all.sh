@@ -1,5 +1,5 @@
 #!/bin/bash
-# Measure prefill and decode of every 1B recipe at every length on this machine, and plot them:
+# Measure prefill and decode of every 1B recipe at every length on this machine, and report them:
 #
 #     bash apps/LT2/scripts/benchmark_prefill_all.sh [OPTION of apps.LT2.benchmark_prefill ...]
 #
@@ -30,5 +30,5 @@ for recipe in "${recipes[@]}"; do
         failed=1
     fi
 done
-python -m apps.LT2.scripts.plot_benchmark "$out"/*.json --out "$out/benchmark_prefill.png"
+python -m apps.LT2.scripts.benchmark_report "$out"/*.json --out "$out/benchmark_prefill.md"
 exit $failed

@@ -1,9 +1,10 @@
-"""Plot results of benchmark_prefill: tokens/s of prefill and decode against length.
+"""Plot results of benchmark_prefill: prefill, decode and cache against length.
 
     python -m apps.LT2.scripts.plot_benchmark runs/benchmark_prefill/*.json --out figure.png
 
 A file contains the output of the benchmark, or only its last line (JSON). Each config is one line
-in the figure, or one line per batch size. Points that ran out of memory are missing.
+in the figure, or one line per batch size. An x, at the height of the last point of its line, marks
+a length that ran out of memory.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from apps.LT2.scripts.figure import COLOURS, import_pyplot, save_figure
+from apps.LT2.benchmark.inference_cost import OUT_OF_MEMORY
+from apps.LT2.scripts.figure import MORE_COLOURS, import_pyplot, save_figure, set_plain_ticks
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
 
-PANELS = {"prefill": "Prefill", "decode": "Decode"}
+PANELS = {  # kind -> title, unit
+    "prefill": ("Prefill", "tokens/s, all sequences"),
+    "decode": ("Decode", "tokens/s, all sequences"),
+    "cache": ("Cache of a sequence", "MiB"),
+}
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # for more lines than colours
 
 Points = dict[str, dict[int, float]]  # line -> length -> tokens/s
@@ -33,20 +39,44 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def named_rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Return each row with the name of its line, which has the batch size if there are several."""
+    rows = [row for result in results for row in result["rows"]]
+    several = len({row["batch_size"] for row in rows}) > 1
+    return [
+        (f"{row['config']}, batch {row['batch_size']}" if several else row["config"], row)
+        for row in rows
+    ]
+
+
 def points(results: Sequence[dict[str, Any]], kind: str) -> Points:
     """Return tokens/s by line and length for `kind`, prefill or decode.
 
     If a point was measured twice, the later one counts.
     """
-    rows = [row for result in results for row in result["rows"]]
-    several = len({row["batch_size"] for row in rows}) > 1
     lines: Points = {}
-    for row in rows:
-        name = f"{row['config']}, batch {row['batch_size']}" if several else row["config"]
+    for name, row in named_rows(results):
         line = lines.setdefault(name, {})
         if row[kind]["tokens_per_s"] is not None:
             line[row["seqlen"]] = row[kind]["tokens_per_s"]
     return lines
+
+
+def cache_sizes(results: Sequence[dict[str, Any]]) -> Points:
+    """Return the MiB of a sequence's cache by config and length."""
+    lines: Points = {}
+    for row in (row for result in results for row in result["rows"]):
+        lines.setdefault(row["config"], {})[row["seqlen"]] = row["cache_mib"]
+    return lines
+
+
+def out_of_memory(results: Sequence[dict[str, Any]], kind: str) -> dict[str, list[int]]:
+    """Return the lengths without memory for `kind` by line, named as in `points`."""
+    found: dict[str, list[int]] = {}
+    for name, row in named_rows(results):
+        if row[kind].get("problem") == OUT_OF_MEMORY:
+            found.setdefault(name, []).append(row["seqlen"])
+    return found
 
 
 def check_can_draw(out: Path) -> None:
@@ -60,30 +90,43 @@ def check_can_draw(out: Path) -> None:
         raise UserError(f"--plot {out}: the folder {out.parent} does not exist")
 
 
+def line_looks(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return colour, dashes and marker by line: a colour for each config, dashes by batch size."""
+    rows = named_rows(results)
+    configs = list(dict.fromkeys(row["config"] for _, row in rows))
+    batches = list(dict.fromkeys(row["batch_size"] for _, row in rows))
+    looks = {}
+    for name, row in rows:
+        colour = configs.index(row["config"])
+        dashes = batches.index(row["batch_size"]) + colour // len(MORE_COLOURS)
+        style, marker = STYLES[dashes % len(STYLES)]
+        look = {"color": MORE_COLOURS[colour % len(MORE_COLOURS)], "marker": marker}
+        looks[name] = {**look, "linestyle": style}
+        looks.setdefault(row["config"], looks[name])  # of all batch sizes
+    return looks
+
+
 def draw(results: Sequence[dict[str, Any]], out: Path) -> None:
     pyplot = import_pyplot(needed_by="plotting a benchmark")
-    figure, all_axes = pyplot.subplots(1, 2, figsize=(12, 5), dpi=150, layout="constrained")
-    for axes, (kind, title) in zip(all_axes, PANELS.items(), strict=True):
-        lines = points(results, kind)
-        for i, (name, line) in enumerate(lines.items()):
-            style, marker = STYLES[i // len(COLOURS) % len(STYLES)]
-            lengths = sorted(line)
-            axes.plot(
-                lengths,
-                [line[n] for n in lengths],
-                color=COLOURS[i % len(COLOURS)],
-                linestyle=style,
-                marker=marker,
-                markersize=4,
-                label=name,
-            )
-        ticks = sorted({n for line in lines.values() for n in line})
+    looks = line_looks(results)
+    figure, all_axes = pyplot.subplots(1, 3, figsize=(16, 5.5), dpi=150, layout="constrained")
+    for axes, kind in zip(all_axes, PANELS, strict=True):
+        title, unit = PANELS[kind]
+        lines = cache_sizes(results) if kind == "cache" else points(results, kind)
+        missing = {} if kind == "cache" else out_of_memory(results, kind)
+        for name, line in lines.items():
+            look, lengths = looks[name], sorted(line)
+            axes.plot(lengths, [line[n] for n in lengths], label=name, markersize=4, **look)
+            for n in missing.get(name, []) if line else []:
+                axes.plot(n, line[lengths[-1]], "x", color=look["color"], markersize=7)
+        ticks = sorted({row["seqlen"] for _, row in named_rows(results)})
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(ticks, [format_length(n) for n in ticks])
+        set_plain_ticks(axes.yaxis)
         axes.set_xlabel("length (tokens)")
-        axes.set_ylabel("tokens/s, all sequences")
-        axes.set_title(title, loc="left")
+        axes.set_ylabel(unit)
+        axes.set_title(f"{title} (x: out of memory)" if missing else title, loc="left")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     devices = sorted({f"{result['device']}, {result['dtype']}" for result in results})

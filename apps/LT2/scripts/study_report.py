@@ -263,11 +263,12 @@ def draw_plots(study: Study, runs: list[Run], folder: Path) -> list[Path]:
     return drawn
 
 
-def format_verdicts(verdicts: Sequence[tuple[Claim, str, str]]) -> str:
+def format_verdicts(verdicts: Sequence[tuple[Any, str, str]], rule: str = "") -> str:
+    """Return a table of claims, what was measured, and verdicts, with the rule of the verdicts."""
     rows = ["| claim | paper | measured here | verdict |", "|---|---|---|---|"]
     for claim, ours, verdict in verdicts:
         rows.append(f"| {claim.claim} | {claim.paper} | {claim.column}: {ours} | {verdict} |")
-    rule = (
+    rule = rule or (
         "A claim holds if every seed of one side is below every seed of the other. With three "
         "seeds a side, chance alone does this in one of 20 cases."
     )
