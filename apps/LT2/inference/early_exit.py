@@ -150,6 +150,7 @@ class _Graphs:
                     for _ in range(WARMUP_STEPS):
                         with cache.preserved():
                             decoder.step(tokens_B1, leave_after=t + 1)
+            decoder.skipped.reserve_tables(device)
             with cache.preserved():
                 self._pool = torch.cuda.graph_pool_handle()
                 at = None

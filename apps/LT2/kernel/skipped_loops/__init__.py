@@ -68,6 +68,7 @@ class SkippedLoops:
         self.updates: list[DeltaUpdate] = []  # need `has_kernel`
         self.after: list[Callable[[], None]] = []  # what depends on the copies
         self._tables: list[tuple[Tensor, Tensor]] = []  # of captured launches: (device, host)
+        self._n_numbers = 0  # in tables that were not captured
 
     def run(self) -> None:
         """Run the collected updates, and forget them. Doesn't sync."""
@@ -81,6 +82,14 @@ class SkippedLoops:
             call()
         self.copies, self.updates, self.after = [], [], []
 
+    def reserve_tables(self, device: torch.device) -> None:
+        """Allocate the tables of launches that will be captured; `run` has warmed up all of them.
+
+        They can't be in the memory that the graphs share: a graph that was captured before would
+        write its temporary results over them.
+        """
+        self._room = torch.empty(self._n_numbers, dtype=torch.int64, device=device)
+
     def fill_tables(self) -> None:
         """Fill the tables of captured launches, before the first replay."""
         for table, numbers in self._tables:
@@ -90,10 +99,9 @@ class SkippedLoops:
         """Return a table on the device. A capture can't copy from the host: it is filled later."""
         host = torch.tensor(numbers, dtype=torch.int64)
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            self._n_numbers += host.numel()
             return host.to(device)
-        # Another stream allocates outside of the memory that graphs share. There, a graph that was
-        # captured before writes its temporary results to memory that was free again.
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            table = torch.empty(host.shape, dtype=torch.int64, device=device)
+        room, self._room = self._room.split([host.numel(), len(self._room) - host.numel()])
+        table = room.view(host.shape)
         self._tables.append((table, host))
         return table
