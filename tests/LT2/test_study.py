@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import statistics
 import time
 from dataclasses import replace
@@ -252,6 +253,18 @@ def test_a_study_stops_in_time_and_shares_gpus(monkeypatch, tmp_path, capsys):
     assert "4 runs are not finished; the same command" in capsys.readouterr().out
     seconds = json.loads(file.read_text())["seconds"]
     assert 5.6 <= seconds == record["seconds"] < 15  # two GPUs for 0.3 s
+
+
+@pytest.mark.parametrize("gpus", [None, "3"])
+def test_only_a_study_on_gpus_forks_a_server(monkeypatch, tmp_path, gpus):
+    """A forked run would start its own server for data workers, which would import for seconds."""
+    preloaded = []
+    context = multiprocessing.context.BaseContext
+    monkeypatch.setattr(context, "set_forkserver_preload", lambda _, names: preloaded.extend(names))
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: None)
+    process = study_runs.ForkedProcess(jobs_in(tmp_path, 1, steps=1)[0], gpus)
+    is_server = isinstance(process._process, multiprocessing.context.ForkServerProcess)
+    assert is_server == (gpus is not None) == (study_runs.SCRIPT in preloaded)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ class ForkedProcess(LocalProcess):
         self.output = LocalOutput(job)
         self.output.err.parent.mkdir(parents=True, exist_ok=True)
         context: Any = multiprocessing.get_context("fork" if gpus is None else "forkserver")
-        context.set_forkserver_preload([SCRIPT, __name__])
+        if gpus is not None:  # a fork would pass this to its own server, for data workers
+            context.set_forkserver_preload([SCRIPT, __name__])
         argv = [f"config={job.dump_dir / 'base_config.yaml'}", *job.args.overrides]
         files = (str(self.output.out), str(self.output.err))
         variables = {"DUMP_DIR": str(job.dump_dir)}
