@@ -473,8 +473,12 @@ def check_same_tokenizer(args: TrainArgs, checkpoint: Path, difference: str) -> 
 
 
 def save_run_record(args: TrainArgs, given: TrainArgs, step: int) -> None:
-    """Write config.yaml, base_config.yaml and the code. A changed config is kept under `step`."""
+    """Write config.yaml, base_config.yaml and the code. A changed config is kept under `step`.
+
+    A checkpoint.path that was derived is null: with another dump_dir, config.yaml starts a new run.
+    """
     folder = Path(args.dump_dir)
+    args = replace(args, checkpoint=replace(args.checkpoint, path=given.checkpoint.path))
     if not (folder / "base_config.yaml").exists():
         dump_config(given, folder / "base_config.yaml", log_config=False)
     config = folder / "config.yaml"

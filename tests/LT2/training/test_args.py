@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from apps.LT2.training.args import validate_train_args
+from apps.LT2.train import save_run_record
+from apps.LT2.training.args import TrainArgs, validate_train_args
 from apps.LT2.training.unused_options import train_warnings
+from lingua.args import parse_args
 from lingua.errors import UserError
 from tests.lingua.tokenizer_kinds import TOKENIZER_KINDS
-from tests.LT2.tiny_run import SMALL, column, train, train_args, write_corpus
+from tests.LT2.tiny_run import (
+    SMALL,
+    column,
+    train,
+    train_args,
+    without_code_copy,
+    write_corpus,
+)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +150,16 @@ def test_defaults_are_filled_in_a_copy(data, tmp_path):
     assert (filled.model.vocab_size, filled.model.max_seqlen) == (258, 32)
     assert filled.checkpoint.path == str(tmp_path / "checkpoints")
     assert (given.model.vocab_size, given.model.seed, given.checkpoint.path) == (-1, None, None)
+
+
+def test_config_yaml_with_another_dump_dir_is_another_run(data, tmp_path):
+    run = tmp_path / "a"
+    run.mkdir()
+    given = train_args(data, run)
+    with without_code_copy():
+        save_run_record(validate_train_args(given), given, 0)
+    copy = parse_args(TrainArgs, [f"config={run / 'config.yaml'}", f"dump_dir={tmp_path / 'b'}"])
+    assert validate_train_args(copy).checkpoint.path == str(tmp_path / "b" / "checkpoints")
 
 
 def test_without_a_named_source_training_reads_root_dir(tmp_path):
