@@ -223,7 +223,8 @@ def draw(points: Sequence[Point], batch_sizes: Sequence[int], out: Path) -> None
         axes.set(xlabel=f"threshold of {kind}")
         if kind.startswith("KL"):
             axes.set_xscale("log")
-            set_plain_ticks(axes.xaxis)
+            decades = [10.0**k for k in range(-9, 0) if thresholds[0] <= 10.0**k <= thresholds[-1]]
+            set_plain_ticks(axes.xaxis, decades if len(decades) > 1 else None)
     if len(batch_sizes) > 1:
         middle.set_yscale("log")
         right.set_xscale("log")
