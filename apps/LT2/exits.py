@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from apps.LT2.kernel.exit_gate import exit_by_gate
+from apps.LT2.kernel.exit_kl import kl_of_logits
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.errors import UserError
 
@@ -184,18 +185,12 @@ def _leave_by_kl(
     if t == 0:
         return torch.zeros_like(at.left_BT), logits
     if logits is not None and at.seen is not None:
-        kl = _kl(at.seen, logits)
+        kl = kl_of_logits(at.seen, logits)
     else:
         n = max(1, LOGITS_AT_ONCE // model.args.vocab_size)
         pairs = zip(*(x.flatten(0, 1).split(n) for x in (at.h_BTD, h)), strict=True)
-        kl = torch.cat([_kl(model.logits_of(a), model.logits_of(b)) for a, b in pairs])
+        kl = torch.cat([kl_of_logits(model.logits_of(a), model.logits_of(b)) for a, b in pairs])
     return kl.view_as(at.left_BT) < rule.limit, logits
-
-
-def _kl(before: Tensor, after: Tensor) -> Tensor:
-    """Return KL(before || after) (...) in nats of logits (..., V)."""
-    log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from apps.LT2.inference.early_exit import ExitDecoder
 from apps.LT2.inference.load import cast_for_inference, fuse_projections
 from apps.LT2.kernel import skipped_loops
 from apps.LT2.kernel.exit_gate import exit_by_gate
+from apps.LT2.kernel.exit_kl import kl_of_logits
 from apps.LT2.kernel.skipped_loops.naive import copy_slots_naive
 from tests.gpu.test_decode_graph_gpu import CHANGES, DIMS
 from tests.LT2.tiny import tiny_model
@@ -27,12 +28,14 @@ def use_plain_torch(monkeypatch) -> None:
 
     monkeypatch.setattr(skipped_loops, "launch_copies", copy)
     monkeypatch.setattr(skipped_loops.DeltaUpdate, "has_kernel", False)
-    monkeypatch.setattr(apps.LT2.exits, "exit_by_gate", partial(exit_by_gate, impl="torch"))
+    for decide in (exit_by_gate, kl_of_logits):
+        monkeypatch.setattr(apps.LT2.exits, decide.__name__, partial(decide, impl="torch"))
 
 
+@pytest.mark.parametrize("rule", [ExitRule("gate", 0.6), ExitRule("kl", 0.25)], ids=str)
 @pytest.mark.parametrize("n_rows", [1, 3])
 @pytest.mark.parametrize("kind", ["full", "hybrid", "window", "gdn+dsa"])
-def test_kernels_of_exits_equal_plain_torch(monkeypatch, kind, n_rows):
+def test_kernels_of_exits_equal_plain_torch(monkeypatch, kind, n_rows, rule):
     torch.manual_seed(0)
     model = tiny_model(kind, 3, **{**DIMS, **CHANGES.get(kind, {})}, loop_loss="gate").cuda()
     cast_for_inference(model, torch.bfloat16)
@@ -44,7 +47,7 @@ def test_kernels_of_exits_equal_plain_torch(monkeypatch, kind, n_rows):
         if not graph:
             use_plain_torch(monkeypatch)
         cache = model.init_cache(n_rows, 60)
-        decoder = ExitDecoder(model, cache, ExitRule("gate", 0.6), graph=graph)
+        decoder = ExitDecoder(model, cache, rule, graph=graph)
         model.prefill(tokens[:, :40], cache)
         logits = [decoder.step(token).clone() for token in tokens[:, 40:].split(1, 1)]
         results.append((torch.cat(logits, 1), decoder.tally, cache))

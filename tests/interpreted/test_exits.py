@@ -7,6 +7,8 @@ import torch
 
 from apps.LT2.kernel.exit_gate import exit_by_gate
 from apps.LT2.kernel.exit_gate.triton import launch
+from apps.LT2.kernel.exit_kl import kl_of_logits
+from apps.LT2.kernel.exit_kl.triton import launch as kl_launch
 from apps.LT2.kernel.skipped_loops import SlotCopy
 from apps.LT2.kernel.skipped_loops.naive import copy_slots_naive
 from apps.LT2.kernel.skipped_loops.triton import launch_copies, launch_updates
@@ -33,6 +35,16 @@ def test_decision_of_the_gate(D, dtype, first):
     assert 0 < want[1].sum() < 9
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     assert_same(got[2], want[2], FP32, "log p(no exit)")
+
+
+@pytest.mark.parametrize("V", [7, 5000])
+def test_kl_of_logits(V):
+    torch.manual_seed(0)
+    before = 3 * torch.randn(3, 2, V) + 50
+    after = before + 0.1 * torch.randn(3, 2, V) - 20
+    want = kl_of_logits(before.double(), after.double(), impl="torch").float()
+    got = kl_launch(before.flatten(0, 1), after.flatten(0, 1)).view(3, 2)
+    assert (got - want).abs().max() < 1e-6 and want.min() > 1e-4
 
 
 def test_copies_to_caches_of_skipped_loops():
