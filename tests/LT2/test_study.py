@@ -312,6 +312,9 @@ def test_the_table_of_results_has_a_verdict_for_each_study():
     text = (STUDIES.parents[3] / "docs/results/README.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "| `lt2 study" in line]
     assert {command.split()[-1].strip("`") for *_, command in rows} == set(NAMES)
-    for _, _, ours, verdict, _ in rows:
+    for _, _, ours, linked, repeated in rows:
+        verdict = linked.split("]")[0].strip("[")
         assert verdict in ("holds", "fails", "inconclusive", "not run")
+        name = repeated.split()[-1].strip("`")
+        assert linked == (verdict if verdict == "not run" else f"[{verdict}]({name}.md)")
         assert (ours == "-") == (verdict == "not run"), "a verdict has its numbers"
