@@ -23,7 +23,8 @@ def run(tmp_path):
     folder.mkdir(parents=True)
     (folder / "a.val.jsonl").write_text(json.dumps({"text": "held-out text " * 5}))
     model = tiny_model("full", 2, n_layers=1, max_seqlen=32, loop_loss="gate")
-    model.exit_gate.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    model.get_parameter("exit_gate.weight").normal_(std=0.2, generator=generator)
     data = {"tokenizer": {"name": "bytes"}, "root_dir": str(tmp_path / "data")}
     data |= {"sources": {"text": 1.0}, "seq_len": 32}
     save_run(tmp_path / "run", model, 7, data=data)
