@@ -29,9 +29,11 @@ from tests.lingua.slurm.test_local_sweep import jobs_in, write_metrics
 from tests.LT2.tiny_run import write_corpus
 
 NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.name != DEFAULTS)
-# Arms that a test runs; the others differ in the mixer, which other tests cover.
+# Arms that a test runs; the others differ in the mixer or in T, which other tests cover.
 ARMS = {
     "mixers": ["hybrid"],
+    "permutation": ["single"],
+    "sink": ["plain"],
     "stability": ["mamba2"],
 }
 ON_TASKS = ["permutation"]  # they need no text
