@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
+import multiprocessing.context
+import multiprocessing.process
 import statistics
 import time
 from dataclasses import replace
