@@ -5,8 +5,9 @@
     subprocess.run(["bash", "-c", "python -m apps.LT2.train ..."], env=quick.env())
 
 Importing torch and the evaluation harness takes longer than a tiny model's work. `bin/python` sends
-its arguments, folder, environment and open files to a server that has imported libraries. A fork of
-the server runs the module as `python` would. All processes of a test session share one server.
+its arguments, folder, environment and open files to a server that has imported libraries, lingua
+and apps. A fork of the server runs the module as `python` would, and imports lingua and apps again
+if its folder has a copy of them. All processes of a test session share one server.
 With `clone`, a fork of that server imports the modules of a copy of this repository, and commands
 run there.
 """
@@ -43,6 +44,7 @@ PRELOAD = (
 )
 OPTIONAL = (
     *("tokenizers", "safetensors.torch", "lm_eval.tasks", "lm_eval.evaluator"),
+    *("transformers", "pytablewriter"),  # of the harness's results
     *("matplotlib.pyplot", "matplotlib.backends.backend_agg"),
 )
 CLIENT = """#!{python} -IS
@@ -118,7 +120,7 @@ def skip_environment_report() -> None:
 # ---- in the server
 
 
-def serve(address: str, clone: str | None = None) -> None:
+def serve(address: str, root: str = str(ROOT)) -> None:
     gc.disable()  # imports leave no garbage
     for name in (*PRELOAD, *OPTIONAL):
         try:
@@ -127,13 +129,13 @@ def serve(address: str, clone: str | None = None) -> None:
             if name in PRELOAD:
                 raise
     skip_environment_report()
-    if clone is not None:
-        sys.path.insert(0, clone)
-        for name in ("train", "eval", "generate"):
-            __import__(f"apps.LT2.{name}")
-        for name in ("train", "eval", "generate"):  # a fork runs them as __main__
-            delattr(sys.modules["apps.LT2"], name)
-            del sys.modules[f"apps.LT2.{name}"]
+    forget_own_modules()  # of the server that this one was forked from
+    sys.path.insert(0, root)
+    for name in ("train", "eval", "generate"):
+        __import__(f"apps.LT2.{name}")
+    for name in ("train", "eval", "generate"):  # a fork runs them as __main__
+        delattr(sys.modules["apps.LT2"], name)
+        del sys.modules[f"apps.LT2.{name}"]
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address + ".new")
     listener.listen(64)
@@ -150,6 +152,11 @@ def serve(address: str, clone: str | None = None) -> None:
             answer(connection)
             return
         connection.close()
+
+
+def forget_own_modules() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("apps", "lingua")]:
+        del sys.modules[name]
 
 
 def answer(connection: socket.socket) -> None:
@@ -178,6 +185,10 @@ def run_as_python(argv: list[str], cwd: str, env: dict[str, str]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    imported = sys.modules["apps.LT2"].__file__
+    assert imported is not None
+    if (copy := Path(cwd) / "apps/LT2/__init__.py").exists() and not copy.samefile(imported):
+        forget_own_modules()
     if torchrun := sys.modules.get("lingua.parallel.torchrun"):
         torchrun._parent = os.getppid()  # read at import, here in the server
     paths = env.get("PYTHONPATH", "").split(os.pathsep)

@@ -86,7 +86,8 @@ SMALLER = {
     "python setup/tokenize_data.py": "--workers 1",
     "python -m apps.LT2.scripts.benchmark_loader": "--batches 2 --repeats 2 data.prefetch_size=2",
     "python -m apps.LT2.scripts.benchmark_checkpoint": (
-        f"{TINY_RECIPE} data.seq_len=16 data.batch_size=1 grad_acc_steps=1 --repeats 1 --steps 1"
+        f"{TINY_RECIPE} model.loop_count=1 distributed.activation_checkpointing=none "
+        "data.seq_len=16 data.batch_size=1 grad_acc_steps=1 --repeats 1 --steps 1"
     ),
     "python -m apps.LT2.scripts.benchmark_train": (
         f"{TINY_MODEL} data.batch_size=1 data.seq_len=32 data.load_async=false"
@@ -104,7 +105,7 @@ SMALLER = {
     "python -m apps.LT2.eval runs/pointers": "validation.max_steps=8",
     "python -m apps.LT2.eval runs/gated": "validation.max_steps=1",
     "python -m apps.LT2.scripts.exit_sweep": (
-        "validation.max_steps=1 exits=[gate:0.6,gate:0.9] decode_tokens=2 prompt_tokens=2 repeats=1"
+        "validation.max_steps=1 exits=[gate:0.6] decode_tokens=2 prompt_tokens=2 repeats=1"
     ),
     # instead of tasks that would be downloaded
     "torchrun --nproc-per-node 8 -m apps.LT2.eval": (
