@@ -21,8 +21,8 @@ def find_score(y: str, runs: Sequence[Run]) -> str:
     split = [key.rpartition("/") for run in runs for key in run.metrics]
     known |= {name for name, _, loops in split if loops.isdigit()}
     if not (found := full_name(y, sorted(known), "/")):
-        shown = list_names(sorted(known)) if known else "eval loop_counts=[1,2,4]"
-        raise UserError(f"y={y}: no run has this score at several numbers of loops; use {shown}")
+        shown = list_names(sorted(known)) if known else "eval loop_counts=[1,2,4] or probe_freq"
+        raise UserError(f"y={y}: no run has this score by loops or layers; use {shown}")
     return only("y", y, found)
 
 
