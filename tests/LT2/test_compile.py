@@ -105,7 +105,6 @@ def run(model: LoopedTransformer, *, train: bool, cu_seqlens: torch.Tensor | Non
 @pytest.mark.parametrize(
     "pattern, mode, n_kinds",
     [
-        (WINDOWS, "none", 3),
         ("gdn,5->full", "selective", 3),
         ("9,5->full", "loop", 3),
     ],

@@ -52,12 +52,12 @@ CASES: dict[str, tuple[Any, int, dict, dict[str, int]]] = {
     )
     for mode, loops, n_micro in (
         ("none", 1, 1),
-        *((mode, 4, 3) for mode in ACTIVATION_CHECKPOINTING),
+        *((mode, 4, 2) for mode in ACTIVATION_CHECKPOINTING),
     )
 }
-CASES["no_shard"] = (4, 3, {"dp_replicate": WORLD}, {"allreduce_": N_UNITS})
+CASES["no_shard"] = (4, 2, {"dp_replicate": WORLD}, {"allreduce_": N_UNITS})
 # Gathered for every loop of forward and backward; still reduced once.
-for n_micro in (1, 3):
+for n_micro in (1, 2):
     n_gathered = n_micro * (2 * 4 * N_LAYERS + 1)
     counts = {"_allgather_base_": n_gathered, "_reduce_scatter_base_": N_UNITS}
     CASES[f"reshard_between_loops micro-batches={n_micro}"] = (4, n_micro, RESHARD, counts)
@@ -71,11 +71,11 @@ OPTIONS: dict[int | str, dict[str, Any]] = {
     "weights, bptt 2 of T=4": {"loop_loss": [1, 1, 2, 4], "loop_bptt": 2},
 }
 for name, n_micro, mode in (
-    ("2 of T=4", 3, "none"),
+    ("2 of T=4", 2, "none"),
     ("1 of T=4", 1, "loop"),
-    ("bptt 2 of T=4", 3, "loop"),
+    ("bptt 2 of T=4", 2, "loop"),
     ("bptt 1 of T=4", 1, "none"),
-    ("gate T=4", 3, "loop"),
+    ("gate T=4", 2, "loop"),
     ("weights, bptt 2 of T=4", 1, "none"),
 ):
     options = {**FULL_SHARD, "activation_checkpointing": mode}
@@ -85,7 +85,7 @@ counts = {"_allgather_base_": (4 + 2) * N_LAYERS + 1, "_reduce_scatter_base_": N
 CASES["reshard_between_loops bptt 2 of T=4"] = ("bptt 2 of T=4", 1, RESHARD, counts)
 # An all-reduce after mixer and feed-forward of each layer in the forward, and before them in the
 # backward; one after the embedding and one before the head. The loss: two numbers a token.
-for mode, loops, n_micro in (("none", 4, 3), ("selective", 4, 1)):
+for mode, loops, n_micro in (("none", 4, 2), ("selective", 4, 1)):
     n_sums = n_micro * (2 * 2 * loops * N_LAYERS + 2)
     options = {"fsdp_type": "full_shard", "tp_size": WORLD, "activation_checkpointing": mode}
     counts = {"all_reduce": n_sums, "all_gather": n_micro}
