@@ -384,7 +384,7 @@ def build_run_optimizer(args: TrainArgs, model: LoopedTransformer) -> tuple[Opti
     used_rows: dict[torch.Tensor, Callable[[], int]] = {}
     if model.rho is not None and model.loop_plan.shares() != {args.model.loop_count: 1.0}:
         used_rows[model.rho] = lambda: model.n_loops
-    changes = model.loop_plan.starts(args.steps)[1:]
+    changes = [start for start in model.loop_plan.starts(args.steps) if start > 0]
     return build_optimizer(model, args.optim, args.steps, restarts=changes, used_rows=used_rows)
 
 

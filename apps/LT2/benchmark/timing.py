@@ -49,10 +49,12 @@ def seconds_of(action: Action, device: torch.device) -> float:
         began = time.perf_counter()
         action()
         return time.perf_counter() - began
+    # By default an event is for the current device, which may be another one.
+    stream = torch.cuda.current_stream(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    start.record(stream)
     action()
-    end.record()
+    end.record(stream)
     end.synchronize()
     return start.elapsed_time(end) / 1000
 

@@ -94,7 +94,7 @@ class ExitDecoder:
                 break
             if leave_after is None and self.rule.may_fire(t + 2):
                 if self._graphs is not None:
-                    torch.cuda.current_stream().synchronize()
+                    torch.cuda.current_stream(self._tokens_B1.device).synchronize()
                 left = left_B1[:, 0].tolist()
                 if all(left):
                     break

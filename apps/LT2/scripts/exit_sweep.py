@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from apps.LT2.benchmark.timing import synchronize
 from apps.LT2.evaluation.evaluate import build_validator, loop_cost
 from apps.LT2.evaluation.validation import TaskRows, ValidationArgs, ValidationRows, Validator
 from apps.LT2.exits import check_exit, exit_loops, parse_exit
@@ -127,21 +128,16 @@ def decode_speed(
             model.prefill(tokens[:, :n_prompt], cache, last_only=True)
         for i, token in enumerate(tokens[:, n_prompt:].split(1, 1)):
             if i == n_untimed:
-                wait(is_cuda)
+                synchronize(device)
                 start = time.perf_counter()
             step(token)
-        wait(is_cuda)
+        synchronize(device)
         return time.perf_counter() - start
 
     seconds_of(sequences[0])
     totals = [sum(map(seconds_of, sequences)) for _ in range(args.repeats)]
     n_timed = sum(tokens.shape[1] - n_prompt - n_untimed for tokens in sequences)
     return n_rows * n_timed / statistics.median(totals)
-
-
-def wait(is_cuda: bool) -> None:
-    if is_cuda:
-        torch.cuda.synchronize()
 
 
 def held_out(

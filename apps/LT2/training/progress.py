@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -68,7 +67,7 @@ class Progress:
     def record(self) -> dict[str, Any]:
         """Return the metrics of the steps since the last record, at least one. A collective.
 
-        The losses come from the train state, which includes steps before a resume.
+        The losses and loops come from the train state, which includes steps before a resume.
         """
         state, results, n_steps = self.trainer.state, self._results, len(self._results)
         loss = _mean(state.losses)  # waits for the device
@@ -96,8 +95,6 @@ class Progress:
             "optim/total_flops": float(state.n_flops or 0),  # wandb has 64-bit integers
             **self.memory.metrics(),
         }
-        if self.trainer.model.loop_plan.varies:
-            record["optim/loops"] = fmean(r.n_loops for r in results)
         if self.peak_flops is not None:
             record["speed/mfu"] = flops / self.peak_flops
         if state.seconds is not None:

@@ -175,6 +175,9 @@ class Trainer:
         grad_norm, mixer_grad_norms = 0.0, {}
         self.model.begin_step(self.state.step, self.args.steps)
         n_loops = self.model.n_loops
+        if self.model.loop_plan.varies:
+            number = torch.full((), n_loops, dtype=torch.float32, device=self.device)
+            self.state.means.setdefault("optim/loops", []).append(number)
         if n_targets:
             self._accumulate(micro_batches, n_targets)
             sync_replicated_grads(self.model, self.mesh)

@@ -107,17 +107,20 @@ def cuda(monkeypatch):
             yield
 
     class Stream:
+        def __init__(self, device=None):
+            self.device = device
+
         def wait_stream(self, other) -> None:
             pass
 
         def synchronize(self) -> None:
-            pass
+            assert self.device is not None, "the current device may be another than the model's"
 
     for name, fake in {
         "CUDAGraph": FakeGraph,
         "graph_pool_handle": lambda: 0,
         "Stream": Stream,
-        "current_stream": Stream,
+        "current_stream": lambda device=None: Stream(device),
         "stream": lambda _: nullcontext(),
         "device": lambda _: nullcontext(),
         "graph": capture,

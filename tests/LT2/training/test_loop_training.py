@@ -12,6 +12,7 @@ import torch
 
 from apps.LT2.flops import step_flops_per_token
 from apps.LT2.inference.load import load_model_and_tokenizer
+from apps.LT2.train import build_run_optimizer
 from apps.LT2.training.trainer import _means
 from apps.LT2.transformer import RESIZED, ZERO_IF_MISSING, LoopedTransformer, build_on_meta
 from lingua.checkpoint import consolidate_checkpoints
@@ -82,6 +83,14 @@ def test_it_resumes_to_the_bit_across_a_change(case, whole, data, tmp_path):
     assert_same_run(train(data, tmp_path, **LOOPS, **CASES[case][0]), whole(case), N)
 
 
+def test_mean_loops_of_a_record_include_steps_before_a_resume(data, tmp_path):
+    options = {**LOOPS, "model.loop_schedule": "1@0, 3@0.6", "steps": 3, "logging.freq": 3}
+    options["checkpoint.eval.every"] = 0
+    with stopped_after(1):
+        train(data, tmp_path, **options)
+    assert column(train(data, tmp_path, **options), "optim/loops") == pytest.approx([5 / 3])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_metrics_have_the_loss_of_each_loop(case, whole):
     run, (_, loops) = whole(case), CASES[case]
@@ -129,6 +138,14 @@ def test_the_learning_rate_warms_up_again(whole):
     # Changes after steps 3 and 4 of 6.
     lr = [1e-2, 1e-2, 1e-2, 5e-3, 5e-3, 1e-2]
     assert column(whole("schedule"), "optim/lr") == pytest.approx(lr)
+
+
+def test_a_phase_that_starts_with_the_run_does_not_warm_up_again(tmp_path):
+    options = {**LOOPS, **VOCABULARY, **SCHEDULE, "model.loop_schedule": "1@0, 3@0.01"}
+    options["optim.warmup"] = 0
+    args = train_args(tmp_path, tmp_path, **options)
+    optimizer, _ = build_run_optimizer(args, LoopedTransformer(args.model))
+    assert optimizer.param_groups[0]["lr"] == args.optim.lr
 
 
 # ---- a checkpoint with other loops
