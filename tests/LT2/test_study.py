@@ -85,6 +85,8 @@ def test_loops_from_the_command_to_the_report(quick_python, data, tmp_path):
         "Versions: Python",
         "Hours",
         "arm=uniform",
+        "fixed: `model.loop_count=4`",
+        "poisson: `model.loop_count=8 model.loop_sample=poisson:4`",
     ):
         assert said in text
     assert (folder / "loops.png").stat().st_size > 10_000

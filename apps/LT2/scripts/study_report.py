@@ -275,6 +275,14 @@ def format_verdicts(verdicts: Sequence[tuple[Any, str, str]], rule: str = "") ->
     return "\n".join([*rows, "", rule]) if verdicts else ""
 
 
+def options_of_arm(study: Study, arm: str) -> str:
+    """Return the values of the options that arms set, as arguments in backticks."""
+    names = dict.fromkeys(name for own in study.arms.values() for name in own)
+    options = {**study.options, **study.arms[arm]}
+    text = shlex.join(as_arguments({name: options[name] for name in names if name in options}))
+    return f"`{text}`" if text else "as the recipe"
+
+
 def format_facts(
     study: Study,
     runs: Sequence[Run],
@@ -295,6 +303,7 @@ def format_facts(
     equal = [f"parameters (match={study.match})" if study.match else "", "training FLOPs"]
     equal = [equal[0], equal[1] if study.equal == "flops" else "steps"]
     shown = {
+        "Arms": "; ".join(f"{arm}: {options_of_arm(study, arm)}" for arm in study.arms),
         "Equal in all arms": ", ".join(filter(None, equal)),
         "Recipe": Path(study.config).name,
         **{name: value for name, value in trained(runs[0]) if name in OF_TRAINING},
