@@ -79,10 +79,10 @@ class LoopPlan:
         return sum(n * cost(T) for n, (_, T) in zip(lengths, self.phases, strict=True))
 
     def __str__(self) -> str:
-        parts = [f"{T} from {100 * share:g}% of the steps" for share, T in self.phases]
+        parts = [f"{T} from {100 * share:g}%" for share, T in self.phases]
         if self.weights:
-            parts = [f"{T} in {share:.1%} of the steps" for T, share in self.shares().items()]
-        return f"{', '.join(parts)}; mean {self.mean():.3g}"
+            parts = [f"{T} in {share:.1%}" for T, share in self.shares().items()]
+        return f"{', '.join(parts)} of the steps; mean {self.mean():.3g}"
 
 
 def parse_loop_plan(

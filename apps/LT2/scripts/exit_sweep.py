@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -268,7 +269,10 @@ def main(argv: list[str]) -> None:
         check_exit(rule, model.args, model.n_loops)
     validator = build_validator(args.validation, loaded)
     fixed = [str(n) for n in range(1, model.n_loops + 1)]
-    points = [measure(model, validator, exit, args) for exit in [*fixed, *rules]]
+    points: list[Point] = []
+    for exit in (exits := [*fixed, *rules]):
+        print(f"exit={exit}, {len(points) + 1} of {len(exits)}", file=sys.stderr, flush=True)
+        points.append(measure(model, validator, exit, args))
     print_table(points, args.batch_sizes)
     if args.out is not None:
         numbers = Path(args.out).with_suffix(".jsonl")
