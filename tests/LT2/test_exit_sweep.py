@@ -81,3 +81,11 @@ def test_a_task_has_an_accuracy_and_decodes_whole_examples(tmp_path, monkeypatch
 def test_mistakes_are_user_errors(run, option):
     with pytest.raises(UserError, match=option.partition("=")[0]):
         exit_sweep.main([f"ckpt={run}", *OPTIONS, option])
+
+
+def test_a_model_without_exits_is_refused(tmp_path):
+    model = tiny_model("full", 2, n_layers=1, vocab_size=6)
+    data = {"task": {"name": "permutation", "group": "S3", "n": 5}, "batch_size": 8}
+    save_run(tmp_path / "run", model, 7, data=data)
+    with pytest.raises(UserError, match="^exits="):
+        exit_sweep.main([f"ckpt={tmp_path / 'run'}", *OPTIONS])

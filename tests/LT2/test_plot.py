@@ -188,7 +188,7 @@ def test_ticks_are_plain_numbers(value, text):
     [
         (["y=los"], "y=los: .*loss/out, loss/val"),
         (["by=mixr"], "by=mixr: .*model.mixer"),
-        (["x=loop"], "x=loop: .*model.loop_count.*tokens"),
+        (["x=lop"], "x=lop: .*model.loop_count.*tokens"),
         (["x=steps", "y=val"], "one point.*x=<option>"),
         (["mean=sed"], "mean=sed"),
         (["by=model.seed"], "by=model.seed"),
@@ -243,10 +243,14 @@ def evaluated(tmp_path):
                 record: dict[str, Any] = {"global_step": step, "loops": T, "flops_per_token": 2**T}
                 record |= {"loss/val": 5 - T + seed + (step == 10)}
                 differs = {} if T == 2 else {"loop_count": T}
+                differs |= {"exit": "none"} if seed else {}  # the run's own is gate:0.5
                 record |= {"made_with": {"loop_count": T}, "differs_from_run": differs}
                 lines.append(json.dumps(record))
-        other = {**record, "global_step": 20, "loss/val": 0, "differs_from_run": {"limit": 2}}
-        (run / "metrics.validation.jsonl").write_text("\n".join([*lines, json.dumps(other)]))
+        other = {**record, "global_step": 20, "loss/val": 0}
+        early = {"made_with": {"loop_count": 2, "exit": "gate:0.5"}, "differs_from_run": {}}
+        for changes in ({"differs_from_run": {"limit": 2}}, *([early] if seed else [])):
+            lines.append(json.dumps({**other, **changes}))
+        (run / "metrics.validation.jsonl").write_text("\n".join(lines))
     return tmp_path / "runs"
 
 

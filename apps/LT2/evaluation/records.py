@@ -228,6 +228,8 @@ def conflicts(folder: Path, conditions: Conditions) -> Options:
 
 def differences(made_with: Mapping[str, Any], wanted: Options) -> Options:
     """Return the options of an earlier result that differ from `wanted`."""
+    if made_with:
+        made_with = {"exit": "none", **made_with}  # older results have no exit
     return {o: made_with[o] for o, v in wanted.items() if o in made_with and made_with[o] != v}
 
 

@@ -177,7 +177,7 @@ def print_table(points: Sequence[Point], batch_sizes: Sequence[int]) -> None:
             for name, head, n in zip(columns, heads, digits, strict=True)
         ]
         flops = p["flops_per_token"] / 1e6
-        print("  ".join([f"{p['exit']:12} {p['loops']:5.2f} {flops:8.1f}", *cells]))
+        print("  ".join([f"{p['exit']:12} {p['loops']:5.2f} {flops:8.4g}", *cells]))
 
 
 def draw(points: Sequence[Point], batch_sizes: Sequence[int], out: Path) -> None:
@@ -265,8 +265,13 @@ def main(argv: list[str]) -> None:
     )
     model = loaded.model
     rules = args.exits or (KL if model.exit_gate is None else GATE)
-    for rule in rules:
-        check_exit(rule, model.args, model.n_loops)
+    for text in rules:
+        rule = check_exit(text, model.args, model.n_loops)
+        if rule is not None and not rule.may_fire(model.n_loops):
+            raise UserError(
+                f"exits={format_value(rules)}: no token leaves early in {model.n_loops} loops; "
+                "gate needs a model of at least 2 loops, kl of 3"
+            )
     validator = build_validator(args.validation, loaded)
     fixed = [str(n) for n in range(1, model.n_loops + 1)]
     points: list[Point] = []

@@ -31,7 +31,8 @@ def loop_points(run: Run, y: str, x: str) -> dict[int, tuple[float, float]]:
 
     With x=loop or depth, loops and layers are counted from 1.
 
-    Evaluations with other options than the run's, loop_count aside, don't count.
+    Evaluations with other options than the run's, loop_count aside, don't count, nor those whose
+    tokens leave early.
     """
     by_step: dict[int, dict[int, tuple[float, float]]] = {}
     first = 1 if x in (LOOP, DEPTH) else 0  # the metrics count from 0
@@ -45,7 +46,9 @@ def loop_points(run: Run, y: str, x: str) -> dict[int, tuple[float, float]]:
     for evaluation in run.evaluations if x in (LOOPS, FLOPS) else ():
         loops, flops = evaluation.made_with.get("loop_count"), evaluation.flops_per_token
         at = loops if x == LOOPS else flops
-        if y in evaluation.scores and evaluation.differs.keys() <= {"loop_count"} and loops and at:
+        is_own = evaluation.differs.keys() <= {"loop_count", "exit"}
+        runs_all = evaluation.made_with.get("exit", "none") == "none"  # as in training
+        if y in evaluation.scores and is_own and runs_all and loops and at:
             by_step.setdefault(evaluation.step or 0, {})[loops] = (at, evaluation.scores[y])
     step = max(by_step, key=lambda s: (len(by_step[s]), s), default=None)
     return {} if step is None else dict(sorted(by_step[step].items()))

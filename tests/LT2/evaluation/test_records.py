@@ -151,6 +151,15 @@ def test_a_folder_of_the_user_keeps_earlier_results(tmp_path, caplog):
     assert "loop_count=2" in caplog.text
 
 
+def test_a_result_older_than_exits_is_kept_beside_one_with_an_exit(tmp_path):
+    older = conditions()
+    del older.options["exit"]
+    for found in (older, conditions("exit=kl:0.1")):
+        write(tmp_path, "validation.json", found)
+    kept = json.loads((tmp_path / "validation.old-1.json").read_text())
+    assert "exit" not in kept["made_with"]
+
+
 def test_a_cache_of_answers_belongs_to_one_model(tmp_path):
     file = tmp_path / "consolidated.pth"
     file.write_text("a")
