@@ -151,7 +151,7 @@ def test_a_study_of_your_own(tmp_path, capsys, data):
     options = ["model.n_heads=2", "model.gdn.head_dim=16", "data.tokenizer.name=bytes", *data]
     main([str(tmp_path / "width.yaml"), "size=mine", "dry_run=true", *options])
     printed = capsys.readouterr().out
-    assert "width, size=mine, 5 seeds" in printed and "in all 10 runs" in printed
+    assert "width, size=mine, seeds=5" in printed and "in all 10 runs" in printed
     first, second = [float(line.split()[-2]) for line in printed.splitlines()[1:3]]
     assert first == pytest.approx(second, rel=0.05)
     # The defaults' sizes, of a width of 256 and more, fit the defaults' recipe alone.

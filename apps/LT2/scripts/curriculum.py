@@ -186,7 +186,7 @@ def format_plan(study: Study, chains: Sequence[Chain]) -> str:
         lines.append(f"  {chain.name}: {facts}{scientific(flops)} FLOPs")
     total = sum(stage.flops for chain in chains for stage in chain.stages)
     n_stages = sum(len(chain.stages) for chain in chains)
-    of_seeds = f"{study.seeds} seeds: at most {n_stages} stages, {scientific(total)} FLOPs"
+    of_seeds = f"seeds={study.seeds}: at most {n_stages} stages, {scientific(total)} FLOPs"
     return "\n".join([*lines, f"  {of_seeds}"])
 
 

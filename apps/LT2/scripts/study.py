@@ -158,7 +158,7 @@ def build(study: Study, options: Options) -> Any:
 
 
 def format_plan(study: Study, cells: Sequence[Cell]) -> str:
-    lines = [f"study {study.name}, size={study.size}, {study.seeds} seeds each:"]
+    lines = [f"study {study.name}, size={study.size}, seeds={study.seeds} for each arm:"]
     for cell in cells:
         facts = f"{cell.options['steps']} steps, {short(cell.parameters)} parameters, "
         name = label_of({"arm": cell.arm, **cell.over}).removeprefix("arm=")
