@@ -50,9 +50,9 @@ def request(window=4096, tokenizer=None, **options):
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), WordTokenizer()])
 @pytest.mark.parametrize("name", BUILD)
 def test_prompts_have_their_length_and_one_right_answer(name, tokenizer):
-    wanted = request(lengths=[1024, 4096], tokenizer=tokenizer, haystack="noise")
+    wanted = request(lengths=[1024, 2048], tokenizer=tokenizer, haystack="noise")
     items = BUILD[name](wanted)
-    assert [item["length"] for item in items] == [1024] * 6 + [4096] * 6
+    assert [item["length"] for item in items] == [1024] * 6 + [2048] * 6
     assert items == BUILD[name](wanted)
     for item in items:
         answer = 0 if name == "mqar" else long_context.ANSWER_TOKENS
