@@ -475,7 +475,10 @@ def _load_tensors(folder: Path, model: nn.Module, optimizer: Optimizer | None) -
 def _name_cause(differences: list[str]) -> str:
     """Return the end of an error: the changed options that can make a checkpoint not fit."""
     causes = "; ".join(d for d in differences if d.startswith(("model.", "data.tokenizer.")))
-    return f". Changed since: {causes}. Change it back, or use another dump_dir" if causes else ""
+    ways = (
+        "Change it back, or use another dump_dir; checkpoint.init_ckpt_path may start it from these"
+    )
+    return f". Changed since: {causes}. {ways} weights" if causes else ""
 
 
 def _is_tp_copy(device_mesh: DeviceMesh | None) -> bool:
