@@ -475,10 +475,8 @@ def _load_tensors(folder: Path, model: nn.Module, optimizer: Optimizer | None) -
 def _name_cause(differences: list[str]) -> str:
     """Return the end of an error: the changed options that can make a checkpoint not fit."""
     causes = "; ".join(d for d in differences if d.startswith(("model.", "data.tokenizer.")))
-    ways = (
-        "Change it back, or use another dump_dir; checkpoint.init_ckpt_path may start it from these"
-    )
-    return f". Changed since: {causes}. {ways} weights" if causes else ""
+    ways = "Change it back, or use another dump_dir, perhaps with checkpoint.init_ckpt_path"
+    return f". Changed since: {causes}. {ways}" if causes else ""
 
 
 def _is_tp_copy(device_mesh: DeviceMesh | None) -> bool:
