@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing.context
 import multiprocessing.process
+import re
 import statistics
 import time
 from dataclasses import replace
@@ -188,7 +189,8 @@ def test_verdicts(low, high, verdict):
     runs = [run_with({"loss/val_bpb": v}, arm="a", T=4) for v in low]
     runs += [run_with({"loss/val_bpb": v}, arm="b", T=4) for v in high]
     runs += [run_with({"loss/val_bpb": 0.0}, arm="b", T=2)]
-    assert report.judge(study, claim, runs)[1] == verdict
+    ours, found = report.judge(study, claim, runs)
+    assert found == verdict and re.fullmatch(r"a [^,]+, b T=4 [^,]+", ours)
     tiny = replace(study, size="tiny")
     assert report.judge(tiny, claim, runs)[1] not in ("holds", "fails")
 

@@ -128,7 +128,7 @@ def results_table(study: Study, runs: list[Run]) -> Table:
 
 
 def judge(study: Study, claim: Claim, runs: Sequence[Run]) -> tuple[str, str]:
-    """Return both sides of the claim with their spread, and the verdict.
+    """Return both sides of the claim with their names and spread, and the verdict.
 
     A claim holds if every run of the one side is below every run of the other. With three seeds,
     chance alone does that in one of 20 cases.
@@ -140,7 +140,8 @@ def judge(study: Study, claim: Claim, runs: Sequence[Run]) -> tuple[str, str]:
             run for run in runs if all(run.options.current.get(o) == v for o, v in where.items())
         ]
         sides.append([last(run, metric) for run in chosen])
-    ours = " against ".join(mean_and_std(side) for side in sides)
+    names = (side_name(where) for where in (claim.lower, claim.than))
+    ours = ", ".join(f"{name} {mean_and_std(x)}" for name, x in zip(names, sides, strict=True))
     low, high = sides
     if not min(map(len, sides)):
         return ours, "not run"
@@ -151,6 +152,14 @@ def judge(study: Study, claim: Claim, runs: Sequence[Run]) -> tuple[str, str]:
     if max(low) < min(high):
         return ours, "holds"
     return ours, "fails" if min(low) > max(high) else "inconclusive"
+
+
+def side_name(where: dict[str, Any]) -> str:
+    """Return the name of the runs on one side of a claim, such as "gdn loop_count=4"."""
+    return " ".join(
+        str(value) if option == "arm" else f"{option.rpartition('.')[2]}={value}"
+        for option, value in where.items()
+    )
 
 
 def mean_and_std(values: Sequence[float]) -> str:
