@@ -123,12 +123,16 @@ def _wide_init(args: LoopedTransformerArgs) -> Iterator[str]:
 
 
 def _unused_loops(args: TrainArgs) -> Iterator[str]:
-    model, largest = args.model, max(args.model.loop_plan().shares())
-    bptt = model.loop_bptt
+    model, plan, bptt = args.model, args.model.loop_plan(), args.model.loop_bptt
+    # In a short run a phase of the schedule may have no step.
+    scheduled = [plan.draw(s, args.steps) for s in plan.starts(args.steps) if s < args.steps]
+    largest = max(scheduled or plan.shares())
     if largest < model.loop_count:
+        is_short = largest < max(plan.shares())
+        way = f"more than steps={args.steps}" if is_short else f"model.loop_count={largest}"
         yield (
             f"model.loop_count={model.loop_count}: no step runs more than {largest} loops, but "
-            f"evaluation and generation run {model.loop_count}; set model.loop_count={largest}"
+            f"evaluation and generation run {model.loop_count}; set {way}"
         )
     if bptt is not None and bptt >= largest:
         yield f"model.loop_bptt={bptt} has no effect: no step runs more than {largest} loops"

@@ -149,3 +149,11 @@ def test_a_limit_within_the_sequence_has_none(options):
 def test_training_options_without_effect_have_a_warning(options, named):
     (warning,) = train_warnings(TrainArgs(**options))
     assert warning.startswith(named)
+
+
+@pytest.mark.parametrize("steps, is_short", [(6, True), (1000, False)])
+def test_loops_that_no_step_of_a_short_run_reaches_have_a_warning(steps, is_short):
+    model = LoopedTransformerArgs(loop_count=4, loop_schedule="1@0, 2@0.5, 4@0.95")
+    warnings = [w for w in train_warnings(TrainArgs(model=model, steps=steps)) if "no step" in w]
+    assert len(warnings) == is_short
+    assert all(w.endswith("set more than steps=6") for w in warnings)
