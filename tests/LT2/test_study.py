@@ -35,10 +35,11 @@ NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.name != DEFA
 ARMS = {
     "mixers": ["hybrid"],
     "permutation": ["single"],
+    "permutation_mixers": ["gdn_neg"],
     "sink": ["plain"],
     "stability": ["mamba2"],
 }
-ON_TASKS = ["permutation"]  # they need no text
+ON_TASKS = ["permutation", "permutation_mixers"]  # they need no text
 
 
 @pytest.fixture(scope="module")
