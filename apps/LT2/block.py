@@ -78,7 +78,7 @@ class Block(nn.Module):
     ) -> None:
         """Extend the cache of a loop that the token skips, once `skipped` has run.
 
-        h, last_spec and last_cache are those of the last loop that ran.
+        h, last_spec and last_cache belong to the last loop that ran.
         """
         mixer = self.mixer(spec)
         source = last_cache if self.mixer(last_spec) is mixer else None

@@ -5,7 +5,7 @@
     skipped.updates.append(DeltaUpdate(...))   for each state of Gated DeltaNet
     skipped.run()
 
-Such an update is small, so on a GPU its time is that of its launch. Here, one kernel copies all
+Such an update is small: on a GPU its launch takes most of its time. Here, one kernel copies all
 tokens, and one updates all states. They read the addresses from a table. Shapes: B rows, S slots,
 C channels of a convolution of W inputs, H heads, K key dim, V value dim.
 """
