@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 CLAIMS = Path(__file__).parents[1] / "configs" / "benchmark" / "decode.yaml"
 COLUMNS = ("prefill", "decode", "cache")
 RULE = (
-    "The ratio is of medians; its range is that of the quartiles. A claim holds if the whole range "
+    "A ratio compares medians; its range compares quartiles. A claim holds if the whole range "
     "is on its side of the bound, and fails if the whole range is on the other."
 )
 

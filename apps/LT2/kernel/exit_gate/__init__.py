@@ -34,7 +34,7 @@ def exit_by_gate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (h, left, stay) after the decision.
 
-    left    bool, tokens that had left before; those that leave now are added
+    left    bool, tokens that had left before; the result adds the tokens that leave now
     stay    fp32, None before the first decision
     norm    weight of the RMSNorm with `eps` before the gate
     weight, bias    of the gate, whose sum is fp32

@@ -47,7 +47,7 @@ def launch_copies(copies: Sequence[Any], upload: Upload) -> None:
 
 
 def launch_updates(updates: Sequence[Any], upload: Upload) -> None:
-    """Run `DeltaUpdate`s; those of the same shapes, strides and dtypes share a launch."""
+    """Run `DeltaUpdate`s; updates of the same shapes, strides and dtypes share a launch."""
     groups: dict[Any, list[Any]] = {}
     for update in updates:
         *tensors, neg_eigval = update
