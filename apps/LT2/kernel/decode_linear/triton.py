@@ -281,12 +281,15 @@ def _added(
         in_C = (at_N < C)[:, None]
         inside = in_C & (at_B < B)[None, :]
         past_at = conv_state_ptr + at_B[None, :].to(tl.int64) * PAST * C + at_N[:, None]
+        past = ()
         for j in tl.static_range(PAST):
-            past = tl.load(past_at + j * C, mask=inside, other=0.0)
+            past = past + (tl.load(past_at + j * C, mask=inside, other=0.0),)
             at = conv_weight_ptr + at_N[:, None] * (PAST + 1) + j
-            y += past.to(tl.float32) * tl.load(at, mask=in_C, other=0.0).to(tl.float32)
-            if j > 0:
-                tl.store(past_at + (j - 1) * C, past, mask=inside)
+            y += past[j].to(tl.float32) * tl.load(at, mask=in_C, other=0.0).to(tl.float32)
+        # If several warps hold the same output, all must read the past before one overwrites it.
+        tl.debug_barrier()
+        for j in tl.static_range(1, PAST):
+            tl.store(past_at + (j - 1) * C, past[j], mask=inside)
         if conv_bias_ptr is not None:
             y += tl.load(conv_bias_ptr + at_N[:, None], mask=in_C, other=0.0).to(tl.float32)
     if residual_ptr is not None:

@@ -100,11 +100,15 @@ def _convolve(x_row, weight_ptr, state_row, at, inside, C, PAST: tl.constexpr):
     x = tl.load(x_row + at, mask=inside, other=0.0)
     weight_at = weight_ptr + at * (PAST + 1)
     y = x.to(tl.float32) * tl.load(weight_at + PAST, mask=inside, other=0.0).to(tl.float32)
+    past = ()
     for j in tl.static_range(PAST):
-        past = tl.load(state_row + j * C + at, mask=inside, other=0.0)
-        y += past.to(tl.float32) * tl.load(weight_at + j, mask=inside, other=0.0).to(tl.float32)
-        if j > 0:
-            tl.store(state_row + (j - 1) * C + at, past, mask=inside)
+        past = past + (tl.load(state_row + j * C + at, mask=inside, other=0.0),)
+        weight = tl.load(weight_at + j, mask=inside, other=0.0)
+        y += past[j].to(tl.float32) * weight.to(tl.float32)
+    # Several warps hold the same channels: all must read the past before one overwrites it.
+    tl.debug_barrier()
+    for j in tl.static_range(1, PAST):
+        tl.store(state_row + (j - 1) * C + at, past[j], mask=inside)
     kept = x.to(state_row.dtype.element_ty)
     tl.store(state_row + (PAST - 1) * C + at, kept, mask=inside)
     # Rounded where a step rounds.
