@@ -123,12 +123,13 @@ def _loss_bytes(model: LoopedTransformer, tokens: int, width: int, tp_size: int)
     if vocabulary % tp_size == 0:
         vocabulary //= tp_size
     # Gradients of the hidden states and of the weight; the input of the final norm.
-    n_losses = 1 if model.args.loop_loss == "none" else model.n_loops
-    kept = n_losses * width * tokens * dim + FP32 * vocabulary * dim + width * tokens * dim
+    every = model.args.loop_loss_every
+    early = 0 if model.args.loop_loss == "none" else (model.n_loops - 1) * -(-tokens // every)
+    kept = width * (early + 2 * tokens) * dim + FP32 * vocabulary * dim
     # Logits of this chunk and the one before in fp32, and their gradient.
     chunk = min(tokens, CHUNK_TOKENS) * vocabulary
     # With a loss of every loop, all normed states wait for it.
-    waiting = (n_losses - 1) * width * tokens * dim
+    waiting = early * width * dim
     return kept, waiting + chunk * (width + FP32 * (2 if tokens > CHUNK_TOKENS else 1))
 
 

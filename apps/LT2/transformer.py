@@ -32,7 +32,7 @@ from apps.LT2.kernel.attention import check_attention_impl
 from apps.LT2.kernel.documents import upload
 from apps.LT2.kernel.linear_cross_entropy import (
     linear_cross_entropy,
-    looped_linear_cross_entropy,
+    weighted_linear_cross_entropy,
 )
 from apps.LT2.loop_loss import (
     ExitGate,
@@ -297,10 +297,13 @@ class LoopedTransformer(nn.Module):
             n_targets = is_target.sum().clamp(min=1)
         # The norm runs again in the backward: its fp32 tensors would take 4 times a loop's state.
         run = partial(checkpoint, self._head_input, use_reentrant=False, preserve_rng_state=False)
+        sample = slice(self.loop_loss_offset, None, self.args.loop_loss_every)
         normed, logits = zip(
-            *(run(h, self.exit_gate is not None and t + 1 < n_loops) for t, h in enumerate(states)),
+            *(run(h, sample if t + 1 < n_loops else None) for t, h in enumerate(states)),
             strict=True,
         )
+        # One call for all loops: full chunks, and each adds to the gradient of the head once.
+        sizes, normed = [len(rows) for rows in normed], torch.cat(normed)
         entropy_N = None
         if self.exit_gate is not None:
             log_p = log_exit_distribution(logits[:-1], like=target_N)
@@ -312,17 +315,16 @@ class LoopedTransformer(nn.Module):
             share_TN = weights_T[:, None].expand(-1, len(target_N))
         scales = [float(self.args.loop_loss_every)] * (n_loops - 1) + [1.0]
         scale_T = upload(scales, target_N.device, torch.float32)
-        loss, nats_TN = looped_linear_cross_entropy(
+        weight_TN = share_TN * scale_T[:, None]
+        loss, nats = weighted_linear_cross_entropy(
             normed,
             self.head_weight,
-            target_N,
-            share_TN * scale_T[:, None],
-            every=self.args.loop_loss_every,
-            offset=self.loop_loss_offset,
+            torch.cat((target_N[sample].repeat(n_loops - 1), target_N)),
+            torch.cat((weight_TN[:-1, sample].flatten(), weight_TN[-1])),
             n_targets=n_targets,
             tp=tp_of(self.head),
         )
-        losses_T = scale_T * nats_TN.sum(1) / n_targets
+        losses_T = scale_T * torch.stack([loop.sum() for loop in nats.split(sizes)]) / n_targets
         self.loop_metrics = {f"loss/loop/{t}": mean for t, mean in enumerate(losses_T)}
         if entropy_N is not None:
             entropy = (entropy_N * is_target).sum() / n_targets
@@ -333,11 +335,18 @@ class LoopedTransformer(nn.Module):
         self.loop_metrics["loss/objective"] = loss.detach()
         return losses_T[-1] + (loss - loss.detach())
 
-    def _head_input(self, h: Tensor, with_exit: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the normed state (N, D), and the logit (N,) of leaving after this loop."""
+    def _head_input(self, h: Tensor, sample: slice | None) -> tuple[Tensor, Tensor | None]:
+        """Return the normed states (n, D) with a loss, and the logit (N,) of leaving after a loop.
+
+        `sample` of the N tokens have a loss; in the last loop it is None, and all have one. The
+        gate needs all tokens: p_T and the entropy of each depend on every loop.
+        """
+        if sample is None:
+            return self.norm(h).flatten(0, 1), None
+        if self.exit_gate is None:
+            return self.norm(h.flatten(0, 1)[sample]), None
         normed = self.norm(h).flatten(0, 1)
-        gate = self.exit_gate if with_exit else None
-        return normed, None if gate is None else gate(normed)
+        return normed[sample], self.exit_gate(normed)
 
     @torch.no_grad()
     def hidden_states(self, tokens_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -178,7 +178,7 @@ class Logits(TorchDispatchMode):
 @pytest.mark.parametrize("loop_loss", LOSSES, ids=str)
 def test_memory_is_one_chunk_of_logits_and_one_gradient_of_the_head(loop_loss, every):
     model = make(loop_count=T, loop_loss=loop_loss, loop_loss_every=every)
-    tokens, kept = prompt(4, 11), {}
+    tokens, kept = prompt(4, 9), {}
 
     def keep(x: Tensor) -> Tensor:
         if VOCAB in x.shape and not isinstance(x, torch.nn.Parameter):
@@ -188,7 +188,7 @@ def test_memory_is_one_chunk_of_logits_and_one_gradient_of_the_head(loop_loss, e
     saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
     with Logits() as logits, saved:
         model(tokens, targets(tokens))
-    n_chunks = 11 + (T - 1) * (3 if every == 4 else 11)  # 11 of 44 tokens fill 3 chunks
+    n_chunks = 14 if every == 4 else 27  # 36 + 2 x 9 tokens, or 3 x 36, in chunks of 4
     assert (logits.largest, logits.n_chunks) == (4 * VOCAB, n_chunks)
     assert list(kept.values()) == [VOCAB * DIM]
 

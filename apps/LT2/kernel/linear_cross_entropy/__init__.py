@@ -8,13 +8,13 @@ With tensor parallelism each rank holds the logits of a part of the vocabulary, 
 (https://arxiv.org/abs/1909.08053, section 3). Ranks exchange two numbers per token: the log-sum-exp
 and the label's logit. The gradient of `hidden` is reduced once, for all chunks.
 
-The states of several loops share head and targets. Their losses are summed here, so that there is
-one gradient of the head, (V, D) in fp32, for all loops.
+Tokens may have weights, so the losses of several loops are one call: chunks are full, and there is
+one gradient of the head, (V, D) in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from apps.LT2.kernel.linear_cross_entropy.naive import naive_linear_cross_entropy
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel
 
-__all__ = ["linear_cross_entropy", "looped_linear_cross_entropy", "naive_linear_cross_entropy"]
+__all__ = ["linear_cross_entropy", "naive_linear_cross_entropy", "weighted_linear_cross_entropy"]
 
 # 2048 tokens x 128k logits are 1 GiB in fp32, and matrix products of this height are fast.
 CHUNK_TOKENS = 2048
@@ -46,37 +46,33 @@ def linear_cross_entropy(
     tp         ranks with the same hidden and target; weight holds this rank's V rows
     Returns an fp32 scalar: zero, with zero gradients, if every target is ignored.
     """
-    share_1N = hidden_ND.new_ones((), dtype=torch.float32).expand(1, hidden_ND.shape[0])
-    return looped_linear_cross_entropy(
-        [hidden_ND], weight_VD, target_N, share_1N, ignore_index, n_targets=n_targets, tp=tp
+    share_N = hidden_ND.new_ones((), dtype=torch.float32).expand(len(target_N))
+    return weighted_linear_cross_entropy(
+        hidden_ND, weight_VD, target_N, share_N, ignore_index, n_targets=n_targets, tp=tp
     )[0]
 
 
-def looped_linear_cross_entropy(
-    hidden_LND: Sequence[Tensor],
+def weighted_linear_cross_entropy(
+    hidden_ND: Tensor,
     weight_VD: Tensor,
     target_N: Tensor,
-    share_LN: Tensor,
+    share_N: Tensor,
     ignore_index: int = -100,
     *,
-    every: int = 1,
-    offset: int = 0,
     n_targets: Tensor | None = None,
     tp: TensorParallel = ALONE,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean over targets of sum_l share[l] * nats[l], and nats (L, N) in fp32.
+    """Return the mean over targets of share * nats, and nats (N,) in fp32.
 
-    nats[l] = -log softmax(hidden[l] weight^T)[target], 0 for an ignored target, has no gradient.
+    nats = -log softmax(hidden weight^T)[target], 0 for an ignored target, has no gradient.
 
-    hidden  L tensors (N, D), such as the states of L loops     share (L, N) in fp32
-    every   all l but the last only count tokens offset, offset + every, ..; elsewhere nats is 0
+    share   (N,) in fp32: the weight of each token
     Other arguments are as in `linear_cross_entropy`. hidden, weight and share get gradients.
     """
     if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad
-        hidden_LND, weight_VD = [h.detach() for h in hidden_LND], weight_VD.detach()
-    hidden_LND = [tp.copy_to(h) for h in hidden_LND]
-    args = (weight_VD, target_N, ignore_index, n_targets, tp, every, offset, share_LN)
-    return _LinearCrossEntropy.apply(*args, *hidden_LND)  # pyright: ignore
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+    args = (tp.copy_to(hidden_ND), weight_VD, share_N, target_N, ignore_index, n_targets, tp)
+    return _LinearCrossEntropy.apply(*args)  # pyright: ignore
 
 
 def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -84,6 +80,17 @@ def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to `total` in fp32, in place.
+
+    The product accumulates: a separate sum would read the product and `total` once more.
+    """
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
 
 
 def _fused_on_cuda(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -134,71 +141,55 @@ def _global_log_z_and_label_logit(
     return joint_N2R[:, 0].logsumexp(-1, keepdim=True), joint_N2R[:, 1].sum(-1, keepdim=True)
 
 
-def _chunks(n_loops: int, n_tokens: int, every: int, offset: int) -> Iterator[tuple[int, slice]]:
-    """Yield each loop with the tokens of each of its chunks."""
-    for loop in range(n_loops):
-        first, step = (offset, every) if loop < n_loops - 1 else (0, 1)
-        for start in range(first, n_tokens, step * CHUNK_TOKENS):
-            yield loop, slice(start, start + step * CHUNK_TOKENS, step)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        hidden: Tensor,
         weight: Tensor,
+        share: Tensor,
         target: Tensor,
         ignore: int,
         n_targets: Tensor | None,
         tp: TensorParallel,
-        every: int,
-        offset: int,
-        share: Tensor,
-        *hidden: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        first_token = tp.rank * weight.shape[0]
+        wants_hidden, wants_weight, wants_share, *_ = ctx.needs_input_grad
+        kept = target != ignore
         if n_targets is None:
-            n_targets = (target != ignore).sum().clamp(min=1)
-        wants_weight, *_, wants_share = ctx.needs_input_grad[:8]
-        wants_hidden = ctx.needs_input_grad[8:]
-        d_hidden = [
-            torch.zeros_like(h) if wanted else None
-            for h, wanted in zip(hidden, wants_hidden, strict=True)
-        ]
+            n_targets = kept.sum().clamp(min=1)
+        label = target.where(kept, 0)[:, None] - tp.rank * weight.shape[0]
+        factor = kept * share / n_targets
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        nats = torch.zeros_like(share, memory_format=torch.contiguous_format)
-        loss = share.new_zeros(())
-        for loop, chunk in _chunks(len(hidden), len(target), every, offset):
-            h, t, part = hidden[loop][chunk], target[chunk], share[loop, chunk]
-            kept = t != ignore
-            label = t.where(kept, 0)[:, None] - first_token
-            logits = _matmul_fp32(h, weight.T)
-            log_z, label_logit = _global_log_z_and_label_logit(logits, label, tp)
-            nats[loop, chunk] = (log_z - label_logit)[:, 0].masked_fill(~kept, 0.0)
-            loss += (nats[loop, chunk] * part).sum() / n_targets
-            d_loop = d_hidden[loop]
-            if d_loop is None and d_weight is None:
+        nats = torch.empty_like(factor)
+        for start in range(0, len(target), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            logits = _matmul_fp32(hidden[chunk], weight.T)
+            log_z, label_logit = _global_log_z_and_label_logit(logits, label[chunk], tp)
+            nats[chunk] = (log_z - label_logit)[:, 0]
+            if d_hidden is None and d_weight is None:
                 continue
-            factor = kept * part / n_targets
-            d_logits = _logit_gradient(logits, log_z, label, factor, weight.dtype)
-            if d_loop is not None:
-                d_loop[chunk] = d_logits @ weight
+            d_logits = _logit_gradient(logits, log_z, label[chunk], factor[chunk], weight.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[chunk])
             if d_weight is not None:
-                d_weight += _matmul_fp32(d_logits.T, h)
+                _add_product(d_weight, d_logits.T, hidden[chunk])
+        nats.masked_fill_(~kept, 0.0)
         d_share = nats / n_targets if wants_share else None
-        ctx.save_for_backward(d_weight, d_share, *d_hidden)
+        ctx.save_for_backward(d_hidden, d_weight, d_share)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nats)
         ctx.set_materialize_grads(False)
-        return loss, nats
+        return (nats * factor).sum(), nats
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad_outputs[0]
-        d_weight, d_share, *d_hidden = ctx.saved_tensors
-        d_hidden = [d if d is None else (d * grad).to(d.dtype) for d in d_hidden]
+        d_hidden, d_weight, d_share = ctx.saved_tensors
+        if d_hidden is not None:
+            d_hidden = (d_hidden * grad).to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * grad).to(ctx.weight_dtype)
         if d_share is not None:
             d_share = d_share * grad
-        return d_weight, None, None, None, None, None, None, d_share, *d_hidden
+        return d_hidden, d_weight, d_share, None, None, None, None
