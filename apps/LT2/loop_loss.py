@@ -26,19 +26,15 @@ from lingua.errors import UserError
 
 
 class ExitGate(nn.Module):
-    """Ouro's gate, shared by all loops: a linear map to a logit, in fp32."""
+    """Ouro's gate, shared by all loops: a linear map of the normed state to a logit, in fp32.
+
+    A token that is still there leaves with probability sigmoid(logit). See kernel/exit_gate.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
         self.bias = nn.Parameter(torch.empty(1))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Return the logit of leaving after a loop, (...) in fp32, from its normed state (..., D).
-
-        A token that is still there leaves with probability sigmoid(logit).
-        """
-        return h.float() @ self.weight.float() + self.bias.float()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)

@@ -30,6 +30,7 @@ from apps.LT2.block import Block
 from apps.LT2.cache import ModelCache, packed_lengths
 from apps.LT2.kernel.attention import check_attention_impl
 from apps.LT2.kernel.documents import upload
+from apps.LT2.kernel.exit_gate import exit_logit
 from apps.LT2.kernel.linear_cross_entropy import (
     linear_cross_entropy,
     weighted_linear_cross_entropy,
@@ -343,10 +344,11 @@ class LoopedTransformer(nn.Module):
         """
         if sample is None:
             return self.norm(h).flatten(0, 1), None
-        if self.exit_gate is None:
-            return self.norm(h.flatten(0, 1)[sample]), None
-        normed = self.norm(h).flatten(0, 1)
-        return normed[sample], self.exit_gate(normed)
+        h_ND, gate, norm = h.flatten(0, 1), self.exit_gate, self.norm
+        logit = None
+        if gate is not None:
+            logit = exit_logit(h_ND, norm.weight, norm.eps, gate.weight, gate.bias)
+        return norm(h_ND[sample]), logit
 
     @torch.no_grad()
     def hidden_states(self, tokens_BT: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -63,7 +63,8 @@ def leaves(model: LoopedTransformer, rule: ExitRule, states: list[Tensor], s: in
         assert model.exit_gate is not None
         stays = 1.0
         for h in states:
-            stays *= 1 - torch.sigmoid(model.exit_gate(model.norm(h[s]))).item()
+            logit = model.norm(h[s]) @ model.exit_gate.weight + model.exit_gate.bias
+            stays *= 1 - torch.sigmoid(logit).item()
         return 1 - stays >= rule.limit
     if len(states) < 2:
         return False

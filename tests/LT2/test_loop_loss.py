@@ -194,6 +194,14 @@ def test_memory_is_one_chunk_of_logits_and_one_gradient_of_the_head(loop_loss, e
 
 
 @pytest.mark.parametrize("loop_loss", LOSSES, ids=str)
+def test_the_norm_runs_on_tokens_with_a_loss(loop_loss):
+    model, rows = make(loop_count=T, loop_loss=loop_loss, loop_loss_every=4), []
+    model.norm.register_forward_pre_hook(lambda _, args: rows.append(args[0].numel() // DIM))
+    model(prompt(4, 9), targets(prompt(4, 9)))
+    assert rows == [9] * (T - 1) + [36]
+
+
+@pytest.mark.parametrize("loop_loss", LOSSES, ids=str)
 def test_no_loss_syncs_with_the_device(loop_loss):
     model, tokens = make(loop_count=T, loop_loss=loop_loss), prompt(2, 9)
     n_targets = torch.tensor(14.0)

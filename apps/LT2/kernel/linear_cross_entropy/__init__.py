@@ -14,13 +14,12 @@ one gradient of the head, (V, D) in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apps.LT2.kernel.fused import fused_on_cuda
 from apps.LT2.kernel.linear_cross_entropy.naive import naive_linear_cross_entropy
 from lingua.parallel.tensor_parallel import ALONE, TensorParallel
 
@@ -93,29 +92,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
-def _fused_on_cuda(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile a function on CUDA: each pass over the logits takes as long as several layers."""
-
-    @cache
-    def compiled() -> Callable[..., Tensor]:
-        return torch.compile(function, fullgraph=True)
-
-    @wraps(function)
-    def fused(logits_NV: Tensor, *args: Any) -> Tensor:
-        if logits_NV.is_cuda and not torch.compiler.is_compiling():
-            return compiled()(logits_NV, *args)
-        return function(logits_NV, *args)
-
-    return fused
-
-
-@_fused_on_cuda
+# Each pass over the logits takes as long as several layers, so they are fused.
+@fused_on_cuda
 def _logsumexp(logits_NV: Tensor) -> Tensor:
     """Return the log-sum-exp of each row, (N, 1)."""
     return logits_NV.logsumexp(-1, keepdim=True)
 
 
-@_fused_on_cuda
+@fused_on_cuda
 def _logit_gradient(
     logits_NV: Tensor, log_z_N1: Tensor, label_N1: Tensor, weight_N: Tensor, dtype: torch.dtype
 ) -> Tensor:
