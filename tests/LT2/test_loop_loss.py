@@ -232,9 +232,10 @@ def test_parameters_flops_and_memory(loop_loss):
     args = DistributedArgs(model_dtype="bf16")
     kept = {
         name: training_memory(m, args, batch_size=2, seqlen=16).kept["none"]
-        for name, m in {"some": model, "none": none, "one": meta(loop_loss, 1)}.items()
+        for name, m in {"some": model, "none": none, "every 8": every_8}.items()
     }
     assert kept["some"] - kept["none"] == 3 * 2 * 32 * dim > 0
+    assert kept["every 8"] - kept["none"] == 3 * 2 * 4 * dim
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def collectives_of_loss(tp: TensorParallel) -> dict[str, dict[str, int]]:
     with torch.no_grad(), OpCounter() as evaluation:
         linear_cross_entropy(hidden, own, target, tp=tp)
     return {
-        name: {op: counter.counts[op] for op in ("all_reduce", "all_gather", "mm", "addmm_")}
+        name: {op: counter.counts[op] for op in ("all_reduce", "all_gather", "mm", "addmm")}
         for name, counter in (("training", training), ("evaluation", evaluation))
     }
 
@@ -220,10 +220,10 @@ def test_loss_equals_one_process(ranks, size, case):
 
 @pytest.mark.parametrize("size", MESHES)
 def test_loss_communicates_two_numbers_per_token_and_one_gradient(ranks, size):
-    shared = {"all_reduce": 0, "all_gather": N_CHUNKS, "mm": N_CHUNKS, "addmm_": 0}
+    shared = {"all_reduce": 0, "all_gather": N_CHUNKS, "mm": N_CHUNKS, "addmm": 0}
     for seen in ranks:
         assert seen[f"collectives {size}"] == {
-            "training": shared | {"all_reduce": 1, "mm": 2 * N_CHUNKS, "addmm_": N_CHUNKS},
+            "training": shared | {"all_reduce": 1, "mm": 2 * N_CHUNKS, "addmm": N_CHUNKS},
             "evaluation": shared,
         }
 

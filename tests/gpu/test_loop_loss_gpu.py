@@ -26,7 +26,7 @@ def test_losses_and_gradients_equal_those_of_a_cpu(loop_loss, dtype, bound, monk
     target[:, ::7] = -100
     seen = []
     for device, form in (("cuda", dtype), ("cpu", torch.float32)):
-        m = copy.deepcopy(model).to(device, form)
+        m = copy.deepcopy(model).to(device=device, dtype=form)
         leaves = [h.to(device, form).requires_grad_() for h in states]
         loss = m.loss_of(leaves[-1], target.to(device), None, leaves)
         loss.backward()

@@ -89,7 +89,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        torch.addmm(total, a.float(), b.float(), out=total)
 
 
 # Each pass over the logits takes as long as several layers, so they are fused.
