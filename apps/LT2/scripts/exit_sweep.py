@@ -193,19 +193,17 @@ def draw(points: Sequence[Point], batch_sizes: Sequence[int], out: Path) -> None
     for axes, (name, label) in zip(panels, scores, strict=True):
         values = [p[name] for p in ruled]
         draw_lines(axes, [Line(thresholds, values, "exit", COLOURS[0], marker="o")])
-        for p in fixed:
-            axes.axhline(p[name], color=GREY, linestyle=":", zorder=0)
-            note(axes, f"T = {p['exit']}", (0.01, p[name]), xycoords=("axes fraction", "data"))
+        draw_levels(axes, fixed, name, color=GREY)
         axes.set(ylabel=label)
     main, main_label = scores[-1]
+    if len(batch_sizes) > 1:
+        middle.set_yscale("log")
     for i, n in enumerate(batch_sizes):
         colour, speed = COLOURS[i % len(COLOURS)], f"tokens/s/{n}"
         speeds, all_fixed = [p[speed] for p in ruled], [p[speed] for p in fixed]
         label = f", batch {n}" if len(batch_sizes) > 1 else ""
         draw_lines(middle, [Line(thresholds, speeds, f"exit{label}", colour, marker="o")])
-        for p in fixed:
-            middle.axhline(p[speed], color=colour, linestyle=":", alpha=0.5, zorder=0)
-            note(middle, f"T = {p['exit']}", (0.01, p[speed]), xycoords=("axes fraction", "data"))
+        draw_levels(middle, fixed, speed, color=colour, alpha=0.5)
         lines = [
             Line(speeds, [p[main] for p in ruled], f"exit{label}", colour, marker="o"),
             Line(all_fixed, [p[main] for p in fixed], f"fixed T{label}", colour, "--", "s", 1.0),
@@ -223,13 +221,24 @@ def draw(points: Sequence[Point], batch_sizes: Sequence[int], out: Path) -> None
             decades = [10.0**k for k in range(-9, 0) if thresholds[0] <= 10.0**k <= thresholds[-1]]
             set_plain_ticks(axes.xaxis, decades if len(decades) > 1 else None)
     if len(batch_sizes) > 1:
-        middle.set_yscale("log")
         right.set_xscale("log")
     set_plain_ticks(middle.yaxis)
     set_plain_ticks(right.xaxis)
     right.legend(frameon=False, fontsize=LABEL_SIZE)
     save_figure(figure, out)
     pyplot.close(figure)
+
+
+def draw_levels(axes: Any, fixed: Sequence[Point], name: str, **style: Any) -> None:
+    """Draw a level for each fixed T. Of levels that are too close, the largest T is labelled."""
+    for p in fixed:
+        axes.axhline(p[name], linestyle=":", zorder=0, **style)
+    heights: list[float] = []
+    for p in reversed(fixed):
+        height = axes.transData.transform((1.0, p[name]))[1] * 72 / axes.figure.dpi
+        if all(abs(height - other) > LABEL_SIZE for other in heights):
+            heights.append(height)
+            note(axes, f"T = {p['exit']}", (0.01, p[name]), xycoords=("axes fraction", "data"))
 
 
 def note(axes: Any, text: str, place: tuple[float, float], **options: Any) -> None:
