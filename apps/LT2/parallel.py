@@ -71,7 +71,6 @@ def get_no_recompute_ops() -> set[Any]:
         lt2.simple_gla.default,
         lt2.gla.default,
         lt2.nsa_compressed.default,
-        lt2.nsa_choose.default,
         lt2.nsa_selected.default,
         lt2.dsa.default,
         torch.ops.torch_attn._varlen_attn.default,

@@ -65,8 +65,7 @@ def test_prefill_and_steps_do_not_sync(kind, packed):
 
 
 TRAINED = [(kind, doc_mask, False) for kind in KINDS for doc_mask in (False, True)]
-TRAINED += [(kind, True, True) for kind in ("gdn", "mamba2", "gla", "hybrid")]
-TRAINED.remove(("nsa", True, False))  # fla's backward reads the documents' lengths back
+TRAINED += [(kind, True, True) for kind in ("gdn", "mamba2", "gla", "nsa", "hybrid")]
 
 
 @pytest.mark.parametrize("kind, doc_mask, compiled", TRAINED)

@@ -1,4 +1,4 @@
-"""Native sparse attention on CUDA: fla's kernels against the definition.
+"""Native sparse attention on CUDA: our kernels against the definition.
 
 The choice of blocks is discrete: rounding in bf16 may swap blocks of nearly equal importance. So
 inputs rank blocks by a wide margin, or all blocks are chosen, or both forms get one choice.
@@ -18,6 +18,7 @@ from apps.LT2.kernel.nsa import (
     native_sparse_attention,
     native_sparse_attention_step,
 )
+from apps.LT2.kernel.nsa import triton as kernels
 from apps.LT2.kernel.nsa.blocks import cut_blocks, mean_of_blocks
 from apps.LT2.mixers.nsa import NativeSparseAttention, NSAArgs
 from apps.LT2.transformer import LoopedTransformerArgs
@@ -69,13 +70,19 @@ def loss_of(o):
     return (o.float() * torch.randn(o.shape).bfloat16().to(o)).sum()
 
 
+def tables_of(T, block_size, cu_seqlens):
+    """Return the blocks, and the operators' tables: first, own and seen block of each token."""
+    blocks = cut_blocks(T, block_size, cu_seqlens, "cuda")
+    return blocks, kernels.blocks_of_queries(blocks, T, T)
+
+
 def exact_copies(inputs):
     return [x.detach().float().requires_grad_() for x in inputs]
 
 
 def assert_kernel_is_right(inputs, **options):
     exact = exact_copies(inputs)
-    o, want_o = run(inputs, "fla", **options), run(exact, "naive", **options)
+    o, want_o = run(inputs, "triton", **options), run(exact, "naive", **options)
     assert o.dtype == torch.bfloat16
     assert_same(o, want_o, BF16_KERNEL, "o")
     got = torch.autograd.grad(loss_of(o), inputs)
@@ -86,7 +93,7 @@ def assert_kernel_is_right(inputs, **options):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("T", [2, 31, 32, 33, 200, 700])
+@pytest.mark.parametrize("T", [1, 2, 31, 32, 33, 200, 700])
 def test_kernel_equals_naive(T):
     assert_kernel_is_right(make_inputs(2, T))
 
@@ -95,8 +102,10 @@ def test_kernel_equals_naive(T):
 @pytest.mark.parametrize(
     "T, sizes",
     [
-        (700, {"block_size": 16, "n_blocks": 8}),  # 44 blocks, 16 per iteration of fla
-        (200, {"block_size": 16, "n_blocks": 5}),  # fla keeps 8
+        (700, {"block_size": 16, "n_blocks": 8}),
+        (200, {"block_size": 16, "n_blocks": 5}),
+        (700, {"block_size": 8, "n_blocks": 6}),  # more means than a tile has
+        (700, {"block_size": 80, "n_blocks": 4}),  # a block is longer than a tile
         (1500, {"block_size": 64, "n_blocks": 16, "window_size": 512}),  # the defaults
     ],
 )
@@ -105,7 +114,10 @@ def test_kernel_equals_naive_at_other_sizes(T, sizes):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("K, heads, groups", [(16, 16, 1), (96, 32, 2), (128, 32, 1)])
+@pytest.mark.parametrize(
+    "K, heads, groups",
+    [(16, 16, 1), (96, 32, 2), (128, 32, 1), (256, 16, 1), (8, 4, 2), (64, 24, 1), (64, 3, 3)],
+)
 def test_kernel_equals_naive_at_other_head_dims(K, heads, groups):
     assert_kernel_is_right(make_inputs(2, 300, K, heads=heads, groups=groups))
 
@@ -131,18 +143,16 @@ def test_kernel_equals_naive_when_all_blocks_are_chosen(lengths):
 @pytest.mark.parametrize("lengths", [None, DOCUMENTS], ids=["dense", "packed"])
 def test_kernel_chooses_the_same_blocks_as_the_definition(lengths):
     """The chosen sets are equal; each block is chosen once, and -1 fills unused slots."""
-    from apps.LT2.kernel.nsa import fla
-
     lengths = (600,) if lengths is None else lengths
     T, cu_seqlens = sum(lengths), packed(lengths)
-    n_keys, size, n_blocks = T, 16, 5
+    size, n_blocks = 16, 5
     inputs = make_inputs(1, T, block_size=size, cu_seqlens=cu_seqlens)
     q, k = (x.detach() for x in inputs[:2])
     offsets = None if len(lengths) == 1 else cu_seqlens
-    means = mean_of_blocks(k, cut_blocks(T, size, offsets, k.device), packed=offsets is not None)
-    _, lse = fla._compressed(q, means, means, offsets, n_keys, size)
-    got = fla._choose(q, means, lse, offsets, n_keys, size, n_blocks)
-    assert got.shape == (1, T, G, 8)
+    blocks, tables = tables_of(T, size, offsets)
+    means = mean_of_blocks(k, blocks, packed=offsets is not None)
+    _, _, got = kernels._compressed(q, means, means, *tables, n_blocks)
+    assert got.shape == (1, T, G, n_blocks)
 
     ends = cu_seqlens.tolist()
     for start, end in zip(ends[:-1], ends[1:], strict=True):
@@ -162,8 +172,6 @@ def test_kernel_chooses_the_same_blocks_as_the_definition(lengths):
 @pytest.mark.parametrize("lengths", [None, DOCUMENTS], ids=["dense", "packed"])
 def test_selected_attention_reads_the_given_blocks(lengths):
     """The choice is random, in random order, with gaps of -1."""
-    from apps.LT2.kernel.nsa import fla
-
     offsets = None if lengths is None else packed(lengths)
     lengths = (300,) if lengths is None else lengths
     T, size = sum(lengths), 32
@@ -187,7 +195,9 @@ def test_selected_attention_reads_the_given_blocks(lengths):
 
     inputs = [torch.randn(1, T, n, 64).bfloat16().cuda().requires_grad_() for n in (H, G, G)]
     exact = exact_copies(inputs)
-    o, _ = fla._selected(*inputs, chosen.cuda(), offsets, T, size)
+    blocks, (first_T, _, _) = tables_of(T, size, offsets)
+    tables = (first_T, blocks.start_C.int(), blocks.length_C.int())
+    o, _ = kernels._selected(*inputs, chosen.cuda(), *tables, size)
     q, k, v = (x[0] for x in exact)
     documents, start = [], 0
     for n, choice in zip(lengths, choices, strict=True):
@@ -203,47 +213,50 @@ def test_selected_attention_reads_the_given_blocks(lengths):
 
 
 @pytest.mark.parametrize("n_past", [1, 64, 150, 299])
-@torch.no_grad()
-def test_last_queries_equal_those_of_the_whole(n_past):
-    q, k, v, gates = make_inputs(2, 300)
-    want = run([x.float() for x in (q, k, v, gates)], "naive")
-    got = run([q[:, n_past:], k, v, gates[:, n_past:]], "fla")
-    assert_same(got, want[:, n_past:], BF16_KERNEL)
+def test_queries_that_continue_a_past_equal_naive(n_past):
+    q, k, v, gates = (x.detach() for x in make_inputs(2, 300))
+    inputs = [q[:, n_past:], k, v, gates[:, n_past:]]
+    assert_kernel_is_right([x.clone().requires_grad_() for x in inputs])
 
 
-def test_queries_that_continue_a_past_have_no_backward():
-    q, k, v, gates = make_inputs(1, 100)
-    o = run([q[:, 50:], k, v, gates[:, 50:]], "fla")
-    with pytest.raises(AssertionError, match="no backward"):
-        o.float().sum().backward()
+@pytest.mark.parametrize("lengths", [None, DOCUMENTS], ids=["dense", "packed"])
+def test_results_repeat_to_the_bit(lengths):
+    T = 700 if lengths is None else sum(lengths)
+    cu_seqlens = None if lengths is None else packed(lengths)
+    *inputs, _ = make_inputs(1, T, cu_seqlens=cu_seqlens)
+    options = {"block_size": 32, "n_blocks": 8, "cu_seqlens": cu_seqlens}
+    results = []
+    for _ in range(2):
+        branches = torch.stack(kernels.sparse_branches_triton(*inputs, **options))
+        results.append((branches, *torch.autograd.grad(loss_of(branches), inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_views_of_a_fused_projection():
     """Views of one tensor are strided, and so is the gradient of o."""
     inputs = make_inputs(2, 65)
     heads = torch.cat(inputs[:3], dim=2).detach().requires_grad_()
-    o = run([*heads.split([H, G, G], dim=2), inputs[3]], "fla")
-    want_o = run(inputs, "fla")
+    o = run([*heads.split([H, G, G], dim=2), inputs[3]], "triton")
+    want_o = run(inputs, "triton")
     weight = torch.randn(2, H, 65, 64, device="cuda").transpose(1, 2).bfloat16()
     (got,) = torch.autograd.grad((o * weight).sum(), heads)
     want = torch.autograd.grad((want_o * weight).sum(), inputs[:3])
     assert torch.equal(o, want_o)
-    # The order of queries that read a block varies, so their sums differ by rounding.
-    assert_same(got, torch.cat(want, dim=2), BF16_KERNEL)
+    assert_same(got, torch.cat(want, dim=2), BF16_KERNEL)  # q and k also get the window's gradient
 
 
 def test_cu_seqlens_overwritten_in_place():
-    """fla caches token tables by the identity of cu_seqlens; new content needs new tables."""
+    """New content needs new tables."""
     buffer = packed((100, 28))
-    run(make_inputs(1, 128, cu_seqlens=buffer), "fla", cu_seqlens=buffer)
+    run(make_inputs(1, 128, cu_seqlens=buffer), "triton", cu_seqlens=buffer)
     buffer.copy_(packed((30, 98)))
     inputs = make_inputs(1, 128, cu_seqlens=buffer)
     assert_kernel_is_right(inputs, cu_seqlens=buffer)
     with torch.inference_mode():
         buffer = packed((100, 28))
-        run(inputs, "fla", cu_seqlens=buffer)
+        run(inputs, "triton", cu_seqlens=buffer)
         buffer.copy_(packed((30, 98)))
-        o, want = (run(inputs, impl, cu_seqlens=buffer) for impl in ("fla", "naive"))
+        o, want = (run(inputs, impl, cu_seqlens=buffer) for impl in ("triton", "naive"))
     assert_same(o, want, BF16_KERNEL, "o under inference mode")
 
 
@@ -268,44 +281,31 @@ def test_block_compiles_whole(lengths):
 @pytest.mark.parametrize("lengths", [None, (1, 63, 136)], ids=["dense", "packed"])
 def test_operators_are_registered_well(lengths):
     """Check schema, fake shapes, autograd and dynamic shapes with torch's own check."""
-    from apps.LT2.kernel.nsa import fla
-
     cu_seqlens = None if lengths is None else packed(lengths)
     q, k, v, _ = make_inputs(1, 200, cu_seqlens=cu_seqlens)
-    blocks = cut_blocks(200, 32, cu_seqlens, "cuda")
+    blocks, tables = tables_of(200, 32, cu_seqlens)
     k_means, v_means = (
         mean_of_blocks(x.detach(), blocks, packed=lengths is not None).requires_grad_()
         for x in (k, v)
     )
-    torch.library.opcheck(fla._compressed, (q, k_means, v_means, cu_seqlens, 200, 32))
     checks = ("test_schema", "test_faketensor")
+    first_T, _, seen_T = tables
+    torch.library.opcheck(kernels._compressed, (q, k_means, v_means, *tables, 5))
     with torch.no_grad():
-        o, lse = fla._compressed(q, k_means, v_means, cu_seqlens, 200, 32)
-        choice = (q.detach(), k_means.detach(), lse, cu_seqlens, 200, 32, 5)
-        torch.library.opcheck(fla._choose, choice, test_utils=checks)
-        chosen = fla._choose(*choice)
-        saved = (q.detach(), k_means.detach(), v_means.detach(), o, lse, cu_seqlens, 32, o)
-        torch.library.opcheck(fla._compressed_backward, saved, test_utils=checks)
-    torch.library.opcheck(fla._selected, (q, k, v, chosen, cu_seqlens, 200, 32), test_utils=checks)
+        o, lse, chosen = kernels._compressed(q, k_means, v_means, *tables, 5)
+        saved = (q.detach(), k_means.detach(), v_means.detach(), o, lse, first_T, seen_T, o)
+        torch.library.opcheck(kernels._compressed_backward, saved, test_utils=checks)
+    given = (chosen, first_T, blocks.start_C.int(), blocks.length_C.int(), 32)
+    torch.library.opcheck(kernels._selected, (q, k, v, *given))
     with torch.no_grad():
-        o, lse = fla._selected(q, k, v, chosen, cu_seqlens, 200, 32)
-        saved = (q.detach(), k.detach(), v.detach(), o, lse, chosen, cu_seqlens, 32, o)
-        torch.library.opcheck(fla._selected_backward, saved, test_utils=checks)
+        o, lse = kernels._selected(q, k, v, *given)
+        saved = (q.detach(), k.detach(), v.detach(), o, lse, *given, o)
+        torch.library.opcheck(kernels._selected_backward, saved, test_utils=checks)
 
 
-def test_unsupported_inputs_name_what_works():
-    cases = [
-        (make_inputs(1, 4, heads=24, groups=1), {}, r"16, 32, 64.*got 24 .*model\.n_kv_heads"),
-        (make_inputs(1, 4, heads=16, groups=2), {}, r"got 8 .*model\.n_kv_heads"),
-        (make_inputs(1, 4, 256), {}, r"got 256.*model\.head_dim"),
-        (make_inputs(1, 4, 8), {}, r"got 8.*model\.head_dim"),
-        (make_inputs(1, 4), {"block_size": 48}, r"model\.nsa\.block_size=48.*power of two"),
-        (make_inputs(1, 4), {"n_blocks": 17}, r"model\.nsa\.n_blocks=17.*at most 16"),
-        (exact_copies(make_inputs(1, 4)), {}, "impl='chunked'|impl='blocked'"),
-    ]
-    for inputs, sizes, message in cases:
-        with pytest.raises(UserError, match=message):
-            run(inputs, "fla", **sizes)
+def test_a_larger_head_dim_names_what_works():
+    with pytest.raises(UserError, match=r"at most 256, got 272.*model\.head_dim.*impl='blocked'"):
+        run(make_inputs(1, 4, 272), "auto")
 
 
 def test_auto_computes_fp32_inputs_in_fp32():

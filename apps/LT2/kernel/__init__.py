@@ -29,7 +29,7 @@ def check_gpu_stack() -> None:
     for package in ("triton", "fla"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"model.mixer, model.attention_pattern: all but full, window and dsa need the "
+                f"model.mixer, model.attention_pattern: all but full, window, nsa and dsa need the "
                 f"package {package} on CUDA, and it is not installed: pip install -e '.[gpu]'"
             )
     hopper = torch.cuda.get_device_capability()[0] == 9

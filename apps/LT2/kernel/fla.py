@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from apps.LT2.kernel.documents import document_of_tokens, host_cu_seqlens, upload, upload_cu_seqlens
+from apps.LT2.kernel.documents import host_cu_seqlens, upload, upload_cu_seqlens
 from apps.LT2.kernel.tuning import limit_tuning
 from lingua.errors import UserError
 
@@ -97,19 +97,11 @@ def _delay_package(name: str) -> None:
 @cache
 def _fix_faults() -> None:
     _sum_decay_gradient_in_fp32(importlib.import_module("fla.ops.common.chunk_o"))
-    # The states of gla and simple_gla, and the choice of blocks of nsa, read the size of their
-    # tables from the device. Ours know it on the host.
-    for module, name, table in (
-        ("fla.ops.common.chunk_h", "prepare_chunk_offsets", chunk_offsets),
-        (
-            "fla.ops.nsa.parallel",
-            "prepare_token_indices",
-            lambda offsets: packed_tokens(offsets)[1],
-        ),
-    ):
-        names = vars(importlib.import_module(module))
-        if name in names:
-            names[name] = table
+    # The states of gla and simple_gla read the size of their table from the device. Ours knows it
+    # on the host.
+    names = vars(importlib.import_module("fla.ops.common.chunk_h"))
+    if "prepare_chunk_offsets" in names:
+        names["prepare_chunk_offsets"] = chunk_offsets
 
 
 def _sum_decay_gradient_in_fp32(chunk_o: ModuleType) -> None:
@@ -375,21 +367,6 @@ def packed_arguments(cu_seqlens: Tensor | None) -> Packed:
     chunk_indices  (chunks, 2)   int32: document, and index of the chunk in it
     """
     return {} if cu_seqlens is None else _packed_tables(cu_seqlens)
-
-
-@_cached_by_content
-def _token_tables(offsets: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    nonempty = upload_cu_seqlens(list(dict.fromkeys(offsets)), device)
-    return nonempty, torch.stack(document_of_tokens(nonempty, offsets[-1]), dim=1).int()
-
-
-def packed_tokens(cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Return cu_seqlens without empty documents, and (document, position) of each token (T, 2).
-
-    Both are int32. fla numbers documents by their first tokens, so an empty document would shift
-    all documents after it.
-    """
-    return (None, None) if cu_seqlens is None else _token_tables(cu_seqlens)
 
 
 class KnownNumber(int):

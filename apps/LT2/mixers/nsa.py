@@ -59,8 +59,8 @@ MIN_GROUP = 16  # query heads per key/value head: the rows of a tensor core's ti
 
 @dataclass
 class NSAArgs:
-    block_size: int = 64  # tokens of a block; CUDA kernels need a power of two, 16 or more
-    n_blocks: int = 16  # blocks that a query reads, 3 or more; on CUDA block_size / 2 at most
+    block_size: int = 64  # tokens of a block
+    n_blocks: int = 16  # blocks that a query reads, 3 or more
     window_size: int = 512  # keys of the window branch, the token itself included
 
 
@@ -83,6 +83,7 @@ class NSACache(AttentionCache):
 
 class NativeSparseAttention(Mixer):
     module_name = "nsa"
+    uses_fla = False
     reads = Attention.reads - {"gated_attn"}  # it has its own gates
     zero_at_start = Attention.zero_at_start
 

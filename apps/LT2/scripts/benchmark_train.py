@@ -64,9 +64,12 @@ KERNEL_KINDS = (
     # triton_: Inductor's, whose names contain any operator
     ("norms and gates", ("triton_", "_gated_norm")),
     ("short convolutions", ("_conv_",)),
-    ("softmax attention", ("flash", "fmha", "cudnn", "attention", "attn", "parallel_nsa")),
+    ("softmax attention", ("flash", "fmha", "cudnn", "attention", "attn")),
     ("lightning indexer", ("_score_kernel", "_select_kernel", "_compare_kernel", "_index_d")),
-    ("selected attention", ("_attend_kernel", "_dq_kernel", "_dkv_kernel")),
+    (
+        "selected attention",
+        ("_attend_kernel", "_dq_kernel", "_dkv_kernel", "_choose_kernel", "_unite_kernel"),
+    ),
     ("matrix products", ("nvjet", "gemm", "cutlass", "splitk", "cublas", "xmma", "::mm", "::bmm")),
     (
         "recurrences",

@@ -60,10 +60,10 @@ def test_missing_package_names_the_extra(machine, package):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_only_mixers_on_fla_need_it(machine, mixer):
-    """full, window and dsa run on torch and on our Triton kernels."""
+    """full, window, nsa and dsa run on torch and on our Triton kernels."""
     machine(missing=("fla",))
     args = LoopedTransformerArgs(mixer=mixer)
-    if mixer in ("full", "window", "dsa"):
+    if mixer in ("full", "window", "nsa", "dsa"):
         check_kernels(args, "cuda")
     else:
         with pytest.raises(UserError, match="package fla"):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apps.LT2.kernel import fla
 from apps.LT2.kernel.documents import upload_cu_seqlens
-from apps.LT2.kernel.fla import ChunkOperator, chunk_offsets, packed_arguments, packed_tokens
+from apps.LT2.kernel.fla import ChunkOperator, chunk_offsets, packed_arguments
 from apps.LT2.kernel.gated_delta_rule import backward
 from tests.tolerances import FP32, assert_same
 from tests.waiting import no_waiting
@@ -252,15 +252,6 @@ def test_chunks_are_numbered_by_document():
     assert packed_arguments(None) == {}
 
 
-def test_tokens_are_numbered_by_nonempty_documents():
-    offsets, tokens = packed_tokens(upload_cu_seqlens([0, 0, 3, 3, 3, 5, 5], "cpu"))
-    assert offsets is not None and tokens is not None
-    assert offsets.tolist() == [0, 3, 5]
-    assert tokens.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
-    assert {offsets.dtype, tokens.dtype} == {torch.int32}
-    assert packed_tokens(None) == (None, None)
-
-
 def test_the_host_knows_the_number_of_chunks():
     cu_seqlens = upload_cu_seqlens([0, 64, 64, 129, 130], "cpu")
     with no_waiting():
@@ -274,23 +265,20 @@ def test_the_host_knows_the_number_of_chunks():
     assert chunk_offsets(cu_seqlens, 64).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("tables", [lambda b: tuple(packed_arguments(b).values()), packed_tokens])
-def test_tables_are_shared_until_cu_seqlens_changes(tables):
+def test_tables_are_shared_until_cu_seqlens_changes():
     """fla caches its tables by the identity of cu_seqlens."""
     cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
-    first = tables(cu_seqlens)
-    assert all(a is b for a, b in zip(first, tables(cu_seqlens), strict=True))
+    first = packed_arguments(cu_seqlens)
+    assert all(first[name] is x for name, x in packed_arguments(cu_seqlens).items())
     cu_seqlens.copy_(torch.tensor([0, 1, 5]))
-    second = tables(cu_seqlens)
-    assert second[0].tolist() == [0, 1, 5] and first[0].tolist() == [0, 2, 5]
-    assert second[0] is not first[0]
+    second = packed_arguments(cu_seqlens)["cu_seqlens"]
+    assert second.tolist() == [0, 1, 5] and first["cu_seqlens"].tolist() == [0, 2, 5]
 
 
-@pytest.mark.parametrize("tables", [packed_arguments, packed_tokens])
-def test_tables_of_uploaded_cu_seqlens_need_no_sync(tables):
+def test_tables_of_uploaded_cu_seqlens_need_no_sync():
     cu_seqlens = upload_cu_seqlens([0, 2, 5], "cpu")
     with no_waiting():
-        tables(cu_seqlens)
+        packed_arguments(cu_seqlens)
 
 
 # ---- the import

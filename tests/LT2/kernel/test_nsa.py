@@ -13,7 +13,6 @@ from apps.LT2.kernel.nsa import (
 )
 from apps.LT2.kernel.nsa.blocks import choose_blocks
 from apps.LT2.kernel.nsa.naive import chosen_blocks
-from lingua.errors import UserError
 from tests.tolerances import BY_DTYPE, FP32, FP64, assert_same
 
 H, G, K = 8, 2, 4
@@ -232,9 +231,3 @@ def test_rows_of_a_step_may_be_at_different_positions():
     token = (x[row, position_B] for x in (q, k, v, gates))
     got = native_sparse_attention_step(*token, cache, position_B, n_blocks=4, window_size=5)
     assert_same(got, want[row, position_B], FP32)
-
-
-def test_fla_on_cpu_raises_a_user_error():
-    inputs = [x.detach().bfloat16() for x in make_inputs(1, 4)]
-    with pytest.raises(UserError, match="CUDA"):
-        native_sparse_attention(*inputs, **SIZES, impl="fla")

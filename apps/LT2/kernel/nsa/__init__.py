@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apps.LT2.kernel.arguments import fla_supports
 from apps.LT2.kernel.attention import attention
 from apps.LT2.kernel.nsa.blocked import sparse_branches_blocked
 from apps.LT2.kernel.nsa.blocks import cut_blocks, mean_of_blocks
 from apps.LT2.kernel.nsa.decode import branches_of_step, update_means
-from apps.LT2.kernel.nsa.fla import sparse_branches_fla
 from apps.LT2.kernel.nsa.naive import nsa_naive
+from apps.LT2.kernel.nsa.triton import kernels_support, sparse_branches_triton
 
-SPARSE_BRANCHES = {"blocked": sparse_branches_blocked, "fla": sparse_branches_fla}
+SPARSE_BRANCHES = {"blocked": sparse_branches_blocked, "triton": sparse_branches_triton}
 ALWAYS_CHOSEN = 3  # the first block, the query's own, and the one before it
 
 
@@ -49,18 +48,21 @@ def native_sparse_attention(
     window_size keys of the window branch, the token itself included
     cu_seqlens  (n_docs + 1,) int32 with B = 1 and T = S: documents do not see each other, and
                 each starts a new block
-    impl        "naive", "blocked", "fla", or "auto": fla for 16-bit CUDA tensors
+    impl        "naive", "blocked" (plain torch), "triton", or "auto": triton for 16-bit CUDA
+                tensors, else blocked
     attn_impl   of `kernel.attention`, for the window branch
-    Returns o (B, T, H, K) in q's dtype, differentiable in q, k, v and gates; with fla only if
-    T = S. The choice of blocks has no gradient.
+    Returns o (B, T, H, K) in q's dtype, differentiable in q, k, v and gates. The choice of blocks
+    has no gradient.
     """
     _check_shapes(q_BTHK, k_BSGK, v_BSGK, gates_BTH3, n_blocks, cu_seqlens)
     if impl == "auto":
-        impl = "fla" if fla_supports(q_BTHK) else "blocked"
+        impl = "triton" if kernels_support(q_BTHK, k_BSGK, v_BSGK) else "blocked"
     sizes = {"block_size": block_size, "n_blocks": n_blocks, "cu_seqlens": cu_seqlens}
     if impl == "naive":
         return nsa_naive(q_BTHK, k_BSGK, v_BSGK, gates_BTH3, window_size=window_size, **sizes)
-    assert impl in SPARSE_BRANCHES, f"impl must be auto, naive, blocked or fla, got {impl!r}"
+    assert impl in SPARSE_BRANCHES, f"impl must be auto, naive, blocked or triton, got {impl!r}"
+    supported = impl != "triton" or kernels_support(q_BTHK, k_BSGK, v_BSGK)
+    assert supported, f"impl='triton' does not support {q_BTHK.dtype} on {q_BTHK.device}"
     compressed, selected = SPARSE_BRANCHES[impl](q_BTHK, k_BSGK, v_BSGK, **sizes)
     window = _window_attention(q_BTHK, k_BSGK, v_BSGK, window_size, cu_seqlens, attn_impl)
     return _gated_sum((compressed, selected, window), gates_BTH3)
