@@ -101,6 +101,7 @@ def run_probed_pass(
     set_gradient_sync(model, True)
     # Ranks may have different numbers of targets. A mean of 0 on all ranks would divide by 0.
     n_targets = dist_mean((batch[1] != NO_TARGET).sum()).clamp(min=1 / get_world_size()).float()
+    model.n_answers = None  # of another batch; the accuracy would run the norm on answers only
     with probe:
         with recorded_residual_stream(model) as h_by_loop:
             loss = model(*batch, n_targets)

@@ -134,6 +134,14 @@ def test_statistics_match_their_definition(documents, changes):
     assert has_mass == ("loops/rho/1" in got) == ("use_residual" not in changes)
 
 
+def test_a_task_changes_no_statistic():
+    model, batch = make_model(), make_batch(2)
+    want, _ = measure(model, batch)
+    model.zero_grad()
+    model.n_answers = 5  # of the micro-batch before
+    assert measure(model, batch)[0] == want
+
+
 def test_the_probe_records_the_mass_of_each_loop_and_layer():
     model, batch = make_model(), make_batch(2)
     got, probe = measure(model, batch)
