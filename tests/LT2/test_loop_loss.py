@@ -194,6 +194,22 @@ def test_memory_is_one_chunk_of_logits_and_one_gradient_of_the_head(loop_loss, e
 
 
 @pytest.mark.parametrize("loop_loss", LOSSES, ids=str)
+def test_the_loss_keeps_its_gradients_and_no_normed_state(loop_loss):
+    model, kept = make(loop_count=T, loop_loss=loop_loss, loop_loss_every=4), []
+    states = [torch.randn(4, 9, DIM, requires_grad=True) for _ in range(T)]
+    known = {x.data_ptr() for x in (*states, *model.parameters())}
+
+    def keep(x: Tensor) -> Tensor:
+        if DIM in x.shape and x.data_ptr() not in known:
+            kept.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.loss_of(states[-1], targets(prompt(4, 9)), None, states)
+    assert kept == [(9 * (T - 1) + 36, DIM), (VOCAB, DIM)]
+
+
+@pytest.mark.parametrize("loop_loss", LOSSES, ids=str)
 def test_the_norm_runs_on_tokens_with_a_loss(loop_loss):
     model, rows = make(loop_count=T, loop_loss=loop_loss, loop_loss_every=4), []
     model.norm.register_forward_pre_hook(lambda _, args: rows.append(args[0].numel() // DIM))
@@ -236,6 +252,17 @@ def test_parameters_flops_and_memory(loop_loss):
     }
     assert kept["some"] - kept["none"] == 3 * 2 * 32 * dim > 0
     assert kept["every 8"] - kept["none"] == 3 * 2 * 4 * dim
+    # With a large vocabulary the peak is at the loss, where the normed states wait too.
+    peaks = [
+        training_memory(
+            build_on_meta(replace(model.args, vocab_size=10**5, loop_loss_every=every)),
+            args,
+            batch_size=2,
+            seqlen=16,
+        ).peak["none"]
+        for every in (1, 8)
+    ]
+    assert peaks[0] - peaks[1] == 2 * 3 * 2 * (32 - 4) * dim
 
 
 @pytest.mark.parametrize(
