@@ -58,7 +58,7 @@ MAX_ERRORS = 3  # different ones that are shown
 
 @dataclass
 class Table:
-    runs: list[Run]
+    runs: list[Run]  # for the notes below it; may be empty
     columns: list[Column]
 
 
@@ -245,7 +245,8 @@ def format_for_terminal(table: Table) -> str:
 def notes(table: Table, shown: Sequence[Column], width: int) -> Iterator[str]:
     counts = Counter(run.status for run in table.runs)
     states = ", ".join(f"{count} {name}" for name, count in counts.items())
-    yield f"{len(table.runs)} runs: {states}" if len(table.runs) > 1 else f"1 run: {states}"
+    if counts:
+        yield f"{len(table.runs)} runs: {states}" if len(table.runs) > 1 else f"1 run: {states}"
     failed: dict[str, list[str]] = {}
     for run in table.runs:
         if run.status == "failed":
@@ -254,7 +255,8 @@ def notes(table: Table, shown: Sequence[Column], width: int) -> Iterator[str]:
         yield f"failed: {list_names(names, 1)}: {error}"
     hidden = [c.header or c.name for c in table.columns if c not in shown]
     if hidden:
-        yield f"not shown, for a width of {width}: {', '.join(hidden)} (see columns=, format=csv)"
+        hint = " (see columns=, format=csv)" if table.runs else ""
+        yield f"not shown, for a width of {width}: {', '.join(hidden)}{hint}"
 
 
 def split_header(name: str, size: int) -> list[str]:

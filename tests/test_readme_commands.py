@@ -114,9 +114,13 @@ SMALLER = {
     "python -m apps.LT2.benchmark_prefill --config apps/LT2/configs/600M": TINY_BENCHMARK,
     "python -m apps.LT2.benchmark_prefill": f"{TINY_BENCHMARK} {TINY_RECIPE}",
     "bash apps/LT2/scripts/benchmark_prefill_all.sh": f"{TINY_BENCHMARK} {TINY_RECIPE}",
+    "bash apps/LT2/scripts/benchmark_train_all.sh": (
+        f"{TINY_MODEL} --steps 3 --warmup 1 data.batch_size=1 data.seq_len=32 "
+        "data.load_async=false distributed.compile=false"
+    ),
 }
 ENVIRONMENT = {
-    # for the scripts that measure all 1B recipes at all lengths
+    # for the scripts that measure all recipes, at all lengths
     "RECIPES": "apps/LT2/configs/1B/transformer_1B.yaml",
     "LENGTHS": "16",
     "OPTIONS": f"{TINY_BENCHMARK} {TINY_RECIPE}",
@@ -154,6 +158,10 @@ LEAVES = {
         "runs/looped.png",
         "runs/benchmark_prefill/benchmark_prefill.png",
         "runs/decode.md",
+    ],
+    "docs/benchmarking.md: Training steps": [
+        "runs/benchmark_train/benchmark_train.png",
+        "runs/speed.md",
     ],
     "docs/data.md: Prepare a corpus": [
         "data/fineweb_edu_shuffled/fineweb_edu.val.jsonl",

@@ -38,7 +38,7 @@ COMMANDS = {
     "benchmark prefill": ("apps.LT2.benchmark_prefill", "speed of prefill and decode"),
     "benchmark report": (
         "apps.LT2.scripts.benchmark_report",
-        "tables, figure and verdicts of results of benchmark prefill",
+        "tables and figure of results of prefill or train",
     ),
     "benchmark train": ("apps.LT2.scripts.benchmark_train", "speed and memory of training"),
     "benchmark loader": ("apps.LT2.scripts.benchmark_loader", "speed of the data loader"),

@@ -131,8 +131,8 @@ def test_without_matplotlib_the_report_has_no_figure(monkeypatch, tmp_path):
     [
         ("Killed", [], "r.json"),
         ('{"rows": []}', [], "no point"),
-        ('{"rows": [1]}', ["--out", "x.png"], "--out"),
-        ('{"rows": [1]}', ["--claims", "missing.yaml"], "missing.yaml"),
+        ('{"rows": [{"decode": 1}]}', ["--out", "x.png"], "--out"),
+        ('{"rows": [{"decode": 1}]}', ["--claims", "missing.yaml"], "missing.yaml"),
     ],
 )
 def test_mistakes(tmp_path, text, options, words):

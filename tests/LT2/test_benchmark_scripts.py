@@ -1,4 +1,4 @@
-"""Test the scripts around the inference benchmark with a `python` that prints its arguments."""
+"""Test the scripts around the benchmarks with a `python` that prints its arguments."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ARRAY = ROOT / "apps/LT2/slurm/benchmark_prefill_array.slurm"
 ALL = ROOT / "apps/LT2/scripts/benchmark_prefill_all.sh"
+TRAIN_ALL = ROOT / "apps/LT2/scripts/benchmark_train_all.sh"
+TRAIN_RECIPES = sorted(
+    str(p.relative_to(ROOT)) for p in ROOT.glob("apps/LT2/configs/600M/*_600M.yaml")
+)
 RECIPES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("apps/LT2/configs/1B/*_1B.yaml"))
 N_LENGTHS = 8  # 1k, 2k, ... 128k
 
@@ -27,7 +31,7 @@ def run(tmp_path):
     )
     python.chmod(0o755)
 
-    def run(script: Path, *argv: str, **env: object) -> subprocess.CompletedProcess:
+    def run(script: Path | str, *argv: str, **env: object) -> subprocess.CompletedProcess:
         known = {"PATH": f"{python.parent}:{os.environ['PATH']}", "FAIL_ON": "nothing"}
         return subprocess.run(
             ["bash", str(script), *argv],
@@ -78,17 +82,25 @@ def test_a_failed_task_leaves_no_result(run, tmp_path):
     assert not list((tmp_path / "out").glob("*.json"))
 
 
-def test_one_machine_measures_all_recipes_and_goes_on_after_a_failure(run, tmp_path):
-    done = run(ALL, "--repeats", "3", LENGTHS="16 32", FAIL_ON=RECIPES[1])
-    assert done.returncode == 1 and f"failed: {RECIPES[1]}" in done.stderr
+@pytest.mark.parametrize(
+    "script, recipes, command",
+    [
+        (ALL, RECIPES, "benchmark_prefill --config {} --seq-len 16 32 --repeats 3"),
+        (TRAIN_ALL, TRAIN_RECIPES, "scripts.benchmark_train {} --repeats 3"),
+    ],
+)
+def test_one_machine_measures_all_recipes_and_goes_on_after_a_failure(
+    run, tmp_path, script, recipes, command
+):
+    done = run(script, "--repeats", "3", LENGTHS="16 32", FAIL_ON=recipes[1])
+    assert done.returncode == 1 and f"failed: {recipes[1]}" in done.stderr
     *measured, drawn = asked(tmp_path)
-    assert measured == [
-        f"-m apps.LT2.benchmark_prefill --config {recipe} --seq-len 16 32 --repeats 3"
-        for recipe in RECIPES
-    ]
-    assert "benchmark_report" in drawn and RECIPES[0].split("/")[-1][:-5] in drawn
-    assert len(list((tmp_path / "out").glob("*.json"))) == len(RECIPES) - 1
+    assert measured == [f"-m apps.LT2.{command.format(recipe)}" for recipe in recipes]
+    assert "benchmark_report" in drawn and recipes[0].split("/")[-1][:-5] in drawn
+    assert len(list((tmp_path / "out").glob("*.json"))) == len(recipes) - 1
 
     (tmp_path / "asked").unlink()
-    assert run(ALL, LENGTHS="16 32").returncode == 0
+    log = tmp_path / "log"
+    assert run("-c", f"bash {script} > {log} 2>&1", LENGTHS="16 32").returncode == 0
+    assert f"{Path(recipes[0]).stem}.json exists" in log.read_text()  # not truncated later
     assert len(asked(tmp_path)) == 2  # the one that failed, and the figure

@@ -49,7 +49,10 @@ def test_ranks_are_measured_together(tmp_path):
     first, second = run_ranks(2, measure, write_corpus(tmp_path / "data"))
     assert second == "", "one rank tells"
     assert "model.loop_count=2: model.kda has no effect" in first
-    rows = json.loads(first.splitlines()[-1])["rows"]
+    result = json.loads(first.splitlines()[-1])
+    rows = result["rows"]
+    assert result["argv"][0] == RECIPE and "model.kda.conv_size=2" in result["overrides"]
+    assert {(row["seq_len"], row["batch_size"]) for row in rows} == {(SEQLEN, 2)}
     assert_table(first.splitlines(), [row["recipe"] for row in rows])
     assert [row["problem"] for row in rows] == [""] * 2
     assert [row["recipe"].split()[1:] for row in rows] == [

@@ -6,7 +6,6 @@ Times come from CUDA events on a GPU, and from the process clock on a CPU.
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import platform
 import statistics
 import time
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from apps.LT2.training.summary import format_versions
 from lingua.metrics import peak_flops
 from lingua.slurm.code import code_version
 
@@ -131,15 +131,13 @@ def device_name(device: torch.device) -> str:
 def environment(device: torch.device) -> dict[str, Any]:
     """Return device, versions and commit, to store with a result."""
     version = code_version(Path(__file__).parents[3])
-    found: dict[str, Any] = {
+    return {
         "device": device_name(device),
         "torch": torch.__version__,
+        "versions": format_versions(),
         "commit": version.commit,
         "uncommitted_changes": version.dirty,
     }
-    if device.type == "cuda":
-        found["triton"] = importlib.metadata.version("triton")
-    return found
 
 
 def _cpu_model() -> str:

@@ -21,9 +21,10 @@ for recipe in "${recipes[@]}"; do
         echo "$result exists"
         continue
     fi
-    # One process per recipe, so that a failure does not affect the others.
+    # One process per recipe, so that a failure does not affect the others. tee /dev/stderr would
+    # truncate a log file.
     if python -m apps.LT2.benchmark_prefill --config "$recipe" --seq-len "${lengths[@]}" "$@" \
-        | tee /dev/stderr | tail -n 1 > "$result.part"; then
+        | tee >(cat >&2) | tail -n 1 > "$result.part"; then
         mv "$result.part" "$result"
     else
         echo "failed: $recipe" >&2

@@ -1,30 +1,39 @@
-"""Write a report of benchmark_prefill's results: claims with verdicts, tables and a figure.
+"""Write a report of results of benchmark_prefill or of benchmark_train: tables and a figure.
 
     bash apps/LT2/scripts/benchmark_prefill_all.sh
     python -m apps.LT2.scripts.benchmark_report runs/benchmark_prefill/*.json --out runs/decode.md
+    python -m apps.LT2.scripts.benchmark_report runs/benchmark_train/*.json --out runs/speed.md
 
 Beside NAME.md it writes NAME.png and NAME.jsonl, which has a line for each point. A file contains
-the output of the benchmark, or only its last line (JSON). Claims compare two points. They come from
-configs/benchmark/decode.yaml, or from the file in --claims.
+the output of the benchmark, or only its last line (JSON). The files have results of one benchmark.
+
+Results of benchmark_prefill are judged by claims, which compare two points. Claims come from
+configs/benchmark/decode.yaml, or from the file in --claims. Results of benchmark_train are compared
+with those of the recipe in --reference (apps.LT2.scripts.benchmark_train_report).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apps.LT2.scripts.plot_benchmark import draw, format_length, read_result
+from apps.LT2.scripts.benchmark_results import (
+    PREFILL,
+    TRAIN,
+    format_facts,
+    read_results,
+    write_files,
+)
+from apps.LT2.scripts.benchmark_train_report import write_train_report
+from apps.LT2.scripts.plot_benchmark import draw, format_length
 from apps.LT2.scripts.study_report import format_verdicts
 from lingua.args import dataclass_from_dict, load_config_file
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
-from lingua.files.atomic import write_atomic
-from lingua.files.jsonl_log import json_line
 from lingua.files.lock import make_writable
 
 logger = logging.getLogger(__name__)
@@ -126,16 +135,13 @@ def write_report(results: Sequence[dict[str, Any]], claims_file: Path, out: Path
     verdicts = [(claim, *judge(claim, rows)) for claim in claims]
     for claim, ours, verdict in verdicts:
         print(f"{verdict}: {claim.claim} {claim.column}: {ours}")
-    data, figure = out.with_suffix(".jsonl"), out.with_suffix(".png")
-    write_atomic(data, "".join(map(json_line, rows)))
-    try:
-        draw(results, figure)
-    except UserError as error:  # another machine may draw it
-        logger.warning("%s is not drawn: %s", figure, error)
-    parts = [
-        f"# {out.stem}: {spec.get('question', '')}",
-        format_verdicts(verdicts, RULE),
-        f"![{out.stem}]({figure.name})" if figure.exists() else "",
+    before = [f"# {out.stem}: {spec.get('question', '')}", format_verdicts(verdicts, RULE)]
+    facts = {
+        "Dtype": {r["dtype"] for r in results},
+        "Measured": {measured(r["plan"]) for r in results},
+        "Refused": {f"{name}: {why}" for r in results for name, why in r["refused"].items()},
+    }
+    after = [
         "Tokens/s of all sequences, medians. Decode: share of the copy's bandwidth. Prefill: share "
         "of the matrix product's FLOP/s. Cache: MiB of one sequence.",
         format_table(rows, "decode", lambda row: speed_of("decode", row)),
@@ -145,29 +151,9 @@ def write_report(results: Sequence[dict[str, Any]], claims_file: Path, out: Path
             "cache",
             lambda row: f"{row['cache_mib']:,.2f}",
         ),
-        format_facts(results),
-        f"- Each point, with quartiles and memory: [{data.name}]({data.name})",
+        format_facts(PREFILL, results, facts),
     ]
-    write_atomic(out, "\n\n".join(part for part in parts if part) + "\n")
-    print(f"report: {out}")
-
-
-def format_facts(results: Sequence[dict[str, Any]]) -> str:
-    commands = [r["argv"] for r in results if "argv" in r]
-    lines = [f"python -m apps.LT2.benchmark_prefill {shlex.join(argv)}" for argv in commands]
-    facts = {
-        "Device": {r["device"] for r in results},
-        "Commit": {
-            (r["commit"] or "unknown")
-            + ", with uncommitted changes" * bool(r["uncommitted_changes"])
-            for r in results
-        },
-        "Versions": {f"torch {r['torch']}, {r['dtype']}" for r in results},
-        "Measured": {measured(r["plan"]) for r in results},
-        "Refused": {f"{name}: {why}" for r in results for name, why in r["refused"].items()},
-    }
-    shown = [f"- {name}: {'; '.join(sorted(values))}" for name, values in facts.items() if values]
-    return "\n".join(["```bash", *lines, "```", "", *shown])
+    write_files(out, rows, lambda figure: draw(results, figure), before, after)
 
 
 def measured(plan: dict[str, Any]) -> str:
@@ -186,15 +172,22 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("results", nargs="+", type=Path, metavar="RESULT.json")
     add("--out", type=Path, required=True, metavar="MD", help="report to write")
-    add("--claims", type=Path, default=CLAIMS, metavar="YAML", help="claims about the results")
+    add("--claims", type=Path, metavar="YAML", help="claims about prefill and decode")
+    add("--reference", metavar="NAME", help="training: the recipe that ratios are relative to")
     args = parser.parse_args(argv)
     if args.out.suffix != ".md":
         raise UserError(f"--out {args.out} must end in .md")
-    results = [read_result(path) for path in args.results]
+    program, results = read_results(args.results)
     if not any(result["rows"] for result in results):
         raise UserError(f"{args.results[0]}: no point was measured")
     make_writable("--out", args.out.parent)
-    write_report(results, args.claims, args.out)
+    unread = "claims" if program == TRAIN else "reference"
+    if getattr(args, unread) is not None:
+        logger.warning("--%s has no effect on results of %s", unread, program)
+    if program == TRAIN:
+        write_train_report(results, args.reference, args.out)
+    else:
+        write_report(results, args.claims or CLAIMS, args.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Recipes run sequentially in one process, on the data of their configs and with t
 Tuning and compilation happen in the warm-up steps, which are not timed. A recipe that runs out of
 memory is reported in its row. --profile traces one more step of each recipe, sums device time by
 kind of kernel and counts collectives. Memory is the maximum over ranks. The last line is the whole
-result as JSON.
+result as JSON. `lt2 benchmark report` reports the results of one or several files.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ class Row:
     first_loss: float = 0.0
     last_loss: float = 0.0
     grad_norm: float = 0.0  # of the last step; finite, or the run would have stopped
+    seq_len: int = 0
+    batch_size: int = 0  # of a micro-batch on a rank
     problem: str = ""
     kernel_ms: dict[str, float] = field(default_factory=dict)
     top_kernels_ms: dict[str, float] = field(default_factory=dict)
@@ -329,12 +331,19 @@ def main(argv: list[str]) -> None:
     for name, args in runs:
         for warning in unused_options(args.model).values():
             print_on_rank_0(f"{name}: {warning}")
+    result = environment(get_device()) | {
+        "argv": argv,
+        "overrides": overrides,
+        "steps": given.steps,
+        "warmup": given.warmup,
+    }
     width = max(len("recipe"), *(len(name) for name, _ in runs))
     print_on_rank_0(legend(get_world_size()))
     print_on_rank_0(format_line("recipe", width, COLUMNS))
     rows = []
     for name, args in runs:
-        rows.append(row := Row(name))
+        data = args.data
+        rows.append(row := Row(name, seq_len=data.seq_len, batch_size=data.batch_size))
         try:
             measure(args, row, given.warmup, given.steps, given.profile)
         except torch.OutOfMemoryError as error:
@@ -352,7 +361,7 @@ def main(argv: list[str]) -> None:
             print_on_rank_0(f"    {ms:9.2f} ms  {kind}")
         for name, count in row.collectives.items():
             print_on_rank_0(f"    {count:9d}     {name}")
-    print_on_rank_0(json.dumps(environment(get_device()) | {"rows": [asdict(row) for row in rows]}))
+    print_on_rank_0(json.dumps(result | {"rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":

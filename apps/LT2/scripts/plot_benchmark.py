@@ -9,12 +9,12 @@ a length that ran out of memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from apps.LT2.benchmark.inference_cost import OUT_OF_MEMORY
+from apps.LT2.scripts.benchmark_results import PREFILL, read_results
 from apps.LT2.scripts.figure import MORE_COLOURS, import_pyplot, save_figure, set_plain_ticks
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
@@ -27,16 +27,6 @@ PANELS = {  # kind -> title, unit
 STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")]  # for more lines than colours
 
 Points = dict[str, dict[int, float]]  # line -> length -> tokens/s
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, IndexError, ValueError) as error:
-        raise UserError(f"{path}: the last line is not readable as JSON: {error}") from None
-    if "rows" not in result:
-        raise UserError(f"{path}: the last line is not a result of apps.LT2.benchmark_prefill")
-    return result
 
 
 def named_rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -149,7 +139,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="figure to write")
     args = parser.parse_args(argv)
-    results = [read_result(path) for path in args.results]
+    _, results = read_results(args.results, [PREFILL])
     draw(results, args.out)
     print(f"{sum(len(result['rows']) for result in results)} rows: {args.out}")
 
