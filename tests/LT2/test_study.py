@@ -306,6 +306,45 @@ def test_mistakes(tmp_path, argv, words):
     assert not (tmp_path / "new").exists()
 
 
+CLAIM = {"claim": "c", "column": "bpb", "lower": {"arm": "a"}, "than": {"arm": "b"}}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"arms": {}}, "arms is empty"),
+        ({"arms": {"a": None, "b": {}}}, "arms="),
+        ({"arms": {"a": {"seed": 3}, "b": {}}}, "seed is set by the study"),
+        ({"options": {"dump_dir": "x"}}, "dump_dir is set by the study"),
+        ({"options": 3}, "options=3"),
+        ({"sizes": {"small": 3}}, "small=3"),
+        ({"seeds": 0}, "seeds=0"),
+        ({"over": {"model.loop_count": 2}}, "over="),
+        ({"over": {"model.loop_count": []}}, "over: model.loop_count"),
+        ({"over": {"model.loop_count": [2, 2]}}, "over: model.loop_count"),
+        ({"over": {"model.use_residual": [True]}}, "model.use_residual is in over"),
+        ({"equal": "flops", "arms": {"a": {}, "b": {"steps": 7}}}, "equal=flops"),
+        ({"columns": {"bpb": "min loss/val_bpb"}}, "columns: bpb: min"),
+        ({"plots": [{"x": "steps"}]}, "plots: x=steps"),
+        ({"plots": [{"x": "steps", "why": "loss/out"}]}, "why"),
+        ({"claims": [CLAIM | {"column": "acc"}]}, "column=acc"),
+        ({"claims": [CLAIM | {"lower": {"arm": 1}}]}, "no arm 1; use 'a', 'b'"),
+        ({"claims": [CLAIM | {"lower": {"arm": "a", "optim.lr": 1}}]}, "optim.lr"),
+        ({"claims": [{"claim": "c", "column": "bpb", "lower": {"arm": "a"}}]}, "than"),
+    ],
+)
+def test_mistakes_in_a_file_are_found_before_any_run(tmp_path, changes, words):
+    own = {
+        "question": "?",
+        "arms": {"a": {}, "b": {"model.use_residual": False}},
+        "columns": {"bpb": "loss/val_bpb"},
+        **changes,
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    with pytest.raises(UserError, match=words):
+        main([str(tmp_path / "own.yaml"), "dry_run=true"])
+
+
 def test_other_options_need_another_folder(tmp_path):
     study = read_study("loops", "tiny")
     record = command.update_record(tmp_path, study, {"arm=fixed,seed=1": {"steps": 3}})

@@ -30,9 +30,9 @@ from typing import Any, ClassVar
 from apps.LT2.flops import train_flops_per_token
 from apps.LT2.matching import QUANTITIES as MATCHES
 from apps.LT2.matching import match_model
-from apps.LT2.scripts.study_report import write_report
+from apps.LT2.scripts.study_report import check_results, write_report
 from apps.LT2.scripts.study_runs import SCRIPT, StudySweep
-from apps.LT2.scripts.study_spec import Study, read_study
+from apps.LT2.scripts.study_spec import SET_BY_STUDY, Study, read_study
 from apps.LT2.training.args import TrainArgs, check_and_build
 from lingua.args import diff_configs, parse_args, print_text
 from lingua.config.cli import split_paths
@@ -52,7 +52,6 @@ from lingua.slurm.sweep_plan import collected_warnings, is_done, named_errors, o
 from lingua.sweep import as_arguments, write_record
 
 RECORD = "study.json"  # in dump_dir: the study, the options of each run, and the seconds spent
-SET_BY_STUDY = ("dump_dir", "name", "seed", "model.seed", "data.seed")
 STOP, KILL = 0.93, 0.98  # shares of minutes= after which runs stop, and are killed
 
 
@@ -247,6 +246,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{names[1]}: write option=value; the study is {names[0]}")
     study = with_options(read_study(str(names[0]) if names else "", args.size), given)
     study = replace(study, seeds=args.seeds or study.seeds)
+    check_results(study)
     for arm in args.arms or []:
         if arm not in study.arms:
             raise UserError(f"arms: {study.name} has no arm {arm}; use {', '.join(study.arms)}")

@@ -65,6 +65,31 @@ class Claim:
     paper: str = "-"  # its number
 
 
+def check_results(study: Study) -> None:
+    """Raise UserError for columns, plots or claims that no run can have."""
+    for head, metric in study.columns.items():
+        name = metric.rpartition(" ")[0]
+        if name and " / " not in metric and name not in STATISTICS:
+            raise UserError(
+                f"columns: {head}: {name} must be one of {', '.join(STATISTICS)}, or A / B"
+            )
+    options = {option for arm in study.arms.values() for option in arm}
+    options |= {"arm", "seed", *study.over, *study.options}
+    for given in study.claims:
+        claim = dataclass_from_dict(Claim, given)
+        if claim.column not in study.columns:
+            columns = ", ".join(study.columns)
+            raise UserError(f"claims: column={claim.column} must be one of {columns}")
+        for side in (claim.lower, claim.than):
+            if (arm := side.get("arm")) is not None and arm not in study.arms:
+                raise UserError(f"claims: no arm {arm!r}; use {', '.join(map(repr, study.arms))}")
+            for option in side.keys() - options:
+                raise UserError(f"claims: {option} must be arm, or an option that the study sets")
+    for drawn in map(plot_options, study.plots):
+        if drawn.y is None:
+            raise UserError(f"plots: x={drawn.x} has no y; name a metric")
+
+
 # ---- statistics of a run
 
 
