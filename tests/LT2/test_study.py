@@ -196,6 +196,26 @@ def test_verdicts(low, high, verdict):
     assert report.judge(tiny, claim, runs)[1] not in ("holds", "fails")
 
 
+def test_a_failed_run_leaves_its_claims_open():
+    """It may have diverged: the arm must not win by its other seeds."""
+    study = replace(read_study("loops", "small"), columns={"bpb": "loss/val_bpb"})
+    claim = report.Claim("x", "bpb", lower={"arm": "a"}, than={"arm": "b"})
+    runs = [run_with({"loss/val_bpb": v}, arm="a") for v in (1.0, 1.1)]
+    runs += [run_with({"loss/val_bpb": v}, arm="b") for v in (1.2, 1.3)]
+    for arm, verdict in {"a": "inconclusive: a run failed", "c": "holds"}.items():
+        assert report.judge(study, claim, runs, [run_with({}, arm=arm)])[1] == verdict
+
+
+def test_a_report_leaves_out_runs_that_the_study_no_longer_has():
+    over = {"model.loop_count": [2, 4]}
+    study = replace(read_study("loops", "small"), arms={"a": {}}, over=over)
+    swept = {"arm": "a", "model.loop_count": 4, "seed": 1}
+    assert report.has_run(study, swept)
+    assert not report.has_run(study, {**swept, "arm": "b"})
+    assert not report.has_run(study, {**swept, "model.loop_count": 8})
+    assert not report.has_run(replace(study, over={}), swept)
+
+
 def test_statistics_of_gradient_norms():
     norms = [99.0] * 3 + [1.0] * 60 + [4.5, 1.0, 3.5, 8.0, math.inf]
     metrics = {"norm": {i: v if math.isfinite(v) else None for i, v in enumerate(norms)}}

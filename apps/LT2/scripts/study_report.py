@@ -152,19 +152,21 @@ def results_table(study: Study, runs: list[Run]) -> Table:
     return table
 
 
-def judge(study: Study, claim: Claim, runs: Sequence[Run]) -> tuple[str, str]:
+def judge(
+    study: Study, claim: Claim, runs: Sequence[Run], failed: Sequence[Run] = ()
+) -> tuple[str, str]:
     """Return both sides of the claim with their names and spread, and the verdict.
 
     A claim holds if every run of the one side is below every run of the other. With three seeds,
-    chance alone does that in one of 20 cases.
+    chance alone does that in one of 20 cases. Failed runs may have diverged: without them, the
+    other seeds of the arm decide nothing.
     """
-    metric = study.columns[claim.column]
-    sides = []
-    for where in (claim.lower, claim.than):
-        chosen = [
-            run for run in runs if all(run.options.current.get(o) == v for o, v in where.items())
-        ]
-        sides.append([last(run, metric) for run in chosen])
+
+    def members(where: dict[str, Any], among: Sequence[Run]) -> list[Run]:
+        return [r for r in among if all(r.options.current.get(o) == v for o, v in where.items())]
+
+    metric, both = study.columns[claim.column], (claim.lower, claim.than)
+    sides = [[last(run, metric) for run in members(where, runs)] for where in both]
     names = (side_name(where) for where in (claim.lower, claim.than))
     ours = ", ".join(f"{name} {mean_and_std(x)}" for name, x in zip(names, sides, strict=True))
     low, high = sides
@@ -172,6 +174,8 @@ def judge(study: Study, claim: Claim, runs: Sequence[Run]) -> tuple[str, str]:
         return ours, "not run"
     if min(map(len, sides)) == 1:
         return ours, "inconclusive: one seed"
+    if any(members(where, failed) for where in both):
+        return ours, "inconclusive: a run failed"
     if study.size == "tiny":
         return ours, "not judged"
     if max(low) < min(high):
@@ -228,7 +232,9 @@ def write_report(
     study: Study, folder: Path, record: Mapping[str, Any], given: Mapping[str, Any]
 ) -> None:
     """Write the results of all finished runs, and print the table."""
-    found = {label: folder / label for label in record["runs"] if (folder / label).is_dir()}
+    swept = {k: v for k, v in read_record(folder).items() if k in record["runs"]}
+    swept = {label: options for label, options in swept.items() if has_run(study, options)}
+    found = {label: folder / label for label in swept if (folder / label).is_dir()}
     runs = read_runs(list(found.values())) if found else []
     failed = [run for run in runs if run.status == "failed"]
     runs = [run for run in runs if run.status == "finished"]
@@ -243,11 +249,10 @@ def write_report(
     write_atomic(folder / f"{study.name}.jsonl", "".join(lines))
     figures = draw_plots(study, runs, folder)
     claims = [dataclass_from_dict(Claim, claim) for claim in study.claims]
-    verdicts = [(claim, *judge(study, claim, runs)) for claim in claims]
+    verdicts = [(claim, *judge(study, claim, runs, failed)) for claim in claims]
     for claim, ours, verdict in verdicts:
         print_text(f"{verdict}: {claim.claim} {claim.column}: {ours}")
-    missing = record["runs"].keys() - {run.path.name for run in runs}
-    swept = read_record(folder)
+    missing = swept.keys() - {run.path.name for run in runs}
     not_run = [name_group([m for m in swept if m in missing], swept)] if missing else []
     have = {str(run.options.current["arm"]) for run in runs}
     not_run += [f"arm={arm}" for arm in study.arms if arm not in have]
@@ -274,6 +279,14 @@ EXPLAINED = (
     "validation loss in bits per byte."
 )
 SPIKES = f" A spike is a step with more than {SPIKE:g} times the median of the {WINDOW} before it."
+
+
+def has_run(study: Study, swept: Mapping[str, Any]) -> bool:
+    """Return whether the study still has the arm and the values of a run of its folder."""
+    values = {"arm": study.arms, **study.over}
+    return swept.keys() == values.keys() | {"seed"} and all(
+        swept[option] in among for option, among in values.items()
+    )
 
 
 def draw_plots(study: Study, runs: list[Run], folder: Path) -> list[Path]:
