@@ -126,7 +126,7 @@ def test_claims_and_columns_name_what_the_study_has(name):
 
 def test_equal_flops_change_the_steps(data):
     study = read_study("loops", "tiny")
-    given = command.split_options(["dump_dir=x", "steps=100", *data])[1]
+    given = command.split_options(command.StudyArgs, ["steps=100", *data], "", None)[1]
     study = command.with_options(study, given)
     cells = {cell.arm: cell for cell in plan_cells(study, list(study.arms))}
     assert cells["fixed"].options["steps"] == 100

@@ -20,7 +20,6 @@ lingua/dataloader/synthetic/state_tracking.py.
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import shutil
@@ -36,28 +35,25 @@ import torch
 from apps.LT2.flops import cache_bytes, train_flops_per_token
 from apps.LT2.scripts.curriculum_report import LENGTH, LOOPS, Chain, Stage, write_report
 from apps.LT2.scripts.study import (
-    KILL,
-    RECORD,
-    STOP,
+    StudyArgs,
     build,
-    check_folder,
+    check_failed,
+    find_folder,
+    limited,
     plan_jobs,
     run_jobs,
+    split_options,
     update_record,
     with_options,
 )
 from apps.LT2.scripts.study_spec import Study
-from lingua.args import dataclass_from_dict, load_config_file, parse_args, print_text
+from lingua.args import dataclass_from_dict, load_config_file, print_text
 from lingua.config.cli import split_paths
 from lingua.config.help import format_value
-from lingua.config.yaml import yaml_value
 from lingua.errors import UserError, run_cli
 from lingua.evaluations import label_of
-from lingua.files.atomic import write_atomic
-from lingua.files.lock import lock_folders, make_writable
 from lingua.run_columns import scientific, short
 from lingua.slurm.sweep_plan import named_errors
-from lingua.sweep import write_record
 
 SPEC = Path(__file__).parents[1] / "configs" / "curriculum" / "curriculum.yaml"
 INIT = "checkpoint.init_ckpt_path"
@@ -65,32 +61,16 @@ OF_THIS_CALL = ("dump_dir", "jobs", "minutes")  # don't change the results
 
 
 @dataclass
-class CurriculumArgs:
+class CurriculumArgs(StudyArgs):
     OTHER_OPTIONS: ClassVar = " Other options are training options, for all stages."
 
     # tiny: seconds, to test the command; small: 4,000 steps a stage; full: 100,000, as in the paper
     size: str = "small"
-    dump_dir: str = ""  # folder of the results; required
-    arms: list[str] | None = None  # arms to run; null = all, or two with size=tiny
     loops: list[int] | None = None  # T; null = as the size says
     n: list[int] | None = None  # stages: bits of the array, and swaps; null = as the size says
-    seeds: int | None = None  # seeds of each arm; null = as the size says
-    # runs side by side; null = one for each GPU, or for each CPU core. Several share a GPU
-    jobs: int | None = None
-    minutes: float | None = None  # stop after this time, which may be 0; null = when all are done
-    dry_run: bool = False  # print the stages and their cost, and write nothing
 
     def __post_init__(self) -> None:
-        if not self.dump_dir and not self.dry_run:
-            raise UserError(
-                "dump_dir is empty; name a folder for the results, e.g. dump_dir=runs/x"
-            )
-        for name in ("jobs", "seeds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
-        if self.minutes is not None and self.minutes < 0:
-            raise UserError(f"minutes={self.minutes:g} must be 0 or more")
+        super().__post_init__()
         for name in ("loops", "n"):
             values = getattr(self, name)
             if values is not None and (not values or any(a >= b for a, b in pairwise(values))):
@@ -123,9 +103,7 @@ def read_study(args: CurriculumArgs, given: dict[str, Any]) -> Study:
     if args.size not in sizes:
         raise UserError(f"size={args.size} must be one of {', '.join(sizes)}")
     found = dataclass_from_dict(Spec, spec | sizes[args.size])
-    for arm in args.arms or []:
-        if arm not in found.arms:
-            raise UserError(f"arms: no arm {arm}; use {', '.join(found.arms)}")
+    args.check_arms(found.arms)
     study = Study(
         name="curriculum",
         question=found.question,
@@ -234,15 +212,10 @@ def main(argv: list[str]) -> None:
     names, options = split_paths(argv)
     if names:
         raise UserError(f"{names[0]}: write option=value, e.g. arms=[{names[0]}]")
-    own = {f.name for f in fields(CurriculumArgs)}
-    mine = [arg for arg in options if arg.partition("=")[0] in own or arg.startswith("-")]
     prog = "python -m apps.LT2.scripts.curriculum"
-    args = parse_args(CurriculumArgs, mine, prog=prog, doc=__doc__)
-    given = dict(read_option(option) for option in options if option not in mine)
+    args, given = split_options(CurriculumArgs, options, prog, __doc__)
     study = read_study(args, given)
-    folder = Path(args.dump_dir).absolute()
-    if args.dump_dir:
-        check_folder(folder, study)
+    folder = find_folder(args, study)
     chains = plan_chains(study, folder)
     print_text(format_plan(study, chains))
     if args.dry_run:
@@ -256,21 +229,12 @@ def main(argv: list[str]) -> None:
     record["stages"] = list(facts.values())
     command = shlex.join(x for x in options if x.partition("=")[0] not in OF_THIS_CALL)
     record["commands"] = list(dict.fromkeys([*record.get("commands", []), command]))
-    seconds = math.inf if args.minutes is None else 60 * args.minutes
-    make_writable("dump_dir", folder)
-    with lock_folders({"dump_dir": folder}):
-        write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
-        write_record(folder, {stage.label(seed): stage.swept(seed) for stage, seed in runs})
-        times = {"stop_at": started + STOP * seconds, "kill_at": started + KILL * seconds}
-        of_record = {"record": record, "file": folder / RECORD}
-        failed = run_chains(study, folder, chains, args.jobs, **times, **of_record)
+    swept = {stage.label(seed): stage.swept(seed) for stage, seed in runs}
+    with limited(folder, record, swept, started, args.minutes) as own:
+        failed = run_chains(study, folder, chains, args.jobs, **own)
         everything = recorded_chains(record, folder)
         write_report(study, folder, record, everything, find_not_run(study, everything))
-    if failed:
-        raise UserError(
-            f"{len(failed)} stages failed, see {folder}/{failed[0]}/logs; the same command repeats "
-            "them"
-        )
+    check_failed(failed, folder)
 
 
 def find_not_run(study: Study, chains: Sequence[Chain]) -> list[str]:
@@ -283,14 +247,6 @@ def find_not_run(study: Study, chains: Sequence[Chain]) -> list[str]:
 def facts_of(stage: Stage) -> dict[str, Any]:
     """Return the fields of a stage, without its options."""
     return {f.name: getattr(stage, f.name) for f in fields(stage) if f.name != "options"}
-
-
-def read_option(text: str) -> tuple[str, Any]:
-    option, _, value = text.partition("=")
-    try:
-        return option, yaml_value(value)
-    except ValueError:
-        return option, value
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from apps.LT2.flops import train_flops_per_token
 from apps.LT2.matching import QUANTITIES as MATCHES
@@ -57,6 +57,8 @@ STOP, KILL = 0.93, 0.98  # shares of minutes= after which runs stop, and are kil
 
 @dataclass
 class StudyArgs:
+    """Options of `lt2 study`, all of which `lt2 curriculum` has as well."""
+
     OTHER_OPTIONS: ClassVar = " Other options are training options, for all runs."
 
     size: str = "small"  # tiny: seconds, to test the command; small: minutes of a GPU; full
@@ -76,15 +78,25 @@ class StudyArgs:
         if self.minutes is not None and self.minutes < 0:
             raise UserError(f"minutes={self.minutes:g} must be 0 or more")
 
+    def check_arms(self, known: Collection[str]) -> None:
+        for arm in self.arms or []:
+            if arm not in known:
+                raise UserError(f"arms: no arm {arm}; use {', '.join(known)}")
+
+
+Args = TypeVar("Args", bound=StudyArgs)
+
 
 # ---- the study
 
 
-def split_options(argv: Sequence[str]) -> tuple[StudyArgs, Options]:
-    """Separate the options of this command from training options."""
-    own = {f.name for f in fields(StudyArgs)}
+def split_options(
+    cls: type[Args], argv: Sequence[str], prog: str, doc: str | None
+) -> tuple[Args, Options]:
+    """Separate the options of a command from training options."""
+    own = {f.name for f in fields(cls)}
     mine = [arg for arg in argv if arg.partition("=")[0] in own or arg.startswith("-")]
-    args = parse_args(StudyArgs, mine, prog="python -m apps.LT2.scripts.study NAME", doc=__doc__)
+    args = parse_args(cls, mine, prog=prog, doc=doc)
     given: Options = {}
     for option, _, text in (arg.partition("=") for arg in argv if arg not in mine):
         given[option] = text
@@ -189,9 +201,16 @@ def plan_jobs(study: Study, folder: Path, runs: Sequence[tuple[Cell, int]]) -> l
 # ---- the command
 
 
-def check_folder(folder: Path, study: Study) -> None:
-    """Raise UserError if `folder` has anything but this study."""
+def find_folder(args: StudyArgs, study: Study) -> Path:
+    """Return the folder of the study. UserError if it has anything else, or is not given."""
+    folder = Path(args.dump_dir).absolute()
     file = folder / RECORD
+    if not args.dump_dir:
+        if not args.dry_run:
+            raise UserError(
+                "dump_dir is empty; name a folder for the results, e.g. dump_dir=runs/x"
+            )
+        return folder
     if file.exists():
         record = json.loads(file.read_text(encoding="utf-8"))
         if (record["study"], record["size"]) != (study.name, study.size):
@@ -201,6 +220,7 @@ def check_folder(folder: Path, study: Study) -> None:
             )
     elif folder.exists() and any(path.name != LOCK_NAME for path in folder.iterdir()):
         raise UserError(f"dump_dir={folder} has other files; name a new folder for the study")
+    return folder
 
 
 def update_record(folder: Path, study: Study, runs: Mapping[str, Options]) -> dict[str, Any]:
@@ -238,23 +258,45 @@ def run_jobs(
     return [run.label for run in sweep.runs if run.error]
 
 
+@contextmanager
+def limited(
+    folder: Path,
+    record: Mapping[str, Any],
+    swept: dict[str, Options],
+    started: float,
+    minutes: float | None,
+) -> Iterator[dict[str, Any]]:
+    """Lock the folder, write the record, and yield the time limits of `run_jobs`."""
+    seconds = math.inf if minutes is None else 60 * minutes
+    make_writable("dump_dir", folder)
+    with lock_folders({"dump_dir": folder}):
+        write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        write_record(folder, swept)
+        times = {"stop_at": started + STOP * seconds, "kill_at": started + KILL * seconds}
+        yield {**times, "record": record, "file": folder / RECORD}
+
+
+def check_failed(failed: Sequence[str], folder: Path) -> None:
+    """Raise UserError if runs have failed."""
+    if failed:
+        raise UserError(
+            f"{len(failed)} runs failed, see {folder}/{failed[0]}/logs; the same command repeats "
+            "them"
+        )
+
+
 def main(argv: list[str]) -> None:
     started = time.monotonic()
     names, options = split_paths(argv)
-    args, given = split_options(options)
+    prog = "python -m apps.LT2.scripts.study NAME"
+    args, given = split_options(StudyArgs, options, prog, __doc__)
     if len(names) > 1:
         raise UserError(f"{names[1]}: write option=value; the study is {names[0]}")
     study = with_options(read_study(str(names[0]) if names else "", args.size), given)
     study = replace(study, seeds=args.seeds or study.seeds)
     check_results(study)
-    for arm in args.arms or []:
-        if arm not in study.arms:
-            raise UserError(f"arms: {study.name} has no arm {arm}; use {', '.join(study.arms)}")
-    folder = Path(args.dump_dir).absolute()
-    if args.dump_dir:
-        check_folder(folder, study)
-    elif not args.dry_run:
-        raise UserError("dump_dir is empty; name a folder for the study, e.g. dump_dir=runs/x")
+    args.check_arms(study.arms)
+    folder = find_folder(args, study)
     cells = plan_cells(study, args.arms or list(study.arms))
     print_text(format_plan(study, cells))
     if args.dry_run:
@@ -264,23 +306,11 @@ def main(argv: list[str]) -> None:
     record = update_record(folder, study, {cell.label(seed): cell.options for cell, seed in runs})
     jobs = plan_jobs(study, folder, runs)
     costs = {folder / cell.label(seed): cell.flops for cell, seed in runs}
-    seconds = math.inf if args.minutes is None else 60 * args.minutes
-    make_writable("dump_dir", folder)
-    with lock_folders({"dump_dir": folder}):
-        write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
-        write_record(folder, {cell.label(seed): cell.swept(seed) for cell, seed in runs})
-        own: dict[str, Any] = {
-            "stop_at": started + STOP * seconds,
-            "kill_at": started + KILL * seconds,
-        }
-        own |= {"record": record, "file": folder / RECORD}
+    swept = {cell.label(seed): cell.swept(seed) for cell, seed in runs}
+    with limited(folder, record, swept, started, args.minutes) as own:
         failed = run_jobs(jobs, args.jobs, costs, **own)
         write_report(study, folder, record, given)
-    if failed:
-        raise UserError(
-            f"{len(failed)} runs failed, see {folder}/{failed[0]}/logs; the same command repeats "
-            "them"
-        )
+    check_failed(failed, folder)
 
 
 if __name__ == "__main__":
