@@ -171,6 +171,14 @@ def test_a_chain_whose_stage_fails_or_lost_its_weights_ends(tmp_path, monkeypatc
     assert len(failed) == 2 and "checkpoints is missing" in capsys.readouterr().out
 
 
+def test_a_stage_before_one_that_has_run_is_refused(tmp_path):
+    command.check_order([chain_of(tmp_path / "a", PASSED, FAILED), chain_of(tmp_path / "b")])
+    chain = chain_of(tmp_path / "c", PASSED, [], PASSED)
+    (chain.run(chain.stages[1]) / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="n=16 comes before"):
+        command.check_order([chain])
+
+
 # ---- the plan
 
 

@@ -307,6 +307,7 @@ def test_only_a_study_on_gpus_forks_a_server(monkeypatch, tmp_path, gpus):
         (["loops", "minutes=-1"], "minutes=-1"),
         (["loops", "model.loop_count=2"], "model.loop_count is set by the study loops"),
         (["loops", "seed=2"], "seed is set by the study"),
+        (["loops", "config=x.yaml"], "config is set by the study"),
         (["loops", "job=2"], "job"),
         (["loops", "dump_dir="], "dump_dir is empty"),
         (["loops", "dump_dir=FOREIGN"], "has other files"),

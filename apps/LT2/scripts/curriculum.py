@@ -155,6 +155,18 @@ def recorded_chains(record: dict[str, Any], folder: Path) -> list[Chain]:
     return sorted(chains.values(), key=lambda c: (c.seed, arms.index(c.arm), c.n_loops))
 
 
+def check_order(chains: Sequence[Chain]) -> None:
+    """Raise UserError for a new stage before one that has run, from other weights."""
+    for chain in chains:
+        has_run = [(chain.run(stage) / "metrics.jsonl").exists() for stage in chain.stages]
+        for i, stage in enumerate(chain.stages):
+            if not has_run[i] and any(has_run[i:]):
+                raise UserError(
+                    f"n={stage.n} comes before stages of {chain.name} that have run; name another "
+                    "dump_dir"
+                )
+
+
 def format_plan(study: Study, chains: Sequence[Chain]) -> str:
     lines = [f"curriculum, size={study.size}, n = {', '.join(map(str, study.over[LENGTH]))}:"]
     for chain in chains[: len(chains) // study.seeds]:
@@ -227,12 +239,13 @@ def main(argv: list[str]) -> None:
     facts = {label: [label, seed, facts] for label, seed, facts in record.get("stages", [])}
     facts |= {s.label(seed): [s.label(seed), seed, facts_of(s)] for s, seed in runs}
     record["stages"] = list(facts.values())
+    everything = recorded_chains(record, folder)
+    check_order(everything)
     command = shlex.join(x for x in options if x.partition("=")[0] not in OF_THIS_CALL)
     record["commands"] = list(dict.fromkeys([*record.get("commands", []), command]))
     swept = {stage.label(seed): stage.swept(seed) for stage, seed in runs}
     with limited(folder, record, swept, started, args.minutes) as own:
         failed = run_chains(study, folder, chains, args.jobs, **own)
-        everything = recorded_chains(record, folder)
         write_report(study, folder, record, everything, find_not_run(study, everything))
     check_failed(failed, folder)
 

@@ -15,7 +15,7 @@ from lingua.errors import UserError
 
 STUDIES = Path(__file__).parents[1] / "configs" / "studies"
 DEFAULTS = "defaults.yaml"  # what studies leave out; not a study
-SET_BY_STUDY = ("dump_dir", "name", "seed", "model.seed", "data.seed")
+SET_BY_STUDY = ("config", "dump_dir", "name", "seed", "model.seed", "data.seed")
 
 
 @dataclass
