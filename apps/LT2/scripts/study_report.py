@@ -243,6 +243,9 @@ def write_report(
         return
     for run in runs:
         add_statistics(run, list(study.columns.values()))
+    for head, metric in study.columns.items():
+        if all(metric not in run.metrics for run in runs):
+            logger.warning("columns: %s: no run has %s", head, metric)
     table = results_table(study, runs)
     print_text(format_as(table, "table"))
     lines = [json_line(result_of(study, run)) for run in runs]
@@ -338,11 +341,14 @@ def format_facts(
     not_run: Sequence[str],
     command: str = "",
 ) -> str:
-    """Say how the runs were made, and how to repeat them: by default with `lt2 study`."""
-    facts: dict[str, set[str]] = {}
+    """Say how the runs were made, and how to repeat them: by default with `lt2 study`.
+
+    `command` is of a curriculum, whose arms have nothing equal: a stage ends when it passes.
+    """
+    facts: dict[str, dict[str, None]] = {}  # the values that runs have
     for run in runs:
-        for name, value in environment(run):
-            facts.setdefault(name, set()).add(value)
+        for name, value in [*environment(run), *trained(run)]:
+            facts.setdefault(name, {})[value] = None
     seeds = sorted({int(run.options.current["seed"]) for run in runs})
     options = [f"size={study.size}", f"seeds={seeds[-1]}"]
     options += map(shlex.quote, as_arguments(dict(given)))
@@ -351,12 +357,11 @@ def format_facts(
     equal = [equal[0], equal[1] if study.equal == "flops" else "steps"]
     shown = {
         "Arms": "; ".join(f"{arm}: {options_of_arm(study, arm)}" for arm in study.arms),
-        "Equal in all arms": ", ".join(filter(None, equal)),
+        "Equal in all arms": "" if command else ", ".join(filter(None, equal)),
         "Recipe": Path(study.config).name,
-        **{name: value for name, value in trained(runs[0]) if name in OF_TRAINING},
-        **{name: "; ".join(sorted(facts.get(name, ()))) for name in ("Commit", "Devices")},
+        **{name: "; ".join(facts.get(name, ())) for name in (*OF_TRAINING, "Commit", "Devices")},
         "CPU cores": f"{os.cpu_count()}",
-        "Versions": "; ".join(sorted(facts.get("Versions", ()))),
+        "Versions": "; ".join(facts.get("Versions", ())),
         "Seeds": ", ".join(map(str, seeds)),
         "GPU hours" if is_gpu else "Hours": f"{record['seconds'] / 3600:.3f}",
         "Not run": "; ".join(not_run) or "nothing",
