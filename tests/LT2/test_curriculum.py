@@ -158,6 +158,21 @@ def test_a_row_has_every_seed(tmp_path):
     assert row.endswith("| 3/3 @40 | 1/2 @20 | 0/1 acc 0.60 |")
 
 
+@pytest.mark.parametrize("third, verdict", [(FAILED, "holds"), (RUNNING, "inconclusive")])
+def test_seeds_that_end_early_decide_nothing_alone(tmp_path, monkeypatch, capsys, third, verdict):
+    low = [chain_of(tmp_path / f"a{i}", *runs) for i, runs in enumerate([[FAILED], [FAILED]])]
+    low.append(chain_of(tmp_path / "a2", *([PASSED, third] if third is RUNNING else [third])))
+    high = [chain_of(tmp_path / f"b{i}", PASSED, FAILED) for i in range(3)]
+    for chain in high:
+        chain.arm = "full"
+    claim = {"claim": "c", "column": "n_max", "lower": {"arm": "gdn"}, "than": {"arm": "full"}}
+    study = Study("curriculum", "?", {}, "x", columns={"n_max": "n_max"}, claims=[claim])
+    monkeypatch.setattr(report, "draw_curves", lambda chains, out: None)
+    monkeypatch.setattr(report, "format_facts", lambda *args: "")
+    report.write_report(study, tmp_path, {"commands": []}, low + high, [])
+    assert f"\n{verdict}" in capsys.readouterr().out
+
+
 def test_a_chain_whose_stage_fails_or_lost_its_weights_ends(tmp_path, monkeypatch, capsys):
     good, lost = chain_of(tmp_path / "a", RUNNING), chain_of(tmp_path / "b", PASSED)
     started = []

@@ -202,7 +202,7 @@ def test_a_failed_run_leaves_its_claims_open():
     claim = report.Claim("x", "bpb", lower={"arm": "a"}, than={"arm": "b"})
     runs = [run_with({"loss/val_bpb": v}, arm="a") for v in (1.0, 1.1)]
     runs += [run_with({"loss/val_bpb": v}, arm="b") for v in (1.2, 1.3)]
-    for arm, verdict in {"a": "inconclusive: a run failed", "c": "holds"}.items():
+    for arm, verdict in {"a": "inconclusive: a run is not finished", "c": "holds"}.items():
         assert report.judge(study, claim, runs, [run_with({}, arm=arm)])[1] == verdict
 
 

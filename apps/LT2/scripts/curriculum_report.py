@@ -13,9 +13,9 @@ from typing import Any
 
 from apps.LT2.scripts.figure import MORE_COLOURS, Line, draw_lines, import_pyplot, save_figure
 from apps.LT2.scripts.study import Cell
-from apps.LT2.scripts.study_report import TINY, Claim, format_facts, format_verdicts, judge
+from apps.LT2.scripts.study_report import format_facts, judge_claims, write_page
 from apps.LT2.scripts.study_spec import Study
-from lingua.args import dataclass_from_dict, print_text
+from lingua.args import print_text
 from lingua.errors import UserError
 from lingua.evaluations import ENDED_BY
 from lingua.files.atomic import write_atomic
@@ -127,27 +127,18 @@ def write_report(
         draw_curves(chains, plot)
     except UserError as error:
         logger.warning("%s is not drawn: %s; minutes=0 draws it later", plot, error)
-    claims = [dataclass_from_dict(Claim, claim) for claim in study.claims]
     finals = [as_run(chain) for chain in chains if chain.next_stage() is None]
-    verdicts = [(claim, *judge(study, claim, finals)) for claim in claims]
-    for claim, ours, verdict in verdicts:
-        print_text(f"{verdict}: {claim.claim} {ours}")
+    # The seeds that fail early end first: without the others, they decide nothing.
+    started = [c for c in chains if c.next_stage() and c.outcome(c.stages[0]).curve]
+    verdicts = judge_claims(study, finals, list(map(as_run, started)))
     runs = read_runs([chain.run(stage) for chain, stage in done])
     left = [f"{c.name}, seed {c.seed}" for c in chains if c.next_stage() is not None]
     unfinished = [f"the rest of {'; '.join(left)}"] if left else []
     module = f"python -m apps.LT2.scripts.{study.name}"
     commands = "\n".join(f"{module} {given} dump_dir=FOLDER" for given in record["commands"])
-    parts = [
-        f"# {study.name}: {study.question}",
-        TINY if study.size == "tiny" else "",
-        format_verdicts(verdicts),
-        table,
-        EXPLAINED,
-        f"![accuracy]({plot.name})" if plot.exists() else "",
-        format_facts(study, runs, record, {}, [*unfinished, *not_run], commands),
-    ]
-    report = folder / f"{study.name}.md"
-    write_atomic(report, "\n\n".join(part for part in parts if part) + "\n")
+    figures = [plot] if plot.exists() else []
+    facts = format_facts(study, runs, record, {}, [*unfinished, *not_run], commands)
+    report = write_page(study, folder, verdicts, [table, EXPLAINED], figures, facts)
     print(f"report: {report}" + (f"; {len(left)} arms are not finished" if left else ""))
 
 

@@ -153,13 +153,13 @@ def results_table(study: Study, runs: list[Run]) -> Table:
 
 
 def judge(
-    study: Study, claim: Claim, runs: Sequence[Run], failed: Sequence[Run] = ()
+    study: Study, claim: Claim, runs: Sequence[Run], unfinished: Sequence[Run] = ()
 ) -> tuple[str, str]:
     """Return both sides of the claim with their names and spread, and the verdict.
 
     A claim holds if every run of the one side is below every run of the other. With three seeds,
-    chance alone does that in one of 20 cases. Failed runs may have diverged: without them, the
-    other seeds of the arm decide nothing.
+    chance alone does that in one of 20 cases. `unfinished` are runs whose end says something about
+    the arm, such as failed runs, which may have diverged. Other seeds decide nothing without them.
     """
 
     def members(where: dict[str, Any], among: Sequence[Run]) -> list[Run]:
@@ -174,8 +174,8 @@ def judge(
         return ours, "not run"
     if min(map(len, sides)) == 1:
         return ours, "inconclusive: one seed"
-    if any(members(where, failed) for where in both):
-        return ours, "inconclusive: a run failed"
+    if any(members(where, unfinished) for where in both):
+        return ours, "inconclusive: a run is not finished"
     if study.size == "tiny":
         return ours, "not judged"
     if max(low) < min(high):
@@ -251,29 +251,52 @@ def write_report(
     lines = [json_line(result_of(study, run)) for run in runs]
     write_atomic(folder / f"{study.name}.jsonl", "".join(lines))
     figures = draw_plots(study, runs, folder)
-    claims = [dataclass_from_dict(Claim, claim) for claim in study.claims]
-    verdicts = [(claim, *judge(study, claim, runs, failed)) for claim in claims]
-    for claim, ours, verdict in verdicts:
-        print_text(f"{verdict}: {claim.claim} {claim.column}: {ours}")
+    verdicts = judge_claims(study, runs, failed)
     missing = swept.keys() - {run.path.name for run in runs}
     not_run = [name_group([m for m in swept if m in missing], swept)] if missing else []
     have = {str(run.options.current["arm"]) for run in runs}
     not_run += [f"arm={arm}" for arm in study.arms if arm not in have]
     not_run += [f"failed: {run.path.name}: {run.error}" for run in failed]
     not_run += [f"size={size}" for size in study.sizes if size not in (study.size, "tiny")]
+    explained = EXPLAINED + (SPIKES if any("spikes" in m for m in study.columns.values()) else "")
+    facts = format_facts(study, runs, record, given, not_run)
+    results = [format_as(table, "markdown"), explained]
+    report = write_page(study, folder, verdicts, results, figures, facts)
+    n_left = f"; {len(missing)} runs are not finished" if missing else ""
+    print(f"report: {report}{n_left}")
+
+
+def judge_claims(
+    study: Study, runs: Sequence[Run], unfinished: Sequence[Run]
+) -> list[tuple[Claim, str, str]]:
+    """Return each claim with both sides and the verdict, and print them."""
+    claims = [dataclass_from_dict(Claim, claim) for claim in study.claims]
+    verdicts = [(claim, *judge(study, claim, runs, unfinished)) for claim in claims]
+    for claim, ours, verdict in verdicts:
+        print_text(f"{verdict}: {claim.claim} {claim.column}: {ours}")
+    return verdicts
+
+
+def write_page(
+    study: Study,
+    folder: Path,
+    verdicts: Sequence[tuple[Claim, str, str]],
+    results: Sequence[str],
+    figures: Sequence[Path],
+    facts: str,
+) -> Path:
+    """Write the report: verdicts, results and figures, and how they were made."""
     parts = [
         f"# {study.name}: {study.question}",
         TINY if study.size == "tiny" else "",
         format_verdicts(verdicts),
-        format_as(table, "markdown"),
-        f"{EXPLAINED}{SPIKES if any('spikes' in m for m in study.columns.values()) else ''}",
+        *results,
         *(f"![{study.name}]({figure.name})" for figure in figures),
-        format_facts(study, runs, record, given, not_run),
+        facts,
     ]
     report = folder / f"{study.name}.md"
     write_atomic(report, "\n\n".join(part for part in parts if part) + "\n")
-    n_left = f"; {len(missing)} runs are not finished" if missing else ""
-    print(f"report: {report}{n_left}")
+    return report
 
 
 TINY = "This is `size=tiny`, a test of the command. Its numbers say nothing about the claims."
