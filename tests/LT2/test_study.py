@@ -206,6 +206,12 @@ def test_a_failed_run_leaves_its_claims_open():
         assert report.judge(study, claim, runs, [run_with({}, arm=arm)])[1] == verdict
 
 
+def test_a_column_that_no_run_has_is_a_warning(caplog):
+    study = replace(read_study("loops", "small"), columns={"bpb": "loss/val_bpb", "x": "loss/vla"})
+    report.warn_missing(study, [run_with({"loss/val_bpb": 1.0}), run_with({})])
+    assert [record.args for record in caplog.records] == [("x", "loss/vla")]
+
+
 def test_a_report_leaves_out_runs_that_the_study_no_longer_has():
     over = {"model.loop_count": [2, 4]}
     study = replace(read_study("loops", "small"), arms={"a": {}}, over=over)

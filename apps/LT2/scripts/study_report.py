@@ -122,6 +122,12 @@ def add_statistics(run: Run, columns: Sequence[str]) -> None:
             run.metrics[column] = {run.step: found if math.isfinite(found) else None}
 
 
+def warn_missing(study: Study, runs: Sequence[Run]) -> None:
+    for head, metric in study.columns.items():
+        if all(metric not in run.metrics for run in runs):
+            logger.warning("columns: %s: no run has %s", head, metric)
+
+
 def last(run: Run, metric: str) -> float:
     """Return the last value, infinite if it was NaN or is missing: worse than all others."""
     found = run.newest(metric)
@@ -243,9 +249,7 @@ def write_report(
         return
     for run in runs:
         add_statistics(run, list(study.columns.values()))
-    for head, metric in study.columns.items():
-        if all(metric not in run.metrics for run in runs):
-            logger.warning("columns: %s: no run has %s", head, metric)
+    warn_missing(study, runs)
     table = results_table(study, runs)
     print_text(format_as(table, "table"))
     lines = [json_line(result_of(study, run)) for run in runs]
