@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -188,12 +189,23 @@ def test_a_chain_whose_stage_fails_or_lost_its_weights_ends(tmp_path, monkeypatc
     assert len(failed) == 2 and "checkpoints is missing" in capsys.readouterr().out
 
 
-def test_a_stage_before_one_that_has_run_is_refused(tmp_path):
-    command.check_order([chain_of(tmp_path / "a", PASSED, FAILED), chain_of(tmp_path / "b")])
-    chain = chain_of(tmp_path / "c", PASSED, [], PASSED)
-    (chain.run(chain.stages[1]) / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match="n=16 comes before"):
-        command.check_order([chain])
+@pytest.mark.parametrize(
+    "missing, given, words",
+    [
+        ([32], [8, 16, 32], None),
+        ([32], [8, 16], None),
+        ([], [32], None),
+        ([16], [8, 16, 32], "n=16 comes before"),
+        ([32], [8, 32], "n leaves out 16"),
+    ],
+)
+def test_new_stages_come_last(tmp_path, missing, given, words):
+    chain = chain_of(tmp_path, PASSED, PASSED, PASSED)
+    for stage in chain.stages:
+        if stage.n in missing:
+            (chain.run(stage) / "metrics.jsonl").unlink()
+    with nullcontext() if words is None else pytest.raises(UserError, match=words):
+        command.check_order([chain], given)
 
 
 # ---- the plan

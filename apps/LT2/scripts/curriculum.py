@@ -155,15 +155,23 @@ def recorded_chains(record: dict[str, Any], folder: Path) -> list[Chain]:
     return sorted(chains.values(), key=lambda c: (c.seed, arms.index(c.arm), c.n_loops))
 
 
-def check_order(chains: Sequence[Chain]) -> None:
-    """Raise UserError for a new stage before one that has run, from other weights."""
+def check_order(chains: Sequence[Chain], given: Sequence[int]) -> None:
+    """Raise UserError unless new stages, of `given` n, come after all that have run."""
     for chain in chains:
         has_run = [(chain.run(stage) / "metrics.jsonl").exists() for stage in chain.stages]
         for i, stage in enumerate(chain.stages):
-            if not has_run[i] and any(has_run[i:]):
+            before = {s.n for s, has in zip(chain.stages[:i], has_run[:i], strict=True) if has}
+            if has_run[i] or stage.n not in given:
+                continue
+            if any(has_run[i:]):
                 raise UserError(
                     f"n={stage.n} comes before stages of {chain.name} that have run; name another "
                     "dump_dir"
+                )
+            if left := sorted(before - set(given)):
+                raise UserError(
+                    f"n leaves out {left[0]}, which {chain.name} has run in dump_dir; add it, or "
+                    "name another dump_dir"
                 )
 
 
@@ -240,12 +248,13 @@ def main(argv: list[str]) -> None:
     facts |= {s.label(seed): [s.label(seed), seed, facts_of(s)] for s, seed in runs}
     record["stages"] = list(facts.values())
     everything = recorded_chains(record, folder)
-    check_order(everything)
+    own = {(chain.name, chain.seed) for chain in chains}
+    check_order([c for c in everything if (c.name, c.seed) in own], study.over[LENGTH])
     command = shlex.join(x for x in options if x.partition("=")[0] not in OF_THIS_CALL)
     record["commands"] = list(dict.fromkeys([*record.get("commands", []), command]))
     swept = {stage.label(seed): stage.swept(seed) for stage, seed in runs}
-    with limited(folder, record, swept, started, args.minutes) as own:
-        failed = run_chains(study, folder, chains, args.jobs, **own)
+    with limited(folder, record, swept, started, args.minutes) as limits:
+        failed = run_chains(study, folder, chains, args.jobs, **limits)
         write_report(study, folder, record, everything, find_not_run(study, everything))
     check_failed(failed, folder)
 
