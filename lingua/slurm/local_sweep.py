@@ -93,7 +93,7 @@ class LocalSweep:
 
     `costs` are the costs of a step of each job, for the estimate of the time left. Ctrl-C or
     SIGTERM starts no more jobs and waits for the active ones, which may save a checkpoint.
-    A subclass may start runs in another way, and stop them before a signal does.
+    A subclass may start runs in another way, stop them before a signal does, and add runs.
     """
 
     program = "stool"  # named in each line
@@ -103,6 +103,7 @@ class LocalSweep:
         costs = costs or [1.0] * len(jobs)
         numbered = enumerate(zip(jobs, costs, strict=True), start=1)
         self.runs = [SweepRun(job, i, cost) for i, (job, cost) in numbered]
+        self.waiting = list(self.runs)
         self.slots = self.find_slots(jobs[0].args.ngpu, at_once)
         self.active: dict[int, SweepRun] = {}  # by slot
         self.signal: int | None = None
@@ -118,6 +119,9 @@ class LocalSweep:
     def start(self, job: Job, gpus: str | None) -> LocalProcess:
         return LocalProcess(job, gpus)
 
+    def follow(self, run: SweepRun) -> tuple[Job, float] | None:
+        """Return a job to run after `run`, which is done, and the cost of its step."""
+
     def check_time(self) -> None:
         """Called twice a second; sets is_out_of_time to stop all runs."""
 
@@ -129,21 +133,21 @@ class LocalSweep:
         """Run all jobs. After a signal, raise KeyboardInterrupt or SystemExit."""
         from rich.live import Live
 
-        waiting, has_stopped, self._since = list(self.runs), False, time.monotonic()
+        has_stopped, self._since = False, time.monotonic()
         with ExitStack() as stack:
             stack.enter_context(self._handle_signals())
             live = Live(console=self.console, auto_refresh=False, transient=True)
             if self.console.is_terminal:
                 stack.enter_context(live)
-            while self.active or waiting:
+            while self.active or self.waiting:
                 for slot, gpus in enumerate(self.slots):
                     if slot in self.active and self.active[slot].process.done():
                         self._end(self.active.pop(slot))
-                    if slot not in self.active and waiting and not self.is_stopping:
-                        self._start(waiting.pop(0), slot, gpus)
+                    if slot not in self.active and self.waiting and not self.is_stopping:
+                        self._start(self.waiting.pop(0), slot, gpus)
                 self.check_time()
                 if self.is_stopping and not has_stopped:
-                    has_stopped, waiting = True, []
+                    has_stopped, self.waiting = True, []
                     self._stop()
                 if self.console.is_terminal:
                     live.update(self._table(), refresh=True)
@@ -188,6 +192,9 @@ class LocalSweep:
             run.outcome, run.error = "stopped", None
         else:
             run.outcome = "done"
+            if (more := self.follow(run)) is not None and not self.is_stopping:
+                self.waiting.append(SweepRun(more[0], len(self.runs) + 1, more[1]))
+                self.runs.append(self.waiting[-1])
         parts = [run.error or run.losses()]
         if not self.is_stopping and any(not run.has_ended for run in self.runs):
             parts.append(self._eta())

@@ -289,6 +289,22 @@ def test_a_study_stops_in_time_and_shares_gpus(monkeypatch, tmp_path, capsys):
     assert 5.6 <= seconds == record["seconds"] < 15  # two GPUs for 0.3 s
 
 
+@pytest.mark.parametrize("limit, ran", [(60.0, ["run=0", "run=1", "run=2"]), (-1.0, ["run=0"])])
+def test_a_run_may_follow_one_that_is_done(monkeypatch, tmp_path, limit, ran):
+    monkeypatch.setattr(study_runs, "ForkedProcess", Process)
+    monkeypatch.setattr(Process, "done", lambda self: True)
+    monkeypatch.setattr(local_sweep, "POLL_SECONDS", 0.01)
+    jobs = jobs_in(tmp_path, 3, steps=10)
+    for job in jobs:
+        write_metrics(job, {"global_step": 10})
+    followers = {"run=0": (jobs[2], 1.0)}
+    own = {"gpus": ["3"], "record": {"seconds": 0.0}, "file": tmp_path / "study.json"}
+    own |= dict.fromkeys(("stop_at", "kill_at"), time.monotonic() + limit)
+    sweep = study_runs.StudySweep(jobs[:2], 1, [1.0] * 2, **own, then=followers.get)
+    sweep.run()
+    assert [run.label for run in sweep.runs if run.outcome == "done"] == ran
+
+
 @pytest.mark.parametrize("gpus", [None, "3"])
 def test_only_a_study_on_gpus_forks_a_server(monkeypatch, tmp_path, gpus):
     """A forked run would start its own server for data workers, which would import for seconds."""

@@ -53,6 +53,7 @@ from lingua.config.help import format_value
 from lingua.errors import UserError, run_cli
 from lingua.evaluations import label_of
 from lingua.run_columns import scientific, short
+from lingua.slurm.script import Job
 from lingua.slurm.sweep_plan import named_errors
 
 SPEC = Path(__file__).parents[1] / "configs" / "curriculum" / "curriculum.yaml"
@@ -194,34 +195,42 @@ def format_plan(study: Study, chains: Sequence[Chain]) -> str:
 def run_chains(
     study: Study, folder: Path, chains: Sequence[Chain], jobs: int | None, **own: Any
 ) -> list[str]:
-    """Run the next stage of every chain until none is left, or until the time ends.
+    """Run the stages of every chain, each after the one before, until the time ends.
 
     Return the labels of stages that failed. Their chains end here.
     """
-    failed: list[str] = []
-    while own["stop_at"] > time.monotonic():
-        runs: list[tuple[Any, int]] = []
-        costs = {}
-        for chain in chains:
-            stage = chain.next_stage()
-            if stage is None or stage.label(chain.seed) in failed:
-                continue
-            if passed := chain.passed():
-                before = chain.run(passed[-1])
-                if not any((run / "checkpoints").is_dir() for run in (before, chain.run(stage))):
-                    failed.append(stage.label(chain.seed))
-                    print(f"curriculum: {failed[-1]} can't start: {before}/checkpoints is missing")
-                    continue
-                stage = replace(stage, options={**stage.options, INIT: str(before)})
-            costs[chain.run(stage)] = stage.flops
-            runs.append((stage, chain.seed))
-        if not runs:
-            break
-        failed += run_jobs(plan_jobs(study, folder, runs), jobs, costs, **own)
-        for chain in chains:
-            for stage in chain.passed()[:-1]:  # only the newest weights are needed
-                shutil.rmtree(chain.run(stage) / "checkpoints", ignore_errors=True)
-    return failed
+    lost: list[str] = []
+    chain_of: dict[str, Chain] = {}  # by the label of a stage
+
+    def next_run(chain: Chain) -> tuple[Stage, int] | None:
+        stage = chain.next_stage()
+        if stage is None:
+            return None
+        label = stage.label(chain.seed)
+        chain_of[label] = chain
+        if passed := chain.passed():
+            before = chain.run(passed[-1])
+            if not any((run / "checkpoints").is_dir() for run in (before, chain.run(stage))):
+                lost.append(label)
+                print(f"curriculum: {label} can't start: {before}/checkpoints is missing")
+                return None
+            stage = replace(stage, options={**stage.options, INIT: str(before)})
+        return stage, chain.seed
+
+    def follow(label: str) -> tuple[Job, float] | None:
+        chain = chain_of[label]
+        for stage in chain.passed()[:-1]:  # only the newest weights are needed
+            shutil.rmtree(chain.run(stage) / "checkpoints", ignore_errors=True)
+        if (found := next_run(chain)) is None:
+            return None
+        return plan_jobs(study, folder, [found])[0], found[0].flops
+
+    runs = [found for chain in chains if (found := next_run(chain)) is not None]
+    costs = {folder / stage.label(seed): stage.flops for stage, seed in runs}
+    if not runs:
+        return lost
+    failed = run_jobs(plan_jobs(study, folder, runs), jobs, costs, then=follow, **own)
+    return failed + lost
 
 
 # ---- the command

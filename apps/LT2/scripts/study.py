@@ -31,7 +31,7 @@ from apps.LT2.flops import train_flops_per_token
 from apps.LT2.matching import QUANTITIES as MATCHES
 from apps.LT2.matching import match_model
 from apps.LT2.scripts.study_report import check_results, write_report
-from apps.LT2.scripts.study_runs import SCRIPT, StudySweep
+from apps.LT2.scripts.study_runs import SCRIPT, StudySweep, Then
 from apps.LT2.scripts.study_spec import SET_BY_STUDY, Study, read_study
 from apps.LT2.training.args import TrainArgs, check_and_build
 from lingua.args import diff_configs, parse_args, print_text
@@ -239,9 +239,16 @@ def update_record(folder: Path, study: Study, runs: Mapping[str, Options]) -> di
 
 
 def run_jobs(
-    jobs: Sequence[Job], at_once: int | None, costs: Mapping[Path, float], **own: Any
+    jobs: Sequence[Job],
+    at_once: int | None,
+    costs: Mapping[Path, float],
+    then: Then | None = None,
+    **own: Any,
 ) -> list[str]:
-    """Run jobs that are not done, and return the labels of failed jobs."""
+    """Run jobs that are not done, and return the labels of failed jobs.
+
+    then: returns the job after one that is done, by its label, and the cost of a step.
+    """
     module = import_script(SCRIPT)
     left = [job for job in jobs if not is_done(module, job)]
     if len(left) < len(jobs):
@@ -249,11 +256,19 @@ def run_jobs(
     if not left or own["stop_at"] <= time.monotonic():
         return []
     code, _ = snapshot_for_all(left[0].root, left[0].dump_dir.parent)
+
+    def follow(label: str) -> tuple[Job, float] | None:
+        if then is None or (found := then(label)) is None:
+            return None
+        write_run(found[0], code)
+        return found
+
     for job in left:
         write_run(job, code)
     gpus = visible_gpus()
     at_once = min(at_once or len(gpus) or len(os.sched_getaffinity(0)), len(left))
-    sweep = StudySweep(left, at_once, [costs[job.dump_dir] for job in left], gpus=gpus, **own)
+    costs_of = [costs[job.dump_dir] for job in left]
+    sweep = StudySweep(left, at_once, costs_of, gpus=gpus, then=follow, **own)
     sweep.run()
     return [run.label for run in sweep.runs if run.error]
 

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from lingua.errors import run_cli
 from lingua.files.atomic import write_atomic
 from lingua.parallel.torchrun import PR_SET_PDEATHSIG
 from lingua.slurm.background import LocalOutput, LocalProcess
-from lingua.slurm.local_sweep import LocalSweep
+from lingua.slurm.local_sweep import LocalSweep, SweepRun
 from lingua.slurm.script import Job
 
 SCRIPT = "apps.LT2.train"
 RECORD_SECONDS = 10  # between two records of the time
+
+Then = Callable[[str], tuple[Job, float] | None]
 
 
 class ForkedProcess(LocalProcess):
@@ -78,7 +80,7 @@ class StudySweep(LocalSweep):
     """Runs of a study, which may share a GPU. Records the seconds spent.
 
     `stop_at` and `kill_at` are times: runs stop with a checkpoint, and those in a long step are
-    killed.
+    killed. `then` returns the job after a run that is done, by its label, and the cost of a step.
     """
 
     program = "study"
@@ -88,6 +90,7 @@ class StudySweep(LocalSweep):
         self.stop_at, self.kill_at = own["stop_at"], own["kill_at"]
         self.gpus: list[str] = own["gpus"]
         self.record, self.file = own["record"], own["file"]
+        self.then: Then | None = own.get("then")
         self.recorded = time.monotonic()
         super().__init__(jobs, at_once, costs)
 
@@ -96,6 +99,9 @@ class StudySweep(LocalSweep):
 
     def start(self, job: Job, gpus: str | None) -> LocalProcess:
         return ForkedProcess(job, gpus)
+
+    def follow(self, run: SweepRun) -> tuple[Job, float] | None:
+        return None if self.then is None else self.then(run.label)
 
     def check_time(self) -> None:
         now = time.monotonic()
