@@ -39,12 +39,12 @@ def branches_by_definition(q, k, v, *, block_size, n_blocks, cu_seqlens):
 @pytest.mark.parametrize(
     "B, T, past, heads, size, n_blocks, lengths",
     [
-        (2, 3, 6, (2, 2, 16), 2, 3, None),  # queries continue a past
+        (2, 2, 4, (2, 2, 16), 2, 3, None),  # queries continue a past
         (1, 19, 0, (3, 1, 24), 5, 3, (1, 8, 0, 10)),  # padded heads, head dim and block
         (1, 7, 0, (5, 1, 16), 2, 3, None),  # parts of a group
         (1, 13, 0, (1, 1, 130), 4, 3, None),  # the tiles of large head dims
         (1, 17, 0, (1, 1, 16), 1, 3, None),  # more means than a tile has
-        (1, 21, 0, (2, 1, 16), 17, 3, None),  # a block is longer than a tile
+        (1, 18, 0, (2, 1, 16), 17, 3, None),  # a block is longer than a tile
     ],
 )
 def test_output_and_every_gradient(monkeypatch, B, T, past, heads, size, n_blocks, lengths):
