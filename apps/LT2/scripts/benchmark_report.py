@@ -8,8 +8,8 @@ Beside NAME.md it writes NAME.png and NAME.jsonl, which has a line for each poin
 the output of the benchmark, or only its last line (JSON). The files have results of one benchmark.
 
 Results of benchmark_prefill are judged by claims, which compare two points. Claims come from
-configs/benchmark/decode.yaml, or from the file in --claims. Results of benchmark_train are compared
-with those of the recipe in --reference (apps.LT2.scripts.benchmark_train_report).
+configs/benchmark/decode.yaml, or from the file in --claims. Results of benchmark_train are relative
+to the recipe in --reference (apps.LT2.scripts.benchmark_train_report).
 """
 
 from __future__ import annotations

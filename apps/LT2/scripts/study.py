@@ -57,7 +57,7 @@ STOP, KILL = 0.93, 0.98  # shares of minutes= after which runs stop, and are kil
 
 @dataclass
 class StudyArgs:
-    """Options of `lt2 study`, all of which `lt2 curriculum` has as well."""
+    """Options of `lt2 study`; `lt2 curriculum` has them too."""
 
     OTHER_OPTIONS: ClassVar = " Other options are training options, for all runs."
 

@@ -165,7 +165,7 @@ def _queries_of_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Return the queries that chose each block, sorted by row, head, block and query, int32.
 
-    Those of block c for row b and head g start at offsets[(b G + g) C + c].
+    The queries of block c for row b and head g start at offsets[(b G + g) C + c].
     """
     B, T, G, n = chosen_BTGn.shape
     n_lists = B * G * n_blocks
