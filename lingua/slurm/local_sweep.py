@@ -192,7 +192,7 @@ class LocalSweep:
             run.outcome, run.error = "stopped", None
         else:
             run.outcome = "done"
-            if (more := self.follow(run)) is not None and not self.is_stopping:
+            if not self.is_stopping and (more := self.follow(run)) is not None:
                 self.waiting.append(SweepRun(more[0], len(self.runs) + 1, more[1]))
                 self.runs.append(self.waiting[-1])
         parts = [run.error or run.losses()]

@@ -1,4 +1,4 @@
-"""The losses of all loops on CUDA against those of a CPU in fp32, from the same states."""
+"""Compare the losses of all loops on CUDA with the CPU in fp32, from the same states."""
 
 from __future__ import annotations
 

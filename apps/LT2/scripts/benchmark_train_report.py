@@ -89,7 +89,7 @@ def outcome(row: Line) -> str:
 
 
 def make_table(lines: Sequence[dict[str, str | None]]) -> Table:
-    """Make a table of cells by column. Columns without a cell are left out."""
+    """Make a table of cells by column, without empty columns."""
     columns = []
     for i, head in enumerate(lines[0]):
         cells = [line[head] for line in lines]

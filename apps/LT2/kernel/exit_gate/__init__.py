@@ -31,8 +31,7 @@ def _exit_logit(
     return normed.float() @ weight_D.float() + bias_1.float()
 
 
-# Every token passes norm and gate. Plain torch would move 110 times the bytes of h, forward and
-# backward.
+# Every token passes norm and gate. Plain torch would read and write states in fp32 many times.
 exit_logit = fused_on_cuda(_exit_logit)
 
 

@@ -108,7 +108,7 @@ def differentiate_chosen(
     n_parts = triton.cdiv(H // G, heads)
     dk, dv = (k_BSGK.new_empty(n_parts, B, S, G, K, dtype=torch.float32) for _ in range(2))
     n_tiles = triton.cdiv(block_size, tile.key["N"])
-    # All programs of the first block, which every query chooses, start before those of the second.
+    # Programs of the first block start first, as every query chooses it.
     _dkv_kernel[B * G * n_parts, len(start_C) * n_tiles](
         *inputs,
         *_queries_of_blocks(chosen_BTGn, first_T, len(start_C)),
@@ -172,7 +172,7 @@ def _queries_of_blocks(
     head_BTGn = torch.arange(B * G, device=chosen_BTGn.device).view(B, 1, G, 1)
     number = chosen_BTGn + first_T[:, None, None] + head_BTGn * n_blocks
     number = torch.where(chosen_BTGn < 0, n_lists, number)
-    # The radix sort takes half as long with 16 bits.
+    # A radix sort of 16 bits has half as many passes.
     dtype = torch.int16 if n_lists < 2**15 else torch.int32
     numbers, order = number.flatten().to(dtype).sort(stable=True)
     bounds = torch.arange(n_lists + 1, device=number.device).to(dtype)
