@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from apps.LT2.block import Block
 from apps.LT2.cache import ModelCache, packed_lengths
 from apps.LT2.kernel.attention import check_attention_impl
-from apps.LT2.kernel.documents import upload
+from apps.LT2.kernel.documents import constant, upload
 from apps.LT2.kernel.exit_gate import exit_logit
 from apps.LT2.kernel.linear_cross_entropy import (
     linear_cross_entropy,
@@ -312,10 +312,10 @@ class LoopedTransformer(nn.Module):
             entropy_N = -(share_TN * log_p).sum(0)
         else:
             weights = loop_weights(self.args.loop_loss, n_loops)
-            weights_T = upload(weights, target_N.device, torch.float32)
+            weights_T = constant(tuple(weights), target_N.device)
             share_TN = weights_T[:, None].expand(-1, len(target_N))
         scales = [float(self.args.loop_loss_every)] * (n_loops - 1) + [1.0]
-        scale_T = upload(scales, target_N.device, torch.float32)
+        scale_T = constant(tuple(scales), target_N.device)
         weight_TN = share_TN * scale_T[:, None]
         loss, nats = weighted_linear_cross_entropy(
             normed,
@@ -473,6 +473,11 @@ class LoopedTransformer(nn.Module):
             self.layout = self.layout_plan.draw(step)[: self.loop_plan.draw(step, n_steps)]
         for mixer in self._mixers():
             mixer.begin_step(step)
+
+    def computation(self) -> Hashable:
+        """Return what `begin_step` has set: steps with equal values launch the same kernels."""
+        phases = tuple(mixer.phase for mixer in self._mixers())
+        return tuple(map(tuple, self.layout)), self.loop_loss_offset, phases
 
     def set_loops(self, loop_count: int) -> None:
         """Run this many loops in evaluation and inference, in place. Weights don't change.

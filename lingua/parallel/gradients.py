@@ -31,6 +31,13 @@ def set_gradient_sync(model: nn.Module, sync: bool, *, reshard: bool = True) -> 
         model.set_reshard_after_backward(reshard)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free the gathered weights of all FSDP units, in place."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def set_backward_prefetch(module: nn.Module, prefetch: bool) -> None:
     """Set whether the backward of `module` gathers the unit that ran before it in the forward."""
     if isinstance(module, FSDPModule):

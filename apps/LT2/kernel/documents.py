@@ -7,6 +7,7 @@ Kernels read cu_seqlens on the device; some code needs the numbers on the host. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -41,6 +42,15 @@ def upload(
 ) -> Tensor:
     """Copy numbers from the host to a tensor on `device`, without a sync."""
     return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
+@cache
+def constant(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers as an fp32 tensor on `device`, always the same one. A CUDA graph can read it.
+
+    A graph would repeat the copy of `upload` from host memory that is long free.
+    """
+    return upload(numbers, device, torch.float32)
 
 
 _on_host = WeakIdKeyDictionary()  # cu_seqlens -> (its version, its numbers)

@@ -7,7 +7,7 @@ along T, and `cu_seqlens` (n_docs + 1,) int32 holds the offsets of their first t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -298,6 +298,11 @@ class Mixer(nn.Module, ABC):
 
     def begin_step(self, step: int | None) -> None:  # noqa: B027, most mixers need nothing
         """Prepare for the optimizer step after `step` steps; None is inference, the default."""
+
+    @property
+    def phase(self) -> Hashable:
+        """What `begin_step` has set: a mixer with another phase launches other kernels."""
+        return None
 
     def tp_plan(self) -> TensorParallelPlan | None:
         """Return how tensor parallelism splits the mixer; None if it can't."""

@@ -114,6 +114,10 @@ class SparseAttention(Attention):
     def begin_step(self, step: int | None) -> None:
         self.dense = step is not None and step < self.warmup_steps
 
+    @property
+    def phase(self) -> bool:
+        return self.dense
+
     def forward(
         self, x_BTD: Tensor, *, cu_seqlens: Tensor | None = None, window: int | None = None
     ) -> Tensor:

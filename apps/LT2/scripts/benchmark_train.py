@@ -139,8 +139,8 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
         for step in range(steps):
             if step == warmup:
                 n_graphs = counters["stats"]["unique_graphs"]
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
+            if step == 1 and device.type == "cuda":  # tuning may take more memory than a step
+                torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
             result = trainer.step()  # syncs with the backward
             synchronize(device)
@@ -151,11 +151,13 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
         row.mean_loops = statistics.fmean(loops[warmup:])
         if device.type == "cuda":  # other devices do not count memory
             row.peak_gib = dist_max(torch.cuda.max_memory_allocated() / GIB).item()
+        if profile:
+            row.kernel_ms, row.top_kernels_ms, row.collectives = profile_step(trainer)
+        if device.type == "cuda":
+            trainer.graphs = None  # frees the memory of CUDA graphs
             kept, peak = activation_gib(trainer)
             row.activations_gib = dist_max(kept).item()
             row.peak_activations_gib = dist_max(peak).item()
-        if profile:
-            row.kernel_ms, row.top_kernels_ms, row.collectives = profile_step(trainer)
     row.first_step_s = seconds[0]
     rates = [row.tokens_per_step / s for s in seconds[warmup:]]
     low, row.tokens_per_s, high = statistics.quantiles(rates, n=4)

@@ -77,7 +77,7 @@ def log_probes(trainer: Trainer, metrics: MetricLogger) -> None:
         repair_jsonl(file, state.step if is_done else state.step - 1)
 
     def log(batch: Batch) -> None:
-        if not every_n_steps(state, freq, acc_step=0) or state.step == done_step:
+        if not every_n_steps(state, freq) or state.step == done_step:
             return
         x, target, cu_seqlens = batch
         if cu_seqlens is None:  # half of the rows: a pass in eager mode takes more memory
@@ -88,7 +88,7 @@ def log_probes(trainer: Trainer, metrics: MetricLogger) -> None:
         trainer.optimizer.zero_grad()
         metrics.log({"global_step": state.step, "acc_step": 0, **stats})
 
-    trainer.before_micro_batch = log
+    trainer.before_step = log
 
 
 def run_probed_pass(

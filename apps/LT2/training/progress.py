@@ -121,8 +121,10 @@ class Progress:
             parts.append(f"loops {record['optim/loops']:.3g}")
         if "speed/mfu" in record:
             parts.append(f"mfu {100 * record['speed/mfu']:.1f}%")
-        if "memory/max_active_gib" in record:
-            parts.append(f"{record['memory/max_active_gib']:.1f} GiB")
+        # torch doesn't count what the kernels of a CUDA graph use as active.
+        kind = "active" if self.trainer.graphs is None else "reserved"
+        if f"memory/max_{kind}_gib" in record:
+            parts.append(f"{record[f'memory/max_{kind}_gib']:.1f} GiB")
         parts.append(f"eta {timedelta(seconds=round(flops_left * self._seconds_per_flop))}")
         return "  ".join(parts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from apps.LT2.batch import Batch, count_targets, to_device
 from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.training.args import TrainArgs
+from apps.LT2.training.step_graph import Losses, StepGraphs, uses_step_graph
 from apps.LT2.transformer import LoopedTransformer
 from lingua.dataloader.reshard import DataState, reshard_streams
 from lingua.distributed import (
@@ -150,9 +151,9 @@ class Trainer:
     batches: Iterator[tuple[Any, Any]]
     mesh: DeviceMesh | None
     device: torch.device
-    # Called with a micro-batch before its forward, and after its backward with the sum of its
-    # nats, a tensor, and the number of its targets.
-    before_micro_batch: Callable[[Batch], None] | None = None
+    # Called with the first micro-batch before its forward.
+    before_step: Callable[[Batch], None] | None = None
+    # Called for each micro-batch with the sum of its nats, a tensor, and the number of its targets.
     after_micro_batch: Callable[[Tensor, int], None] | None = None
 
     def __post_init__(self) -> None:
@@ -164,6 +165,9 @@ class Trainer:
         if self.state.n_gates is None:
             self.state.n_gates = args.model.loop_count
         self.guard = NonfiniteGuard(args.optim.skip_nonfinite)
+        self.graphs = None
+        if uses_step_graph(args, self.device):
+            self.graphs = StepGraphs(self.model, self._forward_and_backward)
 
     def step(self) -> StepResult:
         """Take one optimizer step. A collective. A step without targets updates nothing."""
@@ -208,29 +212,41 @@ class Trainer:
         mixer's own loss is a mean over tokens. All micro-batches have the same number of tokens, so
         the mean over micro-batches is right.
         """
-        n_micro = len(micro_batches)
+        n_micro, model = len(micro_batches), self.model
+        doc_mask, is_task = self.args.data.doc_mask, self.args.data.task is not None
         divisor = torch.full((), n_targets, dtype=torch.float32, device=self.device)
-        total = torch.zeros((), device=self.device)
+        batches = [to_device(views, doc_mask, self.device) for views in micro_batches]
+        counts = [count_targets(views) for views in micro_batches]
+        if self.before_step is not None:
+            self.before_step(batches[0])
+        self.n_answers = counts if is_task else [None] * n_micro
+        if self.graphs is None:
+            losses, means = self._forward_and_backward(batches, divisor)
+        else:
+            key = (model.computation(), *self.n_answers)
+            losses, means = self.graphs.run(key, batches, divisor)
+        if self.after_micro_batch is not None:
+            for micro, (loss, count) in enumerate(zip(losses, counts, strict=True)):
+                self.state.acc_step = (micro + 1) % n_micro
+                self.after_micro_batch(loss.double() * n_targets, count)
+        self.state.losses.append(sum(losses, start=torch.zeros((), device=self.device)) / n_micro)
+        for key, mean in means.items():
+            self.state.means.setdefault(key, []).append(mean)
+
+    def _forward_and_backward(self, batches: Sequence[Batch], divisor: Tensor) -> Losses:
+        """Add the gradients of all micro-batches to `.grad`, and return their losses."""
+        n_micro, losses = len(batches), []
         totals: dict[str, Tensor] = {}
-        for micro, views in enumerate(micro_batches):
-            batch = to_device(views, self.args.data.doc_mask, self.device)
-            if self.before_micro_batch is not None:
-                self.before_micro_batch(batch)
+        for micro, batch in enumerate(batches):
             set_gradient_sync(self.model, micro == n_micro - 1)
-            if self.args.data.task is not None:
-                self.model.n_answers = count_targets(views)
+            self.model.n_answers = self.n_answers[micro]
             loss = self.model(*batch, divisor)
             (loss / n_micro).backward()
-            total += loss.detach()
+            losses.append(loss.detach())
             own = {f"loss/{name}": loss for name, loss in self.model.mixer_losses.items()}
             for key, mean in (own | self.model.loop_metrics).items():
                 totals[key] = totals.get(key, 0) + mean
-            self.state.acc_step = (micro + 1) % n_micro
-            if self.after_micro_batch is not None:
-                self.after_micro_batch(loss.detach().double() * n_targets, count_targets(views))
-        self.state.losses.append(total / n_micro)
-        for key, sum_of_means in totals.items():
-            self.state.means.setdefault(key, []).append(sum_of_means / n_micro)
+        return losses, {key: total / n_micro for key, total in totals.items()}
 
     def _read_and_count(self) -> tuple[list[Any], float]:
         """Read the micro-batches of a step, and return them and their mean number of targets."""

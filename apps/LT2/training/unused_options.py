@@ -175,6 +175,9 @@ def _unused_train_options(args: TrainArgs) -> Iterator[str]:
             f"eval.stop_at={stop_at} has no effect with checkpoint.eval.every={every}: the run is "
             "evaluated at its end only; evaluate it more often"
         )
+    if args.distributed.cuda_graph and args.data.doc_mask:
+        reason = "data.doc_mask=true: the number of documents differs between steps"
+        yield f"distributed.cuda_graph=true has no effect with {reason}"
     if folders := find_unread_folders(args.data):
         root = args.data.root_dir
         yield (

@@ -30,7 +30,7 @@ def test_the_line_has_three_digits_and_a_unit(tokens_per_s, shown):
     args = SimpleNamespace(steps=10, distributed=distributed)
     model = SimpleNamespace(loop_plan=parse_loop_plan(1, None, None, 0))
     trainer: Any = SimpleNamespace(
-        args=args, device=torch.device("cpu"), model=model, tokens_per_step=7
+        args=args, device=torch.device("cpu"), model=model, tokens_per_step=7, graphs=None
     )
     progress = Progress(trainer, flops_per_token={1: 1})
     progress._seconds_per_flop = 20.0 / 7
@@ -52,7 +52,7 @@ def test_the_time_left_follows_the_loops_of_the_steps_left():
     args = SimpleNamespace(steps=10, distributed=SimpleNamespace(model_dtype="fp32"))
     model = SimpleNamespace(loop_plan=parse_loop_plan(4, "1@0, 4@0.5", None, 0))
     trainer: Any = SimpleNamespace(
-        args=args, device=torch.device("cpu"), model=model, tokens_per_step=7
+        args=args, device=torch.device("cpu"), model=model, tokens_per_step=7, graphs=None
     )
     progress = Progress(trainer, flops_per_token={1: 10, 4: 40})
     progress._seconds_per_flop = 0.1

@@ -1,0 +1,93 @@
+"""Run forward and backward of a training step as a CUDA graph: one launch instead of thousands.
+
+A step of a 600M model launches about ten thousand kernels, and launching them can take longer than
+running them. A graph repeats the recorded launches, so all that differs between steps must be in
+its input tensors. What the host decides (loops, layers, offsets) is part of its key.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from apps.LT2.batch import Batch
+from apps.LT2.training.args import TrainArgs
+from apps.LT2.transformer import LoopedTransformer
+from lingua.parallel.gradients import reshard
+
+# The loss of each micro-batch, and the means over the step, by metric key.
+Losses = tuple[list[Tensor], dict[str, Tensor]]
+# Computes them from micro-batches and a divisor, and leaves the gradients in `.grad`.
+Compute = Callable[[Sequence[Batch], Tensor], Losses]
+
+WARMUP_STEPS = 2  # run without a graph: they tune kernels and compile
+MAX_GRAPHS = 16  # each holds gradients of all weights
+
+
+def uses_step_graph(args: TrainArgs, device: torch.device) -> bool:
+    """Return whether the steps of a run can be CUDA graphs, and the options ask for it."""
+    return args.distributed.cuda_graph and device.type == "cuda" and not args.data.doc_mask
+
+
+class StepGraphs:
+    """Runs `compute`, from its third call with a key on as a CUDA graph."""
+
+    def __init__(self, model: LoopedTransformer, compute: Compute):
+        self.model, self.compute = model, compute
+        self.n_calls: Counter[Hashable] = Counter()
+        self.graphs: dict[Hashable, StepGraph] = {}
+        # They never run at the same time, so they share the memory of their activations.
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def run(self, key: Hashable, batches: Sequence[Batch], divisor: Tensor) -> Losses:
+        """Return the losses of `compute(batches, divisor)`. `.grad` must be None before.
+
+        The next call overwrites the gradients.
+        """
+        self.n_calls[key] += 1
+        is_new = key not in self.graphs
+        if is_new and (self.n_calls[key] <= WARMUP_STEPS or len(self.graphs) == MAX_GRAPHS):
+            return self.compute(batches, divisor)
+        if is_new:
+            self.graphs[key] = StepGraph(self.model, self.compute, batches, divisor, self.pool)
+        return self.graphs[key].run(batches, divisor)
+
+
+class StepGraph:
+    """The captured `compute` of one key."""
+
+    def __init__(
+        self,
+        model: LoopedTransformer,
+        compute: Compute,
+        batches: Sequence[Batch],
+        divisor: Tensor,
+        pool: tuple[int, int],
+    ):
+        self.model = model
+        self.batches = [(x.clone(), target.clone(), None) for x, target, _ in batches]
+        self.divisor = divisor.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        reshard(model)  # so that the graph gathers the weights
+        # thread_local: other threads, such as a data loader's, may allocate meanwhile.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.losses, self.means = compute(self.batches, self.divisor)
+        self.gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+
+    def run(self, batches: Sequence[Batch], divisor: Tensor) -> Losses:
+        """Return the losses of other batches of the same shapes, and set the gradients."""
+        for (x, target, _), (new_x, new_target, _) in zip(self.batches, batches, strict=True):
+            x.copy_(new_x)
+            target.copy_(new_target)
+        self.divisor.copy_(divisor)
+        # An evaluation leaves weights gathered. The graph gathers them into the same memory, but
+        # the next evaluation would find them gathered, and use them after the optimizer's step.
+        reshard(self.model)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        means = {key: mean.clone() for key, mean in self.means.items()}
+        return [loss.clone() for loss in self.losses], means
