@@ -324,9 +324,6 @@ def build_run(
     log_on_rank_0(format_summary(trainer, get_world_size()))
     for warning in train_warnings(args):
         log_on_rank_0(warning, level=WARNING)
-    if args.distributed.cuda_graph and device.type != "cuda":
-        warning = "distributed.cuda_graph=true has no effect without a GPU"
-        log_on_rank_0(warning, level=WARNING)
     progress = Progress(trainer, flops_by_loops)
     facts = {
         "model/parameters": get_num_params(model),

@@ -28,7 +28,7 @@ class DistributedArgs:
     activation_checkpointing: str = "none"
     selective_activation_checkpointing: bool = False  # Lingua's name for "selective" above
     compile: bool = False  # torch.compile every block
-    # run forward and backward of a step as one CUDA graph: one launch instead of thousands
+    # on a GPU, run forward and backward of a step as one CUDA graph: one launch, not thousands
     cuda_graph: bool = False
     fsdp_type: str = "no_shard"  # no_shard: every rank holds all weights; full_shard: FSDP2
     # dtype of matrices in forward and backward: fp32, bf16, or auto (bf16 on CUDA, fp32 on CPU);

@@ -83,6 +83,18 @@ def test_two_gpus_split_heads_or_data(tmp_path):
     assert kept[0] > kept[1] > kept[2] > kept[3]
 
 
+def test_two_gpus_repeat_a_step_as_a_graph(tmp_path):
+    data = write_corpus(tmp_path / "data", n_lines=400)
+    eager, graphed = rows(
+        *(2, data, "data.batch_size=2", "distributed.fsdp_type=full_shard", "grad_acc_steps=2"),
+        *("--steps", "8", "--warmup", "5", "--vary", "distributed.cuda_graph=false,true"),
+    )
+    for loss in ("first_loss", "last_loss"):
+        assert graphed[loss] == pytest.approx(eager[loss], rel=LOSS), loss
+    assert graphed["grad_norm"] == pytest.approx(eager["grad_norm"], rel=0.1)
+    assert graphed["collectives"] == eager["collectives"]
+
+
 def test_two_gpus_split_the_vocabulary(tmp_path):
     """The vocabulary takes most of the memory. Tested with and without weight tying."""
     data = write_corpus(tmp_path / "data", n_lines=800)

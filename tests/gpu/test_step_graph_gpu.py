@@ -48,6 +48,10 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
         },
         2,
     ),
+    "fp32, without FSDP": (
+        {"distributed.model_dtype": "fp32", "model.attention_pattern": "full"},
+        1,
+    ),
     "probed": ({"probe_freq": 3}, 1),
 }
 
