@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from apps.LT2.flops import train_flops_per_token
+from apps.LT2.flops import count_parameters, train_flops_per_token
 from apps.LT2.scripts import study as command
 from apps.LT2.scripts import study_report as report
 from apps.LT2.scripts import study_runs
@@ -136,6 +136,23 @@ def test_equal_flops_change_the_steps(data):
         flops = steps * 2 * 128 * train_flops_per_token(model, 128)
         assert cell.flops == pytest.approx(flops) == pytest.approx(cells["fixed"].flops, rel=0.01)
     assert cells["scheduled"].options["steps"] > 120 > cells["uniform"].options["steps"]
+
+
+def test_small_mixers_have_equal_parameters_and_flops(data):
+    """The arm whose mixer has the most parameters, and T at both ends."""
+    study = read_study("mixers", "small")
+    given = command.split_options(command.StudyArgs, data, "", None)[1]
+    study = replace(command.with_options(study, given), over={"model.loop_count": [1, 4]})
+    cells = plan_cells(study, ["full", "mamba2"])
+    models = [command.build(study, cell.options)[1] for cell in cells]
+    first = count_parameters(models[0]).body
+    assert first > 10_000_000
+    for cell, model in zip(cells, models, strict=True):
+        assert count_parameters(model).body == pytest.approx(first, rel=0.005)
+        tokens = cell.options["steps"] * 16 * 512
+        flops = tokens * train_flops_per_token(model, 512)
+        assert flops == pytest.approx(cells[0].flops, rel=0.005)
+    assert cells[0].options["steps"] > 3.9 * cells[1].options["steps"]
 
 
 def test_a_study_of_your_own(tmp_path, capsys, data):
