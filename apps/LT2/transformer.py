@@ -477,7 +477,7 @@ class LoopedTransformer(nn.Module):
     def computation(self) -> Hashable:
         """Return what `begin_step` has set: steps with equal values launch the same kernels."""
         phases = tuple(mixer.phase for mixer in self._mixers())
-        return tuple(map(tuple, self.layout)), self.loop_loss_offset, phases
+        return self.layout, self.loop_loss_offset, phases
 
     def set_loops(self, loop_count: int) -> None:
         """Run this many loops in evaluation and inference, in place. Weights don't change.

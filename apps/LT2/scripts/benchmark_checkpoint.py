@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -132,7 +133,15 @@ class Benchmark:
         return dist_max(time.perf_counter() - began).item()
 
     def time(self, name: str, action: Callable[[], Any]) -> None:
-        self.seconds.setdefault(name, []).append(self.clock(action))
+        self.add(name, self.clock(action))
+
+    def add(self, name: str, *seconds: float) -> None:
+        """Keep the seconds, and show them: a large checkpoint takes minutes."""
+        self.seconds.setdefault(name, []).extend(seconds)
+        if get_is_master():
+            print(
+                f"{name}: {', '.join(f'{s:.2f}' for s in seconds)} s", file=sys.stderr, flush=True
+            )
 
     def clear(self) -> None:
         run_on_rank_0(lambda: [shutil.rmtree(path) for path in self.folder.iterdir()])
@@ -142,7 +151,7 @@ class Benchmark:
         self.measure_disk()
         trainer = self.trainer
         usual = [self.clock(trainer.step) for _ in range(n_steps)]
-        self.seconds.setdefault("training step", []).extend(usual)
+        self.add("training step", *usual)
         self.measure_background(statistics.median(usual))
 
     def measure_disk(self) -> None:
@@ -172,7 +181,7 @@ class Benchmark:
         """Time what a save in the background adds to steps of `usual` seconds."""
         manager, steps = self.manager(async_save=True), []
         waits = self.clock(lambda: self.save(manager))
-        self.seconds.setdefault("async_save: wait for the copy", []).append(waits)
+        self.add("async_save: wait for the copy", waits)
         step = self.trainer.state.step
         published = self.folder / "checkpoints" / f"{step:010d}"
         polls = 0.0
@@ -180,8 +189,8 @@ class Benchmark:
             steps.append(self.clock(self.trainer.step))
             polls += self.clock(manager.poll)
         added = waits + polls + sum(steps) - usual * len(steps)
-        self.seconds.setdefault("async_save: step meanwhile", []).extend(steps)
-        self.seconds.setdefault("async_save: added in all", []).append(added)
+        self.add("async_save: step meanwhile", *steps)
+        self.add("async_save: added in all", added)
         self.clear()
 
     def rows(self) -> dict[str, Spread]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class StepGraph:
         compute: Compute,
         batches: Sequence[Batch],
         divisor: Tensor,
-        pool: tuple[int, int],
+        pool: Any,  # of torch.cuda.graph_pool_handle
     ):
         self.model = model
         self.batches = [(x.clone(), target.clone(), None) for x, target, _ in batches]

@@ -1,0 +1,89 @@
+"""Which steps run as CUDA graphs. tests/gpu/test_step_graph_gpu.py runs the graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from apps.LT2.mixers.dsa import DSAArgs
+from apps.LT2.training import step_graph
+from apps.LT2.training.step_graph import StepGraphs, uses_step_graph
+from apps.LT2.transformer import LoopedTransformerArgs, build_on_meta
+from tests.LT2.tiny_run import SMALL, train_args
+
+TINY: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 2, "multiple_of": 16}
+STEPS = 8
+
+
+def computations(**options: Any) -> list[Any]:
+    """Return what each of the steps computes."""
+    model = build_on_meta(LoopedTransformerArgs(vocab_size=64, seed=0, **TINY, **options))
+    found = []
+    for step in range(STEPS):
+        model.begin_step(step, STEPS)
+        found.append(model.computation())
+    return found
+
+
+@pytest.mark.parametrize(
+    "options, n_kinds",
+    [
+        ({"loop_count": 2}, 1),
+        ({"loop_count": 4, "loop_schedule": "1@0, 4@0.5"}, 2),
+        ({"loop_count": 2, "loop_loss": "uniform", "loop_loss_every": 4}, 4),
+        ({"mixer": "dsa", "dsa": DSAArgs(warmup_steps=3)}, 2),
+        ({"attention_pattern": "full->gdn", "loop_count": 2}, 1),
+    ],
+)
+def test_equal_computations_are_equal_keys(options, n_kinds):
+    assert len(set(computations(**options))) == n_kinds
+
+
+def test_a_random_layout_is_another_computation():
+    options = {"attention_pattern": "random:1:1", "hybrid_mixer": "window"}
+    found = computations(loop_count=2, **options)
+    layouts = {key[0] for key in found}
+    assert len(set(found)) == len(layouts) > 1
+
+
+def test_the_third_step_of_a_kind_is_captured(monkeypatch):
+    captured, computed = [], []
+
+    class Graph:
+        def __init__(self, model, compute, batches, divisor, pool):
+            captured.append(batches)
+
+        def run(self, batches, divisor):
+            return [batches], {}
+
+    def compute(batches, divisor):
+        computed.append(batches)
+        return [batches], {}
+
+    monkeypatch.setattr(step_graph, "StepGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    graphs: Any = StepGraphs(None, compute)  # type: ignore[arg-type]
+    calls = [("a", 1), ("b", 2), ("a", 3), ("a", 4), ("b", 5), ("a", 6), ("b", 7)]
+    results = [graphs.run(key, batch, None) for key, batch in calls]
+    assert results == [([batch], {}) for _, batch in calls]
+    assert computed == [1, 2, 3, 5] and captured == [4, 7]
+    monkeypatch.setattr(step_graph, "MAX_GRAPHS", 2)
+    for batch in range(10, 14):
+        graphs.run("c", batch, None)
+    assert computed[4:] == [10, 11, 12, 13] and captured == [4, 7]
+
+
+@pytest.mark.parametrize(
+    "options, device, used",
+    [
+        ({"distributed.cuda_graph": True}, "cuda", True),
+        ({"distributed.cuda_graph": True}, "cpu", False),
+        ({"distributed.cuda_graph": True, "data.doc_mask": True}, "cuda", False),
+        ({}, "cuda", False),
+    ],
+)
+def test_steps_with_the_same_shapes_on_a_gpu_can_be_graphs(tmp_path, options, device, used):
+    args = train_args(tmp_path, tmp_path, **SMALL, **options)
+    assert uses_step_graph(args, torch.device(device)) is used
