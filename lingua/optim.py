@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lingua.errors import UserError
 from lingua.logger import log_on_rank_0
 from lingua.muon import MOMENTUM_BUFFER, Muon
+from lingua.parallel.tensor_parallel import local_tensor
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -327,6 +328,9 @@ class RowAdamW(AdamW):
             rows = range(self.used_rows[param]())
             for tensors in (params, *(tensors for tensors in lists if tensors)):
                 tensors[i : i + 1] = [tensors[i][row] for row in rows]
+        # The update is elementwise, and DTensor takes longer to dispatch it than a GPU to run it.
+        for tensors in (params, *lists):
+            tensors[:] = map(local_tensor, tensors)
         return has_complex
 
 

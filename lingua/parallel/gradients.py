@@ -99,8 +99,8 @@ def clip_grad_norm_(weights: nn.Module | Iterable[nn.Parameter], max_norm: float
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         # A NaN scale would hide which gradient was NaN.
         scale = torch.where(norm.isfinite(), scale, 1.0)
-        for grad in grads:
-            local_tensor(grad).mul_(scale)
+        if grads:
+            torch._foreach_mul_([local_tensor(grad) for grad in grads], scale)
     return norm
 
 
@@ -127,5 +127,5 @@ def _shard_groups(grad: Tensor) -> tuple[dist.ProcessGroup, ...]:
     return tuple(
         grad.device_mesh.get_group(dim)
         for dim, placement in enumerate(grad.placements)
-        if not placement.is_replicate()
+        if not placement.is_replicate() and grad.device_mesh.size(dim) > 1
     )

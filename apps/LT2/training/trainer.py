@@ -165,6 +165,9 @@ class Trainer:
         if self.state.n_gates is None:
             self.state.n_gates = args.model.loop_count
         self.guard = NonfiniteGuard(args.optim.skip_nonfinite)
+        self.own_weights = self.model.own_loss_parameters()
+        only_own = {p for weights in self.own_weights.values() for p in weights}
+        self.weights = [p for p in self.model.parameters() if p not in only_own]
         self.graphs = None
         if uses_step_graph(args, self.device):
             self.graphs = StepGraphs(self.model, self._forward_and_backward)
@@ -279,10 +282,9 @@ class Trainer:
         Clipping all gradients together would let a mixer's own loss shrink the steps of weights
         that it doesn't train.
         """
-        clip, own = self.args.optim.clip, self.model.own_loss_parameters()
-        own_weights = {p for weights in own.values() for p in weights}
-        norm = clip_grad_norm_([p for p in self.model.parameters() if p not in own_weights], clip)
-        norms = {name: clip_grad_norm_(weights, clip) for name, weights in own.items()}
+        clip = self.args.optim.clip
+        norm = clip_grad_norm_(self.weights, clip)
+        norms = {name: clip_grad_norm_(own, clip) for name, own in self.own_weights.items()}
         return norm.item(), {name: norm.item() for name, norm in norms.items()}
 
     def _skip(self, *grad_norms: float) -> bool:
