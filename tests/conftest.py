@@ -95,7 +95,6 @@ def fresh_dynamo() -> Iterator[None]:
 
 def pytest_collection_finish() -> None:
     """Exclude torch and the tests from garbage collection, which then takes milliseconds."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 

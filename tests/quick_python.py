@@ -144,7 +144,6 @@ def serve(address: str, root: str = str(ROOT)) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address + ".new")
     listener.listen(64)
-    gc.collect()
     gc.enable()
     gc.freeze()  # forks then don't look through the libraries, which would copy their memory
     os.rename(address + ".new", address)  # who sees it may connect
