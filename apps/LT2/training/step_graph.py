@@ -34,26 +34,29 @@ def uses_step_graph(args: TrainArgs, device: torch.device) -> bool:
 
 
 class StepGraphs:
-    """Runs `compute`, from its third call with a key on as a CUDA graph."""
+    """Runs computations, each from its third call on as a CUDA graph."""
 
-    def __init__(self, model: LoopedTransformer, compute: Compute):
-        self.model, self.compute = model, compute
+    def __init__(self, model: LoopedTransformer):
+        self.model = model
         self.n_calls: Counter[Hashable] = Counter()
         self.graphs: dict[Hashable, StepGraph] = {}
         # They never run at the same time, so they share the memory of their activations.
         self.pool = torch.cuda.graph_pool_handle()
 
-    def run(self, key: Hashable, batches: Sequence[Batch], divisor: Tensor) -> Losses:
+    def run(
+        self, key: Hashable, compute: Compute, batches: Sequence[Batch], divisor: Tensor
+    ) -> Losses:
         """Return the losses of `compute(batches, divisor)`. `.grad` must be None before.
 
-        The next call overwrites the gradients.
+        Computations with equal keys must launch the same kernels. The next call overwrites the
+        gradients.
         """
         self.n_calls[key] += 1
         is_new = key not in self.graphs
         if is_new and (self.n_calls[key] <= WARMUP_STEPS or len(self.graphs) == MAX_GRAPHS):
-            return self.compute(batches, divisor)
+            return compute(batches, divisor)
         if is_new:
-            self.graphs[key] = StepGraph(self.model, self.compute, batches, divisor, self.pool)
+            self.graphs[key] = StepGraph(self.model, compute, batches, divisor, self.pool)
         return self.graphs[key].run(batches, divisor)
 
 

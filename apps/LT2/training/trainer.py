@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -170,7 +171,7 @@ class Trainer:
         self.weights = [p for p in self.model.parameters() if p not in only_own]
         self.graphs = None
         if uses_step_graph(args, self.device):
-            self.graphs = StepGraphs(self.model, self._forward_and_backward)
+            self.graphs = StepGraphs(self.model)
 
     def step(self) -> StepResult:
         """Take one optimizer step. A collective. A step without targets updates nothing."""
@@ -222,12 +223,13 @@ class Trainer:
         counts = [count_targets(views) for views in micro_batches]
         if self.before_step is not None:
             self.before_step(batches[0])
-        self.n_answers = counts if is_task else [None] * n_micro
+        n_answers = counts if is_task else [None] * n_micro
+        compute = partial(self._forward_and_backward, n_answers)
         if self.graphs is None:
-            losses, means = self._forward_and_backward(batches, divisor)
+            losses, means = compute(batches, divisor)
         else:
-            key = (model.computation(), *self.n_answers)
-            losses, means = self.graphs.run(key, batches, divisor)
+            key = (model.computation(), *n_answers)
+            losses, means = self.graphs.run(key, compute, batches, divisor)
         if self.after_micro_batch is not None:
             for micro, (loss, count) in enumerate(zip(losses, counts, strict=True)):
                 self.state.acc_step = (micro + 1) % n_micro
@@ -236,13 +238,18 @@ class Trainer:
         for key, mean in means.items():
             self.state.means.setdefault(key, []).append(mean)
 
-    def _forward_and_backward(self, batches: Sequence[Batch], divisor: Tensor) -> Losses:
-        """Add the gradients of all micro-batches to `.grad`, and return their losses."""
+    def _forward_and_backward(
+        self, n_answers: Sequence[int | None], batches: Sequence[Batch], divisor: Tensor
+    ) -> Losses:
+        """Add the gradients of all micro-batches to `.grad`, and return their losses.
+
+        `n_answers` are the targets of each micro-batch whose accuracy is measured, or None.
+        """
         n_micro, losses = len(batches), []
         totals: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             set_gradient_sync(self.model, micro == n_micro - 1)
-            self.model.n_answers = self.n_answers[micro]
+            self.model.n_answers = n_answers[micro]
             loss = self.model(*batch, divisor)
             (loss / n_micro).backward()
             losses.append(loss.detach())

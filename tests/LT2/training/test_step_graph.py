@@ -50,6 +50,7 @@ def test_a_random_layout_is_another_computation():
 
 def test_the_third_step_of_a_kind_is_captured(monkeypatch):
     captured, computed = [], []
+    divisor = torch.ones(())
 
     class Graph:
         def __init__(self, model, compute, batches, divisor, pool):
@@ -64,14 +65,24 @@ def test_the_third_step_of_a_kind_is_captured(monkeypatch):
 
     monkeypatch.setattr(step_graph, "StepGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    graphs: Any = StepGraphs(None, compute)  # type: ignore[arg-type]
-    calls = [("a", 1), ("b", 2), ("a", 3), ("a", 4), ("b", 5), ("a", 6), ("b", 7)]
-    results = [graphs.run(key, batch, None) for key, batch in calls]
+    model: Any = None
+    graphs = StepGraphs(model)
+    calls: list[tuple[str, Any]] = [
+        ("a", 1),
+        ("b", 2),
+        ("a", 3),
+        ("a", 4),
+        ("b", 5),
+        ("a", 6),
+        ("b", 7),
+    ]
+    results = [graphs.run(key, compute, batch, divisor) for key, batch in calls]
     assert results == [([batch], {}) for _, batch in calls]
     assert computed == [1, 2, 3, 5] and captured == [4, 7]
     monkeypatch.setattr(step_graph, "MAX_GRAPHS", 2)
+    batch: Any
     for batch in range(10, 14):
-        graphs.run("c", batch, None)
+        graphs.run("c", compute, batch, divisor)
     assert computed[4:] == [10, 11, 12, 13] and captured == [4, 7]
 
 
