@@ -39,8 +39,13 @@ class StepGraphs:
     def __init__(self, model: LoopedTransformer):
         self.model = model
         self.n_calls: Counter[Hashable] = Counter()
+        self.clear()
+
+    def clear(self) -> None:
+        """Free all graphs and their memory. Each is captured again at its next call."""
         self.graphs: dict[Hashable, StepGraph] = {}
-        # They never run at the same time, so they share the memory of their activations.
+        # They never run at the same time, so they share the memory of their activations. A pool
+        # that no graph uses any more cannot be used again.
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(
@@ -52,10 +57,13 @@ class StepGraphs:
         gradients.
         """
         self.n_calls[key] += 1
-        is_new = key not in self.graphs
-        if is_new and (self.n_calls[key] <= WARMUP_STEPS or len(self.graphs) == MAX_GRAPHS):
+        if self.n_calls[key] <= WARMUP_STEPS:
+            # An eager step needs as much memory as the graphs keep. Together they might not fit.
+            self.clear()
             return compute(batches, divisor)
-        if is_new:
+        if key not in self.graphs:
+            if len(self.graphs) == MAX_GRAPHS:
+                return compute(batches, divisor)
             self.graphs[key] = StepGraph(self.model, compute, batches, divisor, self.pool)
         return self.graphs[key].run(batches, divisor)
 

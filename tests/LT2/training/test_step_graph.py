@@ -78,12 +78,13 @@ def test_the_third_step_of_a_kind_is_captured(monkeypatch):
     ]
     results = [graphs.run(key, compute, batch, divisor) for key, batch in calls]
     assert results == [([batch], {}) for _, batch in calls]
-    assert computed == [1, 2, 3, 5] and captured == [4, 7]
+    # The first steps of "b" free the graph of "a".
+    assert computed == [1, 2, 3, 5] and captured == [4, 6, 7]
     monkeypatch.setattr(step_graph, "MAX_GRAPHS", 2)
     batch: Any
-    for batch in range(10, 14):
-        graphs.run("c", compute, batch, divisor)
-    assert computed[4:] == [10, 11, 12, 13] and captured == [4, 7]
+    for key, batch in [("c", 10), ("c", 11), ("a", 12), ("b", 13), ("c", 14), ("b", 15)]:
+        graphs.run(key, compute, batch, divisor)
+    assert computed[4:] == [10, 11, 14] and captured[3:] == [12, 13]
 
 
 @pytest.mark.parametrize(
