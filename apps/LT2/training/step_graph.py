@@ -92,6 +92,7 @@ class StepGraph:
     def run(self, batches: Sequence[Batch], divisor: Tensor) -> Losses:
         """Return the losses of other batches of the same shapes, and set the gradients."""
         for (x, target, _), (new_x, new_target, _) in zip(self.batches, batches, strict=True):
+            assert x.shape == new_x.shape, f"a batch of {new_x.shape} for a graph of {x.shape}"
             x.copy_(new_x)
             target.copy_(new_target)
         self.divisor.copy_(divisor)
