@@ -29,8 +29,21 @@ MAX_GRAPHS = 16  # each holds gradients of all weights
 
 
 def uses_step_graph(args: TrainArgs, device: torch.device) -> bool:
-    """Return whether the steps of a run can be CUDA graphs, and the options ask for it."""
-    return args.distributed.cuda_graph and device.type == "cuda" and not args.data.doc_mask
+    """Return whether the steps of a run are CUDA graphs."""
+    wanted = args.distributed.cuda_graph and device.type == "cuda"
+    return wanted and why_no_step_graph(args) is None
+
+
+def why_no_step_graph(args: TrainArgs) -> str | None:
+    """Return the option that rules out CUDA graphs, and why; None if there is none."""
+    distributed = args.distributed
+    if args.data.doc_mask:
+        return "data.doc_mask=true: the number of documents differs between steps"
+    if distributed.tp_size > 1:
+        return f"distributed.tp_size={distributed.tp_size}: its collectives are not captured"
+    if distributed.reshard_between_loops and distributed.fsdp_type == "full_shard":
+        return "distributed.reshard_between_loops=true: its gathers are not captured"
+    return None
 
 
 class StepGraphs:

@@ -11,6 +11,7 @@ from typing import Any
 
 from apps.LT2.mixers import MIXERS
 from apps.LT2.training.args import TrainArgs
+from apps.LT2.training.step_graph import why_no_step_graph
 from apps.LT2.transformer import LoopedTransformerArgs
 from lingua.config.help import format_value
 from lingua.data import find_unread_folders
@@ -175,8 +176,7 @@ def _unused_train_options(args: TrainArgs) -> Iterator[str]:
             f"eval.stop_at={stop_at} has no effect with checkpoint.eval.every={every}: the run is "
             "evaluated at its end only; evaluate it more often"
         )
-    if args.distributed.cuda_graph and args.data.doc_mask:
-        reason = "data.doc_mask=true: the number of documents differs between steps"
+    if args.distributed.cuda_graph and (reason := why_no_step_graph(args)) is not None:
         yield f"distributed.cuda_graph=true has no effect with {reason}"
     if folders := find_unread_folders(args.data):
         root = args.data.root_dir

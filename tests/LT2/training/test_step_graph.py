@@ -10,6 +10,7 @@ import torch
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.training import step_graph
 from apps.LT2.training.step_graph import StepGraphs, uses_step_graph
+from apps.LT2.training.unused_options import _unused_train_options
 from apps.LT2.transformer import LoopedTransformerArgs, build_on_meta
 from tests.LT2.tiny_run import SMALL, train_args
 
@@ -87,15 +88,25 @@ def test_the_third_step_of_a_kind_is_captured(monkeypatch):
     assert computed[4:] == [10, 11, 14] and captured[3:] == [12, 13]
 
 
+RESHARD = {"distributed.fsdp_type": "full_shard", "distributed.reshard_between_loops": True}
+
+
 @pytest.mark.parametrize(
-    "options, device, used",
+    "options, reason",
     [
-        ({"distributed.cuda_graph": True}, "cuda", True),
-        ({"distributed.cuda_graph": True}, "cpu", False),
-        ({"distributed.cuda_graph": True, "data.doc_mask": True}, "cuda", False),
-        ({}, "cuda", False),
+        ({}, None),
+        ({"distributed.fsdp_type": "full_shard"}, None),
+        ({"data.doc_mask": True}, "data.doc_mask"),
+        ({"distributed.tp_size": 2}, "distributed.tp_size=2"),
+        (RESHARD, "distributed.reshard_between_loops"),
     ],
 )
-def test_steps_with_the_same_shapes_on_a_gpu_can_be_graphs(tmp_path, options, device, used):
-    args = train_args(tmp_path, tmp_path, **SMALL, **options)
-    assert uses_step_graph(args, torch.device(device)) is used
+def test_which_runs_use_graphs(tmp_path, options, reason):
+    wanted = {**SMALL, "distributed.cuda_graph": True}
+    args = train_args(tmp_path, tmp_path, **wanted, **options)
+    assert uses_step_graph(args, torch.device("cuda")) is (reason is None)
+    assert not uses_step_graph(args, torch.device("cpu"))
+    warnings = [w for w in _unused_train_options(args) if "cuda_graph" in w]
+    assert len(warnings) == (reason is not None) and all(str(reason) in w for w in warnings)
+    eager = train_args(tmp_path, tmp_path, **SMALL, **options)
+    assert not uses_step_graph(eager, torch.device("cuda"))
