@@ -39,7 +39,7 @@ def format_summary(trainer: Trainer, world_size: int) -> str:
         *([("loops", str(model.loop_plan))] if model.loop_plan.varies else []),
         ("data", _sources(data)),
         ("", f"{_tokenizer(data)}vocabulary {args.model.vocab_size:,}"),
-        ("devices", _devices(args, trainer.device, world_size)),
+        ("devices", _devices(trainer, world_size)),
         ("batch", f"{n_tokens:,} tokens per step: {_factors(args)}"),
         ("steps", f"{args.steps:,} ({args.steps * n_tokens:,} tokens){done}"),
         ("config", str(Path(args.dump_dir, "config.yaml"))),
@@ -78,11 +78,16 @@ def _sources(data: DataArgs) -> str:
     return f"{', '.join(listed)} in {data.root_dir}"
 
 
-def _devices(args: TrainArgs, device: torch.device, world_size: int) -> str:
+def _devices(trainer: Trainer, world_size: int) -> str:
+    args, device = trainer.args, trainer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = str(resolve_dtype(args.distributed.model_dtype, device.type)).removeprefix("torch.")
     degrees = {n: getattr(args.distributed, n) for n in ("dp_replicate", "dp_shard", "tp_size")}
     parts = [f"{world_size} x {name}", *(f"{n}={k}" for n, k in degrees.items() if k > 1), dtype]
+    if world_size > 1:
+        parts.insert(1, args.distributed.fsdp_type)
+    if trainer.graphs is not None:
+        parts.append("steps as CUDA graphs")
     if args.distributed.compile:
         parts.append("compiled: the first step may take minutes")
     return ", ".join(parts)
