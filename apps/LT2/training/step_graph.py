@@ -1,6 +1,6 @@
 """Run forward and backward of a training step as a CUDA graph: one launch instead of thousands.
 
-A step of a 600M model launches about ten thousand kernels, and launching them can take longer than
+A step of a looped model launches thousands of kernels, and launching them can take longer than
 running them. A graph repeats the recorded launches, so all that differs between steps must be in
 its input tensors. What the host decides (loops, layers, offsets) is part of its key.
 """

@@ -166,6 +166,7 @@ class Trainer:
         if self.state.n_gates is None:
             self.state.n_gates = args.model.loop_count
         self.guard = NonfiniteGuard(args.optim.skip_nonfinite)
+        # Listed now: while FSDP's units are gathered, the model has other tensors as parameters.
         self.own_weights = self.model.own_loss_parameters()
         only_own = {p for weights in self.own_weights.values() for p in weights}
         self.weights = [p for p in self.model.parameters() if p not in only_own]
