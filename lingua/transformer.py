@@ -183,8 +183,29 @@ def rotary_frequencies(head_dim: int, theta: float, device: torch.device) -> Ten
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return cos and sin (..., K / 2) in fp32 for integer positions (...)."""
     frequencies = rotary_frequencies(head_dim, theta, positions.device)
-    angles = positions.float().unsqueeze(-1) * frequencies
+    return cos_sin(positions.float().unsqueeze(-1) * frequencies)
+
+
+def cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of angles (..., T, K / 2)."""
+    if torch.compiler.is_compiling() and angles.shape[-2] > 1:
+        return cos_sin_table(angles)
     return angles.cos(), angles.sin()
+
+
+@torch.library.custom_op("lingua::cos_sin_table", mutates_args=())
+def cos_sin_table(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute cos and sin once per angle.
+
+    Inductor would compute them again in every kernel that reads them, for every head. That takes
+    longer than to rotate.
+    """
+    return angles.cos(), angles.sin()
+
+
+@cos_sin_table.register_fake
+def _(angles: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(angles), torch.empty_like(angles)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

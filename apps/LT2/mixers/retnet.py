@@ -56,7 +56,8 @@ class RetNet(LinearMixer):
         """Return rotated q and k, v, and g (H,) fp32, which is the same for all tokens."""
         assert positions is not None, "retention needs positions"
         q, k, v = self.split_qkv(streams)
-        cos, sin = rotary_angles(positions[..., None], self.key_dim, self.rope_theta)
+        cos, sin = rotary_angles(positions, self.key_dim, self.rope_theta)
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
         q, k = rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
         # A tensor-parallel rank needs the decays of its heads only.
         return q, k, v, self.tp.own(log_decays(self.n_heads * self.tp.size, v.device))

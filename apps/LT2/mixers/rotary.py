@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lingua import transformer
 from lingua.errors import UserError
-from lingua.transformer import rotary_frequencies
+from lingua.transformer import cos_sin, rotary_frequencies
 
 # The options of each type, besides factor.
 OPTIONS_OF = {
@@ -125,6 +125,6 @@ def rotary_angles(
     if scaling is None:
         return transformer.rotary_angles(positions, head_dim, theta)
     frequencies = scaling.scale(rotary_frequencies(head_dim, theta, positions.device), theta)
-    angles = positions.float().unsqueeze(-1) * frequencies
+    cos, sin = cos_sin(positions.float().unsqueeze(-1) * frequencies)
     amplitude = scaling.amplitude()
-    return angles.cos() * amplitude, angles.sin() * amplitude
+    return cos * amplitude, sin * amplitude
