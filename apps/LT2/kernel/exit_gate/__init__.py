@@ -32,7 +32,7 @@ def _exit_logit(
 
 
 # Every token passes norm and gate. Plain torch would read and write states in fp32 many times.
-exit_logit = fused_on_cuda(_exit_logit)
+exit_logit = fused_on_cuda(1)(_exit_logit)
 
 
 @torch.no_grad()

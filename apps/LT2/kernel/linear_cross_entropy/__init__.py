@@ -93,13 +93,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 # Each pass over the logits takes as long as several layers, so they are fused.
-@fused_on_cuda
+@fused_on_cuda(1)
 def _logsumexp(logits_NV: Tensor) -> Tensor:
     """Return the log-sum-exp of each row, (N, 1)."""
     return logits_NV.logsumexp(-1, keepdim=True)
 
 
-@fused_on_cuda
+@fused_on_cuda(4)
 def _logit_gradient(
     logits_NV: Tensor, log_z_N1: Tensor, label_N1: Tensor, weight_N: Tensor, dtype: torch.dtype
 ) -> Tensor:
