@@ -3,8 +3,9 @@
 Compiled plain torch moves eight times the bytes of x, dy and dx for the gradients: each weight has
 its own product and recomputes the derivative of the SiLU. Here a program walks down the tokens of
 some channels and keeps the last K inputs in registers, and in backward the K incomplete sums of dx.
-Every number is read once. Weight gradients are summed over the tokens of a program and then over
-programs, in a fixed order.
+Every number is read once, AHEAD tokens before it is used, so that reads overlap with sums, and the
+sums of AHEAD tokens with each other. Weight gradients are summed over the tokens of a program and
+then over programs, in a fixed order.
 
 The delta rules take q and k by head, divided by their norms, and v. A program of `conv_unit_heads`
 has one head of q or k, so it normalizes what it computed, and writes each result where the
@@ -26,7 +27,8 @@ from apps.LT2.kernel.short_conv.heads import EPS
 from apps.LT2.kernel.triton_jit import jit, tl
 
 ROWS = 64  # tokens per program
-BLOCK = {"ROWS": ROWS, "BLOCK_C": 128, "num_warps": 1}  # four channels per thread
+AHEAD = 4  # tokens read ahead; with 8, registers allow half as many programs in backward
+BLOCK = {"ROWS": ROWS, "AHEAD": AHEAD, "BLOCK_C": 128, "num_warps": 1}  # four channels per thread
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_KEY_DIM = 256  # eight channels per thread
 
@@ -259,34 +261,47 @@ def _conv_forward_kernel(
     PACKED: tl.constexpr,
     SILU: tl.constexpr,
     ROWS: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HEADS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    b, first = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64) * ROWS
+    b, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * ROWS
     at_C, in_C, at_head, second = _channels(C, HEADS, KEY_DIM, BLOCK_C)
     y_T = C
     if HEADS:
         y_ptr = tl.where(second, k_ptr, y_ptr)
         y_T = HEADS * KEY_DIM
-    x_ptr += b * x_B
-    y_ptr += b * T * y_T
+    x_at = x_ptr + b * x_B + first.to(tl.int64) * x_T + at_C
+    y_at = y_ptr + (b * T + first) * y_T + at_head
     weights, bias = _weights(
         weight_ptr, bias_ptr, at_C, in_C, weight_C, weight_K, K, HAS_BIAS, BLOCK_C
     )
-    past = _inputs_before(x_ptr, first, T, x_T, at_C, in_C, K)
-    x = _row(x_ptr, first, T, x_T, at_C, in_C)
-    for r in range(ROWS):
-        t = first + r
-        past = past[1:] + (x,)
-        x = _row(x_ptr, t + 1, T, x_T, at_C, in_C)  # prefetch the next token
-        y = _convolve(past, weights, bias, _position(position_ptr, t, T, PACKED), K, PACKED)
-        if SILU:
-            y *= tl.sigmoid(y)
-        if HEADS:
-            y *= tl.rsqrt(tl.sum(y * y, 0) + EPS)
-        tl.store(y_ptr + t * y_T + at_head, y.to(y_ptr.dtype.element_ty), mask=in_C & (t < T))
+    past = _inputs_before(x_at, first, x_T, in_C, K)
+    left = tl.minimum(T - first, ROWS)  # rows to do
+    x, positions = (), ()
+    for i in tl.static_range(AHEAD):
+        x += (_row(x_at + i * x_T, in_C & (i < left)),)
+        positions += (_position(position_ptr, first + i, i < left, PACKED),)
+    for _ in range(0, ROWS, AHEAD):
+        next_x, next_positions = (), ()
+        for i in tl.static_range(AHEAD):
+            ahead = AHEAD + i
+            past = past[1:] + (x[i].to(tl.float32),)
+            next_x += (_row(x_at + ahead * x_T, in_C & (ahead < left)),)
+            next_positions += (_position(position_ptr, first + ahead, ahead < left, PACKED),)
+            y = _convolve(_of_document(past, positions[i], K, PACKED), weights, bias, K)
+            if SILU:
+                y *= tl.sigmoid(y)
+            if HEADS:
+                y *= tl.rsqrt(tl.sum(y * y, 0) + EPS)
+            tl.store(y_at + i * y_T, y.to(y_ptr.dtype.element_ty), mask=in_C & (i < left))
+        x, positions = next_x, next_positions
+        x_at += AHEAD * x_T
+        y_at += AHEAD * y_T
+        first += AHEAD
+        left -= AHEAD
 
 
 @jit()
@@ -314,58 +329,72 @@ def _conv_backward_kernel(
     PACKED: tl.constexpr,
     SILU: tl.constexpr,
     ROWS: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_C: tl.constexpr,
     HEADS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     EPS: tl.constexpr,
 ):
-    b, first = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64) * ROWS
+    b, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * ROWS
     at_C, in_C, at_head, second = _channels(C, HEADS, KEY_DIM, BLOCK_C)
     if HEADS:
         dy_ptr = tl.where(second, dk_ptr, dy_ptr)
-    x_ptr += b * x_B
-    dy_ptr += b * dy_B
-    dx_ptr += b * dx_B
+    x_at = x_ptr + b * x_B + first.to(tl.int64) * x_T + at_C
+    dy_at = dy_ptr + b * dy_B + first.to(tl.int64) * dy_T + at_head
+    dx_at = dx_ptr + b * dx_B + (first.to(tl.int64) - (K - 1)) * dx_T + at_C
     weights, bias = _weights(
         weight_ptr, bias_ptr, at_C, in_C, weight_C, weight_K, K, HAS_BIAS, BLOCK_C
     )
-    past = _inputs_before(x_ptr, first, T, x_T, at_C, in_C, K)
+    past = _inputs_before(x_at, first, x_T, in_C, K)
     zero = tl.zeros([BLOCK_C], tl.float32)
     dweights, dbias = (zero,) * K, zero
     dx = (zero,) * K  # of the last K tokens; later tokens still add to them
-    x = _row(x_ptr, first, T, x_T, at_C, in_C)
-    dy = _row(dy_ptr, first, T, dy_T, at_head, in_C)
-    for r in range(ROWS + K - 1):  # the last K - 1 belong to the next program and only complete dx
-        t = first + r
-        past = past[1:] + (x,)
-        d = dy
-        x = _row(x_ptr, t + 1, T, x_T, at_C, in_C)  # prefetch the next token
-        dy = _row(dy_ptr, t + 1, T, dy_T, at_head, in_C)
-        position = _position(position_ptr, t, T, PACKED)
-        if SILU:
-            y = _convolve(past, weights, bias, position, K, PACKED)
-            s = tl.sigmoid(y)
-            if HEADS:
-                z = y * s
-                scale = tl.rsqrt(tl.sum(z * z, 0) + EPS)
-                z *= scale
-                d = scale * (d - z * tl.sum(d * z, 0))
-            d *= s * (1 + y * (1 - s))
-        own = tl.where(r < ROWS, d, 0.0)
-        dbias += own
-        new_dx, new_dweights = (), ()
-        for j in tl.static_range(K):
-            read = 1.0
-            if PACKED:
-                read = tl.where(position >= K - 1 - j, 1.0, 0.0)
-            new_dweights = new_dweights + (dweights[j] + own * (read * past[j]),)
-            new_dx = new_dx + (dx[j] + d * (read * weights[j]),)
-        dweights = new_dweights
-        done = t - (K - 1)
-        to = dx_ptr + done * dx_T + at_C
-        mask = in_C & (r >= K - 1) & (done < T)
-        tl.store(to, new_dx[0].to(dx_ptr.dtype.element_ty), mask=mask)
-        dx = new_dx[1:] + (zero,)
+    own_rows = tl.minimum(T - first, ROWS)
+    # The last K - 1 rows belong to the next program and only complete dx.
+    left = tl.minimum(T - first, ROWS + K - 1)
+    x, dy, positions = (), (), ()
+    for i in tl.static_range(AHEAD):
+        x += (_row(x_at + i * x_T, in_C & (i < left)),)
+        dy += (_row(dy_at + i * dy_T, in_C & (i < left)),)
+        positions += (_position(position_ptr, first + i, i < left, PACKED),)
+    for r in range(0, ROWS + K - 1, AHEAD):
+        next_x, next_dy, next_positions = (), (), ()
+        for i in tl.static_range(AHEAD):
+            ahead = AHEAD + i
+            past = past[1:] + (x[i].to(tl.float32),)
+            d = dy[i].to(tl.float32)
+            next_x += (_row(x_at + ahead * x_T, in_C & (ahead < left)),)
+            next_dy += (_row(dy_at + ahead * dy_T, in_C & (ahead < left)),)
+            next_positions += (_position(position_ptr, first + ahead, ahead < left, PACKED),)
+            inputs = _of_document(past, positions[i], K, PACKED)
+            if SILU:
+                y = _convolve(inputs, weights, bias, K)
+                s = tl.sigmoid(y)
+                if HEADS:
+                    z = y * s
+                    scale = tl.rsqrt(tl.sum(z * z, 0) + EPS)
+                    z *= scale
+                    d = scale * (d - z * tl.sum(d * z, 0))
+                d *= s * (1 + y * (1 - s))
+            own = tl.where(r + i < ROWS, d, 0.0)
+            if HAS_BIAS:
+                dbias += own
+            ds = _of_document((d,) * K, positions[i], K, PACKED)
+            new_dx, new_dweights = (), ()
+            for j in tl.static_range(K):
+                new_dweights += (dweights[j] + own * inputs[j],)
+                new_dx += (dx[j] + ds[j] * weights[j],)
+            dweights = new_dweights
+            done = r + i - (K - 1)
+            mask = in_C & (done >= 0) & (done < own_rows)
+            tl.store(dx_at + i * dx_T, new_dx[0].to(dx_ptr.dtype.element_ty), mask=mask)
+            dx = new_dx[1:] + (zero,)
+        x, dy, positions = next_x, next_dy, next_positions
+        x_at += AHEAD * x_T
+        dy_at += AHEAD * dy_T
+        dx_at += AHEAD * dx_T
+        first += AHEAD
+        left -= AHEAD
     sums_ptr += (b * tl.num_programs(0) + tl.program_id(0)) * (K + 1) * C + at_C
     for j in tl.static_range(K):
         tl.store(sums_ptr + j * C, dweights[j], mask=in_C)
@@ -387,37 +416,45 @@ def _channels(C, HEADS: tl.constexpr, KEY_DIM: tl.constexpr, BLOCK_C: tl.constex
 
 
 @jit()
-def _convolve(past, weights, bias, position, K: tl.constexpr, PACKED: tl.constexpr):
-    """Return the fp32 sum before the SiLU for a token at `position` in its document."""
+def _convolve(inputs, weights, bias, K: tl.constexpr):
+    """Return the fp32 sum before the SiLU."""
     y = bias
     for j in tl.static_range(K):
-        x = past[j]
-        if PACKED:
-            x = tl.where(position >= K - 1 - j, x, 0.0)
-        y += x * weights[j]
+        y += inputs[j] * weights[j]
     return y
 
 
 @jit()
-def _inputs_before(x_ptr, first, T, x_T, at_C, in_C, K: tl.constexpr):
+def _of_document(values, position, K: tl.constexpr, PACKED: tl.constexpr):
+    """Return K values, one per input of a token; zeros for inputs before its document."""
+    if PACKED:
+        kept = ()
+        for j in tl.static_range(K - 1):
+            kept += (tl.where(position >= K - 1 - j, values[j], 0.0),)
+        values = kept + (values[K - 1],)
+    return values
+
+
+@jit()
+def _inputs_before(x_at, first, x_T, in_C, K: tl.constexpr):
     """Load the K inputs before token `first`, oldest first; zeros before the sequence."""
     past = ()
     for j in tl.static_range(K):
-        past = past + (_row(x_ptr, first - K + j, T, x_T, at_C, in_C),)
+        x = _row(x_at + (j - K) * x_T, in_C & (first + j >= K))
+        past += (x.to(tl.float32),)
     return past
 
 
 @jit()
-def _row(ptr, t, T, stride, at_C, in_C):
-    at = ptr + t * stride + at_C
-    return tl.load(at, mask=in_C & (t >= 0) & (t < T), other=0.0).to(tl.float32)
+def _row(at, mask):
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @jit()
-def _position(position_ptr, t, T, PACKED: tl.constexpr):
+def _position(position_ptr, t, mask, PACKED: tl.constexpr):
     position = t
     if PACKED:
-        position = tl.load(position_ptr + t, mask=t < T, other=0)
+        position = tl.load(position_ptr + t, mask=mask, other=0)
     return position
 
 
