@@ -18,6 +18,7 @@ Shapes: B sequences, T tokens, C channels, K kernel size.
 # pyright: reportIndexIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import torch
@@ -229,6 +230,7 @@ def _layout(
     B, T, C = x_BTC.shape
     options = {"K": weight.shape[1], "HAS_BIAS": bias is not None, "PACKED": position is not None}
     options = {**options, "SILU": silu, **BLOCK, "HEADS": 0, "KEY_DIM": 0, "EPS": EPS}
+    options["DIVISOR"] = gcd(x_BTC.stride(1), 8)
     if k is not None:
         H, dim = k.shape[2:]
         block = max(1 << (dim - 1).bit_length(), 32)
@@ -266,7 +268,9 @@ def _conv_forward_kernel(
     HEADS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     EPS: tl.constexpr,
+    DIVISOR: tl.constexpr,
 ):
+    x_T = x_T // DIVISOR * DIVISOR  # else rows are read by channel, unless 16 divides the stride
     b, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * ROWS
     at_C, in_C, at_head, second = _channels(C, HEADS, KEY_DIM, BLOCK_C)
     y_T = C
@@ -334,7 +338,9 @@ def _conv_backward_kernel(
     HEADS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     EPS: tl.constexpr,
+    DIVISOR: tl.constexpr,
 ):
+    x_T = x_T // DIVISOR * DIVISOR  # else rows are read by channel, unless 16 divides the stride
     b, first = tl.program_id(2).to(tl.int64), tl.program_id(0) * ROWS
     at_C, in_C, at_head, second = _channels(C, HEADS, KEY_DIM, BLOCK_C)
     if HEADS:
