@@ -63,6 +63,11 @@ def make_model(name: str) -> LoopedTransformer:
     model.init_weights()
     assert model.rho is not None
     torch.nn.init.normal_(model.rho, std=0.1)
+    if name == "retnet":
+        # The first token of a document gives v (q . k), and the norm divides by it: where q . k is
+        # near 0, its gradient is rounding noise. Without rotation, q = k makes it positive.
+        for block in model.layers:
+            block.mixers()[0].wq.weight.data.copy_(block.mixers()[0].wk.weight.data)
     return model
 
 
