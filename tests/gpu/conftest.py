@@ -9,6 +9,18 @@ from tests.gpu.untuned import untuned
 from tests.tolerances import measured
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)  # of a worker of xdist
+    if output is not None:
+        output["measured"] = measured
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    output = getattr(node, "workeroutput", {})  # a worker that crashed has none
+    measured.extend(output.get("measured", []))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the worst error of each tensor in each file, for reports in docs/benchmarks."""
     worst: dict[tuple[str, str, float], float] = {}
