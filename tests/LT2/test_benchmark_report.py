@@ -112,6 +112,17 @@ def test_a_cross_marks_each_point_without_memory(monkeypatch, tmp_path):
         assert "out of memory" in axes.get_title(loc="left")
 
 
+def test_the_legend_has_configs_and_batch_sizes():
+    rows = [{"config": c, "batch_size": n, "seqlen": 1024} for c in "ab" for n in (8, 1)]
+    looks = plot_benchmark.line_looks([{"rows": rows}])
+    entries = dict(plot_benchmark.legend_entries([{"rows": rows}], looks))
+    assert list(entries) == ["a", "b", "batch 1", "batch 8"]
+    for name, (config, n) in {"a, batch 1": ("a", 1), "b, batch 8": ("b", 8)}.items():
+        assert looks[name]["color"] == entries[config]["color"]
+        assert looks[name]["linestyle"] == entries[f"batch {n}"]["linestyle"]
+    assert len(plot_benchmark.legend_entries([{"rows": rows[::2]}], looks)) == 2
+
+
 def test_without_matplotlib_the_report_has_no_figure(monkeypatch, tmp_path):
     def refuse(*args):
         raise UserError("matplotlib is missing")

@@ -96,10 +96,22 @@ def line_looks(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return looks
 
 
+def legend_entries(
+    results: Sequence[dict[str, Any]], looks: dict[str, dict[str, Any]]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return label and look of each config, and of each batch size in grey if there are several."""
+    rows = named_rows(results)
+    entries = [(name, looks[name]) for name in dict.fromkeys(row["config"] for _, row in rows)]
+    by_batch = {row["batch_size"]: looks[name] for name, row in reversed(rows)}
+    if len(by_batch) > 1:
+        entries += [(f"batch {n}", by_batch[n] | {"color": "grey"}) for n in sorted(by_batch)]
+    return entries
+
+
 def draw(results: Sequence[dict[str, Any]], out: Path) -> None:
     pyplot = import_pyplot(needed_by="plotting a benchmark")
     looks = line_looks(results)
-    figure, all_axes = pyplot.subplots(1, 3, figsize=(16, 5.5), dpi=150, layout="constrained")
+    figure, all_axes = pyplot.subplots(1, 3, figsize=(12, 4.6), dpi=200, layout="constrained")
     for axes, kind in zip(all_axes, PANELS, strict=True):
         title, unit = PANELS[kind]
         lines = cache_sizes(results) if kind == "cache" else points(results, kind)
@@ -121,8 +133,10 @@ def draw(results: Sequence[dict[str, Any]], out: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     devices = sorted({f"{result['device']}, {result['dtype']}" for result in results})
     figure.suptitle("; ".join(devices), fontsize=9)
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    entries = legend_entries(results, looks)
+    handles = [pyplot.Line2D([], [], label=label, **look) for label, look in entries]
+    n_columns = min(len(handles), 4)
+    figure.legend(handles=handles, loc="outside lower center", ncols=n_columns, frameon=False)
     save_figure(figure, out)
     pyplot.close(figure)
 
