@@ -229,6 +229,16 @@ def test_state_and_flops_are_those_of_the_models():
     assert short.state_bytes == 4 * chains[1, 1].stages[0].state_bytes
 
 
+@pytest.mark.parametrize("given", [{}, {"data.batch_size": 3}])
+def test_a_step_has_as_many_tokens_at_every_n(given):
+    args = CurriculumArgs(size="small", dump_dir="x", arms=["gdn"], loops=[1], n=[8, 64, 256])
+    stages = plan_chains(read_study(args, given), Path("x"))[0].stages
+    sizes = [stage.options["data.batch_size"] for stage in stages]
+    assert sizes == ([3, 3, 3] if given else [157, 24, 16])
+    for stage, size, seq_len in zip(stages, sizes, (52, 332, 1292), strict=True):
+        assert stage.flops == stage.flops_per_token * stage.steps * size * seq_len
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [

@@ -58,6 +58,8 @@ from lingua.slurm.sweep_plan import named_errors
 
 SPEC = Path(__file__).parents[1] / "configs" / "curriculum" / "curriculum.yaml"
 INIT = "checkpoint.init_ckpt_path"
+BATCH_SIZE = "data.batch_size"
+TOKENS, MIN_EXAMPLES = 8192, 16  # of an optimizer step, unless data.batch_size is given
 OF_THIS_CALL = ("dump_dir", "jobs", "minutes")  # don't change the results
 
 
@@ -132,8 +134,9 @@ def plan_chains(study: Study, folder: Path) -> list[Chain]:
             with named_errors(label_of({"arm": arm, **over})):
                 args, model = build(study, options)
             seq_len = args.data.seq_len
+            options.setdefault(BATCH_SIZE, max(TOKENS // seq_len, MIN_EXAMPLES))
             cost = train_flops_per_token(model, seq_len)
-            tokens = math.prod((args.steps, args.data.batch_size, args.grad_acc_steps, seq_len))
+            tokens = math.prod((args.steps, options[BATCH_SIZE], args.grad_acc_steps, seq_len))
             n_parameters = sum(p.numel() for p in model.parameters())
             state_bytes = cache_bytes(model, seq_len, torch.bfloat16)
             flops, facts = float(tokens * cost), (n, args.steps, cost, state_bytes)
