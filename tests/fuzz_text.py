@@ -14,11 +14,11 @@ SECONDS = 30  # a longer case counts as a hang; most take less than one
 
 # Values as YAML writes them. Each is valid for some option and wrong for most.
 WORDS = """
-0 1 -1 2 3 7 64 4.5 -0.5 0.1 1e3 1e-3 nan .nan .inf null ~ true false yes no on x full window gdn
+0 1 -1 2 3 7 64 4.5 -0.5 0.1 1e1 1e-3 nan .nan .inf null ~ true false yes no on x full window gdn
 dsa mamba2 4:1 1:0 0:0 bookend:1 gdn*3 8->full ${x.y} ${steps} [] [1] [a,b] {} {a:1} '' "" é 010
 1_000 2024-01-01 auto naive sdpa fp32 bf16 disabled loop none /nowhere . !!str
 """
-NUMERALS = "0 1 -1 2 3 5 7 10 16 64 100 4096 4.5 -0.5 0.1 0.9 1e3 1e-3 1_000"
+NUMERALS = "0 1 -1 2 3 5 7 10 16 64 100 4096 4.5 -0.5 0.1 0.9 1e1 1e-3 1_000"
 VALUES, NUMBERS = WORDS.split(), NUMERALS.split()
 TYPOS = [*": - # ' \" { } [ ] , % *", " ", "  ", "\t", "\n"]
 
