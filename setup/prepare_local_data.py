@@ -22,6 +22,7 @@ import ast
 import hashlib
 import inspect
 import json
+import os
 import platform
 import random
 import re
@@ -122,6 +123,20 @@ def topic_passages(path: Path) -> dict[str, list[str]]:
     return {}
 
 
+def library_modules(stdlib: Path) -> list[Path]:
+    """Return the library's modules, relative to `stdlib`, in a fixed order.
+
+    Installed packages are not searched: they may have more files than the library.
+    """
+    found = []
+    for folder, subfolders, names in os.walk(stdlib):
+        subfolders[:] = set(subfolders) - SKIPPED_DIRS
+        # names such as _sysconfigdata__linux_x86_64-linux-gnu.py differ between machines
+        names = [n for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
+        found += [Path(folder, name).relative_to(stdlib) for name in names]
+    return sorted(found, key=Path.as_posix)
+
+
 def collect_documents(stdlib: Path) -> list[dict[str, str]]:
     """Return a document for each topic and module with enough prose, in a fixed order.
 
@@ -132,11 +147,9 @@ def collect_documents(stdlib: Path) -> list[dict[str, str]]:
         f"topic:{name}": texts
         for name, texts in topic_passages(stdlib / "pydoc_data" / "topics.py").items()
     }
-    for path in sorted(stdlib.rglob("*.py"), key=lambda path: path.relative_to(stdlib).as_posix()):
-        module = path.relative_to(stdlib)
-        # names such as _sysconfigdata__linux_x86_64-linux-gnu.py differ between machines
-        if SKIPPED_DIRS.isdisjoint(module.parts) and not module.name.startswith("_sysconfigdata"):
-            found[f"module:{'.'.join(module.with_suffix('').parts)}"] = module_passages(path)
+    for module in library_modules(stdlib):
+        name = ".".join(module.with_suffix("").parts)
+        found[f"module:{name}"] = module_passages(stdlib / module)
 
     seen: set[str] = set()
     documents = []
