@@ -354,9 +354,11 @@ def find_tokenizer_file(name: str, path: str | None) -> Path | None:
     if file.is_dir():
         file = file / file_name
     if not file.is_file():
+        advice = f"give the tokenizer's file, or a folder with {file_name}"
+        if file.parts[-3:] == ("data", "local", "tokenizer.json"):  # as in 600M/debug.yaml
+            advice = f"run python setup/prepare_local_data.py --out {file.parent}, or {advice}"
         raise UserError(
-            f"data.tokenizer.path={path}: no file {file} (seen from {Path.cwd()}); give the "
-            f"tokenizer's file, or a folder with {file_name}"
+            f"data.tokenizer.path={path}: no file {file} (seen from {Path.cwd()}); {advice}"
         )
     return file
 

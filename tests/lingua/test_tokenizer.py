@@ -293,3 +293,9 @@ def test_an_empty_tiktoken_file_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_text("")
     with pytest.raises(UserError, match="ranks must run from 0"):
         build_tokenizer("tiktoken", str(tmp_path))
+
+
+def test_a_missing_local_tokenizer_names_the_script_that_writes_it(tmp_path):
+    path = tmp_path / "data" / "local" / "tokenizer.json"
+    with pytest.raises(UserError, match="setup/prepare_local_data.py"):
+        build_tokenizer("hf", str(path))
