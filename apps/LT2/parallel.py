@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from typing import Any
 
@@ -64,8 +63,8 @@ def set_gradient_sync(model: LoopedTransformer, is_last: bool) -> None:
 
 def get_no_recompute_ops() -> set[Any]:
     """Return the mixers' kernels, whose results selective activation checkpointing keeps."""
-    # registers torch_attn; late, because it imports torch's compiler
-    importlib.import_module("torch.nn.attention.varlen")
+    import torch.nn.attention.varlen  # registers torch_attn; late, as it imports the compiler
+
     lt2 = torch.ops.lt2  # registered when the mixers are imported
     return {
         lt2.gated_delta_rule.default,

@@ -1,4 +1,4 @@
-"""Variable-length flash attention of torch. Its import takes a second: it imports the compiler."""
+"""Variable-length flash attention of torch. Importing it takes a second: it imports the compiler."""
 
 from __future__ import annotations
 
