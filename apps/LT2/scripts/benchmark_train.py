@@ -26,6 +26,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from torch._dynamo.utils import counters
 
 from apps.LT2.batch import to_device
 from apps.LT2.benchmark.timing import environment, release_memory, synchronize
@@ -111,8 +112,6 @@ class Row:
 
 def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -> None:
     """Train `steps` steps and fill in `row`. The first `warmup` steps are not timed."""
-    from torch._dynamo.utils import counters
-
     device = get_device()
     counters.clear()
     seed_everything(args.seed)
