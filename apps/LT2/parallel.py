@@ -63,8 +63,6 @@ def set_gradient_sync(model: LoopedTransformer, is_last: bool) -> None:
 
 def get_no_recompute_ops() -> set[Any]:
     """Return the mixers' kernels, whose results selective activation checkpointing keeps."""
-    import torch.nn.attention.varlen  # registers torch_attn; late, as it imports the compiler
-
     lt2 = torch.ops.lt2  # registered when the mixers are imported
     return {
         lt2.gated_delta_rule.default,

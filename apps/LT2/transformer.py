@@ -199,9 +199,7 @@ class LoopedTransformer(nn.Module):
         self.layout = self.inference_layout = self.layout_plan.draw(None)
         windowed = any(spec.window is not None for loop in self.layout for spec in loop)
         check_attention_impl(args.attn_impl, windowed=windowed)
-        # nn.Embedding() draws normal numbers, which imports torch's compiler if the device is meta.
-        weight = torch.empty(args.vocab_size, args.dim)
-        self.tok_embeddings = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(
             Block(args, column) for column in zip(*self.layout, strict=True)
         )

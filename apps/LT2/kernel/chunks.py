@@ -36,13 +36,11 @@ def eager_on_documents(chunked: Callable[..., Results]) -> Callable[..., Results
 
     Its Python depends on the documents' lengths, so each batch would be compiled again.
     """
-    # torch.compiler.disable imports the compiler here; this imports it when it is called.
-    eager: Any = torch._disable_dynamo(chunked)
+    eager: Any = torch.compiler.disable(chunked)
 
     @wraps(chunked)
     def either(*inputs: Tensor, cu_seqlens: Tensor | None = None, **options: Any) -> Results:
-        is_hidden = cu_seqlens is not None and torch.compiler.is_compiling()
-        form = eager if is_hidden else chunked
+        form = chunked if cu_seqlens is None else eager
         return form(*inputs, cu_seqlens=cu_seqlens, **options)
 
     return either

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from torch._dynamo.utils import counters
+
 from lingua.distributed import get_is_master
 from lingua.logger import log_on_rank_0
 
@@ -56,8 +58,6 @@ def _work_of(frame: FrameType | None) -> str | None:
         if code.co_filename.endswith(AUTOTUNER) and "self" in frame.f_locals:
             return f"tuning {frame.f_locals['self'].base_fn.__name__}"
         if code.co_name in COMPILE and any(part in code.co_filename for part in COMPILERS):
-            from torch._dynamo.utils import counters  # imported already: it compiles
-
             return f"compiling a block, {counters['stats']['unique_graphs']} done"
         frame = frame.f_back
     return None

@@ -13,6 +13,7 @@ with a dense mask for windows and documents. All multiply the logits by K**-0.5.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from apps.LT2.kernel.attention.decode import decode_attention
 from apps.LT2.kernel.attention.naive import naive_attention, visible_keys
@@ -39,6 +41,7 @@ IMPLS = ("auto", "sdpa", "flex_attention", "fmha", "naive")
 HALF = (torch.bfloat16, torch.float16)
 # Head dims of flash attention. SDPA pads heads to a multiple, varlen_attn does not.
 FLASH_HEAD_DIM_MULTIPLE, MAX_FLASH_HEAD_DIM = 8, 256
+VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
 
 
 def check_attention_impl(impl: str, *, windowed: bool) -> None:
@@ -90,11 +93,7 @@ def attention(
     args = (q_BTHK, k_BTHK, v_BTHK, window, cu_seqlens)
     if impl == "auto":
         plain = window is None and cu_seqlens is None
-        if plain or not _varlen_flash_supports(q_BTHK):
-            return _sdpa(*args)
-        from apps.LT2.kernel.attention.varlen import varlen_flash  # imports the compiler
-
-        return varlen_flash(*args)
+        return _sdpa(*args) if plain or not _varlen_flash_supports(q_BTHK) else _varlen_flash(*args)
     if impl == "sdpa":
         return _sdpa(*args)
     if impl == "flex_attention":
@@ -121,6 +120,24 @@ def _varlen_flash_supports(q: Tensor) -> bool:
     K = q.shape[-1]
     fits = K % FLASH_HEAD_DIM_MULTIPLE == 0 and K <= MAX_FLASH_HEAD_DIM
     return q.is_cuda and q.dtype in HALF and fits
+
+
+def _varlen_flash(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    B, T, H, _ = q.shape
+    if not VARLEN_HAS_GQA:
+        k, v = (repeat_kv(x, H // x.shape[2]) for x in (k, v))
+    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
+    if k.shape[2] != H:
+        options["enable_gqa"] = True
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    # The longest document: an upper bound is enough and needs no sync.
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, **options)
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (B, T))
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, cu_seqlens: Tensor | None) -> Tensor:
