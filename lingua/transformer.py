@@ -198,7 +198,7 @@ def cos_sin_table(angles: Tensor) -> tuple[Tensor, Tensor]:
     """Compute cos and sin once per angle.
 
     Inductor would compute them again in every kernel that reads them, for every head. That takes
-    longer than to rotate.
+    longer than the rotation.
     """
     return angles.cos(), angles.sin()
 
