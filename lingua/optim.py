@@ -370,8 +370,21 @@ def state_fields(optimizer: Optimizer) -> dict[nn.Parameter, set[str]]:
     }
 
 
+def step_if(condition: Tensor, optimizer: Optimizer) -> None:
+    """Take the optimizer's step if a boolean scalar on its device is true.
+
+    Fused AdamW reads it on the device. For other optimizers the host waits for it.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~condition).float()  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.step()
+        del optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+    elif condition:
+        optimizer.step()
+
+
 class NonfiniteGuard:
-    """Skip optimizer steps with a non-finite gradient, up to `limit` in a row.
+    """Count the steps that are skipped for a non-finite gradient; allow `limit` in a row.
 
     The gradient norm is the same number on every rank, so all ranks make the same decision.
     """
@@ -381,7 +394,7 @@ class NonfiniteGuard:
         self.in_a_row = 0
 
     def skip(self, grad_norm: float) -> bool:
-        """Return whether to skip this step; FloatingPointError beyond the limit."""
+        """Return whether this step is skipped; FloatingPointError beyond the limit."""
         if math.isfinite(grad_norm):
             self.in_a_row = 0
             return False

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lingua.optim import is_matrix
+from lingua.parallel.ranks import get_device
 from lingua.parallel.tensor_parallel import local_tensor, partial_parameters
 
 
@@ -110,7 +111,7 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
     for grad in grads:
         parts.setdefault(_shard_groups(grad), []).append(local_tensor(grad))
     if not parts:
-        return torch.zeros(())
+        return torch.zeros((), device=get_device())
     total = torch.zeros((), device=grads[0].device, dtype=torch.float32)
     for groups, tensors in parts.items():
         squares = torch.nn.utils.get_total_norm(tensors).float().square()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from lingua.optim import (
     build_lr_fn,
     build_optimizer,
     is_matrix,
+    step_if,
 )
 
 N = 200
@@ -234,6 +236,26 @@ def test_nonfinite_guard_skips_up_to_its_limit_in_a_row():
         guard.skip(math.nan)
     with pytest.raises(FloatingPointError):
         NonfiniteGuard(limit=0).skip(math.inf)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_skipped_step_changes_no_weight_and_no_state(name):
+    def train(*gradients: float) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = Toy()
+        args = OptimArgs(name=name, warmup=0)
+        optimizer, _ = build_optimizer(model, args, 10, used_rows={model.rho: lambda: 2})
+        for gradient in gradients:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, gradient)
+            step_if(torch.tensor(math.isfinite(gradient)), optimizer)
+        state = {n: dict(optimizer.state[p]) for n, p in model.named_parameters()}
+        return deepcopy({"weights": model.state_dict(), "state": state})
+
+    want = train(1.0, 2.0)
+    assert want["state"]["rho"]["step"].tolist() == [2, 2, 0]
+    got = train(math.nan, 1.0, math.nan, 2.0, math.inf)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

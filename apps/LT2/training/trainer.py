@@ -33,7 +33,7 @@ from lingua.distributed import (
 )
 from lingua.errors import UserError
 from lingua.logger import log_on_rank_0
-from lingua.optim import NonfiniteGuard, ScheduledLR
+from lingua.optim import NonfiniteGuard, ScheduledLR, step_if
 
 logger = logging.getLogger(__name__)
 
@@ -190,9 +190,13 @@ class Trainer:
         if n_targets:
             self._accumulate(micro_batches, n_targets)
             sync_replicated_grads(self.model, self.mesh)
-            grad_norm, mixer_grad_norms = self._clip()
-            if not self._skip(grad_norm, *mixer_grad_norms.values()):
-                self.optimizer.step()
+            norms = self._clip()
+            read_norms = _start_reading(norms)
+            # The device decides whether to skip, so the update is launched before the host waits.
+            step_if(norms.isfinite().all(), self.optimizer)
+            grad_norm, *own_norms = read_norms()
+            mixer_grad_norms = dict(zip(self.own_weights, own_norms, strict=True))
+            if not self._skip(grad_norm, *own_norms):
                 self.state.n_gates = max(self.state.n_gates or 0, n_loops)
                 self.model.extend_gates(self.state.n_gates)
             self.optimizer.zero_grad()
@@ -284,19 +288,19 @@ class Trainer:
                 "damaged; delete them and run python setup/tokenize_data.py again"
             )
 
-    def _clip(self) -> tuple[float, dict[str, float]]:
+    def _clip(self) -> Tensor:
         """Clip the gradients of each loss to optim.clip, and return the norms before clipping.
 
-        Clipping all gradients together would let a mixer's own loss shrink the steps of weights
-        that it doesn't train.
+        The first norm is of the language-model loss, the others of `own_weights`. Clipping all
+        gradients together would let a mixer's own loss shrink the steps of weights that it doesn't
+        train.
         """
         clip = self.args.optim.clip
-        norm = clip_grad_norm_(self.weights, clip)
-        norms = {name: clip_grad_norm_(own, clip) for name, own in self.own_weights.items()}
-        return norm.item(), {name: norm.item() for name, norm in norms.items()}
+        groups = (self.weights, *self.own_weights.values())
+        return torch.stack([clip_grad_norm_(weights, clip) for weights in groups])
 
     def _skip(self, *grad_norms: float) -> bool:
-        """Return whether to skip a step with NaN or infinite gradients.
+        """Return whether the step was skipped, because of NaN or infinite gradients.
 
         FloatingPointError if optim.skip_nonfinite doesn't allow another skipped step.
         """
@@ -312,3 +316,16 @@ class Trainer:
         if skipped:
             logger.warning("step %d skipped: gradient norm %s", self.state.step + 1, grad_norm)
         return skipped
+
+
+def _start_reading(tensor: Tensor) -> Callable[[], list[float]]:
+    """Copy a tensor to the host. The result waits for the copy, but not for later kernels."""
+    host = tensor.to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
+
+    def read() -> list[float]:
+        if copied is not None:
+            copied.synchronize()
+        return host.tolist()
+
+    return read

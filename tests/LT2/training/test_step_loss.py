@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -37,6 +38,7 @@ from lingua.probe import Probe
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny import tiny_model
 from tests.tolerances import FP32, differences
+from tests.waiting import no_waiting
 
 CPU = torch.device("cpu")
 ROWS, SEQLEN = 4, 20
@@ -282,3 +284,18 @@ def test_the_whole_gradient_is_clipped():
     assert step(trainer)["optim/grad_norm"] == pytest.approx(whole_norm, rel=1e-6)
     want = {name: grad / 2 for name, grad in expected("full", True)[1].items()}
     assert differences(gradients(trainer), want, FP32) == ""
+
+
+# ---- the update
+
+
+@pytest.mark.parametrize("kind", ["full", "dsa"])
+def test_the_host_reads_nothing_until_the_update_is_launched(kind):
+    model = make_model(kind)
+    optimizer, _ = build_optimizer(model, OptimArgs(warmup=0), 3)
+    trainer = make_trainer(model, make_rows(False), 2, optimizer=optimizer, clip=1.0)
+    with ExitStack() as waiting:
+        trainer.before_step = lambda batch: waiting.enter_context(no_waiting())
+        optimizer.register_step_post_hook(lambda *_: waiting.close())
+        trainer.step()
+    assert optimizer.state[model.norm.weight]["step"] == 1
