@@ -177,15 +177,16 @@ def get_dp_rank_and_degree(mesh: DeviceMesh | None) -> tuple[int, int]:
     return rank, degree
 
 
-# ---- values across ranks. Each function is a collective; without a group it returns its input.
+# ---- values across ranks. Each function is a collective; a single process returns its input.
 
 
 def _reduce(x: Tensor | float, op: dist.ReduceOp.RedOpType, mesh: DeviceMesh | None) -> Tensor:
-    out = torch.as_tensor(x, device=get_device()).detach().clone()
+    out = torch.as_tensor(x).detach().clone()
     if out.dtype is torch.float32 or not out.is_floating_point():
         out = out.double()  # token counts stay exact
-    if not dist.is_initialized():
-        return out
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return out  # a host number stays there: a copy would wait for the device
+    out = out.to(get_device())
     groups = [dist.group.WORLD] if mesh is None else mesh.get_all_groups()
     for group in groups:
         dist.all_reduce(out, op=op, group=group)

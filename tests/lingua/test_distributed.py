@@ -11,6 +11,7 @@ import traceback
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -274,6 +275,18 @@ def test_one_process_needs_no_group():
     assert ld.run_together(lambda: 5) == ld.run_on_rank_0(lambda: 5) == 5
     with pytest.raises(UserError):
         ld.run_together(lambda: ld.DistributedArgs(dp_shard=0))
+
+
+@pytest.mark.parametrize("has_group", [False, True])
+def test_one_process_agrees_without_its_device(has_group, monkeypatch):
+    monkeypatch.setattr(ld, "get_device", lambda: torch.device("meta"))
+    if has_group:  # as on a GPU, where FSDP casts the matrices
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert ld.agree_any(True) and not ld.agree_any(False)
+        assert ld.run_and_average(lambda: ("rows", 3.0)) == ("rows", 3.0)
+    finally:
+        ld.destroy_process_group()
 
 
 # ---- options
