@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from apps.LT2.inference.cuda_graph import DecodeGraph
 from apps.LT2.kernel.documents import upload_cu_seqlens
 from apps.LT2.mixers.attention import append
 from lingua.errors import UserError
+from lingua.optim import OptimArgs, build_optimizer, step_if
+from lingua.parallel.gradients import clip_grad_norm_
 from lingua.parallel.parallelize import compile_blocks
 from tests.gpu.test_decode_graph_gpu import CHOOSE_KEYS, make_generator, make_model
-from tests.LT2.tiny import KINDS
+from tests.LT2.tiny import KINDS, tiny_model
 from tests.tolerances import BF16_KERNEL, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -86,6 +89,28 @@ def test_forward_and_backward_do_not_sync(kind, doc_mask, compiled):
     run(67)  # allocates gradients
     with no_waiting():
         run(68)
+
+
+def test_an_update_does_not_sync_and_a_nan_changes_nothing():
+    model = tiny_model("gdn", 2).cuda().requires_grad_(True)
+    assert model.rho is not None
+    args, rows = OptimArgs(warmup=0), {model.rho: lambda: 1}
+    optimizer, _ = build_optimizer(model, args, 10, used_rows=rows)
+
+    def update(gradient: float) -> None:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, gradient)
+        step_if(clip_grad_norm_(model, 1.0).isfinite(), optimizer)
+
+    update(1.0)  # allocates the state
+    with no_waiting():
+        update(2.0)
+    assert optimizer.state[model.rho]["step"].tolist() == [2, 0]
+    want = deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    with no_waiting():
+        update(float("nan"))
+    got = (model.state_dict(), optimizer.state_dict()["state"])
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["full", "window", "gdn", "hybrid"])
