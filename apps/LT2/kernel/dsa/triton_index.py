@@ -210,7 +210,7 @@ def _from_order(order):
 
 @jit()
 def _count(mask):
-    return tl.sum(tl.sum(mask.to(tl.int32), 1), 0)
+    return tl.sum(mask.to(tl.int32))  # over all axes at once: each thread first adds its own keys
 
 
 @jit_of_block
@@ -266,7 +266,7 @@ def _select_kernel(
     to = bits + (b * T + row).to(tl.int64) * X + byte
     tl.store(to, packed.to(tl.uint8), mask=byte < X)
     x = tl.where(selected, _from_order(order), float("-inf"))
-    largest = tl.max(tl.max(x, 1), 0)
+    largest = tl.max(x)
     total = tl.sum(tl.sum(tl.exp(x - largest), 1), 0)
     tl.store(log_sum + at, largest + tl.log(total))
 
