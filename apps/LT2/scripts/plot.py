@@ -46,9 +46,12 @@ from apps.LT2.scripts.loop_points import (
     FLOPS,
     LOOP,
     LOOPS,
+    OWN,
     find_score,
     loop_points,
+    options_to_draw,
     trained_loops,
+    warn_of_options,
 )
 from apps.LT2.scripts.run_metrics import AXES, find_metric, read_runs, with_metric
 from lingua.args import parse_args
@@ -130,6 +133,7 @@ class Series:
     smoothed: list[float] | None = None
     loops: list[int] | None = None  # of each point, for x=loops and x=loop_flops
     trained: int | None = None  # loops of training
+    evaluated_with: str = ""  # options of the evaluations; "": the run's own
 
 
 # ---- from runs to series
@@ -198,19 +202,27 @@ def curves_over(x: str, y: str, groups: Any, window: int) -> list[Series]:
 
 
 def curves_over_loops(x: str, y: str, groups: Any) -> list[Series]:
-    """Return one series a group: scores of checkpoints at several numbers of loops."""
-    found = []
+    """Return one series a group: scores of checkpoints at several numbers of loops.
+
+    All points of a series are of evaluations with the same options.
+    """
+    found, choices = [], []
     for options, members in groups:
-        points = {run.name: of_run for run in members if (of_run := loop_points(run, y, x))}
+        of_runs = {run.name: loop_points(run, y, x) for run in members}
+        drawn = options_to_draw([*of_runs.values()])
+        points = {name: of_run[drawn] for name, of_run in of_runs.items() if drawn in of_run}
+        choices.append((drawn, of_runs))
         loops = sorted({n for of_run in points.values() for n in of_run})
         at = [{name: p[n] for name, p in points.items() if n in p} for n in loops]
         values = _mean_and_std([value for _, value in of_loops.values()] for of_loops in at)
         xs = [statistics.fmean(x for x, _ in of_loops.values()) for of_loops in at]
         trained = {trained_loops(run) for run in members}
         series = Series(options, name_of(list(points)), xs, *values, ["; ".join(p) for p in at])
+        series.evaluated_with = drawn
         if x in (LOOPS, FLOPS):
             series.loops, series.trained = loops, trained.pop() if len(trained) == 1 else None
         found += [series] if loops else []
+    warn_of_options(choices)
     return found
 
 
@@ -392,7 +404,8 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
         for setting, given in (("by", args.by), ("mean", args.mean))
     )
     if over_loops:
-        missing = [run for run in runs if not loop_points(run, y, x)]
+        of_runs = [loop_points(run, y, x) for run in runs]
+        missing = [r for r, p in zip(runs, of_runs, strict=True) if options_to_draw([p]) not in p]
         warn_skipped(
             [run.name for run in missing], f"no {y} by loops; see eval loop_counts= and probe_freq"
         )
@@ -424,6 +437,8 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     title = f"mean and std over {', '.join(mean) or 'equal runs'}" if has_band else ""
     has_circles = x in (LOOPS, FLOPS)
     title = ", ".join([title] * bool(title) + ["circle: loops of training"] * has_circles)
+    if any(one.evaluated_with for one in series):
+        title += f"\nevaluated with {' or '.join({s.evaluated_with or OWN: 0 for s in series})}"
     print_lines(series, x, y)
     tell_unlabelled(lines, series, by)
     write_csv(series, x, y, out.with_suffix(".csv"))

@@ -217,7 +217,8 @@ def result_of(study: Study, run: Run) -> dict[str, Any]:
     for drawn in map(plot_options, study.plots):
         y = str(drawn.y)
         if drawn.x in (LOOPS, FLOPS, LOOP, DEPTH):
-            points = [[n, value] for n, (_, value) in loop_points(run, y, drawn.x).items()]
+            own = loop_points(run, y, drawn.x).get("", {})
+            points = [[n, value] for n, (_, value) in own.items()]
         elif drawn.x in AXES and y in run.metrics:
             curved = list(map(list, zip(*curve(run, AXES[drawn.x], y), strict=True)))
             points = curved[:: max(1, -(-len(curved) // MAX_POINTS))]
