@@ -146,6 +146,20 @@ def test_at_most_twelve_lines_are_labelled_outside_the_axes(tmp_path, drawn, cap
     assert len(drawn[0].axes[0].lines) == 20
 
 
+def test_lines_that_differ_in_many_options_have_names_of_runs(tmp_path, drawn, capsys):
+    for i in range(3):
+        options = {"model": {f"size_{j}": i for j in range(20)}}
+        write_run(tmp_path / "runs" / f"run_{i}", options, [9.0, 5.0 + i])
+    main([str(tmp_path / "runs"), f"out={tmp_path}/a.png"])
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["run_0", "run_1", "run_2"]
+    out = capsys.readouterr().out
+    assert "run_0: loss/out 5 at" in out and "and 8 more; by=" in out
+    assert rows(tmp_path / "a.csv")[0]["model.size_19"] == "0"
+    main([str(tmp_path / "runs"), "by=size_3", f"out={tmp_path}/a.png"])
+    assert "size_3=1, run_1: loss/out 6" in capsys.readouterr().out
+    assert [t.get_text() for t in drawn[1].axes[0].texts] == ["size_3=0", "size_3=1", "size_3=2"]
+
+
 def test_a_line_that_ended_early_bounds_the_mean(tmp_path, drawn, caplog):
     for seed, losses in enumerate(([9.0, 8.0, 7.0], [7.0, 6.0], [5.0, 4.0, None])):
         write_run(tmp_path / "runs" / f"{seed}", {"seed": seed}, losses)

@@ -67,6 +67,7 @@ from lingua.runs import (
     find_option,
     grouped,
     implied_options,
+    list_names,
     natural_key,
     option_text,
     say_differing,
@@ -94,6 +95,7 @@ TITLES = {
     "loops/residual_rms": "RMS of the residual stream after the loop",
     "depth/first_token_mass": "attention on the first token",
 }
+MAX_OPTIONS = 6  # in the name of a line, if it is of one run
 STYLES = ["-", "--", ":", "-."]
 MARKERS = "osD^vPX*"
 
@@ -276,7 +278,7 @@ def finals_against(option: str, y: str, groups: Any) -> list[Series]:
 def as_lines(series: Sequence[Series], by: Sequence[str], is_curve: bool) -> list[Line]:
     """Give each series its colour, style and label; at most MAX_LABELS have a label."""
     differing = [o for o in series[0].options if len({s.options[o] for s in series}) > 1]
-    options = by or differing
+    options = by or ([] if has_run_names(series) else differing)
     texts = {o: list(dict.fromkeys(s.options[o] for s in series)) for o in options}
     hues = list(dict.fromkeys(s.options[by[0]] if by else i for i, s in enumerate(series)))
     labels: list[str] = []
@@ -307,6 +309,11 @@ def as_lines(series: Sequence[Series], by: Sequence[str], is_curve: bool) -> lis
             )
         )
     return lines
+
+
+def has_run_names(series: Sequence[Series]) -> bool:
+    """Return whether lines have the names of their runs, which differ in too many options."""
+    return len(series[0].options) > MAX_OPTIONS and all(one.name for one in series)
 
 
 def _value_label(option: str, text: str) -> str:
@@ -439,7 +446,7 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     title = ", ".join([title] * bool(title) + ["circle: loops of training"] * has_circles)
     if any(one.evaluated_with for one in series):
         title += f"\nevaluated with {' or '.join({s.evaluated_with or OWN: 0 for s in series})}"
-    print_lines(series, x, y)
+    print_lines(series, x, y, by)
     tell_unlabelled(lines, series, by)
     write_csv(series, x, y, out.with_suffix(".csv"))
     figure = draw(lines, x, y, args, title)
@@ -466,15 +473,20 @@ def check_points(
         )
 
 
-def print_lines(series: Sequence[Series], x: str, y: str) -> None:
+def print_lines(series: Sequence[Series], x: str, y: str, by: Sequence[str]) -> None:
     has_means = any(n > 1 for one in series for n in one.n)
+    by_run = has_run_names(series)
     for one in series:
         spread = f" ± {one.std[-1]:.3g}" if one.n[-1] > 1 else ""
         spread += f" (n={one.n[-1]})" if has_means else ""
         at = one.x[-1] if isinstance(one.x[-1], str) else plain_number(one.x[-1])
-        name = ", ".join(_value_label(o, text) for o, text in one.options.items()) or one.name
+        names = [_value_label(o, one.options[o]) for o in (by if by_run else one.options)]
+        name = ", ".join([*names, one.name] if by_run else names) or one.name
         value = f"{y} {one.y[-1]:.4g}{spread} at {TITLES.get(x, x)} {at}"
         print(f"{name}: {value}" if name else value)
+    if by_run and not by:
+        options = list_names([*map(short_option, series[0].options)])
+        print(f"the runs differ in {options}; by= names lines by options, the CSV file has all")
 
 
 def tell_unlabelled(lines: Sequence[Line], series: Sequence[Series], by: Sequence[str]) -> None:
@@ -483,7 +495,7 @@ def tell_unlabelled(lines: Sequence[Line], series: Sequence[Series], by: Sequenc
         return
     rest = [o for o in series[0].options if o not in by and len({s.options[o] for s in series}) > 1]
     if n_labelled < MAX_LABELS and rest:
-        print(f"lines of the same colour differ in {', '.join(rest)}; add them to by= or mean=")
+        print(f"lines of the same colour differ in {list_names(rest)}; add them to by= or mean=")
     else:
         n = len(lines) - n_labelled
         print(
