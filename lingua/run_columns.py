@@ -18,6 +18,8 @@ from lingua.evaluations import Evaluation
 from lingua.runs import STEP, Run, option_text, short_option
 
 VAL = "loss/val"
+# Options that stay in a narrow table, after swept ones, if they differ; then others of the model.
+FIRST = ("model.loop_count", "model.mixer", "model.dim", "optim.lr", "data.seq_len", "steps")
 EVAL_TITLES = {VAL: "eval val", "loss/val_bpb": "eval bpb", "acc/val": "eval acc"}
 
 
@@ -52,7 +54,7 @@ class Column:
     name: str
     value: Callable[[Run], Any]
     show: Callable[[Any], str]
-    rank: int = 0  # the highest is dropped first; 0 stays
+    rank: float = 0  # the highest is dropped first; 0 stays
     header: str = ""
     least: int = 0  # characters that a text may be cut or folded to; 0: a number
     is_measured: bool = False  # a mean has a standard deviation
@@ -171,14 +173,21 @@ def default_columns(runs: Sequence[Run], options: Sequence[str]) -> list[Column]
     swept = {option for run in runs for option in run.swept}
     is_sweep = all(run.swept for run in runs)
 
-    def rank(i: int, option: str) -> int:
+    def importance(option: str) -> tuple[bool, int, bool]:
+        place = FIRST.index(option) if option in FIRST else len(FIRST)
+        return option not in swept, place, not option.startswith("model.")
+
+    places = {option: i for i, option in enumerate(sorted(options, key=importance))}
+
+    def rank(option: str) -> float:
         if is_sweep and option not in swept:
             return 9  # it follows from the others, as what match= changes
-        return 3 if i >= 6 else 0
+        place = places[option]
+        return 0 if place < len(FIRST) else (3 if option in swept else 9) + place / 1000
 
     columns = [
         Column("run", name, lambda cell: cell.text, least=16),
-        *(option_column(option, options, rank(i, option)) for i, option in enumerate(options)),
+        *(option_column(option, options, rank(option)) for option in options),
         Column("status", status, lambda cell: cell.text, 1, least=8),
         Column("layout", layout, str, 5, least=8),
         Column("parameters", newest("model/parameters"), short, 2, "params"),
@@ -204,7 +213,7 @@ def _sweep(run: Run) -> str:
     return run.path.absolute().parent.name if run.swept else ""
 
 
-def option_column(option: str, among: Sequence[str], rank: int = 0) -> Column:
+def option_column(option: str, among: Sequence[str], rank: float = 0) -> Column:
     """`among` are all options with a column. The header is short unless two would be equal."""
     short_name = short_option(option)
     is_unique = sum(short_option(other) == short_name for other in among) <= 1

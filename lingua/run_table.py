@@ -253,10 +253,11 @@ def notes(table: Table, shown: Sequence[Column], width: int) -> Iterator[str]:
             failed.setdefault(str(run.error), []).append(run.name)
     for error, names in list(failed.items())[:MAX_ERRORS]:
         yield f"failed: {list_names(names, 1)}: {error}"
-    hidden = [c.header or c.name for c in table.columns if c not in shown]
+    hidden = sorted((c for c in table.columns if c not in shown), key=lambda column: column.rank)
     if hidden:
+        names = list_names([column.header or column.name for column in hidden])
         hint = " (see columns=, format=csv)" if table.runs else ""
-        yield f"not shown, for a width of {width}: {', '.join(hidden)}{hint}"
+        yield f"not shown, for a width of {width}: {names}{hint}"
 
 
 def split_header(name: str, size: int) -> list[str]:

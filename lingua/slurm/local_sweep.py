@@ -195,7 +195,7 @@ class LocalSweep:
             if not self.is_stopping and (more := self.follow(run)) is not None:
                 self.waiting.append(SweepRun(more[0], len(self.runs) + 1, more[1]))
                 self.runs.append(self.waiting[-1])
-        parts = [run.error or run.losses()]
+        parts = [run.error or (run.losses() and f"{run.losses()} nats per token")]
         if not self.is_stopping and any(not run.has_ended for run in self.runs):
             parts.append(self._eta())
         details = "; ".join(part for part in parts if part)

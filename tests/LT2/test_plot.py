@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,20 @@ def test_at_most_twelve_lines_are_labelled_outside_the_axes(tmp_path, drawn, cap
     assert len(drawn[0].axes[0].lines) == 20
 
 
+def test_lines_that_differ_in_many_options_have_names_of_runs(tmp_path, drawn, capsys):
+    for i in range(3):
+        options = {"model": {f"size_{j}": i for j in range(20)}}
+        write_run(tmp_path / "runs" / f"run_{i}", options, [9.0, 5.0 + i])
+    main([str(tmp_path / "runs"), f"out={tmp_path}/a.png"])
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["run_0", "run_1", "run_2"]
+    out = capsys.readouterr().out
+    assert "run_0: loss/out 5 at" in out and "and 8 more; by=" in out
+    assert rows(tmp_path / "a.csv")[0]["model.size_19"] == "0"
+    main([str(tmp_path / "runs"), "by=size_3", f"out={tmp_path}/a.png"])
+    assert "size_3=1, run_1: loss/out 6" in capsys.readouterr().out
+    assert [t.get_text() for t in drawn[1].axes[0].texts] == ["size_3=0", "size_3=1", "size_3=2"]
+
+
 def test_a_line_that_ended_early_bounds_the_mean(tmp_path, drawn, caplog):
     for seed, losses in enumerate(([9.0, 8.0, 7.0], [7.0, 6.0], [5.0, 4.0, None])):
         write_run(tmp_path / "runs" / f"{seed}", {"seed": seed}, losses)
@@ -264,6 +279,65 @@ def test_scores_against_loops(evaluated, tmp_path, drawn, x, at):
     ]
     circle = drawn[0].axes[0].lines[-1]
     assert (circle.get_xdata()[0], circle.get_ydata()[0]) == (float(at[1]), 3.5)
+
+
+def write_evaluations(folder: Path, seed: int, *by_options: tuple[dict[str, Any], list[int]]):
+    """Write a run trained with 2 loops, and evaluations with other options at several T.
+
+    The loss is 5 - T, plus 10 for the second options.
+    """
+    run = write_run(folder / str(seed), {"model": {"loop_count": 2}, "seed": seed}, [9.0, 8.0])
+    with open(run / "metrics.validation.jsonl", "w") as log:
+        for i, (options, counts) in enumerate(by_options):
+            for T in counts:
+                differs = options | ({} if T == 2 else {"loop_count": T})
+                record = {"global_step": 20, "loss/val": 5 - T + 10 * i, "flops_per_token": 2**T}
+                record |= {"made_with": {"loop_count": T}, "differs_from_run": differs}
+                log.write(json.dumps(record) + "\n")
+
+
+SHORT: dict[str, Any] = {"validation.max_steps": 50}
+LIMIT: dict[str, Any] = {"validation.max_steps": 9}
+
+
+@pytest.mark.parametrize(
+    "evaluations, losses, message",
+    [
+        ([(SHORT, [1, 2, 4])], [4, 3, 1], "drawn are evaluations with validation.max_steps=50"),
+        ([({}, [2]), (SHORT, [1, 4])], [14, 11], "max_steps=50; left out: the run's own options"),
+        ([({}, [1, 2]), (SHORT, [1, 2, 4])], [4, 3], "own options; left out: .*max_steps=50"),
+        ([(LIMIT, [1, 2]), (SHORT, [1, 2, 4])], [14, 13, 11], "max_steps=50; left out: .*=9"),
+        ([({}, [1, 2]), (SHORT, [4])], [4, 3], "own options; left out: .*max_steps=50"),
+    ],
+)
+@pytest.mark.parametrize("x", ["loops", "loop_flops"])
+def test_a_line_has_evaluations_of_equal_options(
+    tmp_path, drawn, caplog, x, evaluations, losses, message
+):
+    write_evaluations(tmp_path, 0, *evaluations)
+    main([str(tmp_path / "0"), f"x={x}", f"out={tmp_path}/a.png"])
+    assert [float(r["loss/val"]) for r in rows(tmp_path / "a.csv")] == losses
+    (record,) = caplog.records
+    assert re.search(f"^plot: 0: .*{message}$", record.message)
+    title = drawn[0].axes[0].get_title(loc="left")
+    assert ("evaluated with" in title) == ("with the run's own" not in record.message)
+
+
+def test_a_mean_is_over_evaluations_of_equal_options(tmp_path, drawn, caplog):
+    write_evaluations(tmp_path / "runs", 0, ({}, [1, 2, 4]), (SHORT, [1, 4]))
+    write_evaluations(tmp_path / "runs", 1, ({}, [2]), (SHORT, [1, 4]))
+    write_evaluations(tmp_path / "runs", 2, ({}, [1, 2]))
+    write_evaluations(tmp_path / "runs", 3, ({}, [2]), (SHORT, [1, 4]))
+    main([str(tmp_path / "runs"), "x=loops", "mean=seed", f"out={tmp_path}/a.png"])
+    found = [(float(r["loss/val"]), r["run"]) for r in rows(tmp_path / "a.csv")]
+    assert found == [(14, "0; 1; 3"), (11, "0; 1; 3")]
+    assert "plot: 0, 1, 3: drawn" in caplog.text and "plot: 2: not drawn" in caplog.text
+
+
+def test_other_options_at_one_T_are_no_line(tmp_path, drawn):
+    write_evaluations(tmp_path, 0, (SHORT, [4]))
+    with pytest.raises(UserError, match="loop_counts"):
+        main([str(tmp_path / "0"), "x=loops", f"out={tmp_path}/a.png"])
 
 
 def test_losses_by_loops_of_training(tmp_path, drawn):

@@ -65,6 +65,8 @@ def test_loops_from_the_command_to_the_report(quick_python, data, tmp_path):
     before = (folder / "arm=fixed,seed=1" / "metrics.jsonl").read_bytes()
     printed = run_study(quick_python, "loops", folder, "arms=[fixed,poisson]", "seeds=1", *data)
     assert "1 of 2 runs are done already" in printed
+    assert re.search(r"val \d\.\d+ nats per token", printed)
+    assert "T=1, T=2, T=4, T=8: loss in bits per byte" in printed
     assert (folder / "arm=fixed,seed=1" / "metrics.jsonl").read_bytes() == before
 
     results = [json.loads(line) for line in (folder / "loops.jsonl").read_text().splitlines()]
@@ -82,6 +84,7 @@ def test_loops_from_the_command_to_the_report(quick_python, data, tmp_path):
     assert f"{statistics.fmean(values):.4f}±{statistics.stdev(values):.4f}" in text
     for said in (
         "seeds=2",
+        "bits per byte",
         "Commit",
         "Devices: 1 x CPU",
         "Versions: Python",

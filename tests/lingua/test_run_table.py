@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,21 @@ def test_many_options_and_long_values_fit_too(tmp_path, capsys, monkeypatch):
     main([str(tmp_path), "columns=attention_pattern,val"])
     folded = "".join(capsys.readouterr().out.split())
     assert "full,kda,kda" in folded  # values of options are not cut
+
+
+def test_unrelated_runs_show_the_options_that_matter(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for i in range(3):
+        options = {f"data.number_{j}": i for j in range(20)} | {f"model.size_{j}": i for j in "ab"}
+        options |= {"optim.lr": i + 1, "model.loop_count": i, "model.mixer": "gk"[i % 2]}
+        facts = {"model/parameters": 1_234_567, "model/layout": LAYOUT}
+        write_run(tmp_path / f"{i}", options, [1.0], **facts)
+    main([str(tmp_path)])
+    header, _, rest = capsys.readouterr().out.partition("─")
+    for name in ("mixer", "count", "lr", "size_a", "layout", "params", "tokens", "val"):
+        assert name in header.split()
+    assert "number_19" not in header + rest
+    assert re.search(r"not shown.* and \d+ more \(see columns=", " ".join(rest.split()))
 
 
 def test_options_that_a_sweep_leaves_out_are_missing(tmp_path, rows):

@@ -46,9 +46,12 @@ from apps.LT2.scripts.loop_points import (
     FLOPS,
     LOOP,
     LOOPS,
+    OWN,
     find_score,
     loop_points,
+    options_to_draw,
     trained_loops,
+    warn_of_options,
 )
 from apps.LT2.scripts.run_metrics import AXES, find_metric, read_runs, with_metric
 from lingua.args import parse_args
@@ -64,6 +67,7 @@ from lingua.runs import (
     find_option,
     grouped,
     implied_options,
+    list_names,
     natural_key,
     option_text,
     say_differing,
@@ -91,6 +95,7 @@ TITLES = {
     "loops/residual_rms": "RMS of the residual stream after the loop",
     "depth/first_token_mass": "attention on the first token",
 }
+MAX_OPTIONS = 6  # in the name of a line, if it is of one run
 STYLES = ["-", "--", ":", "-."]
 MARKERS = "osD^vPX*"
 
@@ -130,6 +135,7 @@ class Series:
     smoothed: list[float] | None = None
     loops: list[int] | None = None  # of each point, for x=loops and x=loop_flops
     trained: int | None = None  # loops of training
+    evaluated_with: str = ""  # options of the evaluations; "": the run's own
 
 
 # ---- from runs to series
@@ -198,19 +204,27 @@ def curves_over(x: str, y: str, groups: Any, window: int) -> list[Series]:
 
 
 def curves_over_loops(x: str, y: str, groups: Any) -> list[Series]:
-    """Return one series a group: scores of checkpoints at several numbers of loops."""
-    found = []
+    """Return one series a group: scores of checkpoints at several numbers of loops.
+
+    All points of a series are of evaluations with the same options.
+    """
+    found, choices = [], []
     for options, members in groups:
-        points = {run.name: of_run for run in members if (of_run := loop_points(run, y, x))}
+        of_runs = {run.name: loop_points(run, y, x) for run in members}
+        drawn = options_to_draw([*of_runs.values()])
+        points = {name: of_run[drawn] for name, of_run in of_runs.items() if drawn in of_run}
+        choices.append((drawn, of_runs))
         loops = sorted({n for of_run in points.values() for n in of_run})
         at = [{name: p[n] for name, p in points.items() if n in p} for n in loops]
         values = _mean_and_std([value for _, value in of_loops.values()] for of_loops in at)
         xs = [statistics.fmean(x for x, _ in of_loops.values()) for of_loops in at]
         trained = {trained_loops(run) for run in members}
         series = Series(options, name_of(list(points)), xs, *values, ["; ".join(p) for p in at])
+        series.evaluated_with = drawn
         if x in (LOOPS, FLOPS):
             series.loops, series.trained = loops, trained.pop() if len(trained) == 1 else None
         found += [series] if loops else []
+    warn_of_options(choices)
     return found
 
 
@@ -264,7 +278,7 @@ def finals_against(option: str, y: str, groups: Any) -> list[Series]:
 def as_lines(series: Sequence[Series], by: Sequence[str], is_curve: bool) -> list[Line]:
     """Give each series its colour, style and label; at most MAX_LABELS have a label."""
     differing = [o for o in series[0].options if len({s.options[o] for s in series}) > 1]
-    options = by or differing
+    options = by or ([] if has_run_names(series) else differing)
     texts = {o: list(dict.fromkeys(s.options[o] for s in series)) for o in options}
     hues = list(dict.fromkeys(s.options[by[0]] if by else i for i, s in enumerate(series)))
     labels: list[str] = []
@@ -295,6 +309,11 @@ def as_lines(series: Sequence[Series], by: Sequence[str], is_curve: bool) -> lis
             )
         )
     return lines
+
+
+def has_run_names(series: Sequence[Series]) -> bool:
+    """Return whether lines have the names of their runs, which differ in too many options."""
+    return len(series[0].options) > MAX_OPTIONS and all(one.name for one in series)
 
 
 def _value_label(option: str, text: str) -> str:
@@ -392,7 +411,8 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
         for setting, given in (("by", args.by), ("mean", args.mean))
     )
     if over_loops:
-        missing = [run for run in runs if not loop_points(run, y, x)]
+        of_runs = [loop_points(run, y, x) for run in runs]
+        missing = [r for r, p in zip(runs, of_runs, strict=True) if options_to_draw([p]) not in p]
         warn_skipped(
             [run.name for run in missing], f"no {y} by loops; see eval loop_counts= and probe_freq"
         )
@@ -424,7 +444,9 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     title = f"mean and std over {', '.join(mean) or 'equal runs'}" if has_band else ""
     has_circles = x in (LOOPS, FLOPS)
     title = ", ".join([title] * bool(title) + ["circle: loops of training"] * has_circles)
-    print_lines(series, x, y)
+    if any(one.evaluated_with for one in series):
+        title += f"\nevaluated with {' or '.join({s.evaluated_with or OWN: 0 for s in series})}"
+    print_lines(series, x, y, by)
     tell_unlabelled(lines, series, by)
     write_csv(series, x, y, out.with_suffix(".csv"))
     figure = draw(lines, x, y, args, title)
@@ -451,15 +473,20 @@ def check_points(
         )
 
 
-def print_lines(series: Sequence[Series], x: str, y: str) -> None:
+def print_lines(series: Sequence[Series], x: str, y: str, by: Sequence[str]) -> None:
     has_means = any(n > 1 for one in series for n in one.n)
+    by_run = has_run_names(series)
     for one in series:
         spread = f" ± {one.std[-1]:.3g}" if one.n[-1] > 1 else ""
         spread += f" (n={one.n[-1]})" if has_means else ""
         at = one.x[-1] if isinstance(one.x[-1], str) else plain_number(one.x[-1])
-        name = ", ".join(_value_label(o, text) for o, text in one.options.items()) or one.name
+        names = [_value_label(o, one.options[o]) for o in (by if by_run else one.options)]
+        name = ", ".join([*names, one.name] if by_run else names) or one.name
         value = f"{y} {one.y[-1]:.4g}{spread} at {TITLES.get(x, x)} {at}"
         print(f"{name}: {value}" if name else value)
+    if by_run and not by:
+        options = list_names([*map(short_option, series[0].options)])
+        print(f"the runs differ in {options}; by= names lines by options, the CSV file has all")
 
 
 def tell_unlabelled(lines: Sequence[Line], series: Sequence[Series], by: Sequence[str]) -> None:
@@ -468,7 +495,7 @@ def tell_unlabelled(lines: Sequence[Line], series: Sequence[Series], by: Sequenc
         return
     rest = [o for o in series[0].options if o not in by and len({s.options[o] for s in series}) > 1]
     if n_labelled < MAX_LABELS and rest:
-        print(f"lines of the same colour differ in {', '.join(rest)}; add them to by= or mean=")
+        print(f"lines of the same colour differ in {list_names(rest)}; add them to by= or mean=")
     else:
         n = len(lines) - n_labelled
         print(

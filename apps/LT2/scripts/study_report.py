@@ -137,6 +137,16 @@ def last(run: Run, metric: str) -> float:
 # ---- table, verdicts, data
 
 
+def units_of_losses(columns: Mapping[str, str]) -> str:
+    """Return the units of losses among the columns, e.g. "T=1, T=2: loss in bits per byte."."""
+    heads: dict[str, list[str]] = {}
+    for head, metric in columns.items():
+        if metric.startswith("loss/") and " / " not in metric:
+            unit = "bits per byte" if "_bpb" in metric else "nats per token"
+            heads.setdefault(unit, []).append(head)
+    return " ".join(f"{', '.join(names)}: loss in {unit}." for unit, names in heads.items())
+
+
 def results_table(study: Study, runs: list[Run]) -> Table:
     """Return a row for each arm and value of `over`, in their order, with means over seeds."""
     heads = {option: option.rpartition(".")[2] for option in ("arm", *study.over)}
@@ -217,7 +227,8 @@ def result_of(study: Study, run: Run) -> dict[str, Any]:
     for drawn in map(plot_options, study.plots):
         y = str(drawn.y)
         if drawn.x in (LOOPS, FLOPS, LOOP, DEPTH):
-            points = [[n, value] for n, (_, value) in loop_points(run, y, drawn.x).items()]
+            own = loop_points(run, y, drawn.x).get("", {})
+            points = [[n, value] for n, (_, value) in own.items()]
         elif drawn.x in AXES and y in run.metrics:
             curved = list(map(list, zip(*curve(run, AXES[drawn.x], y), strict=True)))
             points = curved[:: max(1, -(-len(curved) // MAX_POINTS))]
@@ -251,7 +262,8 @@ def write_report(
         add_statistics(run, list(study.columns.values()))
     warn_missing(study, runs)
     table = results_table(study, runs)
-    print_text(format_as(table, "table"))
+    units = units_of_losses(study.columns)
+    print_text("\n".join(filter(None, [format_as(table, "table"), units])))
     lines = [json_line(result_of(study, run)) for run in runs]
     write_atomic(folder / f"{study.name}.jsonl", "".join(lines))
     figures = draw_plots(study, runs, folder)
@@ -262,7 +274,8 @@ def write_report(
     not_run += [f"arm={arm}" for arm in study.arms if arm not in have]
     not_run += [f"failed: {run.path.name}: {run.error}" for run in failed]
     not_run += [f"size={size}" for size in study.sizes if size not in (study.size, "tiny")]
-    explained = EXPLAINED + (SPIKES if any("spikes" in m for m in study.columns.values()) else "")
+    spikes = SPIKES if any("spikes" in m for m in study.columns.values()) else ""
+    explained = " ".join(filter(None, [EXPLAINED, units, spikes]))
     facts = format_facts(study, runs, record, given, not_run)
     results = [format_as(table, "markdown"), explained]
     report = write_page(study, folder, verdicts, results, figures, facts)
@@ -304,11 +317,8 @@ def write_page(
 
 
 TINY = "This is `size=tiny`, a test of the command. Its numbers say nothing about the claims."
-EXPLAINED = (
-    "Mean and standard deviation over n seeds. FLOPs and tokens are of training. bpb: "
-    "validation loss in bits per byte."
-)
-SPIKES = f" A spike is a step with more than {SPIKE:g} times the median of the {WINDOW} before it."
+EXPLAINED = "Mean and standard deviation over n seeds. FLOPs and tokens are of training."
+SPIKES = f"A spike is a step with more than {SPIKE:g} times the median of the {WINDOW} before it."
 
 
 def has_run(study: Study, swept: Mapping[str, Any]) -> bool:
