@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apps.LT2.inference.cuda_graph import on_side_stream
 from apps.LT2.kernel.fla import ChunkOperator
 from lingua.errors import UserError
 from tests.tolerances import BF16_KERNEL, FP32, assert_same
@@ -237,10 +238,8 @@ class KernelContract:
 
         token = [x[:, 0].clone() for x in inputs]
         working = state.clone()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
+        with on_side_stream():
             self.step(*token, working)  # warm up; the state is reset below
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output = self.step(*token, working)

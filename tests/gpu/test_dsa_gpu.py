@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 
+from apps.LT2.inference.cuda_graph import on_side_stream
 from apps.LT2.kernel.dsa import Index, blocks, dsa, dsa_step, triton_index
 from apps.LT2.kernel.dsa.naive import dsa_naive
 from apps.LT2.kernel.dsa.operator import _backward, _forward
@@ -314,11 +315,8 @@ def test_step_in_a_cuda_graph_equals_eager_steps(top_k):
     want = torch.cat([mixer.step(x[:, t : t + 1], eager) for t in range(20, 40)], 1)
 
     token = x[:, :1].clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with on_side_stream():
         mixer.step(token, captured)  # warm up; the cache is reset below
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = mixer.step(token, captured)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from apps.LT2.inference.cuda_graph import on_side_stream
 from apps.LT2.kernel.attention import attention
 from apps.LT2.kernel.documents import local_positions
 from apps.LT2.kernel.nsa import (
@@ -329,11 +330,8 @@ def test_step_in_a_cuda_graph_equals_naive():
         position_B.add_(1)
         return o
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with on_side_stream():
         step()  # warm up; the cache is reset below
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = step()

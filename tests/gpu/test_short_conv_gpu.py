@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apps.LT2.inference.cuda_graph import on_side_stream
 from apps.LT2.kernel.short_conv import short_conv, short_conv_step, short_conv_unit_heads
 from apps.LT2.kernel.short_conv.fused import conv_unit_heads, short_conv_fused
 from apps.LT2.kernel.short_conv.heads import unit_heads
@@ -139,10 +140,8 @@ def test_step_in_a_cuda_graph_equals_naive():
     want = short_conv_naive(x.float(), weight)
 
     token, state = x[:, 0].clone(), torch.zeros(3, 3, 64, device="cuda").bfloat16()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    with on_side_stream():
         short_conv_step(token, weight, state)  # warm up; the state is reset below
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = short_conv_step(token, weight, state)
