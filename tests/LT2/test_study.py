@@ -226,6 +226,24 @@ def test_a_failed_run_leaves_its_claims_open():
         assert report.judge(study, claim, runs, [run_with({}, arm=arm)])[1] == verdict
 
 
+@pytest.mark.parametrize(
+    "low, rising_low, rising_high, verdict",
+    [
+        ([0.0, 8.0], [], [16.0, 32.0], "holds"),
+        ([0.0, 8.0], [], [8.0, 32.0], "inconclusive: a run is not finished"),
+        ([0.0, 8.0], [8.0], [32.0], "inconclusive: a run is not finished"),
+    ],
+)
+def test_a_run_that_can_only_rise_can_decide(low, rising_low, rising_high, verdict):
+    study = replace(read_study("loops", "small"), columns={"n_max": "n_max"})
+    claim = report.Claim("x", "n_max", lower={"arm": "a"}, than={"arm": "b"})
+    runs = [run_with({"n_max": v}, arm="a") for v in low] + [run_with({"n_max": 64.0}, arm="b")]
+    rising = [run_with({"n_max": v}, arm="a") for v in rising_low]
+    rising += [run_with({"n_max": v}, arm="b") for v in rising_high]
+    ours, found = report.judge(study, claim, runs, rising=rising)
+    assert found == verdict and f"b at least {min(rising_high):g}" in ours
+
+
 def test_a_column_that_no_run_has_is_a_warning(caplog):
     study = replace(read_study("loops", "small"), columns={"bpb": "loss/val_bpb", "x": "loss/vla"})
     report.warn_missing(study, [run_with({"loss/val_bpb": 1.0}), run_with({})])

@@ -128,9 +128,9 @@ def write_report(
     except UserError as error:
         logger.warning("%s is not drawn: %s; minutes=0 draws it later", plot, error)
     finals = [as_run(chain) for chain in chains if chain.next_stage() is None]
-    # The seeds that fail early end first: without the others, they decide nothing.
+    # The seeds that fail early end first. For the others, n_max is at least the last that passed.
     started = [c for c in chains if c.next_stage() and c.outcome(c.stages[0]).curve]
-    verdicts = judge_claims(study, finals, list(map(as_run, started)))
+    verdicts = judge_claims(study, finals, [], rising=list(map(as_run, started)))
     runs = read_runs([chain.run(stage) for chain, stage in done])
     left = [f"{c.name}, seed {c.seed}" for c in chains if c.next_stage() is not None]
     unfinished = [f"the rest of {'; '.join(left)}"] if left else []

@@ -169,13 +169,18 @@ def results_table(study: Study, runs: list[Run]) -> Table:
 
 
 def judge(
-    study: Study, claim: Claim, runs: Sequence[Run], unfinished: Sequence[Run] = ()
+    study: Study,
+    claim: Claim,
+    runs: Sequence[Run],
+    unfinished: Sequence[Run] = (),
+    rising: Sequence[Run] = (),
 ) -> tuple[str, str]:
     """Return both sides of the claim with their names and spread, and the verdict.
 
     A claim holds if every run of the one side is below every run of the other. With three seeds,
     chance alone does that in one of 20 cases. `unfinished` are runs whose end says something about
     the arm, such as failed runs, which may have diverged. Other seeds decide nothing without them.
+    `rising` are runs whose value can only rise until they end.
     """
 
     def members(where: dict[str, Any], among: Sequence[Run]) -> list[Run]:
@@ -183,14 +188,20 @@ def judge(
 
     metric, both = study.columns[claim.column], (claim.lower, claim.than)
     sides = [[last(run, metric) for run in members(where, runs)] for where in both]
-    names = (side_name(where) for where in (claim.lower, claim.than))
-    ours = ", ".join(f"{name} {mean_and_std(x)}" for name, x in zip(names, sides, strict=True))
+    bounds = [[last(run, metric) for run in members(where, rising)] for where in both]
+    sides = [side + more for side, more in zip(sides, bounds, strict=True)]
+    values = [
+        f"at least {min(side):g}" if more else mean_and_std(side)
+        for side, more in zip(sides, bounds, strict=True)
+    ]
+    ours = ", ".join(f"{side_name(w)} {value}" for w, value in zip(both, values, strict=True))
     low, high = sides
     if not min(map(len, sides)):
         return ours, "not run"
     if min(map(len, sides)) == 1:
         return ours, "inconclusive: one seed"
-    if any(members(where, unfinished) for where in both):
+    is_open = any(members(where, unfinished) for where in both) or bounds[0]
+    if is_open or (bounds[1] and max(low) >= min(high)):
         return ours, "inconclusive: a run is not finished"
     if study.size == "tiny":
         return ours, "not judged"
@@ -284,11 +295,11 @@ def write_report(
 
 
 def judge_claims(
-    study: Study, runs: Sequence[Run], unfinished: Sequence[Run]
+    study: Study, runs: Sequence[Run], unfinished: Sequence[Run], rising: Sequence[Run] = ()
 ) -> list[tuple[Claim, str, str]]:
-    """Return each claim with both sides and the verdict, and print them."""
+    """Return each claim with both sides and the verdict, and print them. See `judge`."""
     claims = [dataclass_from_dict(Claim, claim) for claim in study.claims]
-    verdicts = [(claim, *judge(study, claim, runs, unfinished)) for claim in claims]
+    verdicts = [(claim, *judge(study, claim, runs, unfinished, rising)) for claim in claims]
     for claim, ours, verdict in verdicts:
         print_text(f"{verdict}: {claim.claim} {claim.column}: {ours}")
     return verdicts
