@@ -132,14 +132,18 @@ def write_report(
     started = [c for c in chains if c.next_stage() and c.outcome(c.stages[0]).curve]
     verdicts = judge_claims(study, finals, [], rising=list(map(as_run, started)))
     runs = read_runs([chain.run(stage) for chain, stage in done])
-    left = [f"{c.name}, seed {c.seed}" for c in chains if c.next_stage() is not None]
-    unfinished = [f"the rest of {'; '.join(left)}"] if left else []
+    left = [c for c in chains if c.next_stage() is not None]
+    seeds: dict[str, list[str]] = {}
+    for chain in left:
+        seeds.setdefault(chain.name, []).append(str(chain.seed))
+    texts = [f"{n}, seed{'s' * (len(s) > 1)} {', '.join(s)}" for n, s in seeds.items()]
+    unfinished = [f"the rest of {'; '.join(texts)}"] if texts else []
     module = f"python -m apps.LT2.scripts.{study.name}"
     commands = "\n".join(f"{module} {given} dump_dir=FOLDER" for given in record["commands"])
     figures = [plot] if plot.exists() else []
     facts = format_facts(study, runs, record, {}, [*unfinished, *not_run], commands)
     report = write_page(study, folder, verdicts, [table, EXPLAINED], figures, facts)
-    print(f"report: {report}" + (f"; {len(left)} arms are not finished" if left else ""))
+    print(f"report: {report}" + (f"; {len(left)} chains are not finished" if left else ""))
 
 
 EXPLAINED = (
