@@ -163,11 +163,26 @@ def test_a_row_has_every_seed(tmp_path):
     assert row.endswith("| 3/3 @40 | 1/2 @20 | 0/1 acc 0.60 |")
 
 
-@pytest.mark.parametrize("third, verdict", [(FAILED, "holds"), (RUNNING, "inconclusive")])
-def test_seeds_that_end_early_decide_nothing_alone(tmp_path, monkeypatch, capsys, third, verdict):
-    low = [chain_of(tmp_path / f"a{i}", *runs) for i, runs in enumerate([[FAILED], [FAILED]])]
-    low.append(chain_of(tmp_path / "a2", *([PASSED, third] if third is RUNNING else [third])))
-    high = [chain_of(tmp_path / f"b{i}", PASSED, FAILED) for i in range(3)]
+@pytest.mark.parametrize(
+    "third, third_high, verdict",
+    [
+        ([FAILED], [PASSED, FAILED], "holds"),
+        ([FAILED], [PASSED], "holds"),
+        ([PASSED, RUNNING], [PASSED, FAILED], "inconclusive"),
+        ([], [PASSED, FAILED], "inconclusive"),
+        ([FAILED], [], "inconclusive"),
+    ],
+)
+def test_seeds_that_end_early_decide_nothing_alone(
+    tmp_path, monkeypatch, capsys, third, third_high, verdict
+):
+    low = [
+        chain_of(tmp_path / f"a{i}", *runs) for i, runs in enumerate([[FAILED], [FAILED], third])
+    ]
+    high = [
+        chain_of(tmp_path / f"b{i}", *runs)
+        for i, runs in enumerate([[PASSED, FAILED], [PASSED, FAILED], third_high])
+    ]
     for chain in high:
         chain.arm = "full"
     claim = {"claim": "c", "column": "n_max", "lower": {"arm": "gdn"}, "than": {"arm": "full"}}

@@ -334,6 +334,15 @@ def test_a_mean_is_over_evaluations_of_equal_options(tmp_path, drawn, caplog):
     assert "plot: 0, 1, 3: drawn" in caplog.text and "plot: 2: not drawn" in caplog.text
 
 
+def test_each_line_names_the_options_of_its_evaluations(tmp_path, drawn):
+    write_evaluations(tmp_path / "runs", 0, ({}, [1, 2]))
+    write_evaluations(tmp_path / "runs", 1, (SHORT, [1, 2]))
+    main([str(tmp_path / "runs"), "x=loops", f"out={tmp_path}/a.png"])
+    found = [(r["run"], r["evaluated_with"]) for r in rows(tmp_path / "a.csv")]
+    own, other = "the run's own options", "validation.max_steps=50"
+    assert found == [("0", own), ("0", own), ("1", other), ("1", other)]
+
+
 def test_other_options_at_one_T_are_no_line(tmp_path, drawn):
     write_evaluations(tmp_path, 0, (SHORT, [4]))
     with pytest.raises(UserError, match="loop_counts"):

@@ -128,11 +128,13 @@ def write_report(
     except UserError as error:
         logger.warning("%s is not drawn: %s; minutes=0 draws it later", plot, error)
     finals = [as_run(chain) for chain in chains if chain.next_stage() is None]
-    # The seeds that fail early end first. For the others, n_max is at least the last that passed.
-    started = [c for c in chains if c.next_stage() and c.outcome(c.stages[0]).curve]
-    verdicts = judge_claims(study, finals, [], rising=list(map(as_run, started)))
-    runs = read_runs([chain.run(stage) for chain, stage in done])
     left = [c for c in chains if c.next_stage() is not None]
+    # The seeds that fail early end first. For the others, n_max is at least the last that passed.
+    # Seeds that wait count too, unless no seed of their arm and T has a result.
+    begun = {c.name for c in chains if c.outcome(c.stages[0]).curve}
+    rising = [as_run(chain) for chain in left if chain.name in begun]
+    verdicts = judge_claims(study, finals, [], rising=rising)
+    runs = read_runs([chain.run(stage) for chain, stage in done])
     seeds: dict[str, list[str]] = {}
     for chain in left:
         seeds.setdefault(chain.name, []).append(str(chain.seed))

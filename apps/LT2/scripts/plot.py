@@ -366,11 +366,14 @@ def write_csv(series: Sequence[Series], x: str, y: str, out: Path) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     more = ["smoothed"] if has_smoothed else ["loops", "trained"] if series[0].loops else []
+    has_others = any(one.evaluated_with for one in series)
+    more += ["evaluated_with"] if has_others else []
     table.writerow(["run", *options, x, y, "std", "n", *more])
     for one in series:
         columns: list[list[Any]] = [one.x, one.y, one.std, one.n]
         columns += [one.smoothed] if one.smoothed else []
         columns += [one.loops, [n == one.trained for n in one.loops]] if one.loops else []
+        columns += [[one.evaluated_with or OWN] * len(one.x)] if has_others else []
         for runs, *row in zip(one.runs, *columns, strict=True):
             table.writerow([runs, *one.options.values(), *row])
     write_atomic(out, text.getvalue())
