@@ -163,6 +163,23 @@ def test_a_row_has_every_seed(tmp_path):
     assert row.endswith("| 3/3 @40 | 1/2 @20 | 0/1 acc 0.60 |")
 
 
+def verdict_of(low, high, folder, monkeypatch, capsys) -> str:
+    """Write a report that claims n_max of `low` is below that of `high`; return the verdict."""
+    for chain in low:
+        chain.arm = "gdn"
+    for chain in high:
+        chain.arm = "full"
+    claim = {"claim": "c", "column": "n_max", "lower": {"arm": "gdn"}, "than": {"arm": "full"}}
+    study = Study("curriculum", "?", {}, "x", columns={"n_max": "n_max"}, claims=[claim])
+    monkeypatch.setattr(report, "draw_curves", lambda chains, out: None)
+    monkeypatch.setattr(report, "format_facts", lambda *args: "")
+    report.write_report(study, folder, {"commands": []}, [*low, *high], [])
+    (verdict,) = re.findall(
+        r"^(\w+)(?:: a run is not finished)?: c n_max", capsys.readouterr().out, re.M
+    )
+    return verdict
+
+
 @pytest.mark.parametrize(
     "third, third_high, verdict",
     [
@@ -183,14 +200,16 @@ def test_seeds_that_end_early_decide_nothing_alone(
         chain_of(tmp_path / f"b{i}", *runs)
         for i, runs in enumerate([[PASSED, FAILED], [PASSED, FAILED], third_high])
     ]
-    for chain in high:
-        chain.arm = "full"
-    claim = {"claim": "c", "column": "n_max", "lower": {"arm": "gdn"}, "than": {"arm": "full"}}
-    study = Study("curriculum", "?", {}, "x", columns={"n_max": "n_max"}, claims=[claim])
-    monkeypatch.setattr(report, "draw_curves", lambda chains, out: None)
-    monkeypatch.setattr(report, "format_facts", lambda *args: "")
-    report.write_report(study, tmp_path, {"commands": []}, low + high, [])
-    assert f"\n{verdict}" in capsys.readouterr().out
+    assert verdict_of(low, high, tmp_path, monkeypatch, capsys) == verdict
+
+
+def test_a_chain_that_passed_all_of_fewer_stages_may_reach_more(tmp_path, monkeypatch, capsys):
+    low = [chain_of(tmp_path / f"a{i}", PASSED) for i in range(2)]
+    high = [chain_of(tmp_path / f"b{i}", PASSED, PASSED, FAILED) for i in range(2)]
+    for chain in low:
+        del chain.stages[1:]
+    assert verdict_of(low, high, tmp_path, monkeypatch, capsys) == "inconclusive"
+    assert verdict_of(high, low, tmp_path, monkeypatch, capsys) == "inconclusive"
 
 
 def test_a_chain_whose_stage_fails_or_lost_its_weights_ends(tmp_path, monkeypatch, capsys):

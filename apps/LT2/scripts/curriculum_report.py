@@ -127,13 +127,16 @@ def write_report(
         draw_curves(chains, plot)
     except UserError as error:
         logger.warning("%s is not drawn: %s; minutes=0 draws it later", plot, error)
-    finals = [as_run(chain) for chain in chains if chain.next_stage() is None]
     left = [c for c in chains if c.next_stage() is not None]
+    longest = max(stage.n for chain in chains for stage in chain.stages)
+    # A chain of a command with fewer n may pass all of its stages.
+    rising = [*left, *(c for c in chains if c.n_max == c.stages[-1].n < longest)]
+    finals = [as_run(chain) for chain in chains if chain not in rising]
     # The seeds that fail early end first. For the others, n_max is at least the last that passed.
     # Seeds that wait count too, unless no seed of their arm and T has a result.
     begun = {c.name for c in chains if c.outcome(c.stages[0]).curve}
-    rising = [as_run(chain) for chain in left if chain.name in begun]
-    verdicts = judge_claims(study, finals, [], rising=rising)
+    rises = [as_run(chain) for chain in rising if chain.name in begun]
+    verdicts = judge_claims(study, finals, [], rising=rises)
     runs = read_runs([chain.run(stage) for chain, stage in done])
     seeds: dict[str, list[str]] = {}
     for chain in left:
