@@ -244,6 +244,17 @@ def test_a_run_that_can_only_rise_can_decide(low, rising_low, rising_high, verdi
     assert found == verdict and f"b at least {min(rising_high):g}" in ours
 
 
+@pytest.mark.parametrize("rising_high", [[], [16.0]])
+def test_a_side_that_can_only_rise_can_fail_a_claim(rising_high):
+    study = replace(read_study("loops", "small"), columns={"n_max": "n_max"})
+    claim = report.Claim("x", "n_max", lower={"arm": "a"}, than={"arm": "b"})
+    runs = [run_with({"n_max": v}, arm="b") for v in (8.0, 16.0)]
+    rising = [run_with({"n_max": 32.0}, arm="a") for _ in range(2)]
+    rising += [run_with({"n_max": v}, arm="b") for v in rising_high]
+    verdict = "inconclusive: a run is not finished" if rising_high else "fails"
+    assert report.judge(study, claim, runs, rising=rising)[1] == verdict
+
+
 def test_a_column_that_no_run_has_is_a_warning(caplog):
     study = replace(read_study("loops", "small"), columns={"bpb": "loss/val_bpb", "x": "loss/vla"})
     report.warn_missing(study, [run_with({"loss/val_bpb": 1.0}), run_with({})])

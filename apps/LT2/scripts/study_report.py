@@ -200,14 +200,14 @@ def judge(
         return ours, "not run"
     if min(map(len, sides)) == 1:
         return ours, "inconclusive: one seed"
-    is_open = any(members(where, unfinished) for where in both) or bounds[0]
-    if is_open or (bounds[1] and max(low) >= min(high)):
+    holds = not bounds[0] and max(low) < min(high)
+    fails = not bounds[1] and min(low) > max(high)
+    is_open = any(members(where, unfinished) for where in both)
+    if is_open or (any(bounds) and not (holds or fails)):
         return ours, "inconclusive: a run is not finished"
     if study.size == "tiny":
         return ours, "not judged"
-    if max(low) < min(high):
-        return ours, "holds"
-    return ours, "fails" if min(low) > max(high) else "inconclusive"
+    return ours, "holds" if holds else "fails" if fails else "inconclusive"
 
 
 def side_name(where: dict[str, Any]) -> str:
