@@ -343,6 +343,14 @@ def test_each_line_names_the_options_of_its_evaluations(tmp_path, drawn):
     assert found == [("0", own), ("0", own), ("1", other), ("1", other)]
 
 
+def test_lines_have_evaluations_of_the_options_that_all_runs_have(tmp_path, drawn, caplog):
+    write_evaluations(tmp_path / "runs", 0, ({}, [1, 2, 4]), (SHORT, [1, 2, 4]))
+    write_evaluations(tmp_path / "runs", 1, ({}, [2]), (SHORT, [1, 2, 4]))
+    main([str(tmp_path / "runs"), "x=loops", f"out={tmp_path}/a.png"])
+    assert [float(r["loss/val"]) for r in rows(tmp_path / "a.csv")] == [14, 13, 11] * 2
+    assert "plot: 0, 1: drawn are evaluations with validation.max_steps=50" in caplog.text
+
+
 def test_other_options_at_one_T_are_no_line(tmp_path, drawn):
     write_evaluations(tmp_path, 0, (SHORT, [4]))
     with pytest.raises(UserError, match="loop_counts"):

@@ -206,12 +206,16 @@ def curves_over(x: str, y: str, groups: Any, window: int) -> list[Series]:
 def curves_over_loops(x: str, y: str, groups: Any) -> list[Series]:
     """Return one series a group: scores of checkpoints at several numbers of loops.
 
-    All points of a series are of evaluations with the same options.
+    All points of a series are of evaluations with the same options, and so are all series if some
+    options have several T in every run.
     """
     found, choices = [], []
-    for options, members in groups:
-        of_runs = {run.name: loop_points(run, y, x) for run in members}
-        drawn = options_to_draw([*of_runs.values()])
+    by_group = [{run.name: loop_points(run, y, x) for run in members} for _, members in groups]
+    everything = [of_run for of_runs in by_group for of_run in of_runs.values()]
+    shared = options_to_draw(everything)
+    is_shared = all(len(of_run.get(shared, ())) > 1 for of_run in everything)
+    for (options, members), of_runs in zip(groups, by_group, strict=True):
+        drawn = shared if is_shared else options_to_draw([*of_runs.values()])
         points = {name: of_run[drawn] for name, of_run in of_runs.items() if drawn in of_run}
         choices.append((drawn, of_runs))
         loops = sorted({n for of_run in points.values() for n in of_run})
