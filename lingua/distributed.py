@@ -181,7 +181,7 @@ def get_dp_rank_and_degree(mesh: DeviceMesh | None) -> tuple[int, int]:
 
 
 def _reduce(x: Tensor | float, op: dist.ReduceOp.RedOpType, mesh: DeviceMesh | None) -> Tensor:
-    out = torch.as_tensor(x).detach().clone()
+    out = x.detach().clone() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
     if out.dtype is torch.float32 or not out.is_floating_point():
         out = out.double()  # token counts stay exact
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -285,6 +285,7 @@ def test_one_process_agrees_without_its_device(has_group, monkeypatch):
     try:
         assert ld.agree_any(True) and not ld.agree_any(False)
         assert ld.run_and_average(lambda: ("rows", 3.0)) == ("rows", 3.0)
+        assert ld.dist_sum(2.0**24 + 1).item() == 2**24 + 1
     finally:
         ld.destroy_process_group()
 
