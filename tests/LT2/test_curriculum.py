@@ -103,7 +103,7 @@ def test_minutes_0_writes_the_report_again(folder, tmp_path, capsys):
 
 # ---- chains
 
-STUDY = Study("curriculum", "?", {}, "stage.yaml")
+STUDY = Study("curriculum", "?", {}, str(SPEC.with_name("stage.yaml")))
 
 
 def chain_of(folder: Path, *stages: list[dict], steps: int = 40) -> Chain:
@@ -170,8 +170,15 @@ def verdict_of(low, high, folder, monkeypatch, capsys) -> str:
     for chain in high:
         chain.arm = "full"
     claim = {"claim": "c", "column": "n_max", "lower": {"arm": "gdn"}, "than": {"arm": "full"}}
-    study = Study("curriculum", "?", {}, "x", columns={"n_max": "n_max"}, claims=[claim])
-    monkeypatch.setattr(report, "draw_curves", lambda chains, out: None)
+    study = Study(
+        "curriculum",
+        "?",
+        {},
+        str(SPEC.with_name("stage.yaml")),
+        columns={"n_max": "n_max"},
+        claims=[claim],
+    )
+    monkeypatch.setattr(report, "draw_curves", lambda *_: None)
     monkeypatch.setattr(report, "format_facts", lambda *args: "")
     report.write_report(study, folder, {"commands": []}, [*low, *high], [])
     (verdict,) = re.findall(

@@ -11,11 +11,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from apps.LT2.scripts.figure import MORE_COLOURS, Line, draw_lines, import_pyplot, save_figure
+from apps.LT2.scripts.figure import GREY, MORE_COLOURS, draw_lines, import_pyplot, save_figure
 from apps.LT2.scripts.study import Cell
 from apps.LT2.scripts.study_report import format_facts, judge_claims, write_page
 from apps.LT2.scripts.study_spec import Study
-from lingua.args import print_text
+from lingua.args import load_config_file, print_text
 from lingua.errors import UserError
 from lingua.evaluations import ENDED_BY
 from lingua.files.atomic import write_atomic
@@ -29,6 +29,13 @@ logger = logging.getLogger(__name__)
 LOOPS, LENGTH = "model.loop_count", "data.task.n"
 ACCURACY = "acc/val"
 COLUMNS = 4  # of the figure
+STYLES = ("-", (0, (4, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 3)), (0, (1, 4)))  # by n
+ENDS: dict[str, dict[str, Any]] = {
+    "passed": {"marker": "o", "markersize": 4, "linestyle": ""},
+    "failed": {"marker": "x", "markersize": 5, "linestyle": ""},
+    "not ended": {"marker": "o", "markersize": 4, "markerfacecolor": "white", "linestyle": ""},
+}
+GUESS = 11 / 16  # the share of the most frequent of five random bits: those of the pointers
 
 
 # ---- stages
@@ -118,13 +125,15 @@ def write_report(
     if not done:
         print("curriculum: no stage is done yet; the same command continues")
         return
+    stop_at = study.options.get("eval.stop_at") or load_config_file(study.config)["eval"]["stop_at"]
+    target = float(str(stop_at).rpartition("=")[2])
     table = format_table(chains)
     print_text(table)
     lines = [json_line(result_of(chain, stage)) for chain, stage in done]
     write_atomic(folder / f"{study.name}.jsonl", "".join(lines))
     plot = folder / f"{study.name}.png"
     try:
-        draw_curves(chains, plot)
+        draw_curves(chains, plot, target)
     except UserError as error:
         logger.warning("%s is not drawn: %s; minutes=0 draws it later", plot, error)
     left = [c for c in chains if c.next_stage() is not None]
@@ -147,19 +156,22 @@ def write_report(
     commands = "\n".join(f"{module} {given} dump_dir=FOLDER" for given in record["commands"])
     figures = [plot] if plot.exists() else []
     facts = format_facts(study, runs, record, {}, [*unfinished, *not_run], commands)
-    report = write_page(study, folder, verdicts, [table, EXPLAINED], figures, facts)
+    report = write_page(study, folder, verdicts, [table, explain(target)], figures, facts)
     print(f"report: {report}" + (f"; {len(left)} chains are not finished" if left else ""))
 
 
-EXPLAINED = (
-    "A stage passes when the accuracy on held-out examples reaches the target; the next one starts "
-    "from its weights, with a new optimizer. n_max is the last stage that passed, the median over "
-    "seeds, and in brackets that of each seed; `>=` means that the curriculum is not at its end. "
-    "Columns n=... have the number of passed and of run stages, with the median of their "
-    "steps. State and FLOPs are for the longest n: bytes of the caches of one sequence in "
-    "bf16, and FLOPs per token of training. The paper does not say whether its stages keep the "
-    "optimizer, nor its learning rate, batch, window and heads; these are ours."
-)
+def explain(target: float) -> str:
+    return (
+        f"A stage passes when the accuracy on held-out examples reaches {target:g}; the next one "
+        "starts from its weights, with a new optimizer. The most frequent of the pointers' bits is "
+        f"right in {GUESS:.2f} of the examples at every n. n_max is the last stage that passed, "
+        "the median over seeds, and in brackets that of each seed; `>=` means that the curriculum "
+        "is not at its end. Columns n=... have the number of passed and of run stages, with the "
+        "median of their steps, or, if none passed, with the mean accuracy at the end. State and "
+        "FLOPs are for the longest n: bytes of the caches of one sequence in bf16, and FLOPs per "
+        "token of training. The paper does not say whether its stages keep the optimizer, nor its "
+        "learning rate, batch, window and heads; these are ours."
+    )
 
 
 def format_table(chains: Sequence[Chain]) -> str:
@@ -234,35 +246,53 @@ def as_run(chain: Chain) -> Run:
     return Run(chain.name, chain.folder, RunOptions(options, {}, True), metrics, [], None, [])
 
 
-def draw_curves(chains: Sequence[Chain], out: Path) -> None:
-    """Draw accuracy against the steps of all stages: an axes for each arm, a colour for each T."""
+def draw_curves(chains: Sequence[Chain], out: Path, target: float) -> None:
+    """Draw accuracy against the steps of all stages: an axes for each arm, a colour for each T.
+
+    The style of a line is its n, and the marker at its end says how the stage ended.
+    """
     plt = import_pyplot("the plot")
     arms = list(dict.fromkeys(chain.arm for chain in chains))
     loops = sorted({chain.n_loops for chain in chains})
+    lengths = sorted({stage.n for chain in chains for stage in chain.stages})
+    colours = {T: MORE_COLOURS[i % len(MORE_COLOURS)] for i, T in enumerate(loops)}
+    styles = {n: STYLES[i % len(STYLES)] for i, n in enumerate(lengths)}
     n_rows = math.ceil(len(arms) / COLUMNS)
     shape = {"nrows": n_rows, "ncols": min(COLUMNS, len(arms)), "squeeze": False}
-    size = (3 * shape["ncols"] + 1, 2.3 * n_rows + 0.8)
-    figure, grid = plt.subplots(**shape, sharey=True, figsize=size, layout="constrained")
+    size = (3 * shape["ncols"] + 1.4, 2.6 * n_rows + 0.8)
+    figure, grid = plt.subplots(
+        **shape, sharex=True, sharey=True, figsize=size, layout="constrained"
+    )
     for axes in grid.flat[len(arms) :]:
         axes.set_visible(False)
     for arm, axes in zip(arms, grid.flat, strict=False):
-        lines = []
+        for level in (target, GUESS):
+            axes.axhline(level, color=GREY, linestyle="--", linewidth=0.8)
         for chain in (c for c in chains if c.arm == arm):
-            colour = MORE_COLOURS[loops.index(chain.n_loops) % len(MORE_COLOURS)]
-            start = 0
-            for stage in chain.stages:
-                if curve := chain.outcome(stage).curve:
-                    x, y = [float(start + step) for step, _ in curve], [value for _, value in curve]
-                    lines.append(Line(x, y, colour=colour, width=1))
-                    start += curve[-1][0]
-                    if chain.seed == 1 and chain.n_loops == loops[-1]:
-                        axes.annotate(f"n={stage.n}", (x[0], y[0]), fontsize=6)
-        draw_lines(axes, lines)
+            draw_chain(axes, chain, colours[chain.n_loops], styles)
+        draw_lines(axes, [])
         axes.set_title(arm, fontsize=9)
-    for i, n_loops in enumerate(loops):
-        grid[0, 0].plot([], [], color=MORE_COLOURS[i % len(MORE_COLOURS)], label=f"T = {n_loops}")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        axes.tick_params(labelbottom=True)
+    keys = [plt.Line2D([], [], color=colour, label=f"T = {T}") for T, colour in colours.items()]
+    keys += [plt.Line2D([], [], color=GREY, ls=styles[n], label=f"n = {n}") for n in lengths]
+    keys += [plt.Line2D([], [], color=GREY, label=end, **ENDS[end]) for end in ENDS]
+    keys.append(plt.Line2D([], [], color=GREY, ls="--", lw=0.8, label="target, and a guess"))
+    figure.legend(handles=keys, loc="outside right upper", frameon=False, fontsize=8)
     figure.supxlabel("optimizer steps, all stages", fontsize=9)
     figure.supylabel("held-out accuracy", fontsize=9)
     save_figure(figure, out)
     plt.close(figure)
+
+
+def draw_chain(axes: Any, chain: Chain, colour: Any, styles: Mapping[int, Any]) -> None:
+    """Draw the stages of a seed one after the other."""
+    start = 0
+    for stage in chain.stages:
+        outcome = chain.outcome(stage)
+        if not outcome.curve:
+            continue
+        x, y = [float(start + step) for step, _ in outcome.curve], [v for _, v in outcome.curve]
+        axes.plot(x, y, color=colour, linestyle=styles[stage.n], linewidth=1)
+        end = "passed" if outcome.is_passed else "failed" if outcome.is_done else "not ended"
+        axes.plot(x[-1:], y[-1:], color=colour, **ENDS[end])
+        start += outcome.curve[-1][0]

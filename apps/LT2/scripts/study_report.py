@@ -189,13 +189,9 @@ def judge(
     metric, both = study.columns[claim.column], (claim.lower, claim.than)
     sides = [[last(run, metric) for run in members(where, runs)] for where in both]
     bounds = [[last(run, metric) for run in members(where, rising)] for where in both]
-    sides = [side + more for side, more in zip(sides, bounds, strict=True)]
-    values = [
-        f"at least {min(side):g}" if more else mean_and_std(side)
-        for side, more in zip(sides, bounds, strict=True)
-    ]
+    values = [format_values(*kinds) for kinds in zip(sides, bounds, strict=True)]
     ours = ", ".join(f"{side_name(w)} {value}" for w, value in zip(both, values, strict=True))
-    low, high = sides
+    sides = low, high = [side + more for side, more in zip(sides, bounds, strict=True)]
     if not min(map(len, sides)):
         return ours, "not run"
     if min(map(len, sides)) == 1:
@@ -216,6 +212,13 @@ def side_name(where: dict[str, Any]) -> str:
         str(value) if option == "arm" else f"{option.rpartition('.')[2]}={value}"
         for option, value in where.items()
     )
+
+
+def format_values(values: Sequence[float], bounds: Sequence[float]) -> str:
+    """Return all values if they are whole numbers, else their mean and standard deviation."""
+    if any(value % 1 for value in (*values, *bounds)) or not (values or bounds):
+        return mean_and_std([*values, *bounds])
+    return " ".join([*(f"{v:g}" for v in values), *(f">={v:g}" for v in bounds)])
 
 
 def mean_and_std(values: Sequence[float]) -> str:
