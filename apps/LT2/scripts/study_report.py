@@ -284,8 +284,8 @@ def write_report(
     verdicts = judge_claims(study, runs, failed)
     missing = swept.keys() - {run.path.name for run in runs}
     not_run = [name_group([m for m in swept if m in missing], swept)] if missing else []
-    have = {str(run.options.current["arm"]) for run in runs}
-    not_run += [f"arm={arm}" for arm in study.arms if arm not in have]
+    named = {str(options["arm"]) for options in swept.values()}
+    not_run += [f"arm={arm}" for arm in study.arms if arm not in named]
     not_run += [f"failed: {run.path.name}: {run.error}" for run in failed]
     not_run += [f"size={size}" for size in study.sizes if size not in (study.size, "tiny")]
     spikes = SPIKES if any("spikes" in m for m in study.columns.values()) else ""
