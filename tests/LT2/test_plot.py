@@ -415,6 +415,12 @@ def test_probes_count_loops_and_layers_from_1(tmp_path, drawn, x, y):
     assert len(drawn[0].axes[0].lines) == 1  # no circle
 
 
-def test_runs_without_scores_by_loops(tune, tmp_path):
-    with pytest.raises(UserError, match="loop_counts"):
-        main([str(tune), "x=loops", f"out={tmp_path}/a.png"])
+@pytest.mark.parametrize(
+    "has_probes, other", [(False, "train with probe_freq"), (True, "use loops/rms")]
+)
+def test_runs_without_scores_by_loops(tmp_path, has_probes, other):
+    run = write_run(tmp_path / "r", {"model": {"loop_count": 2}}, [9.0, 8.0])
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write('{"global_step": 20, "loops/rms/0": 1.0}\n' if has_probes else "")
+    with pytest.raises(UserError, match=rf"lt2 eval {run} 'loop_counts=\[1,2,4\]', or {other}"):
+        main([str(run), "x=loops", f"out={tmp_path}/a.png"])
