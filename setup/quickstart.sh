@@ -53,9 +53,9 @@ lt2 generate ckpt=$RUN loop_count=4 max_gen_len=64 temperature=0.7 prompts='["Th
 lt2 describe config=$RECIPE model.loop_count=4
 # train with 1, 2 and 4 loops, in five to ten minutes
 lt2 submit config=$RECIPE launcher=bash nodes=1 \\
-    'sweep.model.loop_count=[1,2,4]' -- steps=100 dump_dir=runs/loops
-# the validation loss against the number of loops, in runs/loops/plot.png
-lt2 plot runs/loops x=loop_count y=val_bpb
+    'sweep.model.loop_count=[1,2,4]' -- steps=100 dump_dir=runs/loops_sweep
+# the validation loss against the number of loops, in runs/loops_sweep/plot.png
+lt2 plot runs/loops_sweep x=loop_count y=val_bpb
 # one loop against four on a task that needs them, three seeds: a table, a plot and a verdict
 lt2 study permutation dump_dir=runs/permutation
 EOF

@@ -122,6 +122,10 @@ class LocalSweep:
     def follow(self, run: SweepRun) -> tuple[Job, float] | None:
         """Return a job to run after `run`, which is done, and the cost of its step."""
 
+    def result(self, run: SweepRun) -> str:
+        """Return what a run has reached, for the line that says it ended."""
+        return run.losses() and f"{run.losses()} nats per token"
+
     def check_time(self) -> None:
         """Called twice a second; sets is_out_of_time to stop all runs."""
 
@@ -195,7 +199,7 @@ class LocalSweep:
             if not self.is_stopping and (more := self.follow(run)) is not None:
                 self.waiting.append(SweepRun(more[0], len(self.runs) + 1, more[1]))
                 self.runs.append(self.waiting[-1])
-        parts = [run.error or (run.losses() and f"{run.losses()} nats per token")]
+        parts = [run.error or self.result(run)]
         if not self.is_stopping and any(not run.has_ended for run in self.runs):
             parts.append(self._eta())
         details = "; ".join(part for part in parts if part)

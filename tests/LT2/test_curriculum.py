@@ -84,7 +84,8 @@ def test_more_stages_continue_and_old_weights_go(quick_python, folder, tmp_path)
     module = ["-m", "apps.LT2.scripts.curriculum"]
     done = quick_python.run(*module, *argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "run 1 of 1: arm=gdn,loop_count=1,n=7,seed=1" in done.stdout
+    ended = r"run 1 of 1: arm=gdn,loop_count=1,n=7,seed=1: done .*: passed at step 1, accuracy \d"
+    assert re.search(ended, done.stdout) and "nats" not in done.stdout
     assert before == {n: (run_of(moved, "gdn", n) / "metrics.jsonl").read_bytes() for n in (5, 6)}
     kept = {n: (run_of(moved, "gdn", n) / "checkpoints").exists() for n in (5, 6, 7)}
     assert kept == {5: False, 6: False, 7: True}
@@ -150,6 +151,20 @@ def test_n_max_and_the_next_stage(tmp_path, stages, n_max, left, text):
     stage = chain.next_stage()
     assert (chain.n_max, stage and stage.n) == (n_max, left)
     assert report.format_n_max([chain]) == text
+
+
+@pytest.mark.parametrize(
+    "records, steps, text",
+    [
+        (PASSED, 40, "passed at step 40, accuracy 0.920"),
+        ([at(1500, 0.71)], 1500, "not passed, accuracy 0.710 after 1,500 steps"),
+        (RUNNING, 40, "not finished, accuracy 0.500 after 20 steps"),
+        ([{"global_step": 1, "loss/out": 1.0}], 40, ""),
+    ],
+)
+def test_the_result_of_a_stage_is_its_accuracy(tmp_path, records, steps, text):
+    chain = chain_of(tmp_path, records, steps=steps)
+    assert command.format_outcome(chain.outcome(chain.stages[0])) == text
 
 
 def test_a_row_has_every_seed(tmp_path):

@@ -357,6 +357,33 @@ def test_other_options_at_one_T_are_no_line(tmp_path, drawn):
         main([str(tmp_path / "0"), "x=loops", f"out={tmp_path}/a.png"])
 
 
+@pytest.mark.parametrize("x", ["loops", "loop_flops"])
+@pytest.mark.parametrize("n_runs", [1, 2])
+def test_one_T_is_no_line(tmp_path, drawn, x, n_runs):
+    runs = tmp_path / "my runs"
+    for seed in range(n_runs):
+        write_evaluations(runs, seed, ({}, [2]))
+    with pytest.raises(UserError) as error:
+        main([str(runs), f"x={x}", f"out={tmp_path}/a.png"])
+    text = str(error.value)
+    assert "one T" in text and "\n" not in text and "x=<option>" not in text
+    assert f"lt2 eval '{runs}/0' 'loop_counts=[1,2,4]'" in text
+    assert "x=loop_count" not in text
+
+
+def test_one_T_a_run_may_be_final_values(tmp_path, drawn):
+    write_evaluations(tmp_path / "runs", 0, ({}, [2]))
+    write_evaluations(tmp_path / "runs", 1, ({}, [4]))
+    (tmp_path / "runs/1/config.yaml").write_text("model: {loop_count: 4}\n")
+    with pytest.raises(UserError, match="x=loop_count"):
+        main([str(tmp_path / "runs"), "x=loops", f"out={tmp_path}/a.png"])
+
+
+def test_evaluations_are_no_probes(evaluated, tmp_path):
+    with pytest.raises(UserError, match="probe_freq; x=loops"):
+        main([str(evaluated), "x=loop", "y=loss/val", f"out={tmp_path}/a.png"])
+
+
 def test_losses_by_loops_of_training(tmp_path, drawn):
     run = write_run(tmp_path / "r", {"model": {"loop_count": 2}}, [9.0, 8.0])
     record = {"global_step": 20, "loss/val": 8.0, "loss/val/1": 8.5, "loss/val/2": 8.0}
@@ -388,6 +415,12 @@ def test_probes_count_loops_and_layers_from_1(tmp_path, drawn, x, y):
     assert len(drawn[0].axes[0].lines) == 1  # no circle
 
 
-def test_runs_without_scores_by_loops(tune, tmp_path):
-    with pytest.raises(UserError, match="loop_counts"):
-        main([str(tune), "x=loops", f"out={tmp_path}/a.png"])
+@pytest.mark.parametrize(
+    "has_probes, other", [(False, "train with probe_freq"), (True, "use loops/rms")]
+)
+def test_runs_without_scores_by_loops(tmp_path, has_probes, other):
+    run = write_run(tmp_path / "r", {"model": {"loop_count": 2}}, [9.0, 8.0])
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write('{"global_step": 20, "loops/rms/0": 1.0}\n' if has_probes else "")
+    with pytest.raises(UserError, match=rf"lt2 eval {run} 'loop_counts=\[1,2,4\]', or {other}"):
+        main([str(run), "x=loops", f"out={tmp_path}/a.png"])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "setup" / "quickstart.sh"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "setup" / "quickstart.sh"
 PYTHON = """#!/bin/bash
 [[ $1 != -c ]] || cat >/dev/null
 [[ $1 == -c || $1 == - || "$*" == "-m pip --version" ]] || echo "$*" >>"$(dirname "$0")/commands"
@@ -55,3 +57,9 @@ def test_the_script_trains_samples_and_plots_in_dump_dir(tmp_path, options, fold
 def test_the_script_ends_with_a_refused_run(tmp_path):
     status, _, commands = run(tmp_path, "model.loop_count=4", failing="apps.LT2.train")
     assert status == 2 and len(commands) == 1
+
+
+def test_the_suggested_folders_are_not_those_of_the_results():
+    script, results = (path.read_text() for path in (SCRIPT, ROOT / "docs/results/README.md"))
+    suggested, used = (set(re.findall(r"dump_dir=(runs/\w+)", text)) for text in (script, results))
+    assert suggested and used and not suggested & used

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import torch
 
 from apps.LT2.flops import cache_bytes, train_flops_per_token
-from apps.LT2.scripts.curriculum_report import LENGTH, LOOPS, Chain, Stage, write_report
+from apps.LT2.scripts.curriculum_report import LENGTH, LOOPS, Chain, Outcome, Stage, write_report
 from apps.LT2.scripts.study import (
     StudyArgs,
     build,
@@ -195,6 +195,16 @@ def format_plan(study: Study, chains: Sequence[Chain]) -> str:
 # ---- the runs
 
 
+def format_outcome(outcome: Outcome) -> str:
+    if not outcome.curve:
+        return ""
+    step, accuracy = outcome.curve[-1]
+    if outcome.is_passed:
+        return f"passed at step {step:,}, accuracy {accuracy:.3f}"
+    state = "not passed" if outcome.is_done else "not finished"
+    return f"{state}, accuracy {accuracy:.3f} after {step:,} steps"
+
+
 def run_chains(
     study: Study, folder: Path, chains: Sequence[Chain], jobs: int | None, **own: Any
 ) -> list[str]:
@@ -203,14 +213,14 @@ def run_chains(
     Return the labels of stages that failed. Their chains end here.
     """
     lost: list[str] = []
-    chain_of: dict[str, Chain] = {}  # by the label of a stage
+    by_label: dict[str, tuple[Chain, Stage]] = {}
 
     def next_run(chain: Chain) -> tuple[Stage, int] | None:
         stage = chain.next_stage()
         if stage is None:
             return None
         label = stage.label(chain.seed)
-        chain_of[label] = chain
+        by_label[label] = chain, stage
         if passed := chain.passed():
             before = chain.run(passed[-1])
             if not any((run / "checkpoints").is_dir() for run in (before, chain.run(stage))):
@@ -221,18 +231,23 @@ def run_chains(
         return stage, chain.seed
 
     def follow(label: str) -> tuple[Job, float] | None:
-        chain = chain_of[label]
+        chain, _ = by_label[label]
         for stage in chain.passed()[:-1]:  # only the newest weights are needed
             shutil.rmtree(chain.run(stage) / "checkpoints", ignore_errors=True)
         if (found := next_run(chain)) is None:
             return None
         return plan_jobs(study, folder, [found])[0], found[0].flops
 
+    def result(label: str) -> str:
+        chain, stage = by_label[label]
+        return format_outcome(chain.outcome(stage))
+
     runs = [found for chain in chains if (found := next_run(chain)) is not None]
     costs = {folder / stage.label(seed): stage.flops for stage, seed in runs}
     if not runs:
         return lost
-    failed = run_jobs(plan_jobs(study, folder, runs), jobs, costs, then=follow, **own)
+    own |= {"then": follow, "result": result}
+    failed = run_jobs(plan_jobs(study, folder, runs), jobs, costs, **own)
     return failed + lost
 
 

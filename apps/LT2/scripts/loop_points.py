@@ -6,6 +6,7 @@ The first come from `eval loop_counts=` and training, the second from `probe_fre
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from lingua.config.help import format_value
@@ -29,9 +30,31 @@ def find_score(y: str, runs: Sequence[Run]) -> str:
     split = [key.rpartition("/") for run in runs for key in run.metrics]
     known |= {name for name, _, loops in split if loops.isdigit()}
     if not (found := full_name(y, sorted(known), "/")):
-        shown = list_names(sorted(known)) if known else "eval loop_counts=[1,2,4] or probe_freq"
-        raise UserError(f"y={y}: no run has this score by loops or layers; use {shown}")
+        other = f"use {list_names(sorted(known))}" if known else "train with probe_freq"
+        todo = f"run {eval_command(runs[0])}, or {other}"
+        raise UserError(f"y={y}: no run has this score at several T or layers; {todo}")
     return only("y", y, found)
+
+
+def eval_command(run: Run) -> str:
+    """Return the command that evaluates a run at several T."""
+    return shlex.join(["lt2", "eval", str(run.path), "loop_counts=[1,2,4]"])
+
+
+def no_line(runs: Sequence[Run], y: str, x: str) -> UserError:
+    """Return the error that no run has `y` at several `x`, with what to do."""
+    if x in (LOOP, DEPTH):
+        return UserError(f"x={x}: no run has {y} of probe_freq; x=loops draws evaluations")
+    names, is_one = list_names([run.name for run in runs], 3), len(runs) == 1
+    if any(loop_points(run, y, x) for run in runs):
+        why = f"{names} {'was' if is_one else 'were'} evaluated at one T only"
+    else:
+        kind = "with FLOPs" if x == FLOPS else "without an exit"
+        why = f"no evaluation of {names} has {y} {kind}"
+    todo = f"run {eval_command(runs[0])}{'' if is_one else ' for each'}"
+    if len({trained_loops(run) for run in runs}) > 1:
+        todo += ", or use x=loop_count"
+    return UserError(f"x={x}: {why}; {todo}")
 
 
 def loop_points(run: Run, y: str, x: str) -> dict[str, Points]:

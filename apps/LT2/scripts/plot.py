@@ -49,6 +49,7 @@ from apps.LT2.scripts.loop_points import (
     OWN,
     find_score,
     loop_points,
+    no_line,
     options_to_draw,
     trained_loops,
     warn_of_options,
@@ -420,6 +421,8 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     if over_loops:
         of_runs = [loop_points(run, y, x) for run in runs]
         missing = [r for r, p in zip(runs, of_runs, strict=True) if options_to_draw([p]) not in p]
+        if len(missing) == len(runs):
+            raise no_line(runs, y, x)
         warn_skipped(
             [run.name for run in missing], f"no {y} by loops; see eval loop_counts= and probe_freq"
         )
@@ -428,8 +431,6 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
         runs = with_metric(
             with_metric(runs, y, f"y={args.y or y}"), x if is_curve else y, f"x={args.x}"
         )
-    if not runs:
-        raise UserError(f"x={x}: no run has {y} with FLOPs; run eval loop_counts=[1,2,4] first")
     for option in set(mean) - set(differing):
         logger.warning("mean=%s has no effect: %s", option, say_differing(differing))
     implied = implied_options(runs, differing, mean)
@@ -441,6 +442,8 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
         groups = [(values, [run]) for values, members in groups for run in members]
     if over_loops:
         series = curves_over_loops(x, y, groups)
+        if x in (LOOPS, FLOPS) and all(len(one.x) == 1 for one in series):
+            raise no_line(runs, y, x)
     elif is_curve:
         series = curves_over(x, y, groups, args.smooth)
     else:

@@ -81,6 +81,7 @@ class StudySweep(LocalSweep):
 
     `stop_at` and `kill_at` are times: runs stop with a checkpoint, and those in a long step are
     killed. `then` returns the job after a run that is done, by its label, and the cost of a step.
+    `result` returns what to print when a run ends, by its label, or "" for its losses.
     """
 
     program = "study"
@@ -91,6 +92,7 @@ class StudySweep(LocalSweep):
         self.gpus: list[str] = own["gpus"]
         self.record, self.file = own["record"], own["file"]
         self.then: Then | None = own.get("then")
+        self.result_of: Callable[[str], str] | None = own.get("result")
         self.recorded = time.monotonic()
         super().__init__(jobs, at_once, costs)
 
@@ -102,6 +104,9 @@ class StudySweep(LocalSweep):
 
     def follow(self, run: SweepRun) -> tuple[Job, float] | None:
         return None if self.then is None else self.then(run.label)
+
+    def result(self, run: SweepRun) -> str:
+        return (self.result_of and self.result_of(run.label)) or super().result(run)
 
     def check_time(self) -> None:
         now = time.monotonic()
