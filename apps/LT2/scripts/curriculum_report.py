@@ -35,7 +35,7 @@ ENDS: dict[str, dict[str, Any]] = {
     "failed": {"marker": "x", "markersize": 5, "linestyle": ""},
     "not ended": {"marker": "o", "markersize": 4, "markerfacecolor": "white", "linestyle": ""},
 }
-GUESS = 11 / 16  # the share of the most frequent of five random bits: those of the pointers
+GUESS = 11 / 16  # how often the most frequent of the bits of five pointers is the answer
 
 
 # ---- stages
