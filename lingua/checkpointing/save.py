@@ -238,12 +238,12 @@ class _StagingPlanner(DefaultSavePlanner):
 def _to_host(data: Tensor | io.BytesIO, *, copy: bool = False) -> Tensor | io.BytesIO:
     """Return the data in the memory of the host; with `copy`, never the same tensor.
 
-    A copy from a GPU is pinned, which is faster, and torch keeps its memory for the next save.
+    A copy from a GPU goes to pinned memory, which torch keeps for the next save.
     """
     if isinstance(data, io.BytesIO):
         return data
     if not data.is_cuda:
-        return data.clone() if copy else data
+        return data.detach().clone() if copy else data
     host = data.detach().to("cpu", non_blocking=True)
     torch.cuda.current_stream(data.device).synchronize()
     return host

@@ -69,6 +69,10 @@ def test_the_report_has_what_the_runs_measured(folder):
     assert (folder / "curriculum.png").stat().st_size > 10_000
 
 
+def test_a_guess_is_the_majority_of_the_pointers_bits():
+    assert [report.majority(n) for n in (1, 2, 5)] == [1, 3 / 4, 11 / 16]
+
+
 def test_a_stage_starts_from_the_weights_before(folder):
     first, second = (run_of(folder, "gdn", n) for n in (5, 6))
     log = (second / "train.log").read_text()

@@ -139,7 +139,7 @@ class KernelContract:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         for _ in range(100):
-            with torch.cuda.stream(stream):  # about 4 ms, as long as the results take
+            with torch.cuda.stream(stream):  # enough for the time that the results take
                 for _ in range(20):
                     other @ other
             for name, a, b in zip(("o", "final state", *self.names), results(), want, strict=True):

@@ -16,6 +16,7 @@ from apps.LT2.scripts.study import Cell
 from apps.LT2.scripts.study_report import format_facts, judge_claims, write_page
 from apps.LT2.scripts.study_spec import Study
 from lingua.args import load_config_file, print_text
+from lingua.dataloader.synthetic.state_tracking import StateTracking
 from lingua.errors import UserError
 from lingua.evaluations import ENDED_BY
 from lingua.files.atomic import write_atomic
@@ -35,7 +36,6 @@ ENDS: dict[str, dict[str, Any]] = {
     "failed": {"marker": "x", "markersize": 5, "linestyle": ""},
     "not ended": {"marker": "o", "markersize": 4, "markerfacecolor": "white", "linestyle": ""},
 }
-GUESS = 11 / 16  # how often the most frequent of the bits of five pointers is the answer
 
 
 # ---- stages
@@ -127,13 +127,14 @@ def write_report(
         return
     stop_at = study.options.get("eval.stop_at") or load_config_file(study.config)["eval"]["stop_at"]
     target = float(str(stop_at).rpartition("=")[2])
+    guess = majority(study.options.get("data.task.n_pointers", StateTracking.n_pointers))
     table = format_table(chains)
     print_text(table)
     lines = [json_line(result_of(chain, stage)) for chain, stage in done]
     write_atomic(folder / f"{study.name}.jsonl", "".join(lines))
     plot = folder / f"{study.name}.png"
     try:
-        draw_curves(chains, plot, target)
+        draw_curves(chains, plot, target, guess)
     except UserError as error:
         logger.warning("%s is not drawn: %s; minutes=0 draws it later", plot, error)
     left = [c for c in chains if c.next_stage() is not None]
@@ -143,9 +144,9 @@ def write_report(
     finals = [as_run(chain) for chain in chains if chain not in rising]
     # The seeds that fail early end first. For the others, n_max is at least the last that passed.
     # Seeds that wait count too, unless no seed of their arm and T has a result.
-    begun = {c.name for c in chains if c.outcome(c.stages[0]).curve}
-    rises = [as_run(chain) for chain in rising if chain.name in begun]
-    verdicts = judge_claims(study, finals, [], rising=rises)
+    has_result = {c.name for c in chains if c.outcome(c.stages[0]).curve}
+    bounds = [as_run(chain) for chain in rising if chain.name in has_result]
+    verdicts = judge_claims(study, finals, [], rising=bounds)
     runs = read_runs([chain.run(stage) for chain, stage in done])
     seeds: dict[str, list[str]] = {}
     for chain in left:
@@ -156,15 +157,21 @@ def write_report(
     commands = "\n".join(f"{module} {given} dump_dir=FOLDER" for given in record["commands"])
     figures = [plot] if plot.exists() else []
     facts = format_facts(study, runs, record, {}, [*unfinished, *not_run], commands)
-    report = write_page(study, folder, verdicts, [table, explain(target)], figures, facts)
+    report = write_page(study, folder, verdicts, [table, explain(target, guess)], figures, facts)
     print(f"report: {report}" + (f"; {len(left)} chains are not finished" if left else ""))
 
 
-def explain(target: float) -> str:
+def majority(n_bits: int) -> float:
+    """Return the mean share of the more frequent value in `n_bits` random bits."""
+    counts = (max(k, n_bits - k) * math.comb(n_bits, k) for k in range(n_bits + 1))
+    return sum(counts) / n_bits / 2**n_bits
+
+
+def explain(target: float, guess: float) -> str:
     return (
         f"A stage passes when the accuracy on held-out examples reaches {target:g}; the next one "
         "starts from its weights, with a new optimizer. The most frequent of the pointers' bits is "
-        f"right in {GUESS:.2f} of the examples at every n. n_max is the last stage that passed, "
+        f"right in {guess:.2f} of the examples at every n. n_max is the last stage that passed, "
         "the median over seeds, and in brackets that of each seed; `>=` means that the curriculum "
         "is not at its end. Columns n=... have the number of passed and of run stages, with the "
         "median of their steps, or, if none passed, with the mean accuracy at the end. State and "
@@ -246,7 +253,7 @@ def as_run(chain: Chain) -> Run:
     return Run(chain.name, chain.folder, RunOptions(options, {}, True), metrics, [], None, [])
 
 
-def draw_curves(chains: Sequence[Chain], out: Path, target: float) -> None:
+def draw_curves(chains: Sequence[Chain], out: Path, target: float, guess: float) -> None:
     """Draw accuracy against the steps of all stages: an axes for each arm, a colour for each T.
 
     The style of a line is its n, and the marker at its end says how the stage ended.
@@ -266,11 +273,11 @@ def draw_curves(chains: Sequence[Chain], out: Path, target: float) -> None:
     for axes in grid.flat[len(arms) :]:
         axes.set_visible(False)
     for arm, axes in zip(arms, grid.flat, strict=False):
-        for level in (target, GUESS):
+        for level in (target, guess):
             axes.axhline(level, color=GREY, linestyle="--", linewidth=0.8)
         for chain in (c for c in chains if c.arm == arm):
             draw_chain(axes, chain, colours[chain.n_loops], styles)
-        draw_lines(axes, [])
+        draw_lines(axes, [])  # only the grid
         axes.set_title(arm, fontsize=9)
         axes.tick_params(labelbottom=True)
     keys = [plt.Line2D([], [], color=colour, label=f"T = {T}") for T, colour in colours.items()]
