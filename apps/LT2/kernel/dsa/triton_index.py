@@ -262,12 +262,15 @@ def _select_kernel(
         earliest += 1
     selected = (order > threshold) | (tied & (key >= earliest))
 
-    packed = tl.sum(selected.to(tl.int32) << bit[None, :], 1)
+    # Four quarters of the bytes share one sum along the bits, which is as many shuffles less.
+    shift, quarters = 8 * tl.arange(0, 4), selected.to(tl.int32).reshape(4, BYTES // 4, 8)
+    packed = tl.sum(tl.sum(quarters << (shift[:, None, None] + bit[None, None, :]), 0), 1)
+    packed = (packed[None, :] >> shift[:, None]).reshape(BYTES)
     to = bits + (b * T + row).to(tl.int64) * X + byte
     tl.store(to, packed.to(tl.uint8), mask=byte < X)
     x = tl.where(selected, _from_order(order), float("-inf"))
     largest = tl.max(x)
-    total = tl.sum(tl.sum(tl.exp(x - largest), 1), 0)
+    total = tl.sum(tl.exp(x - largest))
     tl.store(log_sum + at, largest + tl.log(total))
 
 
