@@ -12,7 +12,7 @@ from typing import TextIO, cast
 import pytest
 import torch
 
-from tests.LT2.tiny_run import write_corpus
+from tests.LT2.tiny_run import SMALL, column, command_line, write_corpus
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,6 +93,22 @@ def test_two_gpus_repeat_a_step_as_a_graph(tmp_path):
         assert graphed[loss] == pytest.approx(eager[loss], rel=LOSS), loss
     assert graphed["grad_norm"] == pytest.approx(eager["grad_norm"], rel=0.1)
     assert graphed["collectives"] == eager["collectives"]
+
+
+def test_two_gpus_evaluate_the_weights_that_graphs_trained(tmp_path):
+    """An evaluation leaves weights gathered. The one after the next replay must gather again."""
+    data, runs = write_corpus(tmp_path / "data", n_lines=200), []
+    options = {**SMALL, "model.dim": 128, "steps": 8, "checkpoint.eval.every": 2}
+    options |= {"distributed.fsdp_type": "full_shard", "optim.lr": 1e-2}
+    for cuda_graph in (False, True):
+        run, own = tmp_path / f"run_{cuda_graph}", {"distributed.cuda_graph": cuda_graph}
+        run_ranks(2, "apps.LT2.train", *command_line(data, run, {**options, **own}))
+        runs.append(column(run, "loss/val"))
+    eager, graphed = runs
+    assert len(eager) == 4
+    assert graphed == pytest.approx(eager, rel=1e-3)
+    steps = zip(eager, eager[1:], strict=False)
+    assert all(abs(after - before) > 1e-2 * before for before, after in steps)
 
 
 def test_two_gpus_split_the_vocabulary(tmp_path):
