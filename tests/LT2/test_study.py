@@ -61,7 +61,8 @@ def run_study(quick_python, name: str, folder: Path, *options: str) -> str:
 
 def test_loops_from_the_command_to_the_report(quick_python, data, tmp_path):
     folder = tmp_path / "study"
-    run_study(quick_python, "loops", folder, "arms=[fixed]", "jobs=2", *data)
+    printed = run_study(quick_python, "loops", folder, "arms=[fixed]", "jobs=2", *data)
+    assert "2 runs at a time on the CPU" in printed
     before = (folder / "arm=fixed,seed=1" / "metrics.jsonl").read_bytes()
     printed = run_study(quick_python, "loops", folder, "arms=[fixed,poisson]", "seeds=1", *data)
     assert "1 of 2 runs are done already" in printed

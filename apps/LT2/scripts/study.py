@@ -267,6 +267,8 @@ def run_jobs(
         write_run(job, code)
     gpus = visible_gpus()
     at_once = min(at_once or len(gpus) or len(os.sched_getaffinity(0)), len(left))
+    where = f"GPU {', '.join(gpus)}" if gpus else "the CPU"
+    print(f"study: {at_once} {'run' if at_once == 1 else 'runs'} at a time on {where}", flush=True)
     costs_of = [costs[job.dump_dir] for job in left]
     sweep = StudySweep(left, at_once, costs_of, gpus=gpus, then=follow, **own)
     sweep.run()
