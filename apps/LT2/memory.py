@@ -83,7 +83,7 @@ def training_memory(
     looped = max(accumulated, FP32 * layers if n_loops > 1 else 0)
 
     tokens = batch_size * seqlen
-    head, buffers = _loss_bytes(model, tokens, width, args.tp_size)
+    head, buffers, gradients = _loss_bytes(model, tokens, width, args.tp_size)
     kept, peak = {}, {}
     for mode in ACTIVATION_CHECKPOINTING:
         body, recomputed = _body_bytes(model, mode, width, tokens, seqlen, args.tp_size)
@@ -91,7 +91,7 @@ def training_memory(
         at_loss = resident + accumulated + kept[mode] + buffers
         # After the backward of one loop, all layers have gradients.
         rest = body - body // n_loops
-        at_backward = resident + looped + head + rest + recomputed
+        at_backward = resident + looped + gradients + rest + recomputed
         peak[mode] = max(at_loss, at_backward, weights + optimizer + weights)
     return TrainingMemory(weights, optimizer, weights, int(gathered), kept, peak)
 
@@ -117,20 +117,31 @@ def _local_shapes(
         yield name, param, rows, row
 
 
-def _loss_bytes(model: LoopedTransformer, tokens: int, width: int, tp_size: int) -> tuple[int, int]:
-    """Return the bytes that the head keeps, and the bytes of the loss's temporary buffers."""
+def _loss_bytes(
+    model: LoopedTransformer, tokens: int, width: int, tp_size: int
+) -> tuple[int, int, int]:
+    """Return the bytes that the loss keeps, its temporary buffers, and its gradients.
+
+    The last are what the loss leaves to the backward of the loops.
+    """
     dim, vocabulary = model.args.dim, model.args.vocab_size
     if vocabulary % tp_size == 0:
         vocabulary //= tp_size
+    n_loops, state = model.n_loops, width * tokens * dim
+    n_backward = model.n_backward_loops(n_loops)
+    early = cut_off = waiting = 0
+    if model.args.loop_loss != "none":
+        early = width * dim * (n_loops - 1) * -(-tokens // model.args.loop_loss_every)
+        # The backward begins with the last of these states, so its loop keeps that one.
+        cut_off = max(n_loops - n_backward - 1, 0) * state
+        waiting = (n_backward - 1) * state
     # Gradients of the hidden states and of the weight; the input of the final norm.
-    every = model.args.loop_loss_every
-    early = 0 if model.args.loop_loss == "none" else (model.n_loops - 1) * -(-tokens // every)
-    kept = width * (early + 2 * tokens) * dim + FP32 * vocabulary * dim
-    # Logits of this chunk and the one before in fp32, and their gradient.
+    last = 2 * state + FP32 * vocabulary * dim
+    # Logits of this chunk and the one before in fp32, and their gradient. With a loss of every
+    # loop, all normed states wait for it.
     chunk = min(tokens, CHUNK_TOKENS) * vocabulary
-    # With a loss of every loop, all normed states wait for it.
-    waiting = early * width * dim
-    return kept, waiting + chunk * (width + FP32 * (2 if tokens > CHUNK_TOKENS else 1))
+    buffers = early + chunk * (width + FP32 * (2 if tokens > CHUNK_TOKENS else 1))
+    return last + early + cut_off, buffers, last + waiting
 
 
 def _body_bytes(

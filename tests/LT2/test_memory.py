@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from apps.LT2.memory import training_memory
 from apps.LT2.mixers.gdn import GatedDeltaNetArgs
@@ -109,3 +112,55 @@ def test_peaks_are_close_to_measured_runs(recipe, mode, batch_size, gib, options
         seqlen=4096,
     )
     assert memory.peak[mode] / GIB == pytest.approx(gib, rel=0.05)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of live results. saved_tensors_hooks miss the inputs of checkpoints."""
+
+    def __init__(self, model: LoopedTransformer):
+        super().__init__()
+        self.parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.found: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.parameters:
+                storage = x.untyped_storage()
+                self.found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def count(self) -> int:
+        return sum(nbytes for weak, nbytes in self.found.values() if not weak.expired())
+
+
+def live_bytes(args: LoopedTransformerArgs, tokens: torch.Tensor) -> tuple[int, int]:
+    """Return what forward keeps, and what is left when the backward enters the last loop."""
+    model, entered = LoopedTransformer(args), []
+    model.init_weights()
+    model.checkpoint_loops = True  # the loops keep their inputs alone, and run in the backward
+    with LiveBytes(model) as live:
+        loss = model(tokens, target=tokens)
+        kept = live.count()
+        model.layers[0].register_forward_pre_hook(lambda *_: entered.append(live.count()))
+        loss.backward()
+    return kept, entered[0]
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("loop_bptt", [None, 1, 2, 3])
+def test_states_of_all_loops_wait_for_their_loss(loop_bptt, every):
+    one = replace(SMALL, loop_count=4, loop_bptt=loop_bptt, mixer="full", attention_pattern=None)
+    all_loops = replace(one, loop_loss="uniform", loop_loss_every=every)
+    tokens = torch.randint(55, (2, 64))
+    state = 4 * tokens.numel() * SMALL.dim
+    (_, left_one), (kept, left) = (live_bytes(args, tokens) for args in (one, all_loops))
+    memory_one, memory = (
+        training_memory(
+            build_on_meta(args), DistributedArgs(model_dtype="fp32"), batch_size=2, seqlen=64
+        )
+        for args in (one, all_loops)
+    )
+    assert memory.kept["loop"] / state == pytest.approx(kept / state, abs=0.1)
+    more = memory.peak["loop"] - memory_one.peak["loop"]  # in the backward, which runs loops again
+    assert more / state == pytest.approx((left - left_one) / state, abs=0.1)
