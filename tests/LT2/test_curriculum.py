@@ -106,6 +106,15 @@ def test_minutes_0_writes_the_report_again(folder, tmp_path, capsys):
     assert "starts" not in capsys.readouterr().out
 
 
+def test_a_target_below_a_guess_is_reported(folder, capsys):
+    """So is the target of size=tiny, which untrained models reach."""
+    main([f"dump_dir={folder}", "size=tiny", "arms=[gdn,full]", "minutes=0"])
+    warning = report.format_warning(0, 11 / 16)
+    assert warning in capsys.readouterr().out.splitlines()
+    assert warning in (folder / "curriculum.md").read_text().splitlines()
+    assert report.format_warning(0.9, 11 / 16) == ""
+
+
 # ---- chains
 
 STUDY = Study("curriculum", "?", {}, str(SPEC.with_name("stage.yaml")))

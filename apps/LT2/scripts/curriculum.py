@@ -67,7 +67,8 @@ OF_THIS_CALL = ("dump_dir", "jobs", "minutes")  # don't change the results
 class CurriculumArgs(StudyArgs):
     OTHER_OPTIONS: ClassVar = " Other options are training options, for all stages."
 
-    # tiny: seconds, to test the command; small: 4,000 steps a stage; full: 100,000, as in the paper
+    # tiny: seconds, to test the command, every stage passes; small: 4,000 steps a stage; full:
+    # 100,000, as in the paper
     size: str = "small"
     loops: list[int] | None = None  # T; null = as the size says
     n: list[int] | None = None  # stages: bits of the array, and swaps; null = as the size says

@@ -129,7 +129,8 @@ def write_report(
     target = float(str(stop_at).rpartition("=")[2])
     guess = majority(study.options.get("data.task.n_pointers", StateTracking.n_pointers))
     table = format_table(chains)
-    print_text(table)
+    warning = format_warning(target, guess)
+    print_text("\n".join(filter(None, [table, warning])))
     lines = [json_line(result_of(chain, stage)) for chain, stage in done]
     write_atomic(folder / f"{study.name}.jsonl", "".join(lines))
     plot = folder / f"{study.name}.png"
@@ -157,7 +158,8 @@ def write_report(
     commands = "\n".join(f"{module} {given} dump_dir=FOLDER" for given in record["commands"])
     figures = [plot] if plot.exists() else []
     facts = format_facts(study, runs, record, {}, [*unfinished, *not_run], commands)
-    report = write_page(study, folder, verdicts, [table, explain(target, guess)], figures, facts)
+    results = [table, warning, explain(target, guess)]
+    report = write_page(study, folder, verdicts, results, figures, facts)
     print(f"report: {report}" + (f"; {len(left)} chains are not finished" if left else ""))
 
 
@@ -165,6 +167,16 @@ def majority(n_bits: int) -> float:
     """Return the mean share of the more frequent value in `n_bits` random bits."""
     counts = (max(k, n_bits - k) * math.comb(n_bits, k) for k in range(n_bits + 1))
     return sum(counts) / n_bits / 2**n_bits
+
+
+def format_warning(target: float, guess: float) -> str:
+    """Return a warning if stages pass without training, as with size=tiny; else nothing."""
+    if target > guess:
+        return ""
+    return (
+        f"A stage passes at an accuracy of {target:g}, and a guess is right in {guess:.2f} of the "
+        "examples: n_max means nothing here."
+    )
 
 
 def explain(target: float, guess: float) -> str:
