@@ -30,6 +30,7 @@ from lingua.slurm.run_list import RunOptions
 from tests.lingua.slurm.test_local_sweep import jobs_in, write_metrics
 from tests.LT2.tiny_run import write_corpus
 
+OPEN = "inconclusive: a run is not finished"
 NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.name != DEFAULTS)
 # Arms that a test runs; the others differ in the mixer or in T, which other tests cover.
 ARMS = {
@@ -223,37 +224,56 @@ def test_a_failed_run_leaves_its_claims_open():
     claim = report.Claim("x", "bpb", lower={"arm": "a"}, than={"arm": "b"})
     runs = [run_with({"loss/val_bpb": v}, arm="a") for v in (1.0, 1.1)]
     runs += [run_with({"loss/val_bpb": v}, arm="b") for v in (1.2, 1.3)]
-    for arm, verdict in {"a": "inconclusive: a run is not finished", "c": "holds"}.items():
+    for arm, verdict in {"a": OPEN, "c": "holds"}.items():
         assert report.judge(study, claim, runs, [run_with({}, arm=arm)])[1] == verdict
+    mixed = [*runs, run_with({"loss/val_bpb": 1.25}, arm="a")]  # above one of b, below the other
+    for arm in ("a", "b"):
+        assert report.judge(study, claim, mixed, [run_with({}, arm=arm)])[1] == "inconclusive"
 
 
+# n_max of each seed of `lower` and `than`, of at most 64
 @pytest.mark.parametrize(
-    "low, rising_low, rising_high, verdict",
+    "low, high, verdict",
     [
-        ([0.0, 8.0], [], [16.0, 32.0], "holds"),
-        ([0.0, 8.0], [], [8.0, 32.0], "inconclusive: a run is not finished"),
-        ([0.0, 8.0], [8.0], [32.0], "inconclusive: a run is not finished"),
+        ("0 8", "64 >=16 >=32", "holds"),
+        ("0 8", "64 >=8 >=32", OPEN),
+        ("0 8 >=8", "64 >=32", OPEN),
+        (">=32 >=32", "8 16", "fails"),
+        (">=32 >=32", "8 16 >=16", OPEN),
+        ("32 32 >=32", "32 >=32 >=32", "inconclusive"),
+        ("32 32 >=16", "32 32", "inconclusive"),
+        ("64 64 >=16", "32 32", OPEN),  # it can't hold, but may fail
+        ("16 >=16", "16 64", "inconclusive"),
+        (">=8 >=8", "32 64", OPEN),
+        (">=16 >=16", "32 >=32", OPEN),
+        ("8 64", ">=16 >=8", "inconclusive"),  # 64 is the longest
+        ("8 8", "64 >=8", OPEN),
+        (">=8 >=8", "64 64", OPEN),
     ],
 )
-def test_a_run_that_can_only_rise_can_decide(low, rising_low, rising_high, verdict):
+def test_runs_that_can_only_rise_decide_a_claim_early(low, high, verdict):
     study = replace(read_study("loops", "small"), columns={"n_max": "n_max"})
     claim = report.Claim("x", "n_max", lower={"arm": "a"}, than={"arm": "b"})
-    runs = [run_with({"n_max": v}, arm="a") for v in low] + [run_with({"n_max": 64.0}, arm="b")]
-    rising = [run_with({"n_max": v}, arm="a") for v in rising_low]
-    rising += [run_with({"n_max": v}, arm="b") for v in rising_high]
-    ours, found = report.judge(study, claim, runs, rising=rising)
-    assert found == verdict and ours.endswith(f"b 64 {' '.join(f'>={v:g}' for v in rising_high)}")
+    runs: dict[bool, list[Run]] = {True: [], False: []}  # by whether they can rise
+    for arm, values in {"a": low, "b": high}.items():
+        for text in values.split():
+            run = run_with({"n_max": float(text.removeprefix(">="))}, arm=arm)
+            runs[text.startswith(">=")].append(run)
+    ours, found = report.judge(study, claim, runs[False], rising=runs[True], most=64)
+    assert (ours, found) == (f"a {low}, b {high}", verdict)
 
 
-@pytest.mark.parametrize("rising_high", [[], [16.0]])
-def test_a_side_that_can_only_rise_can_fail_a_claim(rising_high):
-    study = replace(read_study("loops", "small"), columns={"n_max": "n_max"})
-    claim = report.Claim("x", "n_max", lower={"arm": "a"}, than={"arm": "b"})
-    runs = [run_with({"n_max": v}, arm="b") for v in (8.0, 16.0)]
-    rising = [run_with({"n_max": 32.0}, arm="a") for _ in range(2)]
-    rising += [run_with({"n_max": v}, arm="b") for v in rising_high]
-    verdict = "inconclusive: a run is not finished" if rising_high else "fails"
-    assert report.judge(study, claim, runs, rising=rising)[1] == verdict
+def test_runs_without_a_result_are_named_once():
+    study = replace(read_study("loops", "small"), arms=dict.fromkeys("abc", {}), sizes=["small"])
+    swept = {
+        f"arm={arm},seed={seed}": {"arm": arm, "seed": seed} for arm in "ab" for seed in (1, 2)
+    }
+    failed = run_with({})
+    failed.path, failed.error = Path("x/arm=a,seed=2"), "CUDA out of memory"
+    found = report.find_not_run(
+        study, swept, ["arm=a,seed=2", "arm=b,seed=1", "arm=b,seed=2"], [failed]
+    )
+    assert found == ["arm=b (2 runs)", "arm=c", "failed: arm=a,seed=2: CUDA out of memory"]
 
 
 def test_a_column_that_no_run_has_is_a_warning(caplog):

@@ -147,7 +147,7 @@ def write_report(
     # Seeds that wait count too, unless no seed of their arm and T has a result.
     has_result = {c.name for c in chains if c.outcome(c.stages[0]).curve}
     bounds = [as_run(chain) for chain in rising if chain.name in has_result]
-    verdicts = judge_claims(study, finals, [], rising=bounds)
+    verdicts = judge_claims(study, finals, rising=bounds, most=longest)
     runs = read_runs([chain.run(stage) for chain, stage in done])
     seeds: dict[str, list[str]] = {}
     for chain in left:

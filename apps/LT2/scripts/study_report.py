@@ -16,7 +16,7 @@ import math
 import os
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -34,7 +34,7 @@ from lingua.files.atomic import write_atomic
 from lingua.files.jsonl_log import json_line
 from lingua.run_table import Table, build_table, format_as
 from lingua.runs import Run, option_text, read_runs
-from lingua.slurm.run_list import read_record
+from lingua.slurm.run_list import Options, read_record
 from lingua.slurm.run_names import name_group
 from lingua.sweep import as_arguments
 
@@ -174,13 +174,14 @@ def judge(
     runs: Sequence[Run],
     unfinished: Sequence[Run] = (),
     rising: Sequence[Run] = (),
+    most: float = math.inf,
 ) -> tuple[str, str]:
     """Return both sides of the claim with their names and spread, and the verdict.
 
     A claim holds if every run of the one side is below every run of the other. With three seeds,
-    chance alone does that in one of 20 cases. `unfinished` are runs whose end says something about
-    the arm, such as failed runs, which may have diverged. Other seeds decide nothing without them.
-    `rising` are runs whose value can only rise until they end.
+    chance alone does that in one of 20 cases. `unfinished` are runs that may end with any value,
+    such as failed runs, which may have diverged. `rising` are runs whose value can only rise, up to
+    `most`. A claim is open while they can decide it.
     """
 
     def members(where: dict[str, Any], among: Sequence[Run]) -> list[Run]:
@@ -191,15 +192,18 @@ def judge(
     bounds = [[last(run, metric) for run in members(where, rising)] for where in both]
     values = [format_values(*kinds) for kinds in zip(sides, bounds, strict=True)]
     ours = ", ".join(f"{side_name(w)} {value}" for w, value in zip(both, values, strict=True))
-    sides = low, high = [side + more for side, more in zip(sides, bounds, strict=True)]
-    if not min(map(len, sides)):
-        return ours, "not run"
-    if min(map(len, sides)) == 1:
-        return ours, "inconclusive: one seed"
-    holds = not bounds[0] and max(low) < min(high)
-    fails = not bounds[1] and min(low) > max(high)
-    is_open = any(members(where, unfinished) for where in both)
-    if is_open or (any(bounds) and not (holds or fails)):
+    n_runs = min(len(side) + len(more) for side, more in zip(sides, bounds, strict=True))
+    if n_runs < 2:
+        return ours, "inconclusive: one seed" if n_runs else "not run"
+    unknown = [[(-math.inf, math.inf)] * len(members(where, unfinished)) for where in both]
+    ranges = [
+        [*((v, v) for v in side), *((v, most) for v in more), *others]
+        for side, more, others in zip(sides, bounds, unknown, strict=True)
+    ]
+    (least_low, most_low), (least_high, most_high) = (zip(*side, strict=True) for side in ranges)
+    holds, may_hold = max(most_low) < min(least_high), max(least_low) < min(most_high)
+    fails, may_fail = min(least_low) > max(most_high), min(most_low) > max(least_high)
+    if (may_hold or may_fail) and not (holds or fails):
         return ours, "inconclusive: a run is not finished"
     if study.size == "tiny":
         return ours, "not judged"
@@ -281,28 +285,34 @@ def write_report(
     lines = [json_line(result_of(study, run)) for run in runs]
     write_atomic(folder / f"{study.name}.jsonl", "".join(lines))
     figures = draw_plots(study, runs, folder)
-    verdicts = judge_claims(study, runs, failed)
+    verdicts = judge_claims(study, runs, unfinished=failed)
     missing = swept.keys() - {run.path.name for run in runs}
-    not_run = [name_group([m for m in swept if m in missing], swept)] if missing else []
-    named = {str(options["arm"]) for options in swept.values()}
-    not_run += [f"arm={arm}" for arm in study.arms if arm not in named]
-    not_run += [f"failed: {run.path.name}: {run.error}" for run in failed]
-    not_run += [f"size={size}" for size in study.sizes if size not in (study.size, "tiny")]
     spikes = SPIKES if any("spikes" in m for m in study.columns.values()) else ""
     explained = " ".join(filter(None, [EXPLAINED, units, spikes]))
-    facts = format_facts(study, runs, record, given, not_run)
+    facts = format_facts(study, runs, record, given, find_not_run(study, swept, missing, failed))
     results = [format_as(table, "markdown"), explained]
     report = write_page(study, folder, verdicts, results, figures, facts)
     n_left = f"; {len(missing)} runs are not finished" if missing else ""
     print(f"report: {report}{n_left}")
 
 
-def judge_claims(
-    study: Study, runs: Sequence[Run], unfinished: Sequence[Run], rising: Sequence[Run] = ()
-) -> list[tuple[Claim, str, str]]:
+def find_not_run(
+    study: Study, swept: Mapping[str, Options], missing: Collection[str], failed: Sequence[Run]
+) -> list[str]:
+    """Name runs without a result, arms and sizes that were not run, each once."""
+    errors = {run.path.name: run.error for run in failed}
+    left = [label for label in swept if label in missing and label not in errors]
+    not_run = [name_group(left, swept)] if left else []
+    named = {str(options["arm"]) for options in swept.values()}
+    not_run += [f"arm={arm}" for arm in study.arms if arm not in named]
+    not_run += [f"failed: {label}: {error}" for label, error in errors.items()]
+    return not_run + [f"size={s}" for s in study.sizes if s not in (study.size, "tiny")]
+
+
+def judge_claims(study: Study, runs: Sequence[Run], **others: Any) -> list[tuple[Claim, str, str]]:
     """Return each claim with both sides and the verdict, and print them. See `judge`."""
     claims = [dataclass_from_dict(Claim, claim) for claim in study.claims]
-    verdicts = [(claim, *judge(study, claim, runs, unfinished, rising)) for claim in claims]
+    verdicts = [(claim, *judge(study, claim, runs, **others)) for claim in claims]
     for claim, ours, verdict in verdicts:
         print_text(f"{verdict}: {claim.claim} {claim.column}: {ours}")
     return verdicts
