@@ -127,11 +127,40 @@ def test_an_option_that_follows_from_no_other_names_the_lines(tmp_path, drawn):
     assert [row["model.dim"] for row in rows(tmp_path / "a.csv")] == ["16", "16", "32"]
 
 
-def test_values_that_are_words_have_error_bars(tune, tmp_path, drawn):
-    main([str(tune), "x=mixer", "by=loop_count", "mean=seed", f"out={tmp_path}/a.png"])
+def pale(axes) -> list[tuple[list[float], list[float]]]:
+    return [(list(x.get_xdata()), list(x.get_ydata())) for x in axes.lines if x.get_alpha()]
+
+
+@pytest.mark.parametrize("x, by", [("loop_count", "mixer"), ("mixer", "loop_count")])
+def test_each_run_is_a_point_beside_its_mean(tune, tmp_path, drawn, x, by):
+    main([str(tune), f"x={x}", f"by={by}", "mean=seed", f"out={tmp_path}/a.png"])
     axes = drawn[0].axes[0]
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["gdn", "kda"]
-    assert len(axes.collections) == 3  # the bars of one line each
+    places: dict[Any, float] = {"gdn": 0, "kda": 1} if x == "mixer" else {1: 1, 2: 2, 4: 4}
+    expected = [
+        ([places[mixer if x == "mixer" else T]], [8.0 - T + (mixer == "kda") + seed - 0.5])
+        for mixer, T, seed in MODELS
+    ]
+    assert sorted(pale(axes)) == sorted(expected)
+    runs = [line for line in axes.lines if line.get_alpha()]
+    axes.figure.draw_without_rendering()
+    at = {
+        (line.get_color(), *line.get_transform().transform(line.get_xydata())[0]) for line in runs
+    }
+    columns = {(colour, round(x)) for colour, x, _ in at}
+    assert len({x for _, x in columns}) == len(columns) == 6  # no run hides one of another line
+    low, high = axes.get_ylim()
+    assert low < 3.5 and high > 8.5
+    found = rows(tmp_path / "a.csv")[0]
+    assert (found["run"], found["of_runs"]) == ("gdn-1-0; gdn-1-1", "6.5; 7.5")
+
+
+def test_each_run_is_a_pale_curve(tune, tmp_path, drawn):
+    main([f"{tune}/kda-4-*", "mean=seed", "smooth=3", f"out={tmp_path}/a.png"])
+    axes = drawn[0].axes[0]
+    assert pale(axes) == [([10, 20], [9.0, 4.5]), ([10, 20], [9.0, 5.5])]
+    assert [row["of_runs"] for row in rows(tmp_path / "a.csv")] == ["9.0; 9.0", "4.5; 5.5"]
+    main([f"{tune}/kda-4-*", f"out={tmp_path}/a.png"])
+    assert not pale(drawn[1].axes[0]) and "of_runs" not in rows(tmp_path / "a.csv")[0]
 
 
 def test_at_most_twelve_lines_are_labelled_outside_the_axes(tmp_path, drawn, capsys):
@@ -412,7 +441,9 @@ def test_probes_count_loops_and_layers_from_1(tmp_path, drawn, x, y):
     main([str(tmp_path / "runs"), f"x={x}", f"y={y}", "mean=seed", f"out={tmp_path}/a.png"])
     found = [(float(r[x]), float(r[name]), r["n"]) for r in rows(tmp_path / "a.csv")]
     assert found == [(1.0, 2.0, "2"), (2.0, 3.5, "2")]
-    assert len(drawn[0].axes[0].lines) == 1  # no circle
+    mean, *others = [x for x in drawn[0].axes[0].lines if not x.get_alpha()]
+    assert list(mean.get_ydata()) == [2.0, 3.5] and not others  # no circle
+    assert pale(drawn[0].axes[0]) == [([1, 2], [2.0, 3.0]), ([1, 2], [2.0, 4.0])]
 
 
 @pytest.mark.parametrize(

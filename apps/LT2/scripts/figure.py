@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lingua.errors import UserError, import_optional
 COLOURS = ["#2563eb", "#d97706", "#059669", "#be185d", "#6d28d9", "#475569"]
 MORE_COLOURS = [*COLOURS, "#0891b2", "#dc2626", "#65a30d", "#f472b6", "#78350f", "#a78bfa"]
 GREY = "#c3c8d0"  # unlabelled lines
+PALE = {"alpha": 0.45, "linewidth": 0.7, "markersize": 5, "markeredgewidth": 0, "zorder": 1.5}
 FORMATS = (".png", ".svg", ".pdf")
 MAX_LABELS = len(MORE_COLOURS)
 LABEL_SIZE = 8  # points
@@ -29,8 +30,9 @@ class Line:
     style: str = "-"
     marker: str = ""
     width: float = 1.8
-    std: list[float] | None = None  # half the height of the band
     raw: list[float] | None = None  # values before smoothing, drawn pale
+    runs: list[tuple[list[float], list[float]]] = field(default_factory=list)  # of a mean: pale
+    shift: float = 0.0  # to the right, in points, of runs with one point, and of y without a style
 
 
 def import_pyplot(needed_by: str) -> Any:
@@ -63,30 +65,33 @@ def smooth(values: Sequence[float], window: int | None = None) -> list[float]:
 
 
 def draw_lines(axes: Any, lines: Sequence[Line]) -> None:
-    """Draw unlabelled lines first, under the labelled ones."""
+    """Draw unlabelled lines first, under the labelled ones, and the runs of means under all."""
+    transforms = import_optional("matplotlib.transforms", extra="plot", needed_by="plotting")
     for line in sorted(lines, key=lambda line: line.label is not None):
+        beside = transforms.ScaledTranslation(line.shift / 72, 0, axes.figure.dpi_scale_trans)
+        marker = line.marker or ("o" if len(line.x) == 1 else "")
+        shown = {"color": line.colour, "linestyle": line.style}
         if line.raw is not None:
             axes.plot(line.x, line.raw, color=line.colour, alpha=0.25, linewidth=1)
-        if line.std is not None and (not line.style or len(line.x) == 1):  # separate values
-            axes.errorbar(line.x, line.y, line.std, fmt="none", ecolor=line.colour, capsize=3)
-        elif line.std is not None:
-            low = [y - s for y, s in zip(line.y, line.std, strict=True)]
-            high = [y + s for y, s in zip(line.y, line.std, strict=True)]
-            axes.fill_between(line.x, low, high, color=line.colour, alpha=0.13, linewidth=0)
-        marker = line.marker or ("o" if len(line.x) == 1 else "")
-        axes.plot(
+        for x, y in line.runs:
+            (run,) = axes.plot(x, y, marker=marker if len(x) == 1 else "", **shown, **PALE)
+            if len(x) == 1:
+                run.set_transform(axes.transData + beside)
+        (drawn,) = axes.plot(
             line.x,
             line.y,
-            color=line.colour,
-            linestyle=line.style,
             linewidth=line.width,
             marker=marker,
             markersize=4.5,
             label=line.label or "_nolegend_",
+            **shown,
         )
+        if not line.style:
+            drawn.set_transform(axes.transData + beside)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.02)
+    has_points = any(len(x) == 1 for line in lines for x, _ in line.runs)
+    axes.margins(x=0.04 if has_points else 0.02)
 
 
 def label_lines(figure: Any, axes: Any, lines: Sequence[Line]) -> None:

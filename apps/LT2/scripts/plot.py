@@ -22,8 +22,10 @@ import logging
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,7 @@ class PlotArgs:
     x: str = "steps"
     y: str | None = None  # metric; null: loss/val against an option, else loss/out
     by: str | None = None  # options that name the lines, e.g. mixer,loop_count: colour, then dashes
-    mean: str | None = None  # options to average over, e.g. seed; the band is one std
+    mean: str | None = None  # options to average over, e.g. seed; each run is drawn pale
     smooth: int = 1  # logged values in the centred average of a curve; 1: none
     logx: bool = False
     logy: bool = False
@@ -129,14 +131,41 @@ class Series:
     options: dict[str, str]  # options that differ between runs, except x= and mean=
     name: str  # of its run; "" of several
     x: list[Any]
-    y: list[float]
-    std: list[float]
-    n: list[int]
-    runs: list[str]  # names of the runs that are averaged at each x
-    smoothed: list[float] | None = None
+    of_runs: list[dict[str, float]]  # at each x, the values that are averaged, by name of the run
+    window: int = 1  # of PlotArgs.smooth
     loops: list[int] | None = None  # of each point, for x=loops and x=loop_flops
     trained: int | None = None  # loops of training
     evaluated_with: str = ""  # options of the evaluations; "": the run's own
+
+    @cached_property
+    def y(self) -> list[float]:
+        return [statistics.fmean(values.values()) for values in self.of_runs]
+
+    @cached_property
+    def std(self) -> list[float]:
+        values = [[*at.values()] for at in self.of_runs]
+        return [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+
+    @property
+    def n(self) -> list[int]:
+        return [len(values) for values in self.of_runs]
+
+    @property
+    def is_mean(self) -> bool:
+        return any(n > 1 for n in self.n)
+
+    def drawn(self, values: list[float]) -> list[float]:
+        return smooth(values, self.window) if self.window > 1 else values
+
+    def curves(self) -> list[tuple[list[Any], list[float]]]:
+        """Return the curve of each run of a mean, none without means."""
+        points: dict[str, tuple[list[Any], list[float]]] = {}
+        for x, at in zip(self.x, self.of_runs, strict=True) if self.is_mean else ():
+            for name, y in at.items():
+                xs, ys = points.setdefault(name, ([], []))
+                xs.append(x)
+                ys.append(y)
+        return [(xs, self.drawn(ys)) for xs, ys in points.values()]
 
 
 # ---- from runs to series
@@ -166,41 +195,34 @@ def interpolate(x: float, at: Sequence[float], values: Sequence[float]) -> float
     return values[i - 1] + share * (values[i] - values[i - 1])
 
 
-def mean_curve(curves: Sequence[tuple[list[float], list[float]]]) -> list[list[Any]]:
-    """Average curves at the x of the first one, as far as all of them reach: x, mean, std, n."""
+def on_one_grid(
+    curves: Mapping[str, tuple[list[float], list[float]]],
+) -> tuple[list[float], list[dict[str, float]]]:
+    """Return the x of the first curve, as far as all of them reach, and the values there."""
     if len(curves) == 1:
-        x, y = curves[0]
-        return [x, y, [0.0] * len(x), [1] * len(x)]
-    low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-    grid = [x for x in curves[0][0] if low <= x <= high]
+        ((name, (xs, ys)),) = curves.items()
+        return xs, [{name: y} for y in ys]
+    low, high = max(x[0] for x, _ in curves.values()), min(x[-1] for x, _ in curves.values())
+    grid = [x for x in next(iter(curves.values()))[0] if low <= x <= high]
     if high not in grid and low <= high:
         grid.append(high)
-    values = [[interpolate(at, x, y) for x, y in curves] for at in grid]
-    return [grid, *_mean_and_std(values)]
-
-
-def _mean_and_std(values: Iterable[Sequence[float]]) -> tuple[list[float], list[float], list[int]]:
-    lists = list(values)
-    std = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in lists]
-    return [statistics.fmean(v) for v in lists], std, [len(v) for v in lists]
+    return grid, [{name: interpolate(at, x, y) for name, (x, y) in curves.items()} for at in grid]
 
 
 def curves_over(x: str, y: str, groups: Any, window: int) -> list[Series]:
     found = []
     for options, members in groups:
         points = {run.name: curve(run, x, y) for run in members}
-        names, curves = list(points), list(points.values())
-        first, last = min(xs[-1] for xs, _ in curves), max(xs[-1] for xs, _ in curves)
+        ends = [xs[-1] for xs, _ in points.values()]
+        first, last = min(ends), max(ends)
         if first < 0.99 * last:
             logger.warning(
                 "a mean ends at %s %s with its shortest run; the longest ends at %s",
                 *(TITLES.get(x, x), plain_number(first), plain_number(last)),
             )
-        xs, ys, std, n = mean_curve(curves)
+        xs, of_runs = on_one_grid(points)
         if xs:
-            smoothed = smooth(ys, window) if window > 1 else None
-            runs = ["; ".join(names)] * len(xs)
-            found.append(Series(options, name_of(names), xs, ys, std, n, runs, smoothed))
+            found.append(Series(options, name_of(list(points)), xs, of_runs, window))
     return found
 
 
@@ -221,10 +243,10 @@ def curves_over_loops(x: str, y: str, groups: Any) -> list[Series]:
         choices.append((drawn, of_runs))
         loops = sorted({n for of_run in points.values() for n in of_run})
         at = [{name: p[n] for name, p in points.items() if n in p} for n in loops]
-        values = _mean_and_std([value for _, value in of_loops.values()] for of_loops in at)
+        values = [{name: value for name, (_, value) in of_loops.items()} for of_loops in at]
         xs = [statistics.fmean(x for x, _ in of_loops.values()) for of_loops in at]
         trained = {trained_loops(run) for run in members}
-        series = Series(options, name_of(list(points)), xs, *values, ["; ".join(p) for p in at])
+        series = Series(options, name_of(list(points)), xs, values)
         series.evaluated_with = drawn
         if x in (LOOPS, FLOPS):
             series.loops, series.trained = loops, trained.pop() if len(trained) == 1 else None
@@ -265,9 +287,8 @@ def finals_against(option: str, y: str, groups: Any) -> list[Series]:
         mixed |= {step for of_point in steps.values() if len(of_point) > 1 for step in of_point}
         if at:
             texts = sorted(at, key=natural_key)
-            values = _mean_and_std([*at[text].values()] for text in texts)
-            runs = ["; ".join(at[text]) for text in texts]
-            found.append(Series(options, name_of(runs), texts, *values, runs))
+            name = name_of(["; ".join(at[text]) for text in texts])
+            found.append(Series(options, name, texts, [at[text] for text in texts]))
     warn_skipped(diverged, f"the last {y} is NaN or infinite")
     if mixed:
         logger.warning(
@@ -300,17 +321,16 @@ def as_lines(series: Sequence[Series], by: Sequence[str], is_curve: bool) -> lis
         colour = MORE_COLOURS[hue] if hue < len(MORE_COLOURS) else GREY
         if not by and not is_labelled and len(series) > 1:
             colour = GREY
-        has_band = any(n > 1 for n in one.n)
         lines.append(
             Line(
                 one.x,
-                one.smoothed or one.y,
+                one.drawn(one.y),
                 label if is_labelled else None,
                 colour,
                 STYLES[style % len(STYLES)],
                 "" if is_curve else MARKERS[hue % len(MARKERS)],
-                std=one.std if has_band else None,
-                raw=one.y if one.smoothed and not has_band else None,
+                raw=one.y if one.window > 1 and not one.is_mean else None,
+                runs=one.curves(),
             )
         )
     return lines
@@ -346,6 +366,8 @@ def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str) -> Any:
                 line.style = ""
         for line in lines:
             line.x = [place[str(text)] for text in line.x]
+            line.runs = [([place[str(text)] for text in x], y) for x, y in line.runs]
+        shift_runs(lines, args)
     if x in (LOOPS, LOOP):
         ticks = sorted({n for line in lines for n in line.x})
     if args.logx:
@@ -365,22 +387,38 @@ def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str) -> Any:
     return figure
 
 
+def shift_runs(lines: Sequence[Line], args: PlotArgs) -> None:
+    """Shift single runs beside their means, so that no line hides those of another."""
+    means = [line for line in lines if line.runs]
+    xs = sorted({x for line in lines for x in line.x})
+    xs = [math.log(x) for x in xs if x > 0] if args.logx else xs
+    if len(xs) < 2:
+        return
+    nearest = min(b - a for a, b in pairwise(xs)) / (xs[-1] - xs[0])
+    points = min(25, nearest * args.size[0] * 72 / 2)  # of all lines together
+    for i, line in enumerate(means):
+        line.shift = (i - (len(means) - 1) / 2) * min(5, points / len(means))
+
+
 def write_csv(series: Sequence[Series], x: str, y: str, out: Path) -> None:
     """Write what the figure shows, one row a point."""
-    options, has_smoothed = list(series[0].options), series[0].smoothed is not None
+    options, has_smoothed = list(series[0].options), series[0].window > 1
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     more = ["smoothed"] if has_smoothed else ["loops", "trained"] if series[0].loops else []
     has_others = any(one.evaluated_with for one in series)
     more += ["evaluated_with"] if has_others else []
+    has_means = any(one.is_mean for one in series)
+    more += ["of_runs"] if has_means else []
     table.writerow(["run", *options, x, y, "std", "n", *more])
     for one in series:
         columns: list[list[Any]] = [one.x, one.y, one.std, one.n]
-        columns += [one.smoothed] if one.smoothed else []
+        columns += [one.drawn(one.y)] if has_smoothed else []
         columns += [one.loops, [n == one.trained for n in one.loops]] if one.loops else []
         columns += [[one.evaluated_with or OWN] * len(one.x)] if has_others else []
-        for runs, *row in zip(one.runs, *columns, strict=True):
-            table.writerow([runs, *one.options.values(), *row])
+        columns += [["; ".join(map(str, at.values())) for at in one.of_runs]] if has_means else []
+        for at, *row in zip(one.of_runs, *columns, strict=True):
+            table.writerow(["; ".join(at), *one.options.values(), *row])
     write_atomic(out, text.getvalue())
 
 
@@ -450,10 +488,10 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
         series = finals_against(x, y, groups)
     check_points(series, x, y, is_curve, differing)
     lines = as_lines(series, by, is_curve and not over_loops)
-    has_band = any(line.std is not None for line in lines)
-    title = f"mean and std over {', '.join(mean) or 'equal runs'}" if has_band else ""
+    over = ", ".join(mean) or "equal runs"
+    title = f"mean over {over}; pale: each run" if any(one.is_mean for one in series) else ""
     has_circles = x in (LOOPS, FLOPS)
-    title = ", ".join([title] * bool(title) + ["circle: loops of training"] * has_circles)
+    title = "; ".join([title] * bool(title) + ["circle: loops of training"] * has_circles)
     if any(one.evaluated_with for one in series):
         title += f"\nevaluated with {' or '.join({s.evaluated_with or OWN: 0 for s in series})}"
     print_lines(series, x, y, by)
@@ -484,7 +522,7 @@ def check_points(
 
 
 def print_lines(series: Sequence[Series], x: str, y: str, by: Sequence[str]) -> None:
-    has_means = any(n > 1 for one in series for n in one.n)
+    has_means = any(one.is_mean for one in series)
     by_run = has_run_names(series)
     for one in series:
         spread = f" ± {one.std[-1]:.3g}" if one.n[-1] > 1 else ""

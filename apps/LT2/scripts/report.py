@@ -246,7 +246,7 @@ def overlaid_plots(runs: list[Run]) -> list[str]:
     implied = implied_options(runs, differing)
     groups = grouped(runs, [option for option in differing if option not in implied])
     ordered = [(options, run) for options, members in groups for run in members]
-    empty = [Series(options, run.name, [], [], [], [], []) for options, run in ordered]
+    empty = [Series(options, run.name, [], []) for options, run in ordered]
     plots = []
     for x, y, title in OVERLAID:
         lines = []
