@@ -54,8 +54,8 @@ lt2 describe config=$RECIPE model.loop_count=4
 # train with 1, 2 and 4 loops, in five to ten minutes
 lt2 submit config=$RECIPE launcher=bash nodes=1 \\
     'sweep.model.loop_count=[1,2,4]' -- steps=100 dump_dir=runs/loops_sweep
-# the validation loss against the number of loops, in runs/loops_sweep/plot.png
-lt2 plot runs/loops_sweep x=loop_count y=val_bpb
+# the validation loss against the number of loops, in runs/loops_sweep.png
+lt2 plot runs/loops_sweep x=loop_count y=val_bpb out=runs/loops_sweep.png
 # one loop against four on a task that needs them, three seeds: a table, a plot and a verdict
 lt2 study permutation dump_dir=runs/permutation
 EOF

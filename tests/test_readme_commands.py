@@ -183,7 +183,7 @@ LEAVES = {
     "docs/loops.md: Leave the loops early": ["runs/exits.png", "runs/exits.jsonl"],
     "docs/slurm.md: Sweeps": ["runs/tune/lr=0.001,loop_count=1/submit.slurm"],
     "docs/training.md: start": ["runs/compared.png"],
-    "setup/quickstart.sh": ["runs/loops_sweep/plot.png", "runs/permutation/permutation.md"],
+    "setup/quickstart.sh": ["runs/loops_sweep.png", "runs/permutation/permutation.md"],
     "docs/training.md: Checkpoints": [
         "runs/weights/model.safetensors",
         "runs/hf/config.json",

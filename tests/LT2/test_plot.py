@@ -244,7 +244,7 @@ def test_ticks_are_plain_numbers(value, text):
 def test_mistakes_are_one_line(tune, options, message):
     with pytest.raises(UserError, match=message):
         main([str(tune), *options])
-    assert not (tune / "plot.png").exists() and not (tune / "plot.csv").exists()
+    assert not list(tune.glob("plot*"))
 
 
 def test_runs_without_the_axis_or_any_metric(tune, tmp_path, drawn, caplog):
@@ -260,6 +260,58 @@ def test_runs_without_the_axis_or_any_metric(tune, tmp_path, drawn, caplog):
         main([str(tmp_path / "empty")])
     with pytest.raises(UserError, match="out="):
         main([str(old), str(tune)])
+
+
+def test_other_plots_of_a_run_have_other_names(tmp_path, capsys):
+    run = write_run(tmp_path / "r", {"seed": 0}, [9.0, 8.0])
+    names = ["plot"]
+    names += ["plot_x=tokens", "plot_x=tokens,y=loss-out", "plot_x=tokens,smooth=3,logx=true"]
+    for options in (
+        [],
+        ["x=tokens"],
+        ["y=loss/out", "x=tokens"],
+        ["x=tokens", "smooth=3", "logx=true"],
+    ):
+        main([str(run), *options])
+    made = {file.name for file in run.glob("plot*")}
+    assert made == {f"{name}{suffix}" for name in names for suffix in (".png", ".csv")}
+    assert f"figure: {run}/plot_x=tokens.png" in capsys.readouterr().out
+    main([str(run), "x=steps"])
+    assert {file.name for file in run.glob("plot*")} == made
+
+
+BPB = {"bpb": "loss/val_bpb", "T=1": "loss/val_bpb/1"}
+
+
+@pytest.mark.parametrize(
+    "plots, columns, options, y",
+    [
+        ([("loops", "val_bpb")], {}, ["x=loops"], "loss/val_bpb"),
+        ([("loops", "val_bpb")], {}, ["x=loops", "y=loss/val"], "loss/val"),
+        ([("loops", "val_bpb")], {"T=1": "loss/val_bpb/1"}, ["x=arm"], "loss/val_bpb"),
+        ([("loops", "val_bpb")], BPB, ["x=tokens"], "loss/out"),
+        ([("flops", "optim/norm")], BPB, [], "optim/norm"),
+        ([("flops", "optim/norm")], BPB, ["x=arm"], "loss/val_bpb"),
+        ([("flops", "optim/norm")], BPB, ["x=loops"], "loss/val_bpb"),
+        ([("dim", "optim/norm")], BPB, ["x=arm"], "optim/norm"),
+        ([("depth", "optim/norm")], {"growth": "rms/1 / rms/0"}, ["x=loops"], "loss/val"),
+    ],
+)
+def test_a_plot_of_a_study_has_the_metric_of_its_report(
+    tmp_path, drawn, capsys, plots, columns, options, y
+):
+    for arm in ("a", "b"):
+        run = write_run(tmp_path / "s" / arm, {"arm": arm}, [9.0, 8.0])
+        scores: dict[str, float] = {"loss/val": 8.0, "loss/val_bpb": 3.0, "optim/norm": 1.0}
+        scores |= {f"{key}/{T}": 1.0 for key in ("loss/val", "loss/val_bpb") for T in (1, 2)}
+        with open(run / "metrics.jsonl", "a") as log:
+            log.writelines(json.dumps({"global_step": s, **scores}) + "\n" for s in (10, 20))
+    record = {"plots": [{"x": x, "y": y} for x, y in plots], "columns": columns}
+    (tmp_path / "s" / "study.json").write_text(json.dumps(record))
+    main([str(tmp_path / "s"), *options, f"out={tmp_path}/a.png"])
+    assert y in rows(tmp_path / "a.csv")[0]
+    says = "as in the report of the study" in capsys.readouterr().out
+    assert says == (y not in ("loss/val", "loss/out"))
 
 
 def test_labels_that_would_overlap_become_a_legend():

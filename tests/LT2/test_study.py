@@ -464,6 +464,7 @@ def test_other_options_need_another_folder(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps(record))
     more = {"arm=fixed,seed=1": {"steps": 3}, "arm=fixed,seed=2": {"steps": 3}}
     assert command.update_record(tmp_path, study, more)["runs"] == more
+    assert record["plots"] == study.plots and record["columns"] == study.columns  # for lt2 plot
     with pytest.raises(UserError, match="steps: 3 -> 4"):
         command.update_record(tmp_path, study, {"arm=fixed,seed=1": {"steps": 4}})
 

@@ -24,11 +24,15 @@ Points = dict[int, tuple[float, float]]  # number of loops -> (x, score)
 logger = logging.getLogger(__name__)
 
 
+def scores_by_loop(runs: Sequence[Run]) -> set[str]:
+    split = [key.rpartition("/") for run in runs for key in run.metrics]
+    of_metrics = {name for name, _, loops in split if loops.isdigit()}
+    return of_metrics | {key for run in runs for e in run.evaluations for key in e.scores}
+
+
 def find_score(y: str, runs: Sequence[Run]) -> str:
     """Resolve a metric or score, which may be shortened to its end."""
-    known = {key for run in runs for e in run.evaluations for key in e.scores}
-    split = [key.rpartition("/") for run in runs for key in run.metrics]
-    known |= {name for name, _, loops in split if loops.isdigit()}
+    known = scores_by_loop(runs)
     if not (found := full_name(y, sorted(known), "/")):
         other = f"use {list_names(sorted(known))}" if known else "train with probe_freq"
         todo = f"run {eval_command(runs[0])}, or {other}"

@@ -7,7 +7,7 @@
 
 RUNS are dump_dirs of runs, or folders of runs. Names of options and metrics may be shortened to
 their end: mixer for model.mixer, val for loss/val. The data go into a CSV file beside the
-figure.
+figure. Without out= the name of the figure has the options: RUN/plot_x=loops.png.
 
 x=loops draws one checkpoint at several numbers of loops, x=loop_flops against its forward FLOPs per
 token. A circle marks the loops of training. x=loop draws what `probe_freq` recorded after each loop
@@ -56,10 +56,17 @@ from apps.LT2.scripts.loop_points import (
     trained_loops,
     warn_of_options,
 )
-from apps.LT2.scripts.run_metrics import AXES, find_metric, read_runs, with_metric
+from apps.LT2.scripts.run_metrics import (
+    AXES,
+    find_metric,
+    metric_of_study,
+    read_runs,
+    with_metric,
+)
 from lingua.args import parse_args
 from lingua.config.cli import split_paths
 from lingua.errors import UserError, run_cli
+from lingua.evaluations import label_of
 from lingua.files.atomic import write_atomic
 from lingua.runs import (
     ABSENT,
@@ -108,13 +115,14 @@ class PlotArgs:
     # steps, tokens, flops, seconds; an option, for the final value against it; loops or loop_flops,
     # for a checkpoint at several numbers of loops; loop or depth, for probes of one
     x: str = "steps"
-    y: str | None = None  # metric; null: loss/val against an option, else loss/out
+    # metric; null: as the study draws it; else loss/val against an option or loops, else loss/out
+    y: str | None = None
     by: str | None = None  # options that name the lines, e.g. mixer,loop_count: colour, then dashes
     mean: str | None = None  # options to average over, e.g. seed; each run is drawn pale
     smooth: int = 1  # logged values in the centred average of a curve; 1: none
     logx: bool = False
     logy: bool = False
-    out: str | None = None  # .png, .svg or .pdf; null: RUN/plot.png
+    out: str | None = None  # .png, .svg or .pdf; null: RUN/plot.png, or e.g. RUN/plot_x=loops.png
     size: list[float] = field(default_factory=lambda: [8.0, 4.8])  # inches
 
     def __post_init__(self) -> None:
@@ -433,10 +441,17 @@ def main(argv: list[str]) -> None:
         raise UserError("no runs given; name a run's dump_dir, or a folder of runs")
     if args.out is None and len(folders) > 1:
         raise UserError("out= is needed for several folders, e.g. out=losses.png")
-    out = Path(args.out) if args.out else folders[0] / "plot.png"
+    out = Path(args.out) if args.out else folders[0] / default_name(args)
     if out.suffix not in FORMATS:
         raise UserError(f"out={out} must end in {', '.join(FORMATS)}")
     plot(read_runs(folders), args, out)
+
+
+def default_name(args: PlotArgs) -> str:
+    """Name a figure after its options, so that it replaces no other one."""
+    chosen = {name: value for name, value in vars(args).items() if value != vars(PlotArgs())[name]}
+    chosen = {n: v.replace("/", "-") if isinstance(v, str) else v for n, v in chosen.items()}
+    return f"plot_{label_of(chosen)}.png" if chosen else "plot.png"
 
 
 def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
@@ -449,7 +464,10 @@ def plot(runs: list[Run], args: PlotArgs, out: Path) -> None:
     if not is_curve:
         x = find_option("x", x, runs, differing, hint=f"; {'/'.join(AXES)} work too")
     find = find_score if over_loops else find_metric
-    y = find(args.y or ("loss/out" if is_curve and not over_loops else "loss/val"), runs)
+    y = args.y
+    if y is None and (y := metric_of_study(runs, x, is_curve=is_curve)):
+        print(f"y={y}, as in the report of the study")
+    y = find(y or ("loss/out" if is_curve and not over_loops else "loss/val"), runs)
     by, mean = (
         [find_option(setting, name.strip(), runs, differing) for name in given.split(",")]
         if given

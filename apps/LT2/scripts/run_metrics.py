@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from apps.LT2.scripts.loop_points import DEPTH, FLOPS, LOOP, LOOPS, scores_by_loop
 from lingua import runs as reading
 from lingua.errors import UserError
 from lingua.runs import STEP, Run, full_name, list_names, only, warn_skipped
@@ -18,6 +20,10 @@ AXES = {  # x= to the metric
     "flops": "optim/total_flops",
     "seconds": "time/elapsed",
 }
+# Plots over the same kind of x have the same metrics. Options have no kind.
+KINDS = {LOOPS: LOOPS, FLOPS: LOOPS, LOOP: LOOP, DEPTH: DEPTH}
+KINDS |= dict.fromkeys((*AXES, *AXES.values()), STEP)
+STUDY_RECORD = "study.json"  # in the folder of a study
 
 
 def read_runs(given: Sequence[Path]) -> list[Run]:
@@ -38,6 +44,26 @@ def find_metric(y: str, runs: Sequence[Run]) -> str:
     if not found:
         raise UserError(f"y={y}: no run has this metric; use {list_names(known)}")
     return only("y", y, found)
+
+
+def metric_of_study(runs: Sequence[Run], x: str, *, is_curve: bool) -> str | None:
+    """Return what the report of the runs' study has over such an `x`: of a plot, else of a column.
+
+    None if it has nothing, or the runs are of no study.
+    """
+    folders = {run.path.resolve().parent for run in runs}
+    record = folders.pop() / STUDY_RECORD
+    if folders or not record.exists():
+        return None
+    study = json.loads(record.read_text(encoding="utf-8"))
+    plots = study.get("plots", [])
+    kind = KINDS.get(x, STEP if is_curve else None)
+    found = [p["y"] for p in plots if KINDS.get(p.get("x", "steps")) == kind]
+    found += study.get("columns", {}).values() if kind in (None, LOOPS) else []
+    found += [p["y"] for p in plots] if kind is None else []
+    known = {key for run in runs for key in run.metrics if not key.rpartition("/")[2].isdigit()}
+    known = scores_by_loop(runs) if kind in (LOOPS, LOOP, DEPTH) else known
+    return next((y for y in found if full_name(y, sorted(known), "/")), None)
 
 
 def with_metric(runs: Sequence[Run], key: str, setting: str) -> list[Run]:

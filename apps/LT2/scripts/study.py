@@ -30,6 +30,7 @@ from typing import Any, ClassVar, TypeVar
 from apps.LT2.flops import train_flops_per_token
 from apps.LT2.matching import QUANTITIES as MATCHES
 from apps.LT2.matching import match_model
+from apps.LT2.scripts.run_metrics import STUDY_RECORD
 from apps.LT2.scripts.study_report import check_results, write_report
 from apps.LT2.scripts.study_runs import SCRIPT, StudySweep, Then
 from apps.LT2.scripts.study_spec import SET_BY_STUDY, Study, read_study
@@ -51,7 +52,6 @@ from lingua.slurm.script import Job, StoolArgs
 from lingua.slurm.sweep_plan import collected_warnings, is_done, named_errors, option_of
 from lingua.sweep import as_arguments, write_record
 
-RECORD = "study.json"  # in dump_dir: the study, the options of each run, and the seconds spent
 STOP, KILL = 0.93, 0.98  # shares of minutes= after which runs stop, and are killed
 
 
@@ -204,7 +204,7 @@ def plan_jobs(study: Study, folder: Path, runs: Sequence[tuple[Cell, int]]) -> l
 def find_folder(args: StudyArgs, study: Study) -> Path:
     """Return the folder of the study. UserError if it has anything else, or is not given."""
     folder = Path(args.dump_dir).absolute()
-    file = folder / RECORD
+    file = folder / STUDY_RECORD
     if not args.dump_dir:
         if not args.dry_run:
             raise UserError(
@@ -226,7 +226,7 @@ def find_folder(args: StudyArgs, study: Study) -> Path:
 def update_record(folder: Path, study: Study, runs: Mapping[str, Options]) -> dict[str, Any]:
     """Return the record of `folder` with `runs`. UserError if it has them with other options."""
     record: dict[str, Any] = {"study": study.name, "size": study.size, "seconds": 0.0, "runs": {}}
-    if (file := folder / RECORD).exists():
+    if (file := folder / STUDY_RECORD).exists():
         record = json.loads(file.read_text(encoding="utf-8"))
     for label, options in runs.items():
         if changes := diff_configs(record["runs"].get(label, options), options):
@@ -235,7 +235,7 @@ def update_record(folder: Path, study: Study, runs: Mapping[str, Options]) -> di
                 "folder"
             )
     record["runs"] |= runs
-    return record
+    return record | {"plots": study.plots, "columns": study.columns}  # for lt2 plot
 
 
 def run_jobs(
@@ -287,10 +287,10 @@ def limited(
     seconds = math.inf if minutes is None else 60 * minutes
     make_writable("dump_dir", folder)
     with lock_folders({"dump_dir": folder}):
-        write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
+        write_atomic(folder / STUDY_RECORD, json.dumps(record, indent=1) + "\n")
         write_record(folder, swept)
         times = {"stop_at": started + STOP * seconds, "kill_at": started + KILL * seconds}
-        yield {**times, "record": record, "file": folder / RECORD}
+        yield {**times, "record": record, "file": folder / STUDY_RECORD}
 
 
 def check_failed(failed: Sequence[str], folder: Path) -> None:
