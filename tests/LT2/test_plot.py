@@ -154,6 +154,18 @@ def test_each_run_is_a_point_beside_its_mean(tune, tmp_path, drawn, x, by):
     assert (found["run"], found["of_runs"]) == ("gdn-1-0; gdn-1-1", "6.5; 7.5")
 
 
+@pytest.mark.parametrize(
+    "xs, logx, nearest",
+    [([1, 2, 101], False, 8 * 72 / 100), ([0, 1, 100], True, 8 * 72), ([-2, -1], True, 0)],
+)
+def test_runs_stay_near_their_x(xs, logx, nearest):
+    lines = [figure.Line(xs, xs, runs=[([x], [x]) for x in xs]) for _ in range(6)]
+    plot.shift_runs(lines, plot.PlotArgs(logx=logx))
+    shifts = [line.shift for line in lines]
+    assert sum(shifts) == pytest.approx(0)
+    assert max(shifts) - min(shifts) == pytest.approx(5 / 6 * min(25, nearest / 2))
+
+
 def test_each_run_is_a_pale_curve(tune, tmp_path, drawn):
     main([f"{tune}/kda-4-*", "mean=seed", "smooth=3", f"out={tmp_path}/a.png"])
     axes = drawn[0].axes[0]
