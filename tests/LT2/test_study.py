@@ -458,6 +458,12 @@ def test_mistakes_in_a_file_are_found_before_any_run(tmp_path, changes, words):
         main([str(tmp_path / "own.yaml"), "dry_run=true"])
 
 
+def test_facts_that_runs_share_are_written_once():
+    assert report.merged(["n=8, name=copy", "n=16, name=copy"]) == "n=8/16, name=copy"
+    assert report.merged(["1 x H200, bf16", "CPU"]) == "1 x H200, bf16; CPU"
+    assert report.merged([]) == ""
+
+
 def test_other_options_need_another_folder(tmp_path):
     study = read_study("loops", "tiny")
     record = command.update_record(tmp_path, study, {"arm=fixed,seed=1": {"steps": 3}})

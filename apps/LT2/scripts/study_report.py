@@ -16,7 +16,7 @@ import math
 import os
 import shlex
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -394,6 +394,19 @@ def options_of_arm(study: Study, arm: str) -> str:
     return f"`{text}`" if text else "as the recipe"
 
 
+def merged(values: Iterable[str]) -> str:
+    """Join "n=8, name=copy" and "n=16, name=copy" to "n=8/16, name=copy", others with ";"."""
+    texts = list(values)
+    rows = [text.split(", ") for text in texts]
+    if len({tuple(part.partition("=")[0] for part in row) for row in rows}) != 1:
+        return "; ".join(texts)
+    parts = []
+    for column in zip(*rows, strict=True):
+        first, *others = dict.fromkeys(column)
+        parts.append("/".join([first, *(other.partition("=")[2] for other in others)]))
+    return ", ".join(parts)
+
+
 def format_facts(
     study: Study,
     runs: Sequence[Run],
@@ -420,7 +433,7 @@ def format_facts(
         "Arms": "; ".join(f"{arm}: {options_of_arm(study, arm)}" for arm in study.arms),
         "Equal in all arms": "" if command else ", ".join(filter(None, equal)),
         "Recipe": Path(study.config).name,
-        **{name: "; ".join(facts.get(name, ())) for name in (*OF_TRAINING, "Commit", "Devices")},
+        **{name: merged(facts.get(name, ())) for name in (*OF_TRAINING, "Commit", "Devices")},
         "CPU cores": f"{os.cpu_count()}",
         "Versions": "; ".join(facts.get("Versions", ())),
         "Seeds": ", ".join(map(str, seeds)),
