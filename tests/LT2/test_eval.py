@@ -61,7 +61,7 @@ def place(tmp_path_factory):
     rows = [ByteTokenizer().encode(p, add_bos=True, add_eos=True) for p in paragraphs]
     longest = max(map(len, rows))
     padded = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
-    model = tiny_model("full", 2, dim=64, n_layers=2, max_seqlen=SEQ_LEN).requires_grad_(True)
+    model = tiny_model("full", 2, dim=64, n_layers=1, max_seqlen=SEQ_LEN).requires_grad_(True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
         loss = model(padded[:, :-1].clamp(min=0), target=padded[:, 1:])
