@@ -43,7 +43,8 @@ def _at_root(start: Callable[[], None]) -> Callable[[], None]:
 # before the server starts. Each rank has another server for its data workers.
 # Python 3.11 imports it from the current folder, and ignores errors:
 # https://github.com/python/cpython/issues/117378
-if mp.parent_process() is None:
+# A rank imports this too, before `mp.parent_process` is set.
+if mp.current_process().name == "MainProcess":
     mp.get_context("forkserver").set_forkserver_preload(["tests.lingua.frozen"])
     server: Any = forkserver._forkserver
     server.ensure_running = forkserver.ensure_running = _at_root(server.ensure_running)
