@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 N_LAYERS, WORLD = 2, 2
 # In the second a layer's attention runs only in late loops: its gradient is complete early.
-PATTERNS = {1: "retnet,full", 4: "retnet->full->retnet->full"}
+PATTERNS = {1: "retnet,full", 3: "retnet->full->full"}
 N_UNITS = N_LAYERS + 1  # and the root: embedding and head
 
 FULL_SHARD = {"fsdp_type": "full_shard", "dp_replicate": WORLD}
@@ -52,50 +52,50 @@ CASES: dict[str, tuple[Any, int, dict, dict[str, int]]] = {
     )
     for mode, loops, n_micro in (
         ("none", 1, 1),
-        *((mode, 4, 2) for mode in ACTIVATION_CHECKPOINTING),
+        *((mode, 3, 2) for mode in ACTIVATION_CHECKPOINTING),
     )
 }
-CASES["no_shard"] = (4, 2, {"dp_replicate": WORLD}, {"allreduce_": N_UNITS})
+CASES["no_shard"] = (3, 2, {"dp_replicate": WORLD}, {"allreduce_": N_UNITS})
 # Gathered for every loop of forward and backward; still reduced once.
 for n_micro in (1, 2):
-    n_gathered = n_micro * (2 * 4 * N_LAYERS + 1)
+    n_gathered = n_micro * (2 * 3 * N_LAYERS + 1)
     counts = {"_allgather_base_": n_gathered, "_reduce_scatter_base_": N_UNITS}
-    CASES[f"reshard_between_loops micro-batches={n_micro}"] = (4, n_micro, RESHARD, counts)
+    CASES[f"reshard_between_loops micro-batches={n_micro}"] = (3, n_micro, RESHARD, counts)
 # Steps of fewer loops than the model has, and gradients through the last loops only.
 OPTIONS: dict[int | str, dict[str, Any]] = {
-    "2 of T=4": {"loop_schedule": "2@0"},
-    "1 of T=4": {"loop_schedule": "1@0"},
-    "bptt 2 of T=4": {"loop_bptt": 2},
-    "bptt 1 of T=4": {"loop_bptt": 1},
-    "gate T=4": {"loop_loss": "gate"},
-    "weights, bptt 2 of T=4": {"loop_loss": [1, 1, 2, 4], "loop_bptt": 2},
+    "2 of T=3": {"loop_schedule": "2@0"},
+    "1 of T=3": {"loop_schedule": "1@0"},
+    "bptt 2 of T=3": {"loop_bptt": 2},
+    "bptt 1 of T=3": {"loop_bptt": 1},
+    "gate T=3": {"loop_loss": "gate"},
+    "weights, bptt 2 of T=3": {"loop_loss": [1, 2, 4], "loop_bptt": 2},
 }
 for name, n_micro, mode in (
-    ("2 of T=4", 2, "none"),
-    ("1 of T=4", 1, "loop"),
-    ("bptt 2 of T=4", 2, "loop"),
-    ("bptt 1 of T=4", 1, "none"),
-    ("gate T=4", 2, "loop"),
-    ("weights, bptt 2 of T=4", 1, "none"),
+    ("2 of T=3", 2, "none"),
+    ("1 of T=3", 1, "loop"),
+    ("bptt 2 of T=3", 2, "loop"),
+    ("bptt 1 of T=3", 1, "none"),
+    ("gate T=3", 2, "loop"),
+    ("weights, bptt 2 of T=3", 1, "none"),
 ):
     options = {**FULL_SHARD, "activation_checkpointing": mode}
     counts = {"_allgather_base_": N_UNITS, "_reduce_scatter_base_": N_UNITS}
     CASES[f"{name} {mode} micro-batches={n_micro}"] = (name, n_micro, options, counts)
-counts = {"_allgather_base_": (4 + 2) * N_LAYERS + 1, "_reduce_scatter_base_": N_UNITS}
-CASES["reshard_between_loops bptt 2 of T=4"] = ("bptt 2 of T=4", 1, RESHARD, counts)
+counts = {"_allgather_base_": (3 + 2) * N_LAYERS + 1, "_reduce_scatter_base_": N_UNITS}
+CASES["reshard_between_loops bptt 2 of T=3"] = ("bptt 2 of T=3", 1, RESHARD, counts)
 # An all-reduce after mixer and feed-forward of each layer in the forward, and before them in the
 # backward; one after the embedding and one before the head. The loss: two numbers a token.
-for mode, loops, n_micro in (("none", 4, 2), ("selective", 4, 1)):
+for mode, loops, n_micro in (("none", 3, 2), ("selective", 3, 1)):
     n_sums = n_micro * (2 * 2 * loops * N_LAYERS + 2)
     options = {"fsdp_type": "full_shard", "tp_size": WORLD, "activation_checkpointing": mode}
     counts = {"all_reduce": n_sums, "all_gather": n_micro}
     CASES[f"tp_size {mode} T={loops} micro-batches={n_micro}"] = (loops, n_micro, options, counts)
 options = {"fsdp_type": "full_shard", "tp_size": WORLD}
-counts = {"all_reduce": 2 * (4 + 2) * N_LAYERS + 2, "all_gather": 1}
-CASES["tp_size bptt 2 of T=4"] = ("bptt 2 of T=4", 1, options, counts)
+counts = {"all_reduce": 2 * (3 + 2) * N_LAYERS + 2, "all_gather": 1}
+CASES["tp_size bptt 2 of T=3"] = ("bptt 2 of T=3", 1, options, counts)
 # The losses of all loops: one all-reduce before the head, and two numbers a token in one chunk.
-counts = {"all_reduce": 2 * 2 * 4 * N_LAYERS + 2, "all_gather": 1}
-CASES["tp_size gate T=4"] = ("gate T=4", 1, options, counts)
+counts = {"all_reduce": 2 * 2 * 3 * N_LAYERS + 2, "all_gather": 1}
+CASES["tp_size gate T=3"] = ("gate T=3", 1, options, counts)
 COLLECTIVES = (
     *("_allgather_base_", "_reduce_scatter_base_", "allreduce_"),
     *("all_reduce", "all_gather"),  # of lingua.parallel.tensor_parallel
@@ -103,7 +103,7 @@ COLLECTIVES = (
 
 
 def make(loops: int | str) -> LoopedTransformer:
-    loop_count = loops if isinstance(loops, int) else 4
+    loop_count = loops if isinstance(loops, int) else 3
     options = {"n_layers": N_LAYERS, "attention_pattern": PATTERNS[loop_count]}
     options |= OPTIONS.get(loops, {})
     model = tiny_model("hybrid", loop_count, **options).requires_grad_(True)
