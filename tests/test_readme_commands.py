@@ -70,7 +70,7 @@ SMALLER = {
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml model.": TINY_RUN,
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml data.root_dir=": TINY_RUN,
     "python -m apps.LT2.train config=apps/LT2/configs/600M/debug.yaml optim.": TINY_RUN,
-    "python -m apps.LT2.train config=apps/LT2/configs/1B": TINY_RUN,
+    "python -m apps.LT2.train config=apps/LT2/configs/1B": f"{TINY_RUN} model.loop_count=2",
     "python -m apps.LT2.train dump_dir=runs/pointers": (
         "model.dim=32 data.batch_size=2 data.load_async=false steps=2 eval.validation.max_steps=8"
     ),
