@@ -72,7 +72,7 @@ def test_no_mixer_breaks_the_graph(kind, cu_seqlens):
 
 # ---- number of graphs
 
-WINDOWS = "5->9->17"
+WINDOWS = "5->9"
 
 
 def compiled(
@@ -105,7 +105,7 @@ def run(model: LoopedTransformer, *, train: bool, cu_seqlens: torch.Tensor | Non
 @pytest.mark.parametrize(
     "pattern, mode, n_kinds",
     [
-        ("gdn,5->full", "selective", 3),
+        ("retnet,5->full", "selective", 3),
         ("9,5->full", "loop", 3),
     ],
 )
@@ -138,7 +138,7 @@ def test_numbers_of_documents_share_compiled_code(monkeypatch):
     model, counter = compiled(monkeypatch, WINDOWS)
     for ends in ((3,), (5, 9), (2, 3, 4, 20), ()):
         run(model, train=True, cu_seqlens=offsets(*ends))
-        assert counter.n_graphs == 3
+        assert counter.n_graphs == 2
 
 
 def test_a_chunked_recurrence_does_not_recompile_for_other_documents(monkeypatch):
