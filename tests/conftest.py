@@ -99,6 +99,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def freeze_what_a_file_leaves() -> Iterator[None]:
+    """Do the same with what a file of tests leaves, such as imports and compiled code."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_files_in_order(items), reverse=True)  # stable: tests of a file keep their order
     if torch.cuda.is_available():
