@@ -23,7 +23,8 @@ from apps.LT2.inference.generator import (
 )
 from apps.LT2.inference.load import load_model_and_tokenizer
 from apps.LT2.scripts.figure import COLOURS, MAX_LABELS, MORE_COLOURS, Line, import_pyplot, smooth
-from apps.LT2.scripts.plot import PlotArgs, Series, as_lines, curve, draw
+from apps.LT2.scripts.plot import PlotArgs, as_lines, draw
+from apps.LT2.scripts.plot_series import Series, curve
 from apps.LT2.scripts.report_data import (
     environment,
     evaluations,

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from apps.LT2.scripts.loop_points import DEPTH, FLOPS, LOOP, LOOPS, loop_points
-from apps.LT2.scripts.plot import PlotArgs, curve, plot
+from apps.LT2.scripts.plot import PlotArgs, plot
+from apps.LT2.scripts.plot_series import curve
 from apps.LT2.scripts.report_data import environment, trained
 from apps.LT2.scripts.run_metrics import AXES
 from apps.LT2.scripts.study_spec import Study
