@@ -111,10 +111,11 @@ class LocalProcess:
 
 
 def visible_gpus() -> list[str]:
-    """List this process's GPUs as CUDA_VISIBLE_DEVICES names them."""
+    """List this process's usable GPUs as CUDA_VISIBLE_DEVICES names them."""
     import torch  # takes seconds, and other commands of stool don't need it
 
-    count = torch.cuda.device_count()
+    # device_count asks the driver, which also lists GPUs that CUDA can't use.
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return (named.split(",") if named else [str(i) for i in range(count)])[:count]
 

@@ -49,6 +49,15 @@ def jobs_in(folder, n: int, **options: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("can_use, gpus", [(True, ["3"]), (False, [])])
+def test_a_gpu_that_cuda_cannot_use_does_not_count(monkeypatch, can_use, gpus):
+    """The driver lists a GPU that the multi-process service doesn't offer."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: can_use)
+    assert background.visible_gpus() == gpus
+
+
 def test_runs_at_the_same_time_use_different_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(background, "visible_gpus", lambda: ["3", "5", "6", "7", "9"])
     monkeypatch.setattr(local_sweep, "POLL_SECONDS", 0)
