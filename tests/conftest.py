@@ -101,7 +101,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def freeze_what_a_file_leaves() -> Iterator[None]:
-    """Do the same with what a file of tests leaves, such as imports and compiled code."""
+    """Exclude what a file of tests leaves, too, such as imports and compiled code."""
     yield
     gc.collect()
     gc.freeze()

@@ -304,7 +304,7 @@ def draw_curves(chains: Sequence[Chain], out: Path, target: float, guess: float)
 
 
 def draw_chain(axes: Any, chain: Chain, colour: Any, styles: Mapping[int, Any]) -> None:
-    """Draw the stages of a seed one after the other."""
+    """Draw each stage of a chain, after the steps of the stages before it."""
     start = 0
     for stage in chain.stages:
         outcome = chain.outcome(stage)

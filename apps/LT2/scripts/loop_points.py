@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def scores_by_loop(runs: Sequence[Run]) -> set[str]:
+    """Return the metrics and scores that runs have by loop or layer."""
     split = [key.rpartition("/") for run in runs for key in run.metrics]
     of_metrics = {name for name, _, loops in split if loops.isdigit()}
     return of_metrics | {key for run in runs for e in run.evaluations for key in e.scores}

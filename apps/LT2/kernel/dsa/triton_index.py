@@ -262,7 +262,7 @@ def _select_kernel(
         earliest += 1
     selected = (order > threshold) | (tied & (key >= earliest))
 
-    # Four quarters of the bytes share one sum along the bits, which is as many shuffles less.
+    # The four quarters of the mask share one sum along the bits, which takes fewer shuffles.
     shift, quarters = 8 * tl.arange(0, 4), selected.to(tl.int32).reshape(4, BYTES // 4, 8)
     packed = tl.sum(tl.sum(quarters << (shift[:, None, None] + bit[None, None, :]), 0), 1)
     packed = (packed[None, :] >> shift[:, None]).reshape(BYTES)
