@@ -10,6 +10,7 @@ fla is imported at the first call, without its layers and models.
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import math
 import os
@@ -115,6 +116,40 @@ def _sum_decay_gradient_in_fp32(chunk_o: ModuleType) -> None:
         kernel = kernel.fn
     in_fp32 = "tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32))"
     kernel._unsafe_update_src(kernel.src.replace("tl.sum(b_h * b_dh)", in_fp32))
+
+
+class _Redirected:
+    """A kernel of fla that writes `outputs` in place of the arguments of these names."""
+
+    def __init__(self, kernel: Any, **outputs: Tensor):
+        self.kernel, self.outputs = kernel, outputs
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return lambda **arguments: self.kernel[grid](**{**arguments, **self.outputs})
+
+
+@cache
+def import_with_16_bit_gradients(module: str, launcher: str, kernel: str) -> ModuleType:
+    """Import a module of fla whose function `launcher` launches the last kernel of dq and dk.
+
+    The kernel would write both in fp32, and a copy in the inputs' dtype would follow. Patched, it
+    writes the inputs' dtype.
+    """
+    names = vars(import_fla(module))
+    inner = names[launcher]
+    of_kernel = inspect.unwrap(inner).__globals__
+
+    def launch(*, q: Tensor, k: Tensor, **others: Any) -> tuple[Tensor, ...]:
+        dq, dk, plain = torch.empty_like(q), torch.empty_like(k), of_kernel[kernel]
+        of_kernel[kernel] = _Redirected(plain, dq2=dq, dk2=dk)
+        try:
+            _, _, *rest = inner(q=q, k=k, **others)
+        finally:
+            of_kernel[kernel] = plain
+        return dq, dk, *rest
+
+    names[launcher] = launch
+    return import_fla(module)
 
 
 # ---- inputs

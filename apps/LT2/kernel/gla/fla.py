@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.LT2.kernel.fla import ChunkOperator, Packed, Tensors, import_fla, sum_decay
+from apps.LT2.kernel.fla import (
+    ChunkOperator,
+    Packed,
+    Tensors,
+    import_fla,
+    import_with_16_bit_gradients,
+    sum_decay,
+)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, packed: Packed, **options: Any) -> Tensors:
@@ -24,7 +31,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, packed: Packed, **optio
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, g_sum: Tensor, scores: Tensor, packed: Packed, **options: Any
 ) -> tuple[Tensor | None, ...]:
-    return import_fla("fla.ops.gla.chunk").chunk_gla_bwd(
+    backward = import_with_16_bit_gradients(
+        "fla.ops.gla.chunk", "chunk_gla_bwd_dqkg", "chunk_gla_bwd_kernel_inter"
+    )
+    return backward.chunk_gla_bwd(
         q=q, k=k, v=v, g=None, g_cumsum=g_sum, h=None, A=scores, **packed, **options
     )
 

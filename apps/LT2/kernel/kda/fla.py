@@ -13,7 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from apps.LT2.kernel.fla import ChunkOperator, Packed, Tensors, import_fla
+from apps.LT2.kernel.fla import (
+    ChunkOperator,
+    Packed,
+    Tensors,
+    import_fla,
+    import_with_16_bit_gradients,
+)
 
 
 def _forward(
@@ -36,7 +42,10 @@ def _backward(
     packed: Packed,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, dbeta, dg, dstate, *_ = import_fla("fla.ops.kda.chunk_bwd").chunk_kda_bwd(
+    backward = import_with_16_bit_gradients(
+        "fla.ops.kda.chunk_bwd", "chunk_kda_bwd_intra", "chunk_kda_bwd_kernel_intra"
+    )
+    dq, dk, dv, dbeta, dg, dstate, *_ = backward.chunk_kda_bwd(
         q=q, k=k, v=v, g=g_sum, beta=beta, Aqk=scores, Akk=solved, **packed, **options
     )
     return dq, dk, dv, dg, dbeta, dstate
