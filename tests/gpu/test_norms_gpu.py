@@ -1,4 +1,4 @@
-"""The gated RMSNorm of training on CUDA against the definition."""
+"""RMSNorm and the gated RMSNorm of training on CUDA against their definitions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from apps.LT2.kernel.gated_norm import gated_norm
 from apps.LT2.kernel.gated_norm.fused import gated_norm_fused
 from apps.LT2.kernel.gated_norm.naive import gated_norm_naive
+from lingua.transformer import RMSNorm
 from tests.tolerances import BF16_KERNEL, FP32_GRAD, assert_same
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +45,25 @@ def test_equals_naive(B, T, H, V, activation, dtype):
     for name, a, b, c in zip(("y", "dx", "dgate", "dweight"), got, again, want, strict=True):
         assert torch.equal(a, b), f"{name} does not repeat"
         assert_same(a, c, FP32_GRAD if dtype == torch.float32 else BF16_KERNEL, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(3, 65, 128), (2, 5, 3, 2048), (1, 1, 96)])
+def test_eager_norm_equals_the_definition(shape, dtype):
+    torch.manual_seed(0)
+    x, dy = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+    norm = RMSNorm(shape[-1], eps=1e-5).cuda()
+    with torch.no_grad():
+        norm.weight.normal_()
+    wide, weight = (t.detach().double().requires_grad_() for t in (x, norm.weight))
+    want = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+    want = (want, *torch.autograd.grad(want, (wide, weight), dy.double()))
+    x = x.requires_grad_()
+    got = norm(x)
+    assert got.dtype == dtype
+    got = (got, *torch.autograd.grad(got, (x, norm.weight), dy))
+    for name, a, b in zip(("y", "dx", "dweight"), got, want, strict=True):
+        assert_same(a, b, FP32_GRAD if dtype == torch.float32 else BF16_KERNEL, name)
 
 
 def test_operator_is_registered_well():
