@@ -321,6 +321,7 @@ def build_run(
 
     batches = resources.enter_context(loader)
     trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
+    resources.callback(trainer.free_graphs)
     log_on_rank_0(format_summary(trainer, get_world_size()))
     for warning in train_warnings(args):
         log_on_rank_0(warning, level=WARNING)

@@ -251,6 +251,7 @@ def main(argv: Sequence[str]) -> None:
         for _ in range(given.repeats):
             benchmark.repeat(given.steps)
     finally:
+        trainer.free_graphs()
         if get_is_master():
             shutil.rmtree(folder, ignore_errors=True)
     if not get_is_master():

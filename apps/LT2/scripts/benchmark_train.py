@@ -21,6 +21,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -133,8 +134,11 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
     rows_per_step = args.data.batch_size * args.grad_acc_steps * dp_degree
     row.tokens_per_step = rows_per_step * args.data.seq_len
     row.compiled = args.distributed.compile
-    with build_dataloader_from_args(args.data, state.data_loader_state) as batches:
+    with ExitStack() as resources:
+        loader = build_dataloader_from_args(args.data, state.data_loader_state)
+        batches = resources.enter_context(loader)
         trainer = Trainer(args, model, optimizer, state, batches, mesh, device)
+        resources.callback(trainer.free_graphs)
         seconds, loops, n_graphs = [], [], 0
         began = time.perf_counter()
         for step in range(steps):
@@ -156,7 +160,7 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
         if profile:
             row.kernel_ms, row.top_kernels_ms, row.collectives = profile_step(trainer)
         if device.type == "cuda":
-            trainer.graphs = None  # frees the memory of CUDA graphs
+            trainer.free_graphs()  # they hold memory
             kept, peak = activation_gib(trainer)
             row.activations_gib = dist_max(kept).item()
             row.peak_activations_gib = dist_max(peak).item()

@@ -52,11 +52,14 @@ class StepGraphs:
     def __init__(self, model: LoopedTransformer):
         self.model = model
         self.n_calls: Counter[Hashable] = Counter()
+        self.graphs: dict[Hashable, StepGraph] = {}
         self.clear()
 
     def clear(self) -> None:
         """Free all graphs and their memory. Each is captured again at its next call."""
-        self.graphs: dict[Hashable, StepGraph] = {}
+        for captured in self.graphs.values():
+            captured.graph.reset()  # the traceback of an error may still refer to it
+        self.graphs.clear()
         # They never run at the same time, so they share the memory of their activations. A pool
         # that no graph uses any more cannot be used again.
         self.pool = torch.cuda.graph_pool_handle()

@@ -174,6 +174,15 @@ class Trainer:
         if uses_step_graph(args, self.device):
             self.graphs = StepGraphs(self.model)
 
+    def free_graphs(self) -> None:
+        """Free the CUDA graphs, if there are any. Later steps run without graphs.
+
+        The process group cannot end before: NCCL waits for graphs of its collectives.
+        """
+        if self.graphs is not None:
+            self.graphs.clear()
+        self.graphs = None
+
     def step(self) -> StepResult:
         """Take one optimizer step. A collective. A step without targets updates nothing."""
         began = time.perf_counter()

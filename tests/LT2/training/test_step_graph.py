@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from apps.LT2.mixers.dsa import DSAArgs
-from apps.LT2.training import step_graph
+from apps.LT2.training import step_graph, trainer
 from apps.LT2.training.step_graph import StepGraphs, uses_step_graph
 from apps.LT2.training.unused_options import _unused_train_options
 from apps.LT2.transformer import LoopedTransformerArgs, build_on_meta
-from tests.LT2.tiny_run import SMALL, train_args
+from tests.LT2.tiny_run import SMALL, train, train_args, write_corpus
 
 TINY: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 2, "multiple_of": 16}
 STEPS = 8
@@ -50,12 +52,13 @@ def test_a_random_layout_is_another_computation():
 
 
 def test_the_third_step_of_a_kind_is_captured(monkeypatch):
-    captured, computed = [], []
+    captured, computed, freed = [], [], []
     divisor = torch.ones(())
 
     class Graph:
         def __init__(self, model, compute, batches, divisor, pool):
             captured.append(batches)
+            self.graph = SimpleNamespace(reset=lambda: freed.append(batches))
 
         def run(self, batches, divisor):
             return [batches], {}
@@ -80,12 +83,39 @@ def test_the_third_step_of_a_kind_is_captured(monkeypatch):
     results = [graphs.run(key, compute, batch, divisor) for key, batch in calls]
     assert results == [([batch], {}) for _, batch in calls]
     # The first steps of "b" free the graph of "a".
-    assert computed == [1, 2, 3, 5] and captured == [4, 6, 7]
+    assert computed == [1, 2, 3, 5] and captured == [4, 6, 7] and freed == [4]
     monkeypatch.setattr(step_graph, "MAX_GRAPHS", 2)
     batch: Any
     for key, batch in [("c", 10), ("c", 11), ("a", 12), ("b", 13), ("c", 14), ("b", 15)]:
         graphs.run(key, compute, batch, divisor)
     assert computed[4:] == [10, 11, 14] and captured[3:] == [12, 13]
+
+
+class Failure(Exception): ...
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_frees_its_graphs(tmp_path, monkeypatch, fails):
+    """NCCL's communicators would wait for them at the end of the process."""
+    freed = []
+
+    class Graphs:
+        def __init__(self, model): ...
+
+        def clear(self):
+            freed.append(True)
+
+        def run(self, key, compute, batches, divisor):
+            if fails:
+                raise Failure
+            return compute(batches, divisor)
+
+    monkeypatch.setattr(trainer, "uses_step_graph", lambda *_: True)
+    monkeypatch.setattr(trainer, "StepGraphs", Graphs)
+    data = write_corpus(tmp_path / "data")
+    with pytest.raises(Failure) if fails else nullcontext():
+        train(data, tmp_path / "run", **SMALL, steps=1)
+    assert freed == [True]
 
 
 RESHARD = {"distributed.fsdp_type": "full_shard", "distributed.reshard_between_loops": True}
