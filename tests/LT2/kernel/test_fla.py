@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +12,14 @@ from torch import Tensor
 
 from apps.LT2.kernel import fla
 from apps.LT2.kernel.documents import upload_cu_seqlens
-from apps.LT2.kernel.fla import ChunkOperator, chunk_offsets, packed_arguments
+from apps.LT2.kernel.fla import (
+    ChunkOperator,
+    chunk_offsets,
+    import_with_16_bit_gradients,
+    packed_arguments,
+)
 from apps.LT2.kernel.gated_delta_rule import backward
+from apps.LT2.kernel.simple_gla import fla as simple_gla
 from tests.tolerances import FP32, assert_same
 from tests.waiting import no_waiting
 
@@ -97,21 +103,18 @@ FORWARD = {
     "kda": "o final g_sum scores solved _ _ _ _ _ _",
     "delta_rule": "o solved final",
     "gla": "g_sum scores _ final o",
-    "simple_gla": "o final",
 }
 BACKWARD = {
     "gated_delta_rule": "dq dk dv dbeta dg dstate _ _",
     "kda": "dq dk dv dbeta dg dstate _ _",
     "delta_rule": "dq dk dv dbeta dstate",
     "gla": "dq dk dv dg dstate",
-    "simple_gla": "dq dk dv dg dstate",
 }
 KEPT = {
     "gated_delta_rule": {"g": "g_sum", "A": "solved"},
     "kda": {"g": "g_sum", "Aqk": "scores", "Akk": "solved"},
     "delta_rule": {"A": "solved"},
     "gla": {"g_cumsum": "g_sum", "A": "scores"},
-    "simple_gla": {"g": "g_sum"},
 }
 NAMES = sorted(set(" ".join([*FORWARD.values(), *BACKWARD.values()]).split()))
 
@@ -147,6 +150,8 @@ def test_every_tensor_of_fla_goes_to_its_place(monkeypatch, name, packed):
     module = importlib.import_module(f"apps.LT2.kernel.{name}.fla")
     for user in (fla, module):
         monkeypatch.setattr(user, "import_fla", lambda _: kernels)
+    if name in ("gla", "kda"):
+        monkeypatch.setattr(module, "import_with_16_bit_gradients", lambda *_: kernels)
 
     q, k, v = (torch.randn(per_channel).bfloat16().requires_grad_() for _ in range(3))
     inputs = [q, k, v, *(torch.randn(shapes[x]).requires_grad_() for x in rest)]
@@ -158,8 +163,6 @@ def test_every_tensor_of_fla_goes_to_its_place(monkeypatch, name, packed):
     got = dict(zip((f"d{x}" for x in ("q", "k", "v", *rest, "state")), grads, strict=True))
     got |= {"o": o, "final": final}
     want = {x: x for x in got}
-    if name == "simple_gla":  # the gradient of a sum is summed again
-        want["dg"] = "g_sum"
     got |= {x: calls["backward"][x] for x in KEPT[name]}
     want |= KEPT[name]
     for x, source in want.items():
@@ -167,6 +170,93 @@ def test_every_tensor_of_fla_goes_to_its_place(monkeypatch, name, packed):
     for arguments in calls.values():
         assert arguments["initial_state"].equal(state) and arguments["scale"] == K**-0.5
         assert ("chunk_indices" in arguments) == ("cu_seqlens" in arguments) == packed
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("packed", [False, True])
+def test_only_kernels_of_states_read_repeated_queries_and_keys(monkeypatch, packed):
+    """Stand-ins for the five kernels of simple_gla return a number each."""
+    T, groups, heads, K = 70, 2, 4, 64
+    q, k = (torch.randn(1, T, groups, K).bfloat16().requires_grad_() for _ in range(2))
+    v = torch.randn(1, T, heads, K).bfloat16().requires_grad_()
+    g = torch.randn(1, T, heads).requires_grad_()
+    state = torch.randn(1, heads, K, K).requires_grad_()
+    states, calls = torch.zeros(1, 2, heads, K, K), {}
+
+    def stand_in(kernel: str, *returns: tuple[Tensor, float] | None):
+        def call(*_, **arguments):
+            calls.setdefault(kernel, []).append(arguments)
+            tensors = [None if x is None else torch.full_like(*x) for x in returns]
+            return tensors if len(tensors) > 1 else tensors[0]
+
+        return call
+
+    kernels = SimpleNamespace(
+        chunk_local_cumsum=stand_in("sum", (g, 1)),
+        chunk_fwd_h=stand_in("h", (states, 2), (state, 3)),
+        chunk_fwd_o=stand_in("o", (v, 4)),
+        chunk_bwd_dh=stand_in("dh", (states, 5), (state, 6)),
+        chunk_bwd_dqkwg=stand_in("dqk", (q, 7), (k, 8), None, (g, 9)),
+        chunk_bwd_dv=stand_in("dv", (v, 10)),
+    )
+    for user in (fla, simple_gla):
+        monkeypatch.setattr(user, "import_fla", lambda _: kernels)
+    cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
+    o, final = simple_gla.OPERATOR.run(q, k, v, g, state=state, cu_seqlens=cu_seqlens)
+    grads = torch.autograd.grad(o.sum() + final.sum(), (q, k, v, g, state))
+
+    # The gradient of a sum is summed again.
+    assert [x.unique().item() for x in (o, final, *grads)] == [4, 3, 7, 8, 10, 1, 6]
+    wide_q, wide_k = (x.repeat_interleave(heads // groups, dim=2) for x in (q, k))
+    (forward, again), (output,), (dstates,), (dqk,), (dv,) = (
+        calls[kernel] for kernel in ("h", "o", "dh", "dqk", "dv")
+    )
+    for arguments in (forward, again):
+        assert arguments["k"].equal(wide_k) and arguments["h0"].equal(state)
+    assert dstates["q"].equal(wide_q) and dstates["h0"].equal(state)
+    for arguments in (output, dqk, dv):
+        assert arguments["q"].equal(q) and arguments["k"].equal(k)
+        assert ("chunk_indices" in arguments) == packed
+    assert output["h"].unique() == dqk["h"].unique() == 2
+    assert dqk["dh"].unique() == dv["dh"].unique() == 5
+    for arguments in (forward, again, output, dstates, dqk, dv):
+        assert (arguments["g"] == 1).all() and arguments["g_gamma"] is None
+        assert (arguments.get("cu_seqlens") is not None) == packed
+
+
+def test_the_last_kernel_of_kda_writes_16_bits(monkeypatch):
+    """The launcher of a stand-in for fla allocates dq2 and dk2 in fp32, as fla does."""
+    module = ModuleType("toy")
+    exec(TOY_OF_FLA, vars(module))
+    monkeypatch.setattr(fla, "import_fla", lambda _: module)
+    plain = module.kernel
+    q, k = torch.randn(3).bfloat16(), torch.randn(3).bfloat16()
+    import_with_16_bit_gradients.cache_clear()
+    dq, dk, db = import_with_16_bit_gradients("toy", "launch", "kernel").backward(q, k)
+    assert dq.equal(2 * q) and dk.equal(3 * k) and dq.dtype == dk.dtype == q.dtype
+    assert db.equal((q + 1).float()) and module.kernel is plain
+    import_with_16_bit_gradients.cache_clear()
+
+
+TOY_OF_FLA = """
+import torch
+
+class kernel:
+    def __class_getitem__(cls, grid):
+        return cls.run
+
+    def run(q, k, dq, db, dq2, dk2):
+        dq2.copy_(dq), dk2.copy_(3 * k), db.copy_(q + 1.0)
+
+def launch(q, k, dq):
+    db = torch.empty_like(q, dtype=torch.float)
+    dq2, dk2 = (torch.empty_like(x, dtype=torch.float) for x in (q, k))
+    kernel[1](q=q, k=k, dq=dq, db=db, dq2=dq2, dk2=dk2)
+    return dq2, dk2, db
+
+def backward(q, k):
+    return launch(q=q, k=k, dq=2 * q)
+"""
 
 
 @pytest.mark.parametrize("name", ["gated_delta_rule", "delta_rule"])
