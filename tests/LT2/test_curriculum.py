@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def test_more_stages_continue_and_old_weights_go(quick_python, folder, tmp_path)
     kept = {n: (run_of(moved, "gdn", n) / "checkpoints").exists() for n in (5, 6, 7)}
     assert kept == {5: False, 6: False, 7: True}
     text = (moved / "curriculum.md").read_text()
-    assert "| gdn | 1 | 7 | 1 |" in text and "| full | 1 | 6 | 1 |" in text
+    assert "| gdn | 1 | 7 | 1 |" in text and "| full | 1 | >=6 | 1 |" in text
     assert "Commit" in text
 
 
@@ -163,7 +164,7 @@ def test_n_max_and_the_next_stage(tmp_path, stages, n_max, left, text):
     chain = chain_of(tmp_path, *stages)
     stage = chain.next_stage()
     assert (chain.n_max, stage and stage.n) == (n_max, left)
-    assert report.format_n_max([chain]) == text
+    assert report.format_n_max([chain], 32) == text
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,23 @@ def test_a_row_has_every_seed(tmp_path):
     row = report.format_table(chains).splitlines()[-1]
     assert "| gdn | 4 | >=8 (16, 8, >=8) | 3 |" in row
     assert row.endswith("| 3/3 @40 | 1/2 @20 | 0/1 acc 0.60 |")
+
+
+def test_rows_show_state_and_flops_at_the_same_n(tmp_path):
+    short, long = chain_of(tmp_path / "1", PASSED), chain_of(tmp_path / "2", PASSED)
+    short.arm = "full"
+    del short.stages[2:]
+    for chain in (short, long):
+        for stage in chain.stages:
+            stage.state_bytes, stage.flops_per_token = 10 * stage.n, 100 * stage.n
+    rows = report.format_table([short, long]).splitlines()[2:]
+    assert all("| 160B | 1.6e3 |" in row for row in rows)
+    assert report.common_n([short, long]) == 16
+    del short.stages[:]
+    short.stages.append(replace(long.stages[0], n=7, state_bytes=70, flops_per_token=700))
+    rows = report.format_table([short, long]).splitlines()[2:]
+    assert "| 70B | 7.0e2 |" in rows[0] and "| 320B | 3.2e3 |" in rows[1]
+    assert report.common_n([short, long]) is None
 
 
 OPEN = "inconclusive: a run is not finished"

@@ -109,6 +109,13 @@ class Chain:
         """The largest n that passed, or 0."""
         return max((stage.n for stage in self.passed()), default=0)
 
+    def may_rise(self, longest: int) -> bool:
+        """Whether n_max may rise, if the curriculum has stages up to `longest`.
+
+        A chain of a command with fewer n may pass all of its stages.
+        """
+        return self.next_stage() is not None or self.n_max == self.stages[-1].n < longest
+
 
 # ---- the report
 
@@ -140,8 +147,7 @@ def write_report(
         logger.warning("%s is not drawn: %s; minutes=0 draws it later", plot, error)
     left = [c for c in chains if c.next_stage() is not None]
     longest = max(stage.n for chain in chains for stage in chain.stages)
-    # A chain of a command with fewer n may pass all of its stages.
-    rising = [*left, *(c for c in chains if c.n_max == c.stages[-1].n < longest)]
+    rising = [c for c in chains if c.may_rise(longest)]
     finals = [as_run(chain) for chain in chains if chain not in rising]
     # The seeds that fail early end first. For the others, n_max is at least the last that passed.
     # Seeds that wait count too, unless no seed of their arm and T has a result.
@@ -158,7 +164,7 @@ def write_report(
     commands = "\n".join(f"{module} {given} dump_dir=FOLDER" for given in record["commands"])
     figures = [plot] if plot.exists() else []
     facts = format_facts(study, runs, record, {}, [*unfinished, *not_run], commands)
-    results = [table, warning, explain(target, guess)]
+    results = [table, warning, explain(target, guess, common_n(chains))]
     report = write_page(study, folder, verdicts, results, figures, facts)
     print(f"report: {report}" + (f"; {len(left)} chains are not finished" if left else ""))
 
@@ -179,32 +185,35 @@ def format_warning(target: float, guess: float) -> str:
     )
 
 
-def explain(target: float, guess: float) -> str:
+def explain(target: float, guess: float, common: int | None) -> str:
+    n = "the longest n of the row" if common is None else f"n = {common}"
     return (
         f"A stage passes when the accuracy on held-out examples reaches {target:g}; the next one "
         "starts from its weights, with a new optimizer. The most frequent of the pointers' bits is "
         f"right in {guess:.2f} of the examples at every n. n_max is the last stage that passed, "
-        "the median over seeds, and in brackets that of each seed; `>=` means that the curriculum "
-        "is not at its end. Columns n=... have the number of passed and of run stages, with the "
-        "median of their steps, or, if none passed, with the mean accuracy at the end. State and "
-        "FLOPs are for the longest n: bytes of the caches of one sequence in bf16, and FLOPs per "
-        "token of training. The paper does not say whether its stages keep the optimizer, nor its "
-        "learning rate, batch, window and heads; these are ours."
+        "the median over seeds, and in brackets that of each seed; `>=` means that the next stage "
+        "has not ended, or was not asked for. Columns n=... have the number of passed and of run "
+        "stages, with the median of their steps, or, if none passed, with the mean accuracy at the "
+        f"end. State and FLOPs are for {n}: bytes of the caches of one sequence in bf16, and FLOPs "
+        "per token of training. The paper does not say whether its stages keep the optimizer, nor "
+        "its learning rate, batch, window and heads; these are ours."
     )
 
 
 def format_table(chains: Sequence[Chain]) -> str:
     """Return a row for each arm and T, as Markdown."""
     lengths = sorted({stage.n for chain in chains for stage in chain.stages})
+    common = common_n(chains)
     heads = ["arm", "T", "n_max", "seeds", "params", "state", "FLOPs/token"]
     rows = [[*heads, *(f"n={n}" for n in lengths)]]
     rows.append(["---", "---:", "---", "---:", "---:", "---:", "---:", *["---"] * len(lengths)])
     for (arm, n_loops), members in grouped(chains):
         of_seeds = [c for c in members if c.outcome(c.stages[0]).curve]
-        last = max((c.stages[-1] for c in members), key=lambda stage: stage.n)
-        facts = [short(last.parameters), f"{short(last.state_bytes)}B"]
-        row = [arm, str(n_loops), format_n_max(of_seeds), str(len(of_seeds)), *facts]
-        row.append(scientific(last.flops_per_token))
+        stages = {stage.n: stage for c in members for stage in c.stages}
+        shown = stages[common or max(stages)]
+        facts = [short(shown.parameters), f"{short(shown.state_bytes)}B"]
+        row = [arm, str(n_loops), format_n_max(of_seeds, lengths[-1]), str(len(of_seeds)), *facts]
+        row.append(scientific(shown.flops_per_token))
         rows.append([*row, *(format_stage(members, n) for n in lengths)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -221,10 +230,16 @@ def grouped(chains: Sequence[Chain]) -> list[tuple[tuple[str, int], list[Chain]]
     return [((members[0].arm, members[0].n_loops), members) for members in groups]
 
 
-def format_n_max(chains: Sequence[Chain]) -> str:
+def common_n(chains: Sequence[Chain]) -> int | None:
+    """Return the largest n that all chains have, if there is one."""
+    each = [{stage.n for stage in chain.stages} for chain in chains]
+    return max(set.intersection(*each), default=None)
+
+
+def format_n_max(chains: Sequence[Chain], longest: int) -> str:
     if not chains:
         return "-"
-    open_ended = [chain.next_stage() is not None for chain in chains]
+    open_ended = [chain.may_rise(longest) for chain in chains]
     each = [f"{'>=' * is_open}{c.n_max}" for c, is_open in zip(chains, open_ended, strict=True)]
     median = f"{'>=' * any(open_ended)}{statistics.median(c.n_max for c in chains):g}"
     return median if len(each) == 1 else f"{median} ({', '.join(each)})"
