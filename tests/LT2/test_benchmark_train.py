@@ -19,6 +19,7 @@ from apps.LT2.scripts.benchmark_train import (
     main,
     variants,
 )
+from apps.LT2.training.trainer import Trainer
 from lingua.errors import UserError
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny_run import OPTIONS, clean_process, write_corpus
@@ -40,8 +41,12 @@ def options_of(data: Path) -> list[str]:
 def measure(rank: int, world_size: int, data: Path) -> str:
     argv = [RECIPE, *options_of(data), "model.kda.conv_size=2"]
     argv += ["--vary", "distributed.tp_size=1,2", "--vary", "model.loop_count=2"]
-    with clean_process(), redirect_stdout(io.StringIO()) as out:
-        main([*argv, "--steps", "3", "--warmup", "1", "--profile"])
+    freed = []
+    with pytest.MonkeyPatch.context() as patch, clean_process():
+        patch.setattr(Trainer, "free_graphs", lambda self: freed.append(self))
+        with redirect_stdout(io.StringIO()) as out:
+            main([*argv, "--steps", "3", "--warmup", "1", "--profile"])
+    assert len(freed) == 2  # of each row, else NCCL waits for them
     return out.getvalue()
 
 

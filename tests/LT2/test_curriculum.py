@@ -209,6 +209,18 @@ def test_rows_show_state_and_flops_at_the_same_n(tmp_path):
     assert report.common_n([short, long]) is None
 
 
+@pytest.mark.parametrize(
+    "stages, text",
+    [
+        ([[FAILED], [PASSED, FAILED], [PASSED, EARLY]], "8 (0, 8, >=16)"),
+        ([[PASSED, FAILED], [PASSED, EARLY], [PASSED, EARLY]], ">=16 (8, >=16, >=16)"),
+    ],
+)
+def test_the_median_is_open_only_if_open_seeds_can_raise_it(tmp_path, stages, text):
+    chains = [chain_of(tmp_path / str(i), *of_seed) for i, of_seed in enumerate(stages)]
+    assert report.format_n_max(chains, 32) == text
+
+
 OPEN = "inconclusive: a run is not finished"
 
 

@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -121,10 +122,13 @@ def _sum_decay_gradient_in_fp32(chunk_o: ModuleType) -> None:
 class _Redirected:
     """A kernel of fla that writes `outputs` in place of the arguments of these names."""
 
+    is_launched = False
+
     def __init__(self, kernel: Any, **outputs: Tensor):
         self.kernel, self.outputs = kernel, outputs
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        self.is_launched = True
         return lambda **arguments: self.kernel[grid](**{**arguments, **self.outputs})
 
 
@@ -138,14 +142,18 @@ def import_with_16_bit_gradients(module: str, launcher: str, kernel: str) -> Mod
     names = vars(import_fla(module))
     inner = names[launcher]
     of_kernel = inspect.unwrap(inner).__globals__
+    lock = threading.Lock()  # each GPU has its own thread in a backward
 
     def launch(*, q: Tensor, k: Tensor, **others: Any) -> tuple[Tensor, ...]:
-        dq, dk, plain = torch.empty_like(q), torch.empty_like(k), of_kernel[kernel]
-        of_kernel[kernel] = _Redirected(plain, dq2=dq, dk2=dk)
-        try:
-            _, _, *rest = inner(q=q, k=k, **others)
-        finally:
-            of_kernel[kernel] = plain
+        dq, dk = torch.empty_like(q), torch.empty_like(k)
+        with lock:
+            plain = of_kernel[kernel]
+            redirected = of_kernel[kernel] = _Redirected(plain, dq2=dq, dk2=dk)
+            try:
+                _, _, *rest = inner(q=q, k=k, **others)
+            finally:
+                of_kernel[kernel] = plain
+        assert redirected.is_launched, f"{launcher} of {module} does not launch {kernel}"
         return dq, dk, *rest
 
     names[launcher] = launch

@@ -188,15 +188,16 @@ def format_warning(target: float, guess: float) -> str:
 def explain(target: float, guess: float, common: int | None) -> str:
     n = "the longest n of the row" if common is None else f"n = {common}"
     return (
-        f"A stage passes when the accuracy on held-out examples reaches {target:g}; the next one "
-        "starts from its weights, with a new optimizer. The most frequent of the pointers' bits is "
-        f"right in {guess:.2f} of the examples at every n. n_max is the last stage that passed, "
-        "the median over seeds, and in brackets that of each seed; `>=` means that the next stage "
-        "has not ended, or was not asked for. Columns n=... have the number of passed and of run "
-        "stages, with the median of their steps, or, if none passed, with the mean accuracy at the "
-        f"end. State and FLOPs are for {n}: bytes of the caches of one sequence in bf16, and FLOPs "
-        "per token of training. The paper does not say whether its stages keep the optimizer, nor "
-        "its learning rate, batch, window and heads; these are ours."
+        f"A stage passes when the accuracy on held-out examples reaches {target:g}; the next "
+        "one starts from its weights, with a new optimizer. The most frequent of the "
+        f"pointers' bits is right in {guess:.2f} of the examples at every n. n_max is the last "
+        "stage that passed, the median over seeds, and in brackets that of each seed; `>=` "
+        "means that the next stage has not ended, or ran in other rows only. Columns n=... "
+        "have the number of passed and of run stages, with the median of their steps, or, if "
+        f"none passed, with the mean accuracy at the end. State and FLOPs are for {n}: bytes "
+        "of the caches of one sequence in bf16, and FLOPs per token of training. The paper "
+        "does not say whether its stages keep the optimizer, nor its learning rate, batch, "
+        "window and heads; these are ours."
     )
 
 
@@ -241,7 +242,11 @@ def format_n_max(chains: Sequence[Chain], longest: int) -> str:
         return "-"
     open_ended = [chain.may_rise(longest) for chain in chains]
     each = [f"{'>=' * is_open}{c.n_max}" for c, is_open in zip(chains, open_ended, strict=True)]
-    median = f"{'>=' * any(open_ended)}{statistics.median(c.n_max for c in chains):g}"
+    least = statistics.median(c.n_max for c in chains)
+    most = statistics.median(
+        math.inf if is_open else c.n_max for c, is_open in zip(chains, open_ended, strict=True)
+    )
+    median = f"{'>=' * (most > least)}{least:g}"
     return median if len(each) == 1 else f"{median} ({', '.join(each)})"
 
 
@@ -288,7 +293,7 @@ def draw_curves(chains: Sequence[Chain], out: Path, target: float, guess: float)
     plt = import_pyplot("the plot")
     arms = list(dict.fromkeys(chain.arm for chain in chains))
     loops = sorted({chain.n_loops for chain in chains})
-    lengths = sorted({stage.n for chain in chains for stage in chain.stages})
+    lengths = sorted({s.n for chain in chains for s in chain.stages if chain.outcome(s).curve})
     colours = {T: MORE_COLOURS[i % len(MORE_COLOURS)] for i, T in enumerate(loops)}
     styles = {n: STYLES[i % len(STYLES)] for i, n in enumerate(lengths)}
     n_rows = math.ceil(len(arms) / COLUMNS)
@@ -311,7 +316,9 @@ def draw_curves(chains: Sequence[Chain], out: Path, target: float, guess: float)
     keys += [plt.Line2D([], [], color=GREY, ls=styles[n], label=f"n = {n}") for n in lengths]
     keys += [plt.Line2D([], [], color=GREY, label=end, **ENDS[end]) for end in ENDS]
     keys.append(plt.Line2D([], [], color=GREY, ls="--", lw=0.8, label="target, and a guess"))
-    figure.legend(handles=keys, loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(
+        handles=keys, loc="outside right upper", frameon=False, fontsize=8, handlelength=4
+    )
     figure.supxlabel("optimizer steps, all stages", fontsize=9)
     figure.supylabel("held-out accuracy", fontsize=9)
     save_figure(figure, out)

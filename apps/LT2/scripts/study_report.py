@@ -289,7 +289,8 @@ def write_report(
     verdicts = judge_claims(study, runs, unfinished=failed)
     missing = swept.keys() - {run.path.name for run in runs}
     spikes = SPIKES if any("spikes" in m for m in study.columns.values()) else ""
-    explained = " ".join(filter(None, [EXPLAINED, units, spikes]))
+    after = AFTER if any(m.startswith(("max ", "median ")) for m in study.columns.values()) else ""
+    explained = " ".join(filter(None, [EXPLAINED, units, spikes, after]))
     facts = format_facts(study, runs, record, given, find_not_run(study, swept, missing, failed))
     results = [format_as(table, "markdown"), explained]
     report = write_page(study, folder, verdicts, results, figures, facts)
@@ -344,6 +345,7 @@ def write_page(
 TINY = "This is `size=tiny`, a test of the command. Its numbers say nothing about the claims."
 EXPLAINED = "Mean and standard deviation over n seeds. FLOPs and tokens are of training."
 SPIKES = f"A spike is a step with more than {SPIKE:g} times the median of the {WINDOW} before it."
+AFTER = f"Maxima and medians are of the steps after the first {WINDOW}."
 
 
 def has_run(study: Study, swept: Mapping[str, Any]) -> bool:

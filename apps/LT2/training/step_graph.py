@@ -58,7 +58,7 @@ class StepGraphs:
     def clear(self) -> None:
         """Free all graphs and their memory. Each is captured again at its next call."""
         for captured in self.graphs.values():
-            captured.graph.reset()  # the traceback of an error may still refer to it
+            captured.graph.reset()  # the traceback of an error may refer to it
         self.graphs.clear()
         # They never run at the same time, so they share the memory of their activations. A pool
         # that no graph uses any more cannot be used again.
@@ -101,8 +101,12 @@ class StepGraph:
         self.graph = torch.cuda.CUDAGraph()
         reshard(model)  # so that the graph gathers the weights
         # thread_local: other threads, such as a data loader's, may allocate meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.losses, self.means = compute(self.batches, self.divisor)
+        try:
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.losses, self.means = compute(self.batches, self.divisor)
+        except BaseException:
+            self.graph.reset()  # the traceback refers to it, and NCCL would wait for it
+            raise
         self.gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
 
     def run(self, batches: Sequence[Batch], divisor: Tensor) -> Losses:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -116,6 +118,11 @@ KEPT = {
     "delta_rule": {"A": "solved"},
     "gla": {"g_cumsum": "g_sum", "A": "scores"},
 }
+# Module, launcher and kernel of dq and dk.
+PATCHED = {
+    "kda": ("fla.ops.kda.chunk_bwd", "chunk_kda_bwd_intra", "chunk_kda_bwd_kernel_intra"),
+    "gla": ("fla.ops.gla.chunk", "chunk_gla_bwd_dqkg", "chunk_gla_bwd_kernel_inter"),
+}
 NAMES = sorted(set(" ".join([*FORWARD.values(), *BACKWARD.values()]).split()))
 
 
@@ -150,8 +157,13 @@ def test_every_tensor_of_fla_goes_to_its_place(monkeypatch, name, packed):
     module = importlib.import_module(f"apps.LT2.kernel.{name}.fla")
     for user in (fla, module):
         monkeypatch.setattr(user, "import_fla", lambda _: kernels)
-    if name in ("gla", "kda"):
-        monkeypatch.setattr(module, "import_with_16_bit_gradients", lambda *_: kernels)
+    if name in PATCHED:
+
+        def patched(*names: str) -> SimpleNamespace:
+            assert names == PATCHED[name]
+            return kernels
+
+        monkeypatch.setattr(module, "import_with_16_bit_gradients", patched)
 
     q, k, v = (torch.randn(per_channel).bfloat16().requires_grad_() for _ in range(3))
     inputs = [q, k, v, *(torch.randn(shapes[x]).requires_grad_() for x in rest)]
@@ -174,12 +186,13 @@ def test_every_tensor_of_fla_goes_to_its_place(monkeypatch, name, packed):
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("packed", [False, True])
-def test_only_kernels_of_states_read_repeated_queries_and_keys(monkeypatch, packed):
+@pytest.mark.parametrize("constant", [False, True])
+def test_only_kernels_of_states_read_repeated_queries_and_keys(monkeypatch, packed, constant):
     """Stand-ins for the five kernels of simple_gla return a number each."""
     T, groups, heads, K = 70, 2, 4, 64
     q, k = (torch.randn(1, T, groups, K).bfloat16().requires_grad_() for _ in range(2))
     v = torch.randn(1, T, heads, K).bfloat16().requires_grad_()
-    g = torch.randn(1, T, heads).requires_grad_()
+    g = torch.randn(heads) if constant else torch.randn(1, T, heads).requires_grad_()
     state = torch.randn(1, heads, K, K).requires_grad_()
     states, calls = torch.zeros(1, 2, heads, K, K), {}
 
@@ -196,48 +209,47 @@ def test_only_kernels_of_states_read_repeated_queries_and_keys(monkeypatch, pack
         chunk_fwd_h=stand_in("h", (states, 2), (state, 3)),
         chunk_fwd_o=stand_in("o", (v, 4)),
         chunk_bwd_dh=stand_in("dh", (states, 5), (state, 6)),
-        chunk_bwd_dqkwg=stand_in("dqk", (q, 7), (k, 8), None, (g, 9)),
+        chunk_bwd_dqkwg=stand_in("dqk", (q, 7), (k, 8), None, None if constant else (g, 9)),
         chunk_bwd_dv=stand_in("dv", (v, 10)),
     )
     for user in (fla, simple_gla):
         monkeypatch.setattr(user, "import_fla", lambda _: kernels)
     cu_seqlens = torch.tensor([0, T], dtype=torch.int32) if packed else None
     o, final = simple_gla.OPERATOR.run(q, k, v, g, state=state, cu_seqlens=cu_seqlens)
-    grads = torch.autograd.grad(o.sum() + final.sum(), (q, k, v, g, state))
+    leaves = [x for x in (q, k, v, g, state) if x.requires_grad]
+    grads = torch.autograd.grad(2 * o.sum() + 5 * final.sum(), leaves)
 
     # The gradient of a sum is summed again.
-    assert [x.unique().item() for x in (o, final, *grads)] == [4, 3, 7, 8, 10, 1, 6]
+    numbers = [4, 3, 7, 8, 10, *([] if constant else [1]), 6]
+    assert [x.unique().item() for x in (o, final, *grads)] == numbers
     wide_q, wide_k = (x.repeat_interleave(heads // groups, dim=2) for x in (q, k))
     (forward, again), (output,), (dstates,), (dqk,), (dv,) = (
         calls[kernel] for kernel in ("h", "o", "dh", "dqk", "dv")
     )
     for arguments in (forward, again):
         assert arguments["k"].equal(wide_k) and arguments["h0"].equal(state)
+    assert forward["output_final_state"] and again["states_in_fp32"]
     assert dstates["q"].equal(wide_q) and dstates["h0"].equal(state)
+    assert dstates["states_in_fp32"] and (dstates["dht"] == 5).all()
+    for arguments in (dstates, dqk, dv):
+        assert (arguments["do"] == 2).all() and arguments["do"].shape == v.shape
+    for arguments in (output, dstates, dqk, dv):
+        assert arguments["scale"] == K**-0.5
     for arguments in (output, dqk, dv):
         assert arguments["q"].equal(q) and arguments["k"].equal(k)
         assert ("chunk_indices" in arguments) == packed
     assert output["h"].unique() == dqk["h"].unique() == 2
     assert dqk["dh"].unique() == dv["dh"].unique() == 5
     for arguments in (forward, again, output, dstates, dqk, dv):
-        assert (arguments["g"] == 1).all() and arguments["g_gamma"] is None
+        decays, none = arguments["g"], arguments["g_gamma"]
+        if constant:
+            decays, none = none, decays
+        assert none is None and arguments["chunk_size"] == 64
+        assert decays.equal(g / math.log(2)) if constant else (decays == 1).all()
         assert (arguments.get("cu_seqlens") is not None) == packed
 
 
-def test_the_last_kernel_of_kda_writes_16_bits(monkeypatch):
-    """The launcher of a stand-in for fla allocates dq2 and dk2 in fp32, as fla does."""
-    module = ModuleType("toy")
-    exec(TOY_OF_FLA, vars(module))
-    monkeypatch.setattr(fla, "import_fla", lambda _: module)
-    plain = module.kernel
-    q, k = torch.randn(3).bfloat16(), torch.randn(3).bfloat16()
-    import_with_16_bit_gradients.cache_clear()
-    dq, dk, db = import_with_16_bit_gradients("toy", "launch", "kernel").backward(q, k)
-    assert dq.equal(2 * q) and dk.equal(3 * k) and dq.dtype == dk.dtype == q.dtype
-    assert db.equal((q + 1).float()) and module.kernel is plain
-    import_with_16_bit_gradients.cache_clear()
-
-
+# Like fla, it wraps its launchers, whose gradients dq2 and dk2 are fp32.
 TOY_OF_FLA = """
 import torch
 
@@ -246,17 +258,45 @@ class kernel:
         return cls.run
 
     def run(q, k, dq, db, dq2, dk2):
+        if q.isnan().any():
+            raise ArithmeticError
         dq2.copy_(dq), dk2.copy_(3 * k), db.copy_(q + 1.0)
 
+@wrapped
 def launch(q, k, dq):
     db = torch.empty_like(q, dtype=torch.float)
     dq2, dk2 = (torch.empty_like(x, dtype=torch.float) for x in (q, k))
-    kernel[1](q=q, k=k, dq=dq, db=db, dq2=dq2, dk2=dk2)
+    if not q.isinf().any():
+        kernel[1](q=q, k=k, dq=dq, db=db, dq2=dq2, dk2=dk2)
     return dq2, dk2, db
 
 def backward(q, k):
     return launch(q=q, k=k, dq=2 * q)
 """
+
+
+def test_the_last_kernel_of_kda_writes_16_bits(monkeypatch):
+    def wrapped(launch):
+        return functools.wraps(launch)(lambda **arguments: launch(**arguments))
+
+    module = ModuleType("toy")
+    names = vars(module)
+    names["wrapped"] = wrapped  # a function of another module
+    exec(TOY_OF_FLA, names)
+    plain = names["kernel"]
+    monkeypatch.setattr(fla, "import_fla", lambda _: module)
+    q, k = torch.randn(3).bfloat16(), torch.randn(3).bfloat16()
+    import_with_16_bit_gradients.cache_clear()
+    backward = import_with_16_bit_gradients("toy", "launch", "kernel").backward
+    import_with_16_bit_gradients.cache_clear()
+    with pytest.raises(ArithmeticError):
+        backward(q * torch.nan, k)
+    with pytest.raises(AssertionError, match="launch of toy does not launch kernel"):
+        backward(q * torch.inf, k)
+    for _ in range(2):
+        dq, dk, db = backward(q, k)
+        assert dq.equal(2 * q) and dk.equal(3 * k) and dq.dtype == dk.dtype == q.dtype
+        assert db.equal((q + 1).float()) and names["kernel"] is plain
 
 
 @pytest.mark.parametrize("name", ["gated_delta_rule", "delta_rule"])

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from apps.LT2.mixers.dsa import DSAArgs
 from apps.LT2.training import step_graph, trainer
-from apps.LT2.training.step_graph import StepGraphs, uses_step_graph
+from apps.LT2.training.step_graph import StepGraph, StepGraphs, uses_step_graph
 from apps.LT2.training.unused_options import _unused_train_options
 from apps.LT2.transformer import LoopedTransformerArgs, build_on_meta
 from tests.LT2.tiny_run import SMALL, train, train_args, write_corpus
@@ -94,10 +95,29 @@ def test_the_third_step_of_a_kind_is_captured(monkeypatch):
 class Failure(Exception): ...
 
 
+def test_a_failed_capture_is_freed(monkeypatch):
+    """The traceback of its error refers to it."""
+    freed = []
+
+    def fail(batches, divisor):
+        raise Failure
+
+    graph = SimpleNamespace(reset=lambda: freed.append(True))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    with pytest.raises(Failure):
+        StepGraph(nn.Linear(1, 1), fail, [], torch.ones(()), (0, 0))  # pyright: ignore
+    assert freed == [True]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_frees_its_graphs(tmp_path, monkeypatch, fails):
     """NCCL's communicators would wait for them at the end of the process."""
-    freed = []
+    freed, inner = [], trainer.Trainer.free_graphs
+
+    def free(self):
+        inner(self)
+        assert self.graphs is None
 
     class Graphs:
         def __init__(self, model): ...
@@ -112,6 +132,7 @@ def test_a_run_frees_its_graphs(tmp_path, monkeypatch, fails):
 
     monkeypatch.setattr(trainer, "uses_step_graph", lambda *_: True)
     monkeypatch.setattr(trainer, "StepGraphs", Graphs)
+    monkeypatch.setattr(trainer.Trainer, "free_graphs", free)
     data = write_corpus(tmp_path / "data")
     with pytest.raises(Failure) if fails else nullcontext():
         train(data, tmp_path / "run", **SMALL, steps=1)
