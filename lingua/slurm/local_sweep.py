@@ -124,7 +124,8 @@ class LocalSweep:
 
     def result(self, run: SweepRun) -> str:
         """Return what a run has reached, for the line that says it ended."""
-        return run.losses() and f"{run.losses()} nats per token"
+        unit = "answer" if "acc/out" in run.metrics else "token"  # of a task or of text
+        return run.losses() and f"{run.losses()} nats per {unit}"
 
     def check_time(self) -> None:
         """Called twice a second; sets is_out_of_time to stop all runs."""

@@ -89,9 +89,9 @@ def test_a_curve_over_each_axis_is_averaged_over_seeds(tune, tmp_path, drawn, x,
 
 
 def test_final_values_against_an_option(tune, tmp_path, drawn, capsys):
-    main([str(tune), "x=loop_count", "by=mixer", "mean=seed", f"out={tmp_path}/a.png"])
+    main([str(tune), "x=loop_count", "by=mixer", "mean=seed", f"out={tmp_path}/new/a.png"])
     assert "\nkda: loss/val 5 ± 0.707 (n=2)" in capsys.readouterr().out
-    points = rows(tmp_path / "a.csv")
+    points = rows(tmp_path / "new" / "a.csv")
     assert points[0]["run"] == "gdn-1-0; gdn-1-1"
     found = [(r["model.mixer"], r["model.loop_count"], r["loss/val"]) for r in points]
     assert found == [

@@ -104,9 +104,11 @@ def test_loops_from_the_command_to_the_report(quick_python, data, tmp_path):
 def test_every_study_runs(quick_python, data, tmp_path, name):
     options = [f"arms={ARMS[name]}".replace("'", "")] if name in ARMS else []
     options += [] if name in ON_TASKS else data
-    run_study(quick_python, name, tmp_path / "study", "seeds=1", *options)
+    printed = run_study(quick_python, name, tmp_path / "study", "seeds=1", *options)
     text = (tmp_path / "study" / f"{name}.md").read_text()
     study = read_study(name, "tiny")
+    if name in ON_TASKS:
+        assert "nats per token" not in printed + text and "nats per answer" in printed
     assert all(header in text for header in study.columns if "4" not in header)
     assert all(claim["claim"] in text for claim in study.claims)
     assert (tmp_path / "study" / f"{name}.png").exists()
@@ -391,7 +393,10 @@ def test_only_a_study_on_gpus_forks_a_server(monkeypatch, tmp_path, gpus):
     "argv, words",
     [
         ([], "loops, mixers"),
-        (["loop"], "loop: use loops"),
+        (["loop"], r"loop: did you mean loops\?"),
+        (["x"], "x: use loops, mixers, .*, or a YAML file"),
+        (["gone.yaml"], "gone.yaml: no such file; use loops"),
+        (["curriculum"], "curriculum: has a command of its own, lt2 curriculum"),
         (["loops", "mixers"], "mixers"),
         (["loops", "size=huge"], "size=huge must be one of tiny, small, full"),
         (["loops", "arms=[fixed,foo]"], "no arm foo; use fixed, poisson"),
@@ -400,7 +405,8 @@ def test_only_a_study_on_gpus_forks_a_server(monkeypatch, tmp_path, gpus):
         (["loops", "model.loop_count=2"], "model.loop_count is set by the study loops"),
         (["loops", "seed=2"], "seed is set by the study"),
         (["loops", "config=x.yaml"], "config is set by the study"),
-        (["loops", "job=2"], "job"),
+        (["loops", "job=2"], r"unknown option job; did you mean jobs\?"),
+        (["loops", "foo=3"], "unknown option foo; use arms, dry_run, dump_dir"),
         (["loops", "dump_dir="], "dump_dir is empty"),
         (["loops", "dump_dir=FOREIGN"], "has other files"),
         (["loops", "dump_dir=OTHER"], "is of the study mixers size=small"),

@@ -29,7 +29,8 @@ from apps.LT2.scripts.benchmark_results import (
     write_files,
 )
 from apps.LT2.scripts.benchmark_train_report import write_train_report
-from apps.LT2.scripts.plot_benchmark import draw, format_length
+from apps.LT2.scripts.figure import format_length
+from apps.LT2.scripts.plot_benchmark import draw
 from apps.LT2.scripts.study_report import format_verdicts
 from lingua.args import dataclass_from_dict, load_config_file
 from lingua.config.cli import OneLineParser

@@ -166,6 +166,10 @@ def plain_number(value: float, _position: int | None = None) -> str:
     return f"{value:.6g}"
 
 
+def format_length(n: int) -> str:
+    return f"{n // 1024}k" if n % 1024 == 0 else str(n)
+
+
 def set_plain_ticks(
     axis: Any, values: Sequence[float] | None = None, *, whole: bool = False
 ) -> None:

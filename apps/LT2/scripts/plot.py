@@ -69,6 +69,7 @@ from lingua.config.cli import split_paths
 from lingua.errors import UserError, run_cli
 from lingua.evaluations import label_of
 from lingua.files.atomic import write_atomic
+from lingua.files.lock import make_writable
 from lingua.runs import (
     ABSENT,
     STEP,
@@ -262,6 +263,7 @@ def main(argv: list[str]) -> None:
     out = Path(args.out) if args.out else folders[0] / default_name(args)
     if out.suffix not in FORMATS:
         raise UserError(f"out={out} must end in {', '.join(FORMATS)}")
+    make_writable("out", out.parent)
     plot(read_runs(folders), args, out)
 
 

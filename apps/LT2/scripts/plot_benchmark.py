@@ -15,7 +15,13 @@ from typing import Any
 
 from apps.LT2.benchmark.inference_cost import OUT_OF_MEMORY
 from apps.LT2.scripts.benchmark_results import PREFILL, read_results
-from apps.LT2.scripts.figure import MORE_COLOURS, import_pyplot, save_figure, set_plain_ticks
+from apps.LT2.scripts.figure import (
+    MORE_COLOURS,
+    format_length,
+    import_pyplot,
+    save_figure,
+    set_plain_ticks,
+)
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
 
@@ -139,10 +145,6 @@ def draw(results: Sequence[dict[str, Any]], out: Path) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=n_columns, frameon=False)
     save_figure(figure, out)
     pyplot.close(figure)
-
-
-def format_length(n: int) -> str:
-    return f"{n // 1024}k" if n % 1024 == 0 else str(n)
 
 
 def main(argv: list[str]) -> None:

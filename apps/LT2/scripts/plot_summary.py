@@ -14,59 +14,81 @@ from pathlib import Path
 from typing import Any
 
 from apps.LT2.scripts.figure import (
-    COLOURS,
+    FORMATS,
+    MORE_COLOURS,
     Line,
     draw_lines,
+    format_length,
     import_pyplot,
     save_figure,
     set_plain_ticks,
 )
-from apps.LT2.scripts.plot_benchmark import format_length
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
 from lingua.files.jsonl_log import read_jsonl_records
+from lingua.files.lock import make_writable
+from lingua.run_columns import short
 
 LOOPS, LENGTH = "model.loop_count", "data.task.n"
 BATCH_SIZE = 8  # of the decode panel
-# Names and colours of the models in the other panels.
-MODELS = {
-    "full": COLOURS[0],
-    "gdn": COLOURS[1],
-    "hybrid": COLOURS[2],
-    "window": COLOURS[3],
-    "mamba2": COLOURS[4],
-    "kda": COLOURS[5],
-    "gdn+dsa": "k",
-}
+# The benchmark's configs, in its order, so that both figures of README have the same colours.
 CONFIGS = {
-    "looped_pure_full_1B": "full",
-    "looped_pure_window_1B": "window",
-    "looped_pure_gdn_1B": "gdn",
     "looped_hybrid_gdn_4to1_1B": "hybrid",
     "looped_hybrid_gdn_dsa_1B": "gdn+dsa",
+    "looped_pure_full_1B": "full",
+    "looped_pure_gdn_1B": "gdn",
+    "looped_pure_window_1B": "window",
 }
+COLOURS = dict(zip([*CONFIGS.values(), "mamba2", "kda"], MORE_COLOURS, strict=False))
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def read_rows(path: Path, field: str) -> list[dict[str, Any]]:
-    rows = list(read_jsonl_records(path)) if path.is_file() else []
-    if not rows or field not in rows[0]:
-        raise UserError(f"{path}: no results with {field!r}; name a published .jsonl file")
+def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """Read results that have `fields`. UserError for another file, or none."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name published results, such as docs/results")
+    rows = list(read_jsonl_records(path))
+    missing = [name for name in fields if any(name not in row for row in rows)]
+    if missing or not rows:
+        raise UserError(f"{path}: no results with {', '.join(missing or fields)}")
     return rows
 
 
-def longest_arrays(rows: Rows) -> dict[str, dict[int, list[int]]]:
-    """Return n_max of each seed by arm and T: the largest n that passed, or 0."""
-    found: dict[str, dict[int, dict[int, int]]] = {}
-    for row in rows:
-        seeds = found.setdefault(row["arm"], {}).setdefault(row[LOOPS], {})
-        n = row[LENGTH] if row["passed"] else 0
-        seeds[row["seed"]] = max(n, seeds.get(row["seed"], 0))
+# ---- the longest array
+
+
+def longest_arrays(rows: Rows) -> dict[str, dict[int, list[tuple[int, bool]]]]:
+    """Return n_max of each seed by arm and T, and whether it may be more.
+
+    n_max is the largest n that passed, or 0. A chain whose last stage passed may reach more, unless
+    no chain has a larger n.
+    """
+    longest = max(row[LENGTH] for row in rows)
+    chains: dict[str, dict[int, dict[int, list[Mapping[str, Any]]]]] = {}
+    for row in sorted(rows, key=lambda row: (row[LOOPS], row[LENGTH])):
+        of_arm = chains.setdefault(row["arm"], {}).setdefault(row[LOOPS], {})
+        of_arm.setdefault(row["seed"], []).append(row)
     return {
-        arm: {T: sorted(seeds.values()) for T, seeds in sorted(by_loops.items())}
-        for arm, by_loops in found.items()
+        arm: {
+            T: sorted(
+                (
+                    max((r[LENGTH] for r in stages if r["passed"]), default=0),
+                    stages[-1]["passed"] and stages[-1][LENGTH] < longest,
+                )
+                for stages in seeds.values()
+            )
+            for T, seeds in by_loops.items()
+        }
+        for arm, by_loops in chains.items()
     }
+
+
+def format_cell(of_seeds: Sequence[tuple[int, bool]]) -> str:
+    """Return the median of n_max, and below it the range over seeds if they differ."""
+    texts = [f"{'≥' * is_open}{n}" for n, is_open in of_seeds]
+    middle = texts[len(texts) // 2]
+    return middle if texts[0] == texts[-1] else f"{middle}\n({texts[0]} to {texts[-1]})"
 
 
 def draw_arrays(axes: Any, rows: Rows) -> None:
@@ -78,18 +100,21 @@ def draw_arrays(axes: Any, rows: Rows) -> None:
     cells = np.full((len(arms), len(loops)), np.nan)
     for i, by_loops in enumerate(arms.values()):
         for T, of_seeds in by_loops.items():
-            middle, j = statistics.median(of_seeds), loops.index(T)
-            cells[i, j] = np.log2(max(middle, 4))  # n starts at 8
-            least, most = of_seeds[0], of_seeds[-1]
-            text = f"{middle:g}" if least == most else f"{middle:g}\n({least}-{most})"
-            dark = cells[i, j] > 4.5
-            axes.text(j, i, text, ha="center", va="center", color="w" if dark else "k", size=8)
+            j = loops.index(T)
+            cells[i, j] = np.log2(max(of_seeds[len(of_seeds) // 2][0], 4))  # n starts at 8
+            colour = "w" if cells[i, j] > 4.5 else "k"
+            text = format_cell(of_seeds)
+            axes.text(j, i, text, ha="center", va="center", color=colour, size=8)
     axes.imshow(cells, cmap="Blues", vmin=1.5, vmax=7, aspect="auto")
     axes.set_xticks(range(len(loops)), [f"T = {T}" for T in loops])
     axes.set_yticks(range(len(arms)), list(arms))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("Longest array of bits followed\nthrough swaps of pointers", loc="left")
+    axes.set_title("Longest array of bits in which the model\nfollows swapped pointers", loc="left")
+    axes.set_xlabel("median (range) over seeds; white: not run")
+
+
+# ---- loss and speed
 
 
 def draw_losses(axes: Any, rows: Rows) -> None:
@@ -99,38 +124,38 @@ def draw_losses(axes: Any, rows: Rows) -> None:
         loops = sorted({row[LOOPS] for row in own})
         means = [statistics.fmean(r["bpb"] for r in own if r[LOOPS] == T) for T in loops]
         runs = [([row[LOOPS]], [row["bpb"]]) for row in own]
-        lines.append(Line(loops, means, arm, MODELS.get(arm, "k"), marker="o", runs=runs))
+        lines.append(Line(loops, means, arm, COLOURS.get(arm, "k"), marker="o", runs=runs))
     lines.sort(key=lambda line: -line.y[-1])
     draw_lines(axes, lines)
     axes.set_xscale("log", base=2)
     set_plain_ticks(axes.xaxis, sorted({row[LOOPS] for row in rows}))
     axes.set_xlabel("loops T")
     axes.set_ylabel("bits per byte of held-out text")
-    axes.set_title("Loss of 17M models\nat equal training FLOPs", loc="left")
+    size = short(statistics.median(row["params"] for row in rows))
+    axes.set_title(f"Loss of models with {size} parameters\nat equal training FLOPs", loc="left")
     axes.legend(frameon=False)
 
 
 def draw_decode(axes: Any, rows: Rows) -> None:
-    lines = []
+    lines, ticks = [], sorted({row["seqlen"] for row in rows})
     for config, name in CONFIGS.items():
-        points = {
-            row["seqlen"]: row["decode"]["tokens_per_s"]
-            for row in rows
-            if (row["config"], row["batch_size"]) == (config, BATCH_SIZE)
-            and row["decode"]["tokens_per_s"] is not None
-        }
-        lengths = sorted(points)
-        speeds = [points[n] for n in lengths]
-        lines.append(Line(lengths, speeds, name, MODELS[name], marker="o"))
+        own = [r for r in rows if (r["config"], r["batch_size"]) == (config, BATCH_SIZE)]
+        speeds = {row["seqlen"]: row["decode"]["tokens_per_s"] for row in own}
+        points = {n: speed for n, speed in sorted(speeds.items()) if speed is not None}
+        if not points:
+            continue
+        line = Line(list(points), list(points.values()), name, COLOURS[name], marker="o")
+        lines.append(line)
+        missing = [n for n in sorted(speeds) if n not in points]
+        axes.plot(missing, [line.y[-1]] * len(missing), "x", color=line.colour)
     draw_lines(axes, lines)
-    ticks = sorted({n for line in lines for n in line.x})
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(ticks, [format_length(int(n)) for n in ticks])
-    set_plain_ticks(axes.yaxis)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(ticks, [format_length(n) for n in ticks])
+    set_plain_ticks(axes.yaxis, [100 * 2**i for i in range(6)])
     axes.set_xlabel("length (tokens)")
-    axes.set_ylabel(f"tokens/s of {BATCH_SIZE} sequences")
-    axes.set_title("Decode speed of 1B models\nwith T = 4 on one H200", loc="left")
+    axes.set_ylabel(f"tokens/s, {BATCH_SIZE} sequences together")
+    axes.set_title("Decode speed of 1B models with T = 4\n(x: out of memory)", loc="left")
     axes.legend(frameon=False, loc="lower left")
 
 
@@ -143,11 +168,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("inference", type=Path, metavar="INFERENCE.jsonl")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="figure to write")
     args = parser.parse_args(argv)
-    arrays = read_rows(args.results / "curriculum.jsonl", "passed")
-    losses = read_rows(args.results / "mixers.jsonl", "bpb")
-    speeds = read_rows(args.inference, "decode")
+    if args.out.suffix not in FORMATS:
+        raise UserError(f"--out {args.out} must end in {', '.join(FORMATS)}")
+    chain = ["arm", LOOPS, LENGTH, "seed", "passed"]
+    arrays = read_rows(args.results / "curriculum.jsonl", chain)
+    losses = read_rows(args.results / "mixers.jsonl", ["arm", LOOPS, "bpb", "params"])
+    speeds = read_rows(args.inference, ["config", "batch_size", "seqlen", "decode"])
+    make_writable("--out", args.out.parent)
     pyplot = import_pyplot(needed_by="the figure")
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.4), dpi=150, layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.6), dpi=150, layout="constrained")
     draw_arrays(axes[0], arrays)
     draw_losses(axes[1], losses)
     draw_decode(axes[2], speeds)

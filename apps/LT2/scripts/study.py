@@ -16,6 +16,7 @@ runs, resumes the others, and writes to dump_dir
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -97,8 +98,13 @@ def split_options(
     own = {f.name for f in fields(cls)}
     mine = [arg for arg in argv if arg.partition("=")[0] in own or arg.startswith("-")]
     args = parse_args(cls, mine, prog=prog, doc=doc)
+    known = [*own, *(f.name for f in fields(TrainArgs)), *SET_BY_STUDY]
     given: Options = {}
     for option, _, text in (arg.partition("=") for arg in argv if arg not in mine):
+        if (first := option.partition(".")[0]) not in known:
+            close = difflib.get_close_matches(first, known, n=1)
+            advice = f"did you mean {close[0]}?" if close else f"use {', '.join(sorted(own))}"
+            raise UserError(f"unknown option {option}; {advice}")
         given[option] = text
         with suppress(ValueError):
             given[option] = yaml_value(text)

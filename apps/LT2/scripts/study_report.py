@@ -138,12 +138,14 @@ def last(run: Run, metric: str) -> float:
 # ---- table, verdicts, data
 
 
-def units_of_losses(columns: Mapping[str, str]) -> str:
+def units_of_losses(columns: Mapping[str, str], runs: Sequence[Run]) -> str:
     """Return the units of losses among the columns, e.g. "T=1, T=2: loss in bits per byte."."""
+    is_task = any("Task" in dict(trained(run)) for run in runs)
+    nats = f"nats per {'answer' if is_task else 'token'}"
     heads: dict[str, list[str]] = {}
     for head, metric in columns.items():
         if metric.startswith("loss/") and " / " not in metric:
-            unit = "bits per byte" if "_bpb" in metric else "nats per token"
+            unit = "bits per byte" if "_bpb" in metric else nats
             heads.setdefault(unit, []).append(head)
     return " ".join(f"{', '.join(names)}: loss in {unit}." for unit, names in heads.items())
 
@@ -281,7 +283,7 @@ def write_report(
         add_statistics(run, list(study.columns.values()))
     warn_missing(study, runs)
     table = results_table(study, runs)
-    units = units_of_losses(study.columns)
+    units = units_of_losses(study.columns, runs)
     print_text("\n".join(filter(None, [format_as(table, "table"), units])))
     lines = [json_line(result_of(study, run)) for run in runs]
     write_atomic(folder / f"{study.name}.jsonl", "".join(lines))

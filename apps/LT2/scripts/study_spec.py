@@ -5,6 +5,7 @@ A study without a recipe (`config`) is merged over configs/studies/defaults.yaml
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ def read_study(name: str, size: str) -> Study:
     known = sorted(path.stem for path in STUDIES.glob("*.yaml") if path.name != DEFAULTS)
     file = Path(name) if name.endswith((".yaml", ".yml")) else STUDIES / f"{name}.yaml"
     if not file.is_file():
-        raise UserError(f"{name or 'no study given'}: use {', '.join(known)}, or a YAML file")
+        if name == "curriculum":
+            raise UserError("curriculum: has a command of its own, lt2 curriculum")
+        close = difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"use {', '.join(known)}, or a YAML file"
+        problem = "no such file; " if file == Path(name) else ""
+        raise UserError(f"{name or 'no study given'}: {problem}{advice}")
     given = load_config_file(file)
     # The defaults fit the recipe of the defaults alone.
     folder = file if "config" in given else STUDIES / DEFAULTS

@@ -40,7 +40,7 @@ class StateTracking(Task):
 
     def __post_init__(self) -> None:
         require(self.n_pointers >= 2, "n_pointers", self.n_pointers, "at least 2")
-        least = f"from n_pointers={self.n_pointers} to n_addresses={self.n_addresses}"
+        least = f"at least n_pointers={self.n_pointers}, and at most n_addresses={self.n_addresses}"
         require(self.n_pointers <= self.n <= self.n_addresses, "n", self.n, least)
         require(self.swaps >= 0, "n_swaps", self.n_swaps, "0 or more, or null for n")
         require(self.answers in ("all", "last"), "answers", self.answers, "all or last")
