@@ -324,7 +324,7 @@ ROWS: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], str]]
     ("  optimizer state", lambda d: d["memory"]["optimizer"], _bytes),
     ("  gathered weights", lambda d: d["memory"]["gathered"], _bytes),
     *(
-        (f"  peak with {mode}, about", lambda d, m=mode: d["memory"]["peak"][m], _bytes)
+        (f"  peak, recomputing {mode}, about", lambda d, m=mode: d["memory"]["peak"][m], _bytes)
         for mode in ACTIVATION_CHECKPOINTING
     ),
     ("cache of a sequence, bf16", lambda d: d["cache"]["per sequence"], _bytes),
@@ -389,6 +389,7 @@ def main(argv: list[str]) -> None:
         print_text(json.dumps(result, indent=2))
     else:
         print_table(result)
+        print(f"tokens/s at most: with bandwidth={given.bandwidth:g} TB/s; an H100 has 3.35")
 
 
 if __name__ == "__main__":
