@@ -396,7 +396,7 @@ def test_only_a_study_on_gpus_forks_a_server(monkeypatch, tmp_path, gpus):
         (["loop"], r"loop: did you mean loops\?"),
         (["x"], "x: use loops, mixers, .*, or a YAML file"),
         (["gone.yaml"], "gone.yaml: no such file; use loops"),
-        (["curriculum"], "curriculum: has a command of its own, lt2 curriculum"),
+        (["curriculum"], "curriculum is not a study; use lt2 curriculum"),
         (["loops", "mixers"], "mixers"),
         (["loops", "size=huge"], "size=huge must be one of tiny, small, full"),
         (["loops", "arms=[fixed,foo]"], "no arm foo; use fixed, poisson"),

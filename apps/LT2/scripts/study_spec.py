@@ -46,7 +46,7 @@ def read_study(name: str, size: str) -> Study:
     file = Path(name) if name.endswith((".yaml", ".yml")) else STUDIES / f"{name}.yaml"
     if not file.is_file():
         if name == "curriculum":
-            raise UserError("curriculum: has a command of its own, lt2 curriculum")
+            raise UserError("curriculum is not a study; use lt2 curriculum")
         close = difflib.get_close_matches(name, known, n=1)
         advice = f"did you mean {close[0]}?" if close else f"use {', '.join(known)}, or a YAML file"
         problem = "no such file; " if file == Path(name) else ""

@@ -1,7 +1,7 @@
 """Linear attention with one decay per head on fla's chunk kernels: the operator `lt2::simple_gla`.
 
 Kept for backward: the inputs, with the summed decay in place of the decay. States are recomputed.
-fla's kernels of states take q and k of every head, so those of a group are repeated for them. The
+fla's kernels of states need q and k of every head, so q and k of a group are repeated for them. The
 other kernels read q and k of the groups. Shapes as in `simple_gla`.
 """
 
@@ -66,7 +66,7 @@ def _backward(
         **options,
     }
     states, _ = chunk_h.chunk_fwd_h(k=_of_heads(k, v), v=v, **of_states)
-    q_of_heads = _of_heads(q, v)  # stands for k too, of which only the shape is read
+    q_of_heads = _of_heads(q, v)  # also passed as k: only its shape is read
     dstates, dstate = chunk_h.chunk_bwd_dh(
         q=q_of_heads, k=q_of_heads, v=v, do=do, dht=dht, scale=scale, **of_states
     )
