@@ -51,7 +51,7 @@ Try next, after \`source ${VENV#"$ROOT/"}/bin/activate\`:
 lt2 generate ckpt=$RUN loop_count=4 max_gen_len=64 temperature=0.7 prompts='["The function returns"]'
 # the size and cost of the model with 4 loops
 lt2 describe config=$RECIPE model.loop_count=4
-# train with 1, 2 and 4 loops, in five to fifteen minutes; with so little text, loops raise the loss
+# train with 1, 2 and 4 loops, in five to fifteen minutes
 lt2 submit config=$RECIPE launcher=bash nodes=1 \\
     'sweep.model.loop_count=[1,2,4]' -- steps=100 dump_dir=runs/loops_sweep
 # the validation loss against the number of loops, in runs/loops_sweep.png

@@ -101,7 +101,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def freeze_what_a_file_leaves() -> Iterator[None]:
-    """Exclude what a file of tests leaves, too, such as imports and compiled code."""
+    """Also exclude objects that a test file leaves, such as modules and compiled code."""
     yield
     gc.collect()
     gc.freeze()

@@ -389,7 +389,9 @@ def main(argv: list[str]) -> None:
         print_text(json.dumps(result, indent=2))
     else:
         print_table(result)
-        print(f"tokens/s at most: with bandwidth={given.bandwidth:g} TB/s; an H100 has 3.35")
+        print(
+            f"tokens/s at most: computed with bandwidth={given.bandwidth:g} TB/s; an H100 has 3.35"
+        )
 
 
 if __name__ == "__main__":

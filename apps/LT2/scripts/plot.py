@@ -215,7 +215,7 @@ def draw(lines: list[Line], x: str, y: str, args: PlotArgs, title: str) -> Any:
 
 
 def shift_runs(lines: Sequence[Line], args: PlotArgs) -> None:
-    """Give the single points of each line a column of their own, so that none hides another."""
+    """Shift the single points of each line sideways, so that none hides another."""
     means = [line for line in lines if line.runs]
     xs = sorted({x for line in lines for x in line.x})
     xs = [math.log(x) for x in xs if x > 0] if args.logx else xs
