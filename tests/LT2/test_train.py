@@ -18,13 +18,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import apps.LT2.train as app
 from apps.LT2.evaluation.validation import Validator
+from apps.LT2.training.evaluation import Evaluator
 from apps.LT2.transformer import LoopedTransformer
 from lingua.data import init_dataloader_state_from_args
 from lingua.distributed import check_model_value_range
 from lingua.errors import UserError
+from lingua.optim import is_matrix
 from tests.lingua.dist_utils import run_ranks
 from tests.LT2.tiny import KINDS, tiny_args
 from tests.LT2.tiny_run import (
@@ -251,6 +254,17 @@ RANK_CASES = {
 }
 
 
+VALIDATE = Evaluator.log_validation_loss
+
+
+def validate_and_check(self: Evaluator) -> None:
+    """Steps that replay a CUDA graph would not free gathered weights."""
+    VALIDATE(self)
+    if self.args.distributed.fsdp_type == "full_shard":
+        weights = self.trainer.model.named_parameters()
+        assert all(isinstance(w, DTensor) for name, w in weights if is_matrix(name, w))
+
+
 def train_cases(rank, world_size, data, tmp_path):
     for case, options in RANK_CASES.items():
         train(data, tmp_path / case, **options)
@@ -261,6 +275,7 @@ TENSOR_PARALLEL = {**FULL, "distributed.tp_size": 2, "probe_freq": 4}
 
 
 def train_on_two_ranks(rank, world_size, data, tmp_path):
+    Evaluator.log_validation_loss = validate_and_check
     train_cases(rank, world_size, data, tmp_path)
     train(data, tmp_path / "tensor parallel", **TENSOR_PARALLEL)
     with stopped_after(1):

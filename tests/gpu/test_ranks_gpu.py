@@ -96,7 +96,7 @@ def test_two_gpus_repeat_a_step_as_a_graph(tmp_path):
 
 
 def test_two_gpus_evaluate_the_weights_that_graphs_trained(tmp_path):
-    """An evaluation leaves weights gathered. The one after the next replay must gather again."""
+    """Evaluations between replays gather the weights. The run ends: its graphs are freed."""
     data, runs = write_corpus(tmp_path / "data", n_lines=200), []
     options = {**SMALL, "model.dim": 128, "steps": 8, "checkpoint.eval.every": 2}
     options |= {"distributed.fsdp_type": "full_shard", "optim.lr": 1e-2}

@@ -34,6 +34,7 @@ from lingua.files.jsonl_log import is_recorded, repair_jsonl
 from lingua.files.lock import check_unlocked
 from lingua.logger import log_on_rank_0
 from lingua.metrics import MetricLogger
+from lingua.parallel.gradients import reshard
 from lingua.rng import get_rng_state, set_rng_state
 from lingua.slurm.background import GPUS_PER_NODE, failure, has_slurm
 from lingua.slurm.script import SUBMIT_SCRIPT
@@ -118,6 +119,9 @@ class Evaluator:
             scores |= found if loop_count == trained else {}
             if loop_count in (counts or []):
                 scores |= {f"{name}/{loop_count}": value for name, value in found.items()}
+        # Free the gathered weights. No backward does it here, and a replay of a CUDA graph does not
+        # either: the next validation would use the weights of this one.
+        reshard(trainer.model)
         if scores:
             record = {"global_step": trainer.state.step, "acc_step": 0, **scores}
             stop_at = (self.args.eval or EvalArgs()).stop_at

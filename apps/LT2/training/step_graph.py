@@ -95,7 +95,6 @@ class StepGraph:
         divisor: Tensor,
         pool: Any,  # of torch.cuda.graph_pool_handle
     ):
-        self.model = model
         self.batches = [(x.clone(), target.clone(), None) for x, target, _ in batches]
         self.divisor = divisor.clone()
         self.graph = torch.cuda.CUDAGraph()
@@ -116,9 +115,6 @@ class StepGraph:
             x.copy_(new_x)
             target.copy_(new_target)
         self.divisor.copy_(divisor)
-        # An evaluation leaves weights gathered. The graph gathers them into the same memory, but
-        # the next evaluation would find them gathered, and use them after the optimizer's step.
-        reshard(self.model)
         self.graph.replay()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
