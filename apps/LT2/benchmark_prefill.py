@@ -42,7 +42,7 @@ from apps.LT2.inference.load import (
     fuse_projections,
     resolve_device,
 )
-from apps.LT2.inference.quantize import WEIGHTS, check_weights, quantize_int8
+from apps.LT2.inference.quantize import WEIGHTS, check_weights, quantize_int8, unread_int8
 from apps.LT2.kernel.attention import check_attention_device
 from apps.LT2.scripts.plot_benchmark import check_can_draw, draw
 from apps.LT2.training.args import TrainArgs
@@ -319,6 +319,9 @@ def main(argv: list[str]) -> None:
     for subject in subjects:
         with suppress(UserError):  # a config that can't be built is reported with its row
             for warning in unused_options(subject.args).values():
+                print(f"{subject.name}: {warning}")
+        for batch_size in given.batch_size if given.weights == "int8" else []:
+            if (warning := unread_int8(subject.args.dim, batch_size)) is not None:
                 print(f"{subject.name}: {warning}")
     ceilings = measure_ceilings(device, dtype)
     print(format_ceilings(ceilings), flush=True)

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from apps.LT2.block import Block
+from apps.LT2.kernel.decode_linear import supports_rows
 from apps.LT2.pattern import LayerSpec, Layout
 from apps.LT2.transformer import LoopedTransformer
+
+NOT_NORMED = ("wo", "w2")  # linears of a block whose inputs are not the output of a norm
 
 
 @dataclass(frozen=True)
@@ -123,17 +126,17 @@ def step_traffic(
 ) -> StepTraffic:
     """Return the bytes of a step that extends `batch_size` sequences of `seqlen` tokens by one.
 
-    Weights count in their own dtypes.
+    Weights count in the dtypes that the step reads.
     """
     weights = 0 if model.rho is None else model.rho.nbytes
     per_sequence = 0
     for block, spec in all_runs(model, model.layout):
         mixer = block.mixer(spec)
-        idle = sum(_nbytes(other) for other in block.mixers() if other is not mixer)
-        weights += _nbytes(block) - idle
+        idle = sum(_nbytes(other, batch_size) for other in block.mixers() if other is not mixer)
+        weights += _nbytes(block, batch_size) - idle
         per_sequence += mixer.step_bytes(seqlen, cache_dtype, spec.window)
     row = model.args.dim * model.tok_embeddings.weight.element_size()
-    head = model.head_weight.nbytes + _nbytes(model.norm) + batch_size * row
+    head = model.head_weight.nbytes + _nbytes(model.norm, batch_size) + batch_size * row
     return StepTraffic(weights, head, batch_size * per_sequence)
 
 
@@ -152,11 +155,15 @@ def all_runs(model: LoopedTransformer, layout: Layout) -> Iterator[tuple[Block, 
             yield block, spec
 
 
-def _nbytes(module: nn.Module) -> int:
-    """Count the bytes of the parameters, or of the 8-bit weights that steps read instead."""
+def _nbytes(module: nn.Module, batch_size: int) -> int:
+    """Count the bytes of the parameters, or of the 8-bit weights that a step reads instead."""
     n_bytes = sum(p.nbytes for p in module.parameters())
-    for buffers in (dict(m.named_buffers(recurse=False)) for m in module.modules()):
-        if "int8_weight" in buffers:
+    for name, linear in module.named_modules():
+        buffers = dict(linear.named_buffers(recurse=False))
+        if "int8_weight" not in buffers:
+            continue
+        normed = name.rpartition(".")[2] not in NOT_NORMED
+        if supports_rows(batch_size, buffers["int8_weight"].shape[1], normed=normed):
             n_bytes += buffers["int8_weight"].nbytes + buffers["int8_scale"].nbytes
             n_bytes -= buffers["fused_weight"].nbytes
     return n_bytes

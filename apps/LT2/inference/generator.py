@@ -27,6 +27,7 @@ from apps.LT2.inference.early_exit import ExitDecoder, LoopTally
 from apps.LT2.inference.load import check_dtype
 from apps.LT2.inference.prefill import PromptPrefill
 from apps.LT2.inference.prompts import check_tokens
+from apps.LT2.inference.quantize import is_int8, unread_int8
 from apps.LT2.inference.sampling import check_sampling, sample_tokens, sequence_rng
 from apps.LT2.inference.sequence import GeneratedSequence, TextStream
 from apps.LT2.transformer import LoopedTransformer
@@ -127,6 +128,7 @@ class PackedCausalTransformerGenerator:
             if rule is not None and not rule.may_fire(n_loops):
                 logger.warning("exit=%s has no effect with %d loops", cfg.exit, n_loops)
         self._tallies: list[LoopTally] = []  # of the last `complete`
+        self._has_warned = False  # of 8-bit weights that steps don't read
 
     @property
     def mean_loops(self) -> float | None:
@@ -254,6 +256,11 @@ class PackedCausalTransformerGenerator:
         dtype = None if cfg.dtype == "auto" else DTYPES[cfg.dtype]  # None: as the weights
         make_cache = partial(model.init_cache, max_seqlen=n_slots, dtype=dtype)
         cache = make_cache(min(len(sequences), cfg.max_tokens // n_slots))
+        if is_int8(model) and not self._has_warned:
+            warning = unread_int8(model.args.dim, cache.batch_size)
+            if warning is not None and cfg.max_gen_len > 1:
+                self._has_warned = True
+                logger.warning("%s; lower max_tokens=%d", warning, cfg.max_tokens)
         prefill = PromptPrefill(model, cache, partial(make_cache, 1), score=score)
         rows: list[GeneratedSequence | None] = [None] * cache.batch_size
         rule = parse_exit(cfg.exit)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from apps.LT2.kernel.decode_linear import KERNEL_DTYPES
+from apps.LT2.kernel.decode_linear import KERNEL_DTYPES, MAX_ROWS, supports_rows
 from apps.LT2.mixers import Mixer
 from apps.LT2.transformer import LoopedTransformer
 from lingua.errors import UserError
@@ -37,6 +37,17 @@ def check_weights(weights: str, device: torch.device, dtype: torch.dtype) -> Non
         raise UserError("weights=int8 has no kernels for dtype=fp32; use dtype=bf16 or fp16")
 
 
+def unread_int8(dim: int, batch_size: int) -> str | None:
+    """Return a warning if steps of `batch_size` sequences don't read all 8-bit weights, or None."""
+    if supports_rows(batch_size, dim, normed=True):
+        return None
+    most = next((n for n in range(MAX_ROWS, 0, -1) if supports_rows(n, dim, normed=True)), 0)
+    return (
+        f"weights=int8: steps of {batch_size} sequences read 16-bit weights, because the kernels "
+        f"for 8 bits take at most {most} with model.dim={dim}"
+    )
+
+
 @torch.no_grad()
 def quantize_int8(model: LoopedTransformer) -> None:
     """Quantize the weights of decode steps, in place, after `fuse_projections`."""
@@ -51,6 +62,10 @@ def quantize_int8(model: LoopedTransformer) -> None:
         matrix.copy_(rounded.float() * scale[:, None])
         first.register_buffer("int8_weight", rounded, persistent=False)
         first.register_buffer("int8_scale", scale, persistent=False)
+
+
+def is_int8(model: LoopedTransformer) -> bool:
+    return any(name.endswith("int8_weight") for name, _ in model.named_buffers())
 
 
 def decode_products(model: LoopedTransformer) -> Iterator[tuple[nn.Linear, ...]]:

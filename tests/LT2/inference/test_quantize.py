@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from apps.LT2.flops import step_traffic
+from apps.LT2.inference.generator import (
+    PackedCausalTransformerGenerator,
+    PackedCausalTransformerGeneratorArgs,
+)
 from apps.LT2.inference.load import fuse_projections, plain_steps
-from apps.LT2.inference.quantize import check_weights, quantize_int8
+from apps.LT2.inference.quantize import check_weights, quantize_int8, unread_int8
+from apps.LT2.kernel import decode_linear
 from apps.LT2.mixers.gdn import GatedDeltaNet
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.errors import UserError
+from lingua.tokenizer import build_tokenizer
 
 
 def tiny_model() -> LoopedTransformer:
@@ -39,16 +45,46 @@ def test_each_weight_moves_by_half_a_step_of_its_row_at_most():
     assert ends == ffn | {f"gdn.{w}.weight" for w in ("wq", "wk", "wv", "wg", "wa", "wb", "wo")}
 
 
-def test_a_step_moves_a_byte_for_each_quantized_weight():
+@pytest.mark.parametrize(
+    "batch_size, max_normed_rows, read",
+    [
+        (16, 16, ("w1", "wq", "w2", "wo")),
+        (16, 8, ("w2", "wo")),  # the kernels can't hold so many rows for the norm
+        (17, 16, ()),
+    ],
+)
+def test_a_step_moves_a_byte_for_each_8_bit_weight(monkeypatch, batch_size, max_normed_rows, read):
+    monkeypatch.setattr(decode_linear, "fits", lambda B, K: max_normed_rows >= B)
     model = tiny_model()
     fuse_projections(model)
-    before = step_traffic(model, 1, 8, torch.float32)
+    before = step_traffic(model, batch_size, 8, torch.float32)
     quantize_int8(model)
-    after = step_traffic(model, 1, 8, torch.float32)
-    buffers = dict(model.named_buffers())
-    saved = sum(3 * b.numel() for name, b in buffers.items() if name.endswith("int8_weight"))
-    saved -= sum(b.nbytes for name, b in buffers.items() if name.endswith("int8_scale"))
+    after = step_traffic(model, batch_size, 8, torch.float32)
+    saved = 0
+    for name, buffer in model.named_buffers():
+        linear, _, kind = name.rpartition(".")
+        if linear.endswith(read) and kind in ("int8_weight", "int8_scale"):
+            saved += 3 * buffer.numel() if kind == "int8_weight" else -buffer.nbytes
     assert before.weights - after.weights == 2 * saved  # in each of two loops
+    assert (saved > 0) == bool(read)
+
+
+@pytest.mark.parametrize("dim, most", [(2048, 16), (4096, 8)])
+def test_a_warning_names_how_many_sequences_read_8_bits(dim, most):
+    assert unread_int8(dim, most) is None
+    assert f"steps of {most + 1} sequences" in str(warning := unread_int8(dim, most + 1))
+    assert f"at most {most} " in str(warning)
+
+
+def test_generation_warns_once_of_weights_that_steps_do_not_read(caplog):
+    model = tiny_model()
+    fuse_projections(model)
+    quantize_int8(model)
+    cfg = PackedCausalTransformerGeneratorArgs(max_gen_len=2, max_tokens=400)
+    generator = PackedCausalTransformerGenerator(cfg, model, build_tokenizer("bytes"))
+    for n_prompts, n_warnings in ((16, 0), (17, 1), (18, 1)):
+        generator.generate([[1, 2]] * n_prompts)
+        assert len([r for r in caplog.records if "16-bit" in r.getMessage()]) == n_warnings
 
 
 @pytest.mark.parametrize(

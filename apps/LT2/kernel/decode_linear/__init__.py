@@ -59,7 +59,7 @@ def decode_linear(
     residual  (B, N) added at the end
     """
     assert not (swiglu and conv is not None), "either SwiGLU or a convolution"
-    if kernel_supports(x_BK, weight) and (norm is None or fits(*x_BK.shape)):
+    if kernel_supports(x_BK, weight) and supports_rows(*x_BK.shape, normed=norm is not None):
         matrix = weight.matrix_NK if weight.int8_NK is None else weight.int8_NK
         weight_K, eps = (None, 0.0) if norm is None else norm
         arguments = (x_BK, matrix, weight.scale_N, weight_K, eps, residual_BN)
@@ -82,8 +82,16 @@ def decode_linear(
 
 
 def kernel_supports(x_BK: Tensor, weight: Weight) -> bool:
-    fits = x_BK.shape[0] <= MAX_ROWS and x_BK.stride(-1) == 1 and weight.matrix_NK.is_contiguous()
-    return x_BK.is_cuda and x_BK.dtype in KERNEL_DTYPES and fits
+    contiguous = x_BK.stride(-1) == 1 and weight.matrix_NK.is_contiguous()
+    return x_BK.is_cuda and x_BK.dtype in KERNEL_DTYPES and contiguous
+
+
+def supports_rows(B: int, K: int, *, normed: bool) -> bool:
+    """Whether the kernel multiplies B rows of K inputs, which it normalizes first if `normed`.
+
+    Otherwise torch multiplies them by the 16-bit matrix, also if there are 8-bit values.
+    """
+    return B <= MAX_ROWS and (not normed or fits(B, K))
 
 
 @torch.library.custom_op("lt2::decode_linear", mutates_args=())
