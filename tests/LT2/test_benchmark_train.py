@@ -15,6 +15,7 @@ from apps.LT2.scripts.benchmark_train import (
     Row,
     format_line,
     format_row,
+    kernel_kind,
     legend,
     main,
     variants,
@@ -39,7 +40,7 @@ def options_of(data: Path) -> list[str]:
 
 
 def measure(rank: int, world_size: int, data: Path) -> str:
-    argv = [RECIPE, *options_of(data), "model.kda.conv_size=2"]
+    argv = [RECIPE, *options_of(data), "model.kda.conv_size=2", "distributed.cuda_graph=true"]
     argv += ["--vary", "distributed.tp_size=1,2", "--vary", "model.loop_count=2"]
     freed = []
     with pytest.MonkeyPatch.context() as patch, clean_process():
@@ -54,6 +55,7 @@ def test_ranks_are_measured_together(tmp_path):
     first, second = run_ranks(2, measure, write_corpus(tmp_path / "data"))
     assert second == "", "one rank tells"
     assert "model.loop_count=2: model.kda has no effect" in first
+    assert first.count("cuda_graph=true has no effect with distributed.tp_size=2") == 1
     result = json.loads(first.splitlines()[-1])
     rows = result["rows"]
     assert result["argv"][0] == RECIPE and "model.kda.conv_size=2" in result["overrides"]
@@ -104,6 +106,20 @@ def test_columns_stand_below_their_headings_whatever_a_name_s_length():
     assert re.split(r" {2,}", second[width:])[4:10] == ["-", "-", "-", "-", "12.3 s", "3"]
     assert format_row(Row("short", problem="no memory"), 7) == "short    no memory"
     assert all(f"{name}:" in legend(1) for name in ("body", "memory", "kept", "peak", "breaks"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0",
+        "_gated_norm_backward_kernel",
+        "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float, true>",
+        "void at::native::(anonymous namespace)::layer_norm_grad_input_kernel_vectorized<float>",
+        "void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<float>",
+    ],
+)
+def test_norms_are_not_the_gradient_norm(name):
+    assert kernel_kind(name) == "norms and gates"
 
 
 def test_a_tokenizer_s_file_is_needed(tmp_path):

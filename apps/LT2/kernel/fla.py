@@ -132,32 +132,43 @@ class _Redirected:
         return lambda **arguments: self.kernel[grid](**{**arguments, **self.outputs})
 
 
-@cache
+_ONE_AT_A_TIME = threading.Lock()  # each GPU has its own thread in a backward
+
+
 def import_with_16_bit_gradients(module: str, launcher: str, kernel: str) -> ModuleType:
     """Import a module of fla whose function `launcher` launches the last kernel of dq and dk.
 
     The kernel would write both in fp32, and a copy in the inputs' dtype would follow. Patched, it
     writes the inputs' dtype.
     """
+    with _ONE_AT_A_TIME:
+        _write_16_bit_gradients(module, launcher, kernel)
+    return import_fla(module)
+
+
+@cache
+def _write_16_bit_gradients(module: str, launcher: str, kernel: str) -> None:
     names = vars(import_fla(module))
     inner = names[launcher]
     of_kernel = inspect.unwrap(inner).__globals__
-    lock = threading.Lock()  # each GPU has its own thread in a backward
 
-    def launch(*, q: Tensor, k: Tensor, **others: Any) -> tuple[Tensor, ...]:
-        dq, dk = torch.empty_like(q), torch.empty_like(k)
-        with lock:
+    def launch(*, q: Tensor, dq: Tensor, dk: Tensor, **others: Any) -> tuple[Tensor, ...]:
+        # fla's own layers may have several value heads for a head of q, and gradients for each.
+        outputs = {
+            "dq2": torch.empty_like(dq, dtype=q.dtype),
+            "dk2": torch.empty_like(dk, dtype=q.dtype),
+        }
+        with _ONE_AT_A_TIME:
             plain = of_kernel[kernel]
-            redirected = of_kernel[kernel] = _Redirected(plain, dq2=dq, dk2=dk)
+            redirected = of_kernel[kernel] = _Redirected(plain, **outputs)
             try:
-                _, _, *rest = inner(q=q, k=k, **others)
+                _, _, *rest = inner(q=q, dq=dq, dk=dk, **others)
             finally:
                 of_kernel[kernel] = plain
         assert redirected.is_launched, f"{launcher} of {module} does not launch {kernel}"
-        return dq, dk, *rest
+        return *outputs.values(), *rest
 
     names[launcher] = launch
-    return import_fla(module)
 
 
 # ---- inputs

@@ -35,6 +35,7 @@ from apps.LT2.flops import count_parameters, step_flops_per_token
 from apps.LT2.parallel import set_gradient_sync
 from apps.LT2.train import build_model, build_run_optimizer
 from apps.LT2.training.args import TrainArgs, validate_train_args
+from apps.LT2.training.step_graph import why_no_step_graph
 from apps.LT2.training.trainer import Trainer, TrainState
 from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import RESIZED, ZERO_IF_MISSING, build_on_meta
@@ -63,7 +64,7 @@ from lingua.rng import seed_everything
 KERNEL_KINDS = (
     ("communication", ("nccl", "c10d", "gloo")),
     # triton_: Inductor's, whose names contain any operator
-    ("norms and gates", ("triton_", "_gated_norm")),
+    ("norms and gates", ("triton_", "_gated_norm", "layer_norm", "gammabeta")),
     ("short convolutions", ("_conv_",)),
     ("softmax attention", ("flash", "fmha", "cudnn", "attention", "attn")),
     ("lightning indexer", ("_score_kernel", "_select_kernel", "_compare_kernel", "_index_d")),
@@ -98,6 +99,7 @@ class Row:
     first_step_s: float = 0.0  # with tuning and compilation
     graph_breaks: int = 0  # in compiled blocks
     late_graphs: int = 0  # compiled in the timed steps
+    cuda_graphs: int = 0  # captured steps; 0 = all of them ran eagerly
     mean_loops: float = 0.0  # of the timed steps
     compiled: bool = False
     first_loss: float = 0.0
@@ -154,6 +156,7 @@ def measure(args: TrainArgs, row: Row, warmup: int, steps: int, profile: bool) -
             row.grad_norm = result.grad_norm
             loops.append(result.n_loops)
         row.late_graphs = counters["stats"]["unique_graphs"] - n_graphs
+        row.cuda_graphs = 0 if trainer.graphs is None else len(trainer.graphs.graphs)
         row.mean_loops = statistics.fmean(loops[warmup:])
         if device.type == "cuda":  # other devices do not count memory
             row.peak_gib = dist_max(torch.cuda.max_memory_allocated() / GIB).item()
@@ -337,7 +340,10 @@ def main(argv: list[str]) -> None:
     setup_env(runs[0][1].env)
     setup_torch_distributed(runs[0][1].distributed)
     for name, args in runs:
-        for warning in unused_options(args.model).values():
+        warnings = list(unused_options(args.model).values())
+        if args.distributed.cuda_graph and (reason := why_no_step_graph(args)) is not None:
+            warnings.append(f"distributed.cuda_graph=true has no effect with {reason}")
+        for warning in warnings:
             print_on_rank_0(f"{name}: {warning}")
     result = environment(get_device()) | {
         "argv": argv,

@@ -7,6 +7,7 @@ its input tensors. What the host decides (loops, layers, offsets) is part of its
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from apps.LT2.batch import Batch
 from apps.LT2.training.args import TrainArgs
 from apps.LT2.transformer import LoopedTransformer
+from lingua.logger import log_on_rank_0
 from lingua.parallel.gradients import reshard
 
 # The loss of each micro-batch, and the means over the step, by metric key.
@@ -47,10 +49,14 @@ def why_no_step_graph(args: TrainArgs) -> str | None:
 
 
 class StepGraphs:
-    """Runs computations, each from its third call on as a CUDA graph."""
+    """Runs computations, each from its third call on as a CUDA graph.
+
+    Not if there are too many kinds: graphs and eager steps together might not fit in memory.
+    """
 
     def __init__(self, model: LoopedTransformer):
         self.model = model
+        self.has_given_up = False
         self.n_calls: Counter[Hashable] = Counter()
         self.graphs: dict[Hashable, StepGraph] = {}
         self.clear()
@@ -72,14 +78,25 @@ class StepGraphs:
         Computations with equal keys must launch the same kernels. The next call overwrites the
         gradients.
         """
+        if self.has_given_up:
+            return compute(batches, divisor)
         self.n_calls[key] += 1
+        if len(self.n_calls) > MAX_GRAPHS:
+            self.has_given_up = True
+            self.clear()
+            log_on_rank_0(
+                "distributed.cuda_graph=true has no effect from now on: there are more than %d "
+                "kinds of steps. Loops, random layouts and offsets of model.loop_loss_every make "
+                "a kind",
+                MAX_GRAPHS,
+                level=logging.WARNING,
+            )
+            return compute(batches, divisor)
         if self.n_calls[key] <= WARMUP_STEPS:
             # An eager step needs as much memory as the graphs keep. Together they might not fit.
             self.clear()
             return compute(batches, divisor)
         if key not in self.graphs:
-            if len(self.graphs) == MAX_GRAPHS:
-                return compute(batches, divisor)
             self.graphs[key] = StepGraph(self.model, compute, batches, divisor, self.pool)
         return self.graphs[key].run(batches, divisor)
 

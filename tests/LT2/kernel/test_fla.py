@@ -257,21 +257,23 @@ class kernel:
     def __class_getitem__(cls, grid):
         return cls.run
 
-    def run(q, k, dq, db, dq2, dk2):
+    def run(q, dq, dk, db, dq2, dk2):
         if q.isnan().any():
             raise ArithmeticError
-        dq2.copy_(dq), dk2.copy_(3 * k), db.copy_(q + 1.0)
+        dq2.copy_(dq), dk2.copy_(dk), db.copy_(q + 1.0)
 
 @wrapped
-def launch(q, k, dq):
+def launch(q, dq, dk):
     db = torch.empty_like(q, dtype=torch.float)
-    dq2, dk2 = (torch.empty_like(x, dtype=torch.float) for x in (q, k))
+    dq2, dk2 = torch.empty_like(dq), torch.empty_like(dk)
     if not q.isinf().any():
-        kernel[1](q=q, k=k, dq=dq, db=db, dq2=dq2, dk2=dk2)
+        kernel[1](q=q, dq=dq, dk=dk, db=db, dq2=dq2, dk2=dk2)
     return dq2, dk2, db
 
 def backward(q, k):
-    return launch(q=q, k=k, dq=2 * q)
+    n_value_heads = 2
+    dq, dk = (x.float().repeat(n_value_heads) for x in (2 * q, 3 * k))
+    return launch(q=q, dq=dq, dk=dk)
 """
 
 
@@ -286,16 +288,17 @@ def test_the_last_kernel_of_kda_writes_16_bits(monkeypatch):
     plain = names["kernel"]
     monkeypatch.setattr(fla, "import_fla", lambda _: module)
     q, k = torch.randn(3).bfloat16(), torch.randn(3).bfloat16()
-    import_with_16_bit_gradients.cache_clear()
+    fla._write_16_bit_gradients.cache_clear()
     backward = import_with_16_bit_gradients("toy", "launch", "kernel").backward
-    import_with_16_bit_gradients.cache_clear()
+    fla._write_16_bit_gradients.cache_clear()
     with pytest.raises(ArithmeticError):
         backward(q * torch.nan, k)
     with pytest.raises(AssertionError, match="launch of toy does not launch kernel"):
         backward(q * torch.inf, k)
     for _ in range(2):
         dq, dk, db = backward(q, k)
-        assert dq.equal(2 * q) and dk.equal(3 * k) and dq.dtype == dk.dtype == q.dtype
+        assert dq.equal((2 * q).repeat(2)) and dk.equal((3 * k).repeat(2))
+        assert dq.dtype == dk.dtype == q.dtype
         assert db.equal((q + 1).float()) and names["kernel"] is plain
 
 

@@ -52,7 +52,7 @@ def test_a_random_layout_is_another_computation():
     assert len(set(found)) == len(layouts) > 1
 
 
-def test_the_third_step_of_a_kind_is_captured(monkeypatch):
+def test_the_third_step_of_a_kind_is_captured(monkeypatch, caplog):
     captured, computed, freed = [], [], []
     divisor = torch.ones(())
 
@@ -86,10 +86,12 @@ def test_the_third_step_of_a_kind_is_captured(monkeypatch):
     # The first steps of "b" free the graph of "a".
     assert computed == [1, 2, 3, 5] and captured == [4, 6, 7] and freed == [4]
     monkeypatch.setattr(step_graph, "MAX_GRAPHS", 2)
-    batch: Any
-    for key, batch in [("c", 10), ("c", 11), ("a", 12), ("b", 13), ("c", 14), ("b", 15)]:
+    for key, batch in [("a", 8), ("c", 9), ("a", 10), ("b", 11)]:
         graphs.run(key, compute, batch, divisor)
-    assert computed[4:] == [10, 11, 14] and captured[3:] == [12, 13]
+    # A third kind frees all graphs, and there are none from then on.
+    assert computed[4:] == [9, 10, 11] and len(captured) == 3 and sorted(freed) == [4, 6, 7]
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "more than 2 kinds" in caplog.text
 
 
 class Failure(Exception): ...
