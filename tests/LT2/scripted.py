@@ -25,6 +25,9 @@ class Scripted:
         self.tok_embeddings = torch.nn.Embedding(1, 1)
         self.args = SimpleNamespace(vocab_size=VOCAB)
 
+    def named_buffers(self):
+        return iter(())
+
     def init_cache(self, batch_size, max_seqlen, dtype=None) -> ModelCache:
         self.saying = {row: [] for row in range(batch_size)}
         return ModelCache([], max_seqlen, [0] * batch_size)
