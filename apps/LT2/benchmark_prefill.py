@@ -49,7 +49,7 @@ from apps.LT2.training.args import TrainArgs
 from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import LoopedTransformer, LoopedTransformerArgs
 from lingua.args import parse_args
-from lingua.config.cli import OneLineParser
+from lingua.config.cli import OneLineParser, config_names
 from lingua.dataloader.synthetic.args import build_task
 from lingua.errors import UserError, run_cli
 from lingua.parallel.args import DTYPES, resolve_dtype
@@ -115,9 +115,8 @@ def read_subjects(paths: Sequence[str], overrides: Sequence[str]) -> list[Subjec
             raise UserError(
                 f"{override}: only {' and '.join(f'{o}*' for o in READ_OPTIONS)} options apply here"
             )
-    stems = [Path(path).stem for path in paths]
-    names = stems if len(set(stems)) == len(stems) else paths
-    return [read_subject(n, p, overrides) for n, p in zip(names, paths, strict=True)]
+    named = zip(config_names(paths), paths, strict=True)
+    return [read_subject(name, path, overrides) for name, path in named]
 
 
 def read_subject(name: str, path: str, overrides: Sequence[str]) -> Subject:

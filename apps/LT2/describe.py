@@ -44,7 +44,7 @@ from apps.LT2.training.args import TrainArgs
 from apps.LT2.training.unused_options import unused_options
 from apps.LT2.transformer import LoopedTransformer, build_on_meta
 from lingua.args import parse_args, print_text
-from lingua.config.cli import split_paths
+from lingua.config.cli import config_names, split_paths
 from lingua.config.help import format_value
 from lingua.dataloader.synthetic.args import build_task
 from lingua.distributed import fit_to_world
@@ -238,7 +238,7 @@ def describe_all(given: DescribeArgs, overrides: Sequence[str]) -> dict[str, Any
     args = [read_config(path, overrides) for path in given.config]
     first = build_on_meta(args[0].model)
     result: dict[str, Any] = {}
-    for name, own in zip(_names(given.config), args, strict=True):
+    for name, own in zip(config_names(given.config), args, strict=True):
         changes: dict[str, Any] = {}
         if given.match and own is not args[0]:
             seqlen = own.data.seq_len
@@ -255,12 +255,6 @@ def describe_all(given: DescribeArgs, overrides: Sequence[str]) -> dict[str, Any
             "warnings": list(unused_options(own.model).values()),
         }
     return result
-
-
-def _names(paths: Sequence[str]) -> list[str]:
-    """Return file names without their ending, or whole paths if these are not unique."""
-    stems = [Path(path).stem for path in paths]
-    return stems if len(set(stems)) == len(stems) else list(paths)
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -354,7 +348,7 @@ def describe_budget(given: DescribeArgs, budget: Budget, overrides: Sequence[str
     if given.out is not None:
         import_pyplot(needed_by="the picture")
         make_writable("out", Path(given.out).parent)
-    for name, path in zip(_names(given.config), given.config, strict=True):
+    for name, path in zip(config_names(given.config), given.config, strict=True):
         args = read_config(path, overrides)
         check_tensor_parallel(build_on_meta(args.model), args.distributed.tp_size)
         own, counts = args.model.loop_count, given.loop_counts
@@ -367,10 +361,10 @@ def describe_budget(given: DescribeArgs, budget: Budget, overrides: Sequence[str
             except UserError as error:
                 raise UserError(f"loop_counts={format_value(counts)}: {error}") from None
         counts = sorted(set(counts))
-        found, notes = partners(budget, args, counts, given.by, given.bandwidth)
+        found, notes = partners(name, budget, args, counts, given.by, given.bandwidth)
         result[name] = as_dict(budget, found, notes)
         if given.format == "table":
-            print_budget(name, budget, found, notes, own)
+            print_budget(name, budget, found, notes, own, given.bandwidth)
         if given.out is not None:
             draw(found, budget, name, Path(given.out))
     if given.format == "json":

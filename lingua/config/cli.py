@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,20 @@ from lingua.config.help import as_started
 from lingua.errors import UserError
 
 OVERRIDE = re.compile(r"[^-/=][^/=]*=")  # the "=" of a path comes after a slash
+
+
+def config_names(paths: Sequence[str]) -> list[str]:
+    """Return file names without their ending, or whole paths if these are not unique.
+
+    A path that is given again is numbered: "debug", "debug (2)".
+    """
+    stems = {path: Path(path).stem for path in paths}
+    names, counts = [], Counter()
+    for path in paths:
+        counts[path] += 1
+        name = stems[path] if len(set(stems.values())) == len(stems) else path
+        names.append(name if counts[path] == 1 else f"{name} ({counts[path]})")
+    return names
 
 
 def split_paths(argv: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -323,7 +323,7 @@ def test_the_vocabulary_is_the_tokenizers_or_llamas(recipe, tmp_path):
         ),
         (["--config", "no.yaml"], "no.yaml"),
         (["--compare", "a.yaml", "b.yaml"], "--config X.yaml"),
-        (["--plot", "no/such/folder.png"], "--plot no/such/folder.png"),
+        (["--plot", "/dev/null/folder/image.png"], "--plot=/dev/null/folder"),
         (["--plot", "picture.docx"], "picture.png"),
     ],
 )

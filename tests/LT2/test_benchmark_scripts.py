@@ -101,6 +101,29 @@ def test_one_machine_measures_all_recipes_and_goes_on_after_a_failure(
 
     (tmp_path / "asked").unlink()
     log = tmp_path / "log"
-    assert run("-c", f"bash {script} > {log} 2>&1", LENGTHS="16 32").returncode == 0
+    again = run("-c", f"bash {script} --repeats 3 > {log} 2>&1", LENGTHS="16 32")
+    assert again.returncode == 0
     assert f"{Path(recipes[0]).stem}.json exists" in log.read_text()  # not truncated later
     assert len(asked(tmp_path)) == 2  # the one that failed, and the figure
+
+
+@pytest.mark.parametrize("script, recipes", [(ALL, RECIPES), (TRAIN_ALL, TRAIN_RECIPES)])
+def test_results_of_other_options_are_not_reported(run, tmp_path, script, recipes):
+    measured = {"RECIPES": recipes[1], "LENGTHS": "16"}
+    assert run(script, **measured).returncode == 0
+    n_asked = len(asked(tmp_path))
+    for options in (["--steps=4"], []):
+        recipe = recipes[1] if options else f"./{recipes[1]}"
+        done = run(script, *options, RECIPES=f"{recipes[0]} {recipe}", LENGTHS="16")
+        assert done.returncode == 2 and "another OUT" in done.stderr
+        assert f"{Path(recipes[1]).stem}.json is a result of another command" in done.stderr
+    done = run(script, RECIPES=f"{recipes[0]} elsewhere/{Path(recipes[0]).name}", LENGTHS="16")
+    assert done.returncode == 2 and f"more than one {Path(recipes[0]).name}" in done.stderr
+    assert len(asked(tmp_path)) == n_asked, "nothing ran"
+
+
+def test_the_error_of_the_only_recipe_is_the_last_one(run, tmp_path):
+    done = run(TRAIN_ALL, RECIPES=TRAIN_RECIPES[0], FAIL_ON="benchmark_train")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: no recipe could be measured"
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".command"]

@@ -108,7 +108,7 @@ def test_patterns_with_a_segment_per_loop_have_their_own_number(capsys):
 @pytest.mark.parametrize(
     "options, named",
     [
-        (["flops=1e1"], "flops=10 "),
+        (["flops=1e1"], r"debug: flops=10 buys .*e-\d+ steps of 1 loops"),
         (["flops=1e91"], r"flops=1e\+91"),
         (["flops=1e1x"], "flops=1e1x"),
         (["flops=-1e15"], "flops=-1e"),

@@ -3,7 +3,7 @@
 #
 #     bash apps/LT2/scripts/benchmark_prefill_all.sh [OPTION of apps.LT2.benchmark_prefill ...]
 #
-# The variables RECIPES, LENGTHS and OUT override the defaults. Existing results are kept.
+# The variables RECIPES, LENGTHS and OUT override the defaults. Results of the same command are kept.
 
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
@@ -13,23 +13,13 @@ recipes=(${RECIPES:-apps/LT2/configs/1B/*_1B.yaml})
 lengths=(${LENGTHS:-1024 2048 4096 8192 16384 32768 65536 131072})
 out=${OUT:-runs/benchmark_prefill}
 
-mkdir -p "$out"
+source apps/LT2/scripts/measure_recipes.sh
 failed=0
-for recipe in "${recipes[@]}"; do
-    result=$out/$(basename "$recipe" .yaml).json
-    if [[ -e $result ]]; then
-        echo "$result exists"
-        continue
-    fi
-    # One process per recipe, so that a failure does not affect the others. tee /dev/stderr would
-    # truncate a log file.
-    if python -m apps.LT2.benchmark_prefill --config "$recipe" --seq-len "${lengths[@]}" "$@" \
-        | tee >(cat >&2) | tail -n 1 > "$result.part"; then
-        mv "$result.part" "$result"
-    else
-        echo "failed: $recipe" >&2
-        failed=1
-    fi
-done
-python -m apps.LT2.scripts.benchmark_report "$out"/*.json --out "$out/benchmark_prefill.md"
+measure_recipes "$out" "apps.LT2.benchmark_prefill --config" --seq-len "${lengths[@]}" "$@" || failed=1
+results=("$out"/*.json)
+if [[ ! -e ${results[0]} ]]; then
+    echo "error: no recipe could be measured" >&2
+    exit 1
+fi
+python -m apps.LT2.scripts.benchmark_report "${results[@]}" --out "$out/benchmark_prefill.md"
 exit $failed

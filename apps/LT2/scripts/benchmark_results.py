@@ -33,7 +33,9 @@ def read_results(
     for path in paths:
         try:
             result = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-        except (OSError, IndexError, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"{path} is not readable: {error.strerror}") from None
+        except (IndexError, ValueError) as error:
             raise UserError(f"{path}: the last line is not readable as JSON: {error}") from None
         program = next((p for p in programs if _is_result(result, FIELDS[p])), None)
         if program is None:

@@ -3,7 +3,7 @@
 #
 #     bash apps/LT2/scripts/benchmark_train_all.sh [OPTION of benchmark_train, or key=value ...]
 #
-# The variables RECIPES and OUT override the defaults. Existing results are kept.
+# The variables RECIPES and OUT override the defaults. Results of the same command are kept.
 
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
@@ -12,23 +12,13 @@ cd "$(dirname "$0")/../../.."
 recipes=(${RECIPES:-apps/LT2/configs/600M/*_600M.yaml})
 out=${OUT:-runs/benchmark_train}
 
-mkdir -p "$out"
+source apps/LT2/scripts/measure_recipes.sh
 failed=0
-for recipe in "${recipes[@]}"; do
-    result=$out/$(basename "$recipe" .yaml).json
-    if [[ -e $result ]]; then
-        echo "$result exists"
-        continue
-    fi
-    # One process per recipe, so that a failure does not affect the others. tee /dev/stderr would
-    # truncate a log file.
-    if python -m apps.LT2.scripts.benchmark_train "$recipe" "$@" \
-        | tee >(cat >&2) | tail -n 1 > "$result.part"; then
-        mv "$result.part" "$result"
-    else
-        echo "failed: $recipe" >&2
-        failed=1
-    fi
-done
-python -m apps.LT2.scripts.benchmark_report "$out"/*.json --out "$out/benchmark_train.md"
+measure_recipes "$out" "apps.LT2.scripts.benchmark_train" "$@" || failed=1
+results=("$out"/*.json)
+if [[ ! -e ${results[0]} ]]; then
+    echo "error: no recipe could be measured" >&2
+    exit 1
+fi
+python -m apps.LT2.scripts.benchmark_report "${results[@]}" --out "$out/benchmark_train.md"
 exit $failed

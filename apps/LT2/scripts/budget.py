@@ -92,9 +92,12 @@ class Purchase:
 
 
 def buy(
-    budget: Budget, args: TrainArgs, kind: str, changes: dict[str, Any], bandwidth: float
+    name: str, budget: Budget, args: TrainArgs, kind: str, changes: dict[str, Any], bandwidth: float
 ) -> Purchase:
-    """Return what the budget buys. UserError for less than a step, or more than a century."""
+    """Return what the budget buys. UserError for less than a step, or more than a century.
+
+    name: the recipe's, for errors
+    """
     model, seqlen = build_on_meta(args.model), args.data.seq_len
     world = fit_to_world(args.distributed, budget.ngpu)
     rows = args.data.batch_size * args.grad_acc_steps * world.dp_replicate * world.dp_shard
@@ -103,13 +106,14 @@ def buy(
     steps, hours = tokens / (rows * seqlen), tokens * cost / budget.speed / 3600
     if steps < 1:
         raise UserError(
-            f"{budget} is less than one step of {args.model.loop_count} loops, which has "
-            f"{rows * seqlen:,} tokens and {rows * seqlen * cost:.2g} FLOPs; check the exponent"
+            f"{name}: {budget} buys {steps:.3g} steps of {args.model.loop_count} loops; a step has "
+            f"{rows * seqlen:,} tokens and {rows * seqlen * cost:.3g} FLOPs. Check the exponent, "
+            "or set other loop_counts"
         )
     if hours > MAX_HOURS:
         raise UserError(
-            f"{budget} takes {hours:.2g} hours with gpus={budget.ngpu}; check the exponent, or set "
-            "gpus="
+            f"{name}: {budget} takes {hours:.2g} hours with gpus={budget.ngpu}; check the "
+            "exponent, or set gpus="
         )
     memory = training_memory(
         model,
@@ -132,7 +136,12 @@ def buy(
 
 
 def partners(
-    budget: Budget, args: TrainArgs, loop_counts: Sequence[int], by: str, bandwidth: float
+    name: str,
+    budget: Budget,
+    args: TrainArgs,
+    loop_counts: Sequence[int],
+    by: str,
+    bandwidth: float,
 ) -> tuple[list[Purchase], list[str]]:
     """Return the purchases of all partners, and notes on partners that no size can match."""
     seqlen, found, notes = args.data.seq_len, [], []
@@ -156,7 +165,7 @@ def partners(
                 notes.append(f"no model of {loop_count} loops has {TITLES[kind]} within 3%")
                 continue
             own = replace(args, model=replace(model, **changes))
-            found.append(buy(budget, own, kind, changes, bandwidth))
+            found.append(buy(name, budget, own, kind, changes, bandwidth))
     return found, notes
 
 
@@ -168,7 +177,12 @@ def as_dict(budget: Budget, found: Sequence[Purchase], notes: Sequence[str]) -> 
 
 
 def print_budget(
-    name: str, budget: Budget, found: Sequence[Purchase], notes: Sequence[str], trained: int
+    name: str,
+    budget: Budget,
+    found: Sequence[Purchase],
+    notes: Sequence[str],
+    trained: int,
+    bandwidth: float,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -198,7 +212,8 @@ def print_budget(
     for note in notes:
         console.print(note)
     console.print("* the recipe. memory: peak of a GPU, about.")
-    console.print(f"tok/s: upper limit of decode at this length, batch {DECODE_BATCH}.")
+    limit = f"upper limit of decode at this length, batch {DECODE_BATCH}"
+    console.print(f"tok/s: {limit}, with bandwidth={bandwidth:g} TB/s; an H100 has 3.35")
 
 
 def short(number: float) -> str:

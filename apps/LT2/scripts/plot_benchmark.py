@@ -24,6 +24,7 @@ from apps.LT2.scripts.figure import (
 )
 from lingua.config.cli import OneLineParser
 from lingua.errors import UserError, run_cli
+from lingua.files.lock import make_writable
 
 PANELS = {  # kind -> title, unit
     "prefill": ("Prefill", "tokens/s, all sequences"),
@@ -76,14 +77,13 @@ def out_of_memory(results: Sequence[dict[str, Any]], kind: str) -> dict[str, lis
 
 
 def check_can_draw(out: Path) -> None:
-    """Raise UserError, before measuring, if the figure could not be written."""
+    """Make the folder of the figure. UserError, before measuring, if it could not be written."""
     pyplot = import_pyplot(needed_by="plotting a benchmark")
     known = pyplot.figure().canvas.get_supported_filetypes()
     pyplot.close()
     if out.suffix.removeprefix(".") not in known:
         raise UserError(f"--plot {out}: use an image format, such as {out.with_suffix('.png')}")
-    if not out.parent.is_dir():
-        raise UserError(f"--plot {out}: the folder {out.parent} does not exist")
+    make_writable("--plot", out.parent)
 
 
 def line_looks(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

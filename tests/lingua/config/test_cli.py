@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lingua.config.cli import OneLineParser
+from lingua.config.cli import OneLineParser, config_names
 from lingua.errors import UserError
 from tests.readme import ROOT
 
@@ -25,6 +25,18 @@ def test_overrides_are_found_in_any_position():
         None,
         ["a.b=1", "data.sources[c-1.0]=2", "d=e=f"],
     )
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["a/x.yaml", "b/y.yaml"], ["x", "y"]),
+        (["a/x.yaml", "b/x.yaml"], ["a/x.yaml", "b/x.yaml"]),
+        (["x.yaml", "y.yaml", "x.yaml", "x.yaml"], ["x", "y", "x (2)", "x (3)"]),
+    ],
+)
+def test_every_config_has_a_name(paths, names):
+    assert config_names(paths) == names
 
 
 def test_a_path_with_an_equals_sign_is_not_an_override():
