@@ -400,6 +400,7 @@ def test_only_a_study_on_gpus_forks_a_server(monkeypatch, tmp_path, gpus):
         (["loops", "mixers"], "mixers"),
         (["loops", "size=huge"], "size=huge must be one of tiny, small, full"),
         (["loops", "arms=[fixed,foo]"], "no arm foo; use fixed, poisson"),
+        (["loops", "arms=[]"], r"arms=\[\] names no arm; use fixed, poisson"),
         (["loops", "jobs=0"], "jobs=0"),
         (["loops", "minutes=-1"], "minutes=-1"),
         (["loops", "model.loop_count=2"], "model.loop_count is set by the study loops"),

@@ -242,7 +242,9 @@ def main(argv: Sequence[str]) -> None:
     setup_torch_distributed(args.distributed)
     seed_everything(args.seed)
     trainer = build_trainer(args)
-    for _ in range(2):  # compile, and allocate the optimizer's state
+    for step in range(2):  # compile, and allocate the optimizer's state
+        if get_is_master():
+            print(f"warm-up step {step + 1} of 2 ...", file=sys.stderr, flush=True)
         trainer.step()
     warn_of_small_disk(Path(given.folder), trainer.optimizer, get_world_size())
     folder = run_on_rank_0(lambda: Path(tempfile.mkdtemp(prefix="checkpoint_", dir=given.folder)))

@@ -80,6 +80,8 @@ class StudyArgs:
             raise UserError(f"minutes={self.minutes:g} must be 0 or more")
 
     def check_arms(self, known: Collection[str]) -> None:
+        if self.arms == []:
+            raise UserError(f"arms=[] names no arm; use {', '.join(known)}, or null for all")
         for arm in self.arms or []:
             if arm not in known:
                 raise UserError(f"arms: no arm {arm}; use {', '.join(known)}")
