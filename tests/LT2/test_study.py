@@ -69,6 +69,7 @@ def test_loops_from_the_command_to_the_report(quick_python, data, tmp_path):
     assert "1 of 2 runs are done already" in printed
     assert re.search(r"val \d\.\d+ nats per token", printed)
     assert "T=1, T=2, T=4, T=8: loss in bits per byte" in printed
+    assert "Its numbers say nothing about the claims" in printed
     assert (folder / "arm=fixed,seed=1" / "metrics.jsonl").read_bytes() == before
 
     results = [json.loads(line) for line in (folder / "loops.jsonl").read_text().splitlines()]

@@ -284,7 +284,8 @@ def write_report(
     warn_missing(study, runs)
     table = results_table(study, runs)
     units = units_of_losses(study.columns, runs)
-    print_text("\n".join(filter(None, [format_as(table, "table"), units])))
+    tiny = TINY if study.size == "tiny" else ""
+    print_text("\n".join(filter(None, [format_as(table, "table"), units, tiny])))
     lines = [json_line(result_of(study, run)) for run in runs]
     write_atomic(folder / f"{study.name}.jsonl", "".join(lines))
     figures = draw_plots(study, runs, folder)
@@ -344,7 +345,7 @@ def write_page(
     return report
 
 
-TINY = "This is `size=tiny`, a test of the command. Its numbers say nothing about the claims."
+TINY = "This is size=tiny, a test of the command. Its numbers say nothing about the claims."
 EXPLAINED = "Mean and standard deviation over n seeds. FLOPs and tokens are of training."
 SPIKES = f"A spike is a step with more than {SPIKE:g} times the median of the {WINDOW} before it."
 AFTER = f"Maxima and medians are of the steps after the first {WINDOW}."
