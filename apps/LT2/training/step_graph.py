@@ -28,6 +28,7 @@ Compute = Callable[[Sequence[Batch], Tensor], Losses]
 
 WARMUP_STEPS = 2  # run without a graph: they tune kernels and compile
 MAX_GRAPHS = 16  # each holds gradients of all weights
+WINDOW = 500  # steps
 
 
 def uses_step_graph(args: TrainArgs, device: torch.device) -> bool:
@@ -51,12 +52,14 @@ def why_no_step_graph(args: TrainArgs) -> str | None:
 class StepGraphs:
     """Runs computations, each from its third call on as a CUDA graph.
 
-    Not if there are too many kinds: graphs and eager steps together might not fit in memory.
+    An eager step frees all graphs, because it needs as much memory as they keep, and together they
+    might not fit. If most steps are eager or are captured, there are no graphs from then on.
     """
 
     def __init__(self, model: LoopedTransformer):
         self.model = model
         self.has_given_up = False
+        self.n_steps = self.n_replayed = 0  # in this window
         self.n_calls: Counter[Hashable] = Counter()
         self.graphs: dict[Hashable, StepGraph] = {}
         self.clear()
@@ -78,27 +81,34 @@ class StepGraphs:
         Computations with equal keys must launch the same kernels. The next call overwrites the
         gradients.
         """
+        self._maybe_give_up()
         if self.has_given_up:
             return compute(batches, divisor)
         self.n_calls[key] += 1
-        if len(self.n_calls) > MAX_GRAPHS:
-            self.has_given_up = True
-            self.clear()
-            log_on_rank_0(
-                "distributed.cuda_graph=true has no effect from now on: there are more than %d "
-                "kinds of steps. Loops, random layouts and offsets of model.loop_loss_every make "
-                "a kind",
-                MAX_GRAPHS,
-                level=logging.WARNING,
-            )
-            return compute(batches, divisor)
-        if self.n_calls[key] <= WARMUP_STEPS:
-            # An eager step needs as much memory as the graphs keep. Together they might not fit.
+        is_full = len(self.graphs) == MAX_GRAPHS and key not in self.graphs
+        if self.n_calls[key] <= WARMUP_STEPS or is_full:
             self.clear()
             return compute(batches, divisor)
+        self.n_replayed += key in self.graphs
         if key not in self.graphs:
             self.graphs[key] = StepGraph(self.model, compute, batches, divisor, self.pool)
         return self.graphs[key].run(batches, divisor)
+
+    def _maybe_give_up(self) -> None:
+        """Free all graphs for good if fewer than half of the steps of a window repeated one."""
+        if self.n_steps == WINDOW:
+            if self.n_replayed < WINDOW / 2 and not self.has_given_up:
+                self.has_given_up = True
+                self.clear()
+                log_on_rank_0(
+                    "distributed.cuda_graph=true has no effect from now on: only %d of the last %d "
+                    "steps repeated a graph. Steps differ in their loops, their layout and their "
+                    "offset of model.loop_loss_every, and at most %d graphs fit",
+                    *(self.n_replayed, WINDOW, MAX_GRAPHS),
+                    level=logging.WARNING,
+                )
+            self.n_steps = self.n_replayed = 0
+        self.n_steps += 1
 
 
 class StepGraph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -52,46 +53,68 @@ def test_a_random_layout_is_another_computation():
     assert len(set(found)) == len(layouts) > 1
 
 
-def test_the_third_step_of_a_kind_is_captured(monkeypatch, caplog):
-    captured, computed, freed = [], [], []
-    divisor = torch.ones(())
+@pytest.fixture
+def trace(monkeypatch) -> Callable[[str], str]:
+    """Run steps of kinds such as "aab", and return what each does.
+
+    Lower case: it runs eagerly. Upper case: it is captured. A dot: it repeats its graph.
+    """
+    done: list[str] = []
+    alive = set()
 
     class Graph:
         def __init__(self, model, compute, batches, divisor, pool):
-            captured.append(batches)
-            self.graph = SimpleNamespace(reset=lambda: freed.append(batches))
+            done.append(batches.upper())
+            alive.add(self)
+            self.graph = SimpleNamespace(reset=lambda: alive.remove(self))
+            self.is_new = True
 
         def run(self, batches, divisor):
+            if not self.is_new:
+                done.append(".")
+            self.is_new = False
             return [batches], {}
 
     def compute(batches, divisor):
-        computed.append(batches)
+        assert not alive, "both might not fit in memory"
+        done.append(batches)
         return [batches], {}
 
     monkeypatch.setattr(step_graph, "StepGraph", Graph)
+    monkeypatch.setattr(step_graph, "MAX_GRAPHS", 2)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     model: Any = None
-    graphs = StepGraphs(model)
-    calls: list[tuple[str, Any]] = [
-        ("a", 1),
-        ("b", 2),
-        ("a", 3),
-        ("a", 4),
-        ("b", 5),
-        ("a", 6),
-        ("b", 7),
-    ]
-    results = [graphs.run(key, compute, batch, divisor) for key, batch in calls]
-    assert results == [([batch], {}) for _, batch in calls]
-    # The first steps of "b" free the graph of "a".
-    assert computed == [1, 2, 3, 5] and captured == [4, 6, 7] and freed == [4]
-    monkeypatch.setattr(step_graph, "MAX_GRAPHS", 2)
-    for key, batch in [("a", 8), ("c", 9), ("a", 10), ("b", 11)]:
-        graphs.run(key, compute, batch, divisor)
-    # A third kind frees all graphs, and there are none from then on.
-    assert computed[4:] == [9, 10, 11] and len(captured) == 3 and sorted(freed) == [4, 6, 7]
-    assert [r.levelname for r in caplog.records] == ["WARNING"]
-    assert "more than 2 kinds" in caplog.text
+    graphs, divisor = StepGraphs(model), torch.ones(())
+
+    def run(kinds: str) -> str:
+        done.clear()
+        for kind in kinds:
+            step: Any = kind
+            assert graphs.run(kind, compute, step, divisor) == ([kind], {})
+        return "".join(done)
+
+    return run
+
+
+def test_the_third_step_of_a_kind_is_captured(trace):
+    assert trace("abaa") == "abaA"
+    assert trace("babab") == "bAB.."  # the second step of b frees the graph of a
+
+
+def test_kinds_without_room_run_eagerly_and_free_the_graphs(trace):
+    assert trace("aabbccabab") == "aabbccAB.."
+    assert trace("cacabb") == "cAC.b" + "B"
+
+
+def test_a_run_whose_steps_seldom_repeat_gives_up_graphs(trace, monkeypatch, caplog):
+    monkeypatch.setattr(step_graph, "WINDOW", 6)
+    assert trace("aaaaaa") == "aaA..."
+    assert trace("aaaaaa") == "......"
+    assert trace("bbbbbb") == "bbB..."
+    assert caplog.text == "", "at least half of them repeat a graph"
+    assert trace("cacaca") == "cAcAC."
+    assert trace("aaaaaabbbbbb") == "aaaaaabbbbbb"
+    assert caplog.text.count("only 1 of the last 6 steps repeated a graph") == 1
 
 
 class Failure(Exception): ...
