@@ -320,7 +320,8 @@ def main(argv: list[str]) -> None:
             for warning in unused_options(subject.args).values():
                 print(f"{subject.name}: {warning}")
         for batch_size in given.batch_size if given.weights == "int8" else []:
-            if (warning := unread_int8(subject.args.dim, batch_size)) is not None:
+            warning = unread_int8(subject.args.dim, batch_size, "--batch-size")
+            if warning is not None:
                 print(f"{subject.name}: {warning}")
     ceilings = measure_ceilings(device, dtype)
     print(format_ceilings(ceilings), flush=True)

@@ -134,6 +134,16 @@ class Recorder:
         self.log.append(self.name)
 
 
+def test_batches_that_do_not_read_8_bit_weights_are_named(
+    capsys, monkeypatch, recipe, quick_ceilings
+):
+    monkeypatch.setattr(benchmark_prefill, "check_weights", lambda *_: None)  # it needs a GPU
+    argv = ["--config", recipe, "--seq-len", 4, "--weights", "int8", "--batch-size", 1, 17]
+    _, table = run(capsys, *argv)
+    assert table.count("weights=int8: steps of 17 sequences read 16-bit weights") == 1
+    assert "steps of 1 seq" not in table
+
+
 def test_models_take_turns_and_change_places():
     log: list[str] = []
     timings = time_alternately([lambda: Recorder("a", log), lambda: Recorder("b", log)], CPU, PLAN)

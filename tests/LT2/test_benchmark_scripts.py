@@ -108,18 +108,28 @@ def test_one_machine_measures_all_recipes_and_goes_on_after_a_failure(
 
 
 @pytest.mark.parametrize("script, recipes", [(ALL, RECIPES), (TRAIN_ALL, TRAIN_RECIPES)])
-def test_results_of_other_options_are_not_reported(run, tmp_path, script, recipes):
-    measured = {"RECIPES": recipes[1], "LENGTHS": "16"}
-    assert run(script, **measured).returncode == 0
+def test_results_of_other_commands_are_not_reported(run, tmp_path, script, recipes):
+    first, second = recipes[:2]
+    stem = Path(first).stem
+    assert run(script, "--steps=2", RECIPES=first, LENGTHS="16").returncode == 0
     n_asked = len(asked(tmp_path))
-    for options in (["--steps=4"], []):
-        recipe = recipes[1] if options else f"./{recipes[1]}"
-        done = run(script, *options, RECIPES=f"{recipes[0]} {recipe}", LENGTHS="16")
-        assert done.returncode == 2 and "another OUT" in done.stderr
-        assert f"{Path(recipes[1]).stem}.json is a result of another command" in done.stderr
-    done = run(script, RECIPES=f"{recipes[0]} elsewhere/{Path(recipes[0]).name}", LENGTHS="16")
-    assert done.returncode == 2 and f"more than one {Path(recipes[0]).name}" in done.stderr
+    for options, named, words in (
+        (["--steps=4"], f"{second} {first}", f"{stem}.json has other options; use another OUT"),
+        (["--steps=4"], second, f"{stem}.json has other options"),
+        ([], second, f"{stem}.json has other options"),
+        (["--steps=2"], f"{second} ./{first}", f"{stem}.json is not of ./{first}"),
+        (["--steps=2"], f"{second} x/{Path(second).name}", f"more than one {Path(second).name}"),
+    ):
+        done = run(script, *options, RECIPES=named, LENGTHS="16")
+        assert done.returncode == 2 and words in done.stderr
     assert len(asked(tmp_path)) == n_asked, "nothing ran"
+    assert run(script, "--steps=2", RECIPES=second, LENGTHS="16").returncode == 0
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_any_run(run, tmp_path):
+    (tmp_path / "file").touch()
+    done = run(TRAIN_ALL, RECIPES=TRAIN_RECIPES[0], OUT=tmp_path / "file" / "out")
+    assert done.returncode == 1 and asked(tmp_path) == []
 
 
 def test_the_error_of_the_only_recipe_is_the_last_one(run, tmp_path):

@@ -91,6 +91,7 @@ def test_the_table_fits_a_terminal_and_names_the_mfu(capsys, tmp_path):
     main([DEBUG, *MODEL, "flops=1e15", "loop_counts=[1, 2]", f"out={tmp_path}/b.png"])
     text = capsys.readouterr().out
     assert max(map(len, text.replace(str(tmp_path), "").splitlines())) <= 100
+    assert "with bandwidth=3.35 TB/s" in text
     assert "46.7%" in text and "docs/benchmarks/train_h200" in text and "2*" in text
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     main([DEBUG, *MODEL, "flops=1e15", "loop_counts=[2]", "mfu=0.3"])

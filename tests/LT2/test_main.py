@@ -154,3 +154,13 @@ def test_help_of_a_section_starts_without_torch():
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("model.gdn\n") and "model.kda" not in done.stdout
     assert "torch._C" not in done.stderr
+
+
+@pytest.mark.parametrize("given, used", [(None, "passive"), ("active", "active")])
+def test_waiting_threads_sleep_unless_the_user_wants_otherwise(given, used):
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    if given is not None:
+        env["OMP_WAIT_POLICY"] = given
+    code = "import os, sys, apps.LT2; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.stdout == f"{used} False\n", "set before torch reads it"

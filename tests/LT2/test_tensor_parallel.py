@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from apps.LT2.kernel import linear_cross_entropy as door
-from apps.LT2.mixers import MIXERS
+from apps.LT2.mixers import MIXERS, linear
 from apps.LT2.mixers.kda import KDAArgs
 from apps.LT2.mixers.mamba2 import Mamba2Args
 from apps.LT2.parallel import (
@@ -165,6 +165,8 @@ def learn(
 def learn_cases(rank: int, world_size: int, cases: dict, folder: Path) -> dict[str, str]:
     """Compare each case, and on up to four ranks the first one's checkpoints, with one process."""
     door.CHUNK_TOKENS = 12  # the loss in several chunks
+    # As with many tokens: separate input products on two ranks, joined ones on more.
+    linear.FUSE_TOKENS, linear.WIDE = 1, 1 if world_size == 2 else linear.WIDE
     wants = torch.load(folder / WANTS)
     outcome, batches = {}, batches_of(world_size)
     for name, (kind, options, distributed) in cases.items():

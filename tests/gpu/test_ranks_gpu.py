@@ -93,6 +93,7 @@ def test_two_gpus_repeat_a_step_as_a_graph(tmp_path):
         assert graphed[loss] == pytest.approx(eager[loss], rel=LOSS), loss
     assert graphed["grad_norm"] == pytest.approx(eager["grad_norm"], rel=0.1)
     assert graphed["collectives"] == eager["collectives"]
+    assert (eager["cuda_graphs"], graphed["cuda_graphs"]) == (0, 1)
 
 
 def test_two_gpus_evaluate_the_weights_that_graphs_trained(tmp_path):

@@ -257,10 +257,11 @@ class PackedCausalTransformerGenerator:
         make_cache = partial(model.init_cache, max_seqlen=n_slots, dtype=dtype)
         cache = make_cache(min(len(sequences), cfg.max_tokens // n_slots))
         if is_int8(model) and not self._has_warned:
-            warning = unread_int8(model.args.dim, cache.batch_size)
+            option = f"max_tokens={cfg.max_tokens}"
+            warning = unread_int8(model.args.dim, cache.batch_size, option)
             if warning is not None and cfg.max_gen_len > 1:
                 self._has_warned = True
-                logger.warning("%s; lower max_tokens=%d", warning, cfg.max_tokens)
+                logger.warning(warning)
         prefill = PromptPrefill(model, cache, partial(make_cache, 1), score=score)
         rows: list[GeneratedSequence | None] = [None] * cache.batch_size
         rule = parse_exit(cfg.exit)

@@ -37,15 +37,17 @@ def check_weights(weights: str, device: torch.device, dtype: torch.dtype) -> Non
         raise UserError("weights=int8 has no kernels for dtype=fp32; use dtype=bf16 or fp16")
 
 
-def unread_int8(dim: int, batch_size: int) -> str | None:
-    """Return a warning if steps of `batch_size` sequences don't read all 8-bit weights, or None."""
+def unread_int8(dim: int, batch_size: int, option: str) -> str | None:
+    """Return a warning if steps of `batch_size` sequences don't read all 8-bit weights, or None.
+
+    option: sets the number of sequences
+    """
     if supports_rows(batch_size, dim, normed=True):
         return None
+    some = " in the products after a norm" if batch_size <= MAX_ROWS else ""
     most = next((n for n in range(MAX_ROWS, 0, -1) if supports_rows(n, dim, normed=True)), 0)
-    return (
-        f"weights=int8: steps of {batch_size} sequences read 16-bit weights, because the kernels "
-        f"for 8 bits take at most {most} with model.dim={dim}"
-    )
+    way = f"at most {most} read 8-bit ones; lower {option}" if most else f"model.dim={dim} is large"
+    return f"weights=int8: steps of {batch_size} sequences read 16-bit weights{some}: {way}"
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from lingua.transformer import RMSNorm, check_sizes, fused_weight, init_linear, 
 FUSE_TOKENS = 512
 # The backward of a joined product copies the gradients of its outputs into one tensor. For models
 # of 600M and 1B parameters, that takes longer than separate products.
-WIDE = 4096  # outputs of a joined product, at most
+WIDE = 4096  # from so many outputs on, products are separate
 NARROW = 512  # linears of fewer outputs stay joined
 
 Tensors = tuple[Tensor, ...]

@@ -4,10 +4,10 @@
 # measure_recipes OUT COMMAND [OPTION ...]
 #
 # Run `python -m COMMAND RECIPE OPTION ...` for each of `recipes`, and write the last line of its
-# output to OUT/<recipe>.json. A result of the same command is kept; one of another command is an
-# error, before anything runs. Returns 1 if a recipe failed.
+# output to OUT/<recipe>.json. A result is kept, so that the same command resumes. Results of
+# another command in OUT are an error, before anything runs. Sets `failed` to 1 if a recipe failed.
 measure_recipes() {
-    local out=$1 command=$2 failed=0 recipe result twice
+    local out=$1 command=$2 recipe result twice
     shift 2
     mkdir -p "$out"
     twice=$(for recipe in "${recipes[@]}"; do basename "$recipe"; done | sort | uniq -d)
@@ -15,20 +15,27 @@ measure_recipes() {
         echo "error: RECIPES has more than one $twice; measure them with different OUT" >&2
         exit 2
     fi
-    for recipe in "${recipes[@]}"; do
-        result=$out/$(basename "$recipe" .yaml)
-        if [[ -e $result.json ]] && ! echo "$command $recipe $*" | cmp -s - "$result.command"; then
-            echo "error: OUT=$out: $result.json is a result of another command; use another OUT" >&2
+    for result in "$out"/*.json; do
+        if [[ -e $result ]] && ! tail -n 1 "${result%.json}.command" 2>&1 | cmp -s - <(echo "$*"); then
+            echo "error: OUT=$out: $result has other options; use another OUT" >&2
             exit 2
         fi
     done
+    for recipe in "${recipes[@]}"; do
+        result=$out/$(basename "$recipe" .yaml)
+        if [[ -e $result.json && $(head -n 1 "$result.command") != "$recipe" ]]; then
+            echo "error: OUT=$out: $result.json is not of $recipe; use another OUT" >&2
+            exit 2
+        fi
+    done
+    failed=0
     for recipe in "${recipes[@]}"; do
         result=$out/$(basename "$recipe" .yaml)
         if [[ -e $result.json ]]; then
             echo "$result.json exists"
             continue
         fi
-        echo "$command $recipe $*" > "$result.command"
+        printf '%s\n' "$recipe" "$*" > "$result.command"
         # One process per recipe, so that a failure does not affect the others. tee /dev/stderr would
         # truncate a log file. Unquoted: a module and its option.
         # shellcheck disable=SC2086
@@ -40,5 +47,4 @@ measure_recipes() {
             failed=1
         fi
     done
-    return $failed
 }

@@ -69,11 +69,24 @@ def test_a_step_moves_a_byte_for_each_8_bit_weight(monkeypatch, batch_size, max_
     assert (saved > 0) == bool(read)
 
 
-@pytest.mark.parametrize("dim, most", [(2048, 16), (4096, 8)])
-def test_a_warning_names_how_many_sequences_read_8_bits(dim, most):
-    assert unread_int8(dim, most) is None
-    assert f"steps of {most + 1} sequences" in str(warning := unread_int8(dim, most + 1))
-    assert f"at most {most} " in str(warning)
+@pytest.mark.parametrize(
+    "dim, batch_size, said",
+    [
+        (2048, 16, None),
+        (
+            2048,
+            17,
+            "17 sequences read 16-bit weights: at most 16 read 8-bit ones; lower",
+        ),
+        (4096, 8, None),
+        (4096, 9, "weights in the products after a norm: at most 8 read 8-bit ones; lower"),
+        (4097, 1, "weights in the products after a norm: model.dim=4097 is large"),
+        (4097, 17, "17 sequences read 16-bit weights: model.dim=4097 is large"),
+    ],
+)
+def test_a_warning_names_how_many_sequences_read_8_bits(dim, batch_size, said):
+    warning = unread_int8(dim, batch_size, "max_tokens")
+    assert warning is None if said is None else said in str(warning)
 
 
 def test_generation_warns_once_of_weights_that_steps_do_not_read(caplog):

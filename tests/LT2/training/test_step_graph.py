@@ -121,17 +121,21 @@ class Failure(Exception): ...
 
 
 def test_a_failed_capture_is_freed(monkeypatch):
-    """The traceback of its error refers to it."""
-    freed = []
+    """The traceback of its error refers to it. The weights were freed before, to be gathered."""
+    freed, resharded = [], []
+    model = nn.Linear(1, 1)
 
     def fail(batches, divisor):
+        assert resharded == [model]
         raise Failure
+
+    monkeypatch.setattr(step_graph, "reshard", resharded.append)
 
     graph = SimpleNamespace(reset=lambda: freed.append(True))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
     with pytest.raises(Failure):
-        StepGraph(nn.Linear(1, 1), fail, [], torch.ones(()), (0, 0))  # pyright: ignore
+        StepGraph(model, fail, [], torch.ones(()), (0, 0))  # pyright: ignore
     assert freed == [True]
 
 
