@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from apps.LT2.kernel.decode_linear import KERNEL_DTYPES, MAX_ROWS, supports_rows
+from apps.LT2.kernel.decode_linear.triton import MAX_NORM_K
 from apps.LT2.mixers import Mixer
 from apps.LT2.transformer import LoopedTransformer
 from lingua.errors import UserError
@@ -46,7 +47,9 @@ def unread_int8(dim: int, batch_size: int, option: str) -> str | None:
         return None
     some = " in the products after a norm" if batch_size <= MAX_ROWS else ""
     most = next((n for n in range(MAX_ROWS, 0, -1) if supports_rows(n, dim, normed=True)), 0)
-    way = f"at most {most} read 8-bit ones; lower {option}" if most else f"model.dim={dim} is large"
+    way = f"model.dim={dim} is above {MAX_NORM_K}"
+    if most:
+        way = f"at most {most} read 8-bit ones; lower {option}"
     return f"weights=int8: steps of {batch_size} sequences read 16-bit weights{some}: {way}"
 
 

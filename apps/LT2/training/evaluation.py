@@ -120,7 +120,7 @@ class Evaluator:
             if loop_count in (counts or []):
                 scores |= {f"{name}/{loop_count}": value for name, value in found.items()}
         # Free the gathered weights. No backward does it here, and a replay of a CUDA graph does not
-        # either: the next validation would use the weights of this one.
+        # either, so the next validation could use them again.
         reshard(trainer.model)
         if scores:
             record = {"global_step": trainer.state.step, "acc_step": 0, **scores}

@@ -53,7 +53,7 @@ class StepGraphs:
     """Runs computations, each from its third call on as a CUDA graph.
 
     An eager step frees all graphs, because it needs as much memory as they keep, and together they
-    might not fit. If most steps are eager or are captured, there are no graphs from then on.
+    might not fit. A run gives up graphs if fewer than half of WINDOW steps repeat one.
     """
 
     def __init__(self, model: LoopedTransformer):
@@ -81,9 +81,11 @@ class StepGraphs:
         Computations with equal keys must launch the same kernels. The next call overwrites the
         gradients.
         """
-        self._maybe_give_up()
+        if self.n_steps == WINDOW:
+            self._end_window()
         if self.has_given_up:
             return compute(batches, divisor)
+        self.n_steps += 1
         self.n_calls[key] += 1
         is_full = len(self.graphs) == MAX_GRAPHS and key not in self.graphs
         if self.n_calls[key] <= WARMUP_STEPS or is_full:
@@ -94,21 +96,19 @@ class StepGraphs:
             self.graphs[key] = StepGraph(self.model, compute, batches, divisor, self.pool)
         return self.graphs[key].run(batches, divisor)
 
-    def _maybe_give_up(self) -> None:
-        """Free all graphs for good if fewer than half of the steps of a window repeated one."""
-        if self.n_steps == WINDOW:
-            if self.n_replayed < WINDOW / 2 and not self.has_given_up:
-                self.has_given_up = True
-                self.clear()
-                log_on_rank_0(
-                    "distributed.cuda_graph=true has no effect from now on: only %d of the last %d "
-                    "steps repeated a graph. Steps differ in their loops, their layout and their "
-                    "offset of model.loop_loss_every, and at most %d graphs fit",
-                    *(self.n_replayed, WINDOW, MAX_GRAPHS),
-                    level=logging.WARNING,
-                )
-            self.n_steps = self.n_replayed = 0
-        self.n_steps += 1
+    def _end_window(self) -> None:
+        """Give up, and free all graphs, if fewer than half of the window's steps repeated one."""
+        if self.n_replayed < WINDOW / 2:
+            self.has_given_up = True
+            self.clear()
+            log_on_rank_0(
+                "distributed.cuda_graph=true has no effect from now on: only %d of the last %d "
+                "steps repeated a graph. Steps differ in their loops, their layout and their "
+                "offset of model.loop_loss_every, and at most %d graphs fit",
+                *(self.n_replayed, WINDOW, MAX_GRAPHS),
+                level=logging.WARNING,
+            )
+        self.n_steps = self.n_replayed = 0
 
 
 class StepGraph:

@@ -80,8 +80,8 @@ def test_a_step_moves_a_byte_for_each_8_bit_weight(monkeypatch, batch_size, max_
         ),
         (4096, 8, None),
         (4096, 9, "weights in the products after a norm: at most 8 read 8-bit ones; lower"),
-        (4097, 1, "weights in the products after a norm: model.dim=4097 is large"),
-        (4097, 17, "17 sequences read 16-bit weights: model.dim=4097 is large"),
+        (4097, 1, "weights in the products after a norm: model.dim=4097 is above 4096"),
+        (4097, 17, "17 sequences read 16-bit weights: model.dim=4097 is above 4096"),
     ],
 )
 def test_a_warning_names_how_many_sequences_read_8_bits(dim, batch_size, said):
