@@ -33,7 +33,7 @@ from lingua.transformer import RMSNorm, check_sizes, fused_weight, init_linear, 
 
 # With fewer tokens reading the weights dominates, and concatenating them reads them twice.
 FUSE_TOKENS = 512
-# The backward of a joined product copies the gradients of its outputs into one tensor. For models
+# The backward of a joined product copies the gradients of its outputs into one tensor. In hybrids
 # of 600M and 1B parameters, that takes longer than separate products.
 WIDE = 4096  # from so many outputs on, products are separate
 NARROW = 512  # linears of fewer outputs stay joined
@@ -332,7 +332,7 @@ def project_streams(
 
 
 def join_narrow(linears: Sequence[nn.Linear]) -> list[list[nn.Linear]]:
-    """Group neighbors of fewer than NARROW outputs; any other linear is a group of its own."""
+    """Group neighbors of fewer than NARROW outputs. Each other linear is a group of one."""
     groups: list[list[nn.Linear]] = []
     for linear in linears:
         if groups and max(linear.out_features, groups[-1][-1].out_features) < NARROW:

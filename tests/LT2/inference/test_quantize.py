@@ -73,11 +73,7 @@ def test_a_step_moves_a_byte_for_each_8_bit_weight(monkeypatch, batch_size, max_
     "dim, batch_size, said",
     [
         (2048, 16, None),
-        (
-            2048,
-            17,
-            "17 sequences read 16-bit weights: at most 16 read 8-bit ones; lower",
-        ),
+        (2048, 17, "17 sequences read 16-bit weights: at most 16 read 8-bit ones; lower"),
         (4096, 8, None),
         (4096, 9, "weights in the products after a norm: at most 8 read 8-bit ones; lower"),
         (4097, 1, "weights in the products after a norm: model.dim=4097 is above 4096"),

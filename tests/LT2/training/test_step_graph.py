@@ -103,7 +103,7 @@ def test_the_third_step_of_a_kind_is_captured(trace):
 
 def test_kinds_without_room_run_eagerly_and_free_the_graphs(trace):
     assert trace("aabbccabab") == "aabbccAB.."
-    assert trace("cacabb") == "cAC.b" + "B"
+    assert trace("cacabb") == "cAC.bB"
 
 
 def test_a_run_whose_steps_seldom_repeat_gives_up_graphs(trace, monkeypatch, caplog):
